@@ -1,0 +1,1 @@
+"""The configuration of a run: schema, files, environment. Nothing in here imports torch."""

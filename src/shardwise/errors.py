@@ -1,0 +1,73 @@
+"""Every error that shardwise raises on purpose.
+
+    ShardwiseError
+    ├── ConfigError (ValueError)      a setting, a YAML key, a flag or a keyword is wrong
+    ├── LaunchError                   processes cannot be started as asked
+    ├── PlanError (ValueError)        a combination of placements that ZeRO does not have
+    ├── LayoutError (ValueError)      sizes or dtypes that do not fit the flat buffers
+    ├── PrepareError (ValueError)     an object that `prepare` cannot take as it is
+    ├── OptimizerError (ValueError)   an optimizer that cannot work on flat shards
+    ├── ReleasedParameterError        a weight is read while its unit is not gathered
+    ├── UnitStateError                an illegal move of a unit's state: a fault of shardwise
+    ├── ScheduleError                 ranks or passes use units in a way that cannot be kept in step
+    ├── NonFiniteError                the loss or the gradients are NaN or infinite
+    ├── DataError (ValueError)        a data loader that cannot be sharded
+    └── RankError                     another rank failed; says which one and why
+
+Each text says what happened, to what, and what to do. Those that are a wrong value are also a `ValueError`, so that
+code written for other libraries catches them.
+"""
+
+from __future__ import annotations
+
+
+class ShardwiseError(Exception):
+    """The root: `except ShardwiseError` catches whatever shardwise raises on purpose."""
+
+
+class ConfigError(ShardwiseError, ValueError):
+    """A setting is wrong: an unknown key, a wrong type, a value outside its range, an impossible combination."""
+
+
+class LaunchError(ShardwiseError):
+    """The processes cannot be started as asked: no such script, too few devices, a port in use."""
+
+
+class PlanError(ShardwiseError, ValueError):
+    """A combination of placements that ZeRO does not have, such as sharded parameters with whole gradients."""
+
+
+class LayoutError(ShardwiseError, ValueError):
+    """Sizes or dtypes that do not fit the flat buffers."""
+
+
+class PrepareError(ShardwiseError, ValueError):
+    """An object given to `prepare` cannot be taken as it is."""
+
+
+class OptimizerError(ShardwiseError, ValueError):
+    """An optimizer that cannot work on flat shards, or that holds parameters which are not the model's."""
+
+
+class ReleasedParameterError(ShardwiseError, RuntimeError):
+    """A weight was read while its unit is not gathered: at this moment the rank holds only its shard."""
+
+
+class UnitStateError(ShardwiseError, RuntimeError):
+    """A unit was moved to a state that its present one does not lead to."""
+
+
+class ScheduleError(ShardwiseError, RuntimeError):
+    """Units are used in a way that the ranks cannot follow together."""
+
+
+class NonFiniteError(ShardwiseError, ArithmeticError):
+    """The loss or the gradients are NaN or infinite."""
+
+
+class DataError(ShardwiseError, ValueError):
+    """A data loader that cannot be sharded over the ranks."""
+
+
+class RankError(ShardwiseError, RuntimeError):
+    """Another rank failed. The text names it and repeats its error."""

@@ -1,0 +1,169 @@
+"""The ranks of a run and what they do together: the only file that calls torch.distributed.
+
+There are two groups. The data group moves tensors on the device (NCCL on CUDA, gloo on CPU). The control group is
+always gloo and moves small facts between host processes: which error a rank met, an object, a barrier. Keeping them apart
+means that a control message never waits behind a gather, and that agreement works while a GPU is busy.
+
+With one rank no process group is made and every collective is a copy or nothing: the callers need no second path.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections import Counter
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..config.environment import RankEnvironment
+from ..errors import ConfigError, LayoutError, RankError
+
+ReduceOp = Literal["sum", "mean", "max", "min"]
+
+# torch 2.13 renamed both and warns on the old names; torch 2.9 to 2.12 have only the old ones.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Ranks:
+    """This process, its device, and the collectives over all processes of the run.
+
+    rank, world_size:             over all machines.
+    local_rank, local_world_size: on this machine.
+    device:                       cuda:local_rank or cpu.
+    counts:                       how often each collective ran on this rank, by name; tests hold it against the design.
+    """
+
+    def __init__(self, place: RankEnvironment, device: torch.device, owns_group: bool) -> None:
+        self.rank = place.rank
+        self.world_size = place.world_size
+        self.local_rank = place.local_rank
+        self.local_world_size = place.local_world_size
+        self.device = device
+        self.counts: Counter[str] = Counter()
+        self._owns_group = owns_group
+        self._data: dist.ProcessGroup | None = None
+        self._control: dist.ProcessGroup | None = None
+        if self.world_size > 1:
+            self._data = dist.group.WORLD
+            self._control = dist.new_group(backend="gloo") if device.type == "cuda" else self._data
+
+    @classmethod
+    def join(cls, *, use_cpu: bool = False, timeout_s: float = 600.0) -> Ranks:
+        """Join the run that the environment describes; a process that no launcher started is a run of one rank.
+
+        use_cpu:   take gloo and the CPU even where CUDA devices are visible.
+        timeout_s: how long a collective may wait for the other ranks before it raises.
+        Raises ConfigError if this machine has fewer CUDA devices than ranks.
+        """
+        place = RankEnvironment.read()
+        cuda = torch.cuda.is_available() and not use_cpu
+        if cuda and place.local_rank >= torch.cuda.device_count():
+            raise ConfigError(f"rank {place.rank} wants cuda:{place.local_rank}, but this machine shows "
+                              f"{torch.cuda.device_count()} CUDA device(s). Start at most one process per device, or "
+                              "add --use_cpu.")
+        device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(device)
+        owns = False
+        if place.world_size > 1 and not dist.is_initialized():
+            timeout = datetime.timedelta(seconds=timeout_s)
+            if cuda:
+                dist.init_process_group("nccl", timeout=timeout, device_id=device)
+            else:
+                dist.init_process_group("gloo", timeout=timeout)
+            owns = True
+        return cls(place, device, owns)
+
+    def leave(self) -> None:
+        """Take the process group down, if `join` made it."""
+        if self._owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+        self._owns_group = False
+
+    # Tensors, on the device, over the data group. Each runs on the current stream; the caller orders streams.
+
+    def all_gather(self, whole: Tensor, shard: Tensor) -> None:
+        """Concatenate every rank's `shard` into `whole`, in rank order.
+
+        whole: (world_size * n,); shard: (n,), same dtype; may be this rank's slice of `whole`.
+        Raises LayoutError if the sizes do not fit.
+        """
+        if whole.numel() != self.world_size * shard.numel():
+            raise LayoutError(f"all_gather: whole has {whole.numel()} elements, which is not {self.world_size} ranks "
+                              f"times the shard's {shard.numel()}.")
+        self.counts["all_gather"] += 1
+        if self._data is None:
+            if whole.data_ptr() != shard.data_ptr():
+                whole.copy_(shard)
+            return
+        _all_gather(whole, shard, group=self._data)
+
+    def reduce_scatter(self, partial: Tensor, out: Tensor) -> None:
+        """Average `partial` over the ranks, leaving this rank's slice in `out`.
+
+        partial: (world_size * n,), this rank's own gradients; scratch afterwards.
+        out:     (n,), same dtype; may be this rank's slice of `partial`.
+        Source: ZeRO (arXiv 1910.02054), section 5. Raises LayoutError if the sizes do not fit.
+        """
+        if partial.numel() != self.world_size * out.numel():
+            raise LayoutError(f"reduce_scatter: partial has {partial.numel()} elements, which is not {self.world_size} "
+                              f"ranks times the output's {out.numel()}.")
+        self.counts["reduce_scatter"] += 1
+        if self._data is None:
+            if partial.data_ptr() != out.data_ptr():
+                out.copy_(partial)
+            return
+        _reduce_scatter(out, partial, op=dist.ReduceOp.AVG, group=self._data)
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp = "sum") -> None:
+        """Combine `tensor` over the ranks, in place, on every rank."""
+        self.counts["all_reduce"] += 1
+        if self._data is None:
+            return
+        ops = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.AVG, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+        dist.all_reduce(tensor, op=ops[op], group=self._data)
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> None:
+        """Overwrite `tensor` on every rank with rank `source`'s."""
+        self.counts["broadcast"] += 1
+        if self._data is not None:
+            dist.broadcast(tensor, src=source, group=self._data)
+
+    # Facts, between host processes, over the control group.
+
+    def barrier(self) -> None:
+        """Return once every rank has called it."""
+        if self._control is not None:
+            dist.all_reduce(torch.zeros(1), group=self._control)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in rank order, on every rank. The values are pickled."""
+        if self._control is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def broadcast_object(self, value: Any, source: int = 0) -> Any:
+        """Rank `source`'s `value`, on every rank."""
+        if self._control is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=source, group=self._control)
+        return box[0]
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise on every rank if any rank met an error, so that none waits for a rank that has left.
+
+        A rank raises its own error; the others raise RankError, which names the first rank that failed and repeats its
+        words. When every rank met the same one, each raises its own.
+        """
+        errors = self.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        for rank, text in enumerate(errors):
+            if text is not None:
+                raise RankError(f"rank {rank} failed: {text}")
