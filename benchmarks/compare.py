@@ -42,8 +42,8 @@ DEFAULT_ENGINES = {
     "full8b": "fsdp2,shardwise:3",
 }
 
-# How far two engines may part, relative: bf16 keeps 8 bits, so one rounding is 2^-9 = 0.002 of a value, and the loss that
-# transformers computes for BART is itself bf16.
+# How far two engines may part, relative: bf16 keeps 8 bits, so one rounding is 2^-9 = 0.002 of a value, and the loss
+# that transformers computes for BART is itself bf16.
 LOSS_BOUND = 5e-3
 
 

@@ -3,10 +3,9 @@
     python benchmarks/hooks_overhead.py --use-cpu
     torchrun --nproc_per_node 2 benchmarks/hooks_overhead.py
 
-A stack of tiny Llama blocks with LoRA on every linear (23 parameters each, as at any size): arithmetic and bytes are next
-to nothing, so what a step takes beyond the plain model's is hooks, views, events and the calls of the collectives.
-Engines alternate step by step in one process, so that the machine's drift falls on all alike. The optimizer is not
-timed.
+A stack of tiny Llama blocks with LoRA on every linear (23 parameters each, as at any size): arithmetic and bytes are
+next to nothing, so what a step takes beyond the plain model's is hooks, views, events and the calls of the collectives.
+Engines alternate step by step in one process, so that the machine's drift falls on all alike; optimizers are not timed.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 2 benchmarks/offload.py --case bart --tiny --use-cpu
 
 The measurement of compare.py, with engines that differ in what rests on the CPU, beside FSDP2's CPUOffloadPolicy. The
-column `ratio` is to the first engine, which offloads the least. The JSON lines carry the bytes at rest by role and tier,
-and the resident host memory of a rank.
+column `ratio` is to the first engine, which offloads the least. The JSON lines carry the bytes at rest by role and
+tier, and the resident host memory of a rank.
 """
 
 from __future__ import annotations
