@@ -24,9 +24,24 @@ from ..errors import ConfigError, LayoutError, RankError
 
 ReduceOp = Literal["sum", "mean", "max", "min"]
 
+# See _gather_options; docs/log.md has the measurement.
+GATHER_MAX_CTAS = 8
+
 # torch 2.13 renamed both and warns on the old names; torch 2.9 to 2.12 have only the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def _gather_options(device: torch.device) -> Any:
+    """NCCL settings of the communicator that gathers weights: few CTAs, because each holds an SM that a GEMM wants.
+
+    A gather has a whole unit's computation to hide behind, so it may be slow, but not in the way.
+    """
+    if device.type != "cuda":
+        return None
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas = GATHER_MAX_CTAS
+    return options
 
 
 class Ranks:
@@ -52,8 +67,8 @@ class Ranks:
         self._reduce: dist.ProcessGroup | None = None
         self._control: dist.ProcessGroup | None = None
         if self.world_size > 1:
-            self._data = dist.group.WORLD
-            self._reduce = dist.new_group(timeout=timeout)
+            self._data = dist.new_group(timeout=timeout, pg_options=_gather_options(device))
+            self._reduce = dist.group.WORLD
             self._control = dist.new_group(backend="gloo", timeout=timeout)
 
     @classmethod
