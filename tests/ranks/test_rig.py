@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from rig import RankCrashed, RanksHung
+from rig import RankCrashedError, RanksHungError
 
 
 def _sum(ranks, x):
@@ -76,14 +76,14 @@ def test_an_exception_that_cannot_be_pickled_still_arrives(world):
 
 @pytest.mark.parametrize(("how", "code"), [("exit", 7), ("kill", -signal.SIGKILL)])
 def test_a_crash_names_the_rank_and_its_exit(world, how, code):
-    with pytest.raises(RankCrashed, match="last words") as caught:
+    with pytest.raises(RankCrashedError, match="last words") as caught:
         world(2).run(_die, how)
     assert caught.value.rank == 1
     assert caught.value.exitcode == code
 
 
 def test_a_hang_shows_every_rank_s_stack(world):
-    with pytest.raises(RanksHung, match="_sleep") as caught:
+    with pytest.raises(RanksHungError, match="_sleep") as caught:
         world(2).run(_sleep, timeout_s=2)
     assert caught.value.ranks == [0, 1]
 

@@ -1,7 +1,7 @@
 """The test's side of the rig: pools of rank processes, and the judgement of how a run of a function ended.
 
-One `Worlds` per session holds at most one live pool per world size and backend. All waiting is done here, in the parent,
-with one deadline: a rank never has to notice by itself that another one is gone.
+One `Worlds` per session holds at most one live pool per world size and backend. All waiting is done here, in the
+parent, with one deadline: a rank never has to notice by itself that another one is gone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from .worker import serve
+from .worker import Place, serve
 
 START_TIMEOUT_S = 240.0  # the first start imports torch, transformers and peft
 RUN_TIMEOUT_S = 120.0
@@ -30,7 +30,7 @@ GRACE_S = 2.0  # what the other ranks get to finish or fail by themselves once o
 LOG_LINES = 40
 
 
-class RankCrashed(Exception):
+class RankCrashedError(Exception):
     """A rank's process ended in the middle of a function: `rank`, and `exitcode` (negative: killed by that signal)."""
 
     def __init__(self, rank: int, exitcode: int | None, detail: str) -> None:
@@ -46,7 +46,7 @@ class RankCrashed(Exception):
         return f"rank {self.rank} died: {how}\n{self.detail}"
 
 
-class RanksHung(Exception):
+class RanksHungError(Exception):
     """Ranks did not return in time. `ranks` lists them; the text has the stack of every one."""
 
     def __init__(self, ranks: list[int], timeout_s: float, detail: str) -> None:
@@ -59,7 +59,7 @@ class RanksHung(Exception):
         return f"ranks {self.ranks} did not return within {self.timeout_s:.0f} s\n{self.detail}"
 
 
-class RankRaised(Exception):
+class RankRaisedError(Exception):
     """Stands in for an exception that could not be pickled; its notes hold the text."""
 
 
@@ -85,7 +85,7 @@ class World:
             ours, theirs = multiprocessing.Pipe()
             log, stacks = self._folder / f"rank{rank}.log", self._folder / f"rank{rank}.stacks"
             process = context.Process(
-                target=serve, args=(theirs, rank, size, port, backend, str(log), str(stacks)), daemon=True
+                target=serve, args=(theirs, Place(rank, size, port, backend, str(log), str(stacks))), daemon=True
             )
             process.start()
             theirs.close()
@@ -99,7 +99,7 @@ class World:
 
         function: importable by name (module level). Arguments and results travel by pickle; tensors are copied.
         Every warning inside is an error, the random seed is 0 and `ranks.counts` is empty at the start.
-        Raises the exception of the first rank that raised, RankCrashed, or RanksHung.
+        Raises the exception of the first rank that raised, RankCrashedError, or RanksHungError.
         """
         assert self.alive, "this pool has failed; ask `world(n)` for a fresh one"
         message = pickle.dumps((sys.path, pickle.dumps((function, args, kwargs))))
@@ -162,10 +162,12 @@ class World:
         if crashed:
             first = self._ranks[crashed[0]]
             first.process.join(GRACE_S)
-            return RankCrashed(crashed[0], first.process.exitcode, self._fault(crashed[0]) + others + stacks + logs)
+            return RankCrashedError(
+                crashed[0], first.process.exitcode, self._fault(crashed[0]) + others + stacks + logs
+            )
         if errors:
             number, error, text = errors[0]
-            failure = error if error is not None else RankRaised(text.strip().splitlines()[-1])
+            failure = error if error is not None else RankRaisedError(text.strip().splitlines()[-1])
             failure.add_note(f"--- raised on rank {number} of {self.size}:\n{text}")
             for other, _, words in errors[1:]:
                 failure.add_note(f"--- rank {other} raised:\n{words}")
@@ -174,7 +176,7 @@ class World:
             if logs:
                 failure.add_note(logs)
             return failure
-        return RanksHung(late, timeout_s, stacks + logs)
+        return RanksHungError(late, timeout_s, stacks + logs)
 
     def _stack(self, number: int) -> str:
         """Where a rank that has not returned is now, asked by SIGUSR1; faulthandler answers even from inside C code."""

@@ -1,8 +1,8 @@
 """The life of one rank: join the run, then call functions that the pool sends, until the pool closes the pipe.
 
 Messages are pickled bytes both ways. A task is (sys.path, pickled (function, args, kwargs)); a reply is ("value", x) or
-("error", exception or None, text). Standard output and error go to a file that the pool quotes when a rank fails, and so
-do the stacks that SIGUSR1 asks for.
+("error", exception or None, text). Standard output and error go to a file that the pool quotes when a rank fails, and
+so do the stacks that SIGUSR1 asks for.
 """
 
 from __future__ import annotations
@@ -15,35 +15,47 @@ import signal
 import sys
 import traceback
 import warnings
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 MAX_LOCAL_CHARS = 300
 
 
-def serve(
-    pipe: Connection, rank: int, world_size: int, port: int, backend: str, log_path: str, stack_path: str
-) -> None:
-    """Be rank `rank` of `world_size` until the pipe closes."""
-    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+@dataclass(frozen=True)
+class Place:
+    """Which rank this is, how it meets the others, and the files it writes for the pool."""
+
+    rank: int
+    world_size: int
+    port: int
+    backend: str
+    log: str
+    stacks: str
+
+
+def serve(pipe: Connection, place: Place) -> None:
+    """Be one rank until the pipe closes."""
+    log = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)
-    sys.stderr = open(2, "w", buffering=1, closefd=False)
-    stacks = open(stack_path, "w")  # noqa: SIM115 - faulthandler keeps the descriptor for the life of the process
+    # These stay open for the life of the process: a context manager has no place to end.
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    stacks = open(place.stacks, "w")  # noqa: SIM115
     faulthandler.enable(stacks)
     faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest; the pool ends its ranks itself
 
     os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(world_size),
+        RANK=str(place.rank),
+        WORLD_SIZE=str(place.world_size),
+        LOCAL_RANK=str(place.rank),
+        LOCAL_WORLD_SIZE=str(place.world_size),
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
+        MASTER_PORT=str(place.port),
     )
-    if backend == "gloo" and sys.platform == "linux":
+    if place.backend == "gloo" and sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     import torch
 
@@ -51,7 +63,7 @@ def serve(
 
     torch.set_num_threads(1)
     try:
-        ranks = Ranks.join(use_cpu=backend == "gloo", timeout_s=300.0)
+        ranks = Ranks.join(use_cpu=place.backend == "gloo", timeout_s=300.0)
     except Exception as error:
         pipe.send_bytes(_error_reply(error))
         return
