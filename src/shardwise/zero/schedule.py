@@ -152,9 +152,11 @@ class Schedule:
                     pass
             if order is not None:
                 self._learn(order)
-        self._release_finished(None)
-        for i in list(self._idle):
-            self._release(self.units[i])
+        self._finished.clear()
+        # Also what nobody reported as done: the backward of a unit whose inputs need no gradient has no end of its own.
+        for unit in self.units:
+            if unit.leaves:
+                self._release(unit)
         self._order = None
 
     def _abandon(self) -> None:
