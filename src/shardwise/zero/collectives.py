@@ -104,6 +104,11 @@ class Ranks:
             dist.destroy_process_group()
         self._owns_group = False
 
+    @property
+    def blocking(self) -> bool:
+        """Whether a collective holds the host until every rank has come: gloo does, NCCL holds only its stream."""
+        return self.world_size > 1 and self.device.type == "cpu"
+
     # Tensors, on the device, over the data group. Each runs on the current stream; the caller orders streams.
 
     def all_gather(self, whole: Tensor, shard: Tensor) -> None:
