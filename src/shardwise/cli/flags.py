@@ -49,7 +49,9 @@ FLAGS: tuple[Flag, ...] = (
     Flag("deepspeed_moe_layer_cls_names", "MoE block classes, with commas.", _ZERO, "NAMES"),
     Flag("deepspeed_multinode_launcher", "Only standard is supported.", _ZERO, "standard"),
     Flag("mixed_precision", "What the model computes in.", _TRAIN, "no|bf16|fp16"),
-    Flag("gradient_accumulation_steps", "Micro-batches for each optimizer step; auto: the script says.", _TRAIN, "N|auto"),
+    Flag(
+        "gradient_accumulation_steps", "Micro-batches for each optimizer step; auto: the script says.", _TRAIN, "N|auto"
+    ),
     Flag("gradient_clipping", "Clip the global gradient norm at this value.", _TRAIN, "NUMBER|none"),
     Flag("distributed_type", "Kind of run; follows from the other flags where not given.", _PROCESSES, "TYPE"),
     Flag("num_processes", "Processes in total, over all machines. Default: one for each GPU.", _PROCESSES, "N"),
@@ -73,7 +75,12 @@ FLAGS: tuple[Flag, ...] = (
     Flag("prefetch_units", "How many units are gathered ahead.", _ENGINE, "N"),
     Flag("units", "Block classes or module paths to shard as units, with commas.", _ENGINE, "NAMES"),
     Flag("whole_adapters", "Keep PEFT adapters whole on every rank (stage 3).", _ENGINE, "auto|true|false"),
-    Flag("scheduler_steps_per_process", "Step schedulers once for each process, as accelerate does.", _ENGINE, "true|false"),
+    Flag(
+        "scheduler_steps_per_process",
+        "Step schedulers once for each process, as accelerate does.",
+        _ENGINE,
+        "true|false",
+    ),
     Flag("collective_timeout_s", "Seconds that a rank waits for the others before it raises.", _ENGINE, "SECONDS"),
     Flag("train_batch_size", "Expected global batch size; checked in prepare.", _ENGINE, "N"),
     Flag("micro_batch_size", "Expected batch size of one process; checked in prepare.", _ENGINE, "N"),

@@ -81,9 +81,7 @@ def launch_command(
     use_deepspeed: Annotated[
         bool, typer.Option("--use_deepspeed", help="A ZeRO run; any ZeRO flag says so too.")
     ] = False,
-    multi_gpu: Annotated[
-        bool, typer.Option("--multi_gpu", help="Whole copies on every GPU, nothing sharded.")
-    ] = False,
+    multi_gpu: Annotated[bool, typer.Option("--multi_gpu", help="Whole copies on every GPU, nothing sharded.")] = False,
     module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT is a module, as in python -m.")] = False,
     max_restarts: Annotated[
         str, typer.Option("--max_restarts", metavar="N", help="Start all ranks again after a failure.")
@@ -157,7 +155,9 @@ def _usage_error(error: Exception, text: str) -> str:
     known = getattr(getattr(error, "ctx", None), "command", None)
     if type(error).__name__ != "NoSuchOption" or not isinstance(typed, str) or known is None:
         return text[:1].lower() + text[1:]
-    names = {name.lstrip("-"): name for parameter in known.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    names = {
+        name.lstrip("-"): name for parameter in known.params for name in (*parameter.opts, *parameter.secondary_opts)
+    }
     close = difflib.get_close_matches(typed.lstrip("-").replace("-", "_"), list(names), n=1)
     hint = f"; did you mean {names[close[0]]}?" if close else "; see --help. Flags of the script come after it."
     return f"{typed}: unknown flag{hint}"
