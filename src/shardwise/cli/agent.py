@@ -1,8 +1,8 @@
 """The ranks of this machine under torch's elastic agent: start, watch, stop, and say why it ended.
 
 The agent is torch's own; this file gives it the plan, keeps its log lines quiet, and turns what it reports into what a
-user needs: the first failing rank's own traceback, the others in one line each, the script's exit code. Whatever ends the
-launcher, no process of a rank stays behind.
+user needs: the first failing rank's own traceback, the others in one line each, the script's exit code. Whatever ends
+the launcher, no process of a rank stays behind.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config.machine import environment_value, host_memory_bytes, memory_limit_bytes, oom_kills
+from ..config.machine import environment_value, export, host_memory_bytes, memory_limit_bytes, oom_kills
 from ..config.resolve import Resolution
 from ..config.schema import Config
 from ..errors import LaunchError
@@ -72,6 +73,7 @@ def start(plan: LaunchPlan) -> int:
         )
     directory = Path(tempfile.mkdtemp(prefix="shardwise-"))
     kills_before = oom_kills()
+    _watch_signals(directory)
     try:
         return _run(plan, directory, kills_before)
     finally:
@@ -103,8 +105,7 @@ def _run(plan: LaunchPlan, directory: Path, kills_before: int | None) -> int:
     from torch.distributed.launcher.api import elastic_launch
 
     _quieten()
-    os.environ.update(plan.environment)
-    os.environ.update({worker.REPORTS: str(directory), worker.LAUNCHER: str(os.getpid())})
+    export({**plan.environment, worker.REPORTS: str(directory), worker.LAUNCHER: str(os.getpid())})
     command = [worker.__file__, *(["-m"] if plan.is_module else []), plan.script, *plan.arguments]
     # The agent takes "$$" and "${local_rank}" in arguments as macros; the script's are to arrive as they are.
     command = [part.replace("$", "$$") for part in command]
@@ -116,7 +117,7 @@ def _run(plan: LaunchPlan, directory: Path, kills_before: int | None) -> int:
             return _explain(error, directory, plan, kills_before)
         except (SignalException, KeyboardInterrupt) as error:
             number = int(getattr(error, "sigval", signal.SIGINT))
-            print(f"\nshardwise launch: stopped by {signal.Signals(number).name}", file=sys.stderr)
+            print(f"shardwise launch: stopped by {signal.Signals(number).name}", file=sys.stderr)
             return 128 + number
         except Exception as error:
             text = " ".join(str(error).split())
@@ -129,6 +130,30 @@ def _run(plan: LaunchPlan, directory: Path, kills_before: int | None) -> int:
                 raise LaunchError(f"machine 0 did not answer at {where}: {text[:300]}") from None
             raise LaunchError(f"the processes could not be started ({where}): {text[:300]}") from error
     raise AssertionError("unreachable")
+
+
+def _watch_signals(directory: Path) -> None:
+    """Say that a first Ctrl-C (or SIGTERM) was heard; at a second one kill the ranks, whatever the agent waits for.
+
+    The agent installs its own handlers, so the signals are seen through Python's wake-up descriptor, beside them.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        heard = 0
+        while True:
+            number = os.read(reader, 1)[0]
+            if number in (signal.SIGINT, signal.SIGTERM):
+                heard += 1
+                name = signal.Signals(number).name
+                if heard == 1:
+                    print(f"\nshardwise launch: {name}: the ranks are asked to stop; again kills them", file=sys.stderr)
+                else:
+                    _end_sessions(directory)
+
+    threading.Thread(target=watch, name="shardwise-signals", daemon=True).start()
 
 
 def _quieten() -> None:
@@ -205,7 +230,7 @@ def _explain(error: ChildFailedError, directory: Path, plan: LaunchPlan, kills_b
 
 
 def _cause_first(failure: Failure) -> tuple[int, int]:
-    """Sort key. A rank that was killed comes before those that missed it; an echo of another rank's error comes last."""
+    """Sort key: a rank that was killed before those that missed it, an echo of another rank's error last."""
     if failure.record is None:
         return (0, failure.rank)
     return (2 if failure.record["kind"] == "RankError" else 1, failure.record["time_ns"])
@@ -253,7 +278,9 @@ def _why_killed(kills_before: int | None) -> str:
     limit, memory = memory_limit_bytes(), host_memory_bytes()
     size = f" (limit {limit / 2**30:.1f} GiB)" if limit else f" ({memory / 2**30:.1f} GiB)" if memory else ""
     if kills is not None and kills_before is not None and kills > kills_before:
-        return f"the kernel killed it because host memory{size} ran out. Offload less to the cpu, or start fewer processes."
+        return (
+            f"the kernel killed it because host memory{size} ran out; offload less to the cpu or start fewer processes."
+        )
     return (
         f"SIGKILL comes from a person, a scheduler, or the kernel when host memory{size} runs out; the kernel's log "
         "(dmesg) tells which."
@@ -281,7 +308,7 @@ def _sessions() -> list[tuple[int, int]]:
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            # The name in parentheses may hold anything; what follows it are plain fields: state, parent, group, session.
+            # The name in parentheses may hold anything; after it come state, parent, group, session.
             fields = path.read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()
         except (OSError, IndexError):
             continue

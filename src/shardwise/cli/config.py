@@ -1,8 +1,8 @@
 """`shardwise config`: the guide's questions, one by one, and the YAML file that they lead to.
 
-The questions are a table. Each has a key of the schema, a condition on the answers so far, a default, and one line of help.
-A flag answers its question beforehand; without a terminal flags must answer all that apply, or `--default` the rest. An
-answer is checked when it is given, by the same schema that checks a file.
+The questions are a table. Each has a key of the schema, a condition on the answers so far, a default, and one line of
+help. A flag answers its question beforehand; without a terminal flags must answer all that apply, or `--default` the
+rest. An answer is checked when it is given, by the same schema that checks a file.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "NCCL_DEBUG", "NCCL_SOCK
 
 
 def run_env(config_file: str | None = None) -> None:
-    """Print it. config_file: the YAML to show; the user's default file if None. ConfigError if a named one is missing."""
+    """Print it, with the YAML file (the user's default one if None). ConfigError if a named file is missing."""
     text: str | None = None
     path = Path(config_file) if config_file is not None else default_file()
     if config_file is not None or path.is_file():

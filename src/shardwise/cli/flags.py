@@ -1,7 +1,8 @@
 """The flags of `config` and `launch`: one table, from which both commands get their parameters.
 
-A flag is named as its YAML key; `main.py` takes dashes for underscores. Every value stays the text that was typed: the schema checks
-it, so that a wrong flag and a wrong file are told in the same words. A flag that was not typed is None, never a default.
+A flag is named as its YAML key; `main.py` takes dashes for underscores. Every value stays the text that was typed: the
+schema checks it, so that a wrong flag and a wrong file are told in the same words. A flag that was not typed is None,
+never a default.
 """
 
 from __future__ import annotations

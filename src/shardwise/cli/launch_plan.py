@@ -7,6 +7,7 @@ script that is not there, more processes than devices, no device at all.
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib.util
 import os
 import socket
@@ -58,7 +59,7 @@ class LaunchPlan:
 def check_script(script: str, is_module: bool) -> None:
     """LaunchError unless the script (or, with -m, the module) can be found."""
     if is_module:
-        top = script.split(".")[0]
+        top = script.split(".", 1)[0]
         path = list(sys.path)
         sys.path.insert(0, os.getcwd())
         try:
@@ -209,8 +210,6 @@ def port_is_free(address: str, port: int) -> bool:
         try:
             probe.bind((address, port))
         except OSError as error:
-            import errno
-
             return error.errno != errno.EADDRINUSE
     return True
 

@@ -1,7 +1,8 @@
 """What each launched process runs: the user's script as `__main__`, and a record of how it failed.
 
 The launcher starts `python worker.py script.py args...`, by path, so that nothing of shardwise is imported before the
-script. The script sees itself exactly as under `python script.py`: `__main__`, `sys.argv`, `sys.path[0]`. What is added:
+script. The script sees itself exactly as under `python script.py`: `__main__`, `sys.argv`, `sys.path[0]`. What is
+added:
   - the process dies with the launcher, even when that is killed with SIGKILL;
   - an exception is written to a record instead of the terminal, with the time in nanoseconds, so that the launcher can
     show the first failing rank's traceback and not every rank's at once;

@@ -1,9 +1,10 @@
 """A DeepSpeed JSON file, read as the settings that it means here.
 
-DeepSpeed's keys fall in four kinds: those with a meaning here (stage, offload, precision, clipping, batch sizes), those that
-tune DeepSpeed's own machinery (bucket sizes and the like: taken, and named in one note), those that ask for something else
-(an optimizer, MoE, activation partitioning: refused with the reason), and unknown ones (an error with the nearest known
-key). `auto` means what it means in accelerate: the script, or the launcher's mixed_precision, decides.
+DeepSpeed's keys fall in four kinds: those with a meaning here (stage, offload, precision, clipping, batch sizes),
+those that tune DeepSpeed's own machinery (bucket sizes and the like: taken, and named in one note), those that ask for
+something else (an optimizer, MoE, activation partitioning: refused with the reason), and unknown ones (an error with
+the nearest known key). `auto` means what it means in accelerate: the script, or the launcher's mixed_precision,
+decides.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ class _Reader:
                 self.put(ours, top[theirs], (theirs,))
         if "gradient_clipping" not in top:
             self.found.notes.append(
-                f"{self.file.path}: has no gradient_clipping. DeepSpeed would clip at 1.0; shardwise clips only when told to."
+                f"{self.file.path}: has no gradient_clipping. DeepSpeed would clip at 1.0; here nothing is clipped."
             )
         if self.idle:
             self.found.notes.append(f"{self.file.path}: no effect here: {', '.join(self.idle)}.")

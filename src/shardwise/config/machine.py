@@ -1,7 +1,7 @@
 """What this machine has, found without torch: CPU cores, memory, CUDA devices.
 
-The launcher must say "8 processes, but 2 GPUs" in well under a second, and importing torch alone takes longer. Where the
-number of devices cannot be known this way (ROCm, WSL without nvidia-smi), it is None and torch is asked later.
+The launcher must say "8 processes, but 2 GPUs" in well under a second, and importing torch alone takes longer. Where
+the number of devices cannot be known this way (ROCm, WSL without nvidia-smi), it is None and torch is asked later.
 """
 
 from __future__ import annotations
@@ -112,3 +112,8 @@ def visible_gpus(gpu_ids: str | None = None, environ: Mapping[str, str] | None =
 def environment_value(name: str) -> str | None:
     """One variable of this process's environment; only config/ reads it."""
     return os.environ.get(name)
+
+
+def export(variables: Mapping[str, str]) -> None:
+    """Put variables into this process's environment, for the processes that it starts."""
+    os.environ.update(variables)

@@ -103,7 +103,7 @@ class _Build:
         self.origins[key] = origin
 
     def read_json(self, flags: Mapping[str, Any]) -> None:
-        """Lay the DeepSpeed JSON, if one is named, under the flags; a value that the YAML gives differently is an error."""
+        """Lay the DeepSpeed JSON, if one is named, under the flags. It must not contradict the YAML."""
         key = ("deepspeed_config", "deepspeed_config_file")
         name = flags.get("deepspeed_config_file") or self.get(key)
         if not isinstance(name, str) or name.lower() in ("none", ""):
@@ -125,8 +125,8 @@ class _Build:
             if ours in self.file.lines and self.get(ours) is not None and not _same(ours, self.get(ours), value):
                 if theirs:
                     self.problems.append(
-                        f"{self.origins[ours]}: {'.'.join(ours)}: {self.get(ours)!r} contradicts {value!r} of {theirs}; "
-                        "remove one of them"
+                        f"{self.origins[ours]}: {'.'.join(ours)}: {self.get(ours)!r} contradicts {value!r} of "
+                        f"{theirs}; remove one of them"
                     )
                 continue
             self.put(ours, value, theirs or f"{name}, where it is absent")
@@ -162,10 +162,10 @@ class _Build:
                 self.put(("use_cpu",), True, "because distributed_type is MULTI_CPU")
                 cpu = True
         several = str(self.get(("num_processes",))).strip()
-        if kind in ("NO", "NONE", "FALSE") and several.isdigit() and int(several) > 1:
-            if "num_processes" in flags or kind == "NONE":
-                origin = "because num_processes is more than 1"
-                self.put(("distributed_type",), "MULTI_CPU" if cpu else "MULTI_GPU", origin)
+        unsaid = kind == "NONE" or (kind in ("NO", "FALSE") and "num_processes" in flags)
+        if unsaid and several.isdigit() and int(several) > 1:
+            origin = "because num_processes is more than 1"
+            self.put(("distributed_type",), "MULTI_CPU" if cpu else "MULTI_GPU", origin)
 
     def finish(self) -> Resolution:
         config, problems = check(self.values)
