@@ -178,7 +178,7 @@ class _Reader:
             elif key in _ZERO_TUNING:
                 self.idle.append(f"zero_optimization.{key}")
             elif key in _ZERO_REFUSED:
-                if value not in (None, False, 0, 1, -1):
+                if value is True or value not in (None, False, 0, 1, -1):
                     self.problem(path, _ZERO_REFUSED[key])
             else:
                 known = ["stage", "offload_optimizer", "offload_param", "stage3_gather_16bit_weights_on_model_save"]
