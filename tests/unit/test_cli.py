@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from shardwise.cli.flags import FLAGS
 from shardwise.cli.main import run
 from shardwise.config.resolve import key_of
@@ -74,7 +75,7 @@ def test_more_processes_than_gpus_are_refused(
     code, _, err = shardwise(capsys, "launch", "--num_processes", "8", "train.py")
     assert code == 2
     assert err == [
-        "error: --num_processes: num_processes: 8 processes need as many GPUs, but there are 2; ask for 2, or add --use_cpu"
+        "error: --num_processes: 8 processes need as many GPUs, but there are 2; ask for 2, or add --use_cpu"
     ]
     code, out, _ = shardwise(capsys, "launch", "--dry-run", "train.py")
     assert code == 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from shardwise.cli.config import QUESTIONS, Question, answer, ask_in_terminal, problem_with
 from shardwise.cli.main import run
 from shardwise.config.resolve import resolve

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from shardwise.config.deepspeed_json import read_deepspeed_json
 from shardwise.config.resolve import resolve
 from shardwise.config.schema import Config
@@ -175,7 +176,8 @@ def test_a_deepspeed_file_means_the_same_here(tmp_path: Path) -> None:
     assert (config.engine.loss_scale.initial, config.engine.loss_scale.static) == (4096.0, None)
     assert (config.engine.train_batch_size, config.engine.micro_batch_size) == (16, None)
     assert found.origin(("deepspeed_config", "zero_stage")) == f"{path}:3: zero_optimization.stage"
-    (note,) = found.notes
+    hysteresis, note = found.notes
+    assert "falls at every overflow" in hysteresis
     assert "overlap_comm" in note
     assert "steps_per_print" in note
 

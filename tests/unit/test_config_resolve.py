@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from shardwise.config.machine import visible_gpus
 from shardwise.config.resolve import resolve
 from shardwise.errors import ConfigError

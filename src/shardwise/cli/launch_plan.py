@@ -94,9 +94,10 @@ def check_devices(config: Config, origins: Mapping[Key, str], devices: int | Non
     local = (config.num_processes or 1) // config.num_machines
     if local > devices:
         origin = origins.get(("num_processes",), "default")
+        name = "" if origin == "--num_processes" else "num_processes: "
         on_this = " on this machine" if config.num_machines > 1 else ""
         raise LaunchError(
-            f"{origin}: num_processes: {local} processes{on_this} need as many GPUs, but there "
+            f"{origin}: {name}{local} processes{on_this} need as many GPUs, but there "
             f"{'is 1' if devices == 1 else f'are {devices}'}; ask for {devices}, or add --use_cpu"
         )
 

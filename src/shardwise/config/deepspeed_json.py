@@ -75,7 +75,6 @@ _FP16 = {  # DeepSpeed's name -> ours, in shardwise_config.loss_scale
     "loss_scale": "static",
     "initial_scale_power": "initial",
     "loss_scale_window": "growth_interval",
-    "hysteresis": "hysteresis",
     "min_loss_scale": "minimum",
 }
 _PRECISION_TUNING = {"auto_cast", "consecutive_hysteresis", "fp16_master_weights_and_grads", "immediate_grad_update"}
@@ -215,6 +214,11 @@ class _Reader:
                         self.put(("mixed_precision",), ours, path)
                     elif value not in (False, "auto"):
                         self.problem(path, f"{value!r} is not true, false or 'auto'")
+                elif theirs == "fp16" and name == "hysteresis":
+                    if section.get("enabled") is not False and value != 1:
+                        self.found.notes.append(
+                            f"{self.file.path}: fp16.hysteresis: no effect; the loss scale falls at every overflow."
+                        )
                 elif theirs == "fp16" and name in _FP16:
                     if section.get("enabled") is not False and value != "auto":
                         self.loss_scale(name, value, path)
@@ -224,7 +228,7 @@ class _Reader:
                     else:
                         self.idle.append(".".join(path))
                 else:
-                    known = ["enabled", *_PRECISION_TUNING, *(_FP16 if theirs == "fp16" else ())]
+                    known = ["enabled", *_PRECISION_TUNING, *(["hysteresis", *_FP16] if theirs == "fp16" else ())]
                     self.problem(path, f"unknown key{nearest(name, known)}")
         if len(set(chosen)) > 1:
             self.problem(("fp16",), "bf16 and fp16 cannot both be enabled")

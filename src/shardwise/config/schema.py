@@ -47,6 +47,7 @@ _OTHER_TYPES = {
 }
 
 
+_HYSTERESIS = dict.fromkeys(range(2, 100), "the scale falls at every overflow; only 1 is taken")
 # 0 is DeepSpeed's way to say "no clipping". There is no hidden 1.0.
 _NO_CLIPPING = ("none", "auto", "no", 0, 0.0, False)
 
@@ -108,7 +109,7 @@ class LossScaleConfig(_Model):
     static: Annotated[float | None, optional(number(0, above=True), "dynamic", 0, 0.0)] = None
     initial: Annotated[float, number(1)] = 2.0**16
     growth_interval: Annotated[int, whole_number(1)] = 2000
-    hysteresis: Annotated[int, whole_number(1)] = 1
+    hysteresis: Annotated[int, one_of(1, refused=_HYSTERESIS)] = 1
     minimum: Annotated[float, number(0, above=True)] = 1.0
 
 
