@@ -37,8 +37,10 @@ class RankEnvironment:
             default = {"LOCAL_RANK": env.get("RANK"), "LOCAL_WORLD_SIZE": env.get("WORLD_SIZE")}.get(name)
             text = env.get(name, default)
             if text is None:
-                raise ConfigError(f"{name} is not set in the environment, but its companions are. Start the script "
-                                  "with `shardwise launch` or `torchrun`, or unset RANK and WORLD_SIZE.")
+                raise ConfigError(
+                    f"{name} is not set in the environment, but its companions are. Start the script "
+                    "with `shardwise launch` or `torchrun`, or unset RANK and WORLD_SIZE."
+                )
             try:
                 values[name] = int(text)
             except ValueError:

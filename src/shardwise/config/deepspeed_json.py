@@ -1,0 +1,269 @@
+"""A DeepSpeed JSON file, read as the settings that it means here.
+
+DeepSpeed's keys fall in four kinds: those with a meaning here (stage, offload, precision, clipping, batch sizes),
+those that tune DeepSpeed's own machinery (bucket sizes and the like: taken, and named in one note), those that ask for
+something else (an optimizer, MoE, activation partitioning: refused with the reason), and unknown ones (an error with
+the nearest known key). `auto` means what it means in accelerate: the script, or the launcher's mixed_precision,
+decides.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from .rules import Key, Problem, nearest
+from .yaml_file import SettingsFile, parse_yaml, read_text
+
+_SCRIPT = "give it in the script instead (a torch optimizer or scheduler, through prepare)"
+_REFUSED: dict[str, str] = {
+    "optimizer": f"an optimizer is not built from this file; {_SCRIPT}",
+    "scheduler": f"a scheduler is not built from this file; {_SCRIPT}",
+    "amp": "NVIDIA apex is not used; take bf16 or fp16",
+    "sparse_attention": "is not supported",
+    "compression_training": "is not supported",
+    "curriculum_learning": "is not supported",
+    "data_efficiency": "is not supported",
+    "elasticity": "is not supported",
+    "tensor_parallel": "is not supported",
+    "autotuning": "is not supported",
+    "hybrid_engine": "is not supported",
+    "pipeline": "is not supported",
+    "quantize_training": "is not supported",
+    "sparse_gradients": "is not supported",
+    "torch_autocast": "is not supported; take bf16 or fp16",
+    "compile": "torch.compile is not started by this version",
+    "compression": "is not supported",
+}
+# No effect on what is computed: DeepSpeed's own machinery, its logs and its checkpoints.
+_TUNING = {
+    *("steps_per_print", "wall_clock_breakdown", "dump_state", "zero_allow_untested_optimizer", "memory_breakdown"),
+    *("zero_force_ds_cpu_optimizer", "prescale_gradients", "gradient_predivide_factor", "aio", "flops_profiler"),
+    *("comms_logger", "checkpoint", "tensorboard", "wandb", "csv_monitor", "comet", "activation_checkpointing"),
+    *("disable_allgather", "graph_harvesting", "use_data_before_expert_parallel_", "load_universal_checkpoint"),
+    *("zero_optimization_warmup", "dataloader_drop_last", "timers", "data_types"),
+}
+_ZERO_TUNING = {
+    *("overlap_comm", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions"),
+    *("allgather_bucket_size", "sub_group_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"),
+    *("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold"),
+    *("round_robin_gradients", "use_multi_rank_bucket_allreduce", "ignore_unused_parameters", "legacy_stage1"),
+    *("elastic_checkpoint", "load_from_fp32_weights", "memory_efficient_linear", "pipeline_loading_checkpoint"),
+    *("stage3_use_all_reduce_for_fetch_params", "override_module_apply", "stage3_module_granularity_threshold"),
+    *("stage3_allgather_sequential", "log_trace_cache_warnings", "cpu_offload_use_pin_memory"),
+}
+_ZERO_REFUSED = {
+    "zero_hpz_partition_size": "a second partition within a machine is not supported",
+    "zero_quantized_weights": "quantized gathers are not supported",
+    "zero_quantized_nontrainable_weights": "quantized gathers are not supported",
+    "zero_quantized_gradients": "quantized reductions are not supported",
+    "zeropp_loco_param": "quantized reductions are not supported",
+    "mics_shard_size": "sharding over a part of the ranks is not supported",
+    "mics_hierarchical_params_gather": "sharding over a part of the ranks is not supported",
+    "cpu_offload": "is DeepSpeed's old name; write offload_optimizer: {device: cpu}",
+    "cpu_offload_params": "is DeepSpeed's old name; write offload_param: {device: cpu}",
+    "zenflow": "is not supported",
+}
+_OFFLOAD_TUNING = {
+    *("pin_memory", "buffer_count", "buffer_size", "max_in_cpu", "fast_init", "pipeline_read", "pipeline_write"),
+    *("ratio", "super_offload", "cpuadam_cores_perc"),
+}
+_FP16 = {  # DeepSpeed's name -> ours, in shardwise_config.loss_scale
+    "loss_scale": "static",
+    "initial_scale_power": "initial",
+    "loss_scale_window": "growth_interval",
+    "min_loss_scale": "minimum",
+}
+_PRECISION_TUNING = {"auto_cast", "consecutive_hysteresis", "fp16_master_weights_and_grads", "immediate_grad_update"}
+_OUR_KEYS = {
+    *("zero_optimization", "bf16", "bfloat16", "fp16", "gradient_clipping", "gradient_accumulation_steps"),
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "communication_data_type"),
+}
+
+
+@dataclass
+class DeepSpeedFile:
+    """What a JSON file says, in our keys.
+
+    values:   nested as in a YAML file: {"deepspeed_config": {...}, "mixed_precision": ...}; only what is said.
+    places:   our key -> `ds.json:4`.
+    problems: what is wrong, each with the place and DeepSpeed's own key in front.
+    notes:    what is taken without effect, and where DeepSpeed would do something else.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[Key, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def find_json(path: str, beside: str | None) -> Path:
+    """`path` as seen from the working directory, else from the directory of the YAML file that names it."""
+    found = Path(path).expanduser()
+    if not found.exists() and beside is not None and not found.is_absolute():
+        other = Path(beside).parent / found
+        if other.exists():
+            return other
+    return found
+
+
+def read_deepspeed_json(path: str | Path) -> DeepSpeedFile:
+    """Raises ConfigError if there is no such file or it is not JSON; wrong contents are in `problems`."""
+    text = read_text(path)
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}: is not JSON: {error.msg} (column {error.colno})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: is not a JSON object")
+    # JSON is YAML but for tabs between tokens, so the YAML reader can tell the lines (and keys that occur twice).
+    lines = parse_yaml(text.replace("\t", " "), str(path)).lines if values else {}
+    return _Reader(SettingsFile(str(path), values, lines)).read()
+
+
+class _Reader:
+    """Walks through one file; what it finds goes to `found`."""
+
+    def __init__(self, file: SettingsFile) -> None:
+        self.file = file
+        self.found = DeepSpeedFile()
+        self.idle: list[str] = []
+
+    def read(self) -> DeepSpeedFile:
+        top = self.file.values
+        for key, value in top.items():
+            if key in _REFUSED:
+                if value not in (None, False, {}) and not _switched_off(value):
+                    self.problem((key,), _REFUSED[key])
+            elif key in _TUNING:
+                self.idle.append(key)
+            elif key not in _OUR_KEYS:
+                known = [*_OUR_KEYS, *_TUNING, *_REFUSED]
+                self.problem((key,), f"unknown key{nearest(key, known)}")
+        self.zero()
+        self.precision()
+        for theirs, ours in (
+            ("gradient_clipping", ("deepspeed_config", "gradient_clipping")),
+            ("gradient_accumulation_steps", ("deepspeed_config", "gradient_accumulation_steps")),
+            ("train_batch_size", ("shardwise_config", "train_batch_size")),
+            ("train_micro_batch_size_per_gpu", ("shardwise_config", "micro_batch_size")),
+            ("communication_data_type", ("shardwise_config", "reduce_dtype")),
+        ):
+            if theirs in top and top[theirs] not in ("auto", None):
+                self.put(ours, top[theirs], (theirs,))
+        if "gradient_clipping" not in top:
+            self.found.notes.append(
+                f"{self.file.path}: has no gradient_clipping. DeepSpeed would clip at 1.0; here nothing is clipped."
+            )
+        if self.idle:
+            self.found.notes.append(f"{self.file.path}: no effect here: {', '.join(self.idle)}.")
+        return self.found
+
+    def zero(self) -> None:
+        section = self.section("zero_optimization")
+        for key, value in section.items():
+            path = ("zero_optimization", key)
+            if key == "stage":
+                self.put(("deepspeed_config", "zero_stage"), value, path)
+            elif key in ("offload_optimizer", "offload_param"):
+                self.offload(key, value)
+            elif key == "stage3_gather_16bit_weights_on_model_save":
+                self.put(("deepspeed_config", "zero3_save_16bit_model"), False if value == "auto" else value, path)
+            elif key == "stage3_gather_fp16_weights_on_model_save":
+                self.put(("deepspeed_config", "zero3_save_16bit_model"), value, path)
+            elif key in _ZERO_TUNING:
+                self.idle.append(f"zero_optimization.{key}")
+            elif key in _ZERO_REFUSED:
+                if value is True or value not in (None, False, 0, 1, -1):
+                    self.problem(path, _ZERO_REFUSED[key])
+            else:
+                known = ["stage", "offload_optimizer", "offload_param", "stage3_gather_16bit_weights_on_model_save"]
+                self.problem(path, f"unknown key{nearest(key, [*known, *_ZERO_TUNING, *_ZERO_REFUSED])}")
+        # DeepSpeed's default, where accelerate's YAML has 2.
+        self.found.values.setdefault("deepspeed_config", {}).setdefault("zero_stage", 0)
+
+    def offload(self, key: str, value: Any) -> None:
+        path: Key = ("zero_optimization", key)
+        if value is None:
+            return
+        if not isinstance(value, dict):
+            self.problem(path, f"{value!r} is not an object with the key device")
+            return
+        for name, inner in value.items():
+            if name == "device":
+                self.put(("deepspeed_config", f"{key}_device"), "none" if inner is None else inner, (*path, name))
+            elif name == "nvme_path":
+                self.put(("deepspeed_config", f"{key}_nvme_path"), inner, (*path, name))
+            elif name in _OFFLOAD_TUNING:
+                self.idle.append(".".join((*path, name)))
+            else:
+                self.problem((*path, name), f"unknown key{nearest(name, ['device', 'nvme_path', *_OFFLOAD_TUNING])}")
+
+    def precision(self) -> None:
+        chosen: list[str] = []
+        for theirs, ours in (("bf16", "bf16"), ("bfloat16", "bf16"), ("fp16", "fp16")):
+            section = self.section(theirs)
+            for name, value in section.items():
+                path = (theirs, name)
+                if name == "enabled":
+                    if value is True:
+                        chosen.append(ours)
+                        self.put(("mixed_precision",), ours, path)
+                    elif value not in (False, "auto"):
+                        self.problem(path, f"{value!r} is not true, false or 'auto'")
+                elif theirs == "fp16" and name == "hysteresis":
+                    if section.get("enabled") is not False and value != 1:
+                        self.found.notes.append(
+                            f"{self.file.path}: fp16.hysteresis: no effect; the loss scale falls at every overflow."
+                        )
+                elif theirs == "fp16" and name in _FP16:
+                    if section.get("enabled") is not False and value != "auto":
+                        self.loss_scale(name, value, path)
+                elif name in _PRECISION_TUNING:
+                    if value not in (False, None) and name == "fp16_master_weights_and_grads":
+                        self.problem(path, "16-bit master weights are not supported")
+                    else:
+                        self.idle.append(".".join(path))
+                else:
+                    known = ["enabled", *_PRECISION_TUNING, *(["hysteresis", *_FP16] if theirs == "fp16" else ())]
+                    self.problem(path, f"unknown key{nearest(name, known)}")
+        if len(set(chosen)) > 1:
+            self.problem(("fp16",), "bf16 and fp16 cannot both be enabled")
+        off = [self.section(name).get("enabled", False) is False for name in ("bf16", "bfloat16", "fp16")]
+        if not chosen and all(off) and any(name in self.file.values for name in ("bf16", "bfloat16", "fp16")):
+            name = next(name for name in ("bf16", "bfloat16", "fp16") if name in self.file.values)
+            self.put(("mixed_precision",), "no", (name,))
+
+    def loss_scale(self, name: str, value: Any, path: Key) -> None:
+        if name == "initial_scale_power" and isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = 2.0**value
+        self.put(("shardwise_config", "loss_scale", _FP16[name]), value, path)
+
+    def section(self, key: str) -> dict[str, Any]:
+        value = self.file.values.get(key, {})
+        if not isinstance(value, dict):
+            if key == "zero_optimization" or value is not None:
+                self.problem((key,), f"{value!r} is not an object")
+                self.file.values[key] = {}
+            return {}
+        return value
+
+    def put(self, ours: Key, value: Any, theirs: Key) -> None:
+        """Set our key; a value that is wrong is found by the schema, which then names this place."""
+        section = self.found.values
+        for part in ours[:-1]:
+            section = section.setdefault(part, {})
+        section[ours[-1]] = value
+        place = self.file.place(theirs)
+        self.found.places[ours] = f"{place or self.file.path}: {'.'.join(theirs)}"
+
+    def problem(self, theirs: Key, text: str) -> None:
+        problem = Problem(theirs, text)
+        self.found.problems.append(f"{self.file.place(theirs) or self.file.path}: {'.'.join(theirs)}: {problem.text}")
+
+
+def _switched_off(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("enabled", value.get("training_enabled", True)) is False

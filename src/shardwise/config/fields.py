@@ -1,0 +1,153 @@
+"""The kinds of value that a setting can have, each with one sentence for a value that does not fit.
+
+A kind is a pydantic annotation: it turns what YAML, JSON or a flag gives (`"2"`, `False` for an unquoted `no`,
+`"AUTO"`) into the one value that the rest of the code sees, or says what it would have taken. This file knows no
+setting by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+from pydantic_core import PydanticCustomError
+
+YES = {"true", "yes", "on", "1"}
+NO = {"false", "no", "off", "0"}
+
+
+def wrong(text: str) -> PydanticCustomError:
+    """An error whose whole text is `text`: pydantic adds nothing to it, and braces in it are not a template."""
+    return PydanticCustomError("shardwise", "{text}", {"text": text})
+
+
+def whole_number(minimum: int, maximum: int | None = None) -> BeforeValidator:
+    """A whole number within limits; digits in a string will do, a boolean will not, though Python calls it an int."""
+
+    def check(value: Any) -> int:
+        number: int | None = None
+        if isinstance(value, int) and not isinstance(value, bool):
+            number = value
+        elif isinstance(value, float) and value.is_integer():
+            number = int(value)
+        elif isinstance(value, str):
+            try:
+                number = int(value)
+            except ValueError:
+                number = None
+        if number is None:
+            raise wrong(f"{value!r} is not a whole number")
+        if number < minimum or (maximum is not None and number > maximum):
+            limits = f"from {minimum} to {maximum}" if maximum is not None else f"{minimum} or more"
+            raise wrong(f"{number} is out of range: {limits}")
+        return number
+
+    return BeforeValidator(check)
+
+
+def one_of(
+    *choices: Any, refused: dict[Any, str] | None = None, case: Callable[[str], str] = str.lower
+) -> BeforeValidator:
+    """One of `choices`, in any letter case. `refused` gives a reason of its own for a value that others would take."""
+
+    def check(value: Any) -> Any:
+        # YAML reads an unquoted `no` as false; the word is what was meant.
+        if value is False and "no" in choices:
+            return "no"
+        found = case(value.strip()) if isinstance(value, str) else value
+        if isinstance(found, str) and choices and isinstance(choices[0], int) and found.isdigit():
+            found = int(found)
+        if not isinstance(found, bool) and isinstance(found, (str, int)):
+            if found in choices:
+                return found
+            if refused and found in refused:
+                raise wrong(refused[found])
+        raise wrong(f"{value!r} is not one of {', '.join(str(choice) for choice in choices)}")
+
+    return BeforeValidator(check)
+
+
+def _yes_or_no(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    text = str(value).strip().lower()
+    if text in YES:
+        return True
+    if text in NO:
+        return False
+    raise wrong(f"{value!r} is not true or false")
+
+
+def number(minimum: float, *, above: bool = False) -> BeforeValidator:
+    """A finite number, `minimum` or more (or strictly `above` it)."""
+
+    def check(value: Any) -> float:
+        try:
+            found = float("nan") if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            found = float("nan")
+        if not math.isfinite(found):
+            raise wrong(f"{value!r} is not a number")
+        if found < minimum or (above and found == minimum):
+            raise wrong(f"{found:g} is out of range: {'above' if above else 'at least'} {minimum:g}")
+        return found
+
+    return BeforeValidator(check)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise wrong(f"{value!r} is not text; put it in quotes")
+    return value
+
+
+def _names(value: Any) -> list[str]:
+    """A list of names; one string may hold several, with commas."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if not isinstance(value, list) or not value or not all(isinstance(name, str) for name in value):
+        raise wrong(f"{value!r} is not a list of names")
+    return list(value)
+
+
+def none_if(*words: Any) -> BeforeValidator:
+    """Take each of `words` (and null) as None."""
+
+    def check(value: Any) -> Any:
+        lowered = value.strip().lower() if isinstance(value, str) else value
+        if lowered is None or any(lowered == word and type(lowered) is type(word) for word in words):
+            return None
+        return value
+
+    return BeforeValidator(check)
+
+
+def optional(kind: BeforeValidator, *words: Any) -> BeforeValidator:
+    """`kind`, or None for null and for each of `words`."""
+    empty = none_if(*words)
+
+    def check(value: Any) -> Any:
+        value = empty.func(value)  # type: ignore[call-arg]
+        return None if value is None else kind.func(value)  # type: ignore[call-arg]
+
+    return BeforeValidator(check)
+
+
+def absent(why: str) -> BeforeValidator:
+    """A key that other tools' files carry empty: taken when it is empty or off, else refused with `why`."""
+
+    def check(value: Any) -> None:
+        if not value or (isinstance(value, str) and value.strip().lower() in NO | {"none"}):
+            return
+        raise wrong(why)
+
+    return BeforeValidator(check)
+
+
+Flag = Annotated[bool, BeforeValidator(_yes_or_no)]
+Text = Annotated[str, BeforeValidator(_text)]
+OptionalText = Annotated[str | None, optional(BeforeValidator(_text), "none", "")]
+OptionalNames = Annotated[list[str] | None, optional(BeforeValidator(_names), "none", "auto", "")]
+OptionalCount = Annotated[int | None, optional(whole_number(1), "auto", "none", "")]

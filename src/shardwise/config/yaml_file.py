@@ -1,0 +1,192 @@
+"""The YAML file of a run: read with the line of every key, written in the guide's schema with a comment for each key.
+
+Reading gives plain values and places; whether they make sense is asked of `rules.check` by `resolve.py`. Writing leaves
+out what accelerate does not know (`shardwise_config`) while it is all default, so that both tools can read the file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import ConfigError
+from .schema import Config
+
+Key = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SettingsFile:
+    """A file's values and the line (from 1) of every key: {("deepspeed_config", "zero_stage"): 8}."""
+
+    path: str
+    values: dict[str, Any] = field(default_factory=dict)
+    lines: dict[Key, int] = field(default_factory=dict)
+
+    def place(self, key: Key) -> str | None:
+        """`run.yaml:8`, or None for a key that the file does not have."""
+        line = self.lines.get(key)
+        return None if line is None else f"{self.path}:{line}"
+
+
+def read_text(path: str | Path) -> str:
+    """The file's text; ConfigError where there is none to read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a directory, not a file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not a text file in UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_yaml(path: str | Path) -> SettingsFile:
+    """Raises ConfigError: no file, broken YAML (one line), not a mapping, or keys that occur twice (all of them)."""
+    return parse_yaml(read_text(path), str(path))
+
+
+def parse_yaml(text: str, path: str) -> SettingsFile:
+    """`read_yaml` of a text; `path` is what the errors call it."""
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            raise ConfigError(f"{path}: is empty")
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{path}:{node.start_mark.line + 1}: the file is not a mapping of keys to values")
+        lines: dict[Key, int] = {}
+        twice: list[str] = []
+        for key, line in _keys(node, ()):
+            if key in lines:
+                twice.append(f"{path}:{line}: {'.'.join(key)}: occurs twice; first in line {lines[key]}")
+            lines.setdefault(key, line)
+        if twice:
+            raise ConfigError("\n".join(twice))
+        values = loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{path}:{mark.line + 1}" if mark else path
+        column = f" (column {mark.column + 1})" if mark else ""
+        raise ConfigError(f"{place}: is not YAML: {error.problem or error.context}{column}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    return SettingsFile(path, {str(key): value for key, value in values.items()}, lines)
+
+
+def _keys(node: yaml.MappingNode, above: Key) -> Iterator[tuple[Key, int]]:
+    """Every key of a mapping and of the mappings in it, with its line; an alias is followed once."""
+    for key_node, value_node in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            continue
+        key = (*above, key_node.value)
+        yield key, key_node.start_mark.line + 1
+        if isinstance(value_node, yaml.MappingNode) and len(above) < 4:
+            yield from _keys(value_node, key)
+
+
+# One comment for each key that is written: what it does, in a few words.
+COMMENTS: dict[str, str] = {
+    "compute_environment": "this machine, not a cloud service",
+    "distributed_type": "DEEPSPEED: ZeRO; MULTI_GPU and MULTI_CPU: whole copies; NO: one process",
+    "downcast_bf16": "TPU only",
+    "debug": "check every collective over the ranks (slower)",
+    "machine_rank": "which machine this is, from 0",
+    "main_process_ip": "address of machine 0",
+    "main_process_port": "a free port of machine 0",
+    "main_training_function": "TPU only",
+    "mixed_precision": "no, bf16 or fp16",
+    "num_machines": "how many machines",
+    "num_processes": "processes in total, over all machines",
+    "rdzv_backend": "how machines find each other: static or c10d",
+    "same_network": "are all machines in one network?",
+    "gpu_ids": "GPUs of this machine to use",
+    "use_cpu": "train on the CPU even where there are GPUs",
+    "zero_stage": "0 nothing sharded, 1 optimizer, 2 + gradients, 3 + parameters",
+    "gradient_accumulation_steps": "micro-batches for each optimizer step",
+    "gradient_clipping": "global norm; 0.0 is no clipping",
+    "offload_optimizer_device": "none or cpu",
+    "offload_param_device": "none or cpu (stage 3)",
+    "zero3_init_flag": "construct the model sharded (stage 3)",
+    "zero3_save_16bit_model": "save consolidated 16-bit weights (stage 3)",
+    "deepspeed_config_file": "a DeepSpeed JSON file to take the ZeRO settings from",
+}
+
+_ALWAYS = (
+    *("compute_environment", "debug", "distributed_type", "machine_rank", "main_training_function", "mixed_precision"),
+    *("num_machines", "num_processes", "rdzv_backend", "same_network", "use_cpu"),
+)
+
+
+def to_file_values(config: Config) -> dict[str, Any]:
+    """What a file of this Config holds: the guide's keys, sorted, and others where they differ from the default."""
+    full = config.model_dump(mode="json")
+    values = {**config.to_values(), **{key: full[key] for key in _ALWAYS}, "downcast_bf16": "no"}
+    values = {key: value for key, value in values.items() if value not in (None, {})}
+    if config.distributed_type == "DEEPSPEED" or config.deepspeed_config is not None:
+        zero = config.zero
+        section = zero.model_dump(mode="json", exclude_defaults=True)
+        section["zero_stage"] = zero.zero_stage
+        if zero.deepspeed_config_file is None:
+            section["gradient_accumulation_steps"] = config.gradient_accumulation_steps
+            # Said in full, because an absent key means 1.0 to accelerate.
+            section["gradient_clipping"] = zero.gradient_clipping or 0.0
+            section["offload_optimizer_device"] = zero.offload_optimizer_device
+            section["offload_param_device"] = zero.offload_param_device
+            section["zero3_init_flag"] = zero.zero3_init_flag
+            section["zero3_save_16bit_model"] = zero.zero3_save_16bit_model
+        else:
+            # accelerate refuses a file that repeats what the JSON says.
+            section = {"deepspeed_config_file": zero.deepspeed_config_file, "zero3_init_flag": zero.zero3_init_flag}
+            values.pop("mixed_precision", None)
+        values["deepspeed_config"] = section
+    return dict(sorted(values.items()))
+
+
+def to_yaml(config: Config) -> str:
+    """The text of a file of this Config."""
+    lines = ["# Settings of one run, for `shardwise launch --config_file` (accelerate reads this schema too)."]
+    for key, value in to_file_values(config).items():
+        if isinstance(value, dict):
+            lines.append(f"{key}:")
+            lines += [f"  {line}" for name, inner in sorted(value.items()) for line in _entry(name, inner)]
+        else:
+            lines += _entry(key, value)
+    return "\n".join(lines) + "\n"
+
+
+def _entry(key: str, value: Any) -> list[str]:
+    text = yaml.safe_dump({key: value}, default_flow_style=False, width=1000).rstrip("\n").split("\n")
+    if key in COMMENTS and len(text) == 1:
+        text[0] = f"{text[0]}  # {COMMENTS[key]}"
+    return text
+
+
+def write_yaml(config: Config, path: str | Path) -> None:
+    """Write the file, and the directory above it, in one piece: a reader sees the old text or the new one.
+
+    Raises ConfigError where that cannot be done.
+    """
+    target = Path(path)
+    part = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(to_yaml(config), encoding="utf-8")
+        part.replace(target)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def default_file() -> Path:
+    """Where `shardwise config` writes and `launch` looks when no file is named: in the user's Hugging Face cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    home = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
+    return Path(home).expanduser() / "shardwise" / "default_config.yaml"
