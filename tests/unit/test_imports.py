@@ -1,0 +1,242 @@
+"""The directions in which the tree depends on itself, read from its source and never by importing it.
+
+    errors, version
+      <- plan, layout, config                 facts: no processes; config also no torch
+      <- flat, guard, precision, collectives, streams, offload
+      <- unit  <- schedule, hooks  <- sharded  <- optimizer, clipping, checkpoint
+      <- accelerator, data, process, ...      the front end
+      <- cli
+
+A file may import from its own level and from those above it in this drawing. Each dangerous thing has one home.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[2] / "src" / "shardwise"
+
+# First match wins; a name that is nowhere here fails test_every_module_has_a_level, so that it is put on a level.
+LEVELS: tuple[tuple[str, ...], ...] = (
+    ("errors", "version"),
+    ("zero.plan", "zero.layout", "config"),
+    ("zero.precision", "zero.flat", "zero.guard", "zero.collectives", "zero.streams", "zero.units", "offload"),
+    ("zero.unit",),
+    ("zero.schedule", "zero.hooks"),
+    ("zero.sharded",),
+    ("zero.optimizer", "zero.clipping", "checkpoint"),
+    ("accelerator", "data", "process", "memory", "estimate", "frontend", "logging"),
+    ("cli",),
+)
+# Packages themselves: they may re-export what they hold.
+PACKAGES = ("", "zero")
+
+
+@dataclass(frozen=True)
+class Import:
+    """`name` as an absolute dotted name; lazy: inside a function, or only for type checkers."""
+
+    name: str
+    line: int
+    lazy: bool
+
+
+def modules() -> list[str]:
+    """Every module of src by its dotted name under `shardwise`; a package by its own name."""
+    names = []
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return names
+
+
+def path_of(module: str) -> Path:
+    path = SOURCE.joinpath(*module.split(".")) if module else SOURCE
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+@cache
+def tree_of(module: str) -> ast.Module:
+    return ast.parse(path_of(module).read_text())
+
+
+@cache
+def imports_of(module: str) -> tuple[Import, ...]:
+    return tuple(_imports(module, tree_of(module), lazy=False))
+
+
+def _imports(module: str, node: ast.AST, lazy: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (Import(alias.name, child.lineno, lazy) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            base = child.module or ""
+            if child.level:
+                package = ["shardwise", *module.split(".")] if module else ["shardwise"]
+                if path_of(module).name != "__init__.py":
+                    package = package[:-1]
+                package = package[: len(package) - (child.level - 1)]
+                base = ".".join([*package, base] if base else package)
+            for alias in child.names:
+                yield Import(f"{base}.{alias.name}", child.lineno, lazy)
+        else:
+            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or _is_type_checking(child)
+            yield from _imports(module, child, lazy or inside)
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def level_of(module: str) -> int | None:
+    for level, names in enumerate(LEVELS):
+        if any(module == name or module.startswith(name + ".") for name in names):
+            return level
+    return None
+
+
+def own_module(name: str) -> str | None:
+    """Which module of src an imported name lies in; None if it is not of shardwise."""
+    if name != "shardwise" and not name.startswith("shardwise."):
+        return None
+    parts = name.split(".")[1:]
+    while parts and not path_of(".".join(parts)).exists():
+        parts.pop()
+    return ".".join(parts)
+
+
+def names_used(module: str) -> Iterator[tuple[str, int]]:
+    """Every dotted expression that the module's code writes out, such as `torch.cuda.Stream`, with its line."""
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.Attribute):
+            parts = [node.attr]
+            inner: ast.expr = node.value
+            while isinstance(inner, ast.Attribute):
+                parts.append(inner.attr)
+                inner = inner.value
+            if isinstance(inner, ast.Name):
+                yield ".".join([inner.id, *reversed(parts)]), node.lineno
+
+
+def is_under(name: str, *roots: str) -> bool:
+    return any(name == root or name.startswith(root + ".") for root in roots)
+
+
+@pytest.mark.parametrize("module", modules())
+def test_every_module_has_a_level(module):
+    assert module in PACKAGES or level_of(module) is not None, f"put {module} into LEVELS"
+
+
+@pytest.mark.parametrize("module", modules())
+def test_no_module_imports_from_a_level_below_it_in_the_drawing(module):
+    level = level_of(module)
+    if level is None:
+        return
+    for found in imports_of(module):
+        target = own_module(found.name)
+        if target is None or target in PACKAGES:
+            continue
+        other = level_of(target)
+        assert other is not None and other <= level, (
+            f"{path_of(module)}:{found.line} imports {found.name}, which is of a later level"
+        )
+
+
+def test_only_collectives_imports_torch_distributed():
+    for module in modules():
+        # The launcher starts processes through torch's elastic agent, which lives in torch.distributed too.
+        allowed = module == "zero.collectives"
+        for found in imports_of(module):
+            if is_under(found.name, "torch.distributed") and not allowed:
+                elastic = is_under(
+                    found.name, "torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run"
+                )
+                assert elastic and module.startswith("cli"), f"{path_of(module)}:{found.line} imports {found.name}"
+        for name, line in names_used(module):
+            assert allowed or not is_under(name, "torch.distributed"), f"{path_of(module)}:{line} uses {name}"
+
+
+def test_only_streams_names_cuda_streams_and_events():
+    for module in modules():
+        if module == "zero.streams":
+            continue
+        for name, line in names_used(module):
+            bad = is_under(
+                name, "torch.cuda.Stream", "torch.cuda.Event", "torch.cuda.stream", "torch.cuda.ExternalStream"
+            )
+            assert not bad, f"{path_of(module)}:{line} uses {name}: that is for zero/streams.py"
+        for found in imports_of(module):
+            assert found.name not in ("torch.cuda.Stream", "torch.cuda.Event", "torch.cuda.stream"), (
+                f"{module}: {found}"
+            )
+
+
+def test_only_hooks_registers_hooks_on_modules_and_tensors():
+    hooks = (
+        "register_forward_pre_hook",
+        "register_forward_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+        "register_post_accumulate_grad_hook",
+        "queue_callback",
+    )
+    for module in modules():
+        for name, line in names_used(module):
+            if name.split(".")[-1] in hooks:
+                assert module == "zero.hooks", f"{path_of(module)}:{line} uses {name}: that is for zero/hooks.py"
+
+
+def test_only_config_reads_the_environment():
+    for module in modules():
+        if is_under(module, "config"):
+            continue
+        for name, line in names_used(module):
+            assert not is_under(name, "os.environ", "os.getenv"), f"{path_of(module)}:{line} reads the environment"
+        for found in imports_of(module):
+            assert found.name not in ("os.environ", "os.getenv"), f"{path_of(module)}:{found.line}"
+
+
+def test_no_module_imports_the_peers():
+    peers = ("deepspeed", "accelerate", "fairscale", "torch.distributed.fsdp", "torch.distributed._composable")
+    for module in modules():
+        for found in imports_of(module):
+            assert not is_under(found.name, *peers), f"{path_of(module)}:{found.line} imports {found.name}"
+
+
+HEAVY = ("torch", "transformers", "peft", "datasets", "numpy")
+
+
+@pytest.mark.parametrize("module", [name for name in modules() if is_under(name, "config", "cli", "errors", "")])
+def test_the_commands_import_nothing_heavy_at_module_level(module):
+    """Following imports within shardwise: what `shardwise --help` loads."""
+    seen: set[str] = set()
+    waiting = [module, ""]
+    while waiting:
+        current = waiting.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        for found in imports_of(current):
+            if found.lazy:
+                continue
+            assert not is_under(found.name, *HEAVY), (
+                f"{path_of(current)}:{found.line} imports {found.name} at module level; {module} loads it"
+            )
+            target = own_module(found.name)
+            if target is not None:
+                waiting.append(target)
+
+
+def test_the_engine_does_not_know_the_front_end_or_hugging_face():
+    for module in modules():
+        if is_under(module, "zero", "offload"):
+            for found in imports_of(module):
+                assert not is_under(found.name, "transformers", "peft", "datasets", "yaml", "pydantic"), (
+                    f"{path_of(module)}:{found.line} imports {found.name}"
+                )
