@@ -83,8 +83,10 @@ class DispatchedLoader(PreparedLoader):
             whole = batch
             part, rest = divmod(message.rows, world)
             if rest and not message.last:
-                raise DataError(f"dispatch_batches: a round of {message.rows} samples in mid-epoch cannot be cut into "
-                                f"{world} equal parts. Only the last one may be of another size.")
+                raise DataError(
+                    f"dispatch_batches: a round of {message.rows} samples in mid-epoch cannot be cut into "
+                    f"{world} equal parts. Only the last one may be of another size."
+                )
             if rest and not self._drops_last:
                 part += 1
                 whole = _complete(batch, first, part * world)

@@ -297,11 +297,17 @@ class PartialState:
 
 
 class AcceleratorState(PartialState):
-    """The run's state with the settings of the Accelerator that was made last in this process."""
+    """The run's state with the settings of an Accelerator: by default, the one that was made last in this process."""
+
+    def __init__(self, cpu: bool | None = None, *, accelerator: Accelerator | None = None) -> None:
+        super().__init__(cpu)
+        self._given = accelerator
 
     @property
     def _accelerator(self) -> Accelerator:
-        accelerator = _Run.accelerator() if _Run.accelerator is not None else None
+        accelerator = self._given
+        if accelerator is None and _Run.accelerator is not None:
+            accelerator = _Run.accelerator()
         if accelerator is None:
             raise ConfigError("AcceleratorState: no Accelerator has been made in this process yet.")
         return accelerator
