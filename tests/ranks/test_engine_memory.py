@@ -1,0 +1,230 @@
+"""Bytes at rest are the plan's formula, exactly; collectives are counted, exactly.
+
+The formulas are written here from the shapes alone, with nothing taken from the engine but its alignment of 128 bytes:
+
+    a tensor takes its bytes rounded up to 128; a buffer takes the sum rounded up to 128 x world; a shard takes 1/world.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+
+import pytest
+import torch
+
+from rig.engine import PLANS, inputs, loss_of, mine, prepare, tower
+
+ALIGNMENT = 128
+
+
+def _up(value, multiple):
+    return math.ceil(value / multiple) * multiple
+
+
+def buffer_numel(shapes, itemsize, world_size):
+    """Elements of a flat buffer of tensors of these shapes, whole."""
+    align = ALIGNMENT // itemsize
+    return _up(sum(_up(math.prod(shape), align) for shape in shapes), align * world_size)
+
+
+def _unit_of(name):
+    """tower(): each block is a unit, all else is the root's."""
+    return ".".join(name.split(".")[:2]) if name.startswith("blocks.") else "root"
+
+
+def mixed_tower():
+    """Some units trained whole, one frozen whole, one half frozen."""
+    model = tower()
+    model.blocks[0].requires_grad_(False)
+    model.blocks[1].up.requires_grad_(False)
+    return model
+
+
+def formula(model, plan, precision, n, moments=2):
+    """{(role, tier): bytes on each rank} at rest, gradients dropped; `moments` fp32 states of the optimizer included."""
+    stage, offload_optimizer, offload_param = PLANS[plan]
+    compute = {"no": 4, "bf16": 2}[precision]
+    weight_tier = "cpu" if offload_param == "cpu" else "gpu"
+    optimizer_tier = "cpu" if offload_optimizer == "cpu" else "gpu"
+    units = {}
+    for name, p in model.named_parameters():
+        units.setdefault(_unit_of(name), {True: [], False: []})[p.requires_grad].append(tuple(p.shape))
+    found = {}
+
+    def add(role, tier, nbytes):
+        if nbytes:
+            found[role, tier] = found.get((role, tier), 0) + nbytes
+
+    sharded, optimizer_sharded = stage == 3, stage >= 1
+    for parts in units.values():
+        if parts[False]:
+            # Frozen weights lie in bytes: every tensor is aligned by itself.
+            nbytes = sum(_up(math.prod(shape) * compute, ALIGNMENT) for shape in parts[False])
+            add("frozen", weight_tier, _up(nbytes, ALIGNMENT * n) // n if sharded else _up(nbytes, ALIGNMENT))
+        if parts[True]:
+            numel = buffer_numel(parts[True], compute, n if optimizer_sharded else 1)
+            mine = numel // n if optimizer_sharded else numel
+            add("parameter", weight_tier, compute * (mine if sharded else numel))
+            master_is_weight = compute == 4 and weight_tier == optimizer_tier
+            add("optimizer", optimizer_tier, 4 * mine * (moments + (not master_is_weight)))
+    return found
+
+
+def _bytes(ranks, plan, precision):
+    model = mixed_tower()
+    sharded, stepper, stepping = prepare(ranks, model, plan, precision=precision)
+    for batch in inputs(3):
+        loss_of(model, mine(batch, ranks.rank, ranks.world_size)).backward()
+        stepping.step()
+        stepping.zero_grad()
+    ledger = {(str(role), str(tier)): nbytes for (role, tier), nbytes in stepper.ledger().items() if nbytes}
+    return ledger, {(str(r), str(t)): b for (r, t), b in sharded.ledger().items() if b}
+
+
+def _without_padding_of_moments(found, expected):
+    return {key: value for key, value in found.items() if key[0] != "optimizer"}, {
+        key: value for key, value in expected.items() if key[0] != "optimizer"
+    }
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("plan", PLANS)
+def test_bytes_at_rest_are_the_formula_on_every_rank(world, plan, n, precision):
+    masters = formula(mixed_tower(), plan, precision, n, moments=0)
+    for _, ledger in world(n).run(_bytes, plan, precision):
+        if n == 1 or PLANS[plan][0] == 0 or True:
+            assert {k: v for k, v in ledger.items() if k[0] != "gradient"} == masters
+
+
+def _storages():
+    """Bytes of all tensor storages that are alive in this process."""
+    gc.collect()
+    seen = {}
+    for thing in gc.get_objects():
+        # isinstance() would ask a released parameter's guard for its class; type() asks nobody.
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
+            with torch._C.DisableTorchFunctionSubclass():
+                storage = thing.untyped_storage()
+                seen[storage._cdata] = storage.nbytes()
+    return sum(seen.values())
+
+
+def _alive(ranks, plan, precision):
+    before = _storages()
+    model = mixed_tower()
+    sharded, _, stepping = prepare(ranks, model, plan, precision=precision)
+    for batch in inputs(3):
+        loss_of(model, mine(batch, ranks.rank, ranks.world_size)).backward()
+        stepping.step()
+        stepping.zero_grad()
+    del batch
+    gc.collect()
+    scalars = sum(
+        t.nbytes for state in stepping.state.values() for t in state.values() if torch.is_tensor(t) and t.ndim == 0
+    )
+    host_gradients = sum(nbytes for (role, _), nbytes in sharded.ledger().items() if role == "gradient")
+    return _storages() - before - scalars - host_gradients, host_gradients
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("plan", PLANS)
+def test_no_other_tensor_is_alive_between_steps(world, plan, n, precision):
+    """Every tensor that Python can see, counted: the ledger cannot forget one."""
+    expected = sum(formula(mixed_tower(), plan, precision, n).values())
+    # Moments may be kept without the padding between tensors (they are per interval): never more than the formula.
+    padding = 2 * 4 * sum(32 * n + 32 for _ in mixed_tower().parameters())
+    for alive, host_gradients in world(n).run(_alive, plan, precision):
+        assert expected - padding <= alive <= expected, (alive, expected)
+        if "opt" not in plan and "all" not in plan:
+            assert host_gradients == 0
+
+
+def _counts(ranks, plan, checkpointed, prefetch=1):
+    from torch.utils.checkpoint import checkpoint
+
+    model = mixed_tower()
+    if checkpointed:
+        for block in model.blocks:
+            forward = block.forward
+            block.forward = lambda x, forward=forward: checkpoint(forward, x, use_reentrant=False)
+    _, _, stepping = prepare(ranks, model, plan, prefetch=prefetch)
+    seen = []
+    for batch in inputs(5):
+        ranks.counts.clear()
+        loss_of(model, mine(batch, ranks.rank, ranks.world_size)).backward()
+        stepping.step()
+        stepping.zero_grad()
+        seen.append(dict(ranks.counts))
+    ranks.counts.clear()
+    with torch.no_grad():
+        model(inputs(1)[0])
+    return seen, dict(ranks.counts)
+
+
+def gathers_per_step(stage):
+    # mixed_tower has 4 units, 3 of them with trained weights; block 1 has a frozen and a trained buffer: one gather each.
+    buffers = 5
+    return {0: 0, 1: 3, 2: 3, 3: 2 * buffers}[stage]
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_step_has_one_gather_per_unit_and_pass_and_one_reduction_per_trained_unit(world, plan, n):
+    stage = PLANS[plan][0]
+    for seen, _ in world(n).run(_counts, plan, False):
+        for counts in seen[2:]:
+            assert counts.get("all_gather", 0) == gathers_per_step(stage), counts
+            assert counts.get("reduce_scatter", 0) == (3 if stage >= 1 else 0), counts
+            assert counts.get("all_reduce_gradient", 0) == (3 if stage == 0 else 0), counts
+            assert counts.get("broadcast", 0) == 0
+            assert counts.get("gather_numbers", 0) == 0, "no pass is negotiated once the order is known"
+            assert counts.get("all_reduce", 0) <= 1, counts
+            assert counts.get("any_of", 0) <= 1, counts
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_prefetch_and_checkpointing_add_no_gather(world, prefetch):
+    for seen, _ in world(2).run(_counts, "3", True, prefetch):
+        assert seen[-1]["all_gather"] == gathers_per_step(3)
+        assert seen[-1]["reduce_scatter"] == 3
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_an_evaluation_forward_gathers_each_unit_once_and_reduces_nothing(world, plan):
+    for _, counts in world(2).run(_counts, plan, False):
+        assert counts.get("all_gather", 0) == (5 if PLANS[plan][0] == 3 else 0)
+        assert counts.get("reduce_scatter", 0) == 0
+
+
+def _accumulated_counts(ranks, plan):
+    model = mixed_tower()
+    sharded, _, stepping = prepare(ranks, model, plan)
+    for batch in inputs(4):
+        ranks.counts.clear()
+        for i in range(4):
+            sharded.sync_gradients = i == 3
+            loss_of(model, mine(batch, ranks.rank, ranks.world_size)).backward()
+        stepping.step()
+        stepping.zero_grad()
+    return dict(ranks.counts)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_whole_gradients_are_reduced_at_the_boundary_and_sharded_ones_each_time(world, plan):
+    stage = PLANS[plan][0]
+    for counts in world(2).run(_accumulated_counts, plan):
+        assert counts.get("reduce_scatter", 0) == {0: 0, 1: 3, 2: 12, 3: 12}[stage]
+        assert counts.get("all_reduce_gradient", 0) == (3 if stage == 0 else 0)
+
+
+def _single_rank_counts(ranks):
+    return _counts(ranks, "3", False)
+
+
+def test_the_offloaded_step_of_one_rank_talks_to_nobody(world):
+    ((seen, _),) = world(1).run(_single_rank_counts)
+    assert seen[-1].get("gather_numbers", 0) == 0
+    assert math.isfinite(sum(seen[-1].values()))

@@ -1,0 +1,176 @@
+"""Short ways to put the engine to work in a rank, and to hold it against plain torch in the same process.
+
+`train_both` is the heart: it trains a plain copy of a model on every rank's part of the batches, and the sharded model on
+this rank's part alone, and compares. What the ranks do may differ (another branch, another number of calls): the plain
+copy plays all ranks, one after another, so it is always what one process would have done.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# A stage, and what of it rests on the CPU, by a short name for test ids.
+PLANS: dict[str, tuple[int, str, str]] = {
+    "0": (0, "none", "none"),
+    "1": (1, "none", "none"),
+    "2": (2, "none", "none"),
+    "3": (3, "none", "none"),
+    "2-opt": (2, "cpu", "none"),
+    "3-all": (3, "cpu", "cpu"),
+}
+STAGES = ("0", "1", "2", "3")
+SHARDED = ("3", "3-all")
+
+LossOf = Callable[[nn.Module, Tensor, int, int], Tensor]
+
+
+class Block(nn.Module):
+    """x + down(relu(up(x))): 12 -> 20 -> 12, sizes that no world size divides."""
+
+    def __init__(self, width: int = 12, inner: int = 20) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Tower(nn.Module):
+    """A first layer, `depth` blocks and a head: four units with depth 3 (the first layer and the head are the root's)."""
+
+    def __init__(self, depth: int = 3, width: int = 12) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def tower(depth: int = 3, seed: int = 5) -> Tower:
+    torch.manual_seed(seed)
+    return Tower(depth)
+
+
+def inputs(steps: int, samples: int = 12, seed: int = 6) -> list[Tensor]:
+    """`steps` global batches of (samples, 5)."""
+    source = torch.Generator().manual_seed(seed)
+    return [torch.randn(samples, 5, generator=source) for _ in range(steps)]
+
+
+def mine(batch: Tensor, rank: int, world_size: int) -> Tensor:
+    return batch[rank::world_size].contiguous()
+
+
+def loss_of(model: nn.Module, x: Tensor, rank: int = 0, step: int = 0) -> Tensor:
+    return model(x).square().mean()
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    """Its eps is above rounding noise, see tests/parity/training.py."""
+    return torch.optim.AdamW(parameters, lr=3e-3, eps=1e-4)
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def shard(ranks: Any, model: nn.Module, plan: str = "3", precision: str = "no", **settings: Any) -> Any:
+    """The ShardedModel of `model` under one of PLANS."""
+    from shardwise.zero.plan import Plan
+    from shardwise.zero.precision import Precision
+    from shardwise.zero.sharded import ShardedModel
+
+    stage, optimizer, param = PLANS[plan]
+    chosen = Plan.from_stage(stage, offload_optimizer=optimizer, offload_param=param)
+    return ShardedModel(model, plan=chosen, ranks=ranks, precision=Precision.named(precision), **settings)
+
+
+def prepare(
+    ranks: Any,
+    model: nn.Module,
+    plan: str = "3",
+    *,
+    optimizer: Callable[[Any], torch.optim.Optimizer] = adamw,
+    precision: str = "no",
+    clipping: float | None = None,
+    scale: float = 2.0**10,
+    **settings: Any,
+) -> tuple[Any, Any, torch.optim.Optimizer]:
+    """(ShardedModel, ShardedOptimizer, the user's optimizer) over the trained weights of `model`."""
+    from shardwise.zero.optimizer import ShardedOptimizer
+    from shardwise.zero.precision import LossScaler, Precision
+
+    stepping = optimizer(trained(model))
+    sharded = shard(ranks, model, plan, precision, **settings)
+    scaler = LossScaler.for_precision(Precision.named(precision), init_scale=scale)
+    return sharded, ShardedOptimizer(stepping, [sharded], scaler=scaler, gradient_clipping=clipping), stepping
+
+
+def weights_of(sharded: Any) -> dict[str, Tensor]:
+    """Every parameter by name, cloned, on every rank."""
+    with sharded.gathered():
+        return {name: p.detach().clone() for name, p in sharded.model.named_parameters()}
+
+
+def largest_difference(found: dict[str, Tensor], expected: nn.Module) -> float:
+    """Between weights by name and those of a plain model."""
+    wanted = dict(expected.named_parameters())
+    assert found.keys() == wanted.keys(), sorted(found.keys() ^ wanted.keys())
+    return max((found[name].float() - p.detach().float()).abs().max().item() for name, p in wanted.items())
+
+
+def plain_step(reference: nn.Module, batch: Tensor, world_size: int, step: int, loss_of: LossOf) -> list[float]:
+    """One backward over all ranks' parts of a batch, in one process. Each rank's loss."""
+    losses = []
+    for rank in range(world_size):
+        loss = loss_of(reference, mine(batch, rank, world_size), rank, step)
+        if loss.requires_grad:
+            (loss / world_size).backward()
+        losses.append(loss.item())
+    return losses
+
+
+def train_both(
+    ranks: Any,
+    model: nn.Module,
+    plan: str = "3",
+    *,
+    loss_of: LossOf = loss_of,
+    steps: int = 6,
+    optimizer: Callable[[Any], torch.optim.Optimizer] = adamw,
+    tolerance: float = 1e-6,
+    between: Callable[[Any, torch.optim.Optimizer, int], None] | None = None,
+    **settings: Any,
+) -> tuple[Any, Any]:
+    """Train `model` under `plan` and a plain copy of it; assert equal losses at each step and equal weights at the end.
+
+    loss_of: (model, this rank's batch, rank, step) -> loss. between: called with (sharded, the optimizer, step) after each step.
+    Returns (ShardedModel, the plain copy).
+    """
+    reference = copy.deepcopy(model)
+    plain = optimizer(trained(reference))
+    sharded, _, stepping = prepare(ranks, model, plan, optimizer=optimizer, **settings)
+    for step, batch in enumerate(inputs(steps)):
+        expected = plain_step(reference, batch, ranks.world_size, step, loss_of)[ranks.rank]
+        plain.step()
+        plain.zero_grad()
+        loss = loss_of(model, mine(batch, ranks.rank, ranks.world_size), ranks.rank, step)
+        loss.backward()
+        stepping.step()
+        stepping.zero_grad()
+        assert abs(loss.item() - expected) <= tolerance * max(1.0, abs(expected)), (step, loss.item(), expected)
+        if between is not None:
+            between(sharded, stepping, step)
+    assert largest_difference(weights_of(sharded), reference) <= tolerance
+    return sharded, reference
