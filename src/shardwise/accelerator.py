@@ -16,7 +16,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from . import nested
 from .checkpoint.export import save_weights
+from .config.environment import RankEnvironment
 from .config.schema import Config
 from .data import DataLoaderConfiguration, PreparedLoader, check_data_loader, drop_repeats, prepare_data_loader
 from .data import skip_first_batches as skip_batches_of
-from .errors import ConfigError, DataError, OptimizerError, PrepareError, ShardwiseError
+from .errors import ConfigError, OptimizerError, PrepareError, ShardwiseError
 from .plugins import (
     AutocastKwargs,
     DeepSpeedPlugin,
@@ -86,13 +87,16 @@ class _PreparedModel:
 
 
 class _PreparedOptimizer:
-    """An optimizer in the engine, and the parameters that it was given."""
+    """An optimizer in the engine."""
 
-    def __init__(self, optimizer: Optimizer, stepper: ShardedOptimizer, parameters: list[Tensor]) -> None:
+    def __init__(self, optimizer: Optimizer, stepper: ShardedOptimizer) -> None:
         self.optimizer = optimizer
         self.stepper = stepper
-        self.parameters = parameters
-        self.ids = {id(parameter) for parameter in parameters}
+
+    def holds(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether it drives any of these: parameters of its model, or the shards that its groups hold now."""
+        shards = {id(shard) for group in self.optimizer.param_groups for shard in group["params"]}
+        return any(id(item) in shards for item in parameters) or self.stepper.holds(parameters)
 
 
 class Accelerator(PartialState):
@@ -102,12 +106,12 @@ class Accelerator(PartialState):
     except gradient_accumulation_steps, where the configuration wins. fsdp, megatron, tensor-parallel and dynamo plugins
     are refused.
     step_scheduler_with_optimizer: False makes a prepared scheduler step whenever its `step` is called.
-    rng_types: generators that take rank 0's state at the start of an epoch: "generator" (a sampler's own), "torch", "cuda".
+    rng_types: generators that take rank 0's state when an epoch starts: "generator" (a sampler's own), "torch", "cuda".
     log_with:  trackers; see `tracking.py`.
     Raises ConfigError.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - accelerate's signature
         self,
         device_placement: bool = True,
         split_batches: bool | None = None,
@@ -204,7 +208,7 @@ class Accelerator(PartialState):
 
     def __repr__(self) -> str:
         return (
-            f"Accelerator({self._plan}; {self.mixed_precision=!s}, rank {self.process_index} of {self.num_processes})"
+            f"Accelerator({self._plan}; mixed precision {self.mixed_precision}, rank {self.process_index} of {self.num_processes})"
         )
 
     # What the run is.
@@ -306,7 +310,7 @@ class Accelerator(PartialState):
 
     @contextmanager
     def accumulate(self, *models: nn.Module) -> Iterator[None]:
-        """One micro-batch: gradients are summed over `gradient_accumulation_steps` of these, and over the last of a loader.
+        """One micro-batch of `gradient_accumulation_steps`; the last batch of a loader ends a step in any case.
 
         Inside, optimizer.step(), optimizer.zero_grad() and a prepared scheduler's step() act only where a step ends.
         """
@@ -335,7 +339,7 @@ class Accelerator(PartialState):
 
     @contextmanager
     def join_uneven_inputs(self, joinables: Sequence[Any], even_batches: bool | None = None) -> Iterator[None]:
-        """For scripts that use it: nothing needs joining while the ranks read equally many batches, as they do by default.
+        """Nothing needs joining while the ranks read equally many batches, as they do by default: then it does nothing.
 
         Raises ShardwiseError for even_batches=False with more than one rank: a rank without a batch cannot take part in
         the gathers of the others' forward.
@@ -384,7 +388,7 @@ class Accelerator(PartialState):
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
     ) -> Any:
-        """As `prepare(model)`. A model that is only evaluated needs nothing else, so evaluation_mode changes nothing."""
+        """As `prepare(model)`. evaluation_mode changes nothing: without an optimizer a model is only evaluated."""
         return self.prepare(model, device_placement=[device_placement])
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Any:
@@ -486,7 +490,7 @@ class Accelerator(PartialState):
             precision=self._precision,
             prefetch=engine.prefetch_units,
             units=engine.units,
-            whole_adapters=engine.whole_adapters,
+            whole_adapters="auto" if isinstance(engine.whole_adapters, str) else engine.whole_adapters,
         )
         self._models.append(_PreparedModel(model, sharded, parameters))
         self._push_sync()
@@ -494,13 +498,12 @@ class Accelerator(PartialState):
     def _prepare_optimizer(self, optimizer: Optimizer) -> None:
         if find_sharded_optimizer(optimizer) is not None:
             return
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        ids = {id(parameter) for parameter in parameters}
+        ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         owners = [prepared.sharded for prepared in self._models if prepared.ids & ids]
         stepper = ShardedOptimizer(
             optimizer, owners, scaler=self._scaler, gradient_clipping=self._config.zero.gradient_clipping
         )
-        self._optimizers.append(_PreparedOptimizer(optimizer, stepper, parameters))
+        self._optimizers.append(_PreparedOptimizer(optimizer, stepper))
 
     def _prepare_loader(
         self, loader: DataLoader[Any], placement: bool | None, slice_fn: Callable[..., Any] | None = None
@@ -523,9 +526,9 @@ class Accelerator(PartialState):
             times = self.num_processes
         if times > 1 and self.step_scheduler_with_optimizer and self.is_main_process and not self._schedulers:
             logger.warning(
-                "Schedulers step %d times per optimizer step, once for each process, so that a schedule computed from the "
-                "unprepared loader ends where it should. Set scheduler_steps_per_process: false in shardwise_config "
-                "to step once.",
+                "Schedulers step %d times per optimizer step, once for each process, so that a schedule computed from "
+                "the unprepared loader ends where it should. Set scheduler_steps_per_process: false in "
+                "shardwise_config to step once.",
                 times,
             )
         own = [entry for entry in self._optimizers if entry.optimizer is getattr(scheduler, "optimizer", None)]
@@ -552,11 +555,7 @@ class Accelerator(PartialState):
 
     def _stepper_of(self, parameters: Iterable[Tensor] | Tensor, verb: str) -> tuple[ShardedOptimizer, list[Tensor]]:
         items = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        ids = {id(item) for item in items}
-        owners = [entry for entry in self._optimizers if entry.ids & ids]
-        if not owners:
-            trained = [prepared for prepared in self._models if prepared.ids & ids]
-            owners = [entry for entry in self._optimizers if any(entry.ids & prepared.ids for prepared in trained)]
+        owners = [entry for entry in self._optimizers if entry.holds(items)]
         if not owners:
             raise PrepareError(
                 f"{verb}: none of these parameters belongs to a prepared optimizer. Prepare the model and its "
@@ -588,7 +587,7 @@ class Accelerator(PartialState):
             stepper.clip_value(items, clip_value)
 
     def unscale_gradients(self, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> None:
-        """For scripts that call it before looking at gradients: clipping and steps undo the loss scale by themselves."""
+        """Checks its arguments: clipping and steps undo the loss scale by themselves."""
         given = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
         for item in given:
             if find_sharded_optimizer(item) is None:
@@ -668,7 +667,7 @@ class Accelerator(PartialState):
     # Saving.
 
     def unwrap_model(self, model: nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True) -> Any:
-        """The model itself: `prepare` never wraps it. keep_torch_compile=False also takes off torch.compile's wrapper."""
+        """The model itself: `prepare` never wraps it. keep_torch_compile=False takes off torch.compile's wrapper."""
         if not keep_torch_compile and hasattr(model, "_orig_mod"):
             return model._orig_mod
         return model
@@ -703,7 +702,7 @@ class Accelerator(PartialState):
         max_shard_size: int | str = "10GB",
         safe_serialization: bool = True,
     ) -> None:
-        """Write the whole weights: model.safetensors, or parts and an index. Collective; an error is raised on all ranks."""
+        """Write the whole weights: model.safetensors, or parts and an index. Collective; an error is every rank's."""
         weights = self.get_state_dict(model)
         problem: Exception | None = None
         if self.is_main_process:
@@ -746,7 +745,7 @@ class Accelerator(PartialState):
         for prepared in self._models:
             prepared.sharded.release()
         for known in (self._models, self._optimizers, self._schedulers, self._dataloaders):
-            known.clear()  # type: ignore[attr-defined]
+            known.clear()
         self.step = 0
         gc.collect()
         if self.device.type == "cuda":
@@ -888,18 +887,12 @@ def _resolve(
     if said is not None:
         config = config.merged(gradient_accumulation_steps=steps)  # says which of the two holds
         return config, said
-    if accumulation is not None and accumulation.sync_each_batch and RANK_ZERO():
+    if accumulation is not None and accumulation.sync_each_batch and RankEnvironment.read().rank == 0:
         _say_once(
             "sync_each_batch has no effect: zero_stage 2 and 3 reduce every micro-batch anyway, and 0 and 1 add them "
             "up locally with the same result."
         )
     return config, steps
-
-
-def RANK_ZERO() -> bool:  # noqa: N802
-    from .config.environment import RankEnvironment
-
-    return RankEnvironment.read().rank == 0
 
 
 def _loss_scaler(config: Config, precision: Precision, given: GradScalerKwargs | None) -> LossScaler:
@@ -914,6 +907,8 @@ def _loss_scaler(config: Config, precision: Precision, given: GradScalerKwargs |
             growth_interval=given.growth_interval,
         )
     said = config.engine.loss_scale
+    if said.hysteresis != 1:
+        raise ConfigError(f"loss_scale.hysteresis is {said.hysteresis}: the scale falls at every overflow, which is 1.")
     return LossScaler.for_precision(
         precision,
         init_scale=said.initial if said.static is None else said.static,

@@ -156,7 +156,7 @@ class PreparedLoader(DataLoader[Any]):
     def _dealer(self) -> RankBatches | RankSamples | None:
         if isinstance(self.dataset, RankSamples):
             return self.dataset
-        for part in samplers_inside(self._index_sampler):  # type: ignore[attr-defined]
+        for part in samplers_inside(self._index_sampler):
             if isinstance(part, RankBatches):
                 return part
         return None
@@ -216,7 +216,7 @@ class PreparedLoader(DataLoader[Any]):
             for part in self._seeded:
                 part.generator = fresh_generator(course.seed + epoch)
         dataset: Any = self.dataset
-        for part in (*samplers_inside(self._index_sampler), dataset):  # type: ignore[attr-defined]
+        for part in (*samplers_inside(self._index_sampler), dataset):
             if hasattr(part, "set_epoch") and not isinstance(part, (RankBatches, LaterBatches)):
                 part.set_epoch(epoch)
         course.next, course.begun = epoch + 1, epoch
@@ -324,13 +324,13 @@ def check_data_loader(loader: DataLoader[Any], world_size: int, settings: DataLo
     dataset: Any = loader.dataset
     if not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__") and len(dataset) == 0:
         raise DataError(f"the data set of a DataLoader is empty ({type(dataset).__name__} of length 0).")
-    for part in samplers_inside(loader.batch_sampler or loader.sampler):
+    index = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+    for part in samplers_inside(index):
         if isinstance(part, DistributedSampler) and part.num_replicas > 1:
             raise DataError(
                 "the DataLoader has a DistributedSampler, which already splits the data over the ranks; "
                 "`prepare` would split it twice. Give the loader without it (shuffle=True instead)."
             )
-    index = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
     size = getattr(index, "batch_size", None) if not isinstance(dataset, IterableDataset) else loader.batch_size
     if settings.split_batches and (size is None or size % world_size != 0):
         raise DataError(
@@ -459,13 +459,14 @@ def skip_first_batches(loader: T, num_batches: int = 0) -> T:
     """A loader of the rest of an epoch: without its first `num_batches`, in the very same order.
 
     That is the epoch that a `break` left, or else the one that would come next. It shares the epoch count with
-    `loader`: looping over `loader` afterwards gives the next epoch. Map-style data sets read nothing for what is skipped.
+    `loader`: looping over `loader` afterwards gives the next epoch. Of a map-style data set nothing skipped is read.
     """
     if not isinstance(loader, DataLoader):
         raise DataError(f"skip_first_batches takes a DataLoader, not a {type(loader).__name__}.")
     if num_batches < 0:
         raise DataError(f"skip_first_batches: num_batches is {num_batches}; it cannot be negative.")
-    return _without_first(loader, num_batches)  # type: ignore[return-value]
+    result: T = _without_first(loader, num_batches)
+    return result
 
 
 def _without_first(loader: DataLoader[Any], count: int) -> Any:
@@ -477,7 +478,9 @@ def _without_first(loader: DataLoader[Any], count: int) -> Any:
         return result
     result = _copy_loader(loader, type(loader))
     key = "batch_sampler" if loader.batch_sampler is not None else "sampler"
-    result.__dict__[key] = LaterBatches(result.__dict__[key], loader._entries(count) if prepared else count)
+    result.__dict__[key] = LaterBatches(
+        result.__dict__[key], loader._entries(count) if isinstance(loader, PreparedLoader) else count
+    )
     if prepared:
         result._skip_sampler += count
     return result

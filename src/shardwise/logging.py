@@ -17,7 +17,7 @@ from .process import PartialState
 
 
 class MultiProcessAdapter(logging.LoggerAdapter[logging.Logger]):
-    """A logger whose calls take `main_process_only` (default True) and `in_order` (default False; all ranks must call)."""
+    """A logger whose calls take `main_process_only` (True) and `in_order` (False; with it all ranks must call)."""
 
     def log(self, level: int, msg: object, *args: Any, **kwargs: Any) -> None:
         main_only = kwargs.pop("main_process_only", True)

@@ -32,8 +32,9 @@ def find_executable_batch_size(
 ) -> Any:
     """Decorator: call `function(batch_size, ...)` with ever smaller sizes until one does not run out of memory.
 
-    reduce_batch_size_fn: the next size after one that failed; by default 0.9 of it. All ranks go on together: if one runs
-    out of memory all try the smaller size. Raises RuntimeError when the size reaches 0.
+    reduce_batch_size_fn: the next size after one that failed; by default 0.9 of it.
+    All ranks try the smaller size if one ran out of memory. A rank that does so while the others wait for it in a
+    collective leaves them there until their timeout. Raises RuntimeError when the size reaches 0.
     """
     if function is None:
         return functools.partial(

@@ -97,7 +97,7 @@ class AutocastKwargs(KwargsHandler):
 
 @dataclass
 class DistributedDataParallelKwargs(KwargsHandler):
-    """Accepted for scripts that set it for DDP: unused parameters, views and static graphs are all handled by the engine.
+    """Accepted for scripts that set it for DDP: the engine handles unused parameters and static graphs by itself.
 
     A communication hook would change the numbers, so it is refused.
     """
@@ -176,7 +176,7 @@ class DeepSpeedPlugin:
     """The ZeRO settings of a script, over those of the configuration file; None means: not said here.
 
     hf_ds_config: path of a DeepSpeed JSON file.
-    The Accelerator's own `deepspeed_plugin` has the settings in force, and `deepspeed_config` as a JSON file would say them.
+    The Accelerator's `deepspeed_plugin` has the settings in force, and in `deepspeed_config` as a JSON file says them.
     """
 
     hf_ds_config: str | os.PathLike[str] | None = None

@@ -284,12 +284,12 @@ class PartialState:
         indices = list(range(start, start + each + (self.process_index < extra)))
         if apply_padding and total:
             indices += [total - 1] * (each + (extra > 0) - len(indices))
-        if hasattr(inputs, "select"):
-            return inputs.select(indices)
         if isinstance(inputs, Tensor):
             return inputs[indices]
         if isinstance(inputs, (list, tuple)):
             return type(inputs)(inputs[index] for index in indices)
+        if callable(getattr(inputs, "select", None)):  # a datasets.Dataset
+            return inputs.select(indices)
         raise DataError(
             f"split_between_processes cannot split a {type(inputs).__name__}; give a list, tuple, tensor, "
             "datasets.Dataset, or a dictionary of them."

@@ -1,8 +1,8 @@
 """Trackers: where `Accelerator.log` sends numbers, on the main process only.
 
 A tracker is any object with `log(values, step=None, **kwargs)`; `store_init_configuration(config)` and `finish()` are
-called if it has them, and `name` names it. `GeneralTracker` is a base class for one's own. "tensorboard" is the one name
-that is known here; it needs the tensorboard package.
+called if it has them, and `name` names it. `GeneralTracker` is a base class for one's own. "tensorboard" is the one
+name that is known here; it needs the tensorboard package.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Full weights to the files that transformers, PEFT and diffusers read: safetensors, in parts, with an index.
 
-Tensors that share memory (tied weights) are written once, under the first name, and the index's metadata says which names
-they also go by. A file is written under another name and then renamed, so that a kill leaves no half file.
+Tensors that share memory (tied weights) are written once, under the first name, and the metadata says which names they
+also go by. A file is written under another name and then renamed, so that a kill leaves no half file.
 This file knows nothing of ranks: the caller has full tensors and writes on one of them.
 """
 
