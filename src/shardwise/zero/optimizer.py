@@ -368,6 +368,9 @@ def _step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any
     return _steppers[optimizer].step(closure)
 
 
+# LR schedulers mark the step that they wrap, and warn when it was replaced; this one sets _opt_called as theirs does.
+_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
 def _zero_grad(optimizer: Optimizer, set_to_none: bool = True) -> None:
     _steppers[optimizer].zero_grad()
 
