@@ -99,6 +99,11 @@ class ShardedModel:
                 unit.release()
         _sharded[id(model)] = self
 
+    @staticmethod
+    def all() -> list[ShardedModel]:
+        """Every sharded model of this process."""
+        return list(_sharded.values())
+
     # Construction.
 
     def _agree_on_shapes(self, specs: Sequence[UnitSpec]) -> None:
