@@ -153,7 +153,9 @@ class Schedule:
             if order is not None:
                 self._learn(order)
         self._release_finished(None)
-        for i in list(self._idle):
+        # Also one that nobody said was done: the first block's input needs no gradient, so no hook tells the end of its
+        # backward. What stayed whole over the optimizer's step would be stale in the next pass.
+        for i in self._gatherable:
             self._release(self.units[i])
         self._order = None
 
