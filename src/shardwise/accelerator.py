@@ -34,6 +34,7 @@ from .config.schema import Config
 from .data import DataLoaderConfiguration, PreparedLoader, check_data_loader, drop_repeats, prepare_data_loader
 from .data import skip_first_batches as skip_batches_of
 from .errors import ConfigError, OptimizerError, PrepareError, ShardwiseError
+from .integrations import connect
 from .plugins import (
     AutocastKwargs,
     DeepSpeedPlugin,
@@ -492,6 +493,7 @@ class Accelerator(PartialState):
             units=engine.units,
             whole_adapters="auto" if isinstance(engine.whole_adapters, str) else engine.whole_adapters,
         )
+        connect(model)
         self._models.append(_PreparedModel(model, sharded, parameters))
         self._push_sync()
 
