@@ -13,11 +13,10 @@ from .version import __version__
 
 _HOMES = {
     "accelerator": ("Accelerator",),
+    "accumulation": ("GradientAccumulationPlugin", "GradientState"),
     "process": (
         "AcceleratorState",
         "DistributedType",
-        "GradientAccumulationPlugin",
-        "GradientState",
         "PartialState",
         "broadcast",
         "broadcast_object_list",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterDataPipe
 
-from .data import PreparedLoader, _refuse_empty_stream
+from .data_loader import PreparedLoader, refuse_empty_stream
 from .data_order import Round, cut_round
 from .errors import DataError, RankError
 from .nested import broadcast_tensor, concatenate, is_column, leaves, map_leaves, send_to_device, slice_batch
@@ -136,7 +136,7 @@ class DispatchedLoader(PreparedLoader):
                 break
         del joined
         if count == 0 and not self._drops_last:
-            _refuse_empty_stream(self.dataset)
+            refuse_empty_stream(self.dataset)
 
     def _announce(self) -> Iterator[tuple[Any, _Message]]:
         """On rank 0: each round with its message; one round is read ahead."""

@@ -22,7 +22,7 @@ class MultiProcessAdapter(logging.LoggerAdapter[logging.Logger]):
     def log(self, level: int, msg: object, *args: Any, **kwargs: Any) -> None:
         main_only = kwargs.pop("main_process_only", True)
         in_order = kwargs.pop("in_order", False)
-        kwargs.setdefault("stacklevel", 2)
+        kwargs.setdefault("stacklevel", 3)  # past this method, _say and the adapter's info()
         if not self.isEnabledFor(level):
             return
         state = PartialState()

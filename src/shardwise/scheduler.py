@@ -18,7 +18,7 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LRScheduler
 
-from .process import GradientState
+from .accumulation import GradientState
 
 
 @dataclass(frozen=True)

@@ -209,8 +209,8 @@ class Frozen(Mapping):
 
 
 def test_containers_keep_their_type_on_the_way_to_a_device():
-    from transformers import BatchEncoding  # noqa: PLC0415
-    from transformers.modeling_outputs import CausalLMOutput  # noqa: PLC0415
+    from transformers import BatchEncoding
+    from transformers.modeling_outputs import CausalLMOutput
 
     counted = defaultdict(list, a=torch.zeros(1))
     moved = send_to_device(
@@ -234,5 +234,3 @@ def test_containers_keep_their_type_on_the_way_to_a_device():
     kept = send_to_device({"x": torch.zeros(1), "deep": [{"keep": torch.zeros(1)}]}, "meta", skip_keys="keep")
     assert kept["x"].is_meta
     assert not kept["deep"][0]["keep"].is_meta
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 import pytest
@@ -65,7 +66,7 @@ def loss_of(model, batch):
 
 
 def plain(batches, steps_per_call, max_norm=None, accumulate=1):
-    """Plain torch in one process on the given global batches; the loss of each is the mean over its `accumulate` parts."""
+    """Plain torch in one process on the given global batches, `accumulate` of them per step."""
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
@@ -120,7 +121,7 @@ def _train(ranks, stage, offload, accumulate, max_norm):
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize(("stage", "offload"), [(0, "none"), (1, "cpu"), (2, "none"), (3, "none"), (3, "cpu")])
 @pytest.mark.parametrize(("accumulate", "max_norm"), [(1, None), (2, 0.3)])
-def test_training_has_the_numbers_of_one_process(world, n, stage, offload, accumulate, max_norm):
+def test_training_has_the_numbers_of_one_process(world, n, stage, offload, accumulate, max_norm):  # noqa: PLR0917
     state, norms, rates = world(n).run(_train, stage, offload, accumulate, max_norm)[0]
     rows = [data(24)[i : i + 2 * n] for i in range(0, 24, 2 * n)]
     wanted, wanted_norms, wanted_rates = plain(rows, n, max_norm, accumulate)
@@ -149,9 +150,7 @@ def _steps(ranks, **settings):
             scheduler.step()
             optimizer.zero_grad()
         weights.append(accelerator.get_state_dict(model))
-    moved = [
-        any(not torch.equal(a[k], b[k]) for k in a) for a, b in zip(weights[:-1], weights[1:], strict=True)
-    ]
+    moved = [any(not torch.equal(a[k], b[k]) for k in a) for a, b in itertools.pairwise(weights)]
     return syncs, scheduler.last_epoch, scheduler._step_count, moved
 
 
@@ -252,7 +251,7 @@ def test_no_sync_accumulates(world):
 
 
 def _saved(ranks, folder):
-    from safetensors.torch import load_file  # noqa: PLC0415
+    from safetensors.torch import load_file
 
     accelerator = fresh(3)
     model = Net()

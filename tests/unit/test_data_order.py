@@ -135,5 +135,3 @@ def test_skipping_reads_the_rest_in_the_same_order():
     assert list(LaterBatches(inner, 2)) == list(inner)[2:]
     assert len(LaterBatches(inner, 2)) == len(inner) - 2
     assert list(LaterBatches(inner, 99)) == []
-
-
