@@ -1,9 +1,10 @@
 """A DeepSpeed JSON file, read as the settings that it means here.
 
-DeepSpeed's keys fall in four kinds: those with a meaning here (stage, offload, precision, clipping, batch sizes), those that
-tune DeepSpeed's own machinery (bucket sizes and the like: taken, and named in one note), those that ask for something else
-(an optimizer, MoE, activation partitioning: refused with the reason), and unknown ones (an error with the nearest known
-key). `auto` means what it means in accelerate: the script, or the launcher's mixed_precision, decides.
+DeepSpeed's keys fall in four kinds: those with a meaning here (stage, offload, precision, clipping, batch sizes),
+those that tune DeepSpeed's own machinery (bucket sizes and the like: taken, and named in one note), those that ask for
+something else (an optimizer, MoE, activation partitioning: refused with the reason), and unknown ones (an error with
+the nearest known key). `auto` means what it means in accelerate: the script, or the launcher's mixed_precision,
+decides.
 """
 
 from __future__ import annotations
@@ -74,7 +75,6 @@ _FP16 = {  # DeepSpeed's name -> ours, in shardwise_config.loss_scale
     "loss_scale": "static",
     "initial_scale_power": "initial",
     "loss_scale_window": "growth_interval",
-    "hysteresis": "hysteresis",
     "min_loss_scale": "minimum",
 }
 _PRECISION_TUNING = {"auto_cast", "consecutive_hysteresis", "fp16_master_weights_and_grads", "immediate_grad_update"}
@@ -156,7 +156,7 @@ class _Reader:
                 self.put(ours, top[theirs], (theirs,))
         if "gradient_clipping" not in top:
             self.found.notes.append(
-                f"{self.file.path}: has no gradient_clipping. DeepSpeed would clip at 1.0; shardwise clips only when told to."
+                f"{self.file.path}: has no gradient_clipping. DeepSpeed would clip at 1.0; here nothing is clipped."
             )
         if self.idle:
             self.found.notes.append(f"{self.file.path}: no effect here: {', '.join(self.idle)}.")
@@ -177,7 +177,7 @@ class _Reader:
             elif key in _ZERO_TUNING:
                 self.idle.append(f"zero_optimization.{key}")
             elif key in _ZERO_REFUSED:
-                if value not in (None, False, 0, 1, -1):
+                if value is True or value not in (None, False, 0, 1, -1):
                     self.problem(path, _ZERO_REFUSED[key])
             else:
                 known = ["stage", "offload_optimizer", "offload_param", "stage3_gather_16bit_weights_on_model_save"]
@@ -214,6 +214,11 @@ class _Reader:
                         self.put(("mixed_precision",), ours, path)
                     elif value not in (False, "auto"):
                         self.problem(path, f"{value!r} is not true, false or 'auto'")
+                elif theirs == "fp16" and name == "hysteresis":
+                    if section.get("enabled") is not False and value != 1:
+                        self.found.notes.append(
+                            f"{self.file.path}: fp16.hysteresis: no effect; the loss scale falls at every overflow."
+                        )
                 elif theirs == "fp16" and name in _FP16:
                     if section.get("enabled") is not False and value != "auto":
                         self.loss_scale(name, value, path)
@@ -223,7 +228,7 @@ class _Reader:
                     else:
                         self.idle.append(".".join(path))
                 else:
-                    known = ["enabled", *_PRECISION_TUNING, *(_FP16 if theirs == "fp16" else ())]
+                    known = ["enabled", *_PRECISION_TUNING, *(["hysteresis", *_FP16] if theirs == "fp16" else ())]
                     self.problem(path, f"unknown key{nearest(name, known)}")
         if len(set(chosen)) > 1:
             self.problem(("fp16",), "bf16 and fp16 cannot both be enabled")

@@ -1,7 +1,8 @@
 """The kinds of value that a setting can have, each with one sentence for a value that does not fit.
 
-A kind is a pydantic annotation: it turns what YAML, JSON or a flag gives (`"2"`, `False` for an unquoted `no`, `"AUTO"`)
-into the one value that the rest of the code sees, or says what it would have taken. This file knows no setting by name.
+A kind is a pydantic annotation: it turns what YAML, JSON or a flag gives (`"2"`, `False` for an unquoted `no`,
+`"AUTO"`) into the one value that the rest of the code sees, or says what it would have taken. This file knows no
+setting by name.
 """
 
 from __future__ import annotations

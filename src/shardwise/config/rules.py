@@ -1,8 +1,8 @@
 """Which settings go together: the check of a whole configuration, all of it, before anything starts.
 
-`check` gives either a Config or every problem at once. Where a key is wrong by itself it is set aside, and the rules look
-at the rest; so one run of the launcher shows a wrong type, an unknown key and an illegal pair together. `notes` tells what
-is legal but without effect.
+`check` gives either a Config or every problem at once. Where a key is wrong by itself it is set aside, and the rules
+look at the rest; so one run of the launcher shows a wrong type, an unknown key and an illegal pair together. `notes`
+tells what is legal but without effect.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ def _conflicts(config: Config) -> list[Problem]:
             found.append(
                 Problem(
                     _zero("offload_optimizer_device"),
-                    f"{zero.offload_optimizer_device} needs zero_stage 1, 2 or 3, where the optimizer is sharded; zero_stage "
-                    "is 0",
+                    f"{zero.offload_optimizer_device} needs zero_stage 1, 2 or 3, where the optimizer is sharded; "
+                    "zero_stage is 0",
                     (stage_key,),
                 )
             )
@@ -180,7 +180,8 @@ def _conflicts(config: Config) -> list[Problem]:
                 Problem(
                     ("shardwise_config", "train_batch_size"),
                     f"{engine.train_batch_size} is not {engine.micro_batch_size} per process x "
-                    f"{config.gradient_accumulation_steps} accumulation step(s) x {config.num_processes} process(es) = {product}",
+                    f"{config.gradient_accumulation_steps} accumulation step(s) x {config.num_processes} process(es) "
+                    f"= {product}",
                     (("num_processes",), ("shardwise_config", "micro_batch_size")),
                 )
             )
@@ -194,7 +195,7 @@ def _machine_conflicts(config: Config) -> list[Problem]:
         found.append(
             Problem(
                 ("num_processes",),
-                f"{processes} processes cannot be spread evenly over {machines} machines (it is the total of all machines)",
+                f"{processes} processes cannot be spread evenly over {machines} machines (it counts all machines)",
                 (("num_machines",),),
             )
         )
@@ -202,7 +203,7 @@ def _machine_conflicts(config: Config) -> list[Problem]:
         found.append(
             Problem(
                 ("num_processes",),
-                f"{processes} contradicts distributed_type NO, which is one process; take MULTI_GPU, MULTI_CPU or DEEPSPEED",
+                f"{processes} contradicts distributed_type NO, which is one process; take MULTI_GPU or MULTI_CPU",
                 (("distributed_type",),),
             )
         )
@@ -260,7 +261,7 @@ def notes(config: Config) -> list[str]:
         said.append("main_training_function: has no effect; the script is run from its first line.")
     if config.num_machines > 1 and not config.same_network:
         said.append(
-            "same_network: false: the ranks still connect to one another directly, so every machine must be reachable from "
-            f"every other; machine 0 is reached at {config.main_process_ip}."
+            "same_network: false: the ranks still connect to one another directly, so every machine must be reachable "
+            f"from every other; machine 0 is reached at {config.main_process_ip}."
         )
     return said

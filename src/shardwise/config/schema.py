@@ -1,9 +1,9 @@
 """The configuration of a run as frozen models: every key of the guide's YAML, its type, default and allowed values.
 
-`Config` is the file's top level, `ZeroConfig` its `deepspeed_config`, `EngineConfig` the settings that only shardwise has
-(`shardwise_config`, left out of a written file while all of it is default, so that accelerate can read the file too).
-Which settings go together is told in `rules.py`. A key that asks for something that is not done here is refused with the
-reason; none is accepted and then ignored. This file reads no file and imports no torch.
+`Config` is the file's top level, `ZeroConfig` its `deepspeed_config`, `EngineConfig` the settings that only shardwise
+has (`shardwise_config`, left out of a written file while all of it is default, so that accelerate can read the file
+too). Which settings go together is told in `rules.py`. A key that asks for something that is not done here is refused
+with the reason; none is accepted and then ignored. This file reads no file and imports no torch.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ _OTHER_TYPES = {
 }
 
 
+_HYSTERESIS = dict.fromkeys(range(2, 100), "the scale falls at every overflow; only 1 is taken")
 # 0 is DeepSpeed's way to say "no clipping". There is no hidden 1.0.
 _NO_CLIPPING = ("none", "auto", "no", 0, 0.0, False)
 
@@ -108,7 +109,7 @@ class LossScaleConfig(_Model):
     static: Annotated[float | None, optional(number(0, above=True), "dynamic", 0, 0.0)] = None
     initial: Annotated[float, number(1)] = 2.0**16
     growth_interval: Annotated[int, whole_number(1)] = 2000
-    hysteresis: Annotated[int, whole_number(1)] = 1
+    hysteresis: Annotated[int, one_of(1, refused=_HYSTERESIS)] = 1
     minimum: Annotated[float, number(0, above=True)] = 1.0
 
 
@@ -213,7 +214,7 @@ class Config(_Model):
     def checked(cls, values: Mapping[str, Any], where: Callable[[tuple[str, ...]], str] | None = None) -> Config:
         """A Config of plain `values`, or one ConfigError that lists everything wrong, one line each.
 
-        where: what to put before the text of a problem with a key, such as `run.yaml:12: zero_stage`; the default is the
+        where: what to put before the text of a problem with a key, such as `run.yaml:12: zero_stage`; by default the
                dotted key.
         """
         from .rules import check
@@ -266,9 +267,9 @@ class Config(_Model):
     def merged(self, *, on_note: Callable[[str], None] | None = None, **keywords: Any) -> Config:
         """This Config with the keywords of an Accelerator over it; a keyword of None was not given.
 
-        Any key of Config, ZeroConfig or EngineConfig is a keyword, and `cpu` is `use_cpu` (False there means: not said). A
-        keyword wins, except that `gradient_accumulation_steps` of the file or launcher wins over the script's, as it
-        does in accelerate; that is said once through `on_note` (default: a log line on rank 0).
+        Any key of Config, ZeroConfig or EngineConfig is a keyword, and `cpu` is `use_cpu` (False there means: not
+        said). A keyword wins, except that `gradient_accumulation_steps` of the file or launcher wins over the
+        script's, as it does in accelerate; that is said once through `on_note` (default: a log line on rank 0).
         `zero_stage` turns the run into a ZeRO run. Raises ConfigError, also for an unknown keyword.
         """
         say = on_note or _log_on_first_rank
@@ -281,8 +282,8 @@ class Config(_Model):
             # 1 is the Accelerator's default: it does not show that the script asked for it.
             if steps not in (said, 1, "auto"):
                 say(
-                    f"gradient_accumulation_steps: the configuration's {said} is used, not the script's {steps}. Remove it "
-                    "from one of the two, or start with --gradient_accumulation_steps auto."
+                    f"gradient_accumulation_steps: the configuration's {said} is used, not the script's {steps}. "
+                    "Remove it from one of the two, or start with --gradient_accumulation_steps auto."
                 )
             del given["gradient_accumulation_steps"]
         values = self.to_values()
@@ -315,7 +316,7 @@ class Config(_Model):
         if total is not None and total != micro_batch_size * steps * world_size:
             raise ConfigError(
                 f"train_batch_size is {total}, but {micro_batch_size} per process x {steps} accumulation step(s) x "
-                f"{world_size} process(es) is {micro_batch_size * steps * world_size}. Make them equal, or write 'auto'."
+                f"{world_size} process(es) is {micro_batch_size * steps * world_size}. Make them equal or write 'auto'."
             )
 
 

@@ -55,8 +55,8 @@ def read_yaml(path: str | Path) -> SettingsFile:
 
 def parse_yaml(text: str, path: str) -> SettingsFile:
     """`read_yaml` of a text; `path` is what the errors call it."""
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             raise ConfigError(f"{path}: is empty")
@@ -78,8 +78,6 @@ def parse_yaml(text: str, path: str) -> SettingsFile:
         raise ConfigError(f"{place}: is not YAML: {error.problem or error.context}{column}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
-    finally:
-        loader.dispose()
     return SettingsFile(path, {str(key): value for key, value in values.items()}, lines)
 
 

@@ -67,9 +67,11 @@ class Ranks:
         place = RankEnvironment.read()
         cuda = torch.cuda.is_available() and not use_cpu
         if cuda and place.local_rank >= torch.cuda.device_count():
-            raise ConfigError(f"rank {place.rank} wants cuda:{place.local_rank}, but this machine shows "
-                              f"{torch.cuda.device_count()} CUDA device(s). Start at most one process per device, or "
-                              "add --use_cpu.")
+            raise ConfigError(
+                f"rank {place.rank} wants cuda:{place.local_rank}, but this machine shows "
+                f"{torch.cuda.device_count()} CUDA device(s). Start at most one process per device, or "
+                "add --use_cpu."
+            )
         device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)
@@ -98,8 +100,10 @@ class Ranks:
         Raises LayoutError if the sizes do not fit.
         """
         if whole.numel() != self.world_size * shard.numel():
-            raise LayoutError(f"all_gather: whole has {whole.numel()} elements, which is not {self.world_size} ranks "
-                              f"times the shard's {shard.numel()}.")
+            raise LayoutError(
+                f"all_gather: whole has {whole.numel()} elements, which is not {self.world_size} ranks "
+                f"times the shard's {shard.numel()}."
+            )
         self.counts["all_gather"] += 1
         if self._data is None:
             if whole.data_ptr() != shard.data_ptr():
@@ -115,8 +119,10 @@ class Ranks:
         Source: ZeRO (arXiv 1910.02054), section 5. Raises LayoutError if the sizes do not fit.
         """
         if partial.numel() != self.world_size * out.numel():
-            raise LayoutError(f"reduce_scatter: partial has {partial.numel()} elements, which is not {self.world_size} "
-                              f"ranks times the output's {out.numel()}.")
+            raise LayoutError(
+                f"reduce_scatter: partial has {partial.numel()} elements, which is not {self.world_size} "
+                f"ranks times the output's {out.numel()}."
+            )
         self.counts["reduce_scatter"] += 1
         if self._data is None:
             if partial.data_ptr() != out.data_ptr():

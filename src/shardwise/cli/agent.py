@@ -1,0 +1,317 @@
+"""The ranks of this machine under torch's elastic agent: start, watch, stop, and say why it ended.
+
+The agent is torch's own; this file gives it the plan, keeps its log lines quiet, and turns what it reports into what a
+user needs: the first failing rank's own traceback, the others in one line each, the script's exit code. Whatever ends
+the launcher, no process of a rank stays behind.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config.machine import environment_value, export, host_memory_bytes, memory_limit_bytes, oom_kills
+from ..config.resolve import Resolution
+from ..config.schema import Config
+from ..errors import LaunchError
+from . import worker
+from .launch_plan import LaunchPlan, check_devices, free_port, make_plan
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+# Failures that the agent sees within this time of the first may be causes; later ones were stopped by the agent itself.
+SAME_MOMENT_S = 3
+GRACE_S = 30
+CONNECT_WITHIN_S = 900
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How one rank ended.
+
+    code:   the process's exit code, negative for a signal.
+    record: what `worker.py` wrote, or None if the process had no time to.
+    """
+
+    rank: int
+    pid: int
+    code: int
+    record: dict[str, Any] | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell would give it."""
+        if self.record is not None:
+            return int(self.record["code"])
+        return 128 - self.code if self.code < 0 else self.code
+
+
+def start(plan: LaunchPlan) -> int:
+    """Run the plan to its end and give the exit code: the script's own, 128 + n for a signal n.
+
+    Raises LaunchError if the processes could not be started.
+    """
+    import torch
+
+    if plan.check_devices:
+        plan = _with_devices(plan, torch.cuda.device_count())
+    if plan.config.machine_rank > 0:
+        print(
+            f"shardwise launch: machine {plan.config.machine_rank} waits for machine 0 at {plan.address}:{plan.port}",
+            file=sys.stderr,
+        )
+    directory = Path(tempfile.mkdtemp(prefix="shardwise-"))
+    kills_before = oom_kills()
+    _watch_signals(directory)
+    try:
+        return _run(plan, directory, kills_before)
+    finally:
+        _end_sessions(directory)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _with_devices(plan: LaunchPlan, devices: int) -> LaunchPlan:
+    origins = dict(plan.origins)
+    config = plan.config
+    if origins.get(("num_processes",)) == "one for each GPU":
+        del origins[("num_processes",)]
+        config = Config.checked({**config.to_values(), "num_processes": None})
+    check_devices(config, origins, devices)
+    made = make_plan(
+        Resolution(config, origins, []),
+        script=plan.script,
+        is_module=plan.is_module,
+        arguments=plan.arguments,
+        max_restarts=plan.max_restarts,
+        devices=devices,
+    )
+    return replace(made, notes=plan.notes)
+
+
+def _run(plan: LaunchPlan, directory: Path, kills_before: int | None) -> int:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    _quieten()
+    export({**plan.environment, worker.REPORTS: str(directory), worker.LAUNCHER: str(os.getpid())})
+    command = [worker.__file__, *(["-m"] if plan.is_module else []), plan.script, *plan.arguments]
+    # The agent takes "$$" and "${local_rank}" in arguments as macros; the script's are to arrive as they are.
+    command = [part.replace("$", "$$") for part in command]
+    for attempt in range(3):
+        try:
+            elastic_launch(_launch_config(plan, directory), sys.executable)(*command)
+            return 0
+        except ChildFailedError as error:
+            return _explain(error, directory, plan, kills_before)
+        except (SignalException, KeyboardInterrupt) as error:
+            number = int(getattr(error, "sigval", signal.SIGINT))
+            print(f"shardwise launch: stopped by {signal.Signals(number).name}", file=sys.stderr)
+            return 128 + number
+        except Exception as error:
+            text = " ".join(str(error).split())
+            # Another process may take the free port between finding it and using it.
+            busy = "EADDRINUSE" in text or "already in use" in text
+            if busy and plan.config.num_machines == 1 and plan.port == 0 and attempt < 2:
+                continue
+            where = f"{plan.address}:{plan.port}"
+            if plan.config.machine_rank > 0:
+                raise LaunchError(f"machine 0 did not answer at {where}: {text[:300]}") from None
+            raise LaunchError(f"the processes could not be started ({where}): {text[:300]}") from error
+    raise AssertionError("unreachable")
+
+
+def _watch_signals(directory: Path) -> None:
+    """Say that a first Ctrl-C (or SIGTERM) was heard; at a second one kill the ranks, whatever the agent waits for.
+
+    The agent installs its own handlers, so the signals are seen through Python's wake-up descriptor, beside them.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        heard = 0
+        while True:
+            number = os.read(reader, 1)[0]
+            if number in (signal.SIGINT, signal.SIGTERM):
+                heard += 1
+                name = signal.Signals(number).name
+                if heard == 1:
+                    print(f"\nshardwise launch: {name}: the ranks are asked to stop; again kills them", file=sys.stderr)
+                else:
+                    _end_sessions(directory)
+
+    threading.Thread(target=watch, name="shardwise-signals", daemon=True).start()
+
+
+def _quieten() -> None:
+    """Keep the agent's own log lines off the terminal, unless the user asked torch for logs."""
+    if environment_value("TORCH_LOGS") is None and environment_value("LOGLEVEL") is None:
+        for name in logging.root.manager.loggerDict:
+            if name.startswith("torch.distributed."):
+                logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _launch_config(plan: LaunchPlan, directory: Path) -> Any:
+    """torch's own description of a launch."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig
+
+    config = plan.config
+    port = plan.port or free_port(plan.address)
+    rendezvous: dict[str, Any] = {"timeout": CONNECT_WITHIN_S}
+    if config.rdzv_backend == "static":
+        rendezvous["rank"] = config.machine_rank
+    else:
+        rendezvous.update(is_host=config.machine_rank == 0, join_timeout=CONNECT_WITHIN_S)
+    host = f"[{plan.address}]" if ":" in plan.address else plan.address
+    # nohup ignores SIGHUP, and so must this run.
+    handled = [
+        name
+        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+        if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN or name == "SIGTERM"
+    ]
+    arguments: dict[str, Any] = {}
+    known = {entry.name for entry in fields(LaunchConfig)}
+    if "signals_to_handle" in known:  # newer than torch 2.9
+        arguments["signals_to_handle"] = ",".join(handled)
+    if "shutdown_timeout" in known:
+        arguments["shutdown_timeout"] = GRACE_S
+    return LaunchConfig(
+        min_nodes=config.num_machines,
+        max_nodes=config.num_machines,
+        nproc_per_node=plan.local_processes,
+        run_id=f"shardwise-{plan.port}",
+        role="rank",
+        rdzv_backend=config.rdzv_backend,
+        rdzv_endpoint=f"{host}:{port}",
+        rdzv_configs=rendezvous,
+        max_restarts=plan.max_restarts,
+        monitor_interval=0.1,
+        # Machine 0 says how it is reached; its own idea of its name may mean nothing to the others.
+        local_addr=plan.address if config.machine_rank == 0 else None,
+        logs_specs=DefaultLogsSpecs(log_dir=str(directory / "agent")),
+        **arguments,
+    )
+
+
+def _explain(error: ChildFailedError, directory: Path, plan: LaunchPlan, kills_before: int | None) -> int:
+    """Say why the run ended, the cause first, and give its exit code."""
+    seen = error.failures
+    first_s = min(failure.timestamp for failure in seen.values())
+    failures: list[Failure] = []
+    for rank, failure in seen.items():
+        record = _read_record(directory, rank, plan.max_restarts)
+        ended_by_agent = record is None and (
+            failure.exitcode == -signal.SIGTERM or failure.timestamp - first_s > SAME_MOMENT_S
+        )
+        if not ended_by_agent:
+            failures.append(Failure(rank, failure.pid, failure.exitcode, record))
+    if not failures:  # every rank got a SIGTERM from elsewhere
+        failures = [Failure(rank, failure.pid, failure.exitcode) for rank, failure in seen.items()]
+    failures.sort(key=_cause_first)
+    cause, *others = failures
+    _show(cause, kills_before)
+    for other in others:
+        print(f"shardwise launch: rank {other.rank} failed too: {_headline(other)[:160]}", file=sys.stderr)
+    return cause.exit_code or 1
+
+
+def _cause_first(failure: Failure) -> tuple[int, int]:
+    """Sort key: a rank that was killed before those that missed it, an echo of another rank's error last."""
+    if failure.record is None:
+        return (0, failure.rank)
+    return (2 if failure.record["kind"] == "RankError" else 1, failure.record["time_ns"])
+
+
+def _read_record(directory: Path, rank: int, attempt: int) -> dict[str, Any] | None:
+    """The last attempt's record; an earlier one's says nothing about how the run ended."""
+    for count in range(attempt, -1, -1):
+        try:
+            found = json.loads((directory / f"failure-{count}-{rank}").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def _headline(failure: Failure) -> str:
+    if failure.record is not None:
+        message = str(failure.record["message"]).strip().split("\n")[0]
+        if failure.record["kind"] == "exit":
+            return f"it ended with exit code {failure.record['code']}"
+        return f"{failure.record['kind']}: {message}" if message else str(failure.record["kind"])
+    if failure.code < 0:
+        try:
+            name = signal.Signals(-failure.code).name
+        except ValueError:
+            name = "unknown"
+        return f"it was ended by signal {-failure.code} ({name})"
+    return f"it ended with exit code {failure.code}, without a Python exception"
+
+
+def _show(cause: Failure, kills_before: int | None) -> None:
+    sys.stdout.flush()
+    if cause.record is not None and cause.record["traceback"]:
+        print(f"shardwise launch: rank {cause.rank} failed first:", file=sys.stderr)
+        print(str(cause.record["traceback"]).rstrip("\n"), file=sys.stderr)
+        return
+    print(f"shardwise launch: rank {cause.rank} failed first: {_headline(cause)}", file=sys.stderr)
+    if cause.record is None and cause.code == -signal.SIGKILL:
+        print(f"shardwise launch: {_why_killed(kills_before)}", file=sys.stderr)
+
+
+def _why_killed(kills_before: int | None) -> str:
+    kills = oom_kills()
+    limit, memory = memory_limit_bytes(), host_memory_bytes()
+    size = f" (limit {limit / 2**30:.1f} GiB)" if limit else f" ({memory / 2**30:.1f} GiB)" if memory else ""
+    if kills is not None and kills_before is not None and kills > kills_before:
+        return (
+            f"the kernel killed it because host memory{size} ran out; offload less to the cpu or start fewer processes."
+        )
+    return (
+        f"SIGKILL comes from a person, a scheduler, or the kernel when host memory{size} runs out; the kernel's log "
+        "(dmesg) tells which."
+    )
+
+
+def _end_sessions(directory: Path) -> None:
+    """End what is left of the ranks and of the processes that they started (each rank leads a session of its own)."""
+    leaders = {int(path.name[4:]) for path in directory.glob("pid-*")}
+    deadline = time.monotonic() + 5
+    while leaders and time.monotonic() < deadline:
+        left = [pid for pid, session in _sessions() if session in leaders and pid != os.getpid()]
+        if not left:
+            return
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        time.sleep(0.05)
+
+
+def _sessions() -> list[tuple[int, int]]:
+    """(process id, session id) of every running process; [] where there is no /proc."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # The name in parentheses may hold anything; after it come state, parent, group, session.
+            fields = path.read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()
+        except (OSError, IndexError):
+            continue
+        if fields[0] != "Z":
+            found.append((int(path.parent.name), int(fields[3])))
+    return found

@@ -1,0 +1,120 @@
+"""`shardwise launch`: resolve the settings, check everything, show it or start it.
+
+Nothing here imports torch until all checks have passed; a mistake is told within a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+
+from ..config.machine import environment_value
+from ..config.resolve import Resolution, resolve
+from ..config.rules import Key
+from ..config.schema import ENVIRONMENT_KEY, Config
+from ..config.yaml_file import default_file
+from ..errors import ConfigError, ShardwiseError
+from .launch_plan import LaunchPlan, make_plan
+
+
+def run_launch(
+    settings: Mapping[str, str | bool],
+    *,
+    script: str,
+    arguments: list[str],
+    config_file: str | None = None,
+    use_zero: bool = False,
+    multi_gpu: bool = False,
+    is_module: bool = False,
+    max_restarts: str = "0",
+    dry_run: bool = False,
+) -> None:
+    """Start `script`, and leave with its exit code. Raises ConfigError or LaunchError before anything is started."""
+    flags: dict[str, str | bool] = dict(settings)
+    if multi_gpu:
+        if use_zero:
+            raise ConfigError("--multi_gpu and --use_deepspeed contradict each other")
+        flags.setdefault("distributed_type", "MULTI_GPU")
+    if not max_restarts.isdigit():
+        raise ConfigError(f"--max_restarts: {max_restarts!r} is not a whole number of 0 or more")
+    problems: list[str] = []
+    resolution: Resolution | None = None
+    file = config_file or (str(default_file()) if default_file().is_file() else None)
+    try:
+        resolution = resolve(flags, file, use_zero=use_zero)
+        if config_file is None and file is not None:
+            print(f"shardwise launch: settings of {file}", file=sys.stderr)
+    except ShardwiseError as error:
+        problems.append(str(error))
+    plan: LaunchPlan | None = None
+    try:
+        # With wrong settings the plan is made of the defaults, to check the rest of the command too.
+        base = resolution or Resolution(Config(use_cpu=True))
+        plan = make_plan(base, script=script, is_module=is_module, arguments=arguments, max_restarts=int(max_restarts))
+    except ShardwiseError as error:
+        problems.append(str(error))
+    if problems:
+        if dry_run and resolution is not None:
+            print("\n".join(describe_config(resolution.config, resolution.origins)))
+        raise ConfigError("\n".join(problems))
+    assert plan is not None
+    for note in plan.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if dry_run:
+        print("\n".join(describe(plan)))
+        return
+    from .agent import start
+
+    sys.exit(start(plan))
+
+
+def describe_config(config: Config, origins: Mapping[Key, str]) -> list[str]:
+    """The settings that the run has, one a line, each with where it comes from."""
+    rows: list[tuple[str, str, str]] = []
+    full = config.model_dump(mode="json")
+    full["deepspeed_config"] = config.zero.model_dump(mode="json")
+    for name, value in sorted(full.items()):
+        for key, inner in _rows((name,), value):
+            origin = origins.get(key, "default")
+            unused = "loss_scale" in key and config.mixed_precision != "fp16"
+            # `fsdp_config: {}` and its like say nothing; a `gradient_clipping: none` that was given does.
+            if not unused and (inner not in (None, {}, []) or (origin != "default" and len(key) > 1)):
+                rows.append((".".join(key), _plain(inner), origin))
+    width, middle = max(len(row[0]) for row in rows), max(len(row[1]) for row in rows)
+    return ["settings:", *(f"  {name:<{width}}  {value:<{middle}}  {origin}" for name, value, origin in rows)]
+
+
+def _rows(key: Key, value: object) -> list[tuple[Key, object]]:
+    if isinstance(value, dict) and value:
+        return [row for name, inner in value.items() for row in _rows((*key, name), inner)]
+    return [(key, value)]
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return ",".join(str(part) for part in value)
+    return "none" if value is None or value == {} else str(value)
+
+
+def describe(plan: LaunchPlan) -> list[str]:
+    """All that `--dry-run` shows: settings, environment, processes."""
+    config = plan.config
+    lines = describe_config(config, plan.origins)
+    lines += ["", "environment of every process:"]
+    lines += [f"  {name}={value}" for name, value in sorted(plan.environment.items()) if name != ENVIRONMENT_KEY]
+    if "OMP_NUM_THREADS" not in plan.environment:
+        lines.append(f"  OMP_NUM_THREADS={environment_value('OMP_NUM_THREADS')}  (as set outside)")
+    lines.append(f"  {ENVIRONMENT_KEY}={plan.environment[ENVIRONMENT_KEY]}")
+    first = config.machine_rank * plan.local_processes
+    port = plan.port or "a free port"
+    lines += ["", f"processes ({plan.local_processes} on this machine, {config.num_processes} in all):"]
+    for local in range(plan.local_processes):
+        device = "cpu" if config.use_cpu else f"cuda:{local}"
+        lines.append(f"  rank {first + local}  {device}  MASTER_ADDR={plan.address} MASTER_PORT={port}")
+    lines.append(f"  {shlex.join(plan.command)}")
+    if plan.check_devices:
+        lines.append("  (the number of GPUs is checked once torch is imported)")
+    return lines

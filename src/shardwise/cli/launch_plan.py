@@ -1,0 +1,226 @@
+"""What `launch` is about to do, worked out before torch is imported: which processes, where, with which environment.
+
+A plan is plain data: `--dry-run` prints it, and the agent starts it. Everything that can be refused is refused here: a
+script that is not there, more processes than devices, no device at all.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import importlib.util
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ..config.machine import environment_value, physical_gpus, usable_cores, visible_gpus
+from ..config.resolve import Resolution
+from ..config.rules import Key
+from ..config.schema import Config
+from ..errors import ConfigError, LaunchError
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """One machine's part of a run.
+
+    config:          resolved; `num_processes` is filled in.
+    origins:         where each setting comes from, by key.
+    local_processes: processes of this machine.
+    address, port:   where rank 0's machine is found.
+    environment:     variables that are added to each process's environment.
+    check_devices:   the number of GPUs could not be found without torch; ask it before anything is started.
+    """
+
+    config: Config
+    origins: dict[Key, str]
+    notes: list[str]
+    script: str
+    is_module: bool
+    arguments: list[str]
+    local_processes: int
+    address: str
+    port: int
+    environment: dict[str, str] = field(default_factory=dict)
+    max_restarts: int = 0
+    check_devices: bool = False
+
+    @property
+    def command(self) -> list[str]:
+        """What each process does, as a user would type it."""
+        return [sys.executable, *(["-m"] if self.is_module else []), self.script, *self.arguments]
+
+
+def check_script(script: str, is_module: bool) -> None:
+    """LaunchError unless the script (or, with -m, the module) can be found."""
+    if is_module:
+        top = script.split(".", 1)[0]
+        path = list(sys.path)
+        sys.path.insert(0, os.getcwd())
+        try:
+            # Only the top package: finding a submodule would import its parents.
+            found = top.isidentifier() and importlib.util.find_spec(top) is not None
+        except (ImportError, ValueError):
+            found = False
+        finally:
+            sys.path[:] = path
+        if not found:
+            raise LaunchError(f"{script}: there is no such module, neither installed nor in the working directory")
+        return
+    path_ = Path(script)
+    if path_.is_dir():
+        raise LaunchError(f"{script}: is a directory, not a script")
+    if not path_.is_file():
+        near: list[str] = []
+        if path_.parent.is_dir():
+            near = difflib.get_close_matches(path_.name, [entry.name for entry in path_.parent.glob("*.py")], n=1)
+        hint = f"; did you mean {path_.with_name(near[0])}?" if near else ""
+        raise LaunchError(f"{script}: there is no such script{hint}")
+    if not os.access(path_, os.R_OK):
+        raise LaunchError(f"{script}: cannot be read")
+
+
+def check_devices(config: Config, origins: Mapping[Key, str], devices: int | None) -> None:
+    """LaunchError unless this machine has a GPU for each of its processes. devices: None if that is not known yet."""
+    if config.use_cpu or devices is None:
+        return
+    if devices == 0:
+        raise LaunchError("no CUDA device was found on this machine; add --use_cpu to train on the CPU")
+    local = (config.num_processes or 1) // config.num_machines
+    if local > devices:
+        origin = origins.get(("num_processes",), "default")
+        name = "" if origin == "--num_processes" else "num_processes: "
+        on_this = " on this machine" if config.num_machines > 1 else ""
+        raise LaunchError(
+            f"{origin}: {name}{local} processes{on_this} need as many GPUs, but there "
+            f"{'is 1' if devices == 1 else f'are {devices}'}; ask for {devices}, or add --use_cpu"
+        )
+
+
+def _check_gpu_ids(config: Config, origins: Mapping[Key, str]) -> None:
+    present = physical_gpus()
+    if config.use_cpu or config.gpu_ids in (None, "all") or not present:
+        return
+    beyond = [part for part in str(config.gpu_ids).split(",") if int(part) >= present]
+    if beyond:
+        raise LaunchError(
+            f"{origins.get(('gpu_ids',), 'default')}: gpu_ids: there is no GPU {', '.join(beyond)}; this machine has "
+            f"{present}, numbered from 0"
+        )
+
+
+def fill_processes(resolution: Resolution, devices: int | None) -> Resolution:
+    """The resolution with `num_processes` set, and a plain default run turned into one of all GPUs.
+
+    devices: GPUs that are visible here; None if that is not known yet (then one process is taken for now).
+    """
+    config, origins = resolution.config, dict(resolution.origins)
+    if config.num_processes is not None:
+        return resolution
+    changes: dict[str, object] = {}
+    if config.distributed_type == "NO" and ("distributed_type",) in origins:
+        local, why = 1, "because distributed_type is NO"
+    elif config.use_cpu:
+        local, why = 1, "default on the CPU"
+    else:
+        local, why = devices or 1, "one for each GPU"
+    changes["num_processes"] = local * config.num_machines
+    origins[("num_processes",)] = why
+    if config.distributed_type == "NO" and local * config.num_machines > 1:
+        changes["distributed_type"] = "MULTI_CPU" if config.use_cpu else "MULTI_GPU"
+        origins[("distributed_type",)] = "because there are several processes"
+    # Checked again: what was unknown before, such as the batch sizes of a DeepSpeed file, can now be compared.
+    return replace(resolution, config=Config.checked({**config.to_values(), **changes}), origins=origins)
+
+
+def make_plan(
+    resolution: Resolution,
+    *,
+    script: str,
+    is_module: bool = False,
+    arguments: list[str] | None = None,
+    max_restarts: int = 0,
+    devices: int | None = None,
+    devices_known: bool = True,
+) -> LaunchPlan:
+    """The plan of this machine. Raises LaunchError or ConfigError.
+
+    devices: visible GPUs, for tests; the machine is asked if None and `devices_known`.
+    """
+    check_script(script, is_module)
+    if devices is None and devices_known and not resolution.config.use_cpu:
+        devices = visible_gpus(resolution.config.gpu_ids)
+    resolution = fill_processes(resolution, devices)
+    config, origins, notes = resolution.config, dict(resolution.origins), list(resolution.notes)
+    _check_gpu_ids(config, origins)
+    check_devices(config, origins, devices)
+    local = (config.num_processes or 1) // config.num_machines
+    address = config.main_process_ip or LOOPBACK
+    port = config.main_process_port or 0
+    if config.num_machines == 1 and port and not port_is_free(address, port):
+        notes.append(f"main_process_port: {port} is in use; a free port is taken instead.")
+        port = 0
+    elif config.num_machines > 1 and config.machine_rank == 0 and not port_is_free("", port):
+        origin = origins.get(("main_process_port",), "default")
+        raise LaunchError(
+            f"{origin}: main_process_port: {port} is in use on this machine; take another one on all machines"
+        )
+    return LaunchPlan(
+        config=config,
+        origins=origins,
+        notes=notes,
+        script=script,
+        is_module=is_module,
+        arguments=list(arguments or []),
+        local_processes=local,
+        address=address,
+        port=port,
+        environment=rank_environment(config, local),
+        max_restarts=max_restarts,
+        check_devices=not config.use_cpu and devices is None,
+    )
+
+
+def rank_environment(config: Config, local_processes: int) -> dict[str, str]:
+    """What every process gets besides its rank: the configuration, threads, devices."""
+    variables = config.to_environment()
+    said, given = config.engine.threads_per_rank, environment_value("OMP_NUM_THREADS")
+    if said is not None:
+        variables["OMP_NUM_THREADS"] = str(said)
+    elif not given:
+        # More threads than cores make libgomp's waiting threads fight each other: 10 to 40 times slower.
+        variables["OMP_NUM_THREADS"] = str(max(1, usable_cores() // local_processes))
+    if not config.use_cpu and config.gpu_ids not in (None, "all"):
+        variables["CUDA_VISIBLE_DEVICES"] = str(config.gpu_ids).replace(" ", "")
+    if environment_value("PYTHONFAULTHANDLER") is None:
+        # A crash in C++ then shows the Python line that led to it.
+        variables["PYTHONFAULTHANDLER"] = "1"
+    return variables
+
+
+def port_is_free(address: str, port: int) -> bool:
+    """Can this machine listen there? An address of another machine counts as free."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            return error.errno != errno.EADDRINUSE
+    return True
+
+
+def free_port(address: str = LOOPBACK) -> int:
+    """A port that nothing listens on at this moment."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError as error:
+            raise ConfigError(f"main_process_ip: {address}: cannot be used on this machine: {error.strerror}") from None
+        return int(probe.getsockname()[1])

@@ -1,0 +1,168 @@
+"""The `shardwise` command: its subcommands, and how a mistake ends.
+
+A wrong setting, flag or file ends in one line for each thing that is wrong and exit code 2, without a traceback. Each
+subcommand's own imports happen when it is called, so that `shardwise --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from typing import Annotated
+
+import typer
+
+from ..errors import ShardwiseError
+from ..version import __version__
+from .flags import with_setting_flags
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="shardwise",
+    help="Train transformers that do not fit: ZeRO-1/2/3 and offload on torch.distributed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        # --zero-stage is --zero_stage, for every flag.
+        "token_normalize_func": lambda token: token.replace("-", "_"),
+    },
+)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"shardwise {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+ConfigFile = Annotated[
+    str | None,
+    typer.Option("--config_file", metavar="FILE", help="The YAML file. Default: in the user's cache."),
+]
+
+
+@app.command(name="config")
+@with_setting_flags
+def config_command(
+    settings: dict[str, str | bool],
+    config_file: ConfigFile = None,
+    default: Annotated[
+        bool, typer.Option("--default", help="Ask nothing: flags, and defaults for what they do not say.")
+    ] = False,
+) -> None:
+    """Ask a few questions and write the answers to a YAML file for `launch`."""
+    from .config import run_config
+
+    run_config(settings, config_file=config_file, take_defaults=default)
+
+
+@app.command(name="launch", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False})
+@with_setting_flags
+def launch_command(  # noqa: PLR0917 (typer gives them by name)
+    settings: dict[str, str | bool],
+    script: Annotated[str, typer.Argument(metavar="SCRIPT", help="The training script (with -m: a module).")],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[ARGS]...", help="Everything after SCRIPT belongs to it.")
+    ] = None,
+    config_file: ConfigFile = None,
+    use_deepspeed: Annotated[
+        bool, typer.Option("--use_deepspeed", help="A ZeRO run; any ZeRO flag says so too.")
+    ] = False,
+    multi_gpu: Annotated[bool, typer.Option("--multi_gpu", help="Whole copies on every GPU, nothing sharded.")] = False,
+    module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT is a module, as in python -m.")] = False,
+    max_restarts: Annotated[
+        str, typer.Option("--max_restarts", metavar="N", help="Start all ranks again after a failure.")
+    ] = "0",
+    dry_run: Annotated[
+        bool, typer.Option("--dry_run", help="Print settings, environment and processes; start nothing.")
+    ] = False,
+) -> None:
+    """Start a training script, one process for each GPU (or on the CPU), on one machine or several."""
+    from .launch import run_launch
+
+    run_launch(
+        settings,
+        script=script,
+        arguments=list(arguments or ()),
+        config_file=config_file,
+        use_zero=use_deepspeed,
+        multi_gpu=multi_gpu,
+        is_module=module,
+        max_restarts=max_restarts,
+        dry_run=dry_run,
+    )
+
+
+@app.command(name="env")
+def env_command(config_file: ConfigFile = None) -> None:
+    """Print what a bug report needs: versions, machine, configuration."""
+    from .env import run_env
+
+    run_env(config_file)
+
+
+def complain(text: str) -> None:
+    """Each line of `text` on stderr as an error of its own."""
+    for line in text.splitlines() or ["unknown error"]:
+        print(f"error: {line}", file=sys.stderr)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command and give its exit code."""
+    try:
+        code = app(args=arguments, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except ShardwiseError as error:
+        complain(str(error))
+        return USAGE_ERROR
+    except (KeyboardInterrupt, typer.Abort):
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has left (`| head`): nothing is wrong, and nothing can be said.
+        sys.stderr.close()
+        return 1
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Exception as error:
+        # Usage errors of the parser that typer brings, under whichever module name this version of it has.
+        told = getattr(error, "format_message", None)
+        if told is None:
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(told())
+            return USAGE_ERROR
+        complain(_usage_error(error, " ".join(str(told()).split())))
+        return USAGE_ERROR
+
+
+def _usage_error(error: Exception, text: str) -> str:
+    """A parser's error in one line of ours; an unknown flag gets the nearest known one."""
+    typed = getattr(error, "option_name", None)
+    known = getattr(getattr(error, "ctx", None), "command", None)
+    if type(error).__name__ != "NoSuchOption" or not isinstance(typed, str) or known is None:
+        return text[:1].lower() + text[1:]
+    names = {
+        name.lstrip("-"): name for parameter in known.params for name in (*parameter.opts, *parameter.secondary_opts)
+    }
+    close = difflib.get_close_matches(typed.lstrip("-").replace("-", "_"), list(names), n=1)
+    hint = f"; did you mean {names[close[0]]}?" if close else "; see --help. Flags of the script come after it."
+    return f"{typed}: unknown flag{hint}"
+
+
+def main() -> None:
+    """The entry point of the `shardwise` command."""
+    sys.exit(run())

@@ -1,0 +1,148 @@
+"""What each launched process runs: the user's script as `__main__`, and a record of how it failed.
+
+The launcher starts `python worker.py script.py args...`, by path, so that nothing of shardwise is imported before the
+script. The script sees itself exactly as under `python script.py`: `__main__`, `sys.argv`, `sys.path[0]`. What is
+added:
+  - the process dies with the launcher, even when that is killed with SIGKILL;
+  - an exception is written to a record instead of the terminal, with the time in nanoseconds, so that the launcher can
+    show the first failing rank's traceback and not every rank's at once;
+  - a process that cannot leave after a failure (a thread that waits for a dead peer) is ended after a while.
+This file imports the standard library only, and reads the environment that the launcher wrote for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import runpy
+import signal
+import sys
+import time
+import traceback
+import types
+from collections.abc import Iterator
+from typing import Any
+
+REPORTS = "SHARDWISE_REPORTS"  # the directory for records
+LAUNCHER = "SHARDWISE_LAUNCHER"  # the launcher's process id
+LEAVE_WITHIN_S = 10  # after a failure was recorded
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """`worker.py [-m] script args...`"""
+    del sys.argv[0]
+    _die_with_launcher()
+    reports = os.environ.get(REPORTS, "")
+    _write(reports, f"pid-{os.getpid()}", {"rank": _rank()})
+    try:
+        if sys.argv[0] == "-m":
+            del sys.argv[0]
+            _run_module(sys.argv[0])
+        else:
+            _run_script(sys.argv[0])
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if code != 0:
+            message = end.code if isinstance(end.code, str) else f"sys.exit({code})"
+            _record(reports, kind="exit", message=message, text="", code=code)
+        raise
+    except KeyboardInterrupt:
+        signal.alarm(LEAVE_WITHIN_S)
+        sys.exit(128 + signal.SIGINT)
+    except BaseException as error:
+        kind = type(error)
+        # The frames of this file are not the user's.
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_code.co_filename in (__file__, runpy.__file__, "<frozen runpy>"):
+            trace = trace.tb_next
+        text = "".join(traceback.format_exception(kind, error, trace))
+        # A hook of the user's (rich, a tracker) is called; torch.distributed's only puts the rank before each line.
+        module = getattr(sys.excepthook, "__module__", None) or ""
+        own_hook = sys.excepthook is not sys.__excepthook__ and not module.startswith("torch.")
+        message = str(error)
+        _record(reports, kind=kind.__name__, message=message, text="" if own_hook else text, code=1)
+        if own_hook:
+            with contextlib.suppress(Exception):
+                sys.excepthook(kind, error, trace)
+        elif not reports:
+            sys.stderr.write(text)
+        sys.exit(1)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _run_script(path: str) -> None:
+    """As `python path`: in a fresh `__main__` that stays until the interpreter ends."""
+    sys.path[0] = os.path.dirname(os.path.abspath(path))
+    with _working_directory_last(), open(path, "rb") as file:
+        code = compile(file.read(), path, "exec")
+    module = types.ModuleType("__main__")
+    module.__dict__.update(__file__=path, __builtins__=__builtins__, __spec__=None, __cached__=None)
+    # This module's own names would be cleared with it.
+    sys.modules["__shardwise_worker__"] = sys.modules["__main__"]
+    sys.modules["__main__"] = module
+    exec(code, module.__dict__)
+
+
+def _run_module(name: str) -> None:
+    """As `python -m name`."""
+    sys.path[0] = os.getcwd()
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+@contextlib.contextmanager
+def _working_directory_last() -> Iterator[None]:
+    """Let a script import what lies in the working directory, but shadow no installed package with it."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
+    yield
+
+
+def _die_with_launcher() -> None:
+    """Ask the kernel for SIGKILL when the launcher ends: nobody else would stop this process then."""
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is None or not sys.platform.startswith("linux"):
+        return
+    try:
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    except (OSError, AttributeError):
+        return
+    if os.getppid() != int(launcher):  # it ended before the kernel was asked
+        os._exit(128 + signal.SIGKILL)
+
+
+def _record(reports: str, *, kind: str, message: str, text: str, code: int) -> None:
+    """Keep what happened for the launcher, and see to it that this process ends."""
+    now = time.time_ns()
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    found = {"rank": _rank(), "kind": kind, "message": message, "traceback": text, "code": code, "time_ns": now}
+    _write(reports, f"failure-{attempt}-{_rank()}", found)
+    if int(attempt) < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        # The launcher goes on after this, so it is told now.
+        sys.stderr.write(f"rank {_rank()} failed; all ranks start again.\n{text or f'{kind}: {message}'}\n")
+    # SIGALRM's default action ends the process even while it waits in C++ for peers.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(LEAVE_WITHIN_S)
+
+
+def _write(reports: str, name: str, content: dict[str, Any]) -> None:
+    if not reports:
+        return
+    with contextlib.suppress(OSError):  # the directory is gone once the launcher has given up
+        part = os.path.join(reports, f".{name}")
+        with open(part, "w", encoding="utf-8") as file:
+            json.dump(content, file)
+        os.replace(part, os.path.join(reports, name))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""What this machine has, found without torch: CPU cores, memory, CUDA devices.
+
+The launcher must say "8 processes, but 2 GPUs" in well under a second, and importing torch alone takes longer. Where
+the number of devices cannot be known this way (ROCm, WSL without nvidia-smi), it is None and torch is asked later.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and the share that its container is allowed."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        cores = os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        if quota != "max":
+            cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):
+        pass
+    return cores
+
+
+def host_memory_bytes() -> int | None:
+    """Physical memory of the machine, or None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def memory_limit_bytes() -> int | None:
+    """What this process's container may use, or None without a limit."""
+    try:
+        text = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        return None if text == "max" else int(text)
+    except (OSError, ValueError):
+        return None
+
+
+def oom_kills() -> int | None:
+    """How many processes of this container the kernel has killed for memory so far; None where it does not tell."""
+    try:
+        for line in Path("/sys/fs/cgroup/memory.events").read_text(encoding="ascii").splitlines():
+            name, _, count = line.partition(" ")
+            if name == "oom_kill":
+                return int(count)
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def physical_gpus() -> int | None:
+    """CUDA devices of this machine, whatever CUDA_VISIBLE_DEVICES says; None if only torch can tell."""
+    # A container sees every GPU of its host in /proc, but has device files for its own only.
+    nodes = [path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[len("nvidia") :].isdigit()]
+    if nodes:
+        try:
+            listed = len(list(Path("/proc/driver/nvidia/gpus").iterdir()))
+        except OSError:
+            listed = 0
+        return min(len(nodes), listed) if listed else len(nodes)
+    if shutil.which("nvidia-smi"):
+        return len(_listed_gpus()) or None
+    return None if any(Path(path).exists() for path in ("/dev/kfd", "/dev/dxg", "/dev/nvmap")) else 0
+
+
+def _listed_gpus() -> list[str]:
+    try:
+        answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.strip() for line in answer.stdout.splitlines() if line.startswith("GPU ")]
+
+
+def gpu_names() -> list[str]:
+    """One line for each GPU, as the driver lists them; [] where there are none."""
+    return _listed_gpus() if shutil.which("nvidia-smi") else []
+
+
+def visible_gpus(gpu_ids: str | None = None, environ: Mapping[str, str] | None = None) -> int | None:
+    """CUDA devices that a process will see; None if only torch can tell.
+
+    gpu_ids: the setting, "0,1" or "all"; numbers there take the place of CUDA_VISIBLE_DEVICES.
+    """
+    present = physical_gpus()
+    if present == 0:
+        return 0
+    env = os.environ if environ is None else environ
+    chosen = gpu_ids if gpu_ids not in (None, "all") else env.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return present
+    count = 0
+    for part in chosen.split(","):
+        name = part.strip()
+        # CUDA stops at the first name that is no device: the rest of the list is not seen.
+        number = int(name) if name.lstrip("-").isdigit() else None
+        if not name or (number is not None and (number < 0 or (present is not None and number >= present))):
+            break
+        count += 1
+    return count
+
+
+def environment_value(name: str) -> str | None:
+    """One variable of this process's environment; only config/ reads it."""
+    return os.environ.get(name)
+
+
+def export(variables: Mapping[str, str]) -> None:
+    """Put variables into this process's environment, for the processes that it starts."""
+    os.environ.update(variables)

@@ -1,0 +1,289 @@
+"""The launcher's promises, with real processes: exit codes, the first failing rank first, and nothing left behind.
+
+The scripts are tiny; most of each test's time is torch's import in the launcher.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ENTRY = "from shardwise.cli.main import main; main()"
+
+SCRIPTS = {
+    "show.py": """
+        import json, os, sys
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "SHARDWISE_CONFIG")
+        shown = {name: os.environ[name] for name in names}
+        shown.update(argv=sys.argv, name=__name__, path=sys.path[0], spec=__spec__ is None)
+        print(json.dumps(shown), flush=True)
+    """,
+    "exits.py": "import sys\nsys.exit(int(sys.argv[1]))",
+    "raises.py": """
+        import torch
+        import torch.distributed as dist
+
+        def train():
+            raise ValueError("the loss of rank 1 is lost")
+
+        dist.init_process_group("gloo")
+        if dist.get_rank() == 1:
+            train()
+        dist.all_reduce(torch.zeros(1))
+    """,
+    "killed.py": """
+        import os, signal
+        import torch
+        import torch.distributed as dist
+        dist.init_process_group("gloo")
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.all_reduce(torch.zeros(1))
+    """,
+    "waits.py": """
+        import os, subprocess, time
+        child = subprocess.Popen(["sleep", "60"])
+        print(os.getpid(), child.pid, flush=True)
+        time.sleep(60)
+    """,
+    "deaf.py": """
+        import os, signal, time
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print(os.getpid(), os.getpid(), flush=True)
+        time.sleep(60)
+    """,
+    "stays.py": """
+        import os, threading, time
+        if os.environ["RANK"] == "0":
+            threading.Thread(target=time.sleep, args=(60,)).start()
+            raise RuntimeError("main thread is gone, another one stays")
+        time.sleep(60)
+    """,
+    "retries.py": """
+        import os
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            raise OSError("only at first")
+        print("done", flush=True)
+    """,
+    "sums.py": """
+        import torch
+        import torch.distributed as dist
+        dist.init_process_group("gloo")
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        print(f"rank {dist.get_rank()} sum {total.item():.0f}", flush=True)
+        dist.destroy_process_group()
+    """,
+    "spawns.py": """
+        import multiprocessing
+
+        def double(number):
+            return 2 * number
+
+        if __name__ == "__main__":
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                print(pool.map(double, [21]), flush=True)
+    """,
+}
+
+
+@pytest.fixture
+def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    import textwrap
+
+    for name, text in SCRIPTS.items():
+        (tmp_path / name).write_text(textwrap.dedent(text).strip() + "\n", encoding="utf-8")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    for name in ("OMP_NUM_THREADS", "SHARDWISE_CONFIG", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    if not any(name in os.environ.get("PYTEST_CURRENT_TEST", "") for name in ("sigkill_of_the_launcher",)):
+        assert not list((tmp_path / "tmp").glob("shardwise-*")), "the launcher left its directory behind"
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", ENTRY, "launch", "--use_cpu", *arguments]
+
+
+def launch(*arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def started(*arguments: str, processes: int) -> tuple[subprocess.Popen[str], list[int]]:
+    """A launch whose ranks have each printed their pid and their child's."""
+    run = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    pids = [int(word) for _ in range(processes) for word in run.stdout.readline().split()]
+    return run, pids
+
+
+def none_left(pids: list[int], within_s: float = 3) -> bool:
+    deadline = time.monotonic() + within_s
+    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(alive(pid) for pid in pids)
+
+
+@pytest.mark.timeout(90)
+def test_the_script_sees_itself_as_under_python(scripts: Path) -> None:
+    odd = ["--lr", "1e-3", "a b", "$$HOME ${local_rank}", "--", "--use_cpu"]
+    done = launch("--num_processes", "2", "--zero_stage", "3", "show.py", *odd)
+    assert done.returncode == 0, done.stderr
+    shown = sorted((json.loads(line) for line in done.stdout.splitlines()), key=lambda row: row["RANK"])
+    assert [row["RANK"] for row in shown] == ["0", "1"]
+    for row in shown:
+        assert row["argv"] == ["show.py", *odd]
+        assert (row["name"], row["path"], row["spec"], row["WORLD_SIZE"]) == ("__main__", str(scripts), True, "2")
+        assert json.loads(row["SHARDWISE_CONFIG"])["deepspeed_config"]["zero_stage"] == 3
+        assert int(row["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
+    assert done.stderr == ""
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize(("processes", "code"), [(1, 3), (2, 7)])
+def test_the_scripts_exit_code_is_passed_on(scripts: Path, processes: int, code: int) -> None:
+    done = launch("--num_processes", str(processes), "exits.py", str(code))
+    assert done.returncode == code
+    assert done.stderr.count("\n") <= processes
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.timeout(90)
+def test_the_first_failing_ranks_traceback_comes_first(scripts: Path) -> None:
+    done = launch("--num_processes", "2", "raises.py")
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert lines[0] == "shardwise launch: rank 1 failed first:"
+    assert lines[1] == "Traceback (most recent call last):"
+    assert 'raises.py", line 9, in <module>' in lines[2]
+    assert "ValueError: the loss of rank 1 is lost" in lines
+    assert done.stderr.count("Traceback") == 1
+    assert "torchelastic" not in done.stderr.lower()
+    assert "worker.py" not in done.stderr
+
+
+@pytest.mark.timeout(90)
+def test_a_killed_rank_ends_the_run_and_is_named(scripts: Path) -> None:
+    done = launch("--num_processes", "2", "killed.py")
+    assert done.returncode == 128 + signal.SIGKILL
+    lines = done.stderr.splitlines()
+    assert lines[0] == "shardwise launch: rank 1 failed first: it was ended by signal 9 (SIGKILL)"
+    assert "memory" in lines[1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_launcher_leaves_no_process(scripts: Path, number: signal.Signals) -> None:
+    run, pids = started("--num_processes", "2", "waits.py", processes=2)
+    assert len(pids) == 4
+    began = time.monotonic()
+    run.send_signal(number)
+    _, err = run.communicate(timeout=30)
+    assert time.monotonic() - began < 10
+    assert run.returncode == 128 + number
+    assert none_left(pids)
+    assert "Traceback" not in err
+
+
+@pytest.mark.timeout(120)
+def test_a_second_ctrl_c_kills_ranks_that_ignore_the_first(scripts: Path) -> None:
+    run, pids = started("--num_processes", "1", "deaf.py", processes=1)
+    run.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert alive(pids[0])
+    run.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    run.communicate(timeout=30)
+    assert time.monotonic() - began < 10
+    assert none_left(pids)
+
+
+@pytest.mark.timeout(120)
+def test_ranks_do_not_survive_a_sigkill_of_the_launcher(scripts: Path) -> None:
+    run, pids = started("--num_processes", "2", "deaf.py", processes=2)
+    run.kill()
+    run.communicate(timeout=30)
+    assert none_left(pids)
+
+
+@pytest.mark.timeout(120)
+def test_a_failed_rank_that_cannot_leave_is_ended(scripts: Path) -> None:
+    began = time.monotonic()
+    done = launch("--num_processes", "2", "stays.py")
+    assert time.monotonic() - began < 30
+    assert done.returncode == 1
+    assert "RuntimeError: main thread is gone, another one stays" in done.stderr
+
+
+@pytest.mark.timeout(90)
+def test_a_restart_shows_why_and_goes_on(scripts: Path) -> None:
+    done = launch("--max_restarts", "1", "retries.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "done\n"
+    assert "OSError: only at first" in done.stderr
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("backend", ["static", "c10d"])
+def test_two_launchers_make_one_run(scripts: Path, backend: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    machines = ["--num_machines", "2", "--num_processes", "2", "--rdzv_backend", backend]
+    address = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    runs = [
+        subprocess.Popen(
+            command(*machines, *address, "--machine_rank", rank, "sums.py"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        outputs = [run.communicate(timeout=60) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    assert sorted(out for out, _ in outputs) == ["rank 0 sum 2\n", "rank 1 sum 2\n"]
+
+
+@pytest.mark.timeout(90)
+def test_a_busy_port_is_replaced_with_a_note(scripts: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = launch("--num_processes", "2", "--main_process_port", str(port), "exits.py", "0")
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == f"note: main_process_port: {port} is in use; a free port is taken instead.\n"
+
+
+@pytest.mark.timeout(90)
+def test_a_module_and_spawned_workers_find_the_main_module(scripts: Path) -> None:
+    for arguments in (["spawns.py"], ["-m", "spawns"]):
+        done = launch(*arguments)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "[42]\n"

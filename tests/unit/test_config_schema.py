@@ -1,0 +1,226 @@
+"""The schema promises: every key of the guide is known, every wrong value is told, all of them at once."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from shardwise.config.rules import check
+from shardwise.config.schema import ENVIRONMENT_KEY, Config, EngineConfig, LossScaleConfig, ZeroConfig
+from shardwise.errors import ConfigError
+
+GUIDE = {
+    "compute_environment": "LOCAL_MACHINE",
+    "deepspeed_config": {
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "offload_optimizer_device": "cpu",
+        "offload_param_device": "cpu",
+        "zero3_init_flag": True,
+        "zero3_save_16bit_model": True,
+        "zero_stage": 3,
+    },
+    "distributed_type": "DEEPSPEED",
+    "downcast_bf16": "no",
+    "dynamo_backend": "NO",
+    "fsdp_config": {},
+    "machine_rank": 0,
+    "main_training_function": "main",
+    "megatron_lm_config": {},
+    "mixed_precision": "no",
+    "num_machines": 1,
+    "num_processes": 1,
+    "rdzv_backend": "static",
+    "same_network": True,
+    "use_cpu": False,
+}
+
+
+def zero(**settings: object) -> dict[str, object]:
+    return {"distributed_type": "DEEPSPEED", "deepspeed_config": settings}
+
+
+def test_the_guides_file_is_taken_as_it_is() -> None:
+    config = Config.checked(GUIDE)
+    assert config.zero.zero_stage == 3
+    assert config.zero.offload_optimizer_device == config.zero.offload_param_device == "cpu"
+    assert config.zero.gradient_clipping == 1.0
+    assert config.mixed_precision == "no"
+    assert config.num_processes == 1
+
+
+def test_zero3_init_flag_is_answered_with_one_true_note() -> None:
+    notes = Config.checked(GUIDE).notes()
+    assert len(notes) == 1
+    assert "built whole" in notes[0]
+    (note,) = Config.checked(zero(zero_stage=2, zero3_init_flag=True)).notes()
+    assert "no effect at zero_stage 2" in note
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "text"),
+    [
+        (zero(zero_stage=5), "deepspeed_config.zero_stage", "5 is not one of 0, 1, 2, 3"),
+        (zero(zero_stage="two"), "deepspeed_config.zero_stage", "'two' is not one of"),
+        (zero(zero_stage=True), "deepspeed_config.zero_stage", "True is not one of"),
+        (zero(zero_stge=3), "deepspeed_config.zero_stge", "unknown key; did you mean zero_stage?"),
+        (zero(zero_stage=2, offload_param_device="cpu"), "deepspeed_config.offload_param_device", "needs zero_stage 3"),
+        (zero(zero_stage=0, offload_optimizer_device="cpu"), "deepspeed_config.offload_optimizer_device", "needs zero"),
+        (zero(offload_optimizer_device="nvme"), "deepspeed_config.offload_optimizer_device", "nvme is not supported"),
+        (zero(offload_optimizer_device="gpu"), "deepspeed_config.offload_optimizer_device", "'gpu' is not one of"),
+        (zero(gradient_clipping=-1), "deepspeed_config.gradient_clipping", "out of range"),
+        (zero(gradient_clipping="nan"), "deepspeed_config.gradient_clipping", "not a number"),
+        (zero(gradient_accumulation_steps=0), "deepspeed_config.gradient_accumulation_steps", "1 or more"),
+        (zero(gradient_accumulation_steps=1.5), "deepspeed_config.gradient_accumulation_steps", "not a whole number"),
+        (zero(deepspeed_hostfile="hosts"), "deepspeed_config.deepspeed_hostfile", "not read"),
+        ({"num_processes": "eight"}, "num_processes", "'eight' is not a whole number"),
+        ({"num_processes": True}, "num_processes", "not a whole number"),
+        ({"learning_rate": 1}, "learning_rate", "unknown key"),
+        ({"zero_stage": 3}, "zero_stage", "belongs into deepspeed_config"),
+        ({"mixed_precision": "bf17"}, "mixed_precision", "'bf17' is not one of no, fp16, bf16"),
+        ({"mixed_precision": "fp8"}, "mixed_precision", "fp8 is not supported"),
+        ({"distributed_type": "FSDP"}, "distributed_type", "FSDP is not what shardwise runs"),
+        ({"distributed_type": "DEEP_SPEED"}, "distributed_type", "is not one of NO, MULTI_CPU"),
+        ({"compute_environment": "AMAZON_SAGEMAKER"}, "compute_environment", "not supported"),
+        ({"fsdp_config": {"fsdp_version": 2}}, "fsdp_config", "FSDP"),
+        ({"dynamo_backend": "INDUCTOR"}, "dynamo_backend", "not started"),
+        ({"dynamo_config": {"dynamo_backend": "INDUCTOR"}}, "dynamo_config", "not started"),
+        ({"enable_cpu_affinity": True}, "enable_cpu_affinity", "numactl"),
+        ({"downcast_bf16": True}, "downcast_bf16", "TPU"),
+        ({"tpu_name": "v4"}, "tpu_name", "TPU"),
+        ({"use_cpu": "maybe"}, "use_cpu", "not true or false"),
+        ({"deepspeed_config": 3}, "deepspeed_config", "not a section"),
+        ({"distributed_type": "MULTI_GPU", "deepspeed_config": {"zero_stage": 3}}, "deepspeed_config", "has no ZeRO"),
+        ({"distributed_type": "NO", "num_processes": 2}, "num_processes", "contradicts distributed_type NO"),
+        ({"distributed_type": "MULTI_GPU", "use_cpu": True}, "use_cpu", "contradicts"),
+        ({"machine_rank": 1}, "machine_rank", "not below num_machines 1"),
+        ({"use_cpu": True, "gpu_ids": "0"}, "gpu_ids", "contradicts"),
+        ({"gpu_ids": "0,0"}, "gpu_ids", "different numbers"),
+        ({"shardwise_config": {"prefetch_units": -1}}, "shardwise_config.prefetch_units", "0 or more"),
+        ({"shardwise_config": {"reduce_dtype": "fp64"}}, "shardwise_config.reduce_dtype", "not one of"),
+        ({"shardwise_config": {"loss_scale": {"initial": 8}}}, "shardwise_config.loss_scale", "fp16 only"),
+        ({"shardwise_config": {"prefetch": 1}}, "shardwise_config.prefetch", "did you mean prefetch_units?"),
+    ],
+)
+def test_a_wrong_value_is_told_by_its_key(values: dict[str, object], key: str, text: str) -> None:
+    config, problems = check(values)
+    assert config is None
+    assert [".".join(problem.key) for problem in problems] == [key]
+    assert text in problems[0].text
+    assert "\n" not in problems[0].text
+
+
+def test_machines_must_fit_together() -> None:
+    _, problems = check({"num_machines": 2, "num_processes": 3, "distributed_type": "MULTI_GPU"})
+    assert {problem.key[0] for problem in problems} == {"num_processes", "main_process_ip", "main_process_port"}
+
+
+def test_every_problem_is_told_at_once() -> None:
+    values = zero(zero_stage=5, gradient_clipping="x", offload_param_device="cpu", zer=1) | {"num_processes": "x"}
+    with pytest.raises(ConfigError) as error:
+        Config.checked(values)
+    lines = str(error.value).splitlines()
+    # offload_param_device is right by itself, and the rule about it cannot be judged while the stage is wrong.
+    assert len(lines) == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "expected"),
+    [
+        ({"mixed_precision": False}, "mixed_precision", "no"),
+        ({"mixed_precision": "BF16"}, "mixed_precision", "bf16"),
+        ({"mixed_precision": None}, "mixed_precision", "no"),
+        ({"fp16": True}, "mixed_precision", "fp16"),
+        ({"fp16": False}, "mixed_precision", "no"),
+        ({"num_processes": "2", "distributed_type": "MULTI_GPU"}, "num_processes", 2),
+        ({"num_processes": -1}, "num_processes", None),
+        ({"use_cpu": "true"}, "use_cpu", True),
+        ({"distributed_type": False}, "distributed_type", "NO"),
+    ],
+)
+def test_yaml_spellings_are_understood(values: dict[str, object], key: str, expected: object) -> None:
+    assert getattr(Config.checked(values), key) == expected
+
+
+@pytest.mark.parametrize("spelling", [None, "none", "auto", 0, 0.0, "no", False])
+def test_no_clipping_means_none(spelling: object) -> None:
+    assert Config.checked(zero(zero_stage=2, gradient_clipping=spelling)).zero.gradient_clipping is None
+    assert ZeroConfig().gradient_clipping is None
+
+
+def test_the_default_is_one_process_without_sharding() -> None:
+    config = Config()
+    assert config.zero.zero_stage == 0
+    assert config.gradient_accumulation_steps == 1
+    assert config.engine == EngineConfig()
+    assert Config.from_environment({}) == config
+
+
+def test_a_worker_finds_the_launchers_config() -> None:
+    values = {**GUIDE, "shardwise_config": {"units": "Block, Other", "whole_adapters": "false", "reduce_dtype": "auto"}}
+    config = Config.checked(values)
+    assert config.engine.units == ["Block", "Other"]
+    assert config.engine.whole_adapters is False
+    assert config.engine.reduce_dtype == "fp32"
+    assert Config.from_environment(config.to_environment()) == config
+    default_stage = Config.checked({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}})
+    assert Config.from_environment(default_stage.to_environment()) == default_stage
+
+
+def test_debug_makes_torch_compare_collectives() -> None:
+    assert Config(debug=True).to_environment()["TORCH_DISTRIBUTED_DEBUG"] == "DETAIL"
+    assert "TORCH_DISTRIBUTED_DEBUG" not in Config().to_environment()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", json.dumps({"zero": 1})])
+def test_a_broken_variable_is_a_config_error(text: str) -> None:
+    with pytest.raises(ConfigError, match=ENVIRONMENT_KEY):
+        Config.from_environment({ENVIRONMENT_KEY: text})
+
+
+def test_keywords_of_the_accelerator_win() -> None:
+    config = Config.checked(GUIDE).merged(mixed_precision="bf16", cpu=True, zero_stage=None, units=["Block"])
+    assert (config.mixed_precision, config.use_cpu, config.zero.zero_stage) == ("bf16", True, 3)
+    assert config.engine.units == ["Block"]
+    assert Config().merged(zero_stage=3).distributed_type == "DEEPSPEED"
+
+
+def test_accumulation_of_the_file_wins_and_says_so_once() -> None:
+    said: list[str] = []
+    config = Config.checked(GUIDE).merged(gradient_accumulation_steps=4, on_note=said.append)
+    assert config.gradient_accumulation_steps == 1
+    assert len(said) == 1
+    assert Config.checked(GUIDE).merged(gradient_accumulation_steps=1, on_note=said.append) == config
+    assert len(said) == 1
+
+
+def test_accumulation_of_the_script_counts_where_the_file_is_silent() -> None:
+    config = Config().merged(gradient_accumulation_steps=4)
+    assert config.gradient_accumulation_steps == 4
+    assert config.distributed_type == "NO"
+    silent = Config.checked(zero(zero_stage=3, gradient_accumulation_steps="auto"))
+    assert silent.merged(gradient_accumulation_steps=4).gradient_accumulation_steps == 4
+
+
+def test_a_wrong_keyword_is_told_as_the_accelerators() -> None:
+    with pytest.raises(ConfigError, match=r"Accelerator: mixed_precision: 'x' is not one of"):
+        Config().merged(mixed_precision="x")
+    with pytest.raises(ConfigError, match="mixed_precison: unknown key; did you mean mixed_precision"):
+        Config().merged(mixed_precison="bf16")
+
+
+def test_batch_sizes_are_held_against_the_loader() -> None:
+    config = Config.checked(zero(zero_stage=2) | {"shardwise_config": {"micro_batch_size": 4, "train_batch_size": 8}})
+    config.check_batch_sizes(4, world_size=2)
+    with pytest.raises(ConfigError, match="batches of 3"):
+        config.check_batch_sizes(3, world_size=2)
+    with pytest.raises(ConfigError, match="is 12"):
+        config.check_batch_sizes(4, world_size=3)
+
+
+def test_a_config_cannot_be_changed() -> None:
+    config = Config()
+    with pytest.raises(ValueError, match="frozen"):
+        config.use_cpu = True
+    assert LossScaleConfig() == EngineConfig().loss_scale
