@@ -184,6 +184,8 @@ class ShardedOptimizer:
         def zero_grad(_: Optimizer, set_to_none: bool = True) -> None:
             self.zero_grad()
 
+        # LR schedulers mark the step that they wrap, and warn when it was replaced; this one sets _opt_called as theirs does.
+        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
         # Methods, not plain functions: LR schedulers take them apart to count the steps.
         driven: Any = self.optimizer
         driven.step = types.MethodType(step, self.optimizer)

@@ -1,0 +1,411 @@
+"""The Accelerator: a script's one object, over the engine, the loaders and the run's state.
+
+It holds what a script prepared and passes each call to the part that does it; it has no numerics of its own. The user's
+model, optimizer and scheduler stay the same objects: the engine works below them. `prepare` checks everything on every
+rank before the first collective, so that a mistake is one error on all ranks.
+
+    process.py    who goes first, printing, splitting (inherited)
+    data.py       prepared loaders                       scheduler.py   schedulers that step with the optimizer
+    zero/         models and optimizers                  tracking.py, plugins.py, checkpoint/export.py
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .accumulation import GradientAccumulationPlugin, GradientState
+from .data import DataLoaderConfiguration, PreparedLoader
+from .data import skip_first_batches as skip_batches_of
+from .errors import ConfigError, PrepareError, ShardwiseError
+from .metrics import Metrics
+from .plugins import (
+    AutocastKwargs,
+    DeepSpeedPlugin,
+    GradScalerKwargs,
+    InitProcessGroupKwargs,
+    ProfileKwargs,
+    ProjectConfiguration,
+)
+from .preparing import PreparedModel, PreparedOptimizer, Preparing
+from .process import AcceleratorState, DistributedType, join_run, leave_run, remember_accelerator
+from .resolve import handlers_by_type, loss_scaler, resolve
+from .saving import Saving
+from .tracking import Tracking, check_trackers
+from .zero.optimizer import ShardedOptimizer, find_sharded_optimizer
+from .zero.plan import Plan
+from .zero.precision import LossScaler, Precision
+
+logger = logging.getLogger("shardwise")
+
+
+class Accelerator(Preparing, Saving, Tracking, Metrics):
+    """Prepares a script's objects for the run that it was launched in.
+
+    The arguments are accelerate's. What the launcher's configuration says holds; a keyword given here overrules it,
+    except gradient_accumulation_steps, where the configuration wins. fsdp, megatron, tensor-parallel and dynamo plugins
+    are refused.
+    step_scheduler_with_optimizer: False makes a prepared scheduler step whenever its `step` is called.
+    rng_types: generators that take rank 0's state when an epoch starts: "generator" (a sampler's own), "torch", "cuda".
+    log_with:  trackers; see `tracking.py`.
+    Raises ConfigError.
+    """
+
+    def __init__(  # noqa: PLR0917 - accelerate's signature
+        self,
+        device_placement: bool = True,
+        split_batches: bool | None = None,
+        mixed_precision: str | None = None,
+        gradient_accumulation_steps: int = 1,
+        cpu: bool = False,
+        dataloader_config: DataLoaderConfiguration | None = None,
+        deepspeed_plugin: DeepSpeedPlugin | dict[str, DeepSpeedPlugin] | None = None,
+        fsdp_plugin: Any = None,
+        torch_tp_plugin: Any = None,
+        megatron_lm_plugin: Any = None,
+        rng_types: Sequence[str] | None = None,
+        log_with: Any = None,
+        project_dir: str | os.PathLike[str] | None = None,
+        project_config: ProjectConfiguration | None = None,
+        gradient_accumulation_plugin: GradientAccumulationPlugin | None = None,
+        step_scheduler_with_optimizer: bool = True,
+        kwargs_handlers: Sequence[Any] | None = None,
+        dynamo_backend: Any = None,
+        dynamo_plugin: Any = None,
+        deepspeed_plugins: DeepSpeedPlugin | dict[str, DeepSpeedPlugin] | None = None,
+        parallelism_config: Any = None,
+    ) -> None:
+        for name, value in (
+            ("fsdp_plugin", fsdp_plugin),
+            ("torch_tp_plugin", torch_tp_plugin),
+            ("megatron_lm_plugin", megatron_lm_plugin),
+            ("parallelism_config", parallelism_config),
+        ):
+            if value is not None:
+                raise ConfigError(
+                    f"Accelerator: {name} is for another way to shard. Use zero_stage (0 to 3) in the "
+                    "configuration, or deepspeed_plugin=DeepSpeedPlugin(zero_stage=3)."
+                )
+        backend = getattr(dynamo_backend, "value", dynamo_backend)
+        if dynamo_plugin is not None or str(backend or "no").lower() != "no":
+            raise ConfigError(
+                "Accelerator: torch.compile is not started by this version. Leave dynamo_backend out, and "
+                "compile the model's blocks yourself before `prepare`."
+            )
+        handlers = handlers_by_type(kwargs_handlers)
+        self._config, steps = resolve(
+            mixed_precision,
+            cpu,
+            deepspeed_plugins or deepspeed_plugin,
+            gradient_accumulation_steps,
+            gradient_accumulation_plugin,
+        )
+        group: InitProcessGroupKwargs | None = handlers.get(InitProcessGroupKwargs)
+        timeout = None if group is None or group.timeout is None else group.timeout.total_seconds()
+        engine = self._config.engine
+        # Both before the first collective: `Ranks.join` is one.
+        self._ranks = join_run(
+            use_cpu=self._config.use_cpu, timeout_s=engine.collective_timeout_s if timeout is None else timeout
+        )
+        if engine.threads_per_rank is not None:
+            torch.set_num_threads(engine.threads_per_rank)
+        self._plugin = DeepSpeedPlugin.in_force(self._config)
+        self._precision = Precision.named(self._config.mixed_precision, engine.reduce_dtype)
+        self._scaler = loss_scaler(self._config, self._precision, handlers.get(GradScalerKwargs))
+        zero = self._config.zero
+        self._plan = Plan.from_stage(
+            zero.zero_stage,
+            offload_optimizer=zero.offload_optimizer_device,
+            offload_param=zero.offload_param_device,
+        )
+        self.device_placement = device_placement
+        self.dataloader_config = dataloader_config or DataLoaderConfiguration()
+        if split_batches is not None:
+            self.dataloader_config.split_batches = split_batches
+        self.rng_types = list(rng_types) if rng_types is not None else ["generator"]
+        if set(self.rng_types) - {"generator", "torch", "cuda"}:
+            raise ConfigError(f"rng_types is {self.rng_types}; it can hold 'generator', 'torch' and 'cuda'.")
+        self.project_configuration = project_config or ProjectConfiguration(project_dir=project_dir)
+        if project_dir is not None and self.project_configuration.project_dir is None:
+            self.project_configuration.set_directories(project_dir)
+        self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
+        self._autocast = handlers.get(AutocastKwargs) or AutocastKwargs()
+        self._profile = handlers.get(ProfileKwargs) or ProfileKwargs()
+        self._log_with = check_trackers(log_with, self.logging_dir)
+        self.trackers: list[Any] = []
+        plugin = gradient_accumulation_plugin or GradientAccumulationPlugin()
+        plugin.num_steps = steps
+        self.gradient_state = GradientState()
+        GradientState.configure(plugin, _listener(self))
+        self._models: list[PreparedModel] = []
+        self._optimizers: list[PreparedOptimizer] = []
+        self._schedulers: list[LRScheduler] = []
+        self._dataloaders: list[PreparedLoader] = []
+        self._custom_objects: list[Any] = []
+        self._trigger = False
+        self.step = 0
+        remember_accelerator(self)
+
+    def __repr__(self) -> str:
+        place = f"rank {self.process_index} of {self.num_processes}"
+        return f"Accelerator({self._plan}; mixed precision {self.mixed_precision}; {place})"
+
+    # What the run is.
+
+    @property
+    def state(self) -> AcceleratorState:
+        return AcceleratorState(accelerator=self)
+
+    @property
+    def distributed_type(self) -> DistributedType:
+        return DistributedType.DEEPSPEED if self._plugin is not None else super().distributed_type
+
+    @property
+    def mixed_precision(self) -> str:
+        """ "no", "fp16" or "bf16"."""
+        return self._config.mixed_precision
+
+    @property
+    def deepspeed_plugin(self) -> DeepSpeedPlugin | None:
+        """The ZeRO settings in force, or None in a run without them."""
+        return self._plugin
+
+    @property
+    def scaler(self) -> LossScaler | None:
+        """The fp16 loss scale; None in other precisions."""
+        return self._scaler if self._scaler.enabled else None
+
+    @property
+    def multi_device(self) -> bool:
+        return self.use_distributed
+
+    @property
+    def split_batches(self) -> bool:
+        return self.dataloader_config.split_batches
+
+    @property
+    def dispatch_batches(self) -> bool | None:
+        return self.dataloader_config.dispatch_batches
+
+    @property
+    def even_batches(self) -> bool:
+        return self.dataloader_config.even_batches
+
+    @even_batches.setter
+    def even_batches(self, value: bool) -> None:
+        self.dataloader_config.even_batches = value
+
+    @property
+    def use_seedable_sampler(self) -> bool:
+        return self.dataloader_config.use_seedable_sampler
+
+    @property
+    def non_blocking(self) -> bool:
+        return self.dataloader_config.non_blocking
+
+    @property
+    def use_stateful_dataloader(self) -> bool:
+        return self.dataloader_config.use_stateful_dataloader
+
+    @property
+    def project_dir(self) -> str | os.PathLike[str] | None:
+        return self.project_configuration.project_dir
+
+    @property
+    def logging_dir(self) -> str | os.PathLike[str] | None:
+        return self.project_configuration.logging_dir
+
+    @property
+    def save_iteration(self) -> int:
+        return self.project_configuration.iteration
+
+    @property
+    def should_save_model(self) -> bool:
+        """True on the process that `save_model` writes on."""
+        return self.is_main_process
+
+    # Accumulation.
+
+    @property
+    def sync_gradients(self) -> bool:
+        """Whether this micro-batch ends an optimizer step."""
+        return self.gradient_state.sync_gradients
+
+    @sync_gradients.setter
+    def sync_gradients(self, value: bool) -> None:
+        self.gradient_state.sync_gradients = value
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        return self.gradient_state.num_steps
+
+    @gradient_accumulation_steps.setter
+    def gradient_accumulation_steps(self, value: int) -> None:
+        self.gradient_state.plugin.num_steps = GradientAccumulationPlugin(num_steps=value).num_steps
+
+    def _push_sync(self) -> None:
+        for prepared in self._models:
+            prepared.sharded.sync_gradients = self.sync_gradients and not prepared.quiet
+
+    @contextmanager
+    def accumulate(self, *models: nn.Module) -> Iterator[None]:
+        """One micro-batch of `gradient_accumulation_steps`; the last batch of a loader ends a step in any case.
+
+        Inside, optimizer.step(), optimizer.zero_grad() and a prepared scheduler's step() act only where a step ends.
+        """
+        state = self.gradient_state
+        if state.sync_with_dataloader and state.end_of_dataloader:
+            self.step = 0
+            self.sync_gradients = True
+        else:
+            self.step += 1
+            self.sync_gradients = self.step % state.num_steps == 0
+        yield
+
+    @contextmanager
+    def no_sync(self, model: nn.Module) -> Iterator[None]:
+        """Backward passes inside only accumulate the gradients of `model`."""
+        found = [prepared for prepared in self._models if prepared.model is model]
+        for prepared in found:
+            prepared.quiet += 1
+        self._push_sync()
+        try:
+            yield
+        finally:
+            for prepared in found:
+                prepared.quiet -= 1
+            self._push_sync()
+
+    @contextmanager
+    def join_uneven_inputs(self, joinables: Sequence[Any], even_batches: bool | None = None) -> Iterator[None]:
+        """Nothing needs joining while the ranks read equally many batches, as they do by default: then it does nothing.
+
+        Raises ShardwiseError for even_batches=False with more than one rank: a rank without a batch cannot take part in
+        the gathers of the others' forward.
+        """
+        even = self.even_batches if even_batches is None else even_batches
+        if self.use_distributed and not even:
+            raise ShardwiseError(
+                "join_uneven_inputs: with even_batches=False the ranks read different numbers of batches, "
+                "and a rank that has none left cannot take part in the others' gathers. Leave "
+                "even_batches on; gather_for_metrics drops the repeated samples."
+            )
+        yield
+
+    # Training.
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """Backward of the loss divided by the accumulation steps, and scaled in fp16. kwargs go to torch's backward."""
+        self._push_sync()
+        for entry in self._optimizers:
+            entry.stepper.note_loss(loss)
+        if self.gradient_accumulation_steps > 1:
+            loss = loss / self.gradient_accumulation_steps
+        self._scaler.scale(loss).backward(**kwargs)  # type: ignore[no-untyped-call]
+
+    def _stepper_of(self, parameters: Iterable[Tensor] | Tensor, verb: str) -> tuple[ShardedOptimizer, list[Tensor]]:
+        items = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        owners = [entry for entry in self._optimizers if entry.holds(items)]
+        if not owners:
+            raise PrepareError(
+                f"{verb}: none of these parameters belongs to a prepared optimizer. Prepare the model and its "
+                "optimizer, and pass model.parameters()."
+            )
+        if len(owners) > 1:
+            raise PrepareError(
+                f"{verb}: these parameters belong to {len(owners)} optimizers. Call it once for each, with "
+                "that optimizer's parameters."
+            )
+        return owners[0].stepper, items
+
+    def clip_grad_norm_(
+        self, parameters: Iterable[Tensor] | Tensor, max_norm: float, norm_type: float = 2.0
+    ) -> Tensor | None:
+        """Clip the gradients of this step to a global norm, and give the norm before clipping, over all ranks.
+
+        None, without clipping, while gradients are only accumulated: they have no norm yet.
+        """
+        if not self.sync_gradients:
+            return None
+        stepper, items = self._stepper_of(parameters, "clip_grad_norm_")
+        return stepper.clip_norm(items, max_norm, norm_type=norm_type)
+
+    def clip_grad_value_(self, parameters: Iterable[Tensor] | Tensor, clip_value: float) -> None:
+        """Clip each element of this step's gradients to [-clip_value, clip_value]; nothing while accumulating."""
+        if self.sync_gradients:
+            stepper, items = self._stepper_of(parameters, "clip_grad_value_")
+            stepper.clip_value(items, clip_value)
+
+    def unscale_gradients(self, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> None:
+        """Checks its arguments: clipping and steps undo the loss scale by themselves."""
+        given = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+        for item in given:
+            if find_sharded_optimizer(item) is None:
+                raise PrepareError("unscale_gradients: this optimizer is not prepared.")
+
+    @property
+    def optimizer_step_was_skipped(self) -> bool:
+        """Whether the last step of any prepared optimizer was skipped, because fp16 gradients overflowed."""
+        return any(entry.stepper.step_was_skipped for entry in self._optimizers)
+
+    @contextmanager
+    def autocast(self, autocast_handler: AutocastKwargs | None = None) -> Iterator[None]:
+        """Torch's autocast in the run's precision, for computations outside of a prepared model."""
+        handler = autocast_handler or self._autocast
+        dtype = self._precision.compute
+        if dtype is None:
+            yield
+            return
+        with torch.autocast(
+            self.device.type, dtype=dtype, enabled=handler.enabled, cache_enabled=handler.cache_enabled
+        ):
+            yield
+
+    def skip_first_batches(self, dataloader: Any, num_batches: int = 0) -> Any:
+        """A loader of the rest of an epoch, in the very same order; see `data.skip_first_batches`."""
+        return skip_batches_of(dataloader, num_batches)
+
+    def free_memory(self, *objects: Any) -> list[None]:
+        """Let go of everything prepared: models get whole weights back in place. Gives a None for each argument."""
+        for prepared in self._models:
+            prepared.sharded.release()
+        for known in (self._models, self._optimizers, self._schedulers, self._dataloaders):
+            known.clear()
+        self.step = 0
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return [None] * len(objects)
+
+    def clear(self, *objects: Any) -> list[None]:
+        """As `free_memory`."""
+        return self.free_memory(*objects)
+
+    def end_training(self) -> None:
+        """Close the trackers and leave the run. Nothing that needs the other ranks works afterwards."""
+        for tracker in self.trackers:
+            if callable(getattr(tracker, "finish", None)):
+                tracker.finish()
+        self._ranks.barrier()
+        leave_run()
+
+
+def _listener(accelerator: Accelerator) -> Callable[[], None]:
+    reference = weakref.ref(accelerator)
+
+    def push() -> None:
+        alive = reference()
+        if alive is not None:
+            alive._push_sync()
+
+    return push

@@ -1,0 +1,56 @@
+"""Loggers that know the ranks: a line is said once, or by every rank in turn.
+
+logger = get_logger(__name__)
+logger.info("said by rank 0")
+logger.info("said by every rank", main_process_only=False)
+logger.info("said by every rank, in rank order", main_process_only=False, in_order=True)
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import MutableMapping
+from typing import Any
+
+from .process import PartialState
+
+
+class MultiProcessAdapter(logging.LoggerAdapter[logging.Logger]):
+    """A logger whose calls take `main_process_only` (True) and `in_order` (False; with it all ranks must call)."""
+
+    def log(self, level: int, msg: object, *args: Any, **kwargs: Any) -> None:
+        main_only = kwargs.pop("main_process_only", True)
+        in_order = kwargs.pop("in_order", False)
+        kwargs.setdefault("stacklevel", 3)  # past this method, _say and the adapter's info()
+        if not self.isEnabledFor(level):
+            return
+        state = PartialState()
+        if in_order and not main_only:
+            for index in range(state.num_processes):
+                if index == state.process_index:
+                    self._say(level, msg, *args, **kwargs)
+                state.wait_for_everyone()
+        elif not main_only or state.is_main_process:
+            self._say(level, msg, *args, **kwargs)
+
+    def _say(self, level: int, msg: object, *args: Any, **kwargs: Any) -> None:
+        msg, kwargs = self.process(msg, kwargs)  # type: ignore[assignment]
+        self.logger.log(level, msg, *args, **kwargs)
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        return msg, kwargs
+
+    @functools.lru_cache(None)  # noqa: B019 - adapters live as long as their module
+    def warning_once(self, *args: Any, **kwargs: Any) -> None:
+        """A warning that is said at the first call with these arguments only."""
+        self.warning(*args, **kwargs)
+
+
+def get_logger(name: str, log_level: str | None = None) -> MultiProcessAdapter:
+    """The logger `name`, speaking for the run. log_level: "DEBUG", "INFO", ...; None leaves it."""
+    logger = logging.getLogger(name)
+    if log_level is not None:
+        logger.setLevel(log_level.upper())
+        logger.root.setLevel(log_level.upper())
+    return MultiProcessAdapter(logger, {})

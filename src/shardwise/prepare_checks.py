@@ -1,0 +1,67 @@
+"""What `prepare` can know to be wrong before the ranks wait for each other, and what they must have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, IterableDataset
+
+from .data import DataLoaderConfiguration, PreparedLoader
+from .errors import OptimizerError, PrepareError
+
+
+def check_model(model: nn.Module) -> None:
+    for module in model.modules():
+        spread = getattr(module, "hf_device_map", None)
+        if spread and len({str(device) for device in spread.values()}) > 1:
+            raise PrepareError(
+                f"this {type(model).__name__} was loaded with a device_map over {sorted(map(str, spread.values()))}. "
+                "Load it without device_map: zero_stage 3 divides it over the ranks."
+            )
+
+
+def check_optimizer(optimizer: Optimizer, known: set[int], any_model: bool) -> None:
+    if not any_model:
+        raise PrepareError(
+            f"the {type(optimizer).__name__} is prepared before any model. Prepare its model first, or "
+            "together with it."
+        )
+    for number, group in enumerate(optimizer.param_groups):
+        strangers = sum(id(parameter) not in known for parameter in group["params"])
+        if strangers:
+            raise OptimizerError(
+                f"{strangers} of the {len(group['params'])} parameters in group {number} of the "
+                f"{type(optimizer).__name__} belong to no prepared model. Build the optimizer from the "
+                "parameters of the model that is prepared (after get_peft_model, not before)."
+            )
+
+
+def batch_size_of(loader: DataLoader[Any]) -> int | None:
+    if isinstance(loader, PreparedLoader):
+        return None
+    size = loader.batch_size if loader.batch_size is not None else getattr(loader.batch_sampler, "batch_size", None)
+    return size if isinstance(size, int) else None
+
+
+def describe(item: Any, settings: DataLoaderConfiguration) -> str:
+    """What all ranks must have in common of an object, in words."""
+    name = type(item).__name__
+    if isinstance(item, nn.Module):
+        shapes = [tuple(parameter.shape) for parameter in item.parameters()]
+        elements = sum(parameter.numel() for parameter in item.parameters())
+        trained = sum(parameter.requires_grad for parameter in item.parameters())
+        return f"a {name} with {len(shapes)} parameters of {elements} elements, {trained} of them trained"
+    if isinstance(item, Optimizer):
+        counts = [len(group["params"]) for group in item.param_groups]
+        return f"a {name} with groups of {counts} parameters"
+    if isinstance(item, DataLoader):
+        if settings.dispatch_batches or isinstance(item.dataset, IterableDataset):
+            return "a DataLoader"
+        try:
+            return f"a DataLoader with {len(item)} batches of a data set of {len(item.dataset)}"  # type: ignore[arg-type]
+        except TypeError:
+            return "a DataLoader"
+    return "a scheduler" if isinstance(item, LRScheduler) else "another object"
