@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +19,7 @@ Features = list[dict[str, Any]]
 def load_messages(args: argparse.Namespace) -> DatasetDict:
     """The labelled messages as "train" and, with --do-test, those to predict as "test"; labels are text.
 
-    Raises SystemExit with one sentence if a column is missing or nothing is left to train on.
+    Raises SystemExit with one sentence if a file has no message, or a column is missing.
     """
     if args.data_file is None and args.dataset != EMBEDDED:
         # The hub's own parquet copy: this data set is published as a script, which `datasets` no longer runs.
@@ -30,6 +32,10 @@ def load_messages(args: argparse.Namespace) -> DatasetDict:
         files = {"train": str(args.data_file or EXAMPLES / "data" / "train.csv")}
         if args.do_test:
             files["test"] = str(args.test_file or EXAMPLES / "data" / "test.csv")
+        for file in files.values():
+            with open(file, newline="", encoding="utf-8") as lines:
+                if len(list(itertools.islice(csv.reader(lines), 2))) < 2:
+                    raise SystemExit(f"there is no message in {file}.")
         messages = load_dataset("csv", data_files=files)
     for part, rows in messages.items():
         needed = [args.text_column] if part == "test" else [args.text_column, args.label_column]
@@ -41,10 +47,12 @@ def load_messages(args: argparse.Namespace) -> DatasetDict:
                 )
         if args.label_column in rows.column_names:
             messages[part] = labels_as_text(rows, args.label_column)
+    if "test" in messages and args.label_column in messages["test"].column_names:
+        known = set(messages["train"][args.label_column])
+        if not known & set(messages["test"][args.label_column]):  # a placeholder, such as "Unlabeled"
+            messages["test"] = messages["test"].remove_columns(args.label_column)
     if args.max_train_samples is not None:
         messages["train"] = messages["train"].select(range(min(args.max_train_samples, len(messages["train"]))))
-    if len(messages["train"]) == 0:
-        raise SystemExit("there is no message to train on.")
     return messages
 
 
@@ -54,9 +62,7 @@ def labels_as_text(rows: Dataset, column: str) -> Dataset:
     if not isinstance(feature, ClassLabel):
         return rows
     names = [name.replace("_", " ") for name in feature.names]
-    return rows.cast_column(column, feature).map(
-        lambda row: {column: names[row[column]]}, features=None, remove_columns=[column]
-    )
+    return rows.remove_columns(column).add_column(column, [names[number] for number in rows[column]])
 
 
 def prompt_of(text: str, args: argparse.Namespace) -> str:
