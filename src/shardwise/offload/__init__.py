@@ -1,0 +1,1 @@
+"""Where shards rest between uses: on the device, or in host memory."""

@@ -1,0 +1,194 @@
+"""The engines that are compared: the same model, optimizer and step, sharded by DDP, FSDP2 or shardwise.
+
+An engine is written as a word with options, `NAME[:STAGE][+OPTION...]`, and builds a `Trainee`: a model that is called,
+and an optimizer that steps. The step itself is one function for all of them, so that nothing but the engine differs.
+
+    plain                    no communication: each rank trains alone; the bound that hiding all of it would reach
+    ddp                      DistributedDataParallel; adapters in bf16, and full weights in fp32 under bf16 autocast
+    ddp32                    adapters in fp32, PEFT's default, computed in fp32
+    ddpamp                   adapters in fp32 under bf16 autocast, as `mixed_precision: bf16` of accelerate does
+    fsdp2[+ends][+cpu]       fully_shard on every block and the root; +ends: the embedding and the head are groups too;
+                             +cpu: CPUOffloadPolicy (parameters, gradients and the optimizer on the host)
+    shardwise:S[+opt][+param][+prefetchN]
+                             ZeRO stage S (0 to 3); +opt and +param put the optimizer and the parameters on the host
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cases import Case
+from place import Place
+
+
+@dataclass
+class Trainee:
+    """A model ready to train.
+
+    forward:  what is called with a batch; returns an object with a `loss`.
+    autocast: run the forward under bf16 autocast.
+    ledger:   shardwise's bytes at rest by (role, tier), else empty.
+    keep:     objects that must live as long as the training does.
+    """
+
+    forward: Callable[..., Any]
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    autocast: bool = False
+    ledger: Callable[[], dict[Any, int]] = dict
+    keep: tuple[Any, ...] = ()
+
+    def step(self, batch: dict[str, Tensor]) -> Tensor:
+        """One whole training step without clipping; gives this rank's loss, detached, without waiting for it."""
+        amp = torch.autocast(self.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext()
+        with amp:
+            loss = self.forward(**batch).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One word of `--engines`, taken apart."""
+
+    text: str
+    kind: str
+    stage: int | None
+    options: frozenset[str]
+    prefetch: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Engine:
+        """Raises ValueError for a word that names no engine."""
+        head, *options = text.strip().split("+")
+        kind, _, stage = head.partition(":")
+        prefetch = 1
+        for option in list(options):
+            if match := re.fullmatch(r"prefetch(\d+)", option):
+                prefetch = int(match.group(1))
+                options.remove(option)
+        allowed = {
+            "plain": set(),
+            "ddp": set(),
+            "ddp32": set(),
+            "ddpamp": set(),
+            "fsdp2": {"ends", "cpu"},
+            "shardwise": {"opt", "param"},
+        }
+        if kind not in allowed:
+            raise ValueError(f"no engine is called {kind!r}; there are {', '.join(allowed)}")
+        if (kind == "shardwise") != (stage in ("0", "1", "2", "3")) or (stage and kind != "shardwise"):
+            raise ValueError(f"{text!r}: a stage 0 to 3 belongs to shardwise, as in shardwise:3, and to nothing else")
+        if unknown := set(options) - allowed[kind]:
+            raise ValueError(f"{text!r}: {kind} has no option {', '.join(sorted(unknown))}")
+        if prefetch != 1 and kind != "shardwise":
+            raise ValueError(f"{text!r}: prefetch is an option of shardwise")
+        return cls(text.strip(), kind, int(stage) if stage else None, frozenset(options), prefetch)
+
+    def build(self, case: Case, place: Place, reduce_dtype: str) -> Trainee:
+        """Build the model of `case` on this rank and shard it.
+
+        reduce_dtype: "fp32" or "bf16", the dtype in which FSDP2 and shardwise average gradients; DDP averages them in
+        the dtype of the weights that it trains.
+        """
+        if self.kind == "fsdp2":
+            return self._fsdp2(case, place, reduce_dtype)
+        if self.kind == "shardwise":
+            return self._shardwise(case, place, reduce_dtype)
+        return self._whole(case, place)
+
+    def _whole(self, case: Case, place: Place) -> Trainee:
+        full = case.lora_rank is None
+        if full and self.kind == "ddp32":
+            raise ValueError(f"{case.name} trains every weight: it has no adapters for ddp32; use ddp")
+        in_fp32 = full or self.kind in ("ddp32", "ddpamp")
+        model = case.build(place.device, torch.float32 if in_fp32 else torch.bfloat16)
+        optimizer = _adamw(model, case)
+        autocast = full or self.kind == "ddpamp"
+        if self.kind == "plain":
+            return Trainee(model, optimizer, place.device, autocast)
+        from torch.nn.parallel import DistributedDataParallel
+
+        # The rotary table never changes: sending it at every step would slow DDP for nothing. torch 2.13 renamed this.
+        known = inspect.signature(DistributedDataParallel.__init__).parameters
+        no_buffers = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+        wrapped = DistributedDataParallel(
+            model, device_ids=[place.device] if place.cuda else None, gradient_as_bucket_view=True, **no_buffers
+        )
+        return Trainee(wrapped, optimizer, place.device, autocast)
+
+    def _fsdp2(self, case: Case, place: Place, reduce_dtype: str) -> Trainee:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+        model = case.build(place.device)
+        reduce = torch.float32 if reduce_dtype == "fp32" else torch.bfloat16
+        settings: dict[str, Any] = {
+            "mesh": init_device_mesh(place.device.type, (place.world_size,)),
+            "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce),
+            "offload_policy": CPUOffloadPolicy(pin_memory=place.cuda) if "cpu" in self.options else OffloadPolicy(),
+        }
+        for module in blocks_of(model, case):
+            fully_shard(module, **settings)
+        if "ends" in self.options:
+            if case.family == "bart" or case.shape["tie_word_embeddings"]:
+                raise ValueError(f"{case.name} ties the embedding to the head: they cannot be two groups of FSDP2")
+            fully_shard(model.get_input_embeddings(), **settings)
+            fully_shard(model.get_output_embeddings(), **settings)
+        fully_shard(model, **settings)
+        return Trainee(model, _adamw(model, case), place.device)
+
+    def _shardwise(self, case: Case, place: Place, reduce_dtype: str) -> Trainee:
+        from shardwise.zero.optimizer import ShardedOptimizer
+        from shardwise.zero.plan import Plan
+        from shardwise.zero.precision import LossScaler, Precision
+        from shardwise.zero.sharded import ShardedModel
+
+        assert self.stage is not None
+        places = {
+            f"offload_{role}": "cpu"
+            for role, option in (("optimizer", "opt"), ("param", "param"))
+            if option in self.options
+        }
+        plan = Plan.from_stage(self.stage, **places)
+        precision = Precision.named("bf16", reduce_dtype=reduce_dtype)
+        model = case.build(place.device)
+        optimizer = _adamw(model, case)
+        sharded = ShardedModel(
+            model, plan=plan, ranks=place.ranks, precision=precision, prefetch=self.prefetch, units=None
+        )
+        stepper = ShardedOptimizer(
+            optimizer, [sharded], scaler=LossScaler.for_precision(precision), gradient_clipping=None
+        )
+        return Trainee(model, optimizer, place.device, ledger=sharded.ledger, keep=(sharded, stepper))
+
+
+def blocks_of(model: nn.Module, case: Case) -> list[nn.Module]:
+    """The repeated blocks of `model`, in order. Raises ValueError if there is none."""
+    found = [module for module in model.modules() if type(module).__name__ in case.blocks]
+    if not found:
+        raise ValueError(f"{case.name}: no module is a {' or '.join(case.blocks)}")
+    return found
+
+
+def _adamw(model: nn.Module, case: Case) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=case.learning_rate, weight_decay=0.0, fused=True)
+
+
+def mean_over_ranks(losses: list[Tensor], place: Place) -> list[float]:
+    """The mean of each loss over the ranks, on every rank; waits for the device."""
+    stacked = torch.stack(losses).double()
+    dist.all_reduce(stacked)
+    return (stacked / place.world_size).tolist()

@@ -1,0 +1,107 @@
+"""How much host time does an engine add to a block, per forward and backward? Microseconds per unit, beside FSDP2's.
+
+    python benchmarks/hooks_overhead.py --use-cpu
+    torchrun --nproc_per_node 2 benchmarks/hooks_overhead.py
+
+A stack of tiny Llama blocks with LoRA on every linear (23 parameters each, as at any size): arithmetic and bytes are
+next to nothing, so what a step takes beyond the plain model's is hooks, views, events and the calls of the collectives.
+Engines alternate step by step in one process, so that the machine's drift falls on all alike; optimizers are not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from cases import CASES, Case
+from engines import Engine, Trainee
+from place import Place
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
+    parser.add_argument("--engines", default="fsdp2,shardwise:0,shardwise:2,shardwise:3")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--checkpointing", action="store_true", help="recompute every block in backward")
+    parser.add_argument("--use-cpu", action="store_true")
+    options = parser.parse_args(argv)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers and PEFT, about each other
+    place = Place.join(use_cpu=options.use_cpu)
+    try:
+        case = replace(
+            CASES["lora8b"].tiny().with_layers(options.layers), checkpointing=options.checkpointing, rows=1, length=4
+        )
+        words = ["plain", *options.engines.split(",")]
+        trainees = {word: Engine.parse(word).build(case, place, "fp32") for word in words}
+        spent: dict[str, list[tuple[float, float]]] = {word: [] for word in words}
+        for index in range(options.warmup + options.steps):
+            for word, trainee in trainees.items():
+                forward_s, backward_s = _timed_step(trainee, case, place, index)
+                if index >= options.warmup:
+                    spent[word].append((forward_s, backward_s))
+        _report(spent, case, options.layers, place)
+    finally:
+        place.leave()
+    return 0
+
+
+def _timed_step(trainee: Trainee, case: Case, place: Place, index: int) -> tuple[float, float]:
+    """Seconds on the host of one forward and one backward; on CUDA without waiting for the device in between."""
+    batch = case.batch(index, place.rank, place.device)
+    torch.distributed.barrier()
+    place.synchronize()
+    started = time.perf_counter()
+    loss = trainee.forward(**batch).loss
+    between = time.perf_counter()
+    loss.backward()
+    ended = time.perf_counter()
+    trainee.optimizer.step()
+    trainee.optimizer.zero_grad(set_to_none=True)
+    place.synchronize()
+    return between - started, ended - between
+
+
+def _report(spent: dict[str, list[tuple[float, float]]], case: Case, layers: int, place: Place) -> None:
+    base_forward, base_backward = (statistics.median(column) for column in zip(*spent["plain"], strict=True))
+    rows = [f"{'engine':<24}{'step ms':>9}{'forward us':>12}{'backward us':>13}{'us per unit':>13}"]
+    for word, values in spent.items():
+        forward_s, backward_s = (statistics.median(column) for column in zip(*values, strict=True))
+        totals = sorted(1000 * sum(value) for value in values)
+        added_forward = 1e6 * (forward_s - base_forward) / layers
+        added_backward = 1e6 * (backward_s - base_backward) / layers
+        place.say(
+            json.dumps(
+                {
+                    "benchmark": "hooks_overhead",
+                    "engine": word,
+                    "layers": layers,
+                    "checkpointing": case.checkpointing,
+                    "step_ms": {
+                        "median": round(statistics.median(totals), 3),
+                        "min": round(totals[0], 3),
+                        "max": round(totals[-1], 3),
+                    },
+                    "added_us_per_unit": {"forward": round(added_forward, 1), "backward": round(added_backward, 1)},
+                    **place.facts(),
+                }
+            )
+        )
+        rows.append(
+            f"{word:<24}{statistics.median(totals):>9.2f}{added_forward:>12.1f}{added_backward:>13.1f}"
+            f"{added_forward + added_backward:>13.1f}"
+        )
+    place.say("\n".join(rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,182 @@
+"""One engine alone on the device: build, warm up, then time whole steps and take the peak; and nothing left over after.
+
+Peak bytes only mean something when no other engine holds memory, so an engine is built, measured and freed before the
+next one is built; rounds (A B C A B C) spread the drift of a machine over all of them. A step is timed from an idle
+device to an idle device, on the host's clock: forward, backward, optimizer step, zero_grad, all that a step costs.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from cases import Case
+from engines import Engine, Trainee, mean_over_ranks
+from place import Place
+
+
+@dataclass
+class Round:
+    """What one engine did in one round. Times and peaks are the largest over the ranks; the rest is this rank's.
+
+    step_ms:  one number per timed step. losses: the mean over ranks, per step, warm-up included.
+    peaks:    bytes by name; empty on a CPU, where torch does not count them.
+    leftover: bytes that were still allocated on the device after the engine was dropped; 0 unless it leaks.
+    """
+
+    build_s: float
+    step_ms: list[float]
+    losses: list[float]
+    peaks: dict[str, int]
+    at_rest: dict[str, int]
+    host_rss: int
+    leftover: int = 0
+
+
+@dataclass
+class Account:
+    """All rounds of one engine."""
+
+    engine: Engine
+    rounds: list[Round] = field(default_factory=list)
+
+    @property
+    def step_ms(self) -> list[float]:
+        return [value for done in self.rounds for value in done.step_ms]
+
+    @property
+    def median_ms(self) -> float:
+        return statistics.median(self.step_ms)
+
+    @property
+    def losses(self) -> list[float]:
+        return self.rounds[0].losses
+
+    def peak(self, name: str) -> int | None:
+        """The largest over the rounds, or None where it was not measured."""
+        return max((done.peaks[name] for done in self.rounds if name in done.peaks), default=None)
+
+    def record(self, case: Case, tokens_per_step: int) -> dict[str, Any]:
+        """The fields of this engine's JSON line that the measurement gives."""
+        return {
+            "case": case.name,
+            "engine": self.engine.text,
+            "step_ms": {
+                "median": round(self.median_ms, 3),
+                "min": round(min(self.step_ms), 3),
+                "max": round(max(self.step_ms), 3),
+                "steps": len(self.step_ms),
+                "median_by_round": [round(statistics.median(done.step_ms), 3) for done in self.rounds],
+            },
+            "tokens_per_s": round(tokens_per_step / self.median_ms * 1000, 1),
+            "peak_bytes": {name: self.peak(name) for name in self.rounds[0].peaks},
+            "at_rest_bytes": self.rounds[0].at_rest,
+            "host_rss_bytes": max(done.host_rss for done in self.rounds),
+            "leftover_bytes": max(done.leftover for done in self.rounds),
+            "build_s": round(max(done.build_s for done in self.rounds), 2),
+            "losses": self.losses,
+            "rounds_bitwise_equal": all(done.losses == self.losses for done in self.rounds),
+        }
+
+
+def run_alone(
+    engine: Engine,
+    case: Case,
+    place: Place,
+    *,
+    reduce_dtype: str,
+    warmup: int,
+    steps: int,
+    before_drop: Callable[[Trainee], None] | None = None,
+) -> Round:
+    """Build `engine`, take `warmup` steps, time `steps` more, drop it, and say what was seen.
+
+    before_drop: called with the trainee after the timing, while it is still there (to trace it).
+    """
+    free(place)
+    base = torch.cuda.memory_allocated(place.device) if place.cuda else 0
+    started = time.perf_counter()
+    trainee = engine.build(case, place, reduce_dtype)
+    place.synchronize()
+    build_s = time.perf_counter() - started
+    losses = [take_step(trainee, case, place, index) for index in range(warmup)]
+    place.synchronize()
+    if place.cuda:
+        # What building needed is not what training needs: give back the blocks that only building used.
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(place.device)
+    step_ms = []
+    for index in range(warmup, warmup + steps):
+        batch = case.batch(index, place.rank, place.device)
+        _seed(index, place)
+        place.synchronize()
+        started = time.perf_counter()
+        losses.append(trainee.step(batch))
+        place.synchronize()
+        step_ms.append((time.perf_counter() - started) * 1000)
+    done = Round(
+        build_s,
+        _largest(step_ms, place),
+        mean_over_ranks(losses, place),
+        _peaks(place),
+        _names(trainee.ledger()),
+        psutil.Process().memory_info().rss,
+    )
+    if before_drop is not None:
+        before_drop(trainee)
+    del trainee
+    free(place)
+    if place.cuda:
+        done.leftover = torch.cuda.memory_allocated(place.device) - base
+    return done
+
+
+def take_step(trainee: Trainee, case: Case, place: Place, index: int) -> torch.Tensor:
+    """Step number `index` on its own batch and random numbers; gives this rank's loss."""
+    batch = case.batch(index, place.rank, place.device)
+    _seed(index, place)
+    return trainee.step(batch)
+
+
+def free(place: Place) -> None:
+    """Give every unreachable tensor and every cached block back."""
+    gc.collect()
+    place.synchronize()
+    if place.cuda:
+        torch.cuda.empty_cache()
+
+
+def _seed(index: int, place: Place) -> None:
+    # Dropout: the same masks for every engine, other masks on every rank.
+    torch.manual_seed(1000 * index + place.rank)
+
+
+def _largest(values: Sequence[float], place: Place) -> list[float]:
+    stacked = torch.tensor(values, dtype=torch.float64, device=place.device)
+    dist.all_reduce(stacked, op=dist.ReduceOp.MAX)
+    return stacked.tolist()
+
+
+def _peaks(place: Place) -> dict[str, int]:
+    if not place.cuda:
+        return {}
+    unused, total = torch.cuda.mem_get_info(place.device)
+    mine = {
+        "allocated": torch.cuda.max_memory_allocated(place.device),
+        "reserved": torch.cuda.max_memory_reserved(place.device),
+        # With the context, NCCL's buffers and the cache: what nvidia-smi shows after the last step.
+        "device_in_use": total - unused,
+    }
+    return dict(zip(mine, map(int, _largest(list(mine.values()), place)), strict=True))
+
+
+def _names(ledger: dict[Any, int]) -> dict[str, int]:
+    return {"/".join(str(getattr(part, "value", part)) for part in key): size for key, size in ledger.items()}

@@ -1,0 +1,105 @@
+"""Where Hugging Face code must know that a model is sharded: saving, and generating.
+
+Their methods stay theirs. The first time a transformers or peft model is prepared, three methods of the libraries' classes are
+wrapped; for a model that is not sharded the wrapper does nothing but call on.
+
+    PeftModel.save_pretrained        full adapter tensors, written by rank 0 alone, also when every rank calls it
+    PreTrainedModel.save_pretrained  the same for a whole model
+    GenerationMixin.generate         ranks may stop at different lengths
+
+Nothing of theirs is imported here unless the user's model has imported it already.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from .zero.sharded import ShardedModel, find_sharded
+
+
+def connect(model: nn.Module) -> None:
+    """Wrap the methods of the libraries that `model` comes from. Once per process and class."""
+    peft = sys.modules.get("peft")
+    if peft is not None and isinstance(model, peft.PeftModel):
+        _wrap(peft.PeftModel, "save_pretrained", _save_adapter)
+    transformers = sys.modules.get("transformers")
+    if transformers is not None:
+        _wrap(transformers.PreTrainedModel, "save_pretrained", _save_model)
+        _wrap(transformers.GenerationMixin, "generate", _generate)
+
+
+def _wrap(cls: type, name: str, around: Callable[..., Any]) -> None:
+    original = getattr(cls, name)
+    if getattr(original, "_shardwise", False):
+        return
+
+    @functools.wraps(original)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        sharded = _holder(self)
+        if sharded is None:
+            return original(self, *args, **kwargs)
+        return around(sharded, functools.partial(original, self), self, args, kwargs)
+
+    method._shardwise = True  # type: ignore[attr-defined]
+    setattr(cls, name, method)
+
+
+def _holder(model: nn.Module) -> ShardedModel | None:
+    """The ShardedModel of `model`, or of the model around it: PEFT calls generate on the model inside."""
+    found = find_sharded(model)
+    if found is not None:
+        return found
+    return next((s for s in ShardedModel.all() if any(module is model for module in s.model.modules())), None)
+
+
+def _on_main(sharded: ShardedModel, kwargs: dict[str, Any], write: Callable[[], Any]) -> Any:
+    """Run `write` on rank 0 (on every rank whose caller says it is a main process) and agree on how it went."""
+    ranks = sharded.ranks
+    result, error = None, None
+    if ranks.rank == 0 and kwargs.get("is_main_process", True):
+        try:
+            result = write()
+        except Exception as caught:
+            error = caught
+    ranks.agree(error)
+    return result
+
+
+def _save_adapter(
+    sharded: ShardedModel, original: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    if any(config.is_prompt_learning for config in model.peft_config.values()):
+        # PEFT asks the prompt encoder for its output rather than the state dict for its weights.
+        with sharded.gathered(list(model.prompt_encoder.parameters())):
+            state = kwargs.pop("state_dict", None) or sharded.state_dict(trainable_only=True)
+            return _on_main(sharded, kwargs, lambda: original(*args, state_dict=state, **kwargs))
+    state = kwargs.pop("state_dict", None)
+    if not isinstance(state, Mapping) or not state:
+        # With the adapter PEFT may want the embeddings, which are frozen unless they were resized and trained.
+        names = [n for n, _ in sharded.model.named_parameters(remove_duplicate=False) if "embed" in n or "lm_head" in n]
+        state = sharded.state_dict(trainable_only=True, names=names)
+    return _on_main(sharded, kwargs, lambda: original(*args, state_dict=state, **kwargs))
+
+
+def _save_model(
+    sharded: ShardedModel, original: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    state = kwargs.pop("state_dict", None)
+    if not isinstance(state, Mapping) or not state:
+        state = sharded.state_dict()
+    if model is not sharded.model:
+        prefix = next(name for name, module in sharded.model.named_modules() if module is model) + "."
+        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return _on_main(sharded, kwargs, lambda: original(*args, state_dict=state, **kwargs))
+
+
+def _generate(
+    sharded: ShardedModel, original: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    with sharded.together():
+        return original(*args, **kwargs)

@@ -1,0 +1,129 @@
+"""One flat buffer of one unit: this rank's shard at rest, and the whole that its parameters are views of.
+
+Every Parameter becomes, once, a permanent view into `whole`. What comes and goes is the storage behind it: gathering
+resizes it to full size and fills it with one collective, releasing resizes it to 0. So a gather copies nothing in or out, and
+tensors that autograd saved stay valid across a release, because they too are views of the same storage.
+
+    rank 0 shard [ q k v . ]      whole  [ q k v . | o up . ]  <- parameters q, k, v, o, up are views
+    rank 1 shard [ o up .  ]              gathered: 2 shards; released: storage of size 0
+
+The buffer does not know streams, processes or autograd; the unit orders it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..offload.store import Store
+from .guard import forget_parameter, name_parameter, released_class
+from .layout import ALIGNMENT, Layout
+from .plan import Placement, Tier
+
+
+@dataclass(frozen=True)
+class Member:
+    """A parameter of a buffer: its name in the model, the user's own object, the dtype it computes in here."""
+
+    name: str
+    parameter: Parameter
+    dtype: torch.dtype
+
+
+class FlatBuffer:
+    """The frozen or the trainable weights of a unit, in flat form.
+
+    members:   the parameters, in buffer order.
+    layout:    in bytes when `dtype` is uint8 (frozen weights of any mix of dtypes), else in numbers.
+    whole:     (layout.numel,) on the device; its storage is empty while released.
+    shard:     (layout.shard_numel,) at rest on placement.tier; the rank's slice of `whole` when that never leaves.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        *,
+        dtype: torch.dtype,
+        placement: Placement,
+        store: Store,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ) -> None:
+        self.members = tuple(members)
+        self.dtype = dtype
+        self.placement = placement
+        self.store = store
+        self.rank = rank if world_size > 1 else 0
+        # Frozen weights are laid out in bytes, so an element of any dtype takes itemsize of them.
+        per_byte = dtype == torch.uint8
+        sizes = [m.parameter.numel() * (m.dtype.itemsize if per_byte else 1) for m in members]
+        self.layout = Layout.pack(
+            ((m.name, tuple(m.parameter.shape), size) for m, size in zip(members, sizes, strict=True)),
+            world_size,
+            ALIGNMENT // dtype.itemsize,
+        )
+        self.whole = torch.zeros(self.layout.numel, dtype=dtype, device=device)
+        self._classes = [type(m.parameter) for m in members]
+        self._released = [released_class(cls) for cls in self._classes]
+        self._nbytes = self.whole.untyped_storage().nbytes()
+        # A single rank's shard is the whole: only offloading makes the storage worth giving back.
+        self.leaves = placement.sharded and (world_size > 1 or placement.tier is not Tier.GPU)
+        self.shard = self.own_slice if not self.leaves else store.allocate(self.layout.shard_numel, dtype)
+
+    @property
+    def own_slice(self) -> Tensor:
+        """This rank's interval of `whole`; readable while gathered."""
+        n = self.layout.shard_numel
+        return self.whole[self.rank * n : (self.rank + 1) * n]
+
+    def fill(self) -> None:
+        """Copy the parameters' present values into `whole`. Init only, while whole has its storage."""
+        for index, member in enumerate(self.members):
+            self.view(index).copy_(member.parameter.data)
+
+    def adopt(self) -> None:
+        """Make every parameter a view of `whole`, for good."""
+        for index, member in enumerate(self.members):
+            member.parameter.data = self.view(index)
+            name_parameter(member.parameter, member.name)
+
+    def view(self, index: int, flat: Tensor | None = None) -> Tensor:
+        """Member `index` as a tensor of its own shape and dtype, inside `whole` or another flat tensor of its layout."""
+        slot, member = self.layout.slots[index], self.members[index]
+        part = (self.whole if flat is None else flat)[slot.offset : slot.offset + slot.numel]
+        if self.dtype == torch.uint8:
+            part = part.view(member.dtype)
+        return part.view(slot.shape)
+
+    def expand(self) -> None:
+        """Give `whole` its storage, of unspecified content, on the current lane."""
+        self.whole.untyped_storage().resize_(self._nbytes)
+
+    def collapse(self) -> None:
+        """Take the storage of `whole` away. The current lane must have waited for whoever reads it."""
+        self.whole.untyped_storage().resize_(0)
+
+    def guard(self) -> None:
+        """From now on reading a parameter raises ReleasedParameterError."""
+        for member, cls in zip(self.members, self._released, strict=True):
+            member.parameter.__class__ = cls
+
+    def unguard(self) -> None:
+        for member, cls in zip(self.members, self._classes, strict=True):
+            member.parameter.__class__ = cls
+
+    def dissolve(self) -> None:
+        """Give every parameter its own memory again. `whole` must be gathered."""
+        for index, member in enumerate(self.members):
+            member.parameter.data = self.view(index).clone()
+            forget_parameter(member.parameter)
+
+    @property
+    def bytes_at_rest(self) -> int:
+        """What this buffer occupies between uses: the shard if the whole leaves, else the whole."""
+        return (self.shard.numel() if self.leaves else self.whole.numel()) * self.dtype.itemsize

@@ -1,0 +1,200 @@
+"""Where the engine listens to modules and to autograd: the only file that registers hooks.
+
+    forward of an entry module     need(its units) before, done(its units) after
+    forward of the outermost one   begins and ends the schedule's forward pass
+    gradient of an output          need(its units) before the module's backward
+    gradients of its inputs        done(its units): an identity function on the inputs runs last in its backward
+    gradient of a parameter        counted; the last one of a unit has it reduced
+    end of autograd's backward     ends the schedule's backward pass
+
+Activation checkpointing runs the forward hooks again, inside the backward; there they only ask for the unit, and the
+backward decides when it is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .schedule import Phase, Schedule
+from .unit import Unit
+
+
+class Hooks:
+    """Ties one model to its schedule.
+
+    boundary:      asked when a backward begins: is this the last micro-batch before a step?
+    after:         called when a backward has ended, with that answer.
+    compute_dtype: floating inputs of the outermost module are cast to it; None leaves them.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        boundary: Callable[[], bool],
+        after: Callable[[bool], None],
+        compute_dtype: torch.dtype | None,
+    ) -> None:
+        self.schedule = schedule
+        self._boundary = boundary
+        self._after = after
+        self._compute_dtype = compute_dtype
+        self._stack: list[Phase] = []
+        self._ending = False
+        self._handles: list[RemovableHandle] = []
+        self._install()
+
+    def _install(self) -> None:
+        entries: dict[nn.Module, list[Unit]] = {}
+        for unit in self.schedule.units:
+            for module in unit.entries:
+                entries.setdefault(module, []).append(unit)
+            if unit.gradients is not None:
+                for index, member in enumerate(unit.gradients.buffer.members):
+                    hook = partial(self._gradient_arrived, unit, index)
+                    self._handles.append(member.parameter.register_post_accumulate_grad_hook(hook))
+        for module, units in entries.items():
+            before = partial(self._before_forward, units)
+            after = partial(self._after_forward, units)
+            self._handles += [
+                module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+                module.register_forward_hook(after, always_call=True),
+            ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # Forward.
+
+    def _before_forward(
+        self, units: list[Unit], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        schedule = self.schedule
+        recording = torch.is_grad_enabled()
+        changed = False
+        if _in_backward():
+            self._stack.append(Phase.BACKWARD)
+            if schedule.phase is not Phase.BACKWARD:
+                self._begin_backward()
+        else:
+            outermost = Phase.FORWARD not in self._stack
+            self._stack.append(Phase.FORWARD)
+            if outermost:
+                schedule.begin_forward(recording)
+                if self._compute_dtype is not None:
+                    args, kwargs = _map((args, kwargs), _caster(self._compute_dtype))
+                    changed = True
+        for unit in units:
+            schedule.need(unit)
+        if recording and any(unit.leaves for unit in units):
+            wrapped = _watch_inputs((args, kwargs), partial(self._after_backward, units))
+            if wrapped is not None:
+                args, kwargs = wrapped
+                changed = True
+        return (args, kwargs) if changed else None
+
+    def _after_forward(self, units: list[Unit], module: nn.Module, args: Any, output: Any) -> None:
+        phase = self._stack.pop()
+        schedule = self.schedule
+        if torch.is_grad_enabled() and output is not None:
+            before = partial(self._before_backward, units)
+            for tensor in _tensors(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(before)
+        if phase is Phase.FORWARD:
+            for unit in units:
+                schedule.done(unit)
+            if Phase.FORWARD not in self._stack:
+                schedule.end_forward()
+
+    # Backward. Autograd calls these, on its own thread when the device is a GPU.
+
+    def _before_backward(self, units: list[Unit], gradient: Tensor) -> None:
+        if self.schedule.phase is not Phase.BACKWARD:
+            self._begin_backward()
+        for unit in units:
+            self.schedule.need(unit)
+
+    def _after_backward(self, units: list[Unit]) -> None:
+        for unit in units:
+            self.schedule.done(unit)
+
+    def _gradient_arrived(self, unit: Unit, index: int, parameter: Tensor) -> None:
+        if self.schedule.phase is not Phase.BACKWARD:
+            self._begin_backward()
+        assert unit.gradients is not None
+        if unit.gradients.note(index):
+            self.schedule.gradients_complete(unit)
+
+    def _begin_backward(self) -> None:
+        boundary = self._boundary()
+        self.schedule.begin_backward(boundary)
+        torch.autograd.Variable._execution_engine.queue_callback(partial(self._end_backward, boundary))
+
+    def _end_backward(self, boundary: bool) -> None:
+        self.schedule.end_backward()
+        self._after(boundary)
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running a backward on this thread: true inside a recomputation."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+class _Watch(torch.autograd.Function):
+    """The identity. Its backward runs when every gradient of its inputs is ready, that is last in the module's backward."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.call = call
+        return tensors
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        ctx.call()
+        return (None, *gradients)
+
+
+def _watch_inputs(inputs: tuple[Any, Any], call: Callable[[], None]) -> tuple[Any, Any] | None:
+    """The inputs with those that need a gradient led through _Watch; None if none does."""
+    tensors = [tensor for tensor in _tensors(inputs) if tensor.requires_grad]
+    if not tensors:
+        return None
+    watched = dict(zip(map(id, tensors), _Watch.apply(call, *tensors), strict=True))
+    args, kwargs = _map(inputs, lambda tensor: watched.get(id(tensor), tensor))
+    return args, kwargs
+
+
+# Both walk plain containers only: an object such as a key-value cache must stay the object that the caller holds.
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in _tensors(item)]
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in _tensors(item)]
+    return []
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if type(value) in (tuple, list):
+        return type(value)(_map(item, change) for item in value)
+    if type(value) is dict:
+        return {key: _map(item, change) for key, item in value.items()}
+    return value
+
+
+def _caster(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -1,0 +1,409 @@
+"""The user's own optimizer, stepping on flat shards.
+
+Nothing is replaced: the object, its class, its hyperparameters and its groups stay. What changes is what its groups hold:
+instead of the model's parameters, the pieces of them that lie in this rank's master shards.
+
+    group 0: [q.lora_A (8, 512), q.lora_B (512, 8)]   ->   rank 0: [q.lora_A[0:4096], q.lora_B[0:1024]]
+                                                           rank 1: [q.lora_B[1024:4096]]
+
+An elementwise optimizer cannot tell the difference. One that looks at whole rows, matrices or gradients can, and is refused.
+`step` and `zero_grad` are set on the instance, as torch's LR schedulers do with `step`, because a step must first clip,
+check for overflow and attach the gradients, and afterwards publish the weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import types
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from ..errors import NonFiniteError, OptimizerError, PrepareError
+from .clipping import clip_factor, global_norm, power_sum
+from .collectives import Ranks
+from .plan import Tier
+from .precision import LossScaler
+from .sharded import ShardedModel
+from .unit import Gradients
+
+log = logging.getLogger("shardwise")
+
+_ELEMENTWISE = {
+    "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
+}  # fmt: skip
+_NOT_ELEMENTWISE = {
+    "LBFGS": "it takes dot products over all parameters",
+    "SparseAdam": "it needs sparse gradients",
+    "Adafactor": "it keeps one number per row and column of a matrix",
+    "Muon": "it orthogonalises whole matrices",
+}
+# Those whose fused kernels take a gradient scale, on GPU and CPU.
+_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+
+_steppers: WeakKeyDictionary[Optimizer, ShardedOptimizer] = WeakKeyDictionary()
+
+
+def find_sharded_optimizer(optimizer: Optimizer) -> ShardedOptimizer | None:
+    """The ShardedOptimizer that drives `optimizer`, or None."""
+    return _steppers.get(optimizer)
+
+
+class _Shard:
+    """One parameter's piece in this rank's master: the tensor the optimizer holds, and where its gradient lies."""
+
+    __slots__ = ("begin", "end", "gradients", "index", "tensor")
+
+    def __init__(self, gradients: Gradients, index: int, begin: int, numel: int) -> None:
+        self.gradients = gradients
+        self.index = index
+        self.begin, self.end = begin, begin + numel
+        self.tensor = Parameter(gradients.master[self.begin : self.end])
+
+    def gradient(self) -> Tensor | None:
+        """The reduced gradient of this piece, or None if no rank used the parameter since the last step."""
+        at_rest = self.gradients.at_rest
+        return at_rest[self.begin : self.end] if at_rest is not None and self.gradients.used[self.index] else None
+
+
+class ShardedOptimizer:
+    """Drives one optimizer over the shards of one or more models.
+
+    optimizer:         the user's object; its groups hold the models' parameters. Frozen ones are left out of it.
+    models:            where those parameters are.
+    scaler:            the loss scale; must be the one that scaled the loss.
+    gradient_clipping: the largest global 2-norm of the gradient at a step; None does not clip.
+    Collective. Raises, on every rank: OptimizerError for an optimizer that is not elementwise, has taken steps already, or
+    holds parameters that are not the models'; PrepareError for one that is prepared already.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        models: Sequence[ShardedModel],
+        *,
+        scaler: LossScaler | None = None,
+        gradient_clipping: float | None = None,
+    ) -> None:
+        if not models:
+            raise OptimizerError("an optimizer was prepared, but no model. Prepare the model before it, or with it.")
+        self.optimizer = optimizer
+        self.models = list(models)
+        self.ranks: Ranks = models[0].ranks
+        self.scaler = scaler or LossScaler(enabled=False)
+        self.gradient_clipping = gradient_clipping
+        self.step_was_skipped = False
+        self.steps = 0
+        self._factor: Tensor | None = None  # by which the coming step multiplies the gradients, besides 1 / loss scale
+        self._bad_loss: Tensor | None = None
+        self._check: tuple[int, Tensor, torch.cuda.Event] | None = None
+        error: Exception | None = None
+        try:
+            self._refuse_what_cannot_work()
+        except Exception as caught:
+            error = caught
+        self.ranks.agree(error)
+        self._shards: list[_Shard] = []
+        self._members: dict[int, tuple[Gradients, list[int]]] = {}
+        self._take_over()
+        _steppers[optimizer] = self
+
+    # Taking over.
+
+    def _homes(self) -> dict[int, tuple[Gradients, int]]:
+        """id(parameter) -> its gradients and its place among them."""
+        return {
+            id(member.parameter): (unit.gradients, index)
+            for model in self.models
+            for unit in model.units
+            if unit.gradients is not None
+            for index, member in enumerate(unit.gradients.buffer.members)
+        }
+
+    def _refuse_what_cannot_work(self) -> None:
+        optimizer, name = self.optimizer, type(self.optimizer).__name__
+        if optimizer in _steppers:
+            raise PrepareError(f"this {name} has been prepared already. Prepare each optimizer once.")
+        if name in _NOT_ELEMENTWISE:
+            raise OptimizerError(
+                f"{name} cannot work on shards: {_NOT_ELEMENTWISE[name]}. Use an elementwise optimizer: "
+                f"{', '.join(sorted(_ELEMENTWISE))}, or one like them."
+            )
+        if optimizer.state:
+            raise OptimizerError(f"this {name} has taken steps already. Prepare it before its first step.")
+        homes = self._homes()
+        known = {id(p) for model in self.models for p in model.model.parameters()}
+        for number, group in enumerate(optimizer.param_groups):
+            for place, parameter in enumerate(group["params"]):
+                if id(parameter) not in known:
+                    raise OptimizerError(
+                        f"parameter {place} of group {number} of this {name}, of shape {tuple(parameter.shape)}, belongs to "
+                        "no prepared model. Make the optimizer from the parameters of the model that you prepare, after "
+                        "adapters have been added to it."
+                    )
+                if parameter.requires_grad and id(parameter) not in homes and parameter.numel():
+                    raise OptimizerError(
+                        f"parameter {place} of group {number} of this {name} was frozen when its model was prepared. Set "
+                        "requires_grad before prepare."
+                    )
+        if type(optimizer).__module__.split(".")[0] != "torch" or name not in _ELEMENTWISE:
+            _probe(optimizer)
+
+    def _take_over(self) -> None:
+        homes = self._homes()
+        pieces: dict[int, list[_Shard]] = {}
+        for gradients in {id(g): g for g, _ in homes.values()}.values():
+            for piece in gradients.pieces():
+                shard = _Shard(gradients, piece.slot, piece.in_shard, piece.numel)
+                pieces.setdefault(id(gradients.buffer.members[piece.slot].parameter), []).append(shard)
+        for group in self.optimizer.param_groups:
+            mine = []
+            for parameter in group["params"]:
+                if id(parameter) in homes:
+                    gradients, index = homes[id(parameter)]
+                    self._members.setdefault(id(gradients), (gradients, []))[1].append(index)
+                    mine += pieces.get(id(parameter), [])
+            group["params"] = [shard.tensor for shard in mine]
+            self._shards += mine
+            if isinstance(self.optimizer, _FUSED) and group.get("fused") is None and not group.get("foreach"):
+                # One kernel over all shards, which also takes the clip factor; torch's default is a loop on the CPU.
+                group["fused"] = not (group.get("capturable") or group.get("differentiable"))
+        self._fused = isinstance(self.optimizer, _FUSED) and all(g.get("fused") for g in self.optimizer.param_groups)
+        driven: Any = self.optimizer
+        driven.step = types.MethodType(_step, self.optimizer)
+        driven.zero_grad = types.MethodType(_zero_grad, self.optimizer)
+
+    # The loss.
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Remember whether this micro-batch's loss is finite; the step reports it. No synchronisation."""
+        if self.scaler.enabled:
+            return  # fp16 overflows by design; the scaler deals with it
+        bad = ~torch.isfinite(loss.detach()).all()
+        self._bad_loss = bad if self._bad_loss is None else self._bad_loss | bad
+
+    # Clipping.
+
+    def clip_norm(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Clip the gradients of `parameters` together to `max_norm` and return their true global norm before it.
+
+        The gradients are those of the whole batch, averaged over ranks, loss scale removed. Collective.
+        """
+        shards = self._chosen(parameters)
+        grads = [g for shard in shards if (g := shard.gradient()) is not None]
+        sharded = self.models[0].plan.optimizer.sharded
+        self._wait_for_host()
+        norm = global_norm(grads, float(norm_type), self.ranks, sharded=sharded) / self.scaler.value
+        if self._factor is not None:
+            norm = norm * self._factor
+        factor = clip_factor(norm, float(max_norm))
+        if len(shards) == len(self._shards):
+            self._factor = factor if self._factor is None else self._factor * factor
+        else:
+            _multiply(grads, factor)
+        return norm
+
+    def clip_value(self, parameters: Iterable[Tensor], value: float) -> None:
+        """Clamp every element of the gradients of `parameters` to [-value, value]."""
+        self._wait_for_host()
+        if self._factor is not None:
+            _multiply([g for shard in self._shards if (g := shard.gradient()) is not None], self._factor)
+            self._factor = None
+        grads = [g for shard in self._chosen(parameters) if (g := shard.gradient()) is not None]
+        limit = float(value) * self.scaler.value
+        if grads:
+            torch._foreach_clamp_min_(grads, -limit)
+            torch._foreach_clamp_max_(grads, limit)
+
+    def holds(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether any of `parameters` is driven by this optimizer."""
+        mine = {id(g.buffer.members[i].parameter) for g, indices in self._members.values() for i in indices}
+        return any(id(p) in mine for p in parameters)
+
+    def _chosen(self, parameters: Iterable[Tensor]) -> list[_Shard]:
+        wanted = {id(p) for p in ([parameters] if isinstance(parameters, Tensor) else parameters)}
+        return [
+            shard for shard in self._shards
+            if id(shard.gradients.buffer.members[shard.index].parameter) in wanted or id(shard.tensor) in wanted
+        ]  # fmt: skip
+
+    # The step.
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step, if gradients are complete; nothing while they are only accumulated. Collective."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        self.raise_if_bad()
+        if not any(gradients.at_rest is not None for gradients, _ in self._members.values()):
+            return result
+        self.steps += 1
+        self._wait_for_host()
+        norm = self._agree()
+        self.step_was_skipped = False
+        if self.scaler.enabled:
+            overflowed = not bool(torch.isfinite(norm))
+            self.scaler.update(overflowed, step=self.steps, say=self.ranks.rank == 0)
+            self.step_was_skipped = overflowed
+        if not self.step_was_skipped:
+            self._apply(norm)
+        self._factor = None
+        self._forget()
+        return result
+
+    def zero_grad(self) -> None:
+        """Forget the gradients; nothing while they are being accumulated."""
+        if not any(model.accumulating for model in self.models):
+            self._factor = None
+            self._bad_loss = None
+            self._forget()
+
+    @torch.no_grad()
+    def _apply(self, norm: Tensor | None) -> None:
+        factor = self._factor
+        if self.scaler.enabled:
+            unscale = torch.full((), 1.0 / self.scaler.value, device=self.ranks.device)
+            factor = unscale if factor is None else factor * unscale
+        if self.gradient_clipping is not None:
+            assert norm is not None
+            clip = clip_factor(norm, self.gradient_clipping)
+            factor = clip if factor is None else factor * clip
+        grads = []
+        for shard in self._shards:
+            gradient = shard.gradient()
+            shard.tensor.grad = gradient
+            if gradient is not None:
+                grads.append(gradient)
+        driven: Any = self.optimizer
+        if factor is not None and grads:
+            if self._fused:
+                driven.grad_scale = factor.reciprocal().to(grads[0].device, torch.float32)
+                driven.found_inf = torch.zeros((), device=grads[0].device)
+            else:
+                _multiply(grads, factor)
+        try:
+            with torch.enable_grad():
+                type(self.optimizer).step(self.optimizer)  # type: ignore[call-arg]
+        finally:
+            driven.grad_scale = driven.found_inf = None
+            driven._opt_called = True  # LR schedulers check that the step came before theirs
+            for shard in self._shards:
+                shard.tensor.grad = None
+        for unit in self._units():
+            unit.publish()
+
+    def _units(self) -> list[Any]:
+        return [u for model in self.models for u in model.units if u.gradients is not None and id(u.gradients) in self._members]
+
+    def _forget(self) -> None:
+        for gradients, indices in self._members.values():
+            gradients.forget(indices)
+
+    def _wait_for_host(self) -> None:
+        """Gradients that rest in host memory are there only when the copies are done."""
+        if any(model.plan.optimizer.tier is not Tier.GPU for model in self.models):
+            for model in self.models:
+                model.synchronize()
+
+    def _agree(self) -> Tensor | None:
+        """The gradients' global 2-norm as the step will see it before clipping, if anything needs it. One all_reduce.
+
+        It carries each rank's verdict on its loss as well, so that a NaN on one rank is an error on all.
+        """
+        ranks = self.ranks
+        wants_norm = self.scaler.enabled or self.gradient_clipping is not None
+        # power sum, then one flag per rank
+        facts = torch.zeros(1 + ranks.world_size, device=ranks.device)
+        if wants_norm:
+            grads = [g for shard in self._shards if (g := shard.gradient()) is not None]
+            total = power_sum(grads, 2.0, ranks.device)
+            facts[0] = total if self.models[0].plan.optimizer.sharded else total / ranks.world_size
+        if self._bad_loss is not None:
+            facts[1 + ranks.rank] = self._bad_loss
+            self._bad_loss = None
+        if ranks.world_size > 1:
+            ranks.all_reduce(facts)
+        self._look_at(facts[1:])
+        if not wants_norm:
+            return None
+        norm = facts[0].sqrt() / self.scaler.value
+        return norm if self._factor is None else norm * self._factor
+
+    # A loss that is not finite.
+
+    def _look_at(self, flags: Tensor) -> None:
+        if flags.device.type == "cpu":
+            self._raise_for(self.steps, flags)
+            return
+        # Reading them now would stall the host until the GPU has caught up: read them at the next step.
+        copy = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+        copy.copy_(flags, non_blocking=True)
+        self._check = (self.steps, copy, torch.cuda.current_stream(flags.device).record_event())
+
+    def raise_if_bad(self) -> None:
+        """Raise NonFiniteError if the loss of an earlier step was NaN or infinite on any rank; every rank raises it."""
+        if self._check is not None:
+            (step, flags, event), self._check = self._check, None
+            event.synchronize()
+            self._raise_for(step, flags)
+
+    def _raise_for(self, step: int, flags: Tensor) -> None:
+        bad = [rank for rank, flag in enumerate(flags.tolist()) if flag]
+        if bad:
+            where = ", ".join(map(str, bad))
+            raise NonFiniteError(
+                f"the loss is NaN or infinite at step {step} on rank {where}. Look at that rank's batch, lower the learning "
+                "rate, or clip gradients (gradient_clipping: 1.0)."
+            )
+
+
+def _step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+    return _steppers[optimizer].step(closure)
+
+
+def _zero_grad(optimizer: Optimizer, set_to_none: bool = True) -> None:
+    _steppers[optimizer].zero_grad()
+
+
+def _multiply(grads: Sequence[Tensor], factor: Tensor) -> None:
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for grad in grads:
+        by_device.setdefault(grad.device, []).append(grad)
+    for device, group in by_device.items():
+        torch._foreach_mul_(group, factor.to(device))
+
+
+def _probe(optimizer: Optimizer) -> None:
+    """Raise OptimizerError unless two steps on a small matrix equal two steps on its flattened halves."""
+    name = type(optimizer).__name__
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(6, 4, generator=generator)
+    gradients = [torch.randn(6, 4, generator=generator) for _ in range(2)]
+    results = []
+    try:
+        for cut in (False, True):
+            values = start.clone()
+            parts = [Parameter(values)] if not cut else [Parameter(values.view(-1)[:10]), Parameter(values.view(-1)[10:])]
+            trial: Any = object.__new__(type(optimizer))
+            trial.__dict__.update({k: v for k, v in optimizer.__dict__.items() if k not in ("step", "zero_grad")})
+            trial.state = defaultdict(dict)
+            trial.param_groups = [{**optimizer.param_groups[0], "params": parts}]
+            for gradient in gradients:
+                flat = gradient.view(-1)
+                for part, grad in zip(parts, (flat[:10], flat[10:]) if cut else (gradient,), strict=True):
+                    part.grad = grad.clone()
+                type(optimizer).step(trial)
+            results.append(values.detach().clone())
+    except Exception as error:
+        raise OptimizerError(f"{name} could not be tried on a small flat tensor ({type(error).__name__}: {error}). Use an "
+                             f"elementwise optimizer: {', '.join(sorted(_ELEMENTWISE))}, or one like them.") from error
+    if not torch.allclose(*results, rtol=1e-5, atol=1e-7):
+        raise OptimizerError(f"{name} cannot work on shards: it gives other numbers for a matrix than for the same elements "
+                             f"in flat pieces. Use an elementwise optimizer: {', '.join(sorted(_ELEMENTWISE))}, or one like them.")

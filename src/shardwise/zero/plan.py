@@ -1,0 +1,107 @@
+"""Which role rests where: a ZeRO stage is data, not code.
+
+A role is what a byte is for: a frozen weight, a trainable weight in the dtype that computes, a gradient, or what the
+optimizer keeps (the fp32 master copy and its moments). A placement says whether each rank keeps a shard or the whole, and
+on which tier it rests. The rest of the engine asks three predicates and never the stage:
+
+    parameter.sharded                               gather before use, release after
+    gradient.sharded                                reduce every micro-batch; else accumulate whole, reduce at the boundary
+    optimizer.sharded and not parameter.sharded     publish updated weights by an all-gather; else by a local cast
+
+                 stage 0      stage 1      stage 2      stage 3
+    frozen       whole        whole        whole        shard
+    parameter    whole        whole        whole        shard
+    gradient     whole        whole        shard        shard
+    optimizer    whole        shard        shard        shard
+
+This file is pure data; it knows neither tensors nor processes. Source of the stages: ZeRO (arXiv 1910.02054).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from ..errors import PlanError
+
+
+class Tier(StrEnum):
+    """Where bytes rest. GPU is the rank's device, also when that device is a CPU; CPU is host memory beside it."""
+
+    GPU = "gpu"
+    CPU = "cpu"
+    NVME = "nvme"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """sharded: each rank keeps 1/world_size of it, else all of it. tier: where that rests between uses."""
+
+    sharded: bool
+    tier: Tier = Tier.GPU
+
+    def __str__(self) -> str:
+        return f"{'shard' if self.sharded else 'whole'} {self.tier}"
+
+
+# A unit's trainable part stays whole on every rank when it is at most this share of the unit's frozen bytes: gathering
+# adapters in every pass costs a collective per unit, keeping them costs 1/16 of what sharding the frozen part saves.
+WHOLE_ADAPTER_SHARE = 1 / 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The placement of each role. Raises PlanError for a combination that ZeRO does not have."""
+
+    frozen: Placement
+    parameter: Placement
+    gradient: Placement
+    optimizer: Placement
+
+    def __post_init__(self) -> None:
+        if self.parameter.sharded and not self.gradient.sharded:
+            raise PlanError("parameters are sharded but gradients are whole. Shard the gradients too (zero_stage 3), or "
+                            "keep parameters whole (zero_stage 1).")
+        if self.gradient.sharded and not self.optimizer.sharded:
+            raise PlanError("gradients are sharded but the optimizer is whole. Shard the optimizer too (zero_stage 2), "
+                            "or keep gradients whole (zero_stage 0).")
+        for role in ("frozen", "parameter", "gradient", "optimizer"):
+            placement: Placement = getattr(self, role)
+            if placement.tier is not Tier.GPU and not placement.sharded:
+                raise PlanError(f"{role} is whole but rests on {placement.tier}. Only shards can be offloaded: raise "
+                                "zero_stage, or keep it on the gpu.")
+            if placement.tier is Tier.NVME:
+                raise PlanError(f"{role} on nvme: this version of shardwise offloads to the cpu only. Use cpu.")
+
+    @classmethod
+    def from_stage(cls, stage: int, *, offload_optimizer: str = "none", offload_param: str = "none") -> Plan:
+        """The plan of a ZeRO stage.
+
+        stage:             0 to 3, a column of the table above.
+        offload_optimizer: 'none' or 'cpu'; gradients follow the optimizer to its tier. Stages 1 to 3.
+        offload_param:     'none' or 'cpu'; frozen and trainable weights. Stage 3 only.
+        Raises PlanError for a stage outside 0 to 3, an unknown device, or an offload that the stage does not allow.
+        """
+        if stage not in (0, 1, 2, 3):
+            raise PlanError(f"zero_stage is {stage}; it is one of 0, 1, 2, 3.")
+        tiers = {}
+        for name, device in (("offload_optimizer", offload_optimizer), ("offload_param", offload_param)):
+            if device not in ("none", "cpu", "nvme"):
+                raise PlanError(f"{name}_device is {device!r}; it is one of none, cpu, nvme.")
+            tiers[name] = Tier.GPU if device == "none" else Tier(device)
+        if tiers["offload_optimizer"] is not Tier.GPU and stage < 1:
+            raise PlanError("offload_optimizer_device needs a sharded optimizer: zero_stage 1, 2 or 3.")
+        if tiers["offload_param"] is not Tier.GPU and stage < 3:
+            raise PlanError(f"offload_param_device is {offload_param} but zero_stage is {stage}. Only zero_stage 3 "
+                            "shards parameters: set zero_stage: 3, or offload_param_device: none.")
+        weights = Placement(stage >= 3, tiers["offload_param"])
+        optimizer = Placement(stage >= 1, tiers["offload_optimizer"])
+        gradient = Placement(stage >= 2, optimizer.tier if stage >= 2 else Tier.GPU)
+        return cls(frozen=weights, parameter=weights, gradient=gradient, optimizer=optimizer)
+
+    def with_whole_parameters(self) -> Plan:
+        """The same plan with trainable weights whole on the gpu: for adapters, which are tiny beside what they adapt."""
+        return replace(self, parameter=Placement(False, Tier.GPU))
+
+    def __str__(self) -> str:
+        return ", ".join(f"{role} {getattr(self, role)}" for role in ("frozen", "parameter", "gradient", "optimizer"))

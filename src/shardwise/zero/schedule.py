@@ -1,0 +1,398 @@
+"""When each unit is gathered, released and reduced, so that all ranks issue the same collectives in the same order.
+
+A pass is one forward of the model, or one backward. Collectives hang when ranks disagree on their order, and ranks do
+disagree: one takes a branch that another does not, one stops generating earlier. So every gather follows one of two rules.
+
+Negotiated: before a gather the ranks tell each other, over the control group, which unit each needs next; then all gather
+every named unit. A rank whose pass is over keeps answering until all are done. Any order and any branch works, at about
+0.1 ms a unit. The first forward and the first backward run this way, and every forward without gradients.
+
+Ordered: the ranks have merged what they saw in the negotiated pass into one sequence of all units. A rank that needs a
+unit issues the sequence up to it, units that it skips included, and `prefetch` units more; at the end of the pass it
+issues the rest. So each unit is gathered once per pass on every rank, whatever branch a rank takes, with no message:
+
+    sequence     embed  0  1  2  head
+    rank 0 runs  embed  0     2  head      gathers 1 on the way to 2, and keeps it until the pass ends
+    rank 1 runs  embed  0  1     head      gathers 2 on the way to head
+
+Gradients are reduced in one agreed order too: a unit whose turn has not come waits, and what never came is filled with
+zeros at the end of the backward. Gathers and reductions have a communicator each, so only the order within each kind counts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import SequenceMatcher
+from enum import Enum, auto
+
+from .collectives import Ranks
+from .streams import Lanes
+from .unit import Grads, Unit, Weights
+
+log = logging.getLogger("shardwise")
+
+_DONE = -1
+
+
+class Phase(Enum):
+    IDLE = auto()
+    FORWARD = auto()
+    BACKWARD = auto()
+
+
+class Order:
+    """The agreed sequence of one kind of pass, and how far this pass has come in it.
+
+    sequence: unit indices, or None until the ranks have agreed.
+    issued:   how many of them have been enqueued. at: the position of the unit in use.
+    """
+
+    def __init__(self) -> None:
+        self.sequence: list[int] | None = None
+        self.observed: list[int] = []
+        self.issued = 0
+        self.at = -1
+
+    def restart(self) -> None:
+        self.observed = []
+        self.issued = 0
+        self.at = -1
+
+
+class Schedule:
+    """The passes of one model.
+
+    units:    in the order in which the model defines them.
+    prefetch: how many units ahead of the one in use are gathered.
+    """
+
+    def __init__(self, units: Sequence[Unit], ranks: Ranks, lanes: Lanes, prefetch: int = 1) -> None:
+        self.units = list(units)
+        self.ranks = ranks
+        self.lanes = lanes
+        self.prefetch = prefetch
+        self.phase = Phase.IDLE
+        self.index = {id(unit): i for i, unit in enumerate(self.units)}
+        self._gatherable = [i for i, unit in enumerate(self.units) if unit.leaves]
+        self._forward = Order()
+        self._backward = Order()
+        self._order: Order | None = None  # of the running pass, None when it is negotiated
+        self._log = Order()  # what a negotiated pass observes
+        self._trains = False  # whether the running forward records a graph
+        self._used_in_forward: set[int] = set()
+        self._finished: list[Unit] = []  # used, not yet released
+        self._idle: dict[int, None] = {}  # gathered on the way to another unit, kept until the pass ends
+        self._held = 0
+        self._together = 0
+        reducible = [i for i, unit in enumerate(self.units) if unit.gradients is not None]
+        self._reduce_order = reducible[::-1]
+        self._reduce_learned = False
+        self._complete: set[int] = set()
+        self._completed_in_order: list[int] = []
+        self._reduced = 0
+        self._late: set[int] = set()
+        self._boundary = True
+
+    # Passes.
+
+    def begin_forward(self, trains: bool) -> None:
+        """trains: gradients are recorded, so a backward may follow."""
+        if self.phase is not Phase.IDLE:
+            self._abandon()
+        self.phase = Phase.FORWARD
+        self._trains = trains
+        self._open(self._forward if trains else None)
+        self._used_in_forward = set()
+
+    def end_forward(self) -> None:
+        if self.phase is not Phase.FORWARD:
+            return
+        self._close(self._forward if self._trains else None)
+        self.phase = Phase.IDLE
+
+    def begin_backward(self, boundary: bool) -> None:
+        """boundary: this is the last micro-batch before a step."""
+        self.phase = Phase.BACKWARD
+        self._boundary = boundary
+        self._open(self._backward)
+        self._complete.clear()
+        self._late.clear()
+        self._completed_in_order = []
+        self._reduced = 0
+        for unit in self.units:
+            if unit.gradients is not None:
+                unit.gradients.expect()
+
+    def end_backward(self) -> None:
+        """Close the pass: gather what the sequence still holds, reduce what never came, join the lanes."""
+        self._close(self._backward)
+        self._flush_reductions()
+        self.lanes.compute_waits(self.lanes.reduce.mark())
+        self.phase = Phase.IDLE
+
+    def _open(self, order: Order | None) -> None:
+        # What the optimizer wrote must be there before this pass gathers it.
+        self.lanes.gather.wait(self.lanes.mark_compute())
+        self._log.restart()
+        if order is not None and order.sequence is not None and not self._held:
+            order.restart()
+            self._order = order
+        else:
+            self._order = None
+
+    def _close(self, order: Order | None) -> None:
+        if self._order is not None:
+            assert self._order.sequence is not None
+            self._issue_to(len(self._order.sequence), prefetch=False)
+        elif not self._held and self._gatherable:
+            if not self._together:
+                while not self._negotiate(_DONE):
+                    pass
+            if order is not None:
+                self._learn(order)
+        self._release_finished(None)
+        for i in list(self._idle):
+            self._release(self.units[i])
+        self._order = None
+
+    def _abandon(self) -> None:
+        """An exception left a pass open: issue what the other ranks may still issue, then forget the pass."""
+        if self.phase is Phase.BACKWARD:
+            self.end_backward()
+            for unit in self.units:
+                if unit.gradients is not None:
+                    unit.gradients.drop()
+        else:
+            self._close(None)
+        for unit in self.units:
+            if unit.leaves and unit.state is not Weights.RELEASED and not self._held:
+                unit.release()
+        self.lanes.join()
+        self.phase = Phase.IDLE
+
+    # Gathers.
+
+    def need(self, unit: Unit) -> None:
+        """The computation is about to read `unit`. Returns with its gather enqueued before it and the next ones behind."""
+        index = self.index[id(unit)]
+        if self.phase is Phase.FORWARD:
+            self._used_in_forward.add(index)
+        if not unit.leaves:
+            return
+        if unit in self._finished:
+            self._finished.remove(unit)
+        self._idle.pop(index, None)
+        if self._held:
+            return
+        if self._order is None:
+            self._need_negotiated(unit, index)
+        else:
+            self._need_ordered(unit, index, self._order)
+
+    def done(self, unit: Unit) -> None:
+        """The computation that was enqueued has read `unit` for now. It is released when the next unit is needed."""
+        if unit.leaves and unit.state is not Weights.RELEASED and unit not in self._finished:
+            self._finished.append(unit)
+
+    def _need_negotiated(self, unit: Unit, index: int) -> None:
+        if unit.state is Weights.RELEASED:
+            self._log.observed.append(index)
+        self._release_finished(unit)
+        while unit.state is Weights.RELEASED:
+            self._negotiate(index)
+        unit.arrive()
+
+    def _negotiate(self, want: int) -> bool:
+        """One round: all ranks say what they need and gather all of it. True when every rank said that it is done."""
+        wants = set(self.ranks.gather_numbers(want)) - {_DONE}
+        for i in sorted(wants):
+            other = self.units[i]
+            kept = other.state is not Weights.RELEASED
+            other.gather()
+            if i != want and not kept:
+                other.release()
+            elif kept:
+                other.arrive()
+        return not wants
+
+    def _need_ordered(self, unit: Unit, index: int, order: Order) -> None:
+        sequence = order.sequence
+        assert sequence is not None
+        ahead = [p for p in range(order.at + 1, order.issued) if sequence[p] == index]
+        if ahead:
+            position = ahead[0]
+        elif unit.state is not Weights.RELEASED:
+            position = order.at  # gathered earlier and still here: nothing to move
+        else:
+            try:
+                position = sequence.index(index, max(order.issued, order.at + 1))
+            except ValueError:
+                # Needed again after its last turn, as when one backward covers two forwards: begin another round.
+                self._issue_to(len(sequence), prefetch=False)
+                order.restart()
+                position = sequence.index(index)
+        order.at = position
+        self._release_finished(unit)
+        self._issue_to(position + 1, prefetch=False, wanted=index)
+        unit.arrive()
+        self._issue_to(min(position + 1 + self.prefetch, len(sequence)), prefetch=True)
+
+    def _issue_to(self, end: int, *, prefetch: bool, wanted: int | None = None) -> None:
+        order = self._order
+        assert order is not None
+        assert order.sequence is not None
+        while order.issued < end:
+            i = order.sequence[order.issued]
+            order.issued += 1
+            other = self.units[i]
+            fresh = other.state is Weights.RELEASED
+            if other.state is Weights.GATHERING:
+                other.arrive()
+            other.gather()
+            if not fresh:
+                other.arrive()
+                if other in self._finished:
+                    self._finished.remove(other)
+                    self._idle[i] = None
+            elif i != wanted:
+                self._idle[i] = None
+
+    def _release_finished(self, but: Unit | None) -> None:
+        for unit in self._finished:
+            if unit is not but:
+                self._release(unit)
+        self._finished = [unit for unit in self._finished if unit is but]
+
+    def _release(self, unit: Unit) -> None:
+        self._idle.pop(self.index[id(unit)], None)
+        if unit.state is not Weights.RELEASED and not self._held:
+            unit.release()
+
+    def _learn(self, order: Order) -> None:
+        """Merge what each rank saw in a negotiated pass into the sequence of the passes to come."""
+        if order.sequence is not None or not self._gatherable:
+            return
+        everyone = self.ranks.gather_objects((self._log.observed, sorted(self._used_in_forward)))
+        merged = _merge([seen for seen, _ in everyone])
+        used = set().union(*(used for _, used in everyone))
+        # A unit that no rank used may be used in a later pass. In a backward, one that ran forward and was not needed
+        # (a frozen embedding, whose backward reads no weight) stays out.
+        missing = [i for i in self._gatherable if i not in merged and (order is self._forward or i not in used)]
+        if order is self._backward:
+            missing.reverse()
+        for i in missing:
+            _insert(merged, i, self._gatherable if order is self._forward else self._gatherable[::-1])
+        order.sequence = merged
+
+    @contextmanager
+    def hold(self, units: Sequence[Unit]) -> Iterator[None]:
+        """Collective: keep `units` gathered inside, with no collective of their own. Not inside a pass."""
+        if self.phase is not Phase.IDLE:
+            self._abandon()
+        self.lanes.gather.wait(self.lanes.mark_compute())
+        mine = [unit for unit in units if unit.leaves and unit.state is Weights.RELEASED]
+        for unit in mine:
+            unit.gather()
+            unit.arrive()
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+            self._finished.clear()
+            for unit in mine:
+                unit.release()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Inside, ranks may run different numbers of forwards without gradients; it ends when the last rank leaves.
+
+        For generation: a rank whose sequences have ended keeps answering the others' gathers.
+        """
+        self._together += 1
+        try:
+            yield
+        finally:
+            self._together -= 1
+            if not self._together and not self._held and self._gatherable:
+                while not self._negotiate(_DONE):
+                    pass
+
+    # Gradients.
+
+    def gradients_complete(self, unit: Unit) -> None:
+        """Every gradient of `unit` has come: reduce it, and those that waited for it, as soon as their turn is there."""
+        index = self.index[id(unit)]
+        if index in self._complete:
+            # Re-entrant checkpointing runs a backward of its own per segment: a module in two of them sends gradients
+            # twice. The second lot waits for the end.
+            self._late.add(index)
+            return
+        self._complete.add(index)
+        self._completed_in_order.append(index)
+        if not self._reduces:
+            if unit.gradients is not None:
+                unit.gradients.collect()
+            return
+        while self._reduced < len(self._reduce_order) and self._reduce_order[self._reduced] in self._complete:
+            self._reduce(self._reduce_order[self._reduced])
+            self._reduced += 1
+
+    @property
+    def _reduces(self) -> bool:
+        """Whether this backward's gradients are averaged now, or kept whole until the boundary."""
+        return self._boundary or any(u.plan.gradient.sharded for u in self.units if u.gradients is not None)
+
+    def _reduce(self, index: int) -> None:
+        gradients = self.units[index].gradients
+        assert gradients is not None
+        gradients.reduce()
+
+    def _flush_reductions(self) -> None:
+        if not self._reduces:
+            for i in self._reduce_order:
+                gradients = self.units[i].gradients
+                if gradients is not None and (i not in self._complete or i in self._late):
+                    gradients.collect()
+            return
+        for i in [*self._reduce_order[self._reduced :], *sorted(self._late)]:
+            self._reduce(i)
+        self._late.clear()
+        if not self._reduce_learned and self._reduce_order:
+            order = self.ranks.broadcast_object(self._completed_in_order)
+            rest = [i for i in self._reduce_order if i not in order]
+            self._reduce_order = [*order, *rest]
+            self._reduce_learned = True
+
+    def settle(self) -> None:
+        """The boundary is reached: move reduced gradients to where they rest."""
+        for unit in self.units:
+            if unit.gradients is not None and unit.gradients.state is not Grads.EMPTY:
+                unit.gradients.settle()
+        self.lanes.compute_waits(self.lanes.copy.mark())
+        for unit in self.units:
+            if unit.gradients is not None:
+                unit.gradients.land()
+
+
+def _merge(seen: Sequence[Sequence[int]]) -> list[int]:
+    """A sequence that holds every rank's as a subsequence, in rank 0's order where they agree."""
+    merged = list(seen[0])
+    for other in seen[1:]:
+        common: list[int] = []
+        for _, a0, a1, b0, b1 in SequenceMatcher(None, merged, list(other), autojunk=False).get_opcodes():
+            same = merged[a0:a1] == list(other[b0:b1])
+            common += merged[a0:a1] if same else [*merged[a0:a1], *other[b0:b1]]
+        merged = common
+    return merged
+
+
+def _insert(sequence: list[int], i: int, natural: Sequence[int]) -> None:
+    """Put `i` behind the nearest one that precedes it in the natural order."""
+    for before in reversed(natural[: natural.index(i)]):
+        if before in sequence:
+            sequence.insert(sequence.index(before) + 1, i)
+            return
+    sequence.insert(0, i)

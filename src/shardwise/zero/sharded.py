@@ -1,0 +1,371 @@
+"""A prepared model: the user's own object, with its weights in units and its passes under a schedule.
+
+`ShardedModel` takes a model apart into units, moves every weight into flat buffers with rank 0's values, and hooks the
+model up. It hangs nothing on the model: `find_sharded` looks it up in a side table by identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from ..errors import PrepareError
+from ..offload.host import HostStore
+from ..offload.store import DeviceStore, Store
+from .collectives import Ranks
+from .flat import FlatBuffer, Member
+from .hooks import Hooks
+from .plan import WHOLE_ADAPTER_SHARE, Plan, Tier
+from .precision import Precision
+from .schedule import Phase, Schedule
+from .streams import Lanes
+from .unit import Engine, Gradients, Unit
+from .units import UnitSpec, find_units
+
+Role = Literal["frozen", "parameter", "gradient", "optimizer"]
+
+# id(model) -> its ShardedModel, which the hooks on the model keep alive: when the model goes, both go.
+_sharded: WeakValueDictionary[int, ShardedModel] = WeakValueDictionary()
+
+
+def find_sharded(model: nn.Module) -> ShardedModel | None:
+    """The ShardedModel that `model` was prepared as, or None."""
+    found = _sharded.get(id(model))
+    return found if found is not None and found.model is model else None
+
+
+class ShardedModel:
+    """A model under a plan.
+
+    model:          stays the same object of the same class, and its parameters the same objects.
+    plan:           placement of each role.
+    precision:      the compute and reduce dtypes.
+    prefetch:       units gathered ahead of the one in use.
+    units:          block classes or module paths; None finds them.
+    whole_adapters: True keeps trainable weights whole on the gpu at stage 3, False shards them, 'auto' keeps those that
+                    are at most 1/16 of what is frozen in their unit.
+    sync_gradients: set False before a backward whose gradients are accumulated only. accumulating: the last one was so.
+    Collective: every rank calls it with an equally built model; rank 0's weights are everybody's afterwards.
+    Raises PrepareError for a model that is prepared already, has weights on the meta device, or fits no unit name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        plan: Plan,
+        ranks: Ranks,
+        precision: Precision,
+        prefetch: int = 1,
+        units: Sequence[str] | None = None,
+        whole_adapters: bool | Literal["auto"] = "auto",
+    ) -> None:
+        self.model = model
+        self.plan = plan
+        self.ranks = ranks
+        self.precision = precision
+        self.sync_gradients = True
+        self.accumulating = False
+        self._whole_adapters = whole_adapters
+        specs: list[UnitSpec] = []
+        error: Exception | None = None
+        try:
+            _check(model)
+            specs, _ = find_units(model, units)
+        except Exception as caught:
+            error = caught
+        ranks.agree(error)
+        self._agree_on_shapes(specs)
+
+        lanes = Lanes(ranks.device)
+        stores: dict[Tier, Store] = {Tier.GPU: DeviceStore(ranks.device), Tier.CPU: HostStore(ranks.device)}
+        reduce_dtype = precision.reduce
+        self._engine = Engine(ranks, lanes, stores, reduce_dtype)
+        self._dtypes = {name: p.dtype for name, p in model.named_parameters()}
+        with torch.no_grad():
+            self._place_buffers()
+            self.units = [unit for spec in specs for unit in self._build(spec)]
+        self.schedule = Schedule(self.units, ranks, lanes, prefetch)
+        dtype = precision.compute
+        self._hooks = Hooks(self.schedule, boundary=lambda: self.sync_gradients, after=self._after_backward, compute_dtype=dtype)
+        for unit in self.units:
+            if unit.leaves:
+                unit.release()
+        _sharded[id(model)] = self
+
+    @staticmethod
+    def all() -> list[ShardedModel]:
+        """Every sharded model of this process."""
+        return list(_sharded.values())
+
+    # Construction.
+
+    def _agree_on_shapes(self, specs: Sequence[UnitSpec]) -> None:
+        mine = [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for s in specs for n, p in s.parameters.items()]
+        theirs = self.ranks.broadcast_object(mine)
+        error = None
+        if mine != theirs:
+            differing = next((m[0] for m, t in zip(mine, theirs, strict=False) if m != t), "the number of parameters")
+            error = PrepareError(f"the model of rank {self.ranks.rank} differs from rank 0's at {differing}: name, shape, dtype "
+                                 "or requires_grad. Build the same model on every rank.")
+        self.ranks.agree(error)
+
+    def _place_buffers(self) -> None:
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    placed = buffer.to(self.ranks.device)
+                    if self.ranks.world_size > 1 and placed.numel():
+                        placed = placed.contiguous()
+                        self.ranks.broadcast(placed)
+                    module._buffers[name] = placed
+
+    def _build(self, spec: UnitSpec) -> list[Unit]:
+        """The unit of a spec; one more for each further dtype among its trainable weights, which is rare."""
+        frozen = [self._member(n, p) for n, p in spec.parameters.items() if not p.requires_grad]
+        trainable: dict[torch.dtype, list[Member]] = {}
+        for name, parameter in spec.parameters.items():
+            if parameter.requires_grad:
+                member = self._member(name, parameter)
+                trainable.setdefault(member.dtype, []).append(member)
+        plan = self._plan_of(frozen, trainable)
+        units = []
+        for number, (dtype, members) in enumerate(trainable.items() or [(None, [])]):
+            name = spec.name if number == 0 else f"{spec.name}/{dtype}"
+            frozen_buffer = self._frozen_buffer(frozen, plan) if number == 0 and frozen else None
+            buffer, gradients = self._trainable_buffer(members, dtype, plan) if dtype is not None else (None, None)
+            units.append(Unit(name, spec.entries, plan, self._engine, frozen_buffer, buffer, gradients))
+        return units
+
+    def _member(self, name: str, parameter: Parameter) -> Member:
+        return Member(name, parameter, self.precision.compute_dtype(parameter))
+
+    def _plan_of(self, frozen: Sequence[Member], trainable: dict[torch.dtype, list[Member]]) -> Plan:
+        if not self.plan.parameter.sharded or self._whole_adapters is False:
+            return self.plan
+        adapters = sum(m.parameter.numel() * m.dtype.itemsize for members in trainable.values() for m in members)
+        base = sum(m.parameter.numel() * m.dtype.itemsize for m in frozen)
+        if self._whole_adapters is True or adapters <= base * WHOLE_ADAPTER_SHARE:
+            return self.plan.with_whole_parameters()
+        return self.plan
+
+    def _frozen_buffer(self, members: Sequence[Member], plan: Plan) -> FlatBuffer:
+        ranks = self.ranks
+        buffer = FlatBuffer(
+            members,
+            dtype=torch.uint8,
+            placement=plan.frozen,
+            store=self._engine.stores[plan.frozen.tier],
+            rank=ranks.rank,
+            world_size=ranks.world_size if plan.frozen.sharded else 1,
+            device=ranks.device,
+        )
+        if ranks.rank == 0:
+            buffer.fill()
+        ranks.broadcast(buffer.whole)
+        self._settle_in(buffer)
+        return buffer
+
+    def _trainable_buffer(self, members: Sequence[Member], dtype: torch.dtype, plan: Plan) -> tuple[FlatBuffer, Gradients]:
+        ranks, stores = self.ranks, self._engine.stores
+        buffer = FlatBuffer(
+            members,
+            dtype=dtype,
+            placement=plan.parameter,
+            store=stores[plan.parameter.tier],
+            rank=ranks.rank,
+            world_size=ranks.world_size if plan.optimizer.sharded else 1,
+            device=ranks.device,
+        )
+        # The masters start from the user's own values, not from their 16-bit rounding.
+        master_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        values = torch.zeros(buffer.layout.numel, dtype=master_dtype, device=ranks.device)
+        if ranks.rank == 0:
+            for index, member in enumerate(members):
+                buffer.view(index, values).copy_(member.parameter.data)
+        ranks.broadcast(values)
+        buffer.whole.copy_(values)
+        self._settle_in(buffer)
+        n = buffer.layout.shard_numel if plan.optimizer.sharded else buffer.layout.numel
+        shares = dtype == master_dtype and plan.parameter.tier is plan.optimizer.tier
+        if shares:
+            master = buffer.shard if plan.optimizer.sharded else buffer.whole
+        else:
+            master = stores[plan.optimizer.tier].allocate(n, master_dtype)
+            master.copy_(values[buffer.rank * n : (buffer.rank + 1) * n])
+        return buffer, Gradients(buffer, plan, self._engine, master, shares)
+
+    def _settle_in(self, buffer: FlatBuffer) -> None:
+        """Put this rank's shard to rest and make the parameters views; the whole is still there."""
+        if buffer.leaves:
+            buffer.shard.copy_(buffer.own_slice)
+        buffer.adopt()
+
+    # Training.
+
+    def _after_backward(self, boundary: bool) -> None:
+        self.accumulating = not boundary
+        if not boundary:
+            return
+        self.schedule.settle()
+        gradients = [unit.gradients for unit in self.units if unit.gradients is not None]
+        # A parameter that no rank used keeps no gradient, as in one process: the optimizer must not touch it.
+        used = self.ranks.any_of([flag for g in gradients for flag in g.used])
+        start = 0
+        for g in gradients:
+            g.used = used[start : start + len(g.used)]
+            start += len(g.used)
+
+    def drop_gradients(self) -> None:
+        """Forget every gradient since the last step, reduced or not."""
+        for unit in self.units:
+            if unit.gradients is not None:
+                unit.gradients.drop()
+
+    def synchronize(self) -> None:
+        """The host waits for everything that was enqueued on the device."""
+        self._engine.lanes.synchronize()
+
+    # Reading and leaving.
+
+    def gathered(self, parameters: Sequence[Parameter] | None = None) -> AbstractContextManager[None]:
+        """Inside, the weights are whole and readable on every rank; what is written into them is lost.
+
+        parameters: gather only the units that hold these. Collective; not inside a forward or a backward.
+        """
+        chosen = self.units
+        if parameters is not None:
+            wanted = {id(p) for p in parameters}
+            chosen = [u for u in self.units if any(id(m.parameter) in wanted for b in (u.frozen, u.trainable) if b for m in b.members)]
+        return self.schedule.hold(chosen)
+
+    def together(self) -> AbstractContextManager[None]:
+        """Inside, ranks may run different numbers of forwards without gradients, as in generation. Collective."""
+        return self.schedule.together() if self.ranks.world_size > 1 else nullcontext()
+
+    def state_dict(self, *, trainable_only: bool = False, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Full tensors by the model's own names, on the CPU of rank 0; an empty dict on the others.
+
+        trainable_only: leave frozen weights and buffers out. names: only these besides.
+        Trained weights come from their masters, in the dtype the user gave them; frozen ones in the dtype they compute in.
+        Unit by unit: no device holds more than one whole unit. Collective.
+        """
+        if self.schedule.phase is not Phase.IDLE:
+            self.schedule._abandon()
+        main = self.ranks.rank == 0
+        found: dict[int, Tensor] = {}
+        keep = set(names) if names is not None else set()
+        for unit in self.units:
+            if unit.frozen is not None:
+                wanted = [i for i, m in enumerate(unit.frozen.members) if not trainable_only or m.name in keep]
+                if wanted:
+                    with self.schedule.hold([unit]):
+                        for i in wanted if main else ():
+                            found[id(unit.frozen.members[i].parameter)] = unit.frozen.view(i).to("cpu", copy=True)
+            if unit.trainable is not None and unit.gradients is not None:
+                whole = self._whole_master(unit)
+                for i, member in enumerate(unit.trainable.members) if main else ():
+                    value = unit.trainable.view(i, whole).to("cpu", self._dtypes[member.name], copy=True)
+                    found[id(member.parameter)] = value
+        if not main:
+            return {}
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if id(parameter) in found:
+                state[name] = found[id(parameter)]
+            elif parameter.numel() == 0 and not trainable_only:
+                state[name] = parameter.detach().cpu()
+        if not trainable_only:
+            state.update(self._persistent_buffers())
+            order = self._native_order()
+            state = dict(sorted(state.items(), key=lambda item: order.get(item[0], len(order))))
+        return state
+
+    def _whole_master(self, unit: Unit) -> Tensor:
+        assert unit.gradients is not None
+        assert unit.trainable is not None
+        self._engine.lanes.synchronize()
+        own = unit.gradients.master.to(self.ranks.device)
+        if not unit.plan.optimizer.sharded:
+            return own
+        whole = torch.empty(unit.trainable.layout.numel, dtype=own.dtype, device=self.ranks.device)
+        self.ranks.all_gather(whole, own)
+        return whole
+
+    def _persistent_buffers(self) -> dict[str, Tensor]:
+        found = {}
+        for prefix, module in self.model.named_modules(remove_duplicate=False):
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    found[f"{prefix}.{name}" if prefix else name] = buffer.to("cpu", copy=True)
+        return found
+
+    def _native_order(self) -> dict[str, int]:
+        names = []
+        for prefix, module in self.model.named_modules(remove_duplicate=False):
+            names += [f"{prefix}.{n}" if prefix else n for n in (*module._parameters, *module._buffers)]
+        return {name: i for i, name in enumerate(names)}
+
+    def ledger(self) -> dict[tuple[Role, Tier], int]:
+        """Bytes on this rank by role and tier, now. The optimizer's moments are the ShardedOptimizer's to count."""
+        found: dict[tuple[Role, Tier], int] = {}
+
+        def add(role: Role, tier: Tier, nbytes: int) -> None:
+            if nbytes:
+                found[role, tier] = found.get((role, tier), 0) + nbytes
+
+        for unit in self.units:
+            if unit.frozen is not None:
+                add("frozen", unit.frozen.placement.tier, unit.frozen.bytes_at_rest)
+            if unit.trainable is not None and unit.gradients is not None:
+                add("parameter", unit.trainable.placement.tier, unit.trainable.bytes_at_rest)
+                for tier, nbytes in unit.gradients.nbytes.items():
+                    add("gradient", tier, nbytes)
+                if not unit.gradients.shares_weights:
+                    add("optimizer", unit.plan.optimizer.tier, unit.gradients.master.nbytes)
+        return found
+
+    def release(self) -> None:
+        """Undo: whole weights in their own memory on the device, no hooks. Collective."""
+        if self.schedule.phase is not Phase.IDLE:
+            self.schedule._abandon()
+        self.drop_gradients()
+        self._hooks.remove()
+        self._engine.lanes.gather.wait(self._engine.lanes.mark_compute())
+        with torch.no_grad():
+            for unit in self.units:
+                if unit.leaves:
+                    unit.gather()
+                    unit.arrive()
+                for buffer in (unit.frozen, unit.trainable):
+                    if buffer is not None:
+                        buffer.dissolve()
+        _sharded.pop(id(self.model), None)
+
+
+@contextmanager
+def gathered(model: nn.Module, parameters: Sequence[Parameter] | None = None) -> Iterator[None]:
+    """`ShardedModel.gathered` for a prepared model; does nothing for any other."""
+    sharded = find_sharded(model)
+    with sharded.gathered(parameters) if sharded is not None else nullcontext():
+        yield
+
+
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise PrepareError(f"expected a torch.nn.Module, got {type(model).__name__}.")
+    for other in [sharded.model for sharded in _sharded.values()]:
+        if other is model or any(m is model for m in other.modules()) or any(m is other for m in model.modules()):
+            which = "this model" if other is model else f"a part of it, or a model around it ({type(other).__name__}),"
+            raise PrepareError(f"{type(model).__name__}: {which} has been prepared already. Prepare each model once.")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise PrepareError(f"{name} is on the meta device: it has no values. Load or initialise the model before prepare.")
+        if parameter.requires_grad and not parameter.is_floating_point():
+            raise PrepareError(f"{name} is trainable but its dtype is {parameter.dtype}. Freeze it: requires_grad_(False).")

@@ -1,0 +1,61 @@
+"""What shardwise promises, held on two GPUs with NCCL. One run of worker.py does the work; each test reads its rows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """The rows of one run of the worker, over two processes."""
+    path = tmp_path_factory.mktemp("gpu") / "rows.json"
+    worker = Path(__file__).with_name("worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
+    done = subprocess.run([*command, "--json", str(path)], capture_output=True, text=True, timeout=800, check=False)
+    print(done.stdout[-8000:])
+    assert path.exists(), f"the worker ended with {done.returncode}:\n{done.stderr[-4000:]}"
+    found = json.loads(path.read_text())
+    if done.returncode and all(row["ok"] for row in found):
+        pytest.fail(f"the worker ended with {done.returncode} after {len(found)} checks:\n{done.stderr[-4000:]}")
+    return found
+
+
+def failures(rows: list[dict], kind: str) -> list[str]:
+    """The failed rows of a kind, as text. At least one row of that kind must be there."""
+    of_kind = [row for row in rows if row["kind"].startswith(kind)]
+    assert of_kind, f"the worker ran no {kind} check"
+    return [
+        f"{row['name']}: loss {row['loss']}, weight {row['weight']} {row['note']}" for row in of_kind if not row["ok"]
+    ]
+
+
+def test_every_plan_gives_the_curve_of_one_process_in_fp32(rows: list[dict]) -> None:
+    assert not failures(rows, "parity fp32")
+
+
+def test_every_plan_gives_the_curve_of_one_process_in_bf16(rows: list[dict]) -> None:
+    assert not failures(rows, "parity bf16")
+
+
+def test_three_runs_give_the_same_bits(rows: list[dict]) -> None:
+    assert not failures(rows, "repeat")
+
+
+def test_pinned_memory_is_of_the_exact_size(rows: list[dict]) -> None:
+    assert not failures(rows, "pinned")
+
+
+def test_delays_on_any_stream_change_no_bit(rows: list[dict]) -> None:
+    assert not failures(rows, "stress")

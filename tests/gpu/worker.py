@@ -1,0 +1,315 @@
+"""Parity, repeatability and races on real devices, as one program of two ranks that prints a table.
+
+    torchrun --nproc_per_node 2 tests/gpu/worker.py                    everything, on two GPUs with NCCL
+    torchrun --nproc_per_node 2 tests/gpu/worker.py --only stress      the rows whose name contains "stress"
+    torchrun --nproc_per_node 2 tests/gpu/worker.py --use-cpu          the same program over gloo
+
+Exit code 1 if a row fails. test_parity_gpu.py runs it and reads its JSON. Bounds: fp32 losses 1e-5 relative and weights
+1e-5 absolute after 20 steps, because NCCL and cuBLAS sum in another order than one process does on the larger batch;
+bf16 losses 5e-3 relative, and the trained change of the weights 5% (in norm), because one bf16 rounding is 2e-3. What
+repeats, repeats to the bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch
+from reference import STEPS, Curve, adamw, batch_of, build_model, checkpoint_blocks, train_alone
+from shardwise.zero.optimizer import ShardedOptimizer
+from shardwise.zero.plan import Plan
+from shardwise.zero.precision import LossScaler, Precision
+from shardwise.zero.sharded import ShardedModel
+from stress import Delays
+
+from shardwise.zero.collectives import Ranks
+
+FP32_LOSS, FP32_WEIGHT = 1e-5, 1e-5
+BF16_LOSS, BF16_CHANGE = 5e-3, 5e-2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to train. trains: "lora" or "full" (tied). clip: the bound on the global norm, or None."""
+
+    stage: int
+    offload: tuple[str, ...] = ()
+    precision: str = "no"
+    trains: str = "lora"
+    accumulation: int = 1
+    clip: float | None = None
+    checkpointing: bool = False
+    prefetch: int = 1
+    layers: int = 4
+    hidden: int = 128
+    steps: int = STEPS
+
+    @property
+    def name(self) -> str:
+        words = [f"stage {self.stage}", *(f"+{role}" for role in self.offload), self.trains]
+        words.append("fp32" if self.precision == "no" else self.precision)
+        if self.accumulation > 1:
+            words.append(f"x{self.accumulation}")
+        if self.clip is not None:
+            words.append("clip")
+        if self.checkpointing:
+            words.append("ckpt")
+        return " ".join(words)
+
+
+@dataclass
+class Row:
+    """One line of the table. loss and weight: the largest difference, in the measure of that check."""
+
+    kind: str
+    name: str
+    loss: float
+    weight: float
+    ok: bool
+    note: str = ""
+    seconds: float = 0.0
+
+
+# The curves of one process, each trained once: recomputation and sharding do not change them.
+_ALONE: dict[tuple[str, str, int, float | None], Curve] = {}
+
+BOTH = ("optimizer", "param")
+OPT = ("optimizer",)
+PARITY = [
+    *(Setting(stage) for stage in range(4)),
+    *(Setting(stage, OPT) for stage in (1, 2, 3)),
+    Setting(3, ("param",)),
+    Setting(3, BOTH),
+    *(Setting(stage, trains="full") for stage in range(4)),
+    Setting(3, BOTH, trains="full"),
+    *(Setting(stage, accumulation=4, clip=0.1) for stage in range(4)),
+    Setting(2, OPT, accumulation=4, clip=0.1),
+    Setting(3, BOTH, accumulation=4, clip=0.1),
+    Setting(3, checkpointing=True),
+    Setting(3, BOTH, checkpointing=True, trains="full"),
+    *(Setting(stage, precision="bf16") for stage in range(4)),
+    Setting(3, BOTH, precision="bf16"),
+    Setting(2, OPT, precision="bf16", trains="full"),
+    Setting(3, precision="bf16", trains="full"),
+    Setting(3, precision="bf16", accumulation=4, clip=0.1, checkpointing=True),
+]
+REPEATED = [Setting(3, precision="bf16"), Setting(3, BOTH, precision="bf16"), Setting(2, OPT, trains="full")]
+STRESSED = [
+    Setting(3, prefetch=1, layers=24, hidden=64, steps=6),
+    Setting(3, prefetch=3, layers=24, hidden=64, steps=6, precision="bf16", checkpointing=True),
+    Setting(3, BOTH, prefetch=2, layers=24, hidden=64, steps=6, precision="bf16"),
+    Setting(3, trains="full", prefetch=2, layers=24, hidden=64, steps=6, accumulation=2, clip=0.1),
+    Setting(2, OPT, trains="full", layers=24, hidden=64, steps=6),
+    Setting(1, trains="full", layers=24, hidden=64, steps=6, precision="bf16"),
+]
+
+
+def train_sharded(
+    setting: Setting, ranks: Ranks, delays: Delays | None = None, inspect: Callable[[ShardedModel], None] | None = None
+) -> Curve:
+    """Train by shardwise for `setting.steps` steps. The weights of the curve are rank 0's; {} elsewhere.
+
+    inspect: called after the last step, while everything is at rest.
+    """
+    model = build_model(setting.trains, ranks.device, setting.layers, setting.hidden)
+    if setting.checkpointing:
+        checkpoint_blocks(model)
+    if delays is not None:
+        delays.watch(model)
+    plan = Plan.from_stage(setting.stage, **{f"offload_{role}": "cpu" for role in setting.offload})
+    precision = Precision.named(setting.precision, reduce_dtype="fp32")
+    optimizer = adamw(model.parameters())
+    sharded = ShardedModel(model, plan=plan, ranks=ranks, precision=precision, prefetch=setting.prefetch, units=None)
+    stepper = ShardedOptimizer(optimizer, [sharded], scaler=LossScaler.for_precision(precision), gradient_clipping=None)
+    losses, norms = [], []
+    with delays.lanes() if delays is not None else contextlib.nullcontext():
+        for step in range(setting.steps):
+            seen = []
+            for micro in range(setting.accumulation):
+                sharded.sync_gradients = micro == setting.accumulation - 1
+                loss = model(**batch_of(step, micro, ranks.rank, ranks.device)).loss
+                (loss / setting.accumulation).backward()
+                seen.append(loss.detach().float())
+            if setting.clip is not None:
+                norms.append(stepper.clip_norm(list(model.parameters()), setting.clip))
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(torch.stack(seen).mean())
+    mean = torch.stack(losses)
+    ranks.all_reduce(mean, "mean")
+    if inspect is not None:
+        inspect(sharded)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    weights = {name: value.float() for name, value in sharded.state_dict().items() if name in trained}
+    return Curve(mean.tolist(), weights, [float(norm) for norm in norms])
+
+
+def check_parity(setting: Setting, ranks: Ranks) -> Row:
+    """The curve of one process, within the bound of the dtype."""
+    mine = train_sharded(setting, ranks)
+    recipe = (setting.trains, setting.precision, setting.accumulation, setting.clip)
+    if recipe not in _ALONE:
+        trains, precision, accumulation, clip = recipe
+        _ALONE[recipe] = train_alone(
+            trains, precision, ranks.world_size, ranks.device, accumulation=accumulation, clip=clip
+        )
+    alone = _ALONE[recipe]
+    loss = max(abs(a - b) / abs(b) for a, b in zip(mine.losses, alone.losses, strict=True))
+    norm = max((abs(a - b) / b for a, b in zip(mine.norms, alone.norms, strict=True)), default=0.0)
+    weight, note = 0.0, f"norm {norm:.1e}" if mine.norms else ""
+    moved = alone.losses[-1] < alone.losses[0] - 0.01
+    if ranks.rank == 0:
+        if set(mine.weights) != set(alone.weights):
+            return Row("parity", setting.name, loss, float("nan"), False, "other names in state_dict")
+        pairs = [(mine.weights[name].cpu(), value) for name, value in alone.weights.items()]
+        if setting.precision == "no":
+            weight = max(float((a - b).abs().max()) for a, b in pairs)
+        else:
+            start = dict(build_model(setting.trains, torch.device("cpu")).named_parameters())
+            apart = sum(float((a - b).square().sum()) for a, b in pairs)
+            change = sum(float((value - start[name].detach()).square().sum()) for name, value in alone.weights.items())
+            weight = (apart / change) ** 0.5
+    fp32 = setting.precision == "no"
+    loss_bound, weight_bound = (FP32_LOSS, FP32_WEIGHT) if fp32 else (BF16_LOSS, BF16_CHANGE)
+    ok = loss <= loss_bound and weight <= weight_bound and norm <= (1e-4 if fp32 else 2e-2) and moved
+    return Row("parity fp32" if fp32 else "parity bf16", setting.name, loss, weight, ok, note)
+
+
+def check_repeats(setting: Setting, ranks: Ranks) -> Row:
+    """Three runs, the same bits."""
+    curves = [train_sharded(setting, ranks) for _ in range(3)]
+    return _same_bits("repeat", f"3 runs, {setting.name}", curves, ranks)
+
+
+def check_stress(setting: Setting, ranks: Ranks) -> Row:
+    """The same bits with everything late as with nothing late."""
+    curves = [train_sharded(setting, ranks)]
+    curves += [train_sharded(setting, ranks, Delays(ranks, seed)) for seed in (1, 2)]
+    return _same_bits("stress", f"stress, prefetch {setting.prefetch}, {setting.name}", curves, ranks)
+
+
+def _same_bits(kind: str, name: str, curves: list[Curve], ranks: Ranks) -> Row:
+    first = curves[0]
+    loss = max(abs(a - b) for curve in curves[1:] for a, b in zip(curve.losses, first.losses, strict=True))
+    weight = max(
+        (
+            float((curve.weights[key] - value).abs().max())
+            for curve in curves[1:]
+            for key, value in first.weights.items()
+        ),
+        default=0.0,
+    )
+    return Row(kind, name, loss, weight, loss == 0.0 and weight == 0.0)
+
+
+def check_pinned(setting: Setting, ranks: Ranks) -> Row:
+    """Host memory is pinned, and of the ledger's size: torch's own pinned allocator would round up to powers of 2."""
+    found: dict[str, int] = {}
+
+    def inspect(sharded: ShardedModel) -> None:
+        found["ledger"] = sum(size for (_, tier), size in sharded.ledger().items() if str(tier) == "cpu")
+        storages = {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # gc walks over deprecated lazy objects of other libraries
+            for thing in gc.get_objects():
+                if isinstance(thing, torch.Tensor) and thing.device.type == "cpu" and thing.numel():
+                    storages[thing.untyped_storage().data_ptr()] = thing
+        pinned = [thing.untyped_storage().nbytes() for thing in storages.values() if thing.is_pinned()]
+        found["pinned"] = sum(pinned)
+        if hasattr(torch.cuda, "host_memory_stats"):
+            found["torch_pinned"] = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
+
+    gc.collect()
+    before = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0) if ranks.device.type == "cuda" else 0
+    train_sharded(setting, ranks, inspect=inspect)
+    if ranks.device.type != "cuda":
+        return Row("pinned", f"pinned bytes, {setting.name}", 0.0, 0.0, True, "no CUDA: nothing to pin")
+    grown = found.get("torch_pinned", before) - before
+    # At rest there may be a little more than the ledger: scalars, staging. Never a rounded copy of the states.
+    ok = found["ledger"] > 0 and found["ledger"] <= found["pinned"] <= 1.1 * found["ledger"] + 2**20 and grown <= 2**20
+    note = f"ledger {found['ledger']}, pinned {found['pinned']}, torch's pinned allocator grew {grown}"
+    return Row("pinned", f"pinned bytes, {setting.name}", 0.0, 0.0, ok, note)
+
+
+def all_checks() -> list[tuple[str, Callable[[Ranks], Row]]]:
+    """Every check by name, in the order they run."""
+    checks: list[tuple[str, Callable[[Ranks], Row]]] = []
+    for prefix, settings, check in (
+        ("parity", PARITY, check_parity),
+        ("repeat", REPEATED, check_repeats),
+        ("pinned", [Setting(3, BOTH), Setting(2, OPT, trains="full")], check_pinned),
+        ("stress", STRESSED, check_stress),
+    ):
+        for setting in settings:
+            checks.append((f"{prefix} {setting.name}", lambda ranks, c=check, s=setting: c(s, ranks)))  # type: ignore[misc]
+    return checks
+
+
+def main() -> int:
+    """Run the checks; the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
+    parser.add_argument("--use-cpu", action="store_true")
+    parser.add_argument("--only", default="", help="run the checks whose name contains this")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers and PEFT, about each other
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    ranks = Ranks.join(use_cpu=options.use_cpu, timeout_s=120)
+    if ranks.device.type == "cpu":
+        torch.set_num_threads(1)
+    rows: list[Row] = []
+    for name, check in all_checks():
+        if options.only not in name:
+            continue
+        started = time.perf_counter()
+        try:
+            row = check(ranks)
+        except Exception as error:
+            # A collective that failed on one rank only leaves the others in it: end the run with what there is.
+            traceback.print_exc()
+            row = Row(name.split()[0], name, float("nan"), float("nan"), False, f"{type(error).__name__}: {error}")
+        row.seconds = time.perf_counter() - started
+        agreed = ranks.gather_objects(row.ok)
+        row.ok = all(agreed)
+        rows.append(row)
+        if ranks.rank == 0:
+            print(_line(row), flush=True)
+            if options.json:
+                options.json.write_text(json.dumps([vars(each) for each in rows]))
+        gc.collect()
+    failed = [row for row in rows if not row.ok]
+    if ranks.rank == 0:
+        print(f"{len(rows) - len(failed)} of {len(rows)} ok, {ranks.world_size} ranks on {_device(ranks)}")
+    ranks.leave()
+    return 1 if failed or not rows else 0
+
+
+def _line(row: Row) -> str:
+    verdict = "ok" if row.ok else "FAIL"
+    return (
+        f"{row.kind:<12}{row.name:<50}{row.loss:>9.1e}{row.weight:>9.1e}  {verdict:<5}{row.seconds:>5.1f}s {row.note}"
+    )
+
+
+def _device(ranks: Ranks) -> str:
+    return torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "the CPU"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

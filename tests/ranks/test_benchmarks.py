@@ -1,0 +1,77 @@
+"""The benchmark scripts run in their tiny form, so that they are found broken here and not on a lent GPU."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+
+pytestmark = pytest.mark.timeout(180)
+
+
+def run(script: str, *options: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    """Run a benchmark under torchrun, on gloo."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, str(BENCHMARKS / script), "--use-cpu", *options], env=environment,
+                          capture_output=True, text=True, timeout=150, check=False)  # fmt: skip
+
+
+def records(done: subprocess.CompletedProcess[str]) -> dict[str, dict]:
+    """The JSON lines of a run, by engine."""
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {line["engine"]: line for line in lines}
+
+
+def test_engines_train_one_case_to_the_same_losses() -> None:
+    found = records(run("compare.py", "--case", "lora8b", "--tiny", "--rounds", "1", "--warmup", "1", "--steps", "3",
+                        "--engines", "ddp,fsdp2,shardwise:3,shardwise:3+opt+param"))  # fmt: skip
+    assert list(found) == ["ddp", "fsdp2", "shardwise:3", "shardwise:3+opt+param"]
+    first = found["ddp"]["losses"]
+    for record in found.values():
+        assert record["losses"] == pytest.approx(first, rel=5e-3)
+        assert record["step_ms"]["min"] > 0
+    assert found["shardwise:3"]["at_rest_bytes"]
+
+
+def test_hook_overhead_is_given_per_unit() -> None:
+    done = run(
+        "hooks_overhead.py", "--layers", "2", "--steps", "2", "--warmup", "2", "--engines", "shardwise:3", ranks=1
+    )
+    assert set(records(done)["shardwise:3"]["added_us_per_unit"]) == {"forward", "backward"}
+
+
+@pytest.fixture
+def overlap(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("overlap")
+
+
+def test_a_gather_under_compute_is_hidden_and_the_rest_exposed(overlap: ModuleType) -> None:
+    def kernel(name: str, start: float, end: float, stream: int) -> dict:
+        return {"ph": "X", "cat": "kernel", "name": name, "ts": start, "dur": end - start, "args": {"stream": stream}}
+
+    gather = "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
+    summary = overlap.summarise([
+        kernel("gemm", 0, 1000, 7),
+        kernel(gather, 500, 2000, 13),  # 500 us under the first gemm, 250 under the second, 750 alone
+        kernel("gemm", 1750, 3000, 7),
+        kernel("gemm_of_another_stream", 1900, 2500, 8),  # counts once
+        {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 9000},
+    ])  # fmt: skip
+    assert summary["gather_ms"] == 1.5
+    assert summary["gather_hidden_ms"] == 0.75
+    assert summary["gather_exposed_ms"] == 0.75
+    assert summary["compute_ms"] == 2.25
+    assert summary["span_ms"] == 3.0
+    assert summary["idle_ms"] == 0.0
