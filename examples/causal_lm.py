@@ -32,7 +32,10 @@ from shardwise.memory import MemoryTracker
 
 def main() -> None:
     args = parse_arguments(
-        "Fine-tune a causal language model on labelled messages.", name="causal_lm", base_model="causal_lm"
+        "Fine-tune a causal language model on labelled messages.",
+        name="causal_lm",
+        base_model="causal_lm",
+        num_epochs=20,
     )
     steps = args.gradient_accumulation_steps
     accelerator = Accelerator() if steps is None else Accelerator(gradient_accumulation_steps=steps)

@@ -32,7 +32,10 @@ from shardwise.memory import MemoryTracker
 
 def main() -> None:
     args = parse_arguments(
-        "Fine-tune an encoder-decoder model on labelled messages.", name="conditional_generation", base_model="seq2seq"
+        "Fine-tune an encoder-decoder model on labelled messages.",
+        name="conditional_generation",
+        base_model="seq2seq",
+        num_epochs=40,
     )
     steps = args.gradient_accumulation_steps
     accelerator = Accelerator() if steps is None else Accelerator(gradient_accumulation_steps=steps)

@@ -13,12 +13,13 @@ VIRTUAL_TOKENS = {"prefix", "prompt", "p-tuning"}
 
 
 def parse_arguments(
-    description: str, *, name: str, base_model: str, argv: list[str] | None = None
+    description: str, *, name: str, base_model: str, num_epochs: int, argv: list[str] | None = None
 ) -> argparse.Namespace:
     """The script's arguments, checked against each other.
 
     name:       of the script; its results go to runs/<name> unless --output-dir says otherwise.
     base_model: directory below examples/base_model that is trained when no --model is given.
+    num_epochs: default of --num-epochs; enough for that base model to learn 50 messages, on one process or two.
     Exits with status 2 and one sentence if flags contradict each other or name files that do not exist.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -59,9 +60,9 @@ def parse_arguments(
     peft.add_argument("--num-virtual-tokens", type=int, help="of prefix, prompt and p-tuning (20)")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--num-epochs", type=int, default=20)
+    training.add_argument("--num-epochs", type=int, default=num_epochs)
     training.add_argument("--batch-size", type=int, default=8, help="per process")
-    training.add_argument("--lr", type=float, default=3e-3)
+    training.add_argument("--lr", type=float, default=2e-3)
     training.add_argument("--seed", type=int, default=42)
     training.add_argument("--gradient-accumulation-steps", type=int, help="instead of the configuration's")
     training.add_argument("--gradient-checkpointing", action="store_true")

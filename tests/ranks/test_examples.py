@@ -163,7 +163,7 @@ def test_flags_that_contradict_each_other_are_refused(
     arguments = importlib.import_module("common.arguments")
     given = flags.format(train=EXAMPLES / "data" / "train.csv").split()
     with pytest.raises(SystemExit) as stop:
-        arguments.parse_arguments("", name="test", base_model="seq2seq", argv=given)
+        arguments.parse_arguments("", name="test", base_model="seq2seq", num_epochs=1, argv=given)
     assert stop.value.code == 2
     assert reason in capsys.readouterr().err
 
@@ -177,7 +177,9 @@ def test_a_data_file_that_cannot_be_used_is_refused(content: str, reason: str, t
     file.write_text(content)
     arguments = importlib.import_module("common.arguments")
     messages = importlib.import_module("common.messages")
-    args = arguments.parse_arguments("", name="test", base_model="seq2seq", argv=["--data-file", str(file)])
+    args = arguments.parse_arguments(
+        "", name="test", base_model="seq2seq", num_epochs=1, argv=["--data-file", str(file)]
+    )
     with pytest.raises(SystemExit, match=re.escape(reason)):
         messages.load_messages(args)
 
