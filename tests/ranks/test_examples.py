@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import json
 import os
 import re
 import runpy
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -30,6 +32,7 @@ pytestmark = [
     # transformers and peft call functions of their own that they deprecate; a run prints that and goes on.
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),
 ]
 
 
@@ -59,6 +62,10 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the scripts importable as when they are run."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # What `shardwise launch` hands to its processes: the same ZeRO-3 with CPU offload, on the CPU.
+    settings = yaml.safe_load(CONFIG.read_text())
+    kept = ("deepspeed_config", "distributed_type", "mixed_precision")
+    monkeypatch.setenv("SHARDWISE_CONFIG", json.dumps({**{key: settings[key] for key in kept}, "use_cpu": True}))
 
 
 def run_here(script: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -113,20 +120,25 @@ def test_a_launched_example_prints_the_guides_lines_and_saves_a_whole_adapter(
     assert check_adapter(tmp_path / "out", logits, monkeypatch) == 0
 
 
-@pytest.mark.parametrize("script", ["conditional_generation.py", "causal_lm.py"])
+METHODS = [
+    "--peft dora --lora-r 4 --lora-alpha 8 --lora-dropout 0.0",
+    "--peft lora --lora-target-modules q_proj v_proj --modules-to-save fc2 down_proj --gradient-checkpointing",
+    "--peft loha",
+    "--peft lokr",
+    "--peft ia3",
+    "--peft prefix --num-virtual-tokens 4",
+    "--peft prompt",
+    "--peft p-tuning",
+    "--peft none --gradient-checkpointing --gradient-accumulation-steps 2 --batch-size 2",
+]
+# Every method on one script, and what differs most on the other; `make test-full` runs all.
+SHORT = {*METHODS[1:2], *METHODS[5:7], METHODS[8]}
+
+
 @pytest.mark.parametrize(
-    "flags",
-    [
-        "--peft dora --lora-r 4 --lora-alpha 8 --lora-dropout 0.0",
-        "--peft lora --lora-target-modules q_proj v_proj --modules-to-save lm_head --gradient-checkpointing",
-        "--peft loha",
-        "--peft lokr",
-        "--peft ia3",
-        "--peft prefix --num-virtual-tokens 4",
-        "--peft prompt",
-        "--peft p-tuning",
-        "--peft none --gradient-checkpointing --gradient-accumulation-steps 2 --batch-size 2",
-    ],
+    ("script", "flags"),
+    [("conditional_generation.py", flags) for flags in METHODS]
+    + [pytest.param("causal_lm.py", flags, marks=[] if flags in SHORT else pytest.mark.full) for flags in METHODS],
 )
 def test_every_peft_method_trains_and_loads_in_stock_peft(
     script: str,
