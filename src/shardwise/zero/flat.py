@@ -70,7 +70,9 @@ class FlatBuffer:
         # member, gap, member, gap, ...: so that one split yields every member.
         ends = [slot.offset for slot in self.layout.slots[1:]] + [self.layout.numel]
         self._split_sizes = [
-            n for slot, end in zip(self.layout.slots, ends, strict=True) for n in (slot.numel, end - slot.offset - slot.numel)
+            n
+            for slot, end in zip(self.layout.slots, ends, strict=True)
+            for n in (slot.numel, end - slot.offset - slot.numel)
         ]
         self.whole = torch.zeros(self.layout.numel, dtype=dtype, device=device)
         self._classes = [type(m.parameter) for m in members]

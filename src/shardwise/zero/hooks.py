@@ -13,6 +13,7 @@ backward decides when it is done.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -46,6 +47,7 @@ class Hooks:
         self._after = after
         self._compute_dtype = compute_dtype
         self._stack: list[Phase] = []
+        self._active: Counter[Unit] = Counter()  # in how many running forwards each unit is needed
         self._ending = False
         self._handles: list[RemovableHandle] = []
         self._install()
@@ -87,6 +89,7 @@ class Hooks:
         else:
             outermost = Phase.FORWARD not in self._stack
             self._stack.append(Phase.FORWARD)
+            self._active.update(units)
             if outermost:
                 schedule.begin_forward(recording)
                 if self._compute_dtype is not None:
@@ -110,8 +113,10 @@ class Hooks:
                 if tensor.requires_grad:
                     tensor.register_hook(before)
         if phase is Phase.FORWARD:
+            self._active.subtract(units)
             for unit in units:
-                schedule.done(unit)
+                if not self._active[unit]:  # the encoder has ended, but the model around it needs the root unit still
+                    schedule.done(unit)
             if Phase.FORWARD not in self._stack:
                 schedule.end_forward()
 

@@ -322,7 +322,12 @@ class ShardedOptimizer:
             unit.publish()
 
     def _units(self) -> list[Any]:
-        return [u for model in self.models for u in model.units if u.gradients is not None and id(u.gradients) in self._members]
+        return [
+            u
+            for model in self.models
+            for u in model.units
+            if u.gradients is not None and id(u.gradients) in self._members
+        ]
 
     def _forget(self) -> None:
         for gradients, indices in self._members.values():
@@ -404,7 +409,9 @@ def _probe(optimizer: Optimizer) -> None:
     try:
         for cut in (False, True):
             values = start.clone()
-            parts = [Parameter(values)] if not cut else [Parameter(values.view(-1)[:10]), Parameter(values.view(-1)[10:])]
+            parts = (
+                [Parameter(values)] if not cut else [Parameter(values.view(-1)[:10]), Parameter(values.view(-1)[10:])]
+            )
             trial: Any = object.__new__(type(optimizer))
             trial.__dict__.update({k: v for k, v in optimizer.__dict__.items() if k not in ("step", "zero_grad")})
             trial.state = defaultdict(dict)
@@ -416,8 +423,12 @@ def _probe(optimizer: Optimizer) -> None:
                 type(optimizer).step(trial)
             results.append(values.detach().clone())
     except Exception as error:
-        raise OptimizerError(f"{name} could not be tried on a small flat tensor ({type(error).__name__}: {error}). Use an "
-                             f"elementwise optimizer: {', '.join(sorted(_ELEMENTWISE))}, or one like them.") from error
+        raise OptimizerError(
+            f"{name} could not be tried on a small flat tensor ({type(error).__name__}: {error}). Use an "
+            f"elementwise optimizer: {', '.join(sorted(_ELEMENTWISE))}, or one like them."
+        ) from error
     if not torch.allclose(*results, rtol=1e-5, atol=1e-7):
-        raise OptimizerError(f"{name} cannot work on shards: it gives other numbers for a matrix than for the same elements "
-                             f"in flat pieces. Use an elementwise optimizer: {', '.join(sorted(_ELEMENTWISE))}, or one like them.")
+        raise OptimizerError(
+            f"{name} cannot work on shards: it gives other numbers for a matrix than for the same elements "
+            f"in flat pieces. Use an elementwise optimizer: {', '.join(sorted(_ELEMENTWISE))}, or one like them."
+        )

@@ -60,16 +60,22 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.parameter.sharded and not self.gradient.sharded:
-            raise PlanError("parameters are sharded but gradients are whole. Shard the gradients too (zero_stage 3), or "
-                            "keep parameters whole (zero_stage 1).")
+            raise PlanError(
+                "parameters are sharded but gradients are whole. Shard the gradients too (zero_stage 3), or "
+                "keep parameters whole (zero_stage 1)."
+            )
         if self.gradient.sharded and not self.optimizer.sharded:
-            raise PlanError("gradients are sharded but the optimizer is whole. Shard the optimizer too (zero_stage 2), "
-                            "or keep gradients whole (zero_stage 0).")
+            raise PlanError(
+                "gradients are sharded but the optimizer is whole. Shard the optimizer too (zero_stage 2), "
+                "or keep gradients whole (zero_stage 0)."
+            )
         for role in ("frozen", "parameter", "gradient", "optimizer"):
             placement: Placement = getattr(self, role)
             if placement.tier is not Tier.GPU and not placement.sharded:
-                raise PlanError(f"{role} is whole but rests on {placement.tier}. Only shards can be offloaded: raise "
-                                "zero_stage, or keep it on the gpu.")
+                raise PlanError(
+                    f"{role} is whole but rests on {placement.tier}. Only shards can be offloaded: raise "
+                    "zero_stage, or keep it on the gpu."
+                )
             if placement.tier is Tier.NVME:
                 raise PlanError(f"{role} on nvme: this version of shardwise offloads to the cpu only. Use cpu.")
 
@@ -92,8 +98,10 @@ class Plan:
         if tiers["offload_optimizer"] is not Tier.GPU and stage < 1:
             raise PlanError("offload_optimizer_device needs a sharded optimizer: zero_stage 1, 2 or 3.")
         if tiers["offload_param"] is not Tier.GPU and stage < 3:
-            raise PlanError(f"offload_param_device is {offload_param} but zero_stage is {stage}. Only zero_stage 3 "
-                            "shards parameters: set zero_stage: 3, or offload_param_device: none.")
+            raise PlanError(
+                f"offload_param_device is {offload_param} but zero_stage is {stage}. Only zero_stage 3 "
+                "shards parameters: set zero_stage: 3, or offload_param_device: none."
+            )
         weights = Placement(stage >= 3, tiers["offload_param"])
         optimizer = Placement(stage >= 1, tiers["offload_optimizer"])
         gradient = Placement(stage >= 2, optimizer.tier if stage >= 2 else Tier.GPU)

@@ -75,8 +75,10 @@ class LossScaler:
         dynamic: bool = True,
     ) -> None:
         if enabled and (init_scale <= 0 or growth_factor < 1 or not 0 < backoff_factor < 1 or growth_interval < 1):
-            raise ConfigError("loss scale: init_scale must be above 0, growth_factor at least 1, backoff_factor between "
-                              "0 and 1, growth_interval at least 1.")
+            raise ConfigError(
+                "loss scale: init_scale must be above 0, growth_factor at least 1, backoff_factor between "
+                "0 and 1, growth_interval at least 1."
+            )
         self.enabled = enabled
         self.value = float(init_scale) if enabled else 1.0
         self.growth_factor = growth_factor
@@ -115,7 +117,11 @@ class LossScaler:
             if self._next == self.value:
                 hint = " It cannot fall further: the model overflows in fp16. Use bf16, or lower the learning rate."
             log.warning(
-                "step %d skipped: gradients overflowed in fp16. Loss scale %g -> %g.%s", step, self.value, self._next, hint
+                "step %d skipped: gradients overflowed in fp16. Loss scale %g -> %g.%s",
+                step,
+                self.value,
+                self._next,
+                hint,
             )
 
     def state_dict(self) -> dict[str, float]:

@@ -99,7 +99,9 @@ class ShardedModel:
             self.units = self._build(specs)
         self.schedule = Schedule(self.units, ranks, lanes, prefetch)
         dtype = precision.compute
-        self._hooks = Hooks(self.schedule, boundary=lambda: self.sync_gradients, after=self._after_backward, compute_dtype=dtype)
+        self._hooks = Hooks(
+            self.schedule, boundary=lambda: self.sync_gradients, after=self._after_backward, compute_dtype=dtype
+        )
         for unit in self.units:
             if unit.leaves:
                 unit.release()
@@ -118,8 +120,10 @@ class ShardedModel:
         error = None
         if mine != theirs:
             differing = next((m[0] for m, t in zip(mine, theirs, strict=False) if m != t), "the number of parameters")
-            error = PrepareError(f"the model of rank {self.ranks.rank} differs from rank 0's at {differing}: name, shape, dtype "
-                                 "or requires_grad. Build the same model on every rank.")
+            error = PrepareError(
+                f"the model of rank {self.ranks.rank} differs from rank 0's at {differing}: name, shape, dtype "
+                "or requires_grad. Build the same model on every rank."
+            )
         self.ranks.agree(error)
 
     def _place_buffers(self) -> None:
@@ -202,7 +206,9 @@ class ShardedModel:
         self._settle_in(buffer)
         return buffer
 
-    def _trainable_buffer(self, members: Sequence[Member], dtype: torch.dtype, plan: Plan) -> tuple[FlatBuffer, Gradients]:
+    def _trainable_buffer(
+        self, members: Sequence[Member], dtype: torch.dtype, plan: Plan
+    ) -> tuple[FlatBuffer, Gradients]:
         ranks, stores = self.ranks, self._engine.stores
         buffer = FlatBuffer(
             members,
@@ -272,7 +278,11 @@ class ShardedModel:
         chosen = self.units
         if parameters is not None:
             wanted = {id(p) for p in parameters}
-            chosen = [u for u in self.units if any(id(m.parameter) in wanted for b in (u.frozen, u.trainable) if b for m in b.members)]
+            chosen = [
+                u
+                for u in self.units
+                if any(id(m.parameter) in wanted for b in (u.frozen, u.trainable) if b for m in b.members)
+            ]
         return self.schedule.hold(chosen)
 
     def together(self) -> AbstractContextManager[None]:
@@ -400,6 +410,10 @@ def _check(model: nn.Module) -> None:
             raise PrepareError(f"{type(model).__name__}: {which} has been prepared already. Prepare each model once.")
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise PrepareError(f"{name} is on the meta device: it has no values. Load or initialise the model before prepare.")
+            raise PrepareError(
+                f"{name} is on the meta device: it has no values. Load or initialise the model before prepare."
+            )
         if parameter.requires_grad and not parameter.is_floating_point():
-            raise PrepareError(f"{name} is trainable but its dtype is {parameter.dtype}. Freeze it: requires_grad_(False).")
+            raise PrepareError(
+                f"{name} is trainable but its dtype is {parameter.dtype}. Freeze it: requires_grad_(False)."
+            )

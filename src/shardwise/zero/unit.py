@@ -99,8 +99,10 @@ class Unit:
 
     def _move(self, state: Weights) -> None:
         if state not in _WEIGHT_MOVES[self.state]:
-            raise UnitStateError(f"unit {self.name}: {self.state.name} does not lead to {state.name}. This is a fault of "
-                                 "shardwise; please report it with the model's class.")
+            raise UnitStateError(
+                f"unit {self.name}: {self.state.name} does not lead to {state.name}. This is a fault of "
+                "shardwise; please report it with the model's class."
+            )
         self.state = state
 
     def gather(self) -> None:
@@ -188,8 +190,10 @@ class Gradients:
 
     def _move(self, state: Grads) -> None:
         if state not in _GRAD_MOVES[self.state]:
-            raise UnitStateError(f"gradients of {self.buffer.members[0].name}...: {self.state.name} does not lead to "
-                                 f"{state.name}. This is a fault of shardwise; please report it.")
+            raise UnitStateError(
+                f"gradients of {self.buffer.members[0].name}...: {self.state.name} does not lead to "
+                f"{state.name}. This is a fault of shardwise; please report it."
+            )
         self.state = state
 
     def region(self, whole: Tensor) -> Tensor:
@@ -234,7 +238,11 @@ class Gradients:
         engine = self._engine
         partial = self._take()
         if self._whole is not None:
-            partial = partial.add_(self._whole) if partial.dtype == self._whole.dtype else self._whole.add_(partial).to(partial.dtype)
+            partial = (
+                partial.add_(self._whole)
+                if partial.dtype == self._whole.dtype
+                else self._whole.add_(partial).to(partial.dtype)
+            )
             self._whole = None
         self._retire(keep=1)
         engine.lanes.reduce.wait(engine.lanes.mark_compute())

@@ -130,7 +130,9 @@ def _named_blocks(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     known = {type(m).__name__ for m in model.modules()}
     for name in names:
         matches = [
-            m for path, m in model.named_modules() if m is not model and (type(m).__name__ == name or fnmatchcase(path, name))
+            m
+            for path, m in model.named_modules()
+            if m is not model and (type(m).__name__ == name or fnmatchcase(path, name))
         ]
         if not matches:
             near = get_close_matches(name, known, n=1)
@@ -151,7 +153,11 @@ def _outermost(model: nn.Module, modules: Iterable[nn.Module]) -> dict[nn.Module
 
 def _spine(model: nn.Module, blocks: dict[nn.Module, str]) -> dict[nn.Module, None]:
     """The model and every module that contains a block, in the model's order."""
-    return {m: None for m in model.modules() if m is model or any(below in blocks for below in m.modules() if below is not m and m not in blocks)}
+    return {
+        m: None
+        for m in model.modules()
+        if m is model or any(below in blocks for below in m.modules() if below is not m and m not in blocks)
+    }
 
 
 def _owners(model: nn.Module, homes: dict[nn.Module, str]) -> dict[int, list[int]]:
