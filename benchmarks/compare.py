@@ -85,7 +85,7 @@ def parse(argv: Sequence[str], description: str, default_engines: dict[str, str]
     parser.add_argument("--deterministic", action="store_true", help="slower kernels that repeat bit by bit")
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="trace 2 steps more of one engine into DIR")
-    parser.add_argument("--profile-engine", help="which one; default: the first of shardwise's")
+    parser.add_argument("--profile-engine", help="which one; default: shardwise's of the highest stage")
     parser.add_argument(
         "--blocking-check",
         action="store_true",
@@ -225,7 +225,7 @@ def _traced(engines: list[Engine], options: argparse.Namespace) -> Engine | None
     ]
     if not wanted:
         raise SystemExit("--profile: none of --engines is " + (options.profile_engine or "shardwise's"))
-    return wanted[0]
+    return max(wanted, key=lambda engine: engine.stage or 0)
 
 
 def _overlap_text(name: str, summary: dict[str, Any]) -> str:

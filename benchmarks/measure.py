@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from cases import Case
 from engines import Engine, Trainee, mean_over_ranks
@@ -127,7 +128,7 @@ def run_alone(
         _largest(step_ms, place),
         mean_over_ranks(losses, place),
         _peaks(place),
-        _names(trainee.ledger()),
+        _at_rest(trainee),
         psutil.Process().memory_info().rss,
     )
     if before_drop is not None:
@@ -151,6 +152,9 @@ def free(place: Place) -> None:
     gc.collect()
     place.synchronize()
     if place.cuda:
+        # cuBLAS keeps its workspaces in torch's allocator: they belong to no engine and would count as left over.
+        if clear := getattr(torch._C, "_cuda_clearCublasWorkspaces", None):
+            clear()
         torch.cuda.empty_cache()
 
 
@@ -176,6 +180,18 @@ def _peaks(place: Place) -> dict[str, int]:
         "device_in_use": total - unused,
     }
     return dict(zip(mine, map(int, _largest(list(mine.values()), place)), strict=True))
+
+
+def _at_rest(trainee: Trainee) -> dict[str, int]:
+    """Bytes of this rank by "role/tier", and the moments that the optimizer keeps, whatever the engine."""
+    moments: dict[str, int] = {}
+    for state in trainee.optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor) and value.numel() > 1:
+                local = value.to_local() if isinstance(value, DTensor) else value
+                key = f"moments/{local.device.type}"
+                moments[key] = moments.get(key, 0) + local.nbytes
+    return {**_names(trainee.ledger()), **moments}
 
 
 def _names(ledger: dict[Any, int]) -> dict[str, int]:

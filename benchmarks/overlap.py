@@ -11,11 +11,12 @@ import gzip
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from place import Place
+if TYPE_CHECKING:
+    from place import Place
 
 Interval = tuple[float, float]
 

@@ -101,5 +101,8 @@ def _save_model(
 def _generate(
     sharded: ShardedModel, original: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
+    if sharded.ranks.world_size == 1 and kwargs.get("synced_gpus"):
+        # transformers would ask a process group that a run of one rank does not have.
+        kwargs["synced_gpus"] = False
     with sharded.together():
         return original(*args, **kwargs)

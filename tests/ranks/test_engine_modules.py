@@ -206,7 +206,7 @@ def _branches(ranks, plan):
 @pytest.mark.parametrize("n", [2, 3])
 @pytest.mark.parametrize("plan", PLANS)
 def test_ranks_that_take_different_branches_neither_hang_nor_differ(world, plan, n):
-    world(n).run(_branches, plan, timeout_s=60)
+    world(n).run(_branches, plan, timeout_s=20)
 
 
 def _late_branch(model, x, rank, step):
@@ -223,7 +223,7 @@ def _late_branches(ranks, plan):
 
 @pytest.mark.parametrize("plan", ["2", "3", "3-all"])
 def test_ranks_may_part_after_the_order_has_been_learned(world, plan):
-    world(3).run(_late_branches, plan, timeout_s=60)
+    world(3).run(_late_branches, plan, timeout_s=20)
 
 
 def _frozen_only(ranks, plan):

@@ -174,7 +174,7 @@ def _generate(ranks, name, tuning, plan, synced, unequal, train_after):
 @pytest.mark.parametrize("plan", PLANS)
 def test_ranks_generate_what_one_process_does_also_at_different_lengths(world, plan, unequal, synced):
     name, tuning = ("bart", "full") if plan == "3" and unequal else ("llama", "lora")
-    found = world(2).run(_generate, name, tuning, plan, synced, unequal, True, timeout_s=60)
+    found = world(2).run(_generate, name, tuning, plan, synced, unequal, True, timeout_s=20)
     for rank in range(2):
         expected = world(1).run(_expected, name, tuning, rank, unequal)[0]
         assert torch.equal(found[rank], expected)

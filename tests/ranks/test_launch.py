@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,8 +100,6 @@ SCRIPTS = {
 
 @pytest.fixture
 def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    import textwrap
-
     for name, text in SCRIPTS.items():
         (tmp_path / name).write_text(textwrap.dedent(text).strip() + "\n", encoding="utf-8")
     (tmp_path / "tmp").mkdir()
@@ -110,7 +109,7 @@ def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     yield tmp_path
-    if not any(name in os.environ.get("PYTEST_CURRENT_TEST", "") for name in ("sigkill_of_the_launcher",)):
+    if "sigkill_of_the_launcher" not in os.environ.get("PYTEST_CURRENT_TEST", ""):
         assert not list((tmp_path / "tmp").glob("shardwise-*")), "the launcher left its directory behind"
 
 
@@ -245,7 +244,7 @@ def test_a_restart_shows_why_and_goes_on(scripts: Path) -> None:
 
 
 @pytest.mark.timeout(90)
-@pytest.mark.parametrize("backend", ["static", "c10d"])
+@pytest.mark.parametrize("backend", ["static", pytest.param("c10d", marks=pytest.mark.full)])
 def test_two_launchers_make_one_run(scripts: Path, backend: str) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-MAX_LOCAL_CHARS = 300
+MAX_LOCAL_CHARS = 160
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _innermost_locals(error: BaseException) -> str:
     lines = []
     for name, value in found.f_locals.items():
         try:
-            lines.append(f"    {name} = {repr(value)[:MAX_LOCAL_CHARS]}")
+            lines.append(f"    {name} = {' '.join(repr(value).split())[:MAX_LOCAL_CHARS]}")
         except Exception as failure:
             lines.append(f"    {name} = <repr failed: {failure}>")
     return f"locals of {found.f_code.co_name}:\n" + "\n".join(lines) + "\n"

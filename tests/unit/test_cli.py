@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -154,14 +154,14 @@ def test_nothing_heavy_is_imported_before_the_checks_pass(tmp_path: Path) -> Non
 
 
 def test_a_mistake_is_told_within_a_second(tmp_path: Path) -> None:
-    seconds = []
     for arguments, expected in ((["launch", "--zero_stage", "5", "none.py"], 2), (["--help"], 0)):
-        best = float("inf")
-        for _ in range(3):  # the best of three: other processes share this machine
-            began = time.perf_counter()
+        seconds = []
+        for _ in range(3):
+            # Processor time: other processes share this machine, and their work is not this command's.
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
             command = [sys.executable, "-c", ENTRY, *arguments]
             done = subprocess.run(command, capture_output=True, timeout=60, cwd=tmp_path, check=False)
-            best = min(best, time.perf_counter() - began)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
             assert done.returncode == expected, done.stderr
-        seconds.append(best)
-    assert max(seconds) < 1.0, seconds
+        assert min(seconds) < 1.0, seconds

@@ -223,7 +223,7 @@ def _explain(error: ChildFailedError, directory: Path, plan: LaunchPlan, kills_b
         failures = [Failure(rank, failure.pid, failure.exitcode) for rank, failure in seen.items()]
     failures.sort(key=_cause_first)
     cause, *others = failures
-    _show(cause, kills_before)
+    _show(cause, kills_before, alone=plan.config.num_processes == 1)
     for other in others:
         print(f"shardwise launch: rank {other.rank} failed too: {_headline(other)[:160]}", file=sys.stderr)
     return cause.exit_code or 1
@@ -262,13 +262,14 @@ def _headline(failure: Failure) -> str:
     return f"it ended with exit code {failure.code}, without a Python exception"
 
 
-def _show(cause: Failure, kills_before: int | None) -> None:
+def _show(cause: Failure, kills_before: int | None, *, alone: bool) -> None:
     sys.stdout.flush()
+    who = "the script failed" if alone else f"rank {cause.rank} failed first"
     if cause.record is not None and cause.record["traceback"]:
-        print(f"shardwise launch: rank {cause.rank} failed first:", file=sys.stderr)
+        print(f"shardwise launch: {who}:", file=sys.stderr)
         print(str(cause.record["traceback"]).rstrip("\n"), file=sys.stderr)
         return
-    print(f"shardwise launch: rank {cause.rank} failed first: {_headline(cause)}", file=sys.stderr)
+    print(f"shardwise launch: {who}: {_headline(cause)}", file=sys.stderr)
     if cause.record is None and cause.code == -signal.SIGKILL:
         print(f"shardwise launch: {_why_killed(kills_before)}", file=sys.stderr)
 

@@ -7,6 +7,7 @@ subcommand's own imports happen when it is called, so that `shardwise --help` an
 from __future__ import annotations
 
 import difflib
+import signal
 import sys
 from typing import Annotated
 
@@ -165,4 +166,7 @@ def _usage_error(error: Exception, text: str) -> str:
 
 def main() -> None:
     """The entry point of the `shardwise` command."""
-    sys.exit(run())
+    code = run()
+    # All is said: a Ctrl-C while the interpreter ends would only add a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)

@@ -24,9 +24,24 @@ from ..errors import ConfigError, LayoutError, RankError
 
 ReduceOp = Literal["sum", "mean", "max", "min"]
 
+# See _gather_options; docs/log.md has the measurement.
+GATHER_MAX_CTAS = 8
+
 # torch 2.13 renamed both and warns on the old names; torch 2.9 to 2.12 have only the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def _gather_options(device: torch.device) -> Any:
+    """NCCL settings of the communicator that gathers weights: few CTAs, because each holds an SM that a GEMM wants.
+
+    A gather has a whole unit's computation to hide behind, so it may be slow, but not in the way.
+    """
+    if device.type != "cuda":
+        return None
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas = GATHER_MAX_CTAS
+    return options
 
 
 class Ranks:
@@ -52,8 +67,8 @@ class Ranks:
         self._reduce: dist.ProcessGroup | None = None
         self._control: dist.ProcessGroup | None = None
         if self.world_size > 1:
-            self._data = dist.group.WORLD
-            self._reduce = dist.new_group(timeout=timeout)
+            self._data = dist.new_group(timeout=timeout, pg_options=_gather_options(device))
+            self._reduce = dist.group.WORLD
             self._control = dist.new_group(backend="gloo", timeout=timeout)
 
     @classmethod
@@ -67,11 +82,9 @@ class Ranks:
         place = RankEnvironment.read()
         cuda = torch.cuda.is_available() and not use_cpu
         if cuda and place.local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"rank {place.rank} wants cuda:{place.local_rank}, but this machine shows "
-                f"{torch.cuda.device_count()} CUDA device(s). Start at most one process per device, or "
-                "add --use_cpu."
-            )
+            raise ConfigError(f"rank {place.rank} wants cuda:{place.local_rank}, but this machine shows "
+                              f"{torch.cuda.device_count()} CUDA device(s). Start at most one process per device, or "
+                              "add --use_cpu.")
         device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)
@@ -91,6 +104,11 @@ class Ranks:
             dist.destroy_process_group()
         self._owns_group = False
 
+    @property
+    def blocking(self) -> bool:
+        """Whether a collective holds the host until every rank has come: gloo does, NCCL holds only its stream."""
+        return self.world_size > 1 and self.device.type == "cpu"
+
     # Tensors, on the device, over the data group. Each runs on the current stream; the caller orders streams.
 
     def all_gather(self, whole: Tensor, shard: Tensor) -> None:
@@ -100,10 +118,8 @@ class Ranks:
         Raises LayoutError if the sizes do not fit.
         """
         if whole.numel() != self.world_size * shard.numel():
-            raise LayoutError(
-                f"all_gather: whole has {whole.numel()} elements, which is not {self.world_size} ranks "
-                f"times the shard's {shard.numel()}."
-            )
+            raise LayoutError(f"all_gather: whole has {whole.numel()} elements, which is not {self.world_size} ranks "
+                              f"times the shard's {shard.numel()}.")
         self.counts["all_gather"] += 1
         if self._data is None:
             if whole.data_ptr() != shard.data_ptr():
@@ -119,10 +135,8 @@ class Ranks:
         Source: ZeRO (arXiv 1910.02054), section 5. Raises LayoutError if the sizes do not fit.
         """
         if partial.numel() != self.world_size * out.numel():
-            raise LayoutError(
-                f"reduce_scatter: partial has {partial.numel()} elements, which is not {self.world_size} "
-                f"ranks times the output's {out.numel()}."
-            )
+            raise LayoutError(f"reduce_scatter: partial has {partial.numel()} elements, which is not {self.world_size} "
+                              f"ranks times the output's {out.numel()}.")
         self.counts["reduce_scatter"] += 1
         if self._data is None:
             if partial.data_ptr() != out.data_ptr():

@@ -67,6 +67,11 @@ class FlatBuffer:
             world_size,
             ALIGNMENT // dtype.itemsize,
         )
+        # member, gap, member, gap, ...: so that one split yields every member.
+        ends = [slot.offset for slot in self.layout.slots[1:]] + [self.layout.numel]
+        self._split_sizes = [
+            n for slot, end in zip(self.layout.slots, ends, strict=True) for n in (slot.numel, end - slot.offset - slot.numel)
+        ]
         self.whole = torch.zeros(self.layout.numel, dtype=dtype, device=device)
         self._classes = [type(m.parameter) for m in members]
         self._released = [released_class(cls) for cls in self._classes]
@@ -99,6 +104,10 @@ class FlatBuffer:
         if self.dtype == torch.uint8:
             part = part.view(member.dtype)
         return part.view(slot.shape)
+
+    def slices(self, flat: Tensor) -> Sequence[Tensor]:
+        """Every member's part of a flat tensor of this layout, each 1-d, in one call to torch."""
+        return flat.split(self._split_sizes)[::2]
 
     def expand(self) -> None:
         """Give `whole` its storage, of unspecified content, on the current lane."""

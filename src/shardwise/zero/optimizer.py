@@ -18,7 +18,7 @@ import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from .clipping import clip_factor, global_norm, power_sum
 from .collectives import Ranks
 from .plan import Tier
 from .precision import LossScaler
-from .sharded import ShardedModel
+from .sharded import Role, ShardedModel
 from .unit import Gradients
 
 log = logging.getLogger("shardwise")
@@ -47,12 +47,14 @@ _NOT_ELEMENTWISE = {
 # Those whose fused kernels take a gradient scale, on GPU and CPU.
 _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
-_steppers: WeakKeyDictionary[Optimizer, ShardedOptimizer] = WeakKeyDictionary()
+# id(optimizer) -> what drives it, which the optimizer's own `step` keeps alive: when the optimizer goes, both go.
+_steppers: WeakValueDictionary[int, ShardedOptimizer] = WeakValueDictionary()
 
 
 def find_sharded_optimizer(optimizer: Optimizer) -> ShardedOptimizer | None:
     """The ShardedOptimizer that drives `optimizer`, or None."""
-    return _steppers.get(optimizer)
+    found = _steppers.get(id(optimizer))
+    return found if found is not None and found.optimizer is optimizer else None
 
 
 class _Shard:
@@ -112,7 +114,7 @@ class ShardedOptimizer:
         self._shards: list[_Shard] = []
         self._members: dict[int, tuple[Gradients, list[int]]] = {}
         self._take_over()
-        _steppers[optimizer] = self
+        _steppers[id(optimizer)] = self
 
     # Taking over.
 
@@ -128,7 +130,7 @@ class ShardedOptimizer:
 
     def _refuse_what_cannot_work(self) -> None:
         optimizer, name = self.optimizer, type(self.optimizer).__name__
-        if optimizer in _steppers:
+        if find_sharded_optimizer(optimizer) is not None:
             raise PrepareError(f"this {name} has been prepared already. Prepare each optimizer once.")
         if name in _NOT_ELEMENTWISE:
             raise OptimizerError(
@@ -175,9 +177,19 @@ class ShardedOptimizer:
                 # One kernel over all shards, which also takes the clip factor; torch's default is a loop on the CPU.
                 group["fused"] = not (group.get("capturable") or group.get("differentiable"))
         self._fused = isinstance(self.optimizer, _FUSED) and all(g.get("fused") for g in self.optimizer.param_groups)
+
+        def step(_: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+            return self.step(closure)
+
+        def zero_grad(_: Optimizer, set_to_none: bool = True) -> None:
+            self.zero_grad()
+
+        # LR schedulers mark the step that they wrap, and warn when it was replaced; this one sets _opt_called as theirs does.
+        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+        # Methods, not plain functions: LR schedulers take them apart to count the steps.
         driven: Any = self.optimizer
-        driven.step = types.MethodType(_step, self.optimizer)
-        driven.zero_grad = types.MethodType(_zero_grad, self.optimizer)
+        driven.step = types.MethodType(step, self.optimizer)
+        driven.zero_grad = types.MethodType(zero_grad, self.optimizer)
 
     # The loss.
 
@@ -220,6 +232,16 @@ class ShardedOptimizer:
         if grads:
             torch._foreach_clamp_min_(grads, -limit)
             torch._foreach_clamp_max_(grads, limit)
+
+    def ledger(self) -> dict[tuple[Role, Tier], int]:
+        """Bytes of the optimizer's states (moments and step counts) on this rank; the masters are in the model's ledger."""
+        found: dict[tuple[Role, Tier], int] = {}
+        for shard in self._shards:
+            for value in self.optimizer.state.get(shard.tensor, {}).values():
+                if isinstance(value, Tensor):
+                    tier = shard.gradients.plan.optimizer.tier
+                    found["optimizer", tier] = found.get(("optimizer", tier), 0) + value.nbytes
+        return found
 
     def holds(self, parameters: Iterable[Tensor]) -> bool:
         """Whether any of `parameters` is driven by this optimizer."""
@@ -362,17 +384,6 @@ class ShardedOptimizer:
                 f"the loss is NaN or infinite at step {step} on rank {where}. Look at that rank's batch, lower the learning "
                 "rate, or clip gradients (gradient_clipping: 1.0)."
             )
-
-
-def _step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-    return _steppers[optimizer].step(closure)
-
-
-# LR schedulers mark the step that they wrap, and warn when it was replaced; this one sets _opt_called as theirs does.
-_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-
-def _zero_grad(optimizer: Optimizer, set_to_none: bool = True) -> None:
-    _steppers[optimizer].zero_grad()
 
 
 def _multiply(grads: Sequence[Tensor], factor: Tensor) -> None:

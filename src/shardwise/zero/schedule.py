@@ -152,11 +152,11 @@ class Schedule:
                     pass
             if order is not None:
                 self._learn(order)
-        self._release_finished(None)
-        # Also one that nobody said was done: the first block's input needs no gradient, so no hook tells the end of its
-        # backward. What stayed whole over the optimizer's step would be stale in the next pass.
-        for i in self._gatherable:
-            self._release(self.units[i])
+        self._finished.clear()
+        # Also what nobody reported as done: the backward of a unit whose inputs need no gradient has no end of its own.
+        for unit in self.units:
+            if unit.leaves:
+                self._release(unit)
         self._order = None
 
     def _abandon(self) -> None:
@@ -327,6 +327,13 @@ class Schedule:
     def gradients_complete(self, unit: Unit) -> None:
         """Every gradient of `unit` has come: reduce it, and those that waited for it, as soon as their turn is there."""
         index = self.index[id(unit)]
+        if self._reduces and self.ranks.blocking:
+            # Gradients wait in the parameters for the end of the backward: a rank that stood still in this reduction
+            # could not answer the gather that another rank, on another branch, needs before it comes here.
+            if index not in self._complete:
+                self._complete.add(index)
+                self._completed_in_order.append(index)
+            return
         if index in self._complete:
             # Re-entrant checkpointing runs a backward of its own per segment: a module in two of them sends gradients
             # twice. The second lot waits for the end.

@@ -30,6 +30,12 @@ from .units import UnitSpec, find_units
 
 Role = Literal["frozen", "parameter", "gradient", "optimizer"]
 
+# Blocks below this share a unit on a GPU: a gather costs the host some 0.25 ms, in which NVLink moves about this much.
+# On a CPU there is no lane to hide a gather behind, and nothing is won.
+_MIN_UNIT_NBYTES = 48 << 20
+# Trained weights that stay whole are reduced in buckets of at most this; the size that DDP found to hide best.
+_BUCKET_NBYTES = 25 << 20
+
 # id(model) -> its ShardedModel, which the hooks on the model keep alive: when the model goes, both go.
 _sharded: WeakValueDictionary[int, ShardedModel] = WeakValueDictionary()
 
@@ -77,7 +83,7 @@ class ShardedModel:
         error: Exception | None = None
         try:
             _check(model)
-            specs, _ = find_units(model, units)
+            specs = find_units(model, units, min_nbytes=_MIN_UNIT_NBYTES if ranks.device.type == "cuda" else 0)
         except Exception as caught:
             error = caught
         ranks.agree(error)
@@ -90,7 +96,7 @@ class ShardedModel:
         self._dtypes = {name: p.dtype for name, p in model.named_parameters()}
         with torch.no_grad():
             self._place_buffers()
-            self.units = [unit for spec in specs for unit in self._build(spec)]
+            self.units = self._build(specs)
         self.schedule = Schedule(self.units, ranks, lanes, prefetch)
         dtype = precision.compute
         self._hooks = Hooks(self.schedule, boundary=lambda: self.sync_gradients, after=self._after_backward, compute_dtype=dtype)
@@ -126,21 +132,45 @@ class ShardedModel:
                         self.ranks.broadcast(placed)
                     module._buffers[name] = placed
 
-    def _build(self, spec: UnitSpec) -> list[Unit]:
-        """The unit of a spec; one more for each further dtype among its trainable weights, which is rare."""
-        frozen = [self._member(n, p) for n, p in spec.parameters.items() if not p.requires_grad]
-        trainable: dict[torch.dtype, list[Member]] = {}
-        for name, parameter in spec.parameters.items():
-            if parameter.requires_grad:
-                member = self._member(name, parameter)
-                trainable.setdefault(member.dtype, []).append(member)
-        plan = self._plan_of(frozen, trainable)
-        units = []
-        for number, (dtype, members) in enumerate(trainable.items() or [(None, [])]):
-            name = spec.name if number == 0 else f"{spec.name}/{dtype}"
-            frozen_buffer = self._frozen_buffer(frozen, plan) if number == 0 and frozen else None
-            buffer, gradients = self._trainable_buffer(members, dtype, plan) if dtype is not None else (None, None)
-            units.append(Unit(name, spec.entries, plan, self._engine, frozen_buffer, buffer, gradients))
+    def _build(self, specs: Sequence[UnitSpec]) -> list[Unit]:
+        """The units of all specs, and behind them the buckets of what is trained and stays whole.
+
+        Whole weights are never gathered, so they need not follow the modules: neighbours share a bucket, that is one
+        reduction and one publication for many adapters.
+        """
+        units: list[Unit] = []
+        bucket: list[Member] = []
+
+        def close_bucket() -> None:
+            if bucket:
+                plan = self.plan.with_whole_parameters()
+                buffer, gradients = self._trainable_buffer(bucket, bucket[0].dtype, plan)
+                units.append(Unit(f"bucket:{bucket[0].name}", [], plan, self._engine, None, buffer, gradients))
+                bucket.clear()
+
+        for spec in specs:
+            frozen = [self._member(n, p) for n, p in spec.parameters.items() if not p.requires_grad]
+            trainable: dict[torch.dtype, list[Member]] = {}
+            for name, parameter in spec.parameters.items():
+                if parameter.requires_grad:
+                    member = self._member(name, parameter)
+                    trainable.setdefault(member.dtype, []).append(member)
+            plan = self._plan_of(frozen, trainable)
+            if frozen:
+                buffer = self._frozen_buffer(frozen, plan)
+                units.append(Unit(spec.name, spec.entries, plan, self._engine, buffer, None, None))
+            for dtype, members in trainable.items():
+                if not plan.parameter.sharded:
+                    if bucket and (bucket[0].dtype != dtype or _nbytes(bucket) + _nbytes(members) > _BUCKET_NBYTES):
+                        close_bucket()
+                    bucket += members
+                    continue
+                trained, gradients = self._trainable_buffer(members, dtype, plan)
+                if frozen and units[-1].trainable is None and units[-1].name == spec.name:
+                    units[-1] = Unit(spec.name, spec.entries, plan, self._engine, units[-1].frozen, trained, gradients)
+                else:  # no frozen part, or a second dtype among the trainable weights, which is rare
+                    units.append(Unit(spec.name, spec.entries, plan, self._engine, None, trained, gradients))
+        close_bucket()
         return units
 
     def _member(self, name: str, parameter: Parameter) -> Member:
@@ -355,6 +385,10 @@ def gathered(model: nn.Module, parameters: Sequence[Parameter] | None = None) ->
     sharded = find_sharded(model)
     with sharded.gathered(parameters) if sharded is not None else nullcontext():
         yield
+
+
+def _nbytes(members: Sequence[Member]) -> int:
+    return sum(m.parameter.numel() * m.dtype.itemsize for m in members)
 
 
 def _check(model: nn.Module) -> None:

@@ -288,14 +288,13 @@ class Gradients:
 
     def _take(self) -> Tensor:
         """This backward's gradients as one flat tensor in the reduce dtype, zeros where there is none."""
-        layout = self.buffer.layout
-        flat = torch.zeros(layout.numel, dtype=self._reduce_dtype, device=self.buffer.whole.device)
+        flat = torch.zeros(self.buffer.layout.numel, dtype=self._reduce_dtype, device=self.buffer.whole.device)
         targets, sources = [], []
-        for index, member in enumerate(self.buffer.members):
+        for member, target in zip(self.buffer.members, self.buffer.slices(flat), strict=True):
             grad = member.parameter.grad
             if grad is not None:
-                targets.append(self.buffer.view(index, flat))
-                sources.append(grad.to_dense() if grad.is_sparse else grad)
+                targets.append(target)
+                sources.append((grad.to_dense() if grad.is_sparse else grad).reshape(-1))
                 member.parameter.grad = None
         if targets:
             torch._foreach_copy_(targets, sources)

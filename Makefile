@@ -1,0 +1,74 @@
+# The commands of the project. Each sets up what it needs: a virtual environment in .venv with the exact versions of
+# requirements.lock, made once and again when the lock changes.
+#
+#   make demo MODEL=facebook/bart-large DATASET=twitter_complaints     another model and data set, from the hub
+#   make demo DATA_FILE=messages.csv NUM_PROCESSES=2                   your own messages, two processes
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+MODEL ?=
+DATASET ?=
+DATA_FILE ?=
+NUM_PROCESSES ?= 1
+CONFIG ?= examples/zero3_offload_cpu.yaml
+OUTPUT ?= runs/demo
+ARGS ?=
+PYTEST_ARGS ?=
+
+# Without a CUDA device the processes talk over gloo, on the CPU.
+CPU_FLAG = $(shell $(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "--use_cpu")')
+DATA_FLAGS = $(if $(MODEL),--model '$(MODEL)') $(if $(DATASET),--dataset '$(DATASET)') \
+             $(if $(DATA_FILE),--data-file '$(DATA_FILE)')
+# The embedded model and messages need no network; saying so keeps the hub's client from asking.
+OFFLINE = $(if $(MODEL)$(DATASET),,HF_HUB_OFFLINE=1)
+
+.PHONY: help
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "shardwise needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $(READY)
+
+.PHONY: setup
+setup: $(READY) ## make .venv with the pinned dependencies
+
+.PHONY: demo
+demo: $(READY) ## LoRA under ZeRO-3 with CPU offload, then check the saved adapter in stock peft
+	$(OFFLINE) $(BIN)/shardwise launch --config_file $(CONFIG) --num_processes $(NUM_PROCESSES) $(CPU_FLAG) \
+	    examples/conditional_generation.py $(DATA_FLAGS) --output-dir $(OUTPUT) \
+	    --save-logits $(OUTPUT)/check/logits.safetensors $(ARGS)
+	$(OFFLINE) $(BIN)/python examples/check_adapter.py $(OUTPUT) $(OUTPUT)/check/logits.safetensors
+
+.PHONY: test
+test: $(READY) ## the tests, without the long ones and those that need a GPU
+	$(BIN)/python -m pytest -m 'not full and not gpu' $(PYTEST_ARGS)
+
+.PHONY: test-full
+test-full: $(READY) ## every test; those for GPUs skip themselves where there is none
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: check
+check: $(READY) ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: bench
+bench: $(READY) ## every benchmark, one line of JSON each
+	for script in $$(grep -l '__main__' benchmarks/*.py); do $(BIN)/python "$$script" $(ARGS); done
+
+.PHONY: clean
+clean: ## remove the environment, caches and runs
+	rm -rf $(VENV) runs dist .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

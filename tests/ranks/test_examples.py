@@ -1,0 +1,204 @@
+"""The examples: what a user runs first must work, with every PEFT method, and leave a whole adapter.
+
+Runs under `shardwise launch` are processes of their own, with a time limit each. Methods and flags are tried in this
+process, as a run of one rank, because importing transformers and peft takes longer than a tiny epoch.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+CONFIG = EXAMPLES / "zero3_offload_cpu.yaml"
+LAUNCH = [sys.executable, "-c", "from shardwise.cli.main import main; main()", "launch"]
+TINY = ["--num-epochs", "1", "--max-train-samples", "8", "--max-new-tokens", "4"]
+
+pytestmark = [
+    pytest.mark.usefixtures("examples"),
+    pytest.mark.timeout(180),
+    # transformers and peft call functions of their own that they deprecate; a run prints that and goes on.
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),
+]
+
+
+def environment() -> dict[str, str]:
+    """This process's environment without a launcher's variables; offline, and one thread a process."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    path = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**kept, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def launch(script: str, processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run an example under ZeRO-3 with CPU offload on so many CPU processes."""
+    command = [*LAUNCH, "--config_file", str(CONFIG), "--use_cpu", "--num_processes", str(processes)]
+    return subprocess.run(
+        [*command, str(EXAMPLES / script), *arguments],
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        capture_output=True,
+        timeout=150,
+        check=False,
+    )
+
+
+@pytest.fixture
+def examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the scripts importable as when they are run."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # What `shardwise launch` hands to its processes: the same ZeRO-3 with CPU offload, on the CPU.
+    settings = yaml.safe_load(CONFIG.read_text())
+    kept = ("deepspeed_config", "distributed_type", "mixed_precision")
+    monkeypatch.setenv("SHARDWISE_CONFIG", json.dumps({**{key: settings[key] for key in kept}, "use_cpu": True}))
+
+
+def run_here(script: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """Run an example in this process, a run of one rank."""
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+
+
+def check_adapter(directory: Path, logits: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit status of check_adapter.py."""
+    monkeypatch.setattr(sys, "argv", ["check_adapter.py", str(directory), str(logits)])
+    module: ModuleType = importlib.import_module("check_adapter")
+    return int(module.main())
+
+
+@pytest.mark.parametrize(
+    ("script", "processes"), [("conditional_generation.py", 1), ("conditional_generation.py", 2), ("causal_lm.py", 2)]
+)
+def test_a_launched_example_prints_the_guides_lines_and_saves_a_whole_adapter(
+    script: str, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = tmp_path / "logits.safetensors"
+    # 13 messages in batches of 4 over 2 processes: the last batch is padded, which no metric may count.
+    run = launch(
+        script,
+        processes,
+        "--num-epochs",
+        "2",
+        "--max-train-samples",
+        "13",
+        "--batch-size",
+        "4",
+        "--do-test",
+        "--output-dir",
+        str(tmp_path / "out"),
+        "--save-logits",
+        str(logits),
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    for part in ("train", "eval"):
+        for kind in ("GPU", "CPU"):
+            assert len(re.findall(rf"^{kind} Memory before entering the {part} : \d+", run.stdout, re.M)) == 2
+            assert len(re.findall(rf"^{kind} Total Peak Memory .* the {part} \(max\): \d+", run.stdout, re.M)) == 2
+    assert re.search(r"^epoch=1: train_ppl=tensor\([\d.]+\) train_epoch_loss=tensor\([\d.]+\)$", run.stdout, re.M)
+    assert len(re.findall(r"^accuracy=[\d.]+$", run.stdout, re.M)) == 2
+    assert len(re.findall(r"^eval_preds\[:10\]=\[", run.stdout, re.M)) == 2
+    assert "dataset['train'][label_column][:10]=['complaint', 'no complaint'" in run.stdout
+    with (tmp_path / "out" / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 30
+    assert {row["Label"] for row in rows} <= {"complaint", "no complaint"}
+    assert check_adapter(tmp_path / "out", logits, monkeypatch) == 0
+
+
+METHODS = [
+    "--peft dora --lora-r 4 --lora-alpha 8 --lora-dropout 0.0",
+    "--peft lora --lora-target-modules q_proj v_proj --modules-to-save fc2 down_proj --gradient-checkpointing",
+    "--peft loha",
+    "--peft lokr",
+    "--peft ia3",
+    "--peft prefix --num-virtual-tokens 4",
+    "--peft prompt",
+    "--peft p-tuning",
+    "--peft none --gradient-checkpointing --gradient-accumulation-steps 2 --batch-size 2",
+]
+# Every method on one script, and what differs most on the other; `make test-full` runs all.
+SHORT = {*METHODS[1:2], *METHODS[5:7], METHODS[8]}
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [("conditional_generation.py", flags) for flags in METHODS]
+    + [pytest.param("causal_lm.py", flags, marks=[] if flags in SHORT else pytest.mark.full) for flags in METHODS],
+)
+def test_every_peft_method_trains_and_loads_in_stock_peft(
+    script: str,
+    flags: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    logits = tmp_path / "logits.safetensors"
+    run_here(script, monkeypatch, *TINY, *flags.split(), "--output-dir", str(tmp_path), "--save-logits", str(logits))
+    assert "accuracy=" in capsys.readouterr().out
+    assert check_adapter(tmp_path, logits, monkeypatch) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("--peft ia3 --lora-r 4", "--lora-r has no effect with --peft ia3"),
+        ("--peft prompt --modules-to-save lm_head", "--modules-to-save cannot be combined"),
+        ("--num-virtual-tokens 4", "--num-virtual-tokens has no effect with --peft lora"),
+        ("--peft prefix --gradient-checkpointing", "checkpointing does without"),
+        ("--data-file nowhere.csv", "there is no file nowhere.csv"),
+        ("--data-file {train} --dataset twitter_complaints", "give one of them"),
+        ("--data-file {train} --do-test", "needs --test-file"),
+        ("--predictions-file out.csv", "for --do-test"),
+        ("--num-epochs 0", "must be at least 1"),
+        ("--push-to-hub someone/something", "needs a token"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(
+    flags: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    arguments = importlib.import_module("common.arguments")
+    given = flags.format(train=EXAMPLES / "data" / "train.csv").split()
+    with pytest.raises(SystemExit) as stop:
+        arguments.parse_arguments("", name="test", base_model="seq2seq", num_epochs=1, argv=given)
+    assert stop.value.code == 2
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("text,Label\nhello,complaint\n", "no column 'Tweet text'"), ("Tweet text,Label\n", "no message")],
+)
+def test_a_data_file_that_cannot_be_used_is_refused(content: str, reason: str, tmp_path: Path) -> None:
+    file = tmp_path / "messages.csv"
+    file.write_text(content)
+    arguments = importlib.import_module("common.arguments")
+    messages = importlib.import_module("common.messages")
+    args = arguments.parse_arguments(
+        "", name="test", base_model="seq2seq", num_epochs=1, argv=["--data-file", str(file)]
+    )
+    with pytest.raises(SystemExit, match=re.escape(reason)):
+        messages.load_messages(args)
+
+
+def test_class_numbers_become_their_names() -> None:
+    datasets = importlib.import_module("datasets")
+    messages = importlib.import_module("common.messages")
+    feature = datasets.ClassLabel(names=["Unlabeled", "complaint", "no_complaint"])
+    rows = datasets.Dataset.from_dict({"Text": ["a", "b"], "Label": [2, 1]}).cast_column("Label", feature)
+    assert messages.labels_as_text(rows, "Label")["Label"][:] == ["no complaint", "complaint"]
