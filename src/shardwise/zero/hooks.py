@@ -28,6 +28,7 @@ from .unit import Unit
 class Hooks:
     """Ties one model to its schedule.
 
+    root:          the model; its forward is the pass, also when no unit belongs to it.
     boundary:      asked when a backward begins: is this the last micro-batch before a step?
     after:         called when a backward has ended, with that answer.
     compute_dtype: floating inputs of the outermost module are cast to it; None leaves them.
@@ -37,6 +38,7 @@ class Hooks:
         self,
         schedule: Schedule,
         *,
+        root: nn.Module,
         boundary: Callable[[], bool],
         after: Callable[[bool], None],
         compute_dtype: torch.dtype | None,
@@ -48,10 +50,10 @@ class Hooks:
         self._stack: list[Phase] = []
         self._ending = False
         self._handles: list[RemovableHandle] = []
-        self._install()
+        self._install(root)
 
-    def _install(self) -> None:
-        entries: dict[nn.Module, list[Unit]] = {}
+    def _install(self, root: nn.Module) -> None:
+        entries: dict[nn.Module, list[Unit]] = {root: []}
         for unit in self.schedule.units:
             for module in unit.entries:
                 entries.setdefault(module, []).append(unit)
