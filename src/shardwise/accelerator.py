@@ -153,6 +153,7 @@ class Accelerator(Preparing, Saving, Tracking, Metrics):
         self._dataloaders: list[PreparedLoader] = []
         self._custom_objects: list[Any] = []
         self._trigger = False
+        self._by_script = False
         self.step = 0
         remember_accelerator(self)
 
@@ -243,6 +244,7 @@ class Accelerator(Preparing, Saving, Tracking, Metrics):
 
     @sync_gradients.setter
     def sync_gradients(self, value: bool) -> None:
+        self._by_script = True
         self.gradient_state.sync_gradients = value
 
     @property
@@ -263,18 +265,23 @@ class Accelerator(Preparing, Saving, Tracking, Metrics):
 
         Inside, optimizer.step(), optimizer.zero_grad() and a prepared scheduler's step() act only where a step ends.
         """
+        self._by_script = True
+        self._count_micro_batch()
+        yield
+
+    def _count_micro_batch(self) -> None:
         state = self.gradient_state
         if state.sync_with_dataloader and state.end_of_dataloader:
             self.step = 0
-            self.sync_gradients = True
+            state.sync_gradients = True
         else:
             self.step += 1
-            self.sync_gradients = self.step % state.num_steps == 0
-        yield
+            state.sync_gradients = self.step % state.num_steps == 0
 
     @contextmanager
     def no_sync(self, model: nn.Module) -> Iterator[None]:
         """Backward passes inside only accumulate the gradients of `model`."""
+        self._by_script = True
         found = [prepared for prepared in self._models if prepared.model is model]
         for prepared in found:
             prepared.quiet += 1
@@ -305,7 +312,13 @@ class Accelerator(Preparing, Saving, Tracking, Metrics):
     # Training.
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        """Backward of the loss divided by the accumulation steps, and scaled in fp16. kwargs go to torch's backward."""
+        """Backward of the loss divided by the accumulation steps, and scaled in fp16. kwargs go to torch's backward.
+
+        In a script that never says where a step ends (`accumulate`, `no_sync`, `sync_gradients`), each call is one
+        micro-batch: so `gradient_accumulation_steps` of a configuration acts in the plainest of loops too.
+        """
+        if not self._by_script and self.gradient_accumulation_steps > 1:
+            self._count_micro_batch()
         self._push_sync()
         for entry in self._optimizers:
             entry.stepper.note_loss(loss)

@@ -78,15 +78,15 @@ def resolve(
     if plugins is not None:
         config = plugins.merged_into(config)
     GradientAccumulationPlugin(num_steps=steps)  # refuses what is no whole number
-    said = config.zero.gradient_accumulation_steps
-    if said is not None:
-        config = config.merged(gradient_accumulation_steps=steps)  # says which of the two holds
-        return config, said
     if accumulation is not None and accumulation.sync_each_batch and RankEnvironment.read().rank == 0:
         logger.warning(
             "sync_each_batch has no effect: zero_stage 2 and 3 reduce every micro-batch anyway, and 0 and 1 add them "
             "up locally with the same result."
         )
+    said = config.zero.gradient_accumulation_steps
+    if said is not None:
+        config = config.merged(gradient_accumulation_steps=steps)  # says which of the two holds
+        return config, said
     return config, steps
 
 

@@ -29,13 +29,13 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 from reference import STEPS, Curve, adamw, batch_of, build_model, checkpoint_blocks, train_alone
+from stress import Delays
+
+from shardwise.zero.collectives import Ranks
 from shardwise.zero.optimizer import ShardedOptimizer
 from shardwise.zero.plan import Plan
 from shardwise.zero.precision import LossScaler, Precision
 from shardwise.zero.sharded import ShardedModel
-from stress import Delays
-
-from shardwise.zero.collectives import Ranks
 
 FP32_LOSS, FP32_WEIGHT = 1e-5, 1e-5
 BF16_LOSS, BF16_CHANGE = 5e-3, 5e-2

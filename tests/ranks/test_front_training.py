@@ -85,6 +85,27 @@ def plain(batches, steps_per_call, max_norm=None, accumulate=1):
     return {k: v.detach() for k, v in model.state_dict().items()}, norms, rates
 
 
+def _plainest(ranks):
+    accelerator = fresh(2, clipping=0.3, gradient_accumulation_steps=2)
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    accelerator.prepare(model, optimizer, scheduler)
+    for batch in accelerator.prepare(DataLoader(data(24), batch_size=2)):
+        accelerator.backward(loss_of(model, batch))
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return accelerator.get_state_dict(model)
+
+
+def test_accumulation_and_clipping_act_in_a_loop_that_knows_nothing_of_them(world):
+    state = world(2).run(_plainest)[0]
+    wanted, _, _ = plain([data(24)[i : i + 4] for i in range(0, 24, 4)], 2, 0.3, 2)
+    for name, value in wanted.items():
+        torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-6)
+
+
 def _train(ranks, stage, offload, accumulate, max_norm):
     accelerator = fresh(stage, offload, gradient_accumulation_steps=accumulate)
     model = Net()

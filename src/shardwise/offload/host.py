@@ -7,6 +7,7 @@ page-aligned memory of the exact size that is registered with CUDA, and unregist
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ class HostStore:
         memory = np.zeros(-(-nbytes // _PAGE) * _PAGE + _PAGE, dtype=np.uint8)
         skip = -memory.ctypes.data % _PAGE
         address = memory.ctypes.data + skip
-        runtime = torch.cuda.cudart()
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         code = int(runtime.cudaHostRegister(address, max(nbytes, 1), 0))
         if code != 0:
             raise ShardwiseError(
@@ -54,5 +55,5 @@ class HostStore:
 
 
 def _unregister(address: int) -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.cudart().cudaHostUnregister(address)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]

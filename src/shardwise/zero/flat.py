@@ -109,7 +109,8 @@ class FlatBuffer:
 
     def slices(self, flat: Tensor) -> Sequence[Tensor]:
         """Every member's part of a flat tensor of this layout, each 1-d, in one call to torch."""
-        return flat.split(self._split_sizes)[::2]
+        parts: tuple[Tensor, ...] = torch.split(flat, self._split_sizes)
+        return parts[::2]
 
     def expand(self) -> None:
         """Give `whole` its storage, of unspecified content, on the current lane."""

@@ -21,16 +21,8 @@ from ..errors import ReleasedParameterError
 # Parameter -> the name its owner gave it. Side table: nothing is hung on the user's Parameter.
 _names: dict[int, str] = {}
 
-_PROPERTIES = (
-    "shape device dtype requires_grad grad is_leaf ndim layout is_cuda is_cpu is_meta is_sparse is_quantized is_mkldnn is_mps"
-    " is_xla is_xpu is_ipu is_nested is_sparse_csr is_vulkan is_maia itemsize nbytes names grad_fn _version _backward_hooks"
-    " _post_accumulate_grad_hooks output_nr retains_grad _grad grad_dtype"
-).split()
-_METHODS = (
-    "numel nelement size dim ndimension stride storage_offset element_size is_floating_point is_complex is_signed"
-    " is_contiguous requires_grad_ register_hook register_post_accumulate_grad_hook is_inference is_pinned type __len__"
-    " __hash__ get_device is_shared has_names dim_order"
-).split()
+_PROPERTIES = ["shape", "device", "dtype", "requires_grad", "grad", "is_leaf", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_mkldnn", "is_mps", "is_xla", "is_xpu", "is_ipu", "is_nested", "is_sparse_csr", "is_vulkan", "is_maia", "itemsize", "nbytes", "names", "grad_fn", "_version", "_backward_hooks", "_post_accumulate_grad_hooks", "output_nr", "retains_grad", "_grad", "grad_dtype"]
+_METHODS = ["numel", "nelement", "size", "dim", "ndimension", "stride", "storage_offset", "element_size", "is_floating_point", "is_complex", "is_signed", "is_contiguous", "requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "is_inference", "is_pinned", "type", "__len__", "__hash__", "get_device", "is_shared", "has_names", "dim_order"]
 
 
 def _metadata_functions() -> frozenset[Any]:

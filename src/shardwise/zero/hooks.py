@@ -29,6 +29,7 @@ from .unit import Unit
 class Hooks:
     """Ties one model to its schedule.
 
+    root:          the model; its forward is the pass, also when no unit belongs to it.
     boundary:      asked when a backward begins: is this the last micro-batch before a step?
     after:         called when a backward has ended, with that answer.
     compute_dtype: floating inputs of the outermost module are cast to it; None leaves them.
@@ -38,6 +39,7 @@ class Hooks:
         self,
         schedule: Schedule,
         *,
+        root: nn.Module,
         boundary: Callable[[], bool],
         after: Callable[[bool], None],
         compute_dtype: torch.dtype | None,
@@ -50,17 +52,18 @@ class Hooks:
         self._active: Counter[Unit] = Counter()  # in how many running forwards each unit is needed
         self._ending = False
         self._handles: list[RemovableHandle] = []
-        self._install()
+        self._install(root)
 
-    def _install(self) -> None:
-        entries: dict[nn.Module, list[Unit]] = {}
+    def _install(self, root: nn.Module) -> None:
+        entries: dict[nn.Module, list[Unit]] = {root: []}
         for unit in self.schedule.units:
-            for module in unit.entries:
+            for module in unit.entries if unit.leaves else ():
                 entries.setdefault(module, []).append(unit)
             if unit.gradients is not None:
                 for index, member in enumerate(unit.gradients.buffer.members):
                     hook = partial(self._gradient_arrived, unit, index)
-                    self._handles.append(member.parameter.register_post_accumulate_grad_hook(hook))
+                    parameter: Any = member.parameter  # torch does not annotate its hooks
+                    self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
         for module, units in entries.items():
             before = partial(self._before_forward, units)
             after = partial(self._after_forward, units)
@@ -111,7 +114,7 @@ class Hooks:
             before = partial(self._before_backward, units)
             for tensor in _tensors(output):
                 if tensor.requires_grad:
-                    tensor.register_hook(before)
+                    tensor.register_hook(before)  # type: ignore[no-untyped-call]
         if phase is Phase.FORWARD:
             self._active.subtract(units)
             for unit in units:
@@ -173,7 +176,8 @@ def _watch_inputs(inputs: tuple[Any, Any], call: Callable[[], None]) -> tuple[An
     tensors = [tensor for tensor in _tensors(inputs) if tensor.requires_grad]
     if not tensors:
         return None
-    watched = dict(zip(map(id, tensors), _Watch.apply(call, *tensors), strict=True))
+    outputs = _Watch.apply(call, *tensors)  # type: ignore[no-untyped-call]
+    watched = dict(zip(map(id, tensors), outputs, strict=True))
     args, kwargs = _map(inputs, lambda tensor: watched.get(id(tensor), tensor))
     return args, kwargs
 

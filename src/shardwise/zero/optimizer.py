@@ -271,6 +271,7 @@ class ShardedOptimizer:
         norm = self._agree()
         self.step_was_skipped = False
         if self.scaler.enabled:
+            assert norm is not None
             overflowed = not bool(torch.isfinite(norm))
             self.scaler.update(overflowed, step=self.steps, say=self.ranks.rank == 0)
             self.step_was_skipped = overflowed
@@ -312,7 +313,7 @@ class ShardedOptimizer:
                 _multiply(grads, factor)
         try:
             with torch.enable_grad():
-                type(self.optimizer).step(self.optimizer)  # type: ignore[call-arg]
+                type(self.optimizer).step(self.optimizer)
         finally:
             driven.grad_scale = driven.found_inf = None
             driven._opt_called = True  # LR schedulers check that the step came before theirs
@@ -427,7 +428,8 @@ def _probe(optimizer: Optimizer) -> None:
             f"{name} could not be tried on a small flat tensor ({type(error).__name__}: {error}). Use an "
             f"elementwise optimizer: {', '.join(sorted(_ELEMENTWISE))}, or one like them."
         ) from error
-    if not torch.allclose(*results, rtol=1e-5, atol=1e-7):
+    whole, pieces = results
+    if not torch.allclose(whole, pieces, rtol=1e-5, atol=1e-7):
         raise OptimizerError(
             f"{name} cannot work on shards: it gives other numbers for a matrix than for the same elements "
             f"in flat pieces. Use an elementwise optimizer: {', '.join(sorted(_ELEMENTWISE))}, or one like them."

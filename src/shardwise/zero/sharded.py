@@ -100,7 +100,11 @@ class ShardedModel:
         self.schedule = Schedule(self.units, ranks, lanes, prefetch)
         dtype = precision.compute
         self._hooks = Hooks(
-            self.schedule, boundary=lambda: self.sync_gradients, after=self._after_backward, compute_dtype=dtype
+            self.schedule,
+            root=model,
+            boundary=lambda: self.sync_gradients,
+            after=self._after_backward,
+            compute_dtype=dtype,
         )
         for unit in self.units:
             if unit.leaves:

@@ -15,7 +15,7 @@ class Lane:
     """One queue of device work; `on()` makes it current."""
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._previous: list[torch.cuda.Stream] = []
 
     def on(self) -> Lane:
