@@ -28,6 +28,7 @@ from .unit import Unit
 class Hooks:
     """Ties one model to its schedule.
 
+    model:         the outermost module.
     boundary:      asked when a backward begins: is this the last micro-batch before a step?
     after:         called when a backward has ended, with that answer.
     compute_dtype: floating inputs of the outermost module are cast to it; None leaves them.
@@ -36,6 +37,7 @@ class Hooks:
     def __init__(
         self,
         schedule: Schedule,
+        model: nn.Module,
         *,
         boundary: Callable[[], bool],
         after: Callable[[bool], None],
@@ -48,10 +50,11 @@ class Hooks:
         self._stack: list[Phase] = []
         self._ending = False
         self._handles: list[RemovableHandle] = []
-        self._install()
+        self._install(model)
 
-    def _install(self) -> None:
-        entries: dict[nn.Module, list[Unit]] = {}
+    def _install(self, model: nn.Module) -> None:
+        # The model begins and ends the passes and has its inputs cast, also when no unit hangs on it.
+        entries: dict[nn.Module, list[Unit]] = {model: []}
         for unit in self.schedule.units:
             for module in unit.entries:
                 entries.setdefault(module, []).append(unit)

@@ -99,7 +99,13 @@ class ShardedModel:
             self.units = self._build(specs)
         self.schedule = Schedule(self.units, ranks, lanes, prefetch)
         dtype = precision.compute
-        self._hooks = Hooks(self.schedule, boundary=lambda: self.sync_gradients, after=self._after_backward, compute_dtype=dtype)
+        self._hooks = Hooks(
+            self.schedule,
+            model,
+            boundary=lambda: self.sync_gradients,
+            after=self._after_backward,
+            compute_dtype=dtype,
+        )
         for unit in self.units:
             if unit.leaves:
                 unit.release()
