@@ -42,7 +42,7 @@ def mixed_tower():
 
 
 def formula(model, plan, precision, n, moments=2):
-    """{(role, tier): bytes on each rank} at rest, gradients dropped; `moments` fp32 states of the optimizer included."""
+    """{(role, tier): bytes on each rank} at rest, without gradients; `moments` fp32 states of the optimizer too."""
     stage, offload_optimizer, offload_param = PLANS[plan]
     compute = {"no": 4, "bf16": 2}[precision]
     weight_tier = "cpu" if offload_param == "cpu" else "gpu"
@@ -230,3 +230,27 @@ def test_the_offloaded_step_of_one_rank_talks_to_nobody(world):
     ((seen, _),) = world(1).run(_single_rank_counts)
     assert seen[-1].get("gather_numbers", 0) == 0
     assert math.isfinite(sum(seen[-1].values()))
+
+
+def _peak_in_backward(ranks, plan):
+    """Bytes alive when the first layer's gradient comes, which is last, over those when the backward began."""
+    model = tower(depth=12)
+    sharded, _, stepping = prepare(ranks, model, plan)
+    seen = []
+    model.first.weight.register_hook(lambda gradient: seen.append(_storages()))
+    for batch in inputs(3):
+        loss = loss_of(model, mine(batch, ranks.rank, ranks.world_size))
+        before = _storages()
+        loss.backward()
+        stepping.step()
+        stepping.zero_grad()
+    del sharded
+    return seen[-1] - before
+
+
+def test_the_offloaded_backward_of_one_rank_does_not_collect_whole_gradients(world):
+    """With nothing to wait for, a reduced gradient's scratch memory is given back before the next unit's comes."""
+    whole_gradients = 4 * sum(p.numel() for p in tower(depth=12).parameters())
+    (grown,) = world(1).run(_peak_in_backward, "3-all")
+    # What stays is one shard (on one rank that is the unit's whole gradient), not the shard and the scratch beside it.
+    assert grown < 1.5 * whole_gradients, (grown, whole_gradients)
