@@ -22,6 +22,9 @@ from torch import nn
 from .zero.sharded import ShardedModel, find_sharded
 
 
+_READ_BY_PEFT = ("prompt_encoder.", ".modules_to_save.", ".token_adapter.")
+
+
 def connect(model: nn.Module) -> None:
     """Wrap the methods of the libraries that `model` comes from. Once per process and class."""
     peft = sys.modules.get("peft")
@@ -73,17 +76,16 @@ def _on_main(sharded: ShardedModel, kwargs: dict[str, Any], write: Callable[[], 
 def _save_adapter(
     sharded: ShardedModel, original: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    if any(config.is_prompt_learning for config in model.peft_config.values()):
-        # PEFT asks the prompt encoder for its output rather than the state dict for its weights.
-        with sharded.gathered(list(model.prompt_encoder.parameters())):
-            state = kwargs.pop("state_dict", None) or sharded.state_dict(trainable_only=True)
-            return _on_main(sharded, kwargs, lambda: original(*args, state_dict=state, **kwargs))
+    # PEFT reads some weights itself: a prompt encoder's output, the keys of modules that it saves whole.
+    read_by_peft = [p for n, p in model.named_parameters() if any(part in n for part in _READ_BY_PEFT)]
     state = kwargs.pop("state_dict", None)
-    if not isinstance(state, Mapping) or not state:
-        # With the adapter PEFT may want the embeddings, which are frozen unless they were resized and trained.
-        names = [n for n, _ in sharded.model.named_parameters(remove_duplicate=False) if "embed" in n or "lm_head" in n]
-        state = sharded.state_dict(trainable_only=True, names=names)
-    return _on_main(sharded, kwargs, lambda: original(*args, state_dict=state, **kwargs))
+    with sharded.gathered(read_by_peft):
+        if not isinstance(state, Mapping) or not state:
+            # With the adapter PEFT may want the embeddings, which are frozen unless they were resized and trained.
+            named = sharded.model.named_parameters(remove_duplicate=False)
+            names = [n for n, _ in named if "embed" in n or "lm_head" in n]
+            state = sharded.state_dict(trainable_only=True, names=names)
+        return _on_main(sharded, kwargs, lambda: original(*args, state_dict=state, **kwargs))
 
 
 def _save_model(

@@ -1,7 +1,7 @@
 """The settings of the parity table, and a small set of cases in which every pair of settings meets.
 
-A case is one value of each axis. The whole table is every legal case; the cover is the part that `make test` runs. Plain
-data: this file imports no torch.
+A case is one value of each axis. The whole table is every legal case; the cover is the part that `make test` runs.
+Plain data: this file imports no torch.
 """
 
 from __future__ import annotations
@@ -84,8 +84,9 @@ def whole_table() -> list[Case]:
 def pairwise_cover() -> list[Case]:
     """Cases in which every two values of different axes meet at least once; the same list every time.
 
-    Greedy: each new case takes, axis by axis from the longest, the value that makes most of the pairs not met yet, and of
-    equal ones the value used least so far: that spreads ranks and tunings evenly over the rows which the longest axes need.
+    Greedy: each new case takes, axis by axis from the longest, the value that makes most of the pairs not met yet,
+    and of equal ones the value used least so far: that spreads ranks and tunings evenly over the rows which the
+    longest axes need.
     """
     order = sorted(range(len(AXES)), key=lambda axis: -len(AXES[axis]))
     unmet = {((a, x), (b, y)) for a, b in itertools.combinations(range(len(AXES)), 2) for x in AXES[a] for y in AXES[b]}

@@ -1,8 +1,8 @@
 """Same numbers: every plan gives the training curve of one process of plain torch.
 
-The reference trains the whole global batch in one process without a line of shardwise. After 20 steps in fp32 the losses
-agree to 1e-6 relative and the weights to 1e-6 absolute. They are not bitwise equal, because the ranks' sums are taken in
-another order than one process takes them.
+The reference trains the whole global batch in one process without a line of shardwise. After 20 steps in fp32 the
+losses agree to 1e-6 relative and the weights to 1e-6 absolute. They are not bitwise equal, because the ranks' sums
+are taken in another order than one process takes them.
 
 `make test` runs a cover in which every pair of settings meets, `make test-full` runs the whole table.
 """

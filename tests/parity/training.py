@@ -1,11 +1,12 @@
 """One training run, twice: by plain torch in one process, and by the engine on every rank.
 
-`reference` uses nothing of shardwise: the whole global batch in one forward, torch's own clipping, the user's optimizer.
-`sharded_run` trains on this rank's share of the same batches. Both return a `Run`, and `difference` measures two of them.
+`reference` uses nothing of shardwise: the whole global batch in one forward, torch's own clipping, the user's
+optimizer. `sharded_run` trains on this rank's share of the same batches. Both return a `Run`, and `difference`
+measures two of them.
 
-AdamW's eps is 1e-4, not 1e-8: a gradient that is zero in exact arithmetic (the bias of k_proj, which softmax does not see)
-is rounding noise in floating point, and an eps below the noise turns it into steps of full size in a random direction.
-That would compare the noise of two orders of summation, not two trainings.
+AdamW's eps is 1e-4, not 1e-8: a gradient that is zero in exact arithmetic (the bias of k_proj, which softmax does not
+see) is rounding noise in floating point, and an eps below the noise turns it into steps of full size in a random
+direction. That would compare the noise of two orders of summation, not two trainings.
 """
 
 from __future__ import annotations

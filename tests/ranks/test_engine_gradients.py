@@ -145,6 +145,32 @@ def test_clipping_is_exact_and_returns_the_true_global_norm(world, plan, how):
     world(2).run(_clip, plan, how, 0.1)
 
 
+def _clip_in_parts(ranks, plan):
+    """Two parts of the model clipped apart, each at a norm of its own, and the whole after them."""
+    model = tower(1)
+    reference = copy.deepcopy(model)
+    plain = sgd(trained(reference))
+    sharded, stepper, stepping = prepare(ranks, model, plan, optimizer=sgd)
+    for batch in inputs(4):
+        plain_step(reference, batch, ranks.world_size, 0, loss_of)
+        loss_of(model, mine(batch, ranks.rank, ranks.world_size)).backward()
+        for part, bound in (("first", 0.05), ("blocks", 0.02), ("", 0.03)):
+            chosen = [[p for n, p in m.named_parameters() if n.startswith(part)] for m in (reference, model)]
+            wanted = clip_grad_norm_(chosen[0], bound).item()
+            found = float(stepper.clip_norm(chosen[1], bound))
+            assert abs(found - wanted) <= 1e-5 * wanted, (part, found, wanted)
+        for optimizer in (plain, stepping):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert largest_difference(weights_of(sharded), reference) <= 1e-6
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("plan", ["0", "1", "3", "3-all"])
+def test_parts_of_a_model_are_clipped_apart(world, plan, n):
+    world(n).run(_clip_in_parts, plan)
+
+
 def _no_clipping_needed(ranks, plan):
     # A bound far above the norm: the same numbers, bit for bit, as without a bound.
     runs = []
@@ -249,7 +275,7 @@ def _overflow(ranks, plan, who):
         scaler.scale(loss).backward()
         stepping.step()
         stepping.zero_grad()
-        scales.append(scaler.value)
+        scales.append(scaler.state_dict()["value"])  # what the next loss is scaled by
         skipped.append(stepper.step_was_skipped)
         after = weights_of(sharded)
         same = all(torch.equal(before[name], after[name]) for name in before)

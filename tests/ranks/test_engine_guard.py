@@ -11,6 +11,8 @@ from torch import nn
 
 from rig.engine import inputs, loss_of, mine, prepare, shard, tower
 
+# Each row is one way to read, spelled as a user spells it.
+# ruff: noqa: PLW0108
 READS = {
     "sum": lambda p: p.sum(),
     "index": lambda p: p[0],
@@ -34,7 +36,7 @@ READS = {
     "copy_ into": lambda p: p.data.copy_(torch.zeros(p.shape)),
     "save": lambda p: torch.save(p, io.BytesIO()),
     "save in a dict": lambda p: torch.save({"w": p}, io.BytesIO()),
-    "deepcopy": lambda p: copy.deepcopy(p),  # noqa: PLW0108 - each row is one read
+    "deepcopy": lambda p: copy.deepcopy(p),
     "norm": lambda p: torch.linalg.vector_norm(p),
     "foreach": lambda p: torch._foreach_norm([p]),
     "format": lambda p: f"{p.sum():.2f}",
@@ -155,7 +157,7 @@ def _module_used_alone(ranks):
     x = torch.ones(2, 12)
     with torch.no_grad():
         assert torch.equal(model.blocks[1](x), expected)
-    with pytest.raises(ReleasedParameterError, match="blocks.1.up"):
+    with pytest.raises(ReleasedParameterError, match=r"blocks\.1\.up"):
         model.blocks[1].up(x)
 
 

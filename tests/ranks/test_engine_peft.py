@@ -8,12 +8,14 @@ import warnings
 import pytest
 import torch
 
-from rig.engine import PLANS, prepare, shard, trained
+from rig.engine import PLANS, largest_difference, prepare, shard, trained, weights_of
 from rig.tiny import batches, share, tiny
+from shardwise.integrations import connect
 
 
 def train(ranks, model, plan, name, steps=4, **settings):
     sharded, stepper, stepping = prepare(ranks, model, plan, **settings)
+    connect(model)
     for batch in batches(name, steps, 12):
         model(**share(batch, ranks.rank, ranks.world_size)).loss.backward()
         stepping.step()
@@ -101,8 +103,6 @@ def test_names_classes_and_counts_of_a_peft_model_stay(world, plan):
 
 def _reference_adapter_off(ranks, plan):
     """Preference training with the base model as the reference: the adapter switched off inside a step."""
-    from rig.engine import largest_difference, plain_step, weights_of  # noqa: F401
-
     model = tiny("llama", "lora")
     reference = copy.deepcopy(model)
     plain = torch.optim.AdamW(trained(reference), lr=3e-3, eps=1e-4)
@@ -145,36 +145,34 @@ def _expected(ranks, name, tuning, rank, unequal):
     return model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), **settings(rank, unequal))
 
 
-def _generate(ranks, name, tuning, plan, synced, unequal, train_after):
-    model = tiny(name, tuning)
-    sharded, _, stepping = prepare(ranks, model, plan)
+def _generate(ranks, which, plan, synced, unequal):
+    name = which[0]
+    model = tiny(*which)
+    _, _, stepping = prepare(ranks, model, plan)
+    connect(model)
     model.eval()
     model.config.use_cache = True
     inputs = prompts(ranks.rank)
+    options = {"synced_gpus": synced} if synced is not None else {}
     for _ in range(2):
-        with sharded.together():
-            tokens = model.generate(
-                input_ids=inputs,
-                attention_mask=torch.ones_like(inputs),
-                synced_gpus=synced,
-                **settings(ranks.rank, unequal),
-            )
-    if train_after:
-        model.train()
-        model.config.use_cache = False
-        for batch in batches(name, 2, 12):
-            model(**share(batch, ranks.rank, ranks.world_size)).loss.backward()
-            stepping.step()
-            stepping.zero_grad()
+        tokens = model.generate(
+            input_ids=inputs, attention_mask=torch.ones_like(inputs), **options, **settings(ranks.rank, unequal)
+        )
+    model.train()
+    model.config.use_cache = False
+    for batch in batches(name, 2, 12):
+        model(**share(batch, ranks.rank, ranks.world_size)).loss.backward()
+        stepping.step()
+        stepping.zero_grad()
     return tokens
 
 
-@pytest.mark.parametrize("synced", [False, True])
+@pytest.mark.parametrize("synced", [None, True])
 @pytest.mark.parametrize("unequal", [False, True])
 @pytest.mark.parametrize("plan", PLANS)
 def test_ranks_generate_what_one_process_does_also_at_different_lengths(world, plan, unequal, synced):
     name, tuning = ("bart", "full") if plan == "3" and unequal else ("llama", "lora")
-    found = world(2).run(_generate, name, tuning, plan, synced, unequal, True, timeout_s=20)
+    found = world(2).run(_generate, (name, tuning), plan, synced, unequal, timeout_s=20)
     for rank in range(2):
         expected = world(1).run(_expected, name, tuning, rank, unequal)[0]
         assert torch.equal(found[rank], expected)

@@ -12,8 +12,8 @@
         results = world(n).run(add, 1)      # one result per rank, in rank order
 
 A rank that raises gives its own exception here, with its traceback as a note. A rank that dies gives
-`RankCrashedError` with the exit code or the signal. Ranks that never return give `RanksHungError` with the stack of every
-rank. The pool that failed is thrown away and the next `world(n)` starts a fresh one.
+`RankCrashedError` with the exit code or the signal. Ranks that never return give `RanksHungError` with the stack of
+every rank. The pool that failed is thrown away and the next `world(n)` starts a fresh one.
 """
 
 from .pool import RankCrashedError, RanksHungError, World, Worlds

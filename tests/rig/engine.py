@@ -1,8 +1,8 @@
 """Short ways to put the engine to work in a rank, and to hold it against plain torch in the same process.
 
-`train_both` is the heart: it trains a plain copy of a model on every rank's part of the batches, and the sharded model on
-this rank's part alone, and compares. What the ranks do may differ (another branch, another number of calls): the plain
-copy plays all ranks, one after another, so it is always what one process would have done.
+`train_both` is the heart: it trains a plain copy of a model on every rank's part of the batches, and the sharded
+model on this rank's part alone, and compares. What the ranks do may differ (another branch, another number of calls):
+the plain copy plays all ranks, one after another, so it is always what one process would have done.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Block(nn.Module):
 
 
 class Tower(nn.Module):
-    """A first layer, `depth` blocks and a head: four units with depth 3 (the first layer and the head are the root's)."""
+    """A first layer, `depth` blocks and a head: four units with depth 3 (the first layer and the head are the
+    root's)."""
 
     def __init__(self, depth: int = 3, width: int = 12) -> None:
         super().__init__()
@@ -155,8 +156,8 @@ def train_both(
 ) -> tuple[Any, Any]:
     """Train `model` under `plan` and a plain copy of it; assert equal losses at each step and equal weights at the end.
 
-    loss_of: (model, this rank's batch, rank, step) -> loss. between: called with (sharded, the optimizer, step) after each step.
-    Returns (ShardedModel, the plain copy).
+    loss_of: (model, this rank's batch, rank, step) -> loss. between: called with (sharded, the optimizer, step) after
+    each step. Returns (ShardedModel, the plain copy).
     """
     reference = copy.deepcopy(model)
     plain = optimizer(trained(reference))

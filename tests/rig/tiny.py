@@ -126,7 +126,7 @@ def batches(name: ModelName, count: int, samples: int, seed: int = 14) -> list[d
 
 
 def share(batch: dict[str, Tensor], rank: int, world_size: int) -> dict[str, Tensor]:
-    """Rank `rank`'s equal part of a batch: samples rank, rank + world_size, and so on, as a sharded loader deals them."""
+    """Rank `rank`'s equal part of a batch: samples rank, rank + world_size, and so on, as a sharded loader does."""
     return {name: value[rank::world_size].contiguous() for name, value in batch.items()}
 
 

@@ -13,6 +13,7 @@ check for overflow and attach the gradients, and afterwards publish the weights.
 
 from __future__ import annotations
 
+import copy
 import logging
 import types
 from collections import defaultdict
@@ -60,12 +61,13 @@ def find_sharded_optimizer(optimizer: Optimizer) -> ShardedOptimizer | None:
 class _Shard:
     """One parameter's piece in this rank's master: the tensor the optimizer holds, and where its gradient lies."""
 
-    __slots__ = ("begin", "end", "gradients", "index", "tensor")
+    __slots__ = ("begin", "end", "gradients", "in_slot", "index", "tensor")
 
-    def __init__(self, gradients: Gradients, index: int, begin: int, numel: int) -> None:
+    def __init__(self, gradients: Gradients, index: int, in_slot: int, begin: int, numel: int) -> None:
         self.gradients = gradients
         self.index = index
         self.begin, self.end = begin, begin + numel
+        self.in_slot = in_slot
         self.tensor = Parameter(gradients.master[self.begin : self.end])
 
     def gradient(self) -> Tensor | None:
@@ -137,7 +139,7 @@ class ShardedOptimizer:
                 f"{name} cannot work on shards: {_NOT_ELEMENTWISE[name]}. Use an elementwise optimizer: "
                 f"{', '.join(sorted(_ELEMENTWISE))}, or one like them."
             )
-        if optimizer.state:
+        if any(float(state.get("step", 1)) > 0 for state in optimizer.state.values()):
             raise OptimizerError(f"this {name} has taken steps already. Prepare it before its first step.")
         homes = self._homes()
         known = {id(p) for model in self.models for p in model.model.parameters()}
@@ -162,7 +164,7 @@ class ShardedOptimizer:
         pieces: dict[int, list[_Shard]] = {}
         for gradients in {id(g): g for g, _ in homes.values()}.values():
             for piece in gradients.pieces():
-                shard = _Shard(gradients, piece.slot, piece.in_shard, piece.numel)
+                shard = _Shard(gradients, piece.slot, piece.in_slot, piece.in_shard, piece.numel)
                 pieces.setdefault(id(gradients.buffer.members[piece.slot].parameter), []).append(shard)
         for group in self.optimizer.param_groups:
             mine = []
@@ -171,6 +173,7 @@ class ShardedOptimizer:
                     gradients, index = homes[id(parameter)]
                     self._members.setdefault(id(gradients), (gradients, []))[1].append(index)
                     mine += pieces.get(id(parameter), [])
+                    self._hand_over_state(parameter, pieces.get(id(parameter), []))
             group["params"] = [shard.tensor for shard in mine]
             self._shards += mine
             if isinstance(self.optimizer, _FUSED) and group.get("fused") is None and not group.get("foreach"):
@@ -191,6 +194,18 @@ class ShardedOptimizer:
         driven.step = types.MethodType(step, self.optimizer)
         driven.zero_grad = types.MethodType(zero_grad, self.optimizer)
 
+    def _hand_over_state(self, parameter: Tensor, shards: Sequence[_Shard]) -> None:
+        """Cut the state that some optimizers (Adagrad) make in their constructor into the pieces of this rank."""
+        state = self.optimizer.state.pop(parameter, None)
+        for shard in shards if state else ():
+            begin, end = shard.in_slot, shard.in_slot + shard.tensor.numel()
+            self.optimizer.state[shard.tensor] = {
+                key: value.reshape(-1)[begin:end].to(shard.tensor, copy=True)
+                if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim
+                else copy.copy(value)
+                for key, value in state.items()
+            }
+
     # The loss.
 
     def note_loss(self, loss: Tensor) -> None:
@@ -207,6 +222,7 @@ class ShardedOptimizer:
 
         The gradients are those of the whole batch, averaged over ranks, loss scale removed. Collective.
         """
+        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         shards = self._chosen(parameters)
         grads = [g for shard in shards if (g := shard.gradient()) is not None]
         sharded = self.models[0].plan.optimizer.sharded
@@ -215,7 +231,7 @@ class ShardedOptimizer:
         if self._factor is not None:
             norm = norm * self._factor
         factor = clip_factor(norm, float(max_norm))
-        if len(shards) == len(self._shards):
+        if self._is_all(parameters):
             self._factor = factor if self._factor is None else self._factor * factor
         else:
             _multiply(grads, factor)
@@ -242,6 +258,12 @@ class ShardedOptimizer:
                     tier = shard.gradients.plan.optimizer.tier
                     found["optimizer", tier] = found.get(("optimizer", tier), 0) + value.nbytes
         return found
+
+    def _is_all(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether these are all that the optimizer drives: asked of parameters, for this rank's shards may all be theirs."""
+        given = {id(p) for p in parameters}
+        mine = {id(g.buffer.members[i].parameter) for g, indices in self._members.values() for i in indices}
+        return mine <= given or {id(shard.tensor) for shard in self._shards} <= given != set()
 
     def holds(self, parameters: Iterable[Tensor]) -> bool:
         """Whether any of `parameters` is driven by this optimizer."""
@@ -282,8 +304,8 @@ class ShardedOptimizer:
         return result
 
     def zero_grad(self) -> None:
-        """Forget the gradients; nothing while they are being accumulated."""
-        if not any(model.accumulating for model in self.models):
+        """Forget the gradients; nothing while they are being accumulated, which setting `sync_gradients` ends."""
+        if not any(model.accumulating and not model.sync_gradients for model in self.models):
             self._factor = None
             self._bad_loss = None
             self._forget()
