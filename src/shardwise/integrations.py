@@ -1,6 +1,6 @@
 """Where Hugging Face code must know that a model is sharded: saving, and generating.
 
-Their methods stay theirs. The first time a transformers or peft model is prepared, methods of the libraries' classes are
+Their methods stay theirs. When the first transformers or peft model is prepared, methods of the libraries' classes are
 wrapped; for a model that is not sharded the wrapper does nothing but call on.
 
     PeftModel.save_pretrained        full adapter tensors, written by rank 0 alone, also when every rank calls it
