@@ -259,7 +259,9 @@ class Gradients:
                 self._shard = out
             else:
                 self._shard = out.to(self.master.dtype, copy=True)
-            self._in_flight.append((engine.lanes.reduce.mark(), (partial,)))
+            event = engine.lanes.reduce.mark()
+            if event is not None:  # on a CPU the reduction is over, and its scratch memory may go at once
+                self._in_flight.append((event, (partial,)))
 
     def settle(self) -> None:
         """The backward of the last micro-batch is over: move the reduced gradient to where the plan rests it."""
