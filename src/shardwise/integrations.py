@@ -21,7 +21,6 @@ from torch import nn
 
 from .zero.sharded import ShardedModel, find_sharded
 
-
 _READ_BY_PEFT = ("prompt_encoder.", ".modules_to_save.", ".token_adapter.")
 
 
