@@ -55,6 +55,8 @@ def run(argv: Sequence[str], description: str, default_engines: dict[str, str]) 
     try:
         if options.deterministic or options.blocking_check:
             torch.use_deterministic_algorithms(True, warn_only=True)
+            # cuDNN's attention sums its gradients in any order, and the setting above does not reach it.
+            torch.backends.cuda.enable_cudnn_sdp(False)
             torch.utils.deterministic.fill_uninitialized_memory = False
         case = pick_case(options.case, tiny=options.tiny, layers=options.layers)
         engines = [Engine.parse(word) for word in options.engines.split(",")]

@@ -61,7 +61,7 @@ class Accelerator(Preparing, Saving, Tracking, Metrics):
     Raises ConfigError.
     """
 
-    def __init__(  # noqa: PLR0917 - accelerate's signature
+    def __init__(
         self,
         device_placement: bool = True,
         split_batches: bool | None = None,

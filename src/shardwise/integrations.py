@@ -1,11 +1,12 @@
 """Where Hugging Face code must know that a model is sharded: saving, and generating.
 
-Their methods stay theirs. The first time a transformers or peft model is prepared, three methods of the libraries' classes are
+Their methods stay theirs. When the first transformers or peft model is prepared, methods of the libraries' classes are
 wrapped; for a model that is not sharded the wrapper does nothing but call on.
 
     PeftModel.save_pretrained        full adapter tensors, written by rank 0 alone, also when every rank calls it
     PreTrainedModel.save_pretrained  the same for a whole model
     GenerationMixin.generate         ranks may stop at different lengths
+    PeftModel's generate             with virtual tokens the model stays whole meanwhile
 
 Nothing of theirs is imported here unless the user's model has imported it already.
 """
@@ -29,6 +30,8 @@ def connect(model: nn.Module) -> None:
     peft = sys.modules.get("peft")
     if peft is not None and isinstance(model, peft.PeftModel):
         _wrap(peft.PeftModel, "save_pretrained", _save_adapter)
+        if "generate" in vars(type(model)):
+            _wrap(type(model), "generate", _generate_with_adapter)
     transformers = sys.modules.get("transformers")
     if transformers is not None:
         _wrap(transformers.PreTrainedModel, "save_pretrained", _save_model)
@@ -106,4 +109,15 @@ def _generate(
         # transformers would ask a process group that a run of one rank does not have.
         kwargs["synced_gpus"] = False
     with sharded.together():
+        return original(*args, **kwargs)
+
+
+def _generate_with_adapter(
+    sharded: ShardedModel, original: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    if not any(config.is_prompt_learning for config in model.peft_config.values()):
+        return original(*args, **kwargs)
+    # PEFT embeds the prompt by itself, before and between the model's forwards, where no unit is asked for: with
+    # virtual tokens the whole model stays gathered while it generates.
+    with sharded.gathered():
         return original(*args, **kwargs)

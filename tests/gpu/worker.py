@@ -132,7 +132,9 @@ def train_sharded(
     plan = Plan.from_stage(setting.stage, **{f"offload_{role}": "cpu" for role in setting.offload})
     precision = Precision.named(setting.precision, reduce_dtype="fp32")
     optimizer = adamw(model.parameters())
-    sharded = ShardedModel(model, plan=plan, ranks=ranks, precision=precision, prefetch=setting.prefetch, units=None)
+    # Found blocks this small share a unit; named ones are a unit each. Both ways are to hold.
+    units = None if setting.checkpointing else ["LlamaDecoderLayer"]
+    sharded = ShardedModel(model, plan=plan, ranks=ranks, precision=precision, prefetch=setting.prefetch, units=units)
     stepper = ShardedOptimizer(optimizer, [sharded], scaler=LossScaler.for_precision(precision), gradient_clipping=None)
     losses, norms = [], []
     with delays.lanes() if delays is not None else contextlib.nullcontext():

@@ -50,7 +50,7 @@ def values(loader):
     return [batch.tolist() if isinstance(batch, torch.Tensor) else batch[0].tolist() for batch in loader]
 
 
-def _metrics(ranks, count, size, kind, drop_last, workers):  # noqa: PLR0917
+def _metrics(ranks, count, size, kind, drop_last, workers):
     # A rank of the rig is a daemon, which may not have children; a loader's workers end with their loader.
     multiprocessing.current_process()._config["daemon"] = False
     split = kind == "split"
@@ -102,7 +102,7 @@ def test_metrics_are_exact_with_workers_and_with_drop_last(world):
             assert seen == list(range(4)), kind
 
 
-def _same_as_accelerate(ranks, count, size, drop_last, dispatch, split):  # noqa: PLR0917
+def _same_as_accelerate(ranks, count, size, drop_last, dispatch, split):
     from accelerate.data_loader import prepare_data_loader as theirs
     from accelerate.state import PartialState as TheirState
 

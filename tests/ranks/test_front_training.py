@@ -142,7 +142,7 @@ def _train(ranks, stage, offload, accumulate, max_norm):
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize(("stage", "offload"), [(0, "none"), (1, "cpu"), (2, "none"), (3, "none"), (3, "cpu")])
 @pytest.mark.parametrize(("accumulate", "max_norm"), [(1, None), (2, 0.3)])
-def test_training_has_the_numbers_of_one_process(world, n, stage, offload, accumulate, max_norm):  # noqa: PLR0917
+def test_training_has_the_numbers_of_one_process(world, n, stage, offload, accumulate, max_norm):
     state, norms, rates = world(n).run(_train, stage, offload, accumulate, max_norm)[0]
     rows = [data(24)[i : i + 2 * n] for i in range(0, 24, 2 * n)]
     wanted, wanted_norms, wanted_rates = plain(rows, n, max_norm, accumulate)

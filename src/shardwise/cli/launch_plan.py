@@ -195,6 +195,9 @@ def rank_environment(config: Config, local_processes: int) -> dict[str, str]:
     elif not given:
         # More threads than cores make libgomp's waiting threads fight each other: 10 to 40 times slower.
         variables["OMP_NUM_THREADS"] = str(max(1, usable_cores() // local_processes))
+    if environment_value("OMP_WAIT_POLICY") is None:
+        # An idle libgomp thread then sleeps instead of spinning on a core that another process could use.
+        variables["OMP_WAIT_POLICY"] = "PASSIVE"
     if not config.use_cpu and config.gpu_ids not in (None, "all"):
         variables["CUDA_VISIBLE_DEVICES"] = str(config.gpu_ids).replace(" ", "")
     if environment_value("PYTHONFAULTHANDLER") is None:

@@ -72,7 +72,7 @@ def config_command(
 
 @app.command(name="launch", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False})
 @with_setting_flags
-def launch_command(  # noqa: PLR0917 (typer gives them by name)
+def launch_command(
     settings: dict[str, str | bool],
     script: Annotated[str, typer.Argument(metavar="SCRIPT", help="The training script (with -m: a module).")],
     arguments: Annotated[

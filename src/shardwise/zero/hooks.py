@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ class Hooks:
                 entries.setdefault(module, []).append(unit)
             if unit.gradients is not None:
                 for index, member in enumerate(unit.gradients.buffer.members):
-                    hook = partial(self._gradient_arrived, unit, index)
+                    hook = _weakly(self, unit, index)
                     parameter: Any = member.parameter  # torch does not annotate its hooks
                     self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
         for module, units in entries.items():
@@ -135,7 +136,7 @@ class Hooks:
         for unit in units:
             self.schedule.done(unit)
 
-    def _gradient_arrived(self, unit: Unit, index: int, parameter: Tensor) -> None:
+    def _gradient_arrived(self, unit: Unit, index: int) -> None:
         if self.schedule.phase is not Phase.BACKWARD:
             self._begin_backward()
         assert unit.gradients is not None
@@ -150,6 +151,20 @@ class Hooks:
     def _end_backward(self, boundary: bool) -> None:
         self.schedule.end_backward()
         self._after(boundary)
+
+
+def _weakly(hooks: Hooks, unit: Unit, index: int) -> Callable[[Tensor], None]:
+    """The gradient hook of a parameter. torch keeps it in C++, where the garbage collector cannot see that it would close a
+    circle: a strong reference to the engine would keep every prepared model in memory for ever.
+    """
+    listener, source = ref(hooks), ref(unit)
+
+    def arrived(_: Tensor) -> None:
+        hooks, unit = listener(), source()
+        if hooks is not None and unit is not None:
+            hooks._gradient_arrived(unit, index)
+
+    return arrived
 
 
 def _in_backward() -> bool:
