@@ -286,7 +286,7 @@ def _overflow(ranks, plan, who):
 
 
 @pytest.mark.parametrize("who", [0, 1, "all"])
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", ["0", "1", "3-all"])
 def test_an_fp16_overflow_on_any_rank_skips_the_step_on_all_and_halves_the_scale(world, plan, who):
     world(2).run(_overflow, plan, who)
 
