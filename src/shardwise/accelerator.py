@@ -404,12 +404,18 @@ class Accelerator(Preparing, Saving, Tracking, Metrics):
         """As `free_memory`."""
         return self.free_memory(*objects)
 
+    def wait_for_everyone(self) -> None:
+        """Return once every rank has come here. Raises NonFiniteError if the last step's loss was not finite."""
+        for entry in self._optimizers:
+            entry.stepper.raise_if_bad()
+        super().wait_for_everyone()
+
     def end_training(self) -> None:
         """Close the trackers and leave the run. Nothing that needs the other ranks works afterwards."""
         for tracker in self.trackers:
             if callable(getattr(tracker, "finish", None)):
                 tracker.finish()
-        self._ranks.barrier()
+        self.wait_for_everyone()
         leave_run()
 
 

@@ -51,7 +51,7 @@ class Hooks:
         self._compute_dtype = compute_dtype
         self._stack: list[Phase] = []
         self._active: Counter[Unit] = Counter()  # in how many running forwards each unit is needed
-        self._ending = False
+        self._recording = False  # whether the running forward of the model records a graph
         self._handles: list[RemovableHandle] = []
         self._install(root)
 
@@ -95,6 +95,7 @@ class Hooks:
             self._stack.append(Phase.FORWARD)
             self._active.update(units)
             if outermost:
+                self._recording = recording
                 schedule.begin_forward(recording)
                 if self._compute_dtype is not None:
                     args, kwargs = _map((args, kwargs), _caster(self._compute_dtype))
@@ -117,6 +118,8 @@ class Hooks:
                 if tensor.requires_grad:
                     tensor.register_hook(before)  # type: ignore[no-untyped-call]
         if phase is Phase.FORWARD:
+            if not torch.is_grad_enabled() and self._recording:
+                schedule.saw_recomputation()
             self._active.subtract(units)
             for unit in units:
                 if not self._active[unit]:  # the encoder has ended, but the model around it needs the root unit still

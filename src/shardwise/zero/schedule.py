@@ -22,6 +22,7 @@ zeros at the end of the backward. Gathers and reductions have a communicator eac
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import SequenceMatcher
@@ -29,7 +30,7 @@ from enum import Enum, auto
 
 from .collectives import Ranks
 from .streams import Lanes
-from .unit import Grads, Unit, Weights
+from .unit import Grads, ReductionsInFlight, Unit, Weights
 
 log = logging.getLogger("shardwise")
 
@@ -66,13 +67,17 @@ class Schedule:
 
     units:    in the order in which the model defines them.
     prefetch: how many units ahead of the one in use are gathered.
+    reductions: the window of reductions that the units share.
     """
 
-    def __init__(self, units: Sequence[Unit], ranks: Ranks, lanes: Lanes, prefetch: int = 1) -> None:
+    def __init__(
+        self, units: Sequence[Unit], ranks: Ranks, lanes: Lanes, reductions: ReductionsInFlight, prefetch: int = 1
+    ) -> None:
         self.units = list(units)
         self.ranks = ranks
         self.lanes = lanes
         self.prefetch = prefetch
+        self.reductions = reductions
         self.phase = Phase.IDLE
         self.index = {id(unit): i for i, unit in enumerate(self.units)}
         self._gatherable = [i for i, unit in enumerate(self.units) if unit.leaves]
@@ -93,6 +98,8 @@ class Schedule:
         self._completed_in_order: list[int] = []
         self._reduced = 0
         self._late: set[int] = set()
+        self._recomputes = False  # some block ran under re-entrant checkpointing
+        self._rounds = 0  # how often this pass began its sequence anew
         self._boundary = True
 
     # Passes.
@@ -130,12 +137,14 @@ class Schedule:
         self._close(self._backward)
         self._flush_reductions()
         self.lanes.compute_waits(self.lanes.reduce.mark())
+        self.reductions.clear()
         self.phase = Phase.IDLE
 
     def _open(self, order: Order | None) -> None:
         # What the optimizer wrote must be there before this pass gathers it.
         self.lanes.gather.wait(self.lanes.mark_compute())
         self._log.restart()
+        self._rounds = 0
         if order is not None and order.sequence is not None and not self._held:
             order.restart()
             self._order = order
@@ -146,6 +155,8 @@ class Schedule:
         if self._order is not None:
             assert self._order.sequence is not None
             self._issue_to(len(self._order.sequence), prefetch=False)
+            if order is self._forward:
+                self._agree_on_window()
         elif not self._held and self._gatherable:
             if not self._together:
                 while not self._negotiate(_DONE):
@@ -234,6 +245,7 @@ class Schedule:
                 # Needed again after its last turn, as when one backward covers two forwards: begin another round.
                 self._issue_to(len(sequence), prefetch=False)
                 order.restart()
+                self._rounds += 1
                 position = sequence.index(index)
         order.at = position
         self._release_finished(unit)
@@ -287,6 +299,20 @@ class Schedule:
         for i in missing:
             _insert(merged, i, self._gatherable if order is self._forward else self._gatherable[::-1])
         order.sequence = merged
+        if order is self._forward:
+            self.reductions.bounded = all(seen == everyone[0][0] for seen, _ in everyone)
+
+    def _agree_on_window(self) -> None:
+        """Let the computation wait for reductions in this backward only if every rank used the same units.
+
+        A rank on another branch may need a gather before it can take part in a reduction. If this rank's computation waited
+        for that reduction, and its gathers for its computation, the ranks would wait for each other for ever. So when the
+        forwards differ, the scratch memory of the whole backward is kept instead.
+        """
+        if self.ranks.blocking or self.ranks.world_size == 1 or len(self._reduce_order) <= self.reductions.WINDOW:
+            return
+        mine = zlib.crc32(repr((self._rounds, sorted(self._idle))).encode())
+        self.reductions.bounded = len(set(self.ranks.gather_numbers(mine))) == 1
 
     @contextmanager
     def hold(self, units: Sequence[Unit]) -> Iterator[None]:
@@ -366,7 +392,7 @@ class Schedule:
                 if gradients is not None and (i not in self._complete or i in self._late):
                     gradients.collect()
             return
-        for i in [*self._reduce_order[self._reduced :], *sorted(self._late)]:
+        for i in [*self._reduce_order[self._reduced :], *self._agreed_late()]:
             self._reduce(i)
         self._late.clear()
         if not self._reduce_learned and self._reduce_order:
@@ -375,15 +401,23 @@ class Schedule:
             self._reduce_order = [*order, *rest]
             self._reduce_learned = True
 
+    def _agreed_late(self) -> list[int]:
+        """Units that must be reduced a second time, the same on every rank."""
+        if not self._recomputes or self.ranks.blocking:
+            return sorted(self._late)
+        late = self.ranks.any_of([i in self._late for i in range(len(self.units))])
+        return [i for i, flag in enumerate(late) if flag]
+
+    def saw_recomputation(self) -> None:
+        """A block runs without a graph inside a forward that records one: its backward will be one of its own."""
+        self._recomputes = True
+
     def settle(self) -> None:
         """The boundary is reached: move reduced gradients to where they rest."""
         for unit in self.units:
             if unit.gradients is not None and unit.gradients.state is not Grads.EMPTY:
                 unit.gradients.settle()
         self.lanes.compute_waits(self.lanes.copy.mark())
-        for unit in self.units:
-            if unit.gradients is not None:
-                unit.gradients.land()
 
 
 def _merge(seen: Sequence[Sequence[int]]) -> list[int]:

@@ -25,7 +25,7 @@ from .plan import WHOLE_ADAPTER_SHARE, Plan, Tier
 from .precision import Precision
 from .schedule import Phase, Schedule
 from .streams import Lanes
-from .unit import Engine, Gradients, Unit
+from .unit import Engine, Gradients, ReductionsInFlight, Unit
 from .units import UnitSpec, find_units
 
 Role = Literal["frozen", "parameter", "gradient", "optimizer"]
@@ -91,13 +91,13 @@ class ShardedModel:
 
         lanes = Lanes(ranks.device)
         stores: dict[Tier, Store] = {Tier.GPU: DeviceStore(ranks.device), Tier.CPU: HostStore(ranks.device)}
-        reduce_dtype = precision.reduce
-        self._engine = Engine(ranks, lanes, stores, reduce_dtype)
+        reductions = ReductionsInFlight(lanes)
+        self._engine = Engine(ranks, lanes, stores, precision.reduce, reductions)
         self._dtypes = {name: p.dtype for name, p in model.named_parameters()}
         with torch.no_grad():
             self._place_buffers()
             self.units = self._build(specs)
-        self.schedule = Schedule(self.units, ranks, lanes, prefetch)
+        self.schedule = Schedule(self.units, ranks, lanes, reductions, prefetch)
         dtype = precision.compute
         self._hooks = Hooks(
             self.schedule,

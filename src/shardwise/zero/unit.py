@@ -61,6 +61,44 @@ class Engine:
     lanes: Lanes
     stores: Mapping[Tier, Store]
     reduce_dtype: torch.dtype
+    reductions: ReductionsInFlight
+
+
+class ReductionsInFlight:
+    """The scratch memory of reductions that the device has not finished, oldest first, over all units of a model.
+
+    The host enqueues a whole backward before the device has run it, so it cannot wait for a reduction to end. Instead the
+    computation waits, on the device, for the one before the last: from then on its memory may be written again.
+    """
+
+    # One that runs and one that is being filled.
+    WINDOW = 2
+
+    def __init__(self, lanes: Lanes) -> None:
+        self._lanes = lanes
+        self._held: list[tuple[torch.cuda.Event, Tensor]] = []
+        # False keeps all of them to the end of the backward: see Schedule.agree_on_window.
+        self.bounded = True
+
+    def make_room(self) -> None:
+        """Before the scratch memory of another reduction is taken."""
+        if self.bounded:
+            self._keep(self.WINDOW - 1)
+
+    def add(self, event: torch.cuda.Event | None, scratch: Tensor) -> None:
+        if event is not None:  # on a CPU the reduction is over, and its scratch memory may go at once
+            self._held.append((event, scratch))
+
+    def clear(self) -> None:
+        self._keep(0)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def _keep(self, count: int) -> None:
+        while len(self._held) > count:
+            event, _ = self._held.pop(0)
+            self._lanes.compute_waits(event)
 
 
 class Unit:
@@ -186,7 +224,6 @@ class Gradients:
         self._shard: Tensor | None = None  # reduced, master's dtype, on the device
         self._host: Tensor | None = None  # the same at rest, when the plan offloads it
         self._host_filled = False
-        self._in_flight: list[tuple[torch.cuda.Event | None, tuple[Tensor, ...]]] = []
 
     def _move(self, state: Grads) -> None:
         if state not in _GRAD_MOVES[self.state]:
@@ -236,6 +273,7 @@ class Gradients:
         """
         self._move(Grads.REDUCING)
         engine = self._engine
+        engine.reductions.make_room()
         partial = self._take()
         if self._whole is not None:
             partial = (
@@ -244,7 +282,6 @@ class Gradients:
                 else self._whole.add_(partial).to(partial.dtype)
             )
             self._whole = None
-        self._retire(keep=1)
         engine.lanes.reduce.wait(engine.lanes.mark_compute())
         with engine.lanes.reduce.on():
             if self.plan.optimizer.sharded:
@@ -259,9 +296,7 @@ class Gradients:
                 self._shard = out
             else:
                 self._shard = out.to(self.master.dtype, copy=True)
-            event = engine.lanes.reduce.mark()
-            if event is not None:  # on a CPU the reduction is over, and its scratch memory may go at once
-                self._in_flight.append((event, (partial,)))
+            engine.reductions.add(engine.lanes.reduce.mark(), partial)
 
     def settle(self) -> None:
         """The backward of the last micro-batch is over: move the reduced gradient to where the plan rests it."""
@@ -286,15 +321,6 @@ class Gradients:
             done = lanes.copy.mark()
         lanes.reduce.wait(done)
         self._host_filled = True
-
-    def land(self) -> None:
-        """Drop what reductions still held; the computation must have joined the lanes."""
-        self._retire(keep=0)
-
-    def _retire(self, keep: int) -> None:
-        while len(self._in_flight) > keep:
-            event, _ = self._in_flight.pop(0)
-            self._engine.lanes.compute_waits(event)
 
     def _take(self) -> Tensor:
         """This backward's gradients as one flat tensor in the reduce dtype, zeros where there is none."""
@@ -332,6 +358,8 @@ class Gradients:
                     at_rest[piece.in_shard : piece.in_shard + piece.numel].zero_()
         for index in indices:
             self.used[index] = False
+            if self._whole is not None:
+                self.buffer.slices(self._whole)[index].zero_()
         if not any(self.used):
             self.drop()
 
@@ -340,7 +368,6 @@ class Gradients:
         self._move(Grads.EMPTY)
         self._whole = self._shard = None
         self._host_filled = False
-        self._retire(keep=0)
         self.used = [False] * len(self.used)
         for member in self.buffer.members:
             member.parameter.grad = None
