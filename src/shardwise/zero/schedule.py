@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from difflib import SequenceMatcher
 from enum import Enum, auto
 
+from ..errors import ScheduleError
 from .collectives import Ranks
 from .streams import Lanes
 from .unit import Grads, ReductionsInFlight, Unit, Weights
@@ -154,7 +155,7 @@ class Schedule:
     def _close(self, order: Order | None) -> None:
         if self._order is not None:
             assert self._order.sequence is not None
-            self._issue_to(len(self._order.sequence), prefetch=False)
+            self._issue_to(len(self._order.sequence))
             if order is self._forward:
                 self._agree_on_window()
         elif not self._held and self._gatherable:
@@ -242,18 +243,25 @@ class Schedule:
             try:
                 position = sequence.index(index, max(order.issued, order.at + 1))
             except ValueError:
+                if index not in sequence:
+                    raise ScheduleError(
+                        f"unit {unit.name} is needed in a backward, but none needed it when the ranks agreed on their order, "
+                        "in the first one: something frozen gets gradients now. Prepare the model again after changing what "
+                        "is trained or where gradients flow."
+                    ) from None
                 # Needed again after its last turn, as when one backward covers two forwards: begin another round.
-                self._issue_to(len(sequence), prefetch=False)
+                self._issue_to(len(sequence))
                 order.restart()
                 self._rounds += 1
                 position = sequence.index(index)
         order.at = position
         self._release_finished(unit)
-        self._issue_to(position + 1, prefetch=False, wanted=index)
+        self._issue_to(position + 1, wanted=index)
         unit.arrive()
-        self._issue_to(min(position + 1 + self.prefetch, len(sequence)), prefetch=True)
+        self._issue_to(min(position + 1 + self.prefetch, len(sequence)))
 
-    def _issue_to(self, end: int, *, prefetch: bool, wanted: int | None = None) -> None:
+    def _issue_to(self, end: int, *, wanted: int | None = None) -> None:
+        """Enqueue the sequence up to position `end`; what nobody has asked for yet is kept until the pass ends."""
         order = self._order
         assert order is not None
         assert order.sequence is not None
