@@ -20,7 +20,11 @@ NUM_PROCESSES ?= 1
 CONFIG ?= examples/zero3_offload_cpu.yaml
 OUTPUT ?= runs/demo
 ARGS ?=
+BENCH_CASES ?= bart lora8b
+BENCH_PROCESSES ?= 2
 PYTEST_ARGS ?=
+BENCH_CASES ?= bart lora8b
+BENCH_PROCESSES ?= 2
 
 # Without a CUDA device the processes talk over gloo, on the CPU.
 CPU_FLAG = $(shell $(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "--use_cpu")')
@@ -65,8 +69,12 @@ check: $(READY) ## lint, format and types
 	$(BIN)/mypy
 
 .PHONY: bench
-bench: $(READY) ## every benchmark, one line of JSON each
-	for script in $$(grep -l '__main__' benchmarks/*.py); do $(BIN)/python "$$script" $(ARGS); done
+bench: $(READY) ## shardwise beside DDP and FSDP2, and the cost of its hooks; tiny shapes where there is no GPU
+	for case in $(BENCH_CASES); do \
+	    $(BIN)/torchrun --nproc_per_node $(BENCH_PROCESSES) benchmarks/compare.py --case $$case \
+	        $(if $(CPU_FLAG),--tiny --use-cpu) $(ARGS); \
+	done
+	$(BIN)/torchrun --nproc_per_node $(BENCH_PROCESSES) benchmarks/hooks_overhead.py
 
 .PHONY: clean
 clean: ## remove the environment, caches and runs
