@@ -128,9 +128,20 @@ def alive(pid: int) -> bool:
         return False
 
 
+def _hear_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def started(*arguments: str, processes: int) -> tuple[subprocess.Popen[str], list[int]]:
     """A launch whose ranks have each printed their pid and their child's."""
-    run = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell starts background jobs with Ctrl-C ignored, and children inherit that: these must hear it all the same.
+    run = subprocess.Popen(
+        command(*arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_hear_ctrl_c,  # noqa: PLW1509 - this process has no threads of its own
+    )
     assert run.stdout is not None
     pids = [int(word) for _ in range(processes) for word in run.stdout.readline().split()]
     return run, pids
