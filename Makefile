@@ -60,7 +60,7 @@ test: $(READY) ## the tests, without the long ones and those that need a GPU
 
 .PHONY: test-full
 test-full: $(READY) ## every test; those for GPUs skip themselves where there is none
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'full or not full' $(PYTEST_ARGS)
 
 .PHONY: check
 check: $(READY) ## lint, format and types
