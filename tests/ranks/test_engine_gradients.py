@@ -320,3 +320,28 @@ def _float_loss(model, x, rank, step):
 def test_bf16_follows_fp32_and_keeps_fp32_masters(world, plan):
     # bf16 has 8 significant bits; losses here are about 1 and six steps of 3e-3 move a weight by at most 2e-2.
     world(2).run(_half, plan, "bf16", 2e-2)
+
+
+def _in_the_order_of_gpus(ranks, plan, forwards):
+    # gloo holds the host, so on a CPU reductions wait for the end of the backward. Told otherwise, the schedule reduces
+    # during the backward and agrees on its window before it, as it does over NCCL; ranks on one branch can afford that.
+    blocking = type(ranks).blocking
+    type(ranks).blocking = property(lambda _: False)
+    try:
+        ranks.counts.clear()
+
+        def loss(model, batch, rank, step):
+            return sum(loss_of(model, batch, rank, step) for _ in range(forwards)) / forwards
+
+        sharded, _ = train_both(ranks, tower(depth=4), plan, loss_of=loss)
+        assert sharded.schedule.reductions.bounded
+        if plan.startswith("3"):
+            assert ranks.counts["gather_numbers"] > 0
+    finally:
+        type(ranks).blocking = blocking
+
+
+@pytest.mark.parametrize("forwards", [1, 2])
+@pytest.mark.parametrize("plan", ["0", "1", "2", "3", "3-all"])
+def test_reductions_during_the_backward_give_the_same_numbers(world, plan, forwards):
+    world(2).run(_in_the_order_of_gpus, plan, forwards)
