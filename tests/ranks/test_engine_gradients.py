@@ -24,6 +24,7 @@ from rig.engine import (
     weights_of,
 )
 from rig.tiny import LENGTH, VOCABULARY, tiny
+from shardwise.zero.unit import ReductionsInFlight
 
 
 def sgd(parameters):
@@ -325,10 +326,11 @@ def test_bf16_follows_fp32_and_keeps_fp32_masters(world, plan):
 def _in_the_order_of_gpus(ranks, plan, forwards):
     # gloo holds the host, so on a CPU reductions wait for the end of the backward. Told otherwise, the schedule reduces
     # during the backward and agrees on its window before it, as it does over NCCL; ranks on one branch can afford that.
-    blocking = type(ranks).blocking
+    blocking, budget = type(ranks).blocking, ReductionsInFlight.BUDGET
     type(ranks).blocking = property(lambda _: False)
     try:
         ranks.counts.clear()
+        ReductionsInFlight.BUDGET = 0
 
         def loss(model, batch, rank, step):
             return sum(loss_of(model, batch, rank, step) for _ in range(forwards)) / forwards
@@ -339,6 +341,7 @@ def _in_the_order_of_gpus(ranks, plan, forwards):
             assert ranks.counts["gather_numbers"] > 0
     finally:
         type(ranks).blocking = blocking
+        ReductionsInFlight.BUDGET = budget
 
 
 @pytest.mark.parametrize("forwards", [1, 2])

@@ -20,34 +20,48 @@ class RecordingLanes:
         self.waited.append(event)
 
 
-def test_the_computation_waits_for_the_reduction_before_the_last() -> None:
+def fill(window: ReductionsInFlight, count: int, nbytes: int) -> None:
+    for number in range(count):
+        window.make_room(nbytes)
+        window.add(cast(Any, f"reduction {number}"), torch.empty(nbytes, dtype=torch.uint8, device="meta"))
+
+
+def test_large_reductions_hold_the_budget_and_the_computation_waits_for_the_oldest() -> None:
     lanes = RecordingLanes()
     window = ReductionsInFlight(cast(Lanes, lanes))
-    for number in range(5):
-        window.make_room()
-        assert len(window) < ReductionsInFlight.WINDOW
-        window.add(cast(Any, f"reduction {number}"), torch.zeros(1))
+    fill(window, 5, ReductionsInFlight.BUDGET // 2)
     assert lanes.waited == ["reduction 0", "reduction 1", "reduction 2"]
+    assert window.nbytes == ReductionsInFlight.BUDGET
     window.clear()
     assert lanes.waited[-1] == "reduction 4"
-    assert len(window) == 0
+    assert window.nbytes == 0
+
+
+def test_one_reduction_above_the_budget_waits_for_the_one_before() -> None:
+    lanes = RecordingLanes()
+    window = ReductionsInFlight(cast(Lanes, lanes))
+    fill(window, 3, 2 * ReductionsInFlight.BUDGET)
+    assert lanes.waited == ["reduction 0", "reduction 1"]
+
+
+def test_small_reductions_wait_for_nothing() -> None:
+    lanes = RecordingLanes()
+    fill(ReductionsInFlight(cast(Lanes, lanes)), 100, 1 << 20)
+    assert lanes.waited == []
 
 
 def test_nothing_waits_while_ranks_are_on_different_branches() -> None:
     lanes = RecordingLanes()
     window = ReductionsInFlight(cast(Lanes, lanes))
     window.bounded = False
-    for number in range(5):
-        window.make_room()
-        window.add(cast(Any, f"reduction {number}"), torch.zeros(1))
+    fill(window, 5, ReductionsInFlight.BUDGET)
     assert lanes.waited == []
-    assert len(window) == 5
 
 
 def test_reductions_of_a_cpu_hold_nothing() -> None:
     window = ReductionsInFlight(cast(Lanes, RecordingLanes()))
     window.add(None, torch.zeros(1))
-    assert len(window) == 0
+    assert window.nbytes == 0
 
 
 class TwoRanks:
@@ -67,6 +81,6 @@ def test_the_window_is_open_only_while_all_ranks_use_the_same_units() -> None:
     for other, bounded in ((None, True), (0, False)):
         window = ReductionsInFlight(cast(Lanes, RecordingLanes()))
         schedule = Schedule([], cast(Ranks, TwoRanks(other)), cast(Lanes, RecordingLanes()), window)
-        schedule._reduce_order = [0, 1, 2]
+        window.BUDGET = -1  # type: ignore[misc] - so that a model without units is above it
         schedule._agree_on_window()
         assert window.bounded is bounded

@@ -317,7 +317,8 @@ class Schedule:
         for that reduction, and its gathers for its computation, the ranks would wait for each other for ever. So when the
         forwards differ, the scratch memory of the whole backward is kept instead.
         """
-        if self.ranks.blocking or self.ranks.world_size == 1 or len(self._reduce_order) <= self.reductions.WINDOW:
+        scratch = sum(unit.gradients.scratch_nbytes for unit in self.units if unit.gradients is not None)
+        if self.ranks.blocking or self.ranks.world_size == 1 or scratch <= self.reductions.BUDGET:
             return
         mine = zlib.crc32(repr((self._rounds, sorted(self._idle))).encode())
         self.reductions.bounded = len(set(self.ranks.gather_numbers(mine))) == 1

@@ -68,37 +68,38 @@ class ReductionsInFlight:
     """The scratch memory of reductions that the device has not finished, oldest first, over all units of a model.
 
     The host enqueues a whole backward before the device has run it, so it cannot wait for a reduction to end. Instead the
-    computation waits, on the device, for the one before the last: from then on its memory may be written again.
+    computation waits, on the device, for the oldest ones when all together would take more than BUDGET bytes: from then on
+    their memory may be written again. Adapters stay far below that, and nothing ever waits.
     """
 
-    # One that runs and one that is being filled.
-    WINDOW = 2
+    BUDGET = 256 << 20
 
     def __init__(self, lanes: Lanes) -> None:
         self._lanes = lanes
         self._held: list[tuple[torch.cuda.Event, Tensor]] = []
-        # False keeps all of them to the end of the backward: see Schedule.agree_on_window.
+        # False keeps all of them to the end of the backward: see Schedule._agree_on_window.
         self.bounded = True
 
-    def make_room(self) -> None:
-        """Before the scratch memory of another reduction is taken."""
-        if self.bounded:
-            self._keep(self.WINDOW - 1)
+    @property
+    def nbytes(self) -> int:
+        return sum(scratch.nbytes for _, scratch in self._held)
+
+    def make_room(self, nbytes: int) -> None:
+        """Before another reduction takes `nbytes` of scratch memory."""
+        while self.bounded and self._held and self.nbytes + nbytes > self.BUDGET:
+            self._drop_oldest()
 
     def add(self, event: torch.cuda.Event | None, scratch: Tensor) -> None:
         if event is not None:  # on a CPU the reduction is over, and its scratch memory may go at once
             self._held.append((event, scratch))
 
     def clear(self) -> None:
-        self._keep(0)
+        while self._held:
+            self._drop_oldest()
 
-    def __len__(self) -> int:
-        return len(self._held)
-
-    def _keep(self, count: int) -> None:
-        while len(self._held) > count:
-            event, _ = self._held.pop(0)
-            self._lanes.compute_waits(event)
+    def _drop_oldest(self) -> None:
+        event, _ = self._held.pop(0)
+        self._lanes.compute_waits(event)
 
 
 class Unit:
@@ -273,7 +274,7 @@ class Gradients:
         """
         self._move(Grads.REDUCING)
         engine = self._engine
-        engine.reductions.make_room()
+        engine.reductions.make_room(self.scratch_nbytes)
         partial = self._take()
         if self._whole is not None:
             partial = (
@@ -335,6 +336,11 @@ class Gradients:
         if targets:
             torch._foreach_copy_(targets, sources)
         return flat
+
+    @property
+    def scratch_nbytes(self) -> int:
+        """Bytes that a reduction of this buffer takes besides its result."""
+        return self.buffer.layout.numel * self._reduce_dtype.itemsize
 
     @property
     def _reduce_dtype(self) -> torch.dtype:
