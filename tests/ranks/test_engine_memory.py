@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from rig.engine import PLANS, inputs, loss_of, mine, prepare, tower
+from shardwise.zero.flat import FlatBuffer
 
 ALIGNMENT = 128
 
@@ -254,3 +255,32 @@ def test_the_offloaded_backward_of_one_rank_does_not_collect_whole_gradients(wor
     (grown,) = world(1).run(_peak_in_backward, "3-all")
     # What stays is one shard (on one rank that is the unit's whole gradient), not the shard and the scratch beside it.
     assert grown < 1.5 * whole_gradients, (grown, whole_gradients)
+
+
+def _largest_whole_at_once(ranks, plan):
+    """The most bytes of whole storage that buffers held at one time while the model was prepared, and one unit's."""
+    held, most = set(), [0]
+    expand, collapse = FlatBuffer.__init__, FlatBuffer.collapse
+
+    def built(self, *args, **kwargs):
+        expand(self, *args, **kwargs)
+        held.add(self)
+        most[0] = max(most[0], sum(buffer.whole.untyped_storage().nbytes() for buffer in held))
+
+    def collapsed(self):
+        collapse(self)
+        held.discard(self)
+
+    FlatBuffer.__init__, FlatBuffer.collapse = built, collapsed
+    try:
+        sharded, *_ = prepare(ranks, tower(depth=8), plan)
+    finally:
+        FlatBuffer.__init__, FlatBuffer.collapse = expand, collapse
+    largest = max(b.layout.numel * b.dtype.itemsize for u in sharded.units for b in (u.frozen, u.trainable) if b)
+    return most[0], largest
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_preparing_holds_one_whole_unit_at_a_time(world, n):
+    for most, largest in world(n).run(_largest_whole_at_once, "3-all"):
+        assert most <= 2 * largest

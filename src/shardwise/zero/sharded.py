@@ -106,9 +106,6 @@ class ShardedModel:
             after=self._after_backward,
             compute_dtype=dtype,
         )
-        for unit in self.units:
-            if unit.leaves:
-                unit.release()
         _sharded[id(model)] = self
 
     @staticmethod
@@ -157,6 +154,7 @@ class ShardedModel:
                 bucket.clear()
 
         for spec in specs:
+            first = len(units)
             frozen = [self._member(n, p) for n, p in spec.parameters.items() if not p.requires_grad]
             trainable: dict[torch.dtype, list[Member]] = {}
             for name, parameter in spec.parameters.items():
@@ -178,6 +176,9 @@ class ShardedModel:
                     units[-1] = Unit(spec.name, spec.entries, plan, self._engine, units[-1].frozen, trained, gradients)
                 else:  # no frozen part, or a second dtype among the trainable weights, which is rare
                     units.append(Unit(spec.name, spec.entries, plan, self._engine, None, trained, gradients))
+            for unit in units[first:]:
+                if unit.leaves:  # before the next one is built: the device never holds more than one whole unit
+                    unit.release()
         close_bucket()
         return units
 
