@@ -91,14 +91,6 @@ def send_to_device(
     return again(data)
 
 
-def find_batch_size(data: Any) -> int | None:
-    """The size of dimension 0 of the first tensor in `data`, or None if there is none with a dimension."""
-    for item in leaves(data):
-        if isinstance(item, Tensor) and item.ndim > 0:
-            return int(item.shape[0])
-    return None
-
-
 # What the ranks agree on before a collective.
 
 Shape = tuple[int, ...]

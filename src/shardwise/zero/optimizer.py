@@ -262,13 +262,16 @@ class ShardedOptimizer:
     def _is_all(self, parameters: Sequence[Tensor]) -> bool:
         """Whether these are all that the optimizer drives: asked of parameters, for this rank's shards may all be theirs."""
         given = {id(p) for p in parameters}
-        mine = {id(g.buffer.members[i].parameter) for g, indices in self._members.values() for i in indices}
-        return mine <= given or {id(shard.tensor) for shard in self._shards} <= given != set()
+        return self._driven() <= given or {id(shard.tensor) for shard in self._shards} <= given != set()
 
     def holds(self, parameters: Iterable[Tensor]) -> bool:
         """Whether any of `parameters` is driven by this optimizer."""
-        mine = {id(g.buffer.members[i].parameter) for g, indices in self._members.values() for i in indices}
+        mine = self._driven()
         return any(id(p) in mine for p in parameters)
+
+    def _driven(self) -> set[int]:
+        """The ids of the model's parameters that this optimizer changes, on this rank or another."""
+        return {id(g.buffer.members[i].parameter) for g, indices in self._members.values() for i in indices}
 
     def _chosen(self, parameters: Iterable[Tensor]) -> list[_Shard]:
         wanted = {id(p) for p in ([parameters] if isinstance(parameters, Tensor) else parameters)}

@@ -53,12 +53,10 @@ class Order:
 
     def __init__(self) -> None:
         self.sequence: list[int] | None = None
-        self.observed: list[int] = []
         self.issued = 0
         self.at = -1
 
     def restart(self) -> None:
-        self.observed = []
         self.issued = 0
         self.at = -1
 
@@ -66,8 +64,8 @@ class Order:
 class Schedule:
     """The passes of one model.
 
-    units:    in the order in which the model defines them.
-    prefetch: how many units ahead of the one in use are gathered.
+    units:      in the order in which the model defines them.
+    prefetch:   how many units ahead of the one in use are gathered.
     reductions: the window of reductions that the units share.
     """
 
@@ -85,7 +83,7 @@ class Schedule:
         self._forward = Order()
         self._backward = Order()
         self._order: Order | None = None  # of the running pass, None when it is negotiated
-        self._log = Order()  # what a negotiated pass observes
+        self._observed: list[int] = []  # the units that this rank asked for in a negotiated pass
         self._trains = False  # whether the running forward records a graph
         self._used_in_forward: set[int] = set()
         self._finished: list[Unit] = []  # used, not yet released
@@ -107,8 +105,7 @@ class Schedule:
 
     def begin_forward(self, trains: bool) -> None:
         """trains: gradients are recorded, so a backward may follow."""
-        if self.phase is not Phase.IDLE:
-            self._abandon()
+        self.abandon_open_pass()
         self.phase = Phase.FORWARD
         self._trains = trains
         self._open(self._forward if trains else None)
@@ -144,7 +141,7 @@ class Schedule:
     def _open(self, order: Order | None) -> None:
         # What the optimizer wrote must be there before this pass gathers it.
         self.lanes.gather.wait(self.lanes.mark_compute())
-        self._log.restart()
+        self._observed = []
         self._rounds = 0
         if order is not None and order.sequence is not None and not self._held:
             order.restart()
@@ -171,8 +168,10 @@ class Schedule:
                 self._release(unit)
         self._order = None
 
-    def _abandon(self) -> None:
-        """An exception left a pass open: issue what the other ranks may still issue, then forget the pass."""
+    def abandon_open_pass(self) -> None:
+        """If an exception left a pass open, issue what the other ranks may still issue, then forget the pass."""
+        if self.phase is Phase.IDLE:
+            return
         if self.phase is Phase.BACKWARD:
             self.end_backward()
             for unit in self.units:
@@ -212,7 +211,7 @@ class Schedule:
 
     def _need_negotiated(self, unit: Unit, index: int) -> None:
         if unit.state is Weights.RELEASED:
-            self._log.observed.append(index)
+            self._observed.append(index)
         self._release_finished(unit)
         while unit.state is Weights.RELEASED:
             self._negotiate(index)
@@ -281,7 +280,7 @@ class Schedule:
             elif i != wanted:
                 self._idle[i] = None
 
-    def _release_finished(self, but: Unit | None) -> None:
+    def _release_finished(self, but: Unit) -> None:
         for unit in self._finished:
             if unit is not but:
                 self._release(unit)
@@ -296,7 +295,7 @@ class Schedule:
         """Merge what each rank saw in a negotiated pass into the sequence of the passes to come."""
         if order.sequence is not None or not self._gatherable:
             return
-        everyone = self.ranks.gather_objects((self._log.observed, sorted(self._used_in_forward)))
+        everyone = self.ranks.gather_objects((self._observed, sorted(self._used_in_forward)))
         merged = _merge([seen for seen, _ in everyone])
         used = set().union(*(used for _, used in everyone))
         # A unit that no rank used may be used in a later pass. In a backward, one that ran forward and was not needed
@@ -326,8 +325,7 @@ class Schedule:
     @contextmanager
     def hold(self, units: Sequence[Unit]) -> Iterator[None]:
         """Collective: keep `units` gathered inside, with no collective of their own. Not inside a pass."""
-        if self.phase is not Phase.IDLE:
-            self._abandon()
+        self.abandon_open_pass()
         self.lanes.gather.wait(self.lanes.mark_compute())
         mine = [unit for unit in units if unit.leaves and unit.state is Weights.RELEASED]
         for unit in mine:

@@ -23,7 +23,7 @@ from .flat import FlatBuffer, Member
 from .hooks import Hooks
 from .plan import WHOLE_ADAPTER_SHARE, Plan, Tier
 from .precision import Precision
-from .schedule import Phase, Schedule
+from .schedule import Schedule
 from .streams import Lanes
 from .unit import Engine, Gradients, ReductionsInFlight, Unit
 from .units import UnitSpec, find_units
@@ -301,8 +301,7 @@ class ShardedModel:
         Trained weights come from their masters, in the dtype the user gave them; frozen ones in the dtype they compute in.
         Unit by unit: no device holds more than one whole unit. Collective.
         """
-        if self.schedule.phase is not Phase.IDLE:
-            self.schedule._abandon()
+        self.schedule.abandon_open_pass()
         main = self.ranks.rank == 0
         found: dict[int, Tensor] = {}
         keep = set(names) if names is not None else set()
@@ -378,8 +377,7 @@ class ShardedModel:
 
     def release(self) -> None:
         """Undo: whole weights in their own memory on the device, no hooks. Collective."""
-        if self.schedule.phase is not Phase.IDLE:
-            self.schedule._abandon()
+        self.schedule.abandon_open_pass()
         self.drop_gradients()
         self._hooks.remove()
         self._engine.lanes.gather.wait(self._engine.lanes.mark_compute())
