@@ -10,6 +10,7 @@
     ├── ReleasedParameterError        a weight is read while its unit is not gathered
     ├── UnitStateError                an illegal move of a unit's state: a fault of shardwise
     ├── ScheduleError                 ranks or passes use units in a way that cannot be kept in step
+    ├── StoreError (OSError)          a shard cannot be read from, or written to, where it rests
     ├── NonFiniteError                the loss or the gradients are NaN or infinite
     ├── DataError (ValueError)        a data loader that cannot be sharded
     └── RankError                     another rank failed; says which one and why
@@ -59,6 +60,10 @@ class UnitStateError(ShardwiseError, RuntimeError):
 
 class ScheduleError(ShardwiseError, RuntimeError):
     """Units are used in a way that the ranks cannot follow together."""
+
+
+class StoreError(ShardwiseError, OSError):
+    """A shard cannot be read from, or written to, the tier where it rests: no space, a failing disk, memory not pinned."""
 
 
 class NonFiniteError(ShardwiseError, ArithmeticError):

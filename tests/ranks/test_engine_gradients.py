@@ -24,7 +24,7 @@ from rig.engine import (
     weights_of,
 )
 from rig.tiny import LENGTH, VOCABULARY, tiny
-from shardwise.zero.unit import ReductionsInFlight
+from shardwise.zero.engine import ReductionsInFlight
 
 
 def sgd(parameters):

@@ -8,6 +8,7 @@ the plain copy plays all ranks, one after another, so it is always what one proc
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +23,10 @@ PLANS: dict[str, tuple[int, str, str]] = {
     "3": (3, "none", "none"),
     "2-opt": (2, "cpu", "none"),
     "3-all": (3, "cpu", "cpu"),
+    "3-disk": (3, "nvme", "nvme"),
 }
 STAGES = ("0", "1", "2", "3")
-SHARDED = ("3", "3-all")
+SHARDED = ("3", "3-all", "3-disk")
 
 LossOf = Callable[[nn.Module, Tensor, int, int], Tensor]
 
@@ -94,6 +96,8 @@ def shard(ranks: Any, model: nn.Module, plan: str = "3", precision: str = "no", 
 
     stage, optimizer, param = PLANS[plan]
     chosen = Plan.from_stage(stage, offload_optimizer=optimizer, offload_param=param)
+    if "nvme" in (optimizer, param) and "nvme_paths" not in settings:
+        settings["nvme_paths"] = dict.fromkeys(("param", "optimizer"), tempfile.gettempdir())
     return ShardedModel(model, plan=chosen, ranks=ranks, precision=Precision.named(precision), **settings)
 
 

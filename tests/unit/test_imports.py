@@ -3,7 +3,7 @@
     errors, version
       <- plan, layout, config                 facts: no processes; config also no torch
       <- flat, guard, precision, collectives, streams, offload
-      <- unit  <- schedule, hooks  <- sharded  <- optimizer, clipping, checkpoint
+      <- engine, gradients, unit  <- schedule, hooks  <- sharded  <- optimizer, shards, clipping, checkpoint
       <- accelerator, data, process, ...      the front end, among itself as it likes
       <- cli                                  its worker starts the script; the rest imports no torch
 
@@ -51,10 +51,10 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "version"),
     ("zero.plan", "zero.layout", "config"),
     ("zero.precision", "zero.flat", "zero.guard", "zero.collectives", "zero.streams", "zero.units", "offload"),
-    ("zero.unit",),
+    ("zero.engine", "zero.gradients", "zero.unit"),
     ("zero.schedule", "zero.hooks"),
     ("zero.sharded",),
-    ("zero.optimizer", "zero.clipping", "checkpoint"),
+    ("zero.optimizer", "zero.shards", "zero.clipping", "checkpoint"),
     FRONT_END,
     ("cli",),
 )

@@ -7,9 +7,9 @@ from typing import Any, cast
 import torch
 
 from shardwise.zero.collectives import Ranks
+from shardwise.zero.engine import ReductionsInFlight
 from shardwise.zero.schedule import Schedule
 from shardwise.zero.streams import Lanes
-from shardwise.zero.unit import ReductionsInFlight
 
 
 class RecordingLanes:

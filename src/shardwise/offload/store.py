@@ -1,50 +1,160 @@
-"""Where shards rest: a Store hands out slabs, and a slab is fetched to the device and put back.
+"""Where shards rest: a Store hands out slabs; what rests in a slab is fetched to the device and put back.
 
-The engine never asks which tier it talks to. A slab on the device is read in place; one in host memory is copied on the
-lane that is current when `fetch` or `put` is called. Sizes are exact: nothing is rounded up to a power of two.
+The engine never asks which tier it talks to. `fetch` enqueues on the up lane and `put` on the down lane; each gives an
+Arrival, and whoever needs the bytes waits for that. A slab remembers what was read and written where, so a fetch never
+overtakes the put before it. Sizes are exact: nothing is rounded up to a power of two.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..zero.plan import Tier
+from ..zero.streams import Lanes
+
+
+class Arrival(Protocol):
+    """A copy that is on its way."""
+
+    def enqueued(self) -> torch.cuda.Event | None:
+        """The event that is done when the copy is; the host may have to wait until the device has been told of it.
+
+        None where nothing runs beside the host: then the copy is done when this returns. Raises StoreError.
+        """
+        ...
+
+
+class Done:
+    """An Arrival that the device knows of already."""
+
+    __slots__ = ("event",)
+
+    def __init__(self, event: torch.cuda.Event | None) -> None:
+        self.event = event
+
+    def enqueued(self) -> torch.cuda.Event | None:
+        return self.event
+
+
+class Slab:
+    """`numel` elements of `dtype` that rest on a tier.
+
+    store:  that allocated it, or None for memory that belongs to somebody else and is only read in place.
+    tensor: (numel,) where a program can read it in place: on the device and in host memory; none on a drive.
+    """
+
+    def __init__(
+        self, store: Store | None, tier: Tier, numel: int, dtype: torch.dtype, tensor: Tensor | None = None
+    ) -> None:
+        self.store = store
+        self.tier = tier
+        self.numel = numel
+        self.dtype = dtype
+        self._tensor = tensor
+        # Events of copies into and out of it, by range: chunks of one slab go up and down at the same time.
+        self.writes: dict[tuple[int, int], torch.cuda.Event | None] = {}
+        self.reads: dict[tuple[int, int], torch.cuda.Event | None] = {}
+
+    def fetch(self, out: Tensor, begin: int = 0) -> Arrival:
+        """See `Store.fetch`."""
+        assert self.store is not None
+        return self.store.fetch(self, out, begin)
+
+    def put(self, source: Tensor, begin: int = 0) -> Arrival:
+        """See `Store.put`."""
+        assert self.store is not None
+        return self.store.put(source, self, begin)
+
+    @property
+    def tensor(self) -> Tensor:
+        assert self._tensor is not None, f"a slab on {self.tier} cannot be read in place"
+        return self._tensor
+
+    @property
+    def in_memory(self) -> bool:
+        return self._tensor is not None
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+def overlapping(
+    copies: dict[tuple[int, int], torch.cuda.Event | None], begin: int, end: int
+) -> Iterator[torch.cuda.Event | None]:
+    """The events of those copies whose range meets [begin, end)."""
+    for (first, last), event in copies.items():
+        if first < end and begin < last:
+            yield event
 
 
 class Store(Protocol):
-    """Allocates resting places of one tier."""
+    """Allocates resting places of one tier, and moves bytes between them and the device."""
 
     tier: Tier
 
-    def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """(numel,) zeros at rest on this tier; the caller owns them."""
+    def allocate(self, numel: int, dtype: torch.dtype, name: str) -> Slab:
+        """(numel,) zeros at rest; `name` is what errors and files call it. Raises StoreError, a drive's at `drain`."""
         ...
 
-    def fetch(self, slab: Tensor, out: Tensor) -> None:
-        """Enqueue a copy of `slab` into `out`, a device tensor of its size, on the current lane."""
+    def fetch(self, slab: Slab, out: Tensor, begin: int = 0) -> Arrival:
+        """Copy slab[begin : begin + out.numel()] into `out`, a contiguous device tensor of its dtype.
+
+        The up lane must already wait for whoever used the memory of `out` before.
+        """
         ...
 
-    def put(self, source: Tensor, slab: Tensor) -> None:
-        """Enqueue a copy of `source`, a device tensor, into `slab` on the current lane; casts where dtypes differ."""
+    def put(self, source: Tensor, slab: Slab, begin: int = 0) -> Arrival:
+        """Copy `source`, a contiguous device tensor, into the slab from `begin`; casts where dtypes differ.
+
+        The down lane must already wait for whoever writes `source`, which must live until the Arrival's event is done.
+        """
+        ...
+
+    def drain(self) -> None:
+        """Return once what was put or added rests there, as far as threads do it. Raises StoreError."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back."""
         ...
 
 
-class DeviceStore:
-    """Shards that rest on the rank's device."""
+class MemoryStore:
+    """Slabs that a program can read in place: on the device. `HostStore` is the same beside it."""
 
     tier = Tier.GPU
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, lanes: Lanes) -> None:
+        self.lanes = lanes
 
-    def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(numel, dtype=dtype, device=self.device)
+    def allocate(self, numel: int, dtype: torch.dtype, name: str) -> Slab:
+        return Slab(self, self.tier, numel, dtype, torch.zeros(numel, dtype=dtype, device=self.lanes.device))
 
-    def fetch(self, slab: Tensor, out: Tensor) -> None:
-        out.copy_(slab)
+    def fetch(self, slab: Slab, out: Tensor, begin: int = 0) -> Arrival:
+        up, end = self.lanes.up, begin + out.numel()
+        for event in overlapping(slab.writes, begin, end):
+            up.wait(event)
+        with up.on():
+            out.copy_(slab.tensor[begin:end], non_blocking=True)
+            event = slab.reads[begin, end] = up.mark()
+        return Done(event)
 
-    def put(self, source: Tensor, slab: Tensor) -> None:
-        slab.copy_(source)
+    def put(self, source: Tensor, slab: Slab, begin: int = 0) -> Arrival:
+        down, end = self.lanes.down, begin + source.numel()
+        for event in overlapping(slab.reads, begin, end):
+            down.wait(event)
+        with down.on():
+            slab.tensor[begin:end].copy_(source, non_blocking=True)
+            event = slab.writes[begin, end] = down.mark()
+        return Done(event)
+
+    def drain(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

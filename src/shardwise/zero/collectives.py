@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import datetime
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -115,6 +116,22 @@ class Ranks:
                 whole.copy_(shard)
             return
         _all_gather(whole, shard, group=self._data)
+
+    def all_gather_together(self, wholes: Sequence[Tensor], shards: Sequence[Tensor]) -> None:
+        """`all_gather` of several buffers, of any dtypes, as one collective: NCCL runs them in one kernel.
+
+        gloo has no such call that works for mixed dtypes and sends them one after another.
+        """
+        if len(wholes) == 1 or self._data is None or self.blocking:
+            for whole, shard in zip(wholes, shards, strict=True):
+                self.all_gather(whole, shard)
+            self.counts["all_gather"] -= len(wholes) - 1
+            return
+        self.counts["all_gather"] += 1
+        self._data._start_coalescing(self.device)
+        for whole, shard in zip(wholes, shards, strict=True):
+            _all_gather(whole, shard, group=self._data, async_op=True)
+        self._data._end_coalescing(self.device).wait()
 
     def reduce_scatter(self, partial: Tensor, out: Tensor) -> None:
         """Average `partial` over the ranks, leaving this rank's slice in `out`.

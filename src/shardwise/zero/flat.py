@@ -40,7 +40,7 @@ class FlatBuffer:
     members:   the parameters, in buffer order.
     layout:    in bytes when `dtype` is uint8 (frozen weights of any mix of dtypes), else in numbers.
     whole:     (layout.numel,) on the device; its storage is empty while released.
-    shard:     (layout.shard_numel,) at rest on placement.tier; the rank's slice of `whole` when that never leaves.
+    slab:      (layout.shard_numel,) at rest on placement.tier; None when the whole never leaves.
     """
 
     def __init__(
@@ -57,7 +57,6 @@ class FlatBuffer:
         self.members = tuple(members)
         self.dtype = dtype
         self.placement = placement
-        self.store = store
         self.rank = rank if world_size > 1 else 0
         # Frozen weights are laid out in bytes, so an element of any dtype takes itemsize of them.
         per_byte = dtype == torch.uint8
@@ -80,7 +79,17 @@ class FlatBuffer:
         self._nbytes = self.whole.untyped_storage().nbytes()
         # A single rank's shard is the whole: only offloading makes the storage worth giving back.
         self.leaves = placement.sharded and (world_size > 1 or placement.tier is not Tier.GPU)
-        self.shard = self.own_slice if not self.leaves else store.allocate(self.layout.shard_numel, dtype)
+        self.slab = store.allocate(self.layout.shard_numel, dtype, members[0].name) if self.leaves else None
+
+    @property
+    def shard(self) -> Tensor:
+        """This rank's shard where it rests in memory; its slice of `whole` when that never leaves."""
+        return self.own_slice if self.slab is None else self.slab.tensor
+
+    @property
+    def travels(self) -> bool:
+        """Whether the shard rests on another tier than the device."""
+        return self.slab is not None and self.slab.tier is not Tier.GPU
 
     @property
     def own_slice(self) -> Tensor:
@@ -138,4 +147,4 @@ class FlatBuffer:
     @property
     def bytes_at_rest(self) -> int:
         """What this buffer occupies between uses: the shard if the whole leaves, else the whole."""
-        return (self.shard.numel() if self.leaves else self.whole.numel()) * self.dtype.itemsize
+        return self.slab.nbytes if self.slab is not None else self._nbytes

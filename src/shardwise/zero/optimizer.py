@@ -29,10 +29,11 @@ from torch.optim import Optimizer
 from ..errors import NonFiniteError, OptimizerError, PrepareError
 from .clipping import clip_factor, global_norm, power_sum
 from .collectives import Ranks
+from .gradients import Gradients
 from .plan import Tier
 from .precision import LossScaler
 from .sharded import Role, ShardedModel
-from .unit import Gradients
+from .shards import Shard, Visits
 
 log = logging.getLogger("shardwise")
 
@@ -56,24 +57,6 @@ def find_sharded_optimizer(optimizer: Optimizer) -> ShardedOptimizer | None:
     """The ShardedOptimizer that drives `optimizer`, or None."""
     found = _steppers.get(id(optimizer))
     return found if found is not None and found.optimizer is optimizer else None
-
-
-class _Shard:
-    """One parameter's piece in this rank's master: the tensor the optimizer holds, and where its gradient lies."""
-
-    __slots__ = ("begin", "end", "gradients", "in_slot", "index", "tensor")
-
-    def __init__(self, gradients: Gradients, index: int, in_slot: int, begin: int, numel: int) -> None:
-        self.gradients = gradients
-        self.index = index
-        self.begin, self.end = begin, begin + numel
-        self.in_slot = in_slot
-        self.tensor = Parameter(gradients.master[self.begin : self.end])
-
-    def gradient(self) -> Tensor | None:
-        """The reduced gradient of this piece, or None if no rank used the parameter since the last step."""
-        at_rest = self.gradients.at_rest
-        return at_rest[self.begin : self.end] if at_rest is not None and self.gradients.used[self.index] else None
 
 
 class ShardedOptimizer:
@@ -113,7 +96,7 @@ class ShardedOptimizer:
         except Exception as caught:
             error = caught
         self.ranks.agree(error)
-        self._shards: list[_Shard] = []
+        self._shards: list[Shard] = []
         self._members: dict[int, tuple[Gradients, list[int]]] = {}
         self._take_over()
         _steppers[id(optimizer)] = self
@@ -161,12 +144,13 @@ class ShardedOptimizer:
 
     def _take_over(self) -> None:
         homes = self._homes()
-        pieces: dict[int, list[_Shard]] = {}
+        pieces: dict[int, list[Shard]] = {}
+        self._visits = Visits(self.optimizer)
         for gradients in {id(g): g for g, _ in homes.values()}.values():
             for piece in gradients.pieces():
-                shard = _Shard(gradients, piece.slot, piece.in_slot, piece.in_shard, piece.numel)
+                shard = Shard(gradients, piece.slot, piece.in_slot, piece.in_shard, piece.numel)
                 pieces.setdefault(id(gradients.buffer.members[piece.slot].parameter), []).append(shard)
-        for group in self.optimizer.param_groups:
+        for number, group in enumerate(self.optimizer.param_groups):
             mine = []
             for parameter in group["params"]:
                 if id(parameter) in homes:
@@ -174,6 +158,8 @@ class ShardedOptimizer:
                     self._members.setdefault(id(gradients), (gradients, []))[1].append(index)
                     mine += pieces.get(id(parameter), [])
                     self._hand_over_state(parameter, pieces.get(id(parameter), []))
+            for shard in mine:
+                shard.group = number
             group["params"] = [shard.tensor for shard in mine]
             self._shards += mine
             if isinstance(self.optimizer, _FUSED) and group.get("fused") is None and not group.get("foreach"):
@@ -194,17 +180,23 @@ class ShardedOptimizer:
         driven.step = types.MethodType(step, self.optimizer)
         driven.zero_grad = types.MethodType(zero_grad, self.optimizer)
 
-    def _hand_over_state(self, parameter: Tensor, shards: Sequence[_Shard]) -> None:
+    def _hand_over_state(self, parameter: Tensor, shards: Sequence[Shard]) -> None:
         """Cut the state that some optimizers (Adagrad) make in their constructor into the pieces of this rank."""
         state = self.optimizer.state.pop(parameter, None)
         for shard in shards if state else ():
-            begin, end = shard.in_slot, shard.in_slot + shard.tensor.numel()
-            self.optimizer.state[shard.tensor] = {
-                key: value.reshape(-1)[begin:end].to(shard.tensor, copy=True)
+            begin, end = shard.in_slot, shard.in_slot + shard.numel
+            mine = {
+                key: value.reshape(-1)[begin:end].to(shard.gradients.master.dtype, copy=True)
                 if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim
                 else copy.copy(value)
                 for key, value in state.items()
             }
+            if shard.gradients.in_place:
+                device = shard.tensor.device
+                mine = {key: v.to(device) if isinstance(v, Tensor) and v.ndim else v for key, v in mine.items()}
+                self.optimizer.state[shard.tensor] = mine
+            else:
+                self._visits.remember(shard, mine)
 
     # The loss.
 
@@ -224,26 +216,62 @@ class ShardedOptimizer:
         """
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         shards = self._chosen(parameters)
-        grads = [g for shard in shards if (g := shard.gradient()) is not None]
         sharded = self.models[0].plan.optimizer.sharded
-        self._wait_for_host()
-        norm = global_norm(grads, float(norm_type), self.ranks, sharded=sharded) / self.scaler.value
+        if norm_type == 2 and self._is_all(parameters):
+            total = self._square()
+            if sharded:
+                self.ranks.all_reduce(total, "sum")
+            norm = total.sqrt() / self.scaler.value
+        else:
+            self._wait_for_host()
+            norm = (
+                global_norm(self._gradients(shards), float(norm_type), self.ranks, sharded=sharded) / self.scaler.value
+            )
         if self._factor is not None:
             norm = norm * self._factor
         factor = clip_factor(norm, float(max_norm))
         if self._is_all(parameters):
             self._factor = factor if self._factor is None else self._factor * factor
         else:
-            _multiply(grads, factor)
+            self._wait_for_host()
+            _multiply(self._gradients(shards), factor)
+            self._changed(shards)
         return norm
+
+    def _square(self) -> Tensor:
+        """The squared 2-norm of this rank's part of the gradients of all parameters, on the device.
+
+        What left for host memory was measured before it went; only sums of several micro-batches are read there.
+        """
+        measured = {
+            id(g): g.square for g, indices in self._members.values()
+            if g.square is not None and len(indices) == len(g.buffer.members)
+        }  # fmt: skip
+        rest = [shard for shard in self._shards if id(shard.gradients) not in measured]
+        if any(shard.gradients.host is not None for shard in rest):
+            self._wait_for_host()
+        total = power_sum(self._gradients(rest), 2.0, self.ranks.device)
+        for square in measured.values():
+            total = total + square
+        return total
+
+    @staticmethod
+    def _gradients(shards: Iterable[Shard]) -> list[Tensor]:
+        return [gradient for shard in shards if (gradient := shard.gradient()) is not None]
+
+    @staticmethod
+    def _changed(shards: Iterable[Shard]) -> None:
+        for gradients in {id(shard.gradients): shard.gradients for shard in shards}.values():
+            gradients.changed()
 
     def clip_value(self, parameters: Iterable[Tensor], value: float) -> None:
         """Clamp every element of the gradients of `parameters` to [-value, value]."""
         self._wait_for_host()
         if self._factor is not None:
-            _multiply([g for shard in self._shards if (g := shard.gradient()) is not None], self._factor)
+            _multiply(self._gradients(self._shards), self._factor)
             self._factor = None
-        grads = [g for shard in self._chosen(parameters) if (g := shard.gradient()) is not None]
+        self._changed(self._shards)
+        grads = self._gradients(self._chosen(parameters))
         limit = float(value) * self.scaler.value
         if grads:
             torch._foreach_clamp_min_(grads, -limit)
@@ -253,10 +281,13 @@ class ShardedOptimizer:
         """Bytes of the optimizer's states (moments and step counts) on this rank; the masters are in the model's ledger."""
         found: dict[tuple[Role, Tier], int] = {}
         for shard in self._shards:
+            tier = shard.gradients.plan.optimizer.tier
             for value in self.optimizer.state.get(shard.tensor, {}).values():
-                if isinstance(value, Tensor):
-                    tier = shard.gradients.plan.optimizer.tier
+                if isinstance(value, Tensor) and (shard.gradients.in_place or not value.ndim):
                     found["optimizer", tier] = found.get(("optimizer", tier), 0) + value.nbytes
+        for gradients, _ in self._members.values():
+            for slab in gradients.states.values():
+                found["optimizer", slab.tier] = found.get(("optimizer", slab.tier), 0) + slab.nbytes
         return found
 
     def _is_all(self, parameters: Sequence[Tensor]) -> bool:
@@ -273,7 +304,7 @@ class ShardedOptimizer:
         """The ids of the model's parameters that this optimizer changes, on this rank or another."""
         return {id(g.buffer.members[i].parameter) for g, indices in self._members.values() for i in indices}
 
-    def _chosen(self, parameters: Iterable[Tensor]) -> list[_Shard]:
+    def _chosen(self, parameters: Iterable[Tensor]) -> list[Shard]:
         wanted = {id(p) for p in ([parameters] if isinstance(parameters, Tensor) else parameters)}
         return [
             shard for shard in self._shards
@@ -292,7 +323,6 @@ class ShardedOptimizer:
         if not any(gradients.at_rest is not None for gradients, _ in self._members.values()):
             return result
         self.steps += 1
-        self._wait_for_host()
         norm = self._agree()
         self.step_was_skipped = False
         if self.scaler.enabled:
@@ -323,12 +353,15 @@ class ShardedOptimizer:
             assert norm is not None
             clip = clip_factor(norm, self.gradient_clipping)
             factor = clip if factor is None else factor * clip
+        here = [shard for shard in self._shards if shard.gradients.in_place]
+        if any(shard.gradients.host is not None for shard in here):
+            self._wait_for_host()
         grads = []
-        for shard in self._shards:
+        for shard in here:
             gradient = shard.gradient()
-            shard.tensor.grad = gradient
             if gradient is not None:
-                grads.append(gradient)
+                shard.tensor.grad = gradient.to(shard.tensor.dtype)
+                grads.append(shard.tensor.grad)
         driven: Any = self.optimizer
         if factor is not None and grads:
             if self._fused:
@@ -342,18 +375,21 @@ class ShardedOptimizer:
         finally:
             driven.grad_scale = driven.found_inf = None
             driven._opt_called = True  # LR schedulers check that the step came before theirs
-            for shard in self._shards:
+            for shard in here:
                 shard.tensor.grad = None
-        for unit in self._units():
-            unit.publish()
+        for model in self.models:
+            visiting = [u for u in self._units(model) if not u.gradients.in_place]
+            for unit in self._units(model):
+                if unit.gradients.in_place:
+                    unit.publish()
+            if visiting:
+                shards = [shard for shard in self._shards if not shard.gradients.in_place]
+                self._visits.step(model, visiting, shards, factor, fused=self._fused)
+            if model.engine.stores.uses_disk:
+                model.drain()
 
-    def _units(self) -> list[Any]:
-        return [
-            u
-            for model in self.models
-            for u in model.units
-            if u.gradients is not None and id(u.gradients) in self._members
-        ]
+    def _units(self, model: ShardedModel) -> list[Any]:
+        return [u for u in model.units if u.gradients is not None and id(u.gradients) in self._members]
 
     def _forget(self) -> None:
         for gradients, indices in self._members.values():
@@ -361,8 +397,8 @@ class ShardedOptimizer:
 
     def _wait_for_host(self) -> None:
         """Gradients that rest in host memory are there only when the copies are done."""
-        if any(model.plan.optimizer.tier is not Tier.GPU for model in self.models):
-            for model in self.models:
+        for model in self.models:
+            if model.plan.optimizer.tier is not Tier.GPU:
                 model.synchronize()
 
     def _agree(self) -> Tensor | None:
@@ -375,8 +411,7 @@ class ShardedOptimizer:
         # power sum, then one flag per rank
         facts = torch.zeros(1 + ranks.world_size, device=ranks.device)
         if wants_norm:
-            grads = [g for shard in self._shards if (g := shard.gradient()) is not None]
-            total = power_sum(grads, 2.0, ranks.device)
+            total = self._square()
             facts[0] = total if self.models[0].plan.optimizer.sharded else total / ranks.world_size
         if self._bad_loss is not None:
             facts[1 + ranks.rank] = self._bad_loss

@@ -26,7 +26,7 @@ from ..errors import PlanError
 
 
 class Tier(StrEnum):
-    """Where bytes rest. GPU is the rank's device, also when that device is a CPU; CPU is host memory beside it."""
+    """Where bytes rest. GPU is the rank's device, also when that is a CPU; CPU is host memory beside it; NVME is files."""
 
     GPU = "gpu"
     CPU = "cpu"
@@ -76,16 +76,16 @@ class Plan:
                     f"{role} is whole but rests on {placement.tier}. Only shards can be offloaded: raise "
                     "zero_stage, or keep it on the gpu."
                 )
-            if placement.tier is Tier.NVME:
-                raise PlanError(f"{role} on nvme: this version of shardwise offloads to the cpu only. Use cpu.")
+            if placement.tier is Tier.NVME and role == "gradient":
+                raise PlanError("gradients cannot rest on nvme: they are read as soon as they are there. Use cpu.")
 
     @classmethod
     def from_stage(cls, stage: int, *, offload_optimizer: str = "none", offload_param: str = "none") -> Plan:
         """The plan of a ZeRO stage.
 
         stage:             0 to 3, a column of the table above.
-        offload_optimizer: 'none' or 'cpu'; gradients follow the optimizer to its tier. Stages 1 to 3.
-        offload_param:     'none' or 'cpu'; frozen and trainable weights. Stage 3 only.
+        offload_optimizer: 'none', 'cpu' or 'nvme'; gradients follow the optimizer to host memory. Stages 1 to 3.
+        offload_param:     'none', 'cpu' or 'nvme'; frozen and trainable weights. Stage 3 only.
         Raises PlanError for a stage outside 0 to 3, an unknown device, or an offload that the stage does not allow.
         """
         if stage not in (0, 1, 2, 3):
@@ -104,7 +104,8 @@ class Plan:
             )
         weights = Placement(stage >= 3, tiers["offload_param"])
         optimizer = Placement(stage >= 1, tiers["offload_optimizer"])
-        gradient = Placement(stage >= 2, optimizer.tier if stage >= 2 else Tier.GPU)
+        offloaded = stage >= 2 and optimizer.tier is not Tier.GPU
+        gradient = Placement(stage >= 2, Tier.CPU if offloaded else Tier.GPU)
         return cls(frozen=weights, parameter=weights, gradient=gradient, optimizer=optimizer)
 
     def with_whole_parameters(self) -> Plan:

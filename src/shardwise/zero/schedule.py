@@ -30,8 +30,10 @@ from enum import Enum, auto
 
 from ..errors import ScheduleError
 from .collectives import Ranks
+from .engine import Faults, ReductionsInFlight
+from .gradients import Grads
 from .streams import Lanes
-from .unit import Grads, ReductionsInFlight, Unit, Weights
+from .unit import Unit, Weights
 
 log = logging.getLogger("shardwise")
 
@@ -65,24 +67,36 @@ class Schedule:
     """The passes of one model.
 
     units:      in the order in which the model defines them.
-    prefetch:   how many units ahead of the one in use are gathered.
+    prefetch:   how many units ahead of the one in use are gathered. Shards on other tiers start one unit earlier.
     reductions: the window of reductions that the units share.
+    faults:     where a failing drive is noted until the ranks agree on it, at the end of a pass.
     """
 
     def __init__(
-        self, units: Sequence[Unit], ranks: Ranks, lanes: Lanes, reductions: ReductionsInFlight, prefetch: int = 1
+        self,
+        units: Sequence[Unit],
+        ranks: Ranks,
+        lanes: Lanes,
+        reductions: ReductionsInFlight,
+        prefetch: int = 1,
+        faults: Faults | None = None,
     ) -> None:
         self.units = list(units)
         self.ranks = ranks
         self.lanes = lanes
         self.prefetch = prefetch
         self.reductions = reductions
+        self.faults = faults or Faults(ranks)
         self.phase = Phase.IDLE
         self.index = {id(unit): i for i, unit in enumerate(self.units)}
         self._gatherable = [i for i, unit in enumerate(self.units) if unit.leaves]
         self._forward = Order()
         self._backward = Order()
         self._order: Order | None = None  # of the running pass, None when it is negotiated
+        # The last units of a forward are the first of its backward: they stay gathered over the turn.
+        self._turn: set[int] = set()
+        self._staying = False  # whether the running forward keeps them
+        self._here: set[int] = set()  # those that wait for their turn in the running backward
         self._observed: list[int] = []  # the units that this rank asked for in a negotiated pass
         self._trains = False  # whether the running forward records a graph
         self._used_in_forward: set[int] = set()
@@ -101,6 +115,11 @@ class Schedule:
         self._rounds = 0  # how often this pass began its sequence anew
         self._boundary = True
 
+    @property
+    def forward_sequence(self) -> list[int]:
+        """Unit indices in the order of a forward; empty until the ranks have agreed."""
+        return self._forward.sequence or []
+
     # Passes.
 
     def begin_forward(self, trains: bool) -> None:
@@ -116,6 +135,8 @@ class Schedule:
             return
         self._close(self._forward if self._trains else None)
         self.phase = Phase.IDLE
+        if not self._together:
+            self.faults.agree()
 
     def begin_backward(self, boundary: bool) -> None:
         """boundary: this is the last micro-batch before a step."""
@@ -137,17 +158,27 @@ class Schedule:
         self.lanes.compute_waits(self.lanes.reduce.mark())
         self.reductions.clear()
         self.phase = Phase.IDLE
+        self.faults.agree()
 
     def _open(self, order: Order | None) -> None:
         # What the optimizer wrote must be there before this pass gathers it.
         self.lanes.gather.wait(self.lanes.mark_compute())
         self._observed = []
         self._rounds = 0
-        if order is not None and order.sequence is not None and not self._held:
-            order.restart()
-            self._order = order
+        self._idle.clear()
+        ordered = order is not None and order.sequence is not None and not self._held
+        kept = self._turn if self._staying else set()
+        self._here = set()
+        if order is self._backward and ordered:
+            self._here = set(kept)
         else:
-            self._order = None
+            for i in kept:
+                if self.units[i].state is not Weights.RELEASED:
+                    self.units[i].release()
+        self._staying = ordered and order is self._forward
+        self._order = order if ordered else None
+        if self._order is not None:
+            self._order.restart()
 
     def _close(self, order: Order | None) -> None:
         if self._order is not None:
@@ -162,6 +193,7 @@ class Schedule:
             if order is not None:
                 self._learn(order)
         self._finished.clear()
+        self._here = set()
         # Also what nobody reported as done: the backward of a unit whose inputs need no gradient has no end of its own.
         for unit in self.units:
             if unit.leaves:
@@ -172,6 +204,7 @@ class Schedule:
         """If an exception left a pass open, issue what the other ranks may still issue, then forget the pass."""
         if self.phase is Phase.IDLE:
             return
+        self._staying = False
         if self.phase is Phase.BACKWARD:
             self.end_backward()
             for unit in self.units:
@@ -236,7 +269,7 @@ class Schedule:
         ahead = [p for p in range(order.at + 1, order.issued) if sequence[p] == index]
         if ahead:
             position = ahead[0]
-        elif unit.state is not Weights.RELEASED:
+        elif unit.state in (Weights.GATHERING, Weights.GATHERED) and index not in self._here:
             position = order.at  # gathered earlier and still here: nothing to move
         else:
             try:
@@ -257,7 +290,11 @@ class Schedule:
         self._release_finished(unit)
         self._issue_to(position + 1, wanted=index)
         unit.arrive()
-        self._issue_to(min(position + 1 + self.prefetch, len(sequence)))
+        end = min(position + 1 + self.prefetch, len(sequence))
+        self._issue_to(end)
+        for i in sequence[order.issued : end + 1]:
+            if i not in self._here:
+                self.units[i].fetch()
 
     def _issue_to(self, end: int, *, wanted: int | None = None) -> None:
         """Enqueue the sequence up to position `end`; what nobody has asked for yet is kept until the pass ends."""
@@ -268,7 +305,12 @@ class Schedule:
             i = order.sequence[order.issued]
             order.issued += 1
             other = self.units[i]
-            fresh = other.state is Weights.RELEASED
+            if i in self._here:  # on every rank, since the forward: no collective
+                self._here.discard(i)
+                if i != wanted:
+                    self._idle[i] = None
+                continue
+            fresh = other.state in (Weights.RELEASED, Weights.FETCHING)
             if other.state is Weights.GATHERING:
                 other.arrive()
             other.gather()
@@ -287,7 +329,10 @@ class Schedule:
         self._finished = [unit for unit in self._finished if unit is but]
 
     def _release(self, unit: Unit) -> None:
-        self._idle.pop(self.index[id(unit)], None)
+        index = self.index[id(unit)]
+        if self._staying and index in self._turn and self._trains:
+            return
+        self._idle.pop(index, None)
         if unit.state is not Weights.RELEASED and not self._held:
             unit.release()
 
@@ -306,6 +351,9 @@ class Schedule:
         for i in missing:
             _insert(merged, i, self._gatherable if order is self._forward else self._gatherable[::-1])
         order.sequence = merged
+        if self._forward.sequence is not None and self._backward.sequence is not None:
+            ends = 1 + self.prefetch
+            self._turn = set(self._forward.sequence[-ends:]) & set(self._backward.sequence[:ends])
         if order is self._forward:
             self.reductions.bounded = all(seen == everyone[0][0] for seen, _ in everyone)
 
@@ -333,6 +381,7 @@ class Schedule:
             unit.arrive()
         self._held += 1
         try:
+            self.faults.agree()
             yield
         finally:
             self._held -= 1
@@ -354,6 +403,8 @@ class Schedule:
             if not self._together and not self._held and self._gatherable:
                 while not self._negotiate(_DONE):
                     pass
+            if not self._together:
+                self.faults.agree()
 
     # Gradients.
 
@@ -390,7 +441,7 @@ class Schedule:
     def _reduce(self, index: int) -> None:
         gradients = self.units[index].gradients
         assert gradients is not None
-        gradients.reduce()
+        gradients.reduce(self._boundary)
 
     def _flush_reductions(self) -> None:
         if not self._reduces:
@@ -424,7 +475,6 @@ class Schedule:
         for unit in self.units:
             if unit.gradients is not None and unit.gradients.state is not Grads.EMPTY:
                 unit.gradients.settle()
-        self.lanes.compute_waits(self.lanes.copy.mark())
 
 
 def _merge(seen: Sequence[Sequence[int]]) -> list[int]:

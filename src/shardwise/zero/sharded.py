@@ -6,7 +6,7 @@ model up. It hangs nothing on the model: `find_sharded` looks it up in a side ta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 from weakref import WeakValueDictionary
@@ -15,17 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from ..errors import PrepareError
-from ..offload.host import HostStore
-from ..offload.store import DeviceStore, Store
+from ..errors import PrepareError, StoreError
+from ..offload.store import Slab
 from .collectives import Ranks
+from .engine import Engine, Faults, Kind, ReductionsInFlight, Stores
 from .flat import FlatBuffer, Member
+from .gradients import Gradients
 from .hooks import Hooks
 from .plan import WHOLE_ADAPTER_SHARE, Plan, Tier
 from .precision import Precision
 from .schedule import Schedule
 from .streams import Lanes
-from .unit import Engine, Gradients, ReductionsInFlight, Unit
+from .unit import Unit
 from .units import UnitSpec, find_units
 
 Role = Literal["frozen", "parameter", "gradient", "optimizer"]
@@ -71,6 +72,8 @@ class ShardedModel:
         prefetch: int = 1,
         units: Sequence[str] | None = None,
         whole_adapters: bool | Literal["auto"] = "auto",
+        nvme_paths: Mapping[Kind, str] | None = None,
+        serial: bool = False,
     ) -> None:
         self.model = model
         self.plan = plan
@@ -89,15 +92,23 @@ class ShardedModel:
         ranks.agree(error)
         self._agree_on_shapes(specs)
 
-        lanes = Lanes(ranks.device)
-        stores: dict[Tier, Store] = {Tier.GPU: DeviceStore(ranks.device), Tier.CPU: HostStore(ranks.device)}
+        lanes = Lanes(ranks.device, serial=serial)
+        stores: Stores | None = None
+        try:
+            stores = Stores.make(lanes, ranks.rank, _paths(plan, nvme_paths or {}))
+        except StoreError as caught:
+            error = caught
+        ranks.agree(error)
+        assert stores is not None
         reductions = ReductionsInFlight(lanes)
-        self._engine = Engine(ranks, lanes, stores, precision.reduce, reductions)
+        faults = Faults(ranks, active=stores.uses_disk)
+        self._engine = Engine(ranks, lanes, stores, precision.reduce, reductions, faults)
         self._dtypes = {name: p.dtype for name, p in model.named_parameters()}
         with torch.no_grad():
             self._place_buffers()
             self.units = self._build(specs)
-        self.schedule = Schedule(self.units, ranks, lanes, reductions, prefetch)
+        self.drain()
+        self.schedule = Schedule(self.units, ranks, lanes, reductions, prefetch, faults)
         dtype = precision.compute
         self._hooks = Hooks(
             self.schedule,
@@ -112,6 +123,11 @@ class ShardedModel:
     def all() -> list[ShardedModel]:
         """Every sharded model of this process."""
         return list(_sharded.values())
+
+    @property
+    def engine(self) -> Engine:
+        """Ranks, lanes and stores, for what steps and saves this model."""
+        return self._engine
 
     # Construction.
 
@@ -200,7 +216,7 @@ class ShardedModel:
             members,
             dtype=torch.uint8,
             placement=plan.frozen,
-            store=self._engine.stores[plan.frozen.tier],
+            store=self._engine.stores.of(plan.frozen.tier, "param"),
             rank=ranks.rank,
             world_size=ranks.world_size if plan.frozen.sharded else 1,
             device=ranks.device,
@@ -219,7 +235,7 @@ class ShardedModel:
             members,
             dtype=dtype,
             placement=plan.parameter,
-            store=stores[plan.parameter.tier],
+            store=stores.of(plan.parameter.tier, "param"),
             rank=ranks.rank,
             world_size=ranks.world_size if plan.optimizer.sharded else 1,
             device=ranks.device,
@@ -234,19 +250,39 @@ class ShardedModel:
         buffer.whole.copy_(values)
         self._settle_in(buffer)
         n = buffer.layout.shard_numel if plan.optimizer.sharded else buffer.layout.numel
-        shares = dtype == master_dtype and plan.parameter.tier is plan.optimizer.tier
-        if shares:
-            master = buffer.shard if plan.optimizer.sharded else buffer.whole
+        tier = plan.optimizer.tier
+        shares = dtype == master_dtype and plan.parameter.tier is tier
+        if not shares:
+            master = stores.of(tier, "optimizer").allocate(n, master_dtype, f"{members[0].name}.master")
+            self.put_to_rest(values[buffer.rank * n : (buffer.rank + 1) * n], master)
+        elif buffer.slab is not None:
+            master = buffer.slab
         else:
-            master = stores[plan.optimizer.tier].allocate(n, master_dtype)
-            master.copy_(values[buffer.rank * n : (buffer.rank + 1) * n])
+            master = Slab(None, tier, n, master_dtype, buffer.own_slice if plan.optimizer.sharded else buffer.whole)
         return buffer, Gradients(buffer, plan, self._engine, master, shares)
 
     def _settle_in(self, buffer: FlatBuffer) -> None:
         """Put this rank's shard to rest and make the parameters views; the whole is still there."""
-        if buffer.leaves:
-            buffer.shard.copy_(buffer.own_slice)
+        if buffer.slab is not None:
+            self.put_to_rest(buffer.own_slice, buffer.slab)
         buffer.adopt()
+
+    def put_to_rest(self, values: Tensor, slab: Slab) -> None:
+        """Put a device tensor to rest; its memory may go afterwards. A drive's error waits for the ranks to agree."""
+        lanes = self._engine.lanes
+        lanes.down.wait(lanes.mark_compute())
+        try:
+            lanes.compute_waits(slab.put(values).enqueued())
+        except StoreError as error:
+            self._engine.faults.note(error)
+
+    def drain(self) -> None:
+        """What was put is where it rests. Collective where a drive is used; raises StoreError."""
+        try:
+            self._engine.stores.drain()
+        except StoreError as error:
+            self._engine.faults.note(error)
+        self._engine.faults.agree()
 
     # Training.
 
@@ -263,6 +299,12 @@ class ShardedModel:
             g.used = used[start : start + len(g.used)]
             start += len(g.used)
 
+    def in_forward_order(self, units: Sequence[Unit]) -> list[Unit]:
+        """`units` as the next forward will need them, as far as that is known; those without modules last."""
+        place = {i: n for n, i in reversed(list(enumerate(self.schedule.forward_sequence)))}
+        last = len(self.units)
+        return sorted(units, key=lambda unit: place.get(self.schedule.index[id(unit)], last))
+
     def drop_gradients(self) -> None:
         """Forget every gradient since the last step, reduced or not."""
         for unit in self.units:
@@ -270,8 +312,9 @@ class ShardedModel:
                 unit.gradients.drop()
 
     def synchronize(self) -> None:
-        """The host waits for everything that was enqueued on the device."""
+        """The host waits for everything that was enqueued on the device, and for what goes on in host memory."""
         self._engine.lanes.synchronize()
+        self._engine.stores.cpu.drain()
 
     # Reading and leaving.
 
@@ -334,13 +377,27 @@ class ShardedModel:
     def _whole_master(self, unit: Unit) -> Tensor:
         assert unit.gradients is not None
         assert unit.trainable is not None
-        self._engine.lanes.synchronize()
-        own = unit.gradients.master.to(self.ranks.device)
+        own = self.fetched(unit.gradients.master)
         if not unit.plan.optimizer.sharded:
             return own
         whole = torch.empty(unit.trainable.layout.numel, dtype=own.dtype, device=self.ranks.device)
         self.ranks.all_gather(whole, own)
         return whole
+
+    def fetched(self, slab: Slab) -> Tensor:
+        """What rests in `slab`, on the device; the computation waits for it. Collective where a drive is used."""
+        if slab.tier is Tier.GPU:
+            self._engine.lanes.join()
+            return slab.tensor
+        lanes = self._engine.lanes
+        out = torch.empty(slab.numel, dtype=slab.dtype, device=self.ranks.device)
+        lanes.up.wait(lanes.mark_compute())
+        try:
+            lanes.compute_waits(slab.fetch(out).enqueued())
+        except StoreError as error:
+            self._engine.faults.note(error)
+        self._engine.faults.agree()
+        return out
 
     def _persistent_buffers(self) -> dict[str, Tensor]:
         found = {}
@@ -389,6 +446,8 @@ class ShardedModel:
                 for buffer in (unit.frozen, unit.trainable):
                     if buffer is not None:
                         buffer.dissolve()
+        self._engine.lanes.synchronize()
+        self._engine.stores.close()
         _sharded.pop(id(self.model), None)
 
 
@@ -398,6 +457,21 @@ def gathered(model: nn.Module, parameters: Sequence[Parameter] | None = None) ->
     sharded = find_sharded(model)
     with sharded.gathered(parameters) if sharded is not None else nullcontext():
         yield
+
+
+def _paths(plan: Plan, given: Mapping[Kind, str]) -> dict[Kind, str]:
+    """The directories that the plan needs. Raises StoreError if one is missing."""
+    found: dict[Kind, str] = {}
+    needs: dict[Kind, bool] = {
+        "param": Tier.NVME in (plan.frozen.tier, plan.parameter.tier),
+        "optimizer": plan.optimizer.tier is Tier.NVME,
+    }
+    for kind, needed in needs.items():
+        if needed and kind not in given:
+            raise StoreError(f"{kind} rests on nvme, but no directory is given. Set offload_{kind}_nvme_path.")
+        if needed:
+            found[kind] = given[kind]
+    return found
 
 
 def _nbytes(members: Sequence[Member]) -> int:

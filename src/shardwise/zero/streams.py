@@ -8,15 +8,24 @@ tensor needs record_stream. On a CPU device every lane is the calling thread and
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
 
+class _Previous(threading.local):
+    """The streams that were current before, a list for each thread: disk threads enqueue copies too."""
+
+    def __init__(self) -> None:
+        self.streams: list[torch.cuda.Stream] = []
+
+
 class Lane:
-    """One queue of device work; `on()` makes it current."""
+    """One queue of device work; `on()` makes it current. Any thread may use it."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._previous: list[torch.cuda.Stream] = []
+        self._previous = _Previous()
 
     def on(self) -> Lane:
         """`with lane.on():` what is enqueued inside runs on this lane."""
@@ -26,12 +35,12 @@ class Lane:
 
     def __enter__(self) -> None:
         if self.stream is not None:
-            self._previous.append(torch.cuda.current_stream())
+            self._previous.streams.append(torch.cuda.current_stream())
             torch.cuda.set_stream(self.stream)
 
     def __exit__(self, *exception: object) -> None:
         if self.stream is not None:
-            torch.cuda.set_stream(self._previous.pop())
+            torch.cuda.set_stream(self._previous.streams.pop())
 
     def mark(self) -> torch.cuda.Event | None:
         """An event that is done when everything enqueued on this lane so far is."""
@@ -49,16 +58,21 @@ class Lane:
 
 
 class Lanes:
-    """gather: brings weights. reduce: sums gradients. copy: moves shards between host and device.
+    """gather: brings weights together. reduce: sums gradients. up, down: move shards from and to another tier, one stream
+    for each way, because the link carries both at once. step: runs the optimizer on states that visit the device.
 
     They belong to one ShardedModel; models prepared side by side do not wait for each other.
+    serial: every lane is the compute stream. Nothing overlaps then; it is what an overlapped run is held against.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, serial: bool = False) -> None:
         self.device = device
-        self.gather = Lane(device)
-        self.reduce = Lane(device)
-        self.copy = Lane(device)
+        lane_device = torch.device("cpu") if serial else device
+        self.gather = Lane(lane_device)
+        self.reduce = Lane(lane_device)
+        self.up = Lane(lane_device)
+        self.down = Lane(lane_device)
+        self.step = Lane(lane_device)
 
     def mark_compute(self) -> torch.cuda.Event | None:
         """An event that is done when the computation enqueued so far is."""
@@ -71,7 +85,7 @@ class Lanes:
 
     def join(self) -> None:
         """The computation waits for every lane."""
-        for lane in (self.gather, self.reduce, self.copy):
+        for lane in (self.gather, self.reduce, self.up, self.step, self.down):
             self.compute_waits(lane.mark())
 
     def synchronize(self) -> None:

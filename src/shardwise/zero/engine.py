@@ -1,0 +1,134 @@
+"""What the units of one model share: the ranks, the lanes, a store for each tier, and what is in flight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import StoreError
+from ..offload.host import HostStore
+from ..offload.nvme import NvmeStore
+from ..offload.store import MemoryStore, Store
+from .collectives import Ranks
+from .plan import Tier
+from .streams import Lanes
+
+Kind = Literal["param", "optimizer"]
+
+
+@dataclass(frozen=True)
+class Stores:
+    """Where shards rest. nvme: by what lies there, because weights and states may have a directory each."""
+
+    gpu: MemoryStore
+    cpu: HostStore
+    nvme: Mapping[Kind, NvmeStore]
+
+    @classmethod
+    def make(cls, lanes: Lanes, rank: int, nvme_paths: Mapping[Kind, str]) -> Stores:
+        """nvme_paths: a directory for each kind that rests on nvme. Raises StoreError if one cannot be used."""
+        by_path = {path: NvmeStore(path, lanes, rank) for path in dict.fromkeys(nvme_paths.values())}
+        nvme = {kind: by_path[path] for kind, path in nvme_paths.items()}
+        return cls(MemoryStore(lanes), HostStore(lanes), nvme)
+
+    def of(self, tier: Tier, kind: Kind) -> Store:
+        if tier is Tier.NVME:
+            return self.nvme[kind]
+        return self.gpu if tier is Tier.GPU else self.cpu
+
+    @property
+    def uses_disk(self) -> bool:
+        return bool(self.nvme)
+
+    @property
+    def staging_nbytes(self) -> int:
+        """Bytes of host memory that transfers go through, besides what rests."""
+        return self.cpu.staging_nbytes + sum(s.staging_nbytes for s in set(self.nvme.values()))
+
+    def drain(self) -> None:
+        """Everything that was put is where it rests. Raises StoreError for the first write that failed."""
+        self.cpu.drain()
+        for store in self.nvme.values():
+            store.drain()
+
+    def close(self) -> None:
+        self.cpu.close()
+        for store in self.nvme.values():
+            store.close()
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What every unit of a model shares. reduce_dtype: gradients are summed in it."""
+
+    ranks: Ranks
+    lanes: Lanes
+    stores: Stores
+    reduce_dtype: torch.dtype
+    reductions: ReductionsInFlight
+    faults: Faults
+
+
+@dataclass
+class Faults:
+    """Errors of this rank's drives, kept until the ranks can agree on them.
+
+    A rank that raised in the middle of a pass would leave the others waiting in a collective. So a rank that could not
+    read takes part in the gathers, with wrong bytes, and `agree` raises on every rank before a result of the pass is used.
+    """
+
+    ranks: Ranks
+    active: bool = False
+    errors: list[StoreError] = field(default_factory=list)
+
+    def note(self, error: StoreError) -> None:
+        self.errors.append(error)
+
+    def agree(self) -> None:
+        """Collective where a drive is used. Raises StoreError, or RankError for another rank's."""
+        if self.active:
+            error = self.errors[0] if self.errors else None
+            self.errors.clear()
+            self.ranks.agree(error)
+
+
+class ReductionsInFlight:
+    """The scratch memory of reductions that the device has not finished, oldest first, over all units of a model.
+
+    The host enqueues a whole backward before the device has run it, so it cannot wait for a reduction to end. Instead the
+    computation waits, on the device, for the oldest ones when all together would take more than BUDGET bytes: from then on
+    their memory may be written again. Adapters stay far below that, and nothing ever waits.
+    """
+
+    BUDGET = 256 << 20
+
+    def __init__(self, lanes: Lanes) -> None:
+        self._lanes = lanes
+        self._held: list[tuple[torch.cuda.Event, Tensor]] = []
+        # False keeps all of them to the end of the backward: see Schedule._agree_on_window.
+        self.bounded = True
+
+    @property
+    def nbytes(self) -> int:
+        return sum(scratch.nbytes for _, scratch in self._held)
+
+    def make_room(self, nbytes: int) -> None:
+        """Before another reduction takes `nbytes` of scratch memory."""
+        while self.bounded and self._held and self.nbytes + nbytes > self.BUDGET:
+            self._drop_oldest()
+
+    def add(self, event: torch.cuda.Event | None, scratch: Tensor) -> None:
+        if event is not None:  # on a CPU the reduction is over, and its scratch memory may go at once
+            self._held.append((event, scratch))
+
+    def clear(self) -> None:
+        while self._held:
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        event, _ = self._held.pop(0)
+        self._lanes.compute_waits(event)

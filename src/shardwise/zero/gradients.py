@@ -1,0 +1,264 @@
+"""The gradients of one flat buffer, and the fp32 masters that they will change.
+
+    EMPTY --collect--> COLLECTING --reduce--> REDUCING --settle--> READY --drop--> EMPTY
+    EMPTY --reduce--> REDUCING, where no micro-batch is only collected
+
+With the optimizer off the device, a reduced gradient leaves at once, in the dtype it was summed in, while the backward
+goes on. Its squared norm is taken before it leaves, so that clipping reads nothing back. Micro-batches are added up where
+the gradient rests: it never comes back up before the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from enum import Enum, auto
+
+import torch
+from torch import Tensor
+
+from ..errors import UnitStateError
+from ..offload.store import Slab
+from .engine import Engine
+from .flat import FlatBuffer
+from .layout import Piece
+from .plan import Plan, Tier
+
+
+class Grads(Enum):
+    EMPTY = auto()
+    COLLECTING = auto()
+    REDUCING = auto()
+    READY = auto()
+
+
+_MOVES = {
+    Grads.EMPTY: {Grads.COLLECTING, Grads.REDUCING, Grads.EMPTY},
+    Grads.COLLECTING: {Grads.REDUCING, Grads.COLLECTING, Grads.EMPTY},
+    Grads.REDUCING: {Grads.READY, Grads.REDUCING, Grads.COLLECTING, Grads.EMPTY},
+    Grads.READY: {Grads.COLLECTING, Grads.REDUCING, Grads.EMPTY},
+}
+
+
+class Gradients:
+    """The gradients of one trainable buffer.
+
+    master: (n,) at rest on plan.optimizer.tier, where n is the shard's or, with a whole optimizer, the whole buffer's size.
+    shares_weights: the master is the computing weights themselves, because dtype and place agree; it costs nothing.
+    states: what the optimizer keeps beside a master that is not in place, by key ("exp_avg"), each (n,).
+    used:   per parameter, whether a gradient has arrived on this rank since the last step.
+    """
+
+    def __init__(self, buffer: FlatBuffer, plan: Plan, engine: Engine, master: Slab, shares_weights: bool) -> None:
+        self.buffer = buffer
+        self.plan = plan
+        self.master = master
+        self.shares_weights = shares_weights
+        self.states: dict[str, Slab] = {}
+        self._engine = engine
+        self.state = Grads.EMPTY
+        self.used = [False] * len(buffer.members)
+        self.pending: set[int] = set()
+        self._leaves = plan.optimizer.tier is not Tier.GPU
+        self._whole: Tensor | None = None  # this rank's own sum over micro-batches, not yet reduced
+        self._shard: Tensor | None = None  # reduced, master's dtype, on the device
+        self._host: Slab | None = None  # reduced, in host memory, when the plan offloads the optimizer
+        self._host_filled = False
+        self._square: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        return self.buffer.members[0].name
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the optimizer can change the master where it rests; else it visits the device in the step."""
+        return self.master.in_memory and (self.master.tier is Tier.GPU or self._engine.lanes.device.type == "cpu")
+
+    def _move(self, state: Grads) -> None:
+        if state not in _MOVES[self.state]:
+            raise UnitStateError(
+                f"gradients of {self.name}...: {self.state.name} does not lead to "
+                f"{state.name}. This is a fault of shardwise; please report it."
+            )
+        self.state = state
+
+    def region(self, whole: Tensor) -> Tensor:
+        """The part of a whole flat tensor that this rank's optimizer works on."""
+        n = self.buffer.layout.shard_numel
+        rank = self._engine.ranks.rank
+        return whole[rank * n : (rank + 1) * n] if self.plan.optimizer.sharded else whole
+
+    def pieces(self) -> tuple[Piece, ...]:
+        """Which parts of which parameters lie in `master`, in order."""
+        if self.plan.optimizer.sharded:
+            return self.buffer.layout.pieces(self._engine.ranks.rank)
+        return tuple(Piece(i, 0, slot.offset, slot.numel) for i, slot in enumerate(self.buffer.layout.slots))
+
+    # During a backward.
+
+    def expect(self) -> None:
+        """A backward begins: no parameter has sent its gradient yet."""
+        self.pending = set(range(len(self.buffer.members)))
+
+    def note(self, index: int) -> bool:
+        """Parameter `index` has its gradient. True when it was the last of the unit."""
+        self.used[index] = True
+        self.pending.discard(index)
+        return not self.pending
+
+    def collect(self) -> None:
+        """Add this rank's gradients to its own sum and drop them from the parameters. No communication."""
+        self._move(Grads.COLLECTING)
+        partial = self._take()
+        if self._whole is None:
+            self._whole = partial.to(self.master.dtype)
+        else:
+            self._whole.add_(partial)
+
+    def reduce(self, boundary: bool = True) -> None:
+        """Average over the ranks what this rank has, and add this rank's region to what is already there.
+
+        boundary: this is the last micro-batch before a step.
+        Runs on the reduce lane. Parameters without a gradient count as zeros, so that every rank may call it.
+        """
+        self._move(Grads.REDUCING)
+        engine, lanes = self._engine, self._engine.lanes
+        engine.reductions.make_room(self.scratch_nbytes)
+        partial = self._take()
+        if self._whole is not None:
+            partial = (
+                partial.add_(self._whole)
+                if partial.dtype == self._whole.dtype
+                else self._whole.add_(partial).to(partial.dtype)
+            )
+            self._whole = None
+        lanes.reduce.wait(lanes.mark_compute())
+        with lanes.reduce.on():
+            if self.plan.optimizer.sharded:
+                out = self.region(partial)
+                engine.ranks.reduce_scatter(partial, out)
+            else:
+                out = partial
+                engine.ranks.all_reduce_gradient(out)
+            if self._leaves:
+                done = self._send(out, boundary)
+            else:
+                self._keep(out)
+                done = lanes.reduce.mark()
+        engine.reductions.add(done, partial)
+
+    def _keep(self, out: Tensor) -> None:
+        """Add a reduced gradient to the one on the device."""
+        if self._shard is not None:
+            self._shard.add_(out)
+        elif out.dtype == self.master.dtype and not self.plan.optimizer.sharded:
+            self._shard = out
+        else:
+            self._shard = out.to(self.master.dtype, copy=True)
+
+    def _send(self, out: Tensor, boundary: bool) -> torch.cuda.Event | None:
+        """Let a reduced gradient leave for host memory. Gives the event after which `out` may be written again."""
+        lanes, store = self._engine.lanes, self._engine.stores.cpu
+        first = not self._host_filled
+        self._host_filled = True
+        # A sum of several needs the master's dtype; a single one is exact in the dtype it was summed in.
+        dtype = out.dtype if first and boundary else self.master.dtype
+        self._square = out.float().square().sum() if first and boundary else None
+        lanes.down.wait(lanes.reduce.mark())
+        if first:
+            if self._host is None or self._host.dtype != dtype:
+                self._host = None  # the old slab goes before the new one comes
+                self._host = store.allocate(out.numel(), dtype, self.name)
+            return self._host.put(out).enqueued()
+        assert self._host is not None
+        if self._host.dtype != dtype:  # the unit is reduced twice in one backward, as under re-entrant checkpointing
+            lanes.synchronize()
+            wider = store.allocate(out.numel(), dtype, self.name)
+            wider.tensor.copy_(self._host.tensor)
+            self._host = wider
+        return store.add(out, self._host).enqueued()
+
+    def settle(self) -> None:
+        """The backward of the last micro-batch is over: the gradient is where the plan rests it, or on its way."""
+        if self._shard is not None or self._host_filled:
+            self._move(Grads.READY)
+
+    def _take(self) -> Tensor:
+        """This backward's gradients as one flat tensor in the reduce dtype, zeros where there is none."""
+        flat = torch.zeros(self.buffer.layout.numel, dtype=self._reduce_dtype, device=self.buffer.whole.device)
+        targets, sources = [], []
+        for member, target in zip(self.buffer.members, self.buffer.slices(flat), strict=True):
+            grad = member.parameter.grad
+            if grad is not None:
+                targets.append(target)
+                sources.append((grad.to_dense() if grad.is_sparse else grad).reshape(-1))
+                member.parameter.grad = None
+        if targets:
+            torch._foreach_copy_(targets, sources)
+        return flat
+
+    @property
+    def scratch_nbytes(self) -> int:
+        """Bytes that a reduction of this buffer takes besides its result."""
+        return self.buffer.layout.numel * self._reduce_dtype.itemsize
+
+    @property
+    def _reduce_dtype(self) -> torch.dtype:
+        return torch.float64 if self.master.dtype == torch.float64 else self._engine.reduce_dtype
+
+    # For the optimizer.
+
+    @property
+    def at_rest(self) -> Tensor | None:
+        """The reduced gradient beside the master, or None if there is none. On the host, see `Stores.drain` first."""
+        if self.state is not Grads.READY:
+            return None
+        return self._shard if self._host is None or not self._host_filled else self._host.tensor
+
+    @property
+    def host(self) -> Slab | None:
+        """The reduced gradient in host memory, if it is there."""
+        return self._host if self.state is Grads.READY and self._host_filled else None
+
+    @property
+    def square(self) -> Tensor | None:
+        """The squared 2-norm of the gradient that left in one piece, a scalar on the device; else None."""
+        return self._square if self.host is not None else None
+
+    def changed(self) -> None:
+        """Somebody wrote into `at_rest`: what was known of it no longer holds."""
+        self._square = None
+
+    def forget(self, indices: Collection[int]) -> None:
+        """Forget the gradients of some parameters: another optimizer still needs the others'."""
+        for index in indices:
+            self.used[index] = False
+        if not any(self.used):
+            self.drop()
+            return
+        at_rest = self.at_rest
+        if at_rest is not None:
+            for piece in self.pieces():
+                if piece.slot in indices:
+                    at_rest[piece.in_shard : piece.in_shard + piece.numel].zero_()
+            self.changed()
+        if self._whole is not None:
+            for index in indices:
+                self.buffer.slices(self._whole)[index].zero_()
+
+    def drop(self) -> None:
+        """Forget every gradient since the last step."""
+        self._move(Grads.EMPTY)
+        self._whole = self._shard = self._square = None
+        self._host_filled = False
+        self.used = [False] * len(self.used)
+        for member in self.buffer.members:
+            member.parameter.grad = None
+
+    @property
+    def nbytes(self) -> dict[Tier, int]:
+        """Bytes that gradients hold at this moment, by tier."""
+        found = {Tier.GPU: sum(t.nbytes for t in (self._whole, self._shard) if t is not None)}
+        if self._host is not None:
+            found[Tier.CPU] = self._host.nbytes
+        return {tier: count for tier, count in found.items() if count}

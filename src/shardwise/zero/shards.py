@@ -1,0 +1,305 @@
+"""What an optimizer holds of a parameter on this rank, and the steps of shards that rest off the device.
+
+A shard whose master rests in host memory or on a drive visits the device for its step: chunk by chunk, master, states and
+gradient come up, the user's own optimizer runs on them there, and master and states go down again. So an offloaded step
+runs the very kernels of one that is not offloaded, and gives its bits:
+
+    up     | c0 | c1 | c2 | c3 |            16 bytes a parameter (fp32: master, two moments, gradient)
+    step        | c0 | c1 | c2 | c3 |       the cast into the weights that compute is part of it
+    down             | c0 | c1 | c2 | c3 |  12 bytes
+
+The host only enqueues: it is back in the script before the first chunk is down, and the next forward waits, unit by unit,
+for what it reads. The chunks go in the order in which the forward needs the units. Why the device and not the host's cores:
+docs/design/offload.md.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from ..errors import StoreError
+from ..offload.store import Arrival, Slab
+from .gradients import Gradients
+from .sharded import ShardedModel
+from .unit import Unit
+
+# Elements. 16 MiB of fp32 each: long enough for the link, short enough that a few of them are little memory. Whole pages.
+CHUNK = 4 << 20
+_AHEAD = 3  # chunks on their way up while one steps
+
+
+class Shard:
+    """One parameter's piece in this rank's master.
+
+    tensor: what the optimizer holds: a view of the master where that can be read in place, else a stand-in on the meta
+            device that has its shape. group: the number of its parameter group.
+    """
+
+    __slots__ = ("begin", "end", "gradients", "group", "in_slot", "index", "tensor")
+
+    def __init__(self, gradients: Gradients, index: int, in_slot: int, begin: int, numel: int) -> None:
+        self.gradients = gradients
+        self.index = index
+        self.begin, self.end = begin, begin + numel
+        self.in_slot = in_slot
+        self.group = 0
+        master = gradients.master
+        if master.in_memory:
+            self.tensor = Parameter(master.tensor[self.begin : self.end])
+        else:
+            self.tensor = Parameter(torch.empty(numel, dtype=master.dtype, device="meta"))
+
+    @property
+    def numel(self) -> int:
+        return self.end - self.begin
+
+    def gradient(self) -> Tensor | None:
+        """The reduced gradient of this piece, or None if no rank used the parameter since the last step."""
+        at_rest = self.gradients.at_rest
+        return at_rest[self.begin : self.end] if at_rest is not None and self.gradients.used[self.index] else None
+
+
+class _Visit:
+    """Elements [begin, end) of one unit's master on the device, with what belongs to them."""
+
+    def __init__(self, unit: Unit, gradients: Gradients, begin: int, end: int) -> None:
+        self.unit = unit
+        self.gradients = gradients
+        self.begin, self.end = begin, end
+        self.master: Tensor
+        self.grad: Tensor
+        self.states: dict[str, Tensor] = {}
+        self.arrivals: list[Arrival] = []
+        self.held: list[Tensor] = []
+        self.down: torch.cuda.Event | None = None
+
+
+class Visits:
+    """Steps an optimizer over shards that are not in place."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        # States that the optimizer's constructor made: they are put to rest before the first step.
+        self._initial: dict[int, tuple[Shard, dict[str, Any]]] = {}
+
+    def remember(self, shard: Shard, state: dict[str, Any]) -> None:
+        """`state` is what the optimizer already keeps for this shard, cut to its elements."""
+        self._initial[id(shard)] = (shard, state)
+
+    def step(
+        self, model: ShardedModel, units: Sequence[Unit], shards: Sequence[Shard], factor: Tensor | None, *, fused: bool
+    ) -> None:
+        """One step of `shards`, which belong to `units` of `model` or to other models.
+
+        factor: what the gradients are multiplied by. fused: the optimizer takes it as a scale.
+        A drive's errors are noted; they are raised when the ranks agree on them.
+        """
+        engine = model.engine
+        lanes = engine.lanes
+        by_unit: dict[int, list[Shard]] = {}
+        for shard in shards:
+            by_unit.setdefault(id(shard.gradients), []).append(shard)
+        self._rest_initial(model)
+        begun = {id(shard) for shard in shards if self.optimizer.state.get(shard.tensor)}
+        lanes.step.wait(lanes.mark_compute())
+        coming: deque[_Visit] = deque()
+        going: deque[_Visit] = deque()
+        for visit in self._visits(model.in_forward_order(units)):
+            self._bring(model, visit)
+            coming.append(visit)
+            if len(coming) > _AHEAD:
+                self._finish(model, coming.popleft(), by_unit, begun, factor, fused, going)
+        while coming:
+            self._finish(model, coming.popleft(), by_unit, begun, factor, fused, going)
+        while going:
+            lanes.step.wait(going.popleft().down)
+        self._publish(model, units)
+
+    def _visits(self, units: Sequence[Unit]) -> Iterator[_Visit]:
+        for unit in units:
+            gradients = unit.gradients
+            if gradients is not None and gradients.host is not None:
+                for begin in range(0, gradients.master.numel, CHUNK):
+                    yield _Visit(unit, gradients, begin, min(begin + CHUNK, gradients.master.numel))
+
+    def _bring(self, model: ShardedModel, visit: _Visit) -> None:
+        """Enqueue everything that the visit needs on its way up."""
+        gradients, lanes = visit.gradients, model.engine.lanes
+        assert gradients.host is not None
+        sources: list[Slab] = [gradients.master, gradients.host, *gradients.states.values()]
+        with lanes.step.on():
+            landings = [torch.empty(visit.end - visit.begin, dtype=s.dtype, device=lanes.device) for s in sources]
+        visit.master, visit.grad = landings[:2]
+        visit.states = dict(zip(gradients.states, landings[2:], strict=True))
+        lanes.up.wait(lanes.step.mark())
+        for slab, landing in zip(sources, landings, strict=True):
+            visit.arrivals.append(slab.fetch(landing, visit.begin))
+
+    def _finish(
+        self,
+        model: ShardedModel,
+        visit: _Visit,
+        by_unit: dict[int, list[Shard]],
+        begun: set[int],
+        factor: Tensor | None,
+        fused: bool,
+        going: deque[_Visit],
+    ) -> None:
+        """Step the elements of a visit and send them down again."""
+        engine, gradients = model.engine, visit.gradients
+        lanes = engine.lanes
+        try:
+            for arrival in visit.arrivals:
+                lanes.step.wait(arrival.enqueued())
+        except StoreError as error:
+            engine.faults.note(error)
+            return
+        with lanes.step.on():
+            stepped = self._run(visit, by_unit.get(id(gradients), []), begun, factor, fused)
+            kept, event = visit.unit.deliver(visit.master, visit.begin)
+            visit.held.append(kept)
+            visit.unit.published = lanes.step.mark()
+            lanes.down.wait(visit.unit.published)
+            visit.down = event
+            for key, staged in visit.states.items():
+                self._slab(model, gradients, key, staged.dtype)
+            for shard, state in stepped:
+                self.optimizer.state[shard.tensor] = self._resting(shard, state)
+            leaving = [(staged, gradients.states[key]) for key, staged in visit.states.items()]
+            if not gradients.shares_weights:
+                leaving.append((visit.master, gradients.master))
+            for staged, slab in leaving:
+                visit.down = slab.put(staged, visit.begin).enqueued()
+        going.append(visit)
+        if len(going) > 1:  # one behind, so that the next step does not wait for this one's way down
+            lanes.step.wait(going.popleft().down)
+
+    def _run(
+        self, visit: _Visit, shards: Sequence[Shard], begun: set[int], factor: Tensor | None, fused: bool
+    ) -> list[tuple[Shard, dict[str, Any]]]:
+        """Run the user's optimizer on what is there, with its present hyperparameters.
+
+        Gives the shards whose last elements were here, with the states that the optimizer has for them now.
+        """
+        grad = visit.grad if visit.grad.dtype == visit.master.dtype else visit.grad.to(visit.master.dtype)
+        if factor is not None and not fused:
+            grad.mul_(factor)
+        trial = self._double(visit.master.device, factor if fused else None)
+        pieces: list[tuple[Shard, Parameter, slice]] = []
+        for shard in shards:
+            first, last = max(shard.begin, visit.begin), min(shard.end, visit.end)
+            if first >= last or not shard.gradients.used[shard.index]:
+                continue
+            where = slice(first - visit.begin, last - visit.begin)
+            piece = Parameter(visit.master[where])
+            piece.grad = grad[where]
+            if id(shard) in begun:
+                whole = last - first == shard.numel
+                scalars = self.optimizer.state[shard.tensor]
+                trial.state[piece] = {
+                    key: visit.states[key][where] if key in visit.states else value if whole else _copy(value)
+                    for key, value in scalars.items()
+                }
+            trial.param_groups[shard.group]["params"].append(piece)
+            pieces.append((shard, piece, where))
+        with torch.enable_grad():
+            type(self.optimizer).step(trial)
+        stepped = []
+        for shard, piece, where in pieces:
+            state = trial.state[piece]
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == piece.shape:
+                    if key not in visit.states:
+                        visit.states[key] = torch.zeros_like(visit.master, dtype=value.dtype)
+                    if value.data_ptr() != visit.states[key][where].data_ptr():
+                        visit.states[key][where].copy_(value)
+            if where.stop + visit.begin == shard.end:
+                stepped.append((shard, dict(state)))
+        return stepped
+
+    @staticmethod
+    def _slab(model: ShardedModel, gradients: Gradients, key: str, dtype: torch.dtype) -> Slab:
+        """Where this state of a unit rests."""
+        if key not in gradients.states:
+            store = model.engine.stores.of(gradients.plan.optimizer.tier, "optimizer")
+            gradients.states[key] = store.allocate(gradients.master.numel, dtype, f"{gradients.name}.{key}")
+        return gradients.states[key]
+
+    @staticmethod
+    def _resting(shard: Shard, state: dict[str, Any]) -> dict[str, Any]:
+        """What the optimizer's own dictionary holds: numbers as they are, tensors where they rest."""
+        slabs = shard.gradients.states
+        return {
+            key: (slabs[key].tensor[shard.begin : shard.end] if slabs[key].in_memory else OFFLOADED)
+            if key in slabs and isinstance(value, Tensor) and value.ndim
+            else value
+            for key, value in state.items()
+        }
+
+    def _double(self, device: torch.device, factor: Tensor | None) -> Any:
+        """The user's optimizer once more, with its groups empty and no hooks of its own: those ran once for the step."""
+        trial: Any = object.__new__(type(self.optimizer))
+        trial.__dict__.update({k: v for k, v in self.optimizer.__dict__.items() if k not in ("step", "zero_grad")})
+        trial._optimizer_step_pre_hooks = {}
+        trial._optimizer_step_post_hooks = {}
+        trial.state = defaultdict(dict)
+        trial.param_groups = [{**group, "params": []} for group in self.optimizer.param_groups]
+        trial.grad_scale = trial.found_inf = None
+        if factor is not None:
+            trial.grad_scale = factor.reciprocal().to(device, torch.float32)
+            trial.found_inf = torch.zeros((), device=device)
+        return trial
+
+    def _publish(self, model: ShardedModel, units: Sequence[Unit]) -> None:
+        """Weights that are whole on every rank are gathered from their regions; the computation waits for those."""
+        lanes = model.engine.lanes
+        whole = [u for u in units if not u.plan.parameter.sharded and u.trainable is not None]
+        if whole:
+            lanes.gather.wait(lanes.step.mark())
+            with lanes.gather.on():
+                for unit in whole:
+                    assert unit.trainable is not None
+                    model.ranks.all_gather(unit.trainable.whole, unit.trainable.own_slice)
+            lanes.compute_waits(lanes.gather.mark())
+        for unit in units:
+            if unit.trainable is not None and unit.trainable.slab is None:
+                lanes.compute_waits(unit.published)
+
+    def _rest_initial(self, model: ShardedModel) -> None:
+        """Put states that the optimizer's constructor made to rest, unit by unit."""
+        known = {id(unit.gradients) for unit in model.units}
+        todo = [entry for entry in self._initial.values() if id(entry[0].gradients) in known]
+        for gradients in {id(s.gradients): s.gradients for s, _ in todo}.values():
+            whole: dict[str, Tensor] = {}
+            mine = [(shard, state) for shard, state in todo if shard.gradients is gradients]
+            for shard, state in mine:
+                for key, value in state.items():
+                    if isinstance(value, Tensor) and value.shape == shard.tensor.shape:
+                        empty = torch.zeros(gradients.master.numel, dtype=value.dtype, device=model.ranks.device)
+                        whole.setdefault(key, empty)[shard.begin : shard.end].copy_(value)
+                del self._initial[id(shard)]
+            for key, flat in whole.items():
+                model.put_to_rest(flat, self._slab(model, gradients, key, flat.dtype))
+            for shard, state in mine:
+                self.optimizer.state[shard.tensor] = self._resting(shard, state)
+
+
+class _Offloaded:
+    """Stands in the optimizer's state for a tensor that rests off the device, in `Gradients.states`."""
+
+    def __repr__(self) -> str:
+        return "(offloaded)"
+
+
+OFFLOADED = _Offloaded()
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
