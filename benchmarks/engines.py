@@ -9,8 +9,10 @@ and an optimizer that steps. The step itself is one function for all of them, so
     ddpamp                   adapters in fp32 under bf16 autocast, as `mixed_precision: bf16` of accelerate does
     fsdp2[+ends][+cpu]       fully_shard on every block and the root; +ends: the embedding and the head are groups too;
                              +cpu: CPUOffloadPolicy (parameters, gradients and the optimizer on the host)
-    shardwise:S[+opt][+param][+prefetchN]
-                             ZeRO stage S (0 to 3); +opt and +param put the optimizer and the parameters on the host
+    shardwise:S[+opt][+param][+nvme][+clip][+serial][+prefetchN]
+                             ZeRO stage S (0 to 3); +opt and +param put the optimizer and the parameters on the host,
+                             with +nvme on the drive below $TMPDIR; +clip clips to a global norm of 1; +serial lets
+                             nothing overlap
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +87,7 @@ class Engine:
             "ddp32": set(),
             "ddpamp": set(),
             "fsdp2": {"ends", "cpu"},
-            "shardwise": {"opt", "param"},
+            "shardwise": {"opt", "param", "nvme", "clip", "serial"},
         }
         if kind not in allowed:
             raise ValueError(f"no engine is called {kind!r}; there are {', '.join(allowed)}")
@@ -157,7 +160,7 @@ class Engine:
 
         assert self.stage is not None
         places = {
-            f"offload_{role}": "cpu"
+            f"offload_{role}": "nvme" if "nvme" in self.options else "cpu"
             for role, option in (("optimizer", "opt"), ("param", "param"))
             if option in self.options
         }
@@ -166,10 +169,17 @@ class Engine:
         model = case.build(place.device)
         optimizer = _adamw(model, case)
         sharded = ShardedModel(
-            model, plan=plan, ranks=place.ranks, precision=precision, prefetch=self.prefetch, units=None
+            model,
+            plan=plan,
+            ranks=place.ranks,
+            precision=precision,
+            prefetch=self.prefetch,
+            nvme_paths=dict.fromkeys(("param", "optimizer"), tempfile.gettempdir()),
+            serial="serial" in self.options,
         )
+        clipping = 1.0 if "clip" in self.options else None
         stepper = ShardedOptimizer(
-            optimizer, [sharded], scaler=LossScaler.for_precision(precision), gradient_clipping=None
+            optimizer, [sharded], scaler=LossScaler.for_precision(precision), gradient_clipping=clipping
         )
         return Trainee(model, optimizer, place.device, ledger=sharded.ledger, keep=(sharded, stepper))
 

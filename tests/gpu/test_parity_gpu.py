@@ -49,6 +49,10 @@ def test_every_plan_gives_the_curve_of_one_process_in_bf16(rows: list[dict]) -> 
     assert not failures(rows, "parity bf16")
 
 
+def test_offloading_gives_the_bits_of_a_run_that_does_not(rows: list[dict]) -> None:
+    assert not failures(rows, "offload")
+
+
 def test_three_runs_give_the_same_bits(rows: list[dict]) -> None:
     assert not failures(rows, "repeat")
 

@@ -18,11 +18,12 @@ import gc
 import json
 import os
 import sys
+import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -31,12 +32,14 @@ import torch
 from reference import STEPS, Curve, adamw, batch_of, build_model, checkpoint_blocks, train_alone
 from stress import Delays
 
+from shardwise.zero import shards
 from shardwise.zero.collectives import Ranks
 from shardwise.zero.optimizer import ShardedOptimizer
 from shardwise.zero.plan import Plan
 from shardwise.zero.precision import LossScaler, Precision
 from shardwise.zero.sharded import ShardedModel
 
+CHUNK = shards.CHUNK
 FP32_LOSS, FP32_WEIGHT = 1e-5, 1e-5
 BF16_LOSS, BF16_CHANGE = 5e-3, 5e-2
 
@@ -47,6 +50,8 @@ class Setting:
 
     stage: int
     offload: tuple[str, ...] = ()
+    tier: str = "cpu"
+    chunk: int | None = None
     precision: str = "no"
     trains: str = "lora"
     accumulation: int = 1
@@ -60,6 +65,10 @@ class Setting:
     @property
     def name(self) -> str:
         words = [f"stage {self.stage}", *(f"+{role}" for role in self.offload), self.trains]
+        if self.tier != "cpu":
+            words.append(self.tier)
+        if self.chunk is not None:
+            words.append("chunks")
         words.append("fp32" if self.precision == "no" else self.precision)
         if self.accumulation > 1:
             words.append(f"x{self.accumulation}")
@@ -105,12 +114,26 @@ PARITY = [
     Setting(2, OPT, precision="bf16", trains="full"),
     Setting(3, precision="bf16", trains="full"),
     Setting(3, precision="bf16", accumulation=4, clip=0.1, checkpointing=True),
+    Setting(3, BOTH, "nvme", trains="full", clip=0.1),
+]
+# Held to the bit against the same setting with nothing offloaded.
+OFFLOADED = [
+    Setting(1, OPT, precision="bf16", trains="full", clip=0.1),
+    Setting(2, OPT, trains="full", chunk=4096),
+    Setting(3, OPT, precision="bf16", trains="full", clip=0.1, chunk=4096),
+    Setting(3, BOTH, precision="bf16", trains="full", checkpointing=True),
+    Setting(3, BOTH, precision="bf16"),
+    Setting(3, BOTH, "nvme", precision="bf16", trains="full", clip=0.1, chunk=4096),
+    Setting(3, ("param",), "nvme", precision="bf16"),
 ]
 REPEATED = [Setting(3, precision="bf16"), Setting(3, BOTH, precision="bf16"), Setting(2, OPT, trains="full")]
 STRESSED = [
     Setting(3, prefetch=1, layers=24, hidden=64, steps=6),
     Setting(3, prefetch=3, layers=24, hidden=64, steps=6, precision="bf16", checkpointing=True),
     Setting(3, BOTH, prefetch=2, layers=24, hidden=64, steps=6, precision="bf16"),
+    Setting(3, BOTH, trains="full", prefetch=1, layers=24, hidden=64, steps=6, precision="bf16", clip=0.1, chunk=4096),
+    Setting(3, BOTH, "nvme", trains="full", layers=24, hidden=64, steps=6, chunk=4096),
+    Setting(3, BOTH, trains="full", layers=24, hidden=64, steps=6, accumulation=3),
     Setting(3, trains="full", prefetch=2, layers=24, hidden=64, steps=6, accumulation=2, clip=0.1),
     Setting(2, OPT, trains="full", layers=24, hidden=64, steps=6),
     Setting(1, trains="full", layers=24, hidden=64, steps=6, precision="bf16"),
@@ -129,12 +152,21 @@ def train_sharded(
         checkpoint_blocks(model)
     if delays is not None:
         delays.watch(model)
-    plan = Plan.from_stage(setting.stage, **{f"offload_{role}": "cpu" for role in setting.offload})
+    plan = Plan.from_stage(setting.stage, **{f"offload_{role}": setting.tier for role in setting.offload})
+    shards.CHUNK = setting.chunk or CHUNK
     precision = Precision.named(setting.precision, reduce_dtype="fp32")
     optimizer = adamw(model.parameters())
     # Found blocks this small share a unit; named ones are a unit each. Both ways are to hold.
     units = None if setting.checkpointing else ["LlamaDecoderLayer"]
-    sharded = ShardedModel(model, plan=plan, ranks=ranks, precision=precision, prefetch=setting.prefetch, units=units)
+    sharded = ShardedModel(
+        model,
+        plan=plan,
+        ranks=ranks,
+        precision=precision,
+        prefetch=setting.prefetch,
+        units=units,
+        nvme_paths=dict.fromkeys(("param", "optimizer"), tempfile.gettempdir()),
+    )
     stepper = ShardedOptimizer(optimizer, [sharded], scaler=LossScaler.for_precision(precision), gradient_clipping=None)
     losses, norms = [], []
     with delays.lanes() if delays is not None else contextlib.nullcontext():
@@ -188,6 +220,12 @@ def check_parity(setting: Setting, ranks: Ranks) -> Row:
     loss_bound, weight_bound = (FP32_LOSS, FP32_WEIGHT) if fp32 else (BF16_LOSS, BF16_CHANGE)
     ok = loss <= loss_bound and weight <= weight_bound and norm <= (1e-4 if fp32 else 2e-2) and moved
     return Row("parity fp32" if fp32 else "parity bf16", setting.name, loss, weight, ok, note)
+
+
+def check_offload(setting: Setting, ranks: Ranks) -> Row:
+    """The bits of the same run with nothing offloaded: the step is the same, and so is the order of every sum."""
+    curves = [train_sharded(replace(setting, offload=()), ranks), train_sharded(setting, ranks)]
+    return _same_bits("offload", f"offload, {setting.name}", curves, ranks)
 
 
 def check_repeats(setting: Setting, ranks: Ranks) -> Row:
@@ -251,6 +289,7 @@ def all_checks() -> list[tuple[str, Callable[[Ranks], Row]]]:
     checks: list[tuple[str, Callable[[Ranks], Row]]] = []
     for prefix, settings, check in (
         ("parity", PARITY, check_parity),
+        ("offload", OFFLOADED, check_offload),
         ("repeat", REPEATED, check_repeats),
         ("pinned", [Setting(3, BOTH), Setting(2, OPT, trains="full")], check_pinned),
         ("stress", STRESSED, check_stress),

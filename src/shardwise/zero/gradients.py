@@ -39,6 +39,12 @@ _MOVES = {
 }
 
 
+def _squared_norm(values: Tensor | None) -> Tensor:
+    assert values is not None
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32))
+    return norm.square()
+
+
 class Gradients:
     """The gradients of one trainable buffer.
 
@@ -144,6 +150,7 @@ class Gradients:
                 done = self._send(out, boundary)
             else:
                 self._keep(out)
+                self._square = _squared_norm(self._shard) if boundary else None
                 done = lanes.reduce.mark()
         engine.reductions.add(done, partial)
 
@@ -163,7 +170,7 @@ class Gradients:
         self._host_filled = True
         # A sum of several needs the master's dtype; a single one is exact in the dtype it was summed in.
         dtype = out.dtype if first and boundary else self.master.dtype
-        self._square = out.float().square().sum() if first and boundary else None
+        self._square = _squared_norm(out) if first and boundary else None
         lanes.down.wait(lanes.reduce.mark())
         if first:
             if self._host is None or self._host.dtype != dtype:
@@ -222,8 +229,11 @@ class Gradients:
 
     @property
     def square(self) -> Tensor | None:
-        """The squared 2-norm of the gradient that left in one piece, a scalar on the device; else None."""
-        return self._square if self.host is not None else None
+        """The squared 2-norm of this rank's gradient, a scalar on the device that the backward has measured.
+
+        None for a sum of several micro-batches in host memory, and for a gradient that was changed since.
+        """
+        return self._square if self.state is Grads.READY else None
 
     def changed(self) -> None:
         """Somebody wrote into `at_rest`: what was known of it no longer holds."""
