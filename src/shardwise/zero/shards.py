@@ -109,6 +109,11 @@ class Visits:
         self._rest_initial(model)
         begun = {id(shard) for shard in shards if self.optimizer.state.get(shard.tensor)}
         lanes.step.wait(lanes.mark_compute())
+        if factor is not None:
+            # The computation's memory may be written again as soon as this returns, long before the lane has read it.
+            with lanes.step.on():
+                factor = factor.reciprocal().float() if fused else factor.clone()
+            lanes.compute_waits(lanes.step.mark())
         coming: deque[_Visit] = deque()
         going: deque[_Visit] = deque()
         for visit in self._visits(model.in_forward_order(units)):
@@ -253,7 +258,7 @@ class Visits:
         trial.param_groups = [{**group, "params": []} for group in self.optimizer.param_groups]
         trial.grad_scale = trial.found_inf = None
         if factor is not None:
-            trial.grad_scale = factor.reciprocal().to(device, torch.float32)
+            trial.grad_scale = factor
             trial.found_inf = torch.zeros((), device=device)
         return trial
 

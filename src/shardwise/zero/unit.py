@@ -163,7 +163,9 @@ class Unit:
         if buffer is None or gradients is None:
             return
         if not gradients.shares_weights:
-            self.deliver(gradients.master.tensor, 0)
+            kept, event = self.deliver(gradients.master.tensor, 0)
+            self._engine.lanes.compute_waits(event)  # before the memory of `kept` is written again
+            del kept
         if self.plan.optimizer.sharded and not self.plan.parameter.sharded:
             self._engine.ranks.all_gather(buffer.whole, buffer.own_slice)
 
