@@ -18,6 +18,7 @@ from .integrations import connect
 from .prepare_checks import batch_size_of, check_model, check_optimizer, describe
 from .process import PartialState
 from .scheduler import Rhythm, is_prepared, prepare_scheduler
+from .zero.engine import Kind
 from .zero.optimizer import ShardedOptimizer, find_sharded_optimizer
 from .zero.plan import Plan
 from .zero.precision import LossScaler, Precision
@@ -195,8 +196,13 @@ class Preparing(PartialState):
                 )
 
     def _prepare_model(self, model: nn.Module) -> None:
-        engine = self._config.engine
+        engine, zero = self._config.engine, self._config.zero
         parameters = list(model.parameters())
+        paths: dict[Kind, str | None] = {
+            "param": zero.offload_param_nvme_path,
+            "optimizer": zero.offload_optimizer_nvme_path,
+        }
+        nvme_paths = {kind: path for kind, path in paths.items() if path is not None}
         sharded = ShardedModel(
             model,
             plan=self._plan,
@@ -205,6 +211,8 @@ class Preparing(PartialState):
             prefetch=engine.prefetch_units,
             units=engine.units,
             whole_adapters="auto" if isinstance(engine.whole_adapters, str) else engine.whole_adapters,
+            nvme_paths=nvme_paths,
+            gpu_memory_budget=engine.gpu_memory_budget,
         )
         connect(model)
         self._models.append(PreparedModel(model, sharded, parameters))

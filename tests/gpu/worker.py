@@ -284,7 +284,7 @@ def check_pinned(setting: Setting, ranks: Ranks) -> Row:
         return Row("pinned", f"pinned bytes, {setting.name}", 0.0, 0.0, True, "no CUDA: nothing to pin")
     grown = found.get("torch_pinned", before) - before
     # Scalars (step counts, flags) are on either side; a slab that was rounded up would show as megabytes.
-    ok = 0 < found["ledger"] and abs(found["pinned"] - found["ledger"]) <= 2**16 and grown <= 2**16
+    ok = found["ledger"] > 0 and abs(found["pinned"] - found["ledger"]) <= 2**16 and grown <= 2**16
     note = f"ledger {found['ledger']}, pinned {found['pinned']}, torch's pinned allocator grew {grown}"
     return Row("pinned", f"pinned bytes, {setting.name}", 0.0, 0.0, ok, note)
 

@@ -54,7 +54,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("zero.engine", "zero.gradients", "zero.unit"),
     ("zero.schedule", "zero.hooks"),
     ("zero.sharded",),
-    ("zero.optimizer", "zero.shards", "zero.clipping", "checkpoint"),
+    ("zero.optimizer", "zero.shards", "zero.residency", "zero.clipping", "checkpoint"),
     FRONT_END,
     ("cli",),
 )

@@ -40,8 +40,8 @@ _ENGINE = "Engine"
 
 FLAGS: tuple[Flag, ...] = (
     Flag("zero_stage", "0 nothing sharded, 1 optimizer states, 2 and gradients, 3 and parameters.", _ZERO, "0|1|2|3"),
-    Flag("offload_optimizer_device", "Where optimizer states rest and the step runs.", _ZERO, "none|cpu"),
-    Flag("offload_param_device", "Where parameter shards rest (stage 3).", _ZERO, "none|cpu"),
+    Flag("offload_optimizer_device", "Where optimizer states rest.", _ZERO, "none|cpu|nvme"),
+    Flag("offload_param_device", "Where parameter shards rest (stage 3).", _ZERO, "none|cpu|nvme"),
     Flag("zero3_init_flag", "Construct the model sharded (stage 3).", _ZERO, "true|false"),
     Flag("zero3_save_16bit_model", "Save consolidated 16-bit weights (stage 3).", _ZERO, "true|false"),
     Flag("deepspeed_config_file", "Take the ZeRO settings from this DeepSpeed JSON file.", _ZERO, "FILE"),
@@ -82,6 +82,13 @@ FLAGS: tuple[Flag, ...] = (
         _ENGINE,
         "true|false",
     ),
+    Flag(
+        "gpu_memory_budget",
+        "GPU memory for each process; what is offloaded stays on the GPU as far as it fits.",
+        _ENGINE,
+        "auto|24GB",
+    ),
+    Flag("enable_cpu_affinity", "Keep each process to cores of its own.", _PROCESSES, switch=True),
     Flag("collective_timeout_s", "Seconds that a rank waits for the others before it raises.", _ENGINE, "SECONDS"),
     Flag("train_batch_size", "Expected global batch size; checked in prepare.", _ENGINE, "N"),
     Flag("micro_batch_size", "Expected batch size of one process; checked in prepare.", _ENGINE, "N"),

@@ -21,6 +21,7 @@ from ..config.resolve import Resolution
 from ..config.rules import Key
 from ..config.schema import Config
 from ..errors import ConfigError, LaunchError
+from . import worker
 
 LOOPBACK = "127.0.0.1"
 
@@ -200,6 +201,8 @@ def rank_environment(config: Config, local_processes: int) -> dict[str, str]:
         variables["OMP_WAIT_POLICY"] = "PASSIVE"
     if not config.use_cpu and config.gpu_ids not in (None, "all"):
         variables["CUDA_VISIBLE_DEVICES"] = str(config.gpu_ids).replace(" ", "")
+    if config.enable_cpu_affinity:
+        variables[worker.BIND] = "1"
     if environment_value("PYTHONFAULTHANDLER") is None:
         # A crash in C++ then shows the Python line that led to it.
         variables["PYTHONFAULTHANDLER"] = "1"

@@ -26,6 +26,7 @@ from typing import Any
 
 REPORTS = "SHARDWISE_REPORTS"  # the directory for records
 LAUNCHER = "SHARDWISE_LAUNCHER"  # the launcher's process id
+BIND = "SHARDWISE_BIND_CORES"  # set: each process keeps to cores of its own
 LEAVE_WITHIN_S = 10  # after a failure was recorded
 _PR_SET_PDEATHSIG = 1
 
@@ -34,6 +35,7 @@ def main() -> None:
     """`worker.py [-m] script args...`"""
     del sys.argv[0]
     _die_with_launcher()
+    _keep_to_own_cores()
     reports = os.environ.get(REPORTS, "")
     _write(reports, f"pid-{os.getpid()}", {"rank": _rank()})
     try:
@@ -116,6 +118,17 @@ def _die_with_launcher() -> None:
         return
     if os.getppid() != int(launcher):  # it ended before the kernel was asked
         os._exit(128 + signal.SIGKILL)
+
+
+def _keep_to_own_cores() -> None:
+    """Bind this process to its share of the cores: neighbours share caches and, mostly, a memory controller."""
+    if not os.environ.get(BIND) or not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    rank, count = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = len(cores) // count
+    if share:  # with fewer cores than processes nobody can have one for itself
+        os.sched_setaffinity(0, cores[rank * share : (rank + 1) * share])
 
 
 def _record(reports: str, *, kind: str, message: str, text: str, code: int) -> None:

@@ -144,6 +144,14 @@ def _conflicts(config: Config) -> list[Problem]:
                     (stage_key,),
                 )
             )
+        for role in ("optimizer", "param"):
+            device, path = _zero(f"offload_{role}_device"), _zero(f"offload_{role}_nvme_path")
+            if getattr(zero, device[1]) == "nvme" and not getattr(zero, path[1]):
+                found.append(
+                    Problem(
+                        path, "is needed for the device nvme: a directory on the drive, such as /mnt/nvme", (device,)
+                    )
+                )
         launcher = zero.deepspeed_multinode_launcher
         if launcher not in (None, "standard") and config.num_machines > 1:
             found.append(
@@ -251,8 +259,11 @@ def notes(config: Config) -> list[str]:
         if getattr(zero, name) and zero.zero_stage < 3:
             said.append(f"{name}: has no effect at zero_stage {zero.zero_stage}; it is for zero_stage 3.")
     for name in ("offload_optimizer_nvme_path", "offload_param_nvme_path"):
-        if getattr(zero, name):
+        if getattr(zero, name) and getattr(zero, name.replace("nvme_path", "device")) != "nvme":
             said.append(f"{name}: has no effect, because the device is not nvme.")
+    offloads = {zero.offload_optimizer_device, zero.offload_param_device} != {"none"}
+    if config.engine.gpu_memory_budget is not None and not offloads:
+        said.append("gpu_memory_budget: has no effect, because nothing is offloaded.")
     if zero.deepspeed_moe_layer_cls_names:
         said.append("deepspeed_moe_layer_cls_names: has no effect; every unit is gathered whole, its experts included.")
     if zero.deepspeed_multinode_launcher not in (None, "standard"):

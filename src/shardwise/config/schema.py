@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
@@ -36,7 +37,6 @@ from .fields import (
 
 ENVIRONMENT_KEY = "SHARDWISE_CONFIG"
 
-_NVME = "nvme is not supported by this version; take cpu or none"
 _FP8 = "fp8 is not supported; take bf16 or fp16"
 _OTHER_TYPES = {
     name: f"{name} is not what shardwise runs; take NO, MULTI_CPU, MULTI_GPU or DEEPSPEED (ZeRO)"
@@ -77,6 +77,22 @@ def _auto_or_flag(value: Any) -> bool | str:
     raise wrong(f"{value!r} is not one of auto, true, false")
 
 
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?I?B?)")
+
+
+def _budget(value: Any) -> int | str:
+    """Bytes, from a number or a text such as 24GB (10^9) or 24GiB (2^30); or auto."""
+    text = str(value).strip().upper()
+    if text == "AUTO":
+        return "auto"
+    match = _SIZE.fullmatch(text)
+    if isinstance(value, bool) or match is None:
+        raise wrong(f"{value!r} is not auto or a size such as 24GB")
+    unit = match[2].removesuffix("B")
+    base = 1024 if unit.endswith("I") else 1000
+    return int(float(match[1]) * base ** " KMGT".index(unit.removesuffix("I") or " "))
+
+
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False, protected_namespaces=())
 
@@ -87,8 +103,8 @@ class ZeroConfig(_Model):
     zero_stage: Annotated[int, one_of(0, 1, 2, 3)] = 2
     gradient_accumulation_steps: OptionalCount = None
     gradient_clipping: Annotated[float | None, optional(number(0, above=True), *_NO_CLIPPING)] = None
-    offload_optimizer_device: Annotated[str, one_of("none", "cpu", refused={"nvme": _NVME})] = "none"
-    offload_param_device: Annotated[str, one_of("none", "cpu", refused={"nvme": _NVME})] = "none"
+    offload_optimizer_device: Annotated[str, one_of("none", "cpu", "nvme")] = "none"
+    offload_param_device: Annotated[str, one_of("none", "cpu", "nvme")] = "none"
     offload_optimizer_nvme_path: OptionalText = None
     offload_param_nvme_path: OptionalText = None
     zero3_init_flag: Flag = False
@@ -122,6 +138,7 @@ class EngineConfig(_Model):
     prefetch_units: Annotated[int, whole_number(0)] = 1
     units: OptionalNames = None
     whole_adapters: Annotated[bool | str, BeforeValidator(_auto_or_flag)] = "auto"
+    gpu_memory_budget: Annotated[int | str | None, optional(BeforeValidator(_budget), "none", "")] = None
     scheduler_steps_per_process: Flag = True
     collective_timeout_s: Annotated[float, number(0, above=True)] = 600.0
     threads_per_rank: OptionalCount = None
@@ -162,9 +179,7 @@ class Config(_Model):
     gpu_ids: OptionalText = None
     use_cpu: Flag = False
     debug: Flag = False
-    enable_cpu_affinity: Annotated[
-        Flag, absent("binding ranks to NUMA nodes is not done by this version; start under numactl instead")
-    ] = False
+    enable_cpu_affinity: Flag = False
     dynamo_config: Annotated[dict[str, str], BeforeValidator(_no_dynamo)] = Field(default_factory=dict)
     dynamo_backend: Annotated[dict[str, str], BeforeValidator(_no_dynamo)] = Field(default_factory=dict)
     downcast_bf16: Annotated[None, absent("downcast_bf16 is for TPUs, which are not supported; take 'no'")] = None

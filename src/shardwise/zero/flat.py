@@ -87,6 +87,20 @@ class FlatBuffer:
         return self.own_slice if self.slab is None else self.slab.tensor
 
     @property
+    def whole_nbytes(self) -> int:
+        return self._nbytes
+
+    @property
+    def tier(self) -> Tier:
+        """Where it rests between uses."""
+        return Tier.GPU if self.slab is None else self.slab.tier
+
+    def stay_whole(self) -> None:
+        """Never leave again; `whole` must be gathered."""
+        self.slab = None
+        self.leaves = False
+
+    @property
     def travels(self) -> bool:
         """Whether the shard rests on another tier than the device."""
         return self.slab is not None and self.slab.tier is not Tier.GPU

@@ -256,6 +256,14 @@ class Gradients:
             for index in indices:
                 self.buffer.slices(self._whole)[index].zero_()
 
+    def rest_on_device(self, master: Slab) -> None:
+        """From now on master, states and gradients stay on the device. Between steps only."""
+        self.drop()
+        self.master = master
+        self.states = {}
+        self._leaves = False
+        self._host = None
+
     def drop(self) -> None:
         """Forget every gradient since the last step."""
         self._move(Grads.EMPTY)

@@ -32,6 +32,7 @@ from .collectives import Ranks
 from .gradients import Gradients
 from .plan import Tier
 from .precision import LossScaler
+from .residency import Residency
 from .sharded import Role, ShardedModel
 from .shards import Shard, Visits
 
@@ -99,6 +100,10 @@ class ShardedOptimizer:
         self._shards: list[Shard] = []
         self._members: dict[int, tuple[Gradients, list[int]]] = {}
         self._take_over()
+        driven = {id(g) for g, indices in self._members.values() if len(indices) == len(g.buffer.members)}
+        self._residencies = [
+            Residency(model, model.gpu_memory_budget, driven) for model in models if model.gpu_memory_budget is not None
+        ]
         _steppers[id(optimizer)] = self
 
     # Taking over.
@@ -281,7 +286,7 @@ class ShardedOptimizer:
         """Bytes of the optimizer's states (moments and step counts) on this rank; the masters are in the model's ledger."""
         found: dict[tuple[Role, Tier], int] = {}
         for shard in self._shards:
-            tier = shard.gradients.plan.optimizer.tier
+            tier = shard.gradients.master.tier
             for value in self.optimizer.state.get(shard.tensor, {}).values():
                 if isinstance(value, Tensor) and (shard.gradients.in_place or not value.ndim):
                     found["optimizer", tier] = found.get(("optimizer", tier), 0) + value.nbytes
@@ -334,6 +339,9 @@ class ShardedOptimizer:
             self._apply(norm)
         self._factor = None
         self._forget()
+        if not self.step_was_skipped:
+            for residency in self._residencies:
+                residency.after_step(self.optimizer, self._shards)
         return result
 
     def zero_grad(self) -> None:

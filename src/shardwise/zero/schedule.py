@@ -406,6 +406,23 @@ class Schedule:
             if not self._together:
                 self.faults.agree()
 
+    def keep_whole(self, units: Sequence[Unit]) -> None:
+        """Collective: these are gathered now and never again. Not inside a pass."""
+        self.abandon_open_pass()
+        self.lanes.gather.wait(self.lanes.mark_compute())
+        for unit in units:
+            if unit.state is not Weights.RELEASED:  # kept over a turn that did not come
+                unit.release()
+            unit.stay_whole()
+        gone = {self.index[id(unit)] for unit in units}
+        self._gatherable = [i for i in self._gatherable if i not in gone]
+        self._turn -= gone
+        self._here -= gone
+        for order in (self._forward, self._backward):
+            if order.sequence is not None:
+                order.sequence = [i for i in order.sequence if i not in gone]
+        self.faults.agree()
+
     # Gradients.
 
     def gradients_complete(self, unit: Unit) -> None:

@@ -73,6 +73,7 @@ class ShardedModel:
         units: Sequence[str] | None = None,
         whole_adapters: bool | Literal["auto"] = "auto",
         nvme_paths: Mapping[Kind, str] | None = None,
+        gpu_memory_budget: int | str | None = None,
         serial: bool = False,
     ) -> None:
         self.model = model
@@ -81,6 +82,7 @@ class ShardedModel:
         self.precision = precision
         self.sync_gradients = True
         self.accumulating = False
+        self.gpu_memory_budget = gpu_memory_budget
         self._whole_adapters = whole_adapters
         specs: list[UnitSpec] = []
         error: Exception | None = None
@@ -423,13 +425,13 @@ class ShardedModel:
 
         for unit in self.units:
             if unit.frozen is not None:
-                add("frozen", unit.frozen.placement.tier, unit.frozen.bytes_at_rest)
+                add("frozen", unit.frozen.tier, unit.frozen.bytes_at_rest)
             if unit.trainable is not None and unit.gradients is not None:
-                add("parameter", unit.trainable.placement.tier, unit.trainable.bytes_at_rest)
+                add("parameter", unit.trainable.tier, unit.trainable.bytes_at_rest)
                 for tier, nbytes in unit.gradients.nbytes.items():
                     add("gradient", tier, nbytes)
                 if not unit.gradients.shares_weights:
-                    add("optimizer", unit.plan.optimizer.tier, unit.gradients.master.nbytes)
+                    add("optimizer", unit.gradients.master.tier, unit.gradients.master.nbytes)
         return found
 
     def release(self) -> None:

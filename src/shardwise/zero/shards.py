@@ -50,11 +50,15 @@ class Shard:
         self.begin, self.end = begin, begin + numel
         self.in_slot = in_slot
         self.group = 0
-        master = gradients.master
+        self.tensor: Parameter
+        self.stand_on(gradients.master)
+
+    def stand_on(self, master: Slab) -> None:
+        """Be the optimizer's view of its elements in `master`."""
         if master.in_memory:
             self.tensor = Parameter(master.tensor[self.begin : self.end])
         else:
-            self.tensor = Parameter(torch.empty(numel, dtype=master.dtype, device="meta"))
+            self.tensor = Parameter(torch.empty(self.numel, dtype=master.dtype, device="meta"))
 
     @property
     def numel(self) -> int:

@@ -71,6 +71,19 @@ class Unit:
         self.state = Weights.GATHERED
 
     @property
+    def parts(self) -> list[FlatBuffer]:
+        """The buffers that are gathered and released."""
+        return self._parts
+
+    def stay_whole(self) -> None:
+        """Never be released again. Collective; the unit must be released now."""
+        self.gather()
+        self.arrive()
+        for part in self._parts:
+            part.stay_whole()
+        self._parts = []
+
+    @property
     def travels(self) -> bool:
         """Whether a shard comes from another tier at every gather."""
         return any(part.travels for part in self._parts)

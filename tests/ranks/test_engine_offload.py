@@ -1,0 +1,268 @@
+"""Offloading changes where bytes rest and nothing else: to the bit, on every tier, with several chunks to a unit."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from rig.engine import adamw, inputs, loss_of, mine, prepare, tower
+from shardwise.errors import RankError, StoreError
+
+# (stage, optimizer, param)
+TIERS = {
+    "1-cpu": (1, "cpu", "none"),
+    "1-nvme": (1, "nvme", "none"),
+    "2-cpu": (2, "cpu", "none"),
+    "2-nvme": (2, "nvme", "none"),
+    "3-opt-cpu": (3, "cpu", "none"),
+    "3-opt-nvme": (3, "nvme", "none"),
+    "3-param-cpu": (3, "none", "cpu"),
+    "3-param-nvme": (3, "none", "nvme"),
+    "3-cpu": (3, "cpu", "cpu"),
+    "3-nvme": (3, "nvme", "nvme"),
+    "3-mixed": (3, "nvme", "cpu"),
+}
+OPTIMIZERS = {
+    "AdamW": adamw,
+    "two groups": lambda ps: torch.optim.AdamW(
+        [{"params": ps[:3]}, {"params": ps[3:], "lr": 1e-2, "weight_decay": 0.1}], lr=3e-3, eps=1e-4
+    ),
+    "SGD": lambda ps: torch.optim.SGD(ps, lr=1e-2, momentum=0.9),
+    "Adagrad": lambda ps: torch.optim.Adagrad(ps, lr=1e-2, initial_accumulator_value=0.1),
+    "RMSprop": lambda ps: torch.optim.RMSprop(ps, lr=1e-3, centered=True),
+    "Rprop": lambda ps: torch.optim.Rprop(ps, lr=1e-3),
+}
+
+
+def half_frozen():
+    model = tower()
+    model.blocks[0].requires_grad_(False)
+    model.blocks[1].up.requires_grad_(False)
+    return model
+
+
+def _train(
+    ranks, stage, optimizer, param, folder, *, make=adamw, steps=4, micro=1, clipping=None, precision="no", **more
+):
+    """(losses, weights on rank 0, ShardedModel, ShardedOptimizer)"""
+    from rig import engine
+    from shardwise.zero import shards
+
+    shards.CHUNK = 1024  # one page of fp32: even these units take several
+    engine.PLANS["chosen"] = (stage, optimizer, param)
+    model = half_frozen()
+    paths = dict.fromkeys(("param", "optimizer"), str(folder))
+    sharded, stepper, stepping = prepare(
+        ranks, model, "chosen", optimizer=make, clipping=clipping, precision=precision, nvme_paths=paths, **more
+    )
+    losses = []
+    for batch in inputs(steps):
+        parts = mine(batch, ranks.rank, ranks.world_size).chunk(micro)
+        for i, part in enumerate(parts):
+            sharded.sync_gradients = i == len(parts) - 1
+            loss = stepper.scaler.scale(loss_of(model, part) / len(parts))
+            loss.backward()
+            losses.append(float(loss.detach()))
+        stepping.step()
+        stepping.zero_grad()
+    return losses, sharded.state_dict(), sharded, stepper
+
+
+def _bits(ranks, tier, folder, **settings):
+    """What differs from the run of the same stage with nothing offloaded."""
+    stage, optimizer, param = TIERS[tier]
+    if "make" in settings:
+        settings["make"] = OPTIMIZERS[settings["make"]]
+    losses, weights, *_ = _train(ranks, stage, "none", "none", folder, **settings)
+    others, found, *_ = _train(ranks, stage, optimizer, param, folder, **settings)
+    return [i for i, pair in enumerate(zip(losses, others, strict=True)) if pair[0] != pair[1]], [
+        name for name, value in weights.items() if not torch.equal(value, found[name])
+    ]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_every_tier_gives_the_bits_of_none(world, tmp_path, tier, n, precision):
+    for differing in world(n).run(_bits, tier, tmp_path, precision=precision, clipping=0.5):
+        assert differing == ([], [])
+
+
+@pytest.mark.parametrize("tier", ["3-cpu", "3-nvme", "1-nvme"])
+@pytest.mark.parametrize("make", OPTIMIZERS)
+def test_every_optimizer_visits_the_device_unchanged(world, tmp_path, tier, make):
+    for differing in world(2).run(_bits, tier, tmp_path, make=make):
+        assert differing == ([], [])
+
+
+@pytest.mark.parametrize("tier", ["3-nvme", "2-cpu", "1-nvme"])
+def test_accumulated_gradients_are_added_where_they_rest(world, tmp_path, tier):
+    for differing in world(2).run(_bits, tier, tmp_path, micro=3):
+        assert differing == ([], [])
+
+
+@pytest.mark.parametrize("tier", ["3-nvme", "2-nvme"])
+def test_an_fp16_overflow_skips_the_step_on_a_drive_too(world, tmp_path, tier):
+    for differing in world(2).run(_bits, tier, tmp_path, precision="fp16", scale=2.0**30):
+        assert differing == ([], [])
+
+
+def _written(ranks, folder):
+    """Bytes that went to the drive in prepare, and in the steps after it; the same for reading."""
+    from rig import engine
+
+    engine.PLANS["chosen"] = (3, "none", "nvme")
+    model = tower()
+    for block in model.blocks:
+        block.requires_grad_(False)
+    sharded, _, stepping = prepare(ranks, model, "chosen", nvme_paths={"param": str(folder)}, whole_adapters=True)
+    store = sharded.engine.stores.nvme["param"]
+    before = store.bytes_written
+    files = {path: path.stat().st_mtime_ns for path in store.folder.glob("*.bin")}
+    for batch in inputs(3):
+        loss_of(model, mine(batch, ranks.rank, ranks.world_size)).backward()
+        stepping.step()
+        stepping.zero_grad()
+    ledger = sharded.ledger()
+    unchanged = all(path.stat().st_mtime_ns == time for path, time in files.items())
+    sharded.release()
+    return before, store.bytes_written - before, store.bytes_read, unchanged, str(store.folder), ledger
+
+
+def test_a_frozen_base_is_written_once_and_only_read_afterwards(world, tmp_path):
+    for first, later, read, unchanged, folder, ledger in world(2).run(_written, tmp_path):
+        assert first > 0
+        assert later == 0
+        assert read > first, "every pass reads it"
+        assert unchanged
+        assert ledger["frozen", "nvme"] > 0
+        assert "rank" in Path(folder).name
+    assert not list(tmp_path.glob("shardwise-*/*.bin")), "a run takes its files with it"
+
+
+def _fault(ranks, folder, kind):
+    """Train with a drive that fails on rank 1; the error that this rank got."""
+    from shardwise.offload import nvme
+
+    real = nvme.read_at, nvme.write_at, os.posix_fallocate
+    calls = {"n": 0}
+
+    def failing(code):
+        def call(*args):
+            calls["n"] += 1
+            if calls["n"] > 6:
+                raise OSError(code, os.strerror(code))
+            return real[0 if kind == "read EIO" else 1](*args)
+
+        return call
+
+    def short(descriptor, buffers, offset):
+        calls["n"] += 1
+        got = real[0](descriptor, buffers, offset)
+        return got if calls["n"] <= 6 else 1
+
+    def no_space(descriptor, offset, length):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    try:
+        if ranks.rank == 1:
+            if kind == "read EIO":
+                nvme.read_at = failing(errno.EIO)
+            elif kind == "short read":
+                nvme.read_at = short
+            elif kind == "write ENOSPC":
+                nvme.write_at = failing(errno.ENOSPC)
+            elif kind == "no space":
+                os.posix_fallocate = no_space
+            elif kind == "path gone":
+                folder = Path("/proc/nowhere")
+        _train(ranks, 3, "nvme", "nvme", folder, steps=6)
+    except (StoreError, RankError) as error:
+        return type(error).__name__, str(error)
+    finally:
+        nvme.read_at, nvme.write_at, os.posix_fallocate = real
+    return "nothing", ""
+
+
+@pytest.mark.parametrize("kind", ["no space", "read EIO", "short read", "write ENOSPC", "path gone"])
+def test_a_failing_drive_is_one_clear_error_on_every_rank(world, tmp_path, kind):
+    (other, told), (own, text) = world(2).run(_fault, tmp_path, kind)
+    assert (other, own) == ("RankError", "StoreError")
+    assert "rank 1" in text
+    assert text in told, "the others repeat it"
+    assert ("nvme_path" in text) or ("last checkpoint" in text)
+
+
+def test_what_a_killed_run_left_is_named(tmp_path, caplog):
+    from shardwise.offload.nvme import NvmeStore
+    from shardwise.zero.streams import Lanes
+
+    lanes = Lanes(torch.device("cpu"))
+    first = NvmeStore(tmp_path, lanes, 0)
+    first.allocate(1000, torch.float32, "weight")
+    with caplog.at_level("WARNING", logger="shardwise"):
+        second = NvmeStore(tmp_path, lanes, 0)
+    assert not caplog.records, "its owner is alive"
+    os.close(first._lock)  # as the kernel does with a killed process's
+    with caplog.at_level("WARNING", logger="shardwise"):
+        third = NvmeStore(tmp_path, lanes, 0)
+    assert str(first.folder) in caplog.text
+    for store in (second, third):
+        store.close()
+    assert first.folder.exists()
+    first._open.remove(first._lock)
+    first.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_slab_can_lie_in_files_of_somebody_else(tmp_path):
+    """Unaligned pieces of two files, as frozen weights lie in safetensors."""
+    from shardwise.offload.nvme import NvmeStore
+    from shardwise.zero.streams import Lanes
+
+    content = torch.arange(30_000_000, dtype=torch.int32)
+    (tmp_path / "a").write_bytes(content[:20_000_000].numpy().tobytes())
+    (tmp_path / "b").write_bytes(content.numpy().tobytes())
+    store = NvmeStore(tmp_path / "run", Lanes(torch.device("cpu")), 0)
+    pieces = [(tmp_path / "a", 52, 12_000_000), (tmp_path / "b", 4 * 7_000_001, 40_000_004)]
+    slab = store.attach(13_000_001, torch.int32, pieces, "weights")
+    out = torch.empty(13_000_001, dtype=torch.int32)
+    slab.fetch(out).enqueued()
+    assert torch.equal(out, torch.cat([content[13 : 13 + 3_000_000], content[7_000_001:17_000_002]]))
+    part = torch.empty(5_000_000, dtype=torch.int32)
+    slab.fetch(part, 2_500_000).enqueued()
+    assert torch.equal(part, out[2_500_000:7_500_000])
+    store.close()
+
+
+def _budgeted(ranks, folder, tier, budget):
+    stage, optimizer, param = TIERS[tier]
+    losses, weights, *_ = _train(ranks, stage, optimizer, param, folder, steps=6, clipping=0.5)
+    others, found, sharded, stepper = _train(
+        ranks, stage, optimizer, param, folder, steps=6, clipping=0.5, gpu_memory_budget=budget
+    )
+    ledger = {**sharded.ledger()}
+    for key, nbytes in stepper.ledger().items():
+        ledger[key] = ledger.get(key, 0) + nbytes
+    offloaded = sum(nbytes for (_, place), nbytes in ledger.items() if place != "gpu")
+    same = losses == others and all(torch.equal(value, found[name]) for name, value in weights.items())
+    return same, offloaded, [unit.leaves for unit in sharded.units]
+
+
+@pytest.mark.parametrize("tier", ["3-cpu", "3-nvme", "3-opt-cpu", "2-nvme", "3-mixed"])
+def test_a_budget_keeps_on_the_device_what_fits_and_changes_no_bit(world, tmp_path, tier):
+    offloaded = []
+    for budget in (0, 5_000, 1 << 30):
+        found = world(2).run(_budgeted, tmp_path, tier, budget)
+        assert all(same for same, *_ in found)
+        offloaded.append(found[0][1])
+        if budget == 1 << 30 and TIERS[tier][2] != "none":
+            assert found[0][2].count(False) == 1, "the frozen block stays whole"
+    assert offloaded[0] >= offloaded[1] >= offloaded[2] == 0
+    assert offloaded[0] > 0
+    if tier == "3-nvme":  # several units, with all of their states in files
+        assert offloaded[0] > offloaded[1] > 0
