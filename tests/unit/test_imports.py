@@ -50,7 +50,16 @@ FRONT_END = (
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "version"),
     ("zero.plan", "zero.layout", "config"),
-    ("zero.precision", "zero.flat", "zero.guard", "zero.collectives", "zero.streams", "zero.units", "offload"),
+    (
+        "zero.precision",
+        "zero.flat",
+        "zero.guard",
+        "zero.collectives",
+        "zero.streams",
+        "zero.units",
+        "zero.portions",
+        "offload",
+    ),
     ("zero.unit",),
     ("zero.schedule", "zero.hooks"),
     ("zero.sharded",),
