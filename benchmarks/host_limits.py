@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,9 +184,11 @@ def disk(folder: Path, nbytes: int, block: int) -> None:
             for name, call in (("write", os.pwritev), ("read", os.preadv), ("overwrite", os.pwritev)):
                 begin = time.perf_counter()
 
-                def lane(number: int, call: Callable[..., int] = call, depth: int = depth) -> None:
+                def lane(
+                    number: int, call: Any = call, depth: int = depth, fd: int = handle, own: Any = buffers
+                ) -> None:
                     for offset in range(number * block, nbytes, depth * block):
-                        call(handle, [buffers[number]], offset)
+                        call(fd, [own[number]], offset)
 
                 threads = [threading.Thread(target=lane, args=(i,)) for i in range(depth)]
                 for thread in threads:

@@ -25,6 +25,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "shardwise"
 FRONT_END = (
     "accelerator",
     "accumulation",
+    "activations",
     "data",
     "data_dispatch",
     "data_loader",
@@ -34,6 +35,7 @@ FRONT_END = (
     "logging",
     "memory",
     "memory_fit",
+    "meta_model",
     "metrics",
     "nested",
     "plugins",
