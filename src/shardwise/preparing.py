@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from .compiling import CompiledBlocks, blocks_to_compile
 from .config.schema import Config
 from .data import DataLoaderConfiguration, PreparedLoader, check_data_loader, prepare_data_loader
 from .errors import PrepareError
@@ -29,9 +30,12 @@ logger = logging.getLogger("shardwise")
 class PreparedModel:
     """A model in the engine, and the parameters that it had when it went in."""
 
-    def __init__(self, model: nn.Module, sharded: ShardedModel, parameters: list[nn.Parameter]) -> None:
+    def __init__(
+        self, model: nn.Module, sharded: ShardedModel, compiled: CompiledBlocks, parameters: list[nn.Parameter]
+    ) -> None:
         self.model = model
         self.sharded = sharded
+        self.compiled = compiled
         self.parameters = parameters
         self.ids = {id(parameter) for parameter in parameters}
         self.quiet = 0  # how many no_sync blocks are open
@@ -148,6 +152,8 @@ class Preparing(PartialState):
         models = [item for item in objects if isinstance(item, nn.Module)]
         for index, model in enumerate(models):
             check_model(model)
+            if self._config.compiling is not None:
+                blocks_to_compile(model, self._config.engine.units)
             shared = {id(p) for other in models[:index] for p in other.parameters()}
             if any(model is other for other in models[:index]):
                 raise PrepareError(f"the same {type(model).__name__} is given to `prepare` twice. Give it once.")
@@ -197,6 +203,8 @@ class Preparing(PartialState):
     def _prepare_model(self, model: nn.Module) -> None:
         engine = self._config.engine
         parameters = list(model.parameters())
+        # Found before the weights are sharded, and checked in `_check`.
+        blocks = blocks_to_compile(model, engine.units) if self._config.compiling is not None else []
         sharded = ShardedModel(
             model,
             plan=self._plan,
@@ -207,7 +215,8 @@ class Preparing(PartialState):
             whole_adapters="auto" if isinstance(engine.whole_adapters, str) else engine.whole_adapters,
         )
         connect(model)
-        self._models.append(PreparedModel(model, sharded, parameters))
+        compiled = CompiledBlocks(blocks, self._config.compiling)
+        self._models.append(PreparedModel(model, sharded, compiled, parameters))
         self._push_sync()
 
     def _prepare_optimizer(self, optimizer: Optimizer) -> None:

@@ -26,6 +26,7 @@ FRONT_END = (
     "accelerator",
     "accumulation",
     "activations",
+    "compiling",
     "data",
     "data_dispatch",
     "data_loader",

@@ -54,6 +54,9 @@ FLAGS: tuple[Flag, ...] = (
         "gradient_accumulation_steps", "Micro-batches for each optimizer step; auto: the script says.", _TRAIN, "N|auto"
     ),
     Flag("gradient_clipping", "Clip the global gradient norm at this value.", _TRAIN, "NUMBER|none"),
+    Flag(
+        "dynamo_backend", "Compile the blocks of the model with torch.compile.", _TRAIN, "no|inductor|aot_eager|eager"
+    ),
     Flag("distributed_type", "Kind of run; follows from the other flags where not given.", _PROCESSES, "TYPE"),
     Flag("num_processes", "Processes in total, over all machines. Default: one for each GPU.", _PROCESSES, "N"),
     Flag("use_cpu", "Train on the CPU (gloo), even where there are GPUs.", _PROCESSES, switch=True, also=("cpu",)),
