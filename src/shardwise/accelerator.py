@@ -393,7 +393,8 @@ class Accelerator(Preparing, Saving, Tracking, Metrics):
     def free_memory(self, *objects: Any) -> list[None]:
         """Let go of everything prepared: models get whole weights back in place. Gives a None for each argument."""
         for prepared in self._models:
-            prepared.compiled.undo()
+            for change in prepared.changes:
+                change.undo()
             prepared.sharded.release()
         for known in (self._models, self._optimizers, self._schedulers, self._dataloaders):
             known.clear()

@@ -16,6 +16,7 @@ from .config.schema import Config
 from .data import DataLoaderConfiguration, PreparedLoader, check_data_loader, prepare_data_loader
 from .errors import PrepareError
 from .integrations import connect
+from .losses import LeanLoss
 from .prepare_checks import batch_size_of, check_model, check_optimizer, describe
 from .process import PartialState
 from .scheduler import Rhythm, is_prepared, prepare_scheduler
@@ -31,11 +32,15 @@ class PreparedModel:
     """A model in the engine, and the parameters that it had when it went in."""
 
     def __init__(
-        self, model: nn.Module, sharded: ShardedModel, compiled: CompiledBlocks, parameters: list[nn.Parameter]
+        self,
+        model: nn.Module,
+        sharded: ShardedModel,
+        changes: Sequence[CompiledBlocks | LeanLoss],
+        parameters: list[nn.Parameter],
     ) -> None:
         self.model = model
         self.sharded = sharded
-        self.compiled = compiled
+        self.changes = changes  # what was done to the model beside sharding it, to be undone in the end
         self.parameters = parameters
         self.ids = {id(parameter) for parameter in parameters}
         self.quiet = 0  # how many no_sync blocks are open
@@ -154,6 +159,8 @@ class Preparing(PartialState):
             check_model(model)
             if self._config.compiling is not None:
                 blocks_to_compile(model, self._config.engine.units)
+            if self._config.engine.loss_chunk_tokens is not None:
+                LeanLoss(model).undo()
             shared = {id(p) for other in models[:index] for p in other.parameters()}
             if any(model is other for other in models[:index]):
                 raise PrepareError(f"the same {type(model).__name__} is given to `prepare` twice. Give it once.")
@@ -203,7 +210,7 @@ class Preparing(PartialState):
     def _prepare_model(self, model: nn.Module) -> None:
         engine = self._config.engine
         parameters = list(model.parameters())
-        # Found before the weights are sharded, and checked in `_check`.
+        # Found before the weights are sharded; `_check` has seen that it can be done.
         blocks = blocks_to_compile(model, engine.units) if self._config.compiling is not None else []
         sharded = ShardedModel(
             model,
@@ -215,8 +222,10 @@ class Preparing(PartialState):
             whole_adapters="auto" if isinstance(engine.whole_adapters, str) else engine.whole_adapters,
         )
         connect(model)
-        compiled = CompiledBlocks(blocks, self._config.compiling)
-        self._models.append(PreparedModel(model, sharded, compiled, parameters))
+        changes: list[CompiledBlocks | LeanLoss] = [CompiledBlocks(blocks, self._config.compiling)]
+        if engine.loss_chunk_tokens is not None:
+            changes.append(LeanLoss(model, engine.loss_chunk_tokens))
+        self._models.append(PreparedModel(model, sharded, changes, parameters))
         self._push_sync()
 
     def _prepare_optimizer(self, optimizer: Optimizer) -> None:

@@ -34,6 +34,7 @@ FRONT_END = (
     "estimate",
     "integrations",
     "logging",
+    "losses",
     "memory",
     "memory_fit",
     "meta_model",

@@ -34,7 +34,6 @@ class Asked:
     sequence_length: str | None = None
     attention: str = "sdpa"
     checkpointing: bool = False
-    loss_chunk: str | None = None
 
 
 def run_estimate(
@@ -49,7 +48,6 @@ def run_estimate(
     config = resolve(settings, config_file).config
     rank = _count("lora_r", asked.lora_r)
     length = _count("sequence_length", asked.sequence_length)
-    loss_chunk = _count("loss_chunk", asked.loss_chunk)
     if asked.attention not in ("sdpa", "eager"):
         raise ConfigError(f"--attention: {asked.attention!r} is not one of sdpa, eager")
     if asked.quantize not in (None, "8bit", "4bit"):
@@ -76,7 +74,7 @@ def run_estimate(
     batch = None
     if length is not None:
         rows = engine.micro_batch_size or 1
-        batch = Batch(rows, length, asked.checkpointing, asked.attention, loss_chunk)
+        batch = Batch(rows, length, asked.checkpointing, asked.attention, engine.loss_chunk_tokens)
     run = Run(
         world_size=world_size,
         local_processes=-(-world_size // config.num_machines),

@@ -86,6 +86,7 @@ FLAGS: tuple[Flag, ...] = (
         "true|false",
     ),
     Flag("collective_timeout_s", "Seconds that a rank waits for the others before it raises.", _ENGINE, "SECONDS"),
+    Flag("loss_chunk_tokens", "Compute the loss of so many tokens at a time, without all logits.", _ENGINE, "N"),
     Flag("train_batch_size", "Expected global batch size; checked in prepare.", _ENGINE, "N"),
     Flag("micro_batch_size", "Expected batch size of one process; checked in prepare.", _ENGINE, "N"),
 )

@@ -139,9 +139,6 @@ def estimate_command(
         bool, typer.Option("--checkpointing", help="Every block is recomputed in the backward.")
     ] = False,
     attention: Annotated[str, typer.Option("--attention", metavar="sdpa|eager")] = "sdpa",
-    loss_chunk: Annotated[
-        str | None, typer.Option("--loss_chunk", metavar="N", help="Tokens per chunk of a chunked loss.")
-    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print the bytes that a model needs under each plan, by role and tier, before anything is loaded."""
@@ -156,7 +153,6 @@ def estimate_command(
         sequence_length=sequence_length,
         attention=attention,
         checkpointing=checkpointing,
-        loss_chunk=loss_chunk,
     )
     run_estimate(model, settings, asked, config_file=config_file, as_json=as_json)
 
