@@ -155,7 +155,9 @@ def estimate(model: nn.Module, choice: Choice, run: Run) -> Estimate:
     moments: Ledger = moments_at_rest(portions, run.world_size, moments=run.moments)
     for ledger in (rest, moments):
         for (role, tier), count in ledger.items():
-            add(role, moved.get(role, tier) if tier is Tier.CPU else tier, count)
+            place = moved.get(role, tier) if tier is Tier.CPU else tier
+            # Gradients for an optimizer on the disk stay in host memory meanwhile.
+            add(role, Tier.CPU if role == "gradient" and place is Tier.NVME else place, count)
     add("gathered units", Tier.GPU, gathered_at_once(portions, model, run.world_size, run.prefetch))
     add("reductions", Tier.GPU, reductions(portions, run))
     if run.accumulates and not plan.gradient.sharded:

@@ -70,9 +70,12 @@ def quantise(model: nn.Module, bits: str) -> None:
     """
     skipped = {id(head) for head in _heads(model)}
     for module in model.modules():
-        if not isinstance(module, nn.Linear) or module.weight.requires_grad or id(module) in skipped:
+        # GPT-2 has its linear layers as transformers' Conv1D, whose weight lies the other way round.
+        turned = type(module).__name__ == "Conv1D"
+        weight = module._parameters.get("weight") if turned or isinstance(module, nn.Linear) else None
+        if weight is None or weight.requires_grad or id(module) in skipped:
             continue
-        rows, numel = module.out_features, module.weight.numel()
+        rows, numel = weight.shape[1 if turned else 0], weight.numel()
         codes = numel if bits == "8bit" else -(-numel // 2)
         module.weight = _bytes(codes)
         if bits == "8bit":
@@ -136,7 +139,7 @@ def _model(name: str, config: Any, dtype: torch.dtype) -> nn.Module:
             if type(config) in chosen._model_mapping:
                 model = chosen.from_config(config, dtype=dtype)
                 return model.train()
-    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, TypeError, AssertionError, IndexError, RuntimeError) as error:
         raise ConfigError(f"{name}: transformers cannot build the model: {error}") from None
     raise ConfigError(f"{name}: transformers knows no model for a {type(config).__name__}")
 

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from rig.engine import adamw, prepare
+from rig.engine import adamw, inputs, loss_of, mine, prepare, tower
 from rig.tiny import batches, checkpointed, share, tiny
 from shardwise import Accelerator, DeepSpeedPlugin
 from shardwise.compiling import CompiledBlocks, blocks_to_compile
@@ -82,8 +82,40 @@ def test_an_encoder_and_a_decoder_are_one_artefact_each(world):
         assert compiled[1][-1] <= 4
 
 
+needs_compiler = pytest.mark.skipif(
+    shutil.which("gcc") is None and shutil.which("cc") is None, reason="inductor needs a C++ compiler on a CPU"
+)
+
+
+def _towers(ranks):
+    found = []
+    for backend in (None, "inductor"):
+        torch._dynamo.reset()
+        model = tower()
+        blocks = blocks_to_compile(model)
+        _, _, optimizer = prepare(ranks, model, "3-all", optimizer=adamw)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            CompiledBlocks(blocks, None if backend is None else _settings(backend))
+            losses = []
+            for batch in inputs(3):
+                loss = loss_of(model, mine(batch, ranks.rank, ranks.world_size))
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+        found.append(losses)
+    return found
+
+
+@needs_compiler
+def test_inductor_trains_a_small_model_as_eager(world):
+    for eager, compiled in world(2).run(_towers):
+        assert compiled == pytest.approx(eager, rel=1e-5)
+
+
 @pytest.mark.full
-@pytest.mark.skipif(shutil.which("gcc") is None and shutil.which("cc") is None, reason="inductor needs a compiler here")
+@needs_compiler
 def test_inductor_gives_eager_losses_within_rounding(world):
     for eager, compiled in world(1).run(_both, "llama", "lora", "3", "inductor", True, "bf16", timeout_s=300):
         assert compiled[0] == pytest.approx(eager[0], rel=5e-3)

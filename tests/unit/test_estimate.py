@@ -121,6 +121,35 @@ def test_a_quantised_base_rests_in_fewer_bytes_and_its_head_stays(config_file):
     assert found["4bit"] < found["8bit"] < found[None]
 
 
+_SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+_FAMILIES = {
+    "MistralConfig": {**_SMALL, "num_key_value_heads": 2},
+    "Qwen2Config": {**_SMALL, "num_key_value_heads": 2},
+    "Qwen2MoeConfig": {**_SMALL, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2},
+    "GemmaConfig": {**_SMALL, "num_key_value_heads": 1, "head_dim": 16},
+    "GPT2Config": {"n_embd": 64, "n_layer": 2, "n_head": 4},
+    "T5Config": {"d_model": 64, "d_ff": 96, "num_layers": 2, "num_heads": 4},
+    "BertConfig": _SMALL,
+    "ViTConfig": _SMALL,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", _FAMILIES)
+def test_every_family_has_every_plan_with_and_without_adapters(tmp_path, family):
+    import transformers
+
+    getattr(transformers, family)(**_FAMILIES[family]).save_pretrained(tmp_path)
+    run_ = Run(world_size=2, precision=Precision.named("bf16"))
+    whole, adapted, coded = (
+        [estimate(build_meta_model(str(tmp_path), adapters=adapters, quantize=bits), c, run_) for c in CHOICES]
+        for adapters, bits in ((None, None), (Adapters(4), None), (Adapters(4), "4bit"))
+    )
+    for full, lora, few in zip(whole, adapted, coded, strict=True):
+        assert sum(lora.rest(tier) for tier in Tier) < sum(full.rest(tier) for tier in Tier)
+        assert sum(few.rest(tier) for tier in Tier) < sum(lora.rest(tier) for tier in Tier)
+
+
 def test_bytes_on_the_disk_are_those_that_the_cpu_would_hold():
     with torch.device("meta"):
         model = tiny("llama", "lora")

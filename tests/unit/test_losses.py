@@ -86,7 +86,7 @@ def test_no_logits_are_kept_between_the_directions():
 
 
 @pytest.mark.parametrize("items", [None, 9])
-@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("tuning", ["full", "lora", "lora+save"])
 @pytest.mark.parametrize("name", ["llama", "tied"])
 def test_a_model_of_transformers_trains_the_same_with_it(name, tuning, items):
     model = tiny(name, tuning)
