@@ -7,7 +7,8 @@ and release, stay outside of the compiled region: the graph holds arithmetic onl
 
 Because the weights are inputs, blocks of one class and one structure share one compiled artefact: a model of 32 blocks is
 compiled once. What a graph cannot hold stays eager: a forward that records no gradients (generation, whose shapes change at
-every token; evaluation), and one that is given a cache of keys and values.
+every token; evaluation), and one that continues from keys and values in a cache (prefix tuning). An empty cache, which models
+of transformers make in training too unless `use_cache` is off, is kept from the block, as their own checkpointing does.
 """
 
 from __future__ import annotations
@@ -99,19 +100,27 @@ def _dispatch(plain: Callable[..., Any], compiled: Callable[..., Any]) -> Callab
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return plain(*args, **kwargs)
-        if any(kwargs.get(name) is not None for name in _CACHES):
-            _say_cache()
-            return plain(*args, **kwargs)
+        for name in _CACHES:
+            if kwargs.get(name) is not None:
+                if not _is_empty(kwargs[name]):
+                    _say_cache()
+                    return plain(*args, **kwargs)
+                kwargs[name] = None
         return compiled(*args, **kwargs)
 
     return forward
 
 
+def _is_empty(cache: Any) -> bool:
+    length = getattr(cache, "get_seq_length", None)
+    return callable(length) and int(length()) == 0
+
+
 @functools.cache
 def _say_cache() -> None:
     logger.warning(
-        "dynamo_backend has no effect: the model fills a cache of keys and values while it trains, and such a forward is not "
-        "compiled. Set model.config.use_cache = False."
+        "dynamo_backend has no effect on forwards that continue from a cache of keys and values (prefix tuning): their blocks "
+        "run eager."
     )
 
 

@@ -44,13 +44,14 @@ def _train(ranks, model, plan, backend, precision):
     return losses, graphs
 
 
-def _both(ranks, name, tuning, plan, backend, checkpointing, precision="no"):
+def _both(ranks, name, tuning, plan, backend, checkpointing, precision="no", cached=False):
     found = []
     for chosen in (None, backend):
         torch.manual_seed(0)
         model = tiny(name, tuning)
         if checkpointing:
             model = checkpointed(model, reentrant=False)
+        model.config.use_cache = cached
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's compiler, about itself
             found.append(_train(ranks, model, plan, chosen, precision))
@@ -73,6 +74,32 @@ def test_compiled_blocks_train_as_eager_ones_and_are_compiled_once(world, tuning
         assert eager[1][-1] == 0
         # Three blocks, one artefact; and nothing is compiled anew after the first step.
         assert compiled[1] == [artefacts] * STEPS
+
+
+def test_the_cache_that_a_model_makes_in_training_does_not_split_the_artefact(world):
+    for eager, compiled in world(1).run(_both, "llama", "full", "3", "aot_eager", False, cached=True):
+        assert compiled[0] == pytest.approx(eager[0], rel=1e-5)
+        assert compiled[1] == [1] * STEPS
+
+
+def _prefixed(ranks):
+    from torch._dynamo.utils import counters
+    from transformers import DynamicCache
+
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny("llama", "full")
+    batch = batches("llama", 1, 2)[0]
+    cache = DynamicCache()
+    model(input_ids=batch["input_ids"], past_key_values=cache, use_cache=True)
+    compiled = CompiledBlocks(blocks_to_compile(model), _settings("aot_eager"))
+    model(input_ids=batch["input_ids"], past_key_values=cache, use_cache=True)
+    compiled.undo()
+    return counters["stats"]["unique_graphs"], int(cache.get_seq_length())
+
+
+def test_a_filled_cache_is_continued_in_eager(world):
+    assert world(1).run(_prefixed) == [(0, 16)]
 
 
 def test_an_encoder_and_a_decoder_are_one_artefact_each(world):
