@@ -76,6 +76,10 @@ bench: $(READY) ## shardwise beside DDP and FSDP2, and the cost of its hooks; ti
 	done
 	$(BIN)/torchrun --nproc_per_node $(BENCH_PROCESSES) benchmarks/hooks_overhead.py
 
+.PHONY: suite
+suite: $(READY) ## every engine on every case, eager and compiled, with a table and a plot; tiny shapes where there is no GPU
+	$(BIN)/python benchmarks/suite.py --nproc $(BENCH_PROCESSES) $(if $(CPU_FLAG),--tiny --use-cpu) $(ARGS)
+
 .PHONY: clean
 clean: ## remove the environment, caches and runs
 	rm -rf $(VENV) runs dist .pytest_cache .ruff_cache .mypy_cache

@@ -1,4 +1,4 @@
-"""The engines that are compared: the same model, optimizer and step, sharded by DDP, FSDP2 or shardwise.
+"""The engines that are compared: the same model, optimizer and step, sharded by DDP, FSDP2, DeepSpeed or shardwise.
 
 An engine is written as a word with options, `NAME[:STAGE][+OPTION...]`, and builds a `Trainee`: a model that is called,
 and an optimizer that steps. The step itself is one function for all of them, so that nothing but the engine differs.
@@ -9,10 +9,15 @@ and an optimizer that steps. The step itself is one function for all of them, so
     ddpamp                   adapters in fp32 under bf16 autocast, as `mixed_precision: bf16` of accelerate does
     fsdp2[+ends][+cpu]       fully_shard on every block and the root; +ends: the embedding and the head are groups too;
                              +cpu: CPUOffloadPolicy (parameters, gradients and the optimizer on the host)
-    shardwise:S[+opt][+param][+nvme][+clip][+serial][+prefetchN]
+    deepspeed:S[+opt][+param]
+                             ZeRO stage S (1 to 3), where the package can be imported; see deepspeed_engine.py
+    shardwise:S[+opt][+param][+nvme][+budget][+clip][+loss][+serial][+prefetchN]
                              ZeRO stage S (0 to 3); +opt and +param put the optimizer and the parameters on the host,
-                             with +nvme on the drive below $TMPDIR; +clip clips to a global norm of 1; +serial lets
+                             with +nvme on the drive below $TMPDIR; +budget lets stay on the device what fits; +clip clips
+                             to a global norm of 1; +loss computes the loss of a causal model in chunks; +serial lets
                              nothing overlap
+
+Every engine takes +compile, torch.compile of each block by inductor, or +aot, the same without its kernels: for a CPU.
 """
 
 from __future__ import annotations
@@ -41,6 +46,7 @@ class Trainee:
     autocast: run the forward under bf16 autocast.
     ledger:   shardwise's bytes at rest by (role, tier), else empty.
     keep:     objects that must live as long as the training does.
+    backward: the engine's own, where loss.backward() is not enough. finish: its own step, which also drops gradients.
     """
 
     forward: Callable[..., Any]
@@ -49,15 +55,23 @@ class Trainee:
     autocast: bool = False
     ledger: Callable[[], dict[Any, int]] = dict
     keep: tuple[Any, ...] = ()
+    backward: Callable[[Tensor], Any] | None = None
+    finish: Callable[[], Any] | None = None
 
     def step(self, batch: dict[str, Tensor]) -> Tensor:
         """One whole training step without clipping; gives this rank's loss, detached, without waiting for it."""
         amp = torch.autocast(self.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext()
         with amp:
             loss = self.forward(**batch).loss
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.backward is None:
+            loss.backward()
+        else:
+            self.backward(loss)
+        if self.finish is None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self.finish()
         return loss.detach()
 
 
@@ -87,17 +101,26 @@ class Engine:
             "ddp32": set(),
             "ddpamp": set(),
             "fsdp2": {"ends", "cpu"},
-            "shardwise": {"opt", "param", "nvme", "clip", "serial"},
+            "deepspeed": {"opt", "param"},
+            "shardwise": {"opt", "param", "nvme", "budget", "clip", "loss", "serial"},
         }
         if kind not in allowed:
             raise ValueError(f"no engine is called {kind!r}; there are {', '.join(allowed)}")
-        if (kind == "shardwise") != (stage in ("0", "1", "2", "3")) or (stage and kind != "shardwise"):
-            raise ValueError(f"{text!r}: a stage 0 to 3 belongs to shardwise, as in shardwise:3, and to nothing else")
-        if unknown := set(options) - allowed[kind]:
+        stages = {"shardwise": ("0", "1", "2", "3"), "deepspeed": ("1", "2", "3")}.get(kind, ("",))
+        if stage not in stages:
+            raise ValueError(
+                f"{text!r}: a stage belongs to shardwise (0 to 3) and deepspeed (1 to 3), and to nothing else"
+            )
+        if unknown := set(options) - allowed[kind] - {"compile", "aot"}:
             raise ValueError(f"{text!r}: {kind} has no option {', '.join(sorted(unknown))}")
         if prefetch != 1 and kind != "shardwise":
             raise ValueError(f"{text!r}: prefetch is an option of shardwise")
         return cls(text.strip(), kind, int(stage) if stage else None, frozenset(options), prefetch)
+
+    @property
+    def backend(self) -> str | None:
+        """Of torch.compile, or None in eager."""
+        return "inductor" if "compile" in self.options else "aot_eager" if "aot" in self.options else None
 
     def build(self, case: Case, place: Place, reduce_dtype: str) -> Trainee:
         """Build the model of `case` on this rank and shard it.
@@ -109,6 +132,8 @@ class Engine:
             return self._fsdp2(case, place, reduce_dtype)
         if self.kind == "shardwise":
             return self._shardwise(case, place, reduce_dtype)
+        if self.kind == "deepspeed":
+            return self._deepspeed(case, place)
         return self._whole(case, place)
 
     def _whole(self, case: Case, place: Place) -> Trainee:
@@ -117,6 +142,7 @@ class Engine:
             raise ValueError(f"{case.name} trains every weight: it has no adapters for ddp32; use ddp")
         in_fp32 = full or self.kind in ("ddp32", "ddpamp")
         model = case.build(place.device, torch.float32 if in_fp32 else torch.bfloat16)
+        self._compile(model, case)
         optimizer = _adamw(model, case)
         autocast = full or self.kind == "ddpamp"
         if self.kind == "plain":
@@ -136,6 +162,7 @@ class Engine:
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
         model = case.build(place.device)
+        self._compile(model, case)
         reduce = torch.float32 if reduce_dtype == "fp32" else torch.bfloat16
         settings: dict[str, Any] = {
             "mesh": init_device_mesh(place.device.type, (place.world_size,)),
@@ -153,6 +180,9 @@ class Engine:
         return Trainee(model, _adamw(model, case), place.device)
 
     def _shardwise(self, case: Case, place: Place, reduce_dtype: str) -> Trainee:
+        from shardwise.compiling import CompiledBlocks
+        from shardwise.config.compiling import CompileConfig
+        from shardwise.losses import LeanLoss
         from shardwise.zero.optimizer import ShardedOptimizer
         from shardwise.zero.plan import Plan
         from shardwise.zero.precision import LossScaler, Precision
@@ -167,6 +197,9 @@ class Engine:
         plan = Plan.from_stage(self.stage, **places)
         precision = Precision.named("bf16", reduce_dtype=reduce_dtype)
         model = case.build(place.device)
+        # Before the model is sharded, as `prepare` does both.
+        lean = (LeanLoss(model),) if "loss" in self.options else ()
+        blocks = blocks_of(model, case) if self.backend else []
         optimizer = _adamw(model, case)
         sharded = ShardedModel(
             model,
@@ -175,13 +208,34 @@ class Engine:
             precision=precision,
             prefetch=self.prefetch,
             nvme_paths=dict.fromkeys(("param", "optimizer"), tempfile.gettempdir()),
+            gpu_memory_budget="auto" if "budget" in self.options else None,
             serial="serial" in self.options,
         )
         clipping = 1.0 if "clip" in self.options else None
         stepper = ShardedOptimizer(
             optimizer, [sharded], scaler=LossScaler.for_precision(precision), gradient_clipping=clipping
         )
-        return Trainee(model, optimizer, place.device, ledger=sharded.ledger, keep=(sharded, stepper))
+        compiled = CompiledBlocks(blocks, CompileConfig(dynamo_backend=self.backend) if self.backend else None)
+        keep = (sharded, stepper, compiled, *lean)
+        return Trainee(model, optimizer, place.device, ledger=sharded.ledger, keep=keep)
+
+    def _deepspeed(self, case: Case, place: Place) -> Trainee:
+        from deepspeed_engine import initialize
+
+        assert self.stage is not None
+        model = case.build(place.device)
+        if self.stage < 3:
+            self._compile(model, case)
+        optimizer = _adamw(model, case)
+        whole = self.backend if self.stage == 3 else None
+        offloaded = self.options & {"opt", "param"}
+        engine = initialize(model, optimizer, self.stage, offloaded, rows=case.rows, compile_backend=whole)
+        return Trainee(engine, optimizer, place.device, keep=(engine,), backward=engine.backward, finish=engine.step)
+
+    def _compile(self, model: nn.Module, case: Case) -> None:
+        """Compile every block in place, as torch's own guides do before they shard a model."""
+        for block in blocks_of(model, case) if self.backend else ():
+            block.compile(backend=self.backend)
 
 
 def blocks_of(model: nn.Module, case: Case) -> list[nn.Module]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -149,6 +150,8 @@ def take_step(trainee: Trainee, case: Case, place: Place, index: int) -> torch.T
 
 def free(place: Place) -> None:
     """Give every unreachable tensor and every cached block back."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # what was compiled holds on to what it was compiled for
     gc.collect()
     place.synchronize()
     if place.cuda:

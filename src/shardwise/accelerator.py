@@ -55,6 +55,7 @@ class Accelerator(Preparing, Saving, Tracking, Metrics):
     The arguments are accelerate's. What the launcher's configuration says holds; a keyword given here overrules it,
     except gradient_accumulation_steps, where the configuration wins. fsdp, megatron, tensor-parallel and dynamo plugins
     are refused.
+    dynamo_backend: compile the blocks of prepared models with torch.compile; see `compiling.py`.
     step_scheduler_with_optimizer: False makes a prepared scheduler step whenever its `step` is called.
     rng_types: generators that take rank 0's state when an epoch starts: "generator" (a sampler's own), "torch", "cuda".
     log_with:  trackers; see `tracking.py`.
@@ -96,11 +97,10 @@ class Accelerator(Preparing, Saving, Tracking, Metrics):
                     f"Accelerator: {name} is for another way to shard. Use zero_stage (0 to 3) in the "
                     "configuration, or deepspeed_plugin=DeepSpeedPlugin(zero_stage=3)."
                 )
-        backend = getattr(dynamo_backend, "value", dynamo_backend)
-        if dynamo_plugin is not None or str(backend or "no").lower() != "no":
+        if dynamo_plugin is not None:
             raise ConfigError(
-                "Accelerator: torch.compile is not started by this version. Leave dynamo_backend out, and "
-                "compile the model's blocks yourself before `prepare`."
+                "Accelerator: dynamo_plugin is accelerate's object. Use dynamo_backend, and dynamo_config in the "
+                "configuration for the rest."
             )
         handlers = handlers_by_type(kwargs_handlers)
         self._config, steps = resolve(
@@ -110,6 +110,8 @@ class Accelerator(Preparing, Saving, Tracking, Metrics):
             gradient_accumulation_steps,
             gradient_accumulation_plugin,
         )
+        backend = getattr(dynamo_backend, "value", dynamo_backend)
+        self._config = self._config.merged(dynamo_backend=backend)
         group: InitProcessGroupKwargs | None = handlers.get(InitProcessGroupKwargs)
         timeout = None if group is None or group.timeout is None else group.timeout.total_seconds()
         engine = self._config.engine
@@ -391,6 +393,8 @@ class Accelerator(Preparing, Saving, Tracking, Metrics):
     def free_memory(self, *objects: Any) -> list[None]:
         """Let go of everything prepared: models get whole weights back in place. Gives a None for each argument."""
         for prepared in self._models:
+            for change in prepared.changes:
+                change.undo()
             prepared.sharded.release()
         for known in (self._models, self._optimizers, self._schedulers, self._dataloaders):
             known.clear()

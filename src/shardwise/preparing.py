@@ -11,10 +11,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from .compiling import CompiledBlocks, blocks_to_compile
 from .config.schema import Config
 from .data import DataLoaderConfiguration, PreparedLoader, check_data_loader, prepare_data_loader
 from .errors import PrepareError
 from .integrations import connect
+from .losses import LeanLoss
 from .prepare_checks import batch_size_of, check_model, check_optimizer, describe
 from .process import PartialState
 from .scheduler import Rhythm, is_prepared, prepare_scheduler
@@ -30,9 +32,16 @@ logger = logging.getLogger("shardwise")
 class PreparedModel:
     """A model in the engine, and the parameters that it had when it went in."""
 
-    def __init__(self, model: nn.Module, sharded: ShardedModel, parameters: list[nn.Parameter]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sharded: ShardedModel,
+        changes: Sequence[CompiledBlocks | LeanLoss],
+        parameters: list[nn.Parameter],
+    ) -> None:
         self.model = model
         self.sharded = sharded
+        self.changes = changes  # what was done to the model beside sharding it, to be undone in the end
         self.parameters = parameters
         self.ids = {id(parameter) for parameter in parameters}
         self.quiet = 0  # how many no_sync blocks are open
@@ -149,6 +158,10 @@ class Preparing(PartialState):
         models = [item for item in objects if isinstance(item, nn.Module)]
         for index, model in enumerate(models):
             check_model(model)
+            if self._config.compiling is not None:
+                blocks_to_compile(model, self._config.engine.units)
+            if self._config.engine.loss_chunk_tokens is not None:
+                LeanLoss(model).undo()
             shared = {id(p) for other in models[:index] for p in other.parameters()}
             if any(model is other for other in models[:index]):
                 raise PrepareError(f"the same {type(model).__name__} is given to `prepare` twice. Give it once.")
@@ -203,6 +216,8 @@ class Preparing(PartialState):
             "optimizer": zero.offload_optimizer_nvme_path,
         }
         nvme_paths = {kind: path for kind, path in paths.items() if path is not None}
+        # Found before the weights are sharded; `_check` has seen that it can be done.
+        blocks = blocks_to_compile(model, engine.units) if self._config.compiling is not None else []
         sharded = ShardedModel(
             model,
             plan=self._plan,
@@ -215,7 +230,10 @@ class Preparing(PartialState):
             gpu_memory_budget=engine.gpu_memory_budget,
         )
         connect(model)
-        self._models.append(PreparedModel(model, sharded, parameters))
+        changes: list[CompiledBlocks | LeanLoss] = [CompiledBlocks(blocks, self._config.compiling)]
+        if engine.loss_chunk_tokens is not None:
+            changes.append(LeanLoss(model, engine.loss_chunk_tokens))
+        self._models.append(PreparedModel(model, sharded, changes, parameters))
         self._push_sync()
 
     def _prepare_optimizer(self, optimizer: Optimizer) -> None:

@@ -75,3 +75,51 @@ def test_a_gather_under_compute_is_hidden_and_the_rest_exposed(overlap: ModuleTy
     assert summary["compute_ms"] == 2.25
     assert summary["span_ms"] == 3.0
     assert summary["idle_ms"] == 0.0
+
+
+def test_the_suite_runs_its_cases_and_shows_them_in_one_table(tmp_path: Path) -> None:
+    words = ["ddp", "fsdp2", "shardwise:3", "shardwise:3+aot", "shardwise:3+loss"]
+    options = ["--tiny", "--use-cpu", "--cases", "lora8b", "--engines", ",".join(words), "--rounds", "1"]
+    command = [sys.executable, str(BENCHMARKS / "suite.py"), *options, "--warmup", "1", "--steps", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--out", str(tmp_path)], env=environment,
+                          capture_output=True, text=True, timeout=150, check=False)  # fmt: skip
+    found = records(done)
+    assert list(found) == words
+    for record in found.values():
+        assert record["losses"] == pytest.approx(found["ddp"]["losses"], rel=5e-3)
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == len(words)
+    shown = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("lora8b ")]
+    assert shown == words
+
+
+@pytest.fixture
+def suite(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("suite")
+
+
+def test_the_suite_runs_every_engine_eager_and_compiled_and_deepspeed_where_it_is(suite: ModuleType) -> None:
+    with_it = suite.engines_of("full1b", None, deepspeed=True, compiled="compile")
+    without = suite.engines_of("full1b", None, deepspeed=False, compiled=None)
+    assert {"deepspeed:3", "deepspeed:3+compile", "shardwise:3+compile", "fsdp2+compile"} <= set(with_it)
+    assert not any(word.startswith("deepspeed") or "+" in word for word in without)
+
+
+def test_the_ratio_is_to_the_fastest_peer_of_the_same_kind(suite: ModuleType) -> None:
+    def record(engine: str, median: float) -> dict:
+        return {"case": "bart", "engine": engine, "step_ms": {"median": median, "min": 1, "max": 2},
+                "peak_bytes": {"allocated": 2e9}, "tokens_per_s": 5.0}  # fmt: skip
+
+    runs = [record("ddp", 100), record("fsdp2", 200), record("ddp+compile", 50), record("shardwise:3", 90),
+            record("shardwise:3+compile", 60)]  # fmt: skip
+    ratios = {line.split()[1]: line.split()[5] for line in suite.table(runs).splitlines()[1:]}
+    assert ratios["shardwise:3"] == "0.900"
+    assert ratios["shardwise:3+compile"] == "1.200"
+
+
+def test_the_loss_benchmark_gives_a_line_for_each_form() -> None:
+    done = run("loss.py", "--tiny", "--steps", "1", "--chunk", "8", ranks=1)
+    assert done.returncode == 0, done.stderr[-2000:]
+    forms = [json.loads(line)["form"] for line in done.stdout.splitlines() if line.startswith("{")]
+    assert forms == ["torch", "from_logits", "from_hidden"]

@@ -143,6 +143,7 @@ def test_nothing_heavy_is_imported_before_the_checks_pass(tmp_path: Path) -> Non
         "assert run(['launch', '--use_cpu', '--zero_stage', '3', '--dry-run', 'train.py']) == 0\n"
         "assert run(['launch', '--zero_stage', '5', 'none.py']) == 2\n"
         "assert run(['env']) == 0\n"
+        "assert run(['estimate', 'config.json', '--zero_stage', '5']) == 2\n"
         "assert run(['config', '--default', '--config_file', 'x.yaml']) == 0\n"
         "heavy = {'torch', 'numpy', 'transformers', 'accelerate', 'peft'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

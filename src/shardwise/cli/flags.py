@@ -54,6 +54,9 @@ FLAGS: tuple[Flag, ...] = (
         "gradient_accumulation_steps", "Micro-batches for each optimizer step; auto: the script says.", _TRAIN, "N|auto"
     ),
     Flag("gradient_clipping", "Clip the global gradient norm at this value.", _TRAIN, "NUMBER|none"),
+    Flag(
+        "dynamo_backend", "Compile the blocks of the model with torch.compile.", _TRAIN, "no|inductor|aot_eager|eager"
+    ),
     Flag("distributed_type", "Kind of run; follows from the other flags where not given.", _PROCESSES, "TYPE"),
     Flag("num_processes", "Processes in total, over all machines. Default: one for each GPU.", _PROCESSES, "N"),
     Flag("use_cpu", "Train on the CPU (gloo), even where there are GPUs.", _PROCESSES, switch=True, also=("cpu",)),
@@ -90,6 +93,7 @@ FLAGS: tuple[Flag, ...] = (
     ),
     Flag("enable_cpu_affinity", "Keep each process to cores of its own.", _PROCESSES, switch=True),
     Flag("collective_timeout_s", "Seconds that a rank waits for the others before it raises.", _ENGINE, "SECONDS"),
+    Flag("loss_chunk_tokens", "Compute the loss of so many tokens at a time, without all logits.", _ENGINE, "N"),
     Flag("train_batch_size", "Expected global batch size; checked in prepare.", _ENGINE, "N"),
     Flag("micro_batch_size", "Expected batch size of one process; checked in prepare.", _ENGINE, "N"),
 )

@@ -107,6 +107,56 @@ def launch_command(
     )
 
 
+@app.command(name="estimate")
+@with_setting_flags
+def estimate_command(
+    settings: dict[str, str | bool],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A hub id, a directory with a config.json, or such a file.")
+    ],
+    config_file: ConfigFile = None,
+    lora_r: Annotated[
+        str | None, typer.Option("--lora_r", metavar="N", help="LoRA of this rank; default: every weight is trained.")
+    ] = None,
+    target_modules: Annotated[
+        str, typer.Option("--target_modules", metavar="NAMES", help="What LoRA adapts, with commas.")
+    ] = "all-linear",
+    modules_to_save: Annotated[
+        str | None, typer.Option("--modules_to_save", metavar="NAMES", help="Modules trained whole beside LoRA.")
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option("--quantize", metavar="8bit|4bit", help="Frozen linear weights as codes and scales.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", metavar="fp32|bf16|fp16", help="Of the loaded weights; default: the model's."),
+    ] = None,
+    sequence_length: Annotated[
+        str | None,
+        typer.Option("--sequence_length", metavar="N", help="Count activations too, for --micro_batch_size sequences."),
+    ] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Every block is recomputed in the backward.")
+    ] = False,
+    attention: Annotated[str, typer.Option("--attention", metavar="sdpa|eager")] = "sdpa",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print the bytes that a model needs under each plan, by role and tier, before anything is loaded."""
+    from .estimate import Asked, run_estimate
+
+    asked = Asked(
+        lora_r=lora_r,
+        target_modules=target_modules,
+        modules_to_save=modules_to_save,
+        quantize=quantize,
+        dtype=dtype,
+        sequence_length=sequence_length,
+        attention=attention,
+        checkpointing=checkpointing,
+    )
+    run_estimate(model, settings, asked, config_file=config_file, as_json=as_json)
+
+
 @app.command(name="env")
 def env_command(config_file: ConfigFile = None) -> None:
     """Print what a bug report needs: versions, machine, configuration."""

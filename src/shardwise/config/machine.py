@@ -86,6 +86,30 @@ def gpu_names() -> list[str]:
     return _listed_gpus() if shutil.which("nvidia-smi") else []
 
 
+def gpu_memory_bytes() -> int | None:
+    """Memory of the smallest GPU of this machine, as the driver tells it; None where there is none or it does not tell."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    sizes = [int(line) for line in answer.stdout.split() if line.isdigit()]
+    return min(sizes) << 20 if sizes else None
+
+
+def free_disk_bytes(path: str | Path) -> int | None:
+    """Free bytes where `path` is or would be made; None if that cannot be told."""
+    place = Path(path).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        return shutil.disk_usage(place).free
+    except OSError:
+        return None
+
+
 def visible_gpus(gpu_ids: str | None = None, environ: Mapping[str, str] | None = None) -> int | None:
     """CUDA devices that a process will see; None if only torch can tell.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from .compiling import CompileConfig
 from .schema import Config, EngineConfig, LossScaleConfig, ZeroConfig
 
 Key = tuple[str, ...]
@@ -24,6 +25,7 @@ _SECTIONS: dict[Key, type[BaseModel]] = {
     ("deepspeed_config",): ZeroConfig,
     ("shardwise_config",): EngineConfig,
     ("shardwise_config", "loss_scale"): LossScaleConfig,
+    ("dynamo_config",): CompileConfig,
 }
 
 
@@ -268,6 +270,8 @@ def notes(config: Config) -> list[str]:
         said.append("deepspeed_moe_layer_cls_names: has no effect; every unit is gathered whole, its experts included.")
     if zero.deepspeed_multinode_launcher not in (None, "standard"):
         said.append("deepspeed_multinode_launcher: has no effect on one machine.")
+    if config.compiling is not None and not config.compiling.dynamo_use_regional_compilation:
+        said.append("dynamo_use_regional_compilation: has no effect; the model is compiled block by block in any case.")
     if config.main_training_function != "main":
         said.append("main_training_function: has no effect; the script is run from its first line.")
     if config.num_machines > 1 and not config.same_network:

@@ -15,9 +15,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
 from ..errors import ConfigError
+from .compiling import BACKENDS, CompileConfig, section, word
 from .environment import RankEnvironment
 from .fields import (
     NO,
@@ -50,20 +51,6 @@ _OTHER_TYPES = {
 _HYSTERESIS = dict.fromkeys(range(2, 100), "the scale falls at every overflow; only 1 is taken")
 # 0 is DeepSpeed's way to say "no clipping". There is no hidden 1.0.
 _NO_CLIPPING = ("none", "auto", "no", 0, 0.0, False)
-
-
-def _no_dynamo(value: Any) -> dict[str, str]:
-    """{} for an absent or switched-off torch.compile; anything else is refused."""
-    if not value or value is True:
-        value = {"dynamo_backend": "NO"} if not value else {"dynamo_backend": "on"}
-    if isinstance(value, str):
-        value = {"dynamo_backend": value}
-    if not isinstance(value, dict):
-        raise wrong(f"{value!r} is not a mapping with the key dynamo_backend")
-    backend = value.get("dynamo_backend", "NO")
-    if backend is not False and str(backend).upper() != "NO":
-        raise wrong(f"{backend!r}: torch.compile is not started by this version; only 'NO' is taken")
-    return {}
 
 
 def _auto_or_flag(value: Any) -> bool | str:
@@ -142,6 +129,7 @@ class EngineConfig(_Model):
     scheduler_steps_per_process: Flag = True
     collective_timeout_s: Annotated[float, number(0, above=True)] = 600.0
     threads_per_rank: OptionalCount = None
+    loss_chunk_tokens: OptionalCount = None
     loss_scale: LossScaleConfig = LossScaleConfig()
     train_batch_size: OptionalCount = None
     micro_batch_size: OptionalCount = None
@@ -180,8 +168,8 @@ class Config(_Model):
     use_cpu: Flag = False
     debug: Flag = False
     enable_cpu_affinity: Flag = False
-    dynamo_config: Annotated[dict[str, str], BeforeValidator(_no_dynamo)] = Field(default_factory=dict)
-    dynamo_backend: Annotated[dict[str, str], BeforeValidator(_no_dynamo)] = Field(default_factory=dict)
+    dynamo_config: Annotated[CompileConfig, BeforeValidator(section)] = CompileConfig()
+    dynamo_backend: Annotated[str, one_of(*BACKENDS), BeforeValidator(word)] = "no"
     downcast_bf16: Annotated[None, absent("downcast_bf16 is for TPUs, which are not supported; take 'no'")] = None
     fsdp_config: Annotated[None, absent("FSDP is not what shardwise runs; describe the run in deepspeed_config")] = None
     megatron_lm_config: Annotated[None, absent("Megatron-LM is not what shardwise runs; remove this section")] = None
@@ -220,6 +208,13 @@ class Config(_Model):
     @property
     def engine(self) -> EngineConfig:
         return self.shardwise_config
+
+    @property
+    def compiling(self) -> CompileConfig | None:
+        """How blocks are compiled, or None if they are not. The single word wins: a keyword or flag says it."""
+        if self.dynamo_backend != "no":
+            return self.dynamo_config.model_copy(update={"dynamo_backend": self.dynamo_backend})
+        return self.dynamo_config if self.dynamo_config.dynamo_backend != "no" else None
 
     @property
     def gradient_accumulation_steps(self) -> int:

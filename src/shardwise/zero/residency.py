@@ -173,8 +173,7 @@ def _keep_optimizer(model: ShardedModel, unit: Unit, optimizer: Optimizer, shard
         state = optimizer.state.pop(shard.tensor, {})
         shard.stand_on(master)
         optimizer.state[shard.tensor] = {
-            key: states[key][shard.begin : shard.end] if key in states else value
-            for key, value in state.items()
+            key: states[key][shard.begin : shard.end] if key in states else value for key, value in state.items()
         }
     for number, group in enumerate(optimizer.param_groups):
         group["params"] = [shard.tensor for shard in shards if shard.group == number]

@@ -33,6 +33,7 @@ from .unit import Unit
 # Elements. 16 MiB of fp32 each: long enough for the link, short enough that a few of them are little memory. Whole pages.
 CHUNK = 4 << 20
 _AHEAD = 3  # chunks on their way up while one steps
+VISITING = _AHEAD + 3  # chunks that have memory on the device at most: those, the one that steps, two on their way down
 
 
 class Shard:

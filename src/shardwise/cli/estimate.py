@@ -1,0 +1,186 @@
+"""`shardwise estimate`: what a model needs under a plan and under every other one, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..config.machine import (
+    free_disk_bytes,
+    gpu_memory_bytes,
+    host_memory_bytes,
+    memory_limit_bytes,
+    visible_gpus,
+)
+from ..config.resolve import resolve
+from ..config.schema import Config
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..estimate import Estimate, Machine, Run
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The flags that no configuration has. Values are texts, as they were typed."""
+
+    lora_r: str | None = None
+    target_modules: str = "all-linear"
+    modules_to_save: str | None = None
+    quantize: str | None = None
+    dtype: str | None = None
+    sequence_length: str | None = None
+    attention: str = "sdpa"
+    checkpointing: bool = False
+
+
+def run_estimate(
+    model: str,
+    settings: Mapping[str, str | bool],
+    asked: Asked,
+    *,
+    config_file: str | None = None,
+    as_json: bool = False,
+) -> None:
+    """Print the estimate. Raises ConfigError for a wrong setting, or a model that cannot be built."""
+    config = resolve(settings, config_file).config
+    rank = _count("lora_r", asked.lora_r)
+    length = _count("sequence_length", asked.sequence_length)
+    if asked.attention not in ("sdpa", "eager"):
+        raise ConfigError(f"--attention: {asked.attention!r} is not one of sdpa, eager")
+    if asked.quantize not in (None, "8bit", "4bit"):
+        raise ConfigError(f"--quantize: {asked.quantize!r} is not one of 8bit, 4bit")
+    if asked.dtype not in (None, "fp32", "bf16", "fp16"):
+        raise ConfigError(f"--dtype: {asked.dtype!r} is not one of fp32, bf16, fp16")
+    if asked.quantize is not None and rank is None:
+        raise ConfigError("--quantize: quantised weights cannot be trained; add --lora_r")
+
+    # From here on it takes seconds: torch is imported.
+    from ..activations import Batch
+    from ..estimate import CHOICES, Choice, Machine, Run, estimate
+    from ..meta_model import Adapters, build_meta_model
+    from ..zero.precision import Precision
+
+    adapters = None
+    if rank is not None:
+        adapters = Adapters(rank, _names(asked.target_modules), _names(asked.modules_to_save))
+    built = build_meta_model(model, dtype=asked.dtype, adapters=adapters, quantize=asked.quantize)
+    engine, zero = config.engine, config.zero
+    gpus = 0 if config.use_cpu else visible_gpus(config.gpu_ids) or 0
+    machine = Machine(gpus, gpu_memory_bytes(), _host(), free_disk_bytes(_disk(config)))
+    world_size = config.num_processes or max(1, gpus) * config.num_machines
+    batch = None
+    if length is not None:
+        rows = engine.micro_batch_size or 1
+        batch = Batch(rows, length, asked.checkpointing, asked.attention, engine.loss_chunk_tokens)
+    run = Run(
+        world_size=world_size,
+        local_processes=-(-world_size // config.num_machines),
+        precision=Precision.named(config.mixed_precision, engine.reduce_dtype),
+        cuda=not config.use_cpu,
+        prefetch=engine.prefetch_units,
+        units=engine.units,
+        whole_adapters="auto" if isinstance(engine.whole_adapters, str) else engine.whole_adapters,
+        accumulates=config.gradient_accumulation_steps > 1,
+        batch=batch,
+    )
+    chosen = estimate(built, Choice(zero.zero_stage, zero.offload_optimizer_device, zero.offload_param_device), run)
+    every = [estimate(built, choice, run) for choice in CHOICES]
+    total, trained = _counts(built)
+    if as_json:
+        facts = {
+            "model": model,
+            "class": type(built).__name__,
+            "parameters": total,
+            "trained": trained,
+            "num_processes": world_size,
+            "mixed_precision": config.mixed_precision,
+            "quantize": asked.quantize,
+            "plan": {**chosen.as_values(), "shortages": machine.shortages(chosen, run)},
+            "plans": [{**found.as_values(), "shortages": machine.shortages(found, run)} for found in every],
+        }
+        print(json.dumps(facts, indent=1))
+        return
+    print(f"{model}: {total:,} parameters, {trained:,} of them trained; mixed precision {config.mixed_precision}")
+    print(f"{world_size} process(es), {run.local_processes} on this machine; AdamW; {_batch_text(built, run)}")
+    if asked.quantize:
+        print(f"the frozen linear weights in {asked.quantize}: codes and scales as an estimate of what libraries keep")
+    print("\n".join(["", *rows_of(chosen), "", *table(every, machine, run)]))
+
+
+def rows_of(found: Estimate) -> list[str]:
+    """One plan: a line for each kind of bytes, a column for each tier."""
+    from ..estimate import AT_REST, PASSING, size
+    from ..zero.plan import Tier
+
+    lines = [f"{found.choice}, bytes of one rank", f"  {'':<18}{'GPU':>10}{'host':>10}{'disk':>10}"]
+
+    def line(name: str, values: list[int]) -> str:
+        return f"  {name:<18}" + "".join(f"{size(value) if value else '-':>10}" for value in values)
+
+    for rows, name, total in ((AT_REST, "at rest", found.rest), (PASSING, "at the peak", found.peak)):
+        for row in rows:
+            values = [found.nbytes.get((row, tier), 0) for tier in Tier]
+            if any(values):
+                lines.append(line(row, values))
+        lines.append(line(f"= {name}", [total(tier) for tier in Tier]))
+    return lines
+
+
+def table(every: list[Estimate], machine: Machine, run: Run) -> list[str]:
+    """Every plan: a line each, with whether it fits this machine."""
+    from ..estimate import size
+    from ..zero.plan import Tier
+
+    what = f"{machine.gpus} GPU(s)" if run.cuda and machine.gpus else "no GPU"
+    known = [("a GPU", machine.gpu_nbytes if run.cuda else None), ("host", machine.host_nbytes)]
+    known.append(("free disk", machine.disk_nbytes))
+    sizes = ", ".join(f"{name} {size(count)}" for name, count in known if count is not None)
+    head = f"  {'plan':<46}{'GPU rest':>10}{'GPU peak':>10}{'host':>10}{'disk':>10}  fits"
+    lines = [f"every plan, bytes of one rank; this machine has {what}" + (f"; {sizes}" if sizes else ""), head]
+    for found in every:
+        values = [found.rest(Tier.GPU), *(found.peak(tier) for tier in Tier)]
+        short = machine.shortages(found, run)
+        sizes = "".join(f"{size(value) if value else '-':>10}" for value in values)
+        lines.append(f"  {found.choice!s:<46}{sizes}  {'no: ' + '; '.join(short) if short else 'yes'}")
+    return lines
+
+
+def _counts(model: Any) -> tuple[int, int]:
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
+
+
+def _batch_text(model: Any, run: Run) -> str:
+    from ..activations import decoder_shape
+
+    if run.batch is None:
+        return "without activations (give --sequence_length)"
+    if decoder_shape(model) is None:
+        return "without activations: the formula is for decoder transformers"
+    text = f"activations of {run.batch.rows} x {run.batch.length} tokens"
+    return text + (" with checkpointing" if run.batch.checkpointing else "")
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+def _count(name: str, text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"--{name}: {text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def _host() -> int | None:
+    found = [count for count in (host_memory_bytes(), memory_limit_bytes()) if count is not None]
+    return min(found, default=None)
+
+
+def _disk(config: Config) -> str:
+    zero = config.zero
+    return zero.offload_optimizer_nvme_path or zero.offload_param_nvme_path or "."

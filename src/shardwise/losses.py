@@ -1,0 +1,223 @@
+"""Cross entropy without the logits of all tokens in fp32: torch's numbers, in chunks of tokens.
+
+For T tokens and a vocabulary of V, transformers' loss holds at its peak 12 bytes for each of T x V logits in bf16. Two ways:
+
+    from logits         logits stay; their fp32 form exists for one chunk          peak 2 e T V bytes (logits, gradient)
+    from hidden states  each chunk's logits are made by the head, and made again   peak 12 C V bytes for chunks of C tokens
+                        in the backward
+
+The head is called as a module, chunk by chunk, so that whatever surrounds it acts: the engine's gathers, an adapter, a bias.
+Both compute each chunk in fp32 and add the losses up in fp32; gradients of a trained head add up over chunks in its own dtype,
+as autograd adds them. Neither has label smoothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .errors import PrepareError, ShardwiseError
+
+CHUNK_TOKENS = 1024
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    num_items_in_batch: Tensor | int | None = None,
+    chunk: int = CHUNK_TOKENS,
+) -> Tensor:
+    """The mean cross entropy of (T, V) logits and (T,) labels in fp32, or their sum over `num_items_in_batch`.
+
+    Equal to F.cross_entropy(logits.float(), labels); the gradient comes in the logits' dtype, without an fp32 copy of them.
+    With no label but `ignore_index` the mean is NaN, as torch's.
+    """
+    total = _FromLogits.apply(logits, labels, ignore_index, chunk)  # type: ignore[no-untyped-call]
+    return _scaled(total, labels, ignore_index, num_items_in_batch)
+
+
+def head_cross_entropy(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    num_items_in_batch: Tensor | int | None = None,
+    chunk: int = CHUNK_TOKENS,
+) -> Tensor:
+    """As `cross_entropy(head(hidden), labels)`, with the logits of `chunk` tokens at a time, in both directions.
+
+    hidden: (T, H). head: a module that makes (C, V) of (C, H); it runs twice for each chunk.
+    """
+
+    def part(states: Tensor, wanted: Tensor) -> Tensor:
+        return F.cross_entropy(head(states).float(), wanted, ignore_index=ignore_index, reduction="sum")
+
+    sums = []
+    for states, wanted in zip(torch.split(hidden, chunk), torch.split(labels, chunk), strict=True):
+        if torch.is_grad_enabled():
+            sums.append(checkpoint(part, states, wanted, use_reentrant=False))
+        else:
+            sums.append(part(states, wanted))
+    return _scaled(torch.stack(sums).sum(), labels, ignore_index, num_items_in_batch)
+
+
+def _scaled(total: Tensor, labels: Tensor, ignore_index: int, items: Tensor | int | None) -> Tensor:
+    if items is None:
+        return total / (labels != ignore_index).sum()
+    return total / (items.to(total.device) if isinstance(items, Tensor) else items)
+
+
+class _FromLogits(torch.autograd.Function):
+    """The sum over tokens. Saves the logits as they are and a log-sum for each token."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, chunk: int) -> Tensor:
+        ctx.ignore_index, ctx.chunk = ignore_index, chunk
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        log_sums = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
+        for part, wanted, log_sum in zip(*(torch.split(t, chunk) for t in (logits, labels, log_sums)), strict=True):
+            numbers = part.float()
+            torch.logsumexp(numbers, -1, out=log_sum)
+            counts = wanted != ignore_index
+            chosen = numbers.gather(-1, wanted.where(counts, 0).unsqueeze(-1)).squeeze(-1)
+            total += (log_sum - chosen).where(counts, 0).sum()
+        ctx.save_for_backward(logits, labels, log_sums)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        logits, labels, log_sums = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        parts = zip(*(torch.split(t, ctx.chunk) for t in (logits, labels, log_sums, out)), strict=True)
+        for part, wanted, log_sum, target in parts:
+            shares = torch.sub(part.float(), log_sum.unsqueeze(-1)).exp_()
+            counts = wanted != ctx.ignore_index
+            places = wanted.where(counts, 0).unsqueeze(-1)
+            shares.scatter_add_(-1, places, torch.full_like(places, -1, dtype=shares.dtype))
+            shares.mul_((gradients[0] * counts).unsqueeze(-1))
+            target.copy_(shares)
+        return out, None, None, None
+
+
+class LeanLoss:
+    """A causal language model of transformers, also inside a PEFT model, whose training loss comes in chunks, until `undo`.
+
+    chunk: tokens at a time.
+    Where a forward with labels records gradients, the head hands the hidden states through, and the loss calls the head for
+    each chunk. The output has no logits then: they never exist. Without labels or gradients nothing is different.
+    Raises PrepareError for a model whose loss is not transformers' causal one, or which cannot be changed so.
+    """
+
+    def __init__(self, model: nn.Module, chunk: int = CHUNK_TOKENS) -> None:
+        self.chunk = chunk
+        self._model, self._head = _model_and_head(model)
+        self._active = False  # between the start of such a forward and its loss
+        self._handed: Tensor | None = None
+        self._before = [(m, name, vars(m).get(name)) for m, name in self._changed()]
+        self._original: Callable[..., Any] = self._model.forward
+        self._head_forward: Callable[..., Tensor] = self._head.forward
+        self._loss: Callable[..., Tensor] = self._model.loss_function
+        self._model.forward = _in_place_of(self._original, self._forward)
+        self._head.forward = _in_place_of(self._head_forward, self._pass_or_compute)
+        self._model.loss_function = self._chunked
+
+    def _changed(self) -> tuple[tuple[Any, str], ...]:
+        return (self._model, "forward"), (self._head, "forward"), (self._model, "_loss_function")
+
+    def undo(self) -> None:
+        """Give the model its own loss back."""
+        for module, name, value in self._before:
+            if value is None:
+                vars(module).pop(name, None)
+            else:
+                setattr(module, name, value)
+        self._before.clear()
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("labels") is None or not torch.is_grad_enabled():
+            return self._original(*args, **kwargs)
+        self._active = True
+        try:
+            output = self._original(*args, **kwargs)
+            if self._active:
+                raise ShardwiseError(
+                    f"{type(self._model).__name__} does not take its loss from loss_function: it cannot be had in chunks. "
+                    "Leave loss_chunk_tokens out."
+                )
+        finally:
+            self._active, self._handed = False, None
+        if isinstance(output, dict):
+            return type(output)(**{name: value for name, value in output.items() if name != "logits"})
+        return (output[0], None, *output[2:])
+
+    def _pass_or_compute(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self._active:
+            return self._head_forward(hidden, *args, **kwargs)
+        self._handed = hidden
+        return hidden
+
+    def _chunked(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if not self._active:
+            settings = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels, **kwargs}
+            return self._loss(logits, labels, vocab_size, ignore_index=ignore_index, **settings)
+        self._active = False
+        if logits is not self._handed:
+            raise ShardwiseError(
+                f"{type(self._model).__name__} changes its logits between the head and the loss (a cap or a scale): the loss "
+                "cannot be had in chunks. Leave loss_chunk_tokens out."
+            )
+        if shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        return head_cross_entropy(
+            logits.reshape(-1, logits.shape[-1]),
+            self._head,
+            shift_labels.reshape(-1).to(logits.device),
+            ignore_index=ignore_index,
+            num_items_in_batch=num_items_in_batch,
+            chunk=self.chunk,
+        )
+
+
+def _in_place_of(plain: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method` with the name and the signature of `plain`, which peft and transformers read."""
+
+    @functools.wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs)
+
+    return forward
+
+
+def _model_and_head(model: nn.Module) -> tuple[Any, Any]:
+    """The transformers model in `model`, and its head. Raises PrepareError."""
+    for module in model.modules():
+        find: Any = getattr(module, "get_output_embeddings", None)
+        # PEFT's wrappers answer for the model inside of them; the loss is the model's own.
+        if find is None or "loss_function" not in dir(type(module)):
+            continue
+        head = find()
+        kind = getattr(module, "loss_type", None)
+        if head is not None and kind in (None, "ForCausalLM"):
+            return module, head
+    raise PrepareError(
+        f"loss_chunk_tokens: {type(model).__name__} is not a causal language model of transformers. Leave it out, or call "
+        "shardwise.losses.head_cross_entropy yourself."
+    )

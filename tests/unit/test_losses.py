@@ -1,0 +1,135 @@
+"""The loss in chunks against torch's and transformers' own, in both directions."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rig.tiny import batches, tiny
+from shardwise.errors import PrepareError, ShardwiseError
+from shardwise.losses import LeanLoss, cross_entropy, head_cross_entropy
+
+TOKENS, WIDTH, WORDS = 37, 12, 53
+
+
+def problem(dtype):
+    torch.manual_seed(3)
+    hidden = torch.randn(TOKENS, WIDTH).to(dtype).requires_grad_()
+    head = nn.Linear(WIDTH, WORDS, bias=False).to(dtype)
+    labels = torch.randint(0, WORDS, (TOKENS,))
+    labels[::5] = -100
+    return hidden, head, labels
+
+
+def grads(loss, *tensors):
+    return torch.autograd.grad(loss, tensors)
+
+
+@pytest.mark.parametrize("items", [None, 11, torch.tensor(11)])
+@pytest.mark.parametrize("chunk", [5, 8, 37, 1000])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+def test_both_ways_give_torchs_loss_and_gradients(dtype, tolerance, chunk, items):
+    hidden, head, labels = problem(dtype)
+    wanted = F.cross_entropy(head(hidden).float(), labels, reduction="mean" if items is None else "sum")
+    wanted = wanted if items is None else wanted / items
+    expected = grads(wanted, hidden, head.weight)
+    settings = {"chunk": chunk, "num_items_in_batch": items}
+    for loss in (
+        cross_entropy(head(hidden), labels, **settings),
+        head_cross_entropy(hidden, head, labels, **settings),
+    ):
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
+        for found, right in zip(grads(loss, hidden, head.weight), expected, strict=True):
+            assert found.dtype == dtype
+            torch.testing.assert_close(found, right, rtol=tolerance, atol=tolerance * right.abs().max().item())
+
+
+def test_without_any_label_the_mean_is_nan_as_torchs():
+    hidden, head, labels = problem(torch.float32)
+    nothing = torch.full_like(labels, -100)
+    assert cross_entropy(head(hidden), nothing).isnan()
+    assert head_cross_entropy(hidden, head, nothing).isnan()
+
+
+def test_another_ignored_label_is_ignored():
+    hidden, head, labels = problem(torch.float32)
+    labels = labels.where(labels >= 0, 7)
+    wanted = F.cross_entropy(head(hidden), labels, ignore_index=7)
+    torch.testing.assert_close(cross_entropy(head(hidden), labels, ignore_index=7), wanted)
+    torch.testing.assert_close(head_cross_entropy(hidden, head, labels, ignore_index=7), wanted)
+
+
+def saved(function):
+    """Bytes that autograd keeps."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes(), tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return sum(nbytes for nbytes, _ in kept.values())
+
+
+def test_no_logits_are_kept_between_the_directions():
+    hidden, head, labels = problem(torch.bfloat16)
+    logits = TOKENS * WORDS * 2
+    plain = saved(lambda: F.cross_entropy(head(hidden).float(), labels))
+    assert plain - saved(lambda: cross_entropy(head(hidden), labels)) >= 0.8 * logits
+    assert plain - saved(lambda: head_cross_entropy(hidden, head, labels, chunk=8)) >= 2 * logits
+
+
+@pytest.mark.parametrize("items", [None, 9])
+@pytest.mark.parametrize("tuning", ["full", "lora", "lora+save"])
+@pytest.mark.parametrize("name", ["llama", "tied"])
+def test_a_model_of_transformers_trains_the_same_with_it(name, tuning, items):
+    model = tiny(name, tuning)
+    plain = copy.deepcopy(model)
+    lean = LeanLoss(model, chunk=5)
+    batch = batches("llama", 1, 3)[0]
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][0, :4] = -100
+    extra = {} if items is None else {"num_items_in_batch": torch.tensor(items)}
+    wanted, found = plain(**batch, **extra), model(**batch, **extra)
+    wanted.loss.backward()
+    found.loss.backward()
+    torch.testing.assert_close(found.loss, wanted.loss)
+    assert found.logits is None
+    for mine, right in zip(model.parameters(), plain.parameters(), strict=True):
+        if right.grad is not None:
+            torch.testing.assert_close(mine.grad, right.grad, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():  # an evaluation has its logits
+        torch.testing.assert_close(model(**batch).logits, plain(**batch).logits)
+        torch.testing.assert_close(model(**batch).loss, plain(**batch).loss)
+    lean.undo()
+    torch.testing.assert_close(model(**batch).logits, plain(**batch).logits)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_model_that_changes_its_logits_is_refused_in_words():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=61, hidden_size=32, intermediate_size=44, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, attn_implementation="eager",
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).train()
+    LeanLoss(model)
+    with pytest.raises(ShardwiseError, match="changes its logits"):
+        model(**batches("llama", 1, 2)[0])
+
+
+def test_an_encoder_decoder_is_refused():
+    with pytest.raises(PrepareError, match="not a causal language model"):
+        LeanLoss(tiny("bart"))
+
+
+def test_a_model_of_ones_own_is_refused():
+    with pytest.raises(PrepareError, match="head_cross_entropy"):
+        LeanLoss(nn.Linear(2, 2))
