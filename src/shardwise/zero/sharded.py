@@ -24,6 +24,7 @@ from .hooks import Hooks
 from .plan import WHOLE_ADAPTER_SHARE, Plan, Tier
 from .precision import Precision
 from .schedule import Schedule
+from .sources import Sources, fill_region
 from .streams import Lanes
 from .unit import Engine, Gradients, ReductionsInFlight, Unit
 from .units import UnitSpec, find_units
@@ -56,6 +57,7 @@ class ShardedModel:
     units:          block classes or module paths; None finds them.
     whole_adapters: True keeps trainable weights whole on the gpu at stage 3, False shards them, 'auto' keeps those that
                     are at most 1/16 of what is frozen in their unit.
+    sources:        of the parameters on the meta device: each rank reads its own interval from them.
     sync_gradients: set False before a backward whose gradients are accumulated only. accumulating: the last one was so.
     Collective: every rank calls it with an equally built model; rank 0's weights are everybody's afterwards.
     Raises PrepareError for a model that is prepared already, has weights on the meta device, or fits no unit name.
@@ -71,6 +73,7 @@ class ShardedModel:
         prefetch: int = 1,
         units: Sequence[str] | None = None,
         whole_adapters: bool | Literal["auto"] = "auto",
+        sources: Sources | None = None,
     ) -> None:
         self.model = model
         self.plan = plan
@@ -79,10 +82,11 @@ class ShardedModel:
         self.sync_gradients = True
         self.accumulating = False
         self._whole_adapters = whole_adapters
+        self._sources: Sources = sources or {}
         specs: list[UnitSpec] = []
         error: Exception | None = None
         try:
-            _check(model)
+            _check(model, self._sources)
             specs = find_units(model, units, min_nbytes=_MIN_UNIT_NBYTES if ranks.device.type == "cuda" else 0)
         except Exception as caught:
             error = caught
@@ -97,6 +101,7 @@ class ShardedModel:
         with torch.no_grad():
             self._place_buffers()
             self.units = self._build(specs)
+        self._sources = {}
         self.schedule = Schedule(self.units, ranks, lanes, reductions, prefetch)
         dtype = precision.compute
         self._hooks = Hooks(
@@ -205,9 +210,12 @@ class ShardedModel:
             world_size=ranks.world_size if plan.frozen.sharded else 1,
             device=ranks.device,
         )
-        if ranks.rank == 0:
-            buffer.fill()
-        ranks.broadcast(buffer.whole)
+        if self._have_sources(members):
+            fill_region(buffer, self._sources, ranks, buffer.own_slice)
+        else:
+            if ranks.rank == 0:
+                buffer.fill()
+            ranks.broadcast(buffer.whole)
         self._settle_in(buffer)
         return buffer
 
@@ -226,21 +234,32 @@ class ShardedModel:
         )
         # The masters start from the user's own values, not from their 16-bit rounding.
         master_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        values = torch.zeros(buffer.layout.numel, dtype=master_dtype, device=ranks.device)
-        if ranks.rank == 0:
-            for index, member in enumerate(members):
-                buffer.view(index, values).copy_(member.parameter.data)
-        ranks.broadcast(values)
-        buffer.whole.copy_(values)
-        self._settle_in(buffer)
         n = buffer.layout.shard_numel if plan.optimizer.sharded else buffer.layout.numel
+        if self._have_sources(members):
+            own = torch.zeros(n, dtype=master_dtype, device=ranks.device)
+            fill_region(buffer, self._sources, ranks, own)
+            buffer.own_slice.copy_(own)
+            if plan.optimizer.sharded and not plan.parameter.sharded:
+                ranks.all_gather(buffer.whole, buffer.own_slice)
+        else:
+            values = torch.zeros(buffer.layout.numel, dtype=master_dtype, device=ranks.device)
+            if ranks.rank == 0:
+                for index, member in enumerate(members):
+                    buffer.view(index, values).copy_(member.parameter.data)
+            ranks.broadcast(values)
+            buffer.whole.copy_(values)
+            own = values[buffer.rank * n : (buffer.rank + 1) * n]
+        self._settle_in(buffer)
         shares = dtype == master_dtype and plan.parameter.tier is plan.optimizer.tier
         if shares:
             master = buffer.shard if plan.optimizer.sharded else buffer.whole
         else:
             master = stores[plan.optimizer.tier].allocate(n, master_dtype)
-            master.copy_(values[buffer.rank * n : (buffer.rank + 1) * n])
+            master.copy_(own)
         return buffer, Gradients(buffer, plan, self._engine, master, shares)
+
+    def _have_sources(self, members: Sequence[Member]) -> bool:
+        return any(id(member.parameter) in self._sources for member in members)
 
     def _settle_in(self, buffer: FlatBuffer) -> None:
         """Put this rank's shard to rest and make the parameters views; the whole is still there."""
@@ -404,7 +423,7 @@ def _nbytes(members: Sequence[Member]) -> int:
     return sum(m.parameter.numel() * m.dtype.itemsize for m in members)
 
 
-def _check(model: nn.Module) -> None:
+def _check(model: nn.Module, sources: Sources) -> None:
     if not isinstance(model, nn.Module):
         raise PrepareError(f"expected a torch.nn.Module, got {type(model).__name__}.")
     for other in [sharded.model for sharded in _sharded.values()]:
@@ -412,7 +431,7 @@ def _check(model: nn.Module) -> None:
             which = "this model" if other is model else f"a part of it, or a model around it ({type(other).__name__}),"
             raise PrepareError(f"{type(model).__name__}: {which} has been prepared already. Prepare each model once.")
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+        if parameter.is_meta and id(parameter) not in sources:
             raise PrepareError(
                 f"{name} is on the meta device: it has no values. Load or initialise the model before prepare."
             )
