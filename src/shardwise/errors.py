@@ -11,6 +11,7 @@
     ├── UnitStateError                an illegal move of a unit's state: a fault of shardwise
     ├── ScheduleError                 ranks or passes use units in a way that cannot be kept in step
     ├── NonFiniteError                the loss or the gradients are NaN or infinite
+    ├── LoadingError (ValueError)     a file of weights that is damaged, or not what its index says
     ├── DataError (ValueError)        a data loader that cannot be sharded
     └── RankError                     another rank failed; says which one and why
 
@@ -63,6 +64,10 @@ class ScheduleError(ShardwiseError, RuntimeError):
 
 class NonFiniteError(ShardwiseError, ArithmeticError):
     """The loss or the gradients are NaN or infinite."""
+
+
+class LoadingError(ShardwiseError, ValueError):
+    """A file of weights is damaged, or lacks what its index or the model says that it has."""
 
 
 class DataError(ShardwiseError, ValueError):

@@ -16,6 +16,8 @@ are run once on scratch memory of one tensor, which is dropped at once: so every
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,11 +25,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_map
 
 from .errors import PrepareError
-from .recording import Constant, Entry, Record, RecordedSource, Records, Ref, Stretch, any_in, replay, tensors_in, view_of
+from .recording import (
+    Constant,
+    Entry,
+    Record,
+    RecordedSource,
+    Records,
+    Ref,
+    Stretch,
+    any_in,
+    replay,
+    tensors_in,
+    view_of,
+)
 from .zero.sources import Source
 
 aten = torch.ops.aten
@@ -54,6 +68,7 @@ _FACTORIES: dict[str, tuple[OpOverload, Callable[[Sequence[Any]], tuple[Any, ...
     "full": (aten.fill_.Scalar, lambda args: (args[1],)),
     "full_like": (aten.fill_.Scalar, lambda args: (args[1],)),
     "new_full": (aten.fill_.Scalar, lambda args: (args[2],)),
+    "scalar_tensor": (aten.fill_.Scalar, lambda args: (args[0],)),
     "rand": (aten.uniform_.default, lambda args: (0.0, 1.0)),
     "rand_like": (aten.uniform_.default, lambda args: (0.0, 1.0)),
     "randn": (aten.normal_.default, lambda args: (0.0, 1.0)),
@@ -89,6 +104,11 @@ def is_deferred(tensor: Tensor) -> bool:
     return _records.find(tensor) is not None
 
 
+def source_of(tensor: Tensor) -> RecordedSource:
+    """The source of a deferred tensor, as it is now."""
+    return RecordedSource(_records.ref(tensor))
+
+
 def value_of(tensor: Tensor) -> Tensor:
     """The values of a deferred tensor, in memory of their own."""
     ref = _records.ref(tensor)
@@ -99,10 +119,57 @@ def value_of(tensor: Tensor) -> Tensor:
 def deferring(*, factories: bool = True) -> Iterator[None]:
     """Inside, large tensors are made without memory, and what is done to such tensors is recorded.
 
-    factories: False makes new tensors as always; for work on a model that was built so before.
+    factories: False makes new tensors as always; for work on a model that was built so before. Inside another such block
+    it does nothing.
     """
-    with _Deferring(factories):
+    if _is_deferring():
         yield
+        return
+    with _initialisers_recorded(), _Deferring(factories):
+        yield
+
+
+# torch's initialisers that do nothing for a tensor on the meta device are recorded as they are called, whole. They look at
+# values (until enough samples are in range), so what they do is not a fixed row of operations.
+_INITIALISERS = ("_no_grad_trunc_normal_", "dirac_", "orthogonal_", "sparse_")
+
+
+@contextmanager
+def _initialisers_recorded() -> Iterator[None]:
+    homes: list[tuple[Any, str]] = [(vars(nn.init), name) for name in _INITIALISERS]
+    transformers = sys.modules.get("transformers.initialization")
+    # transformers calls the functions that it found when it was imported.
+    known = getattr(transformers, "TORCH_INIT_FUNCTIONS", {})
+    homes += [(known, name) for name in _INITIALISERS if name in known]
+    originals = [(home, name, home[name]) for home, name in homes if name in home]
+    for home, name, original in originals:
+        home[name] = _recorded(original)
+    try:
+        yield
+    finally:
+        for home, name, original in originals:
+            home[name] = original
+
+
+def _recorded(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(original)
+    def initialise(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not is_deferred(tensor):
+            return original(tensor, *args, **kwargs)
+        generator = kwargs.pop("generator", None)
+        record = _records.find(tensor)
+        assert record is not None
+        entry = Entry(original, (_records.ref(tensor), *args), kwargs)
+        with _disable_current_modes():
+            _draw(entry, generator, {id(record): record})
+        record.entries.append(entry)
+        return tensor
+
+    return initialise
+
+
+def _is_deferring() -> bool:
+    return any(isinstance(mode, _Deferring) for mode in _get_current_dispatch_mode_stack())
 
 
 def _quote(tensor: Tensor) -> Ref:
@@ -111,9 +178,9 @@ def _quote(tensor: Tensor) -> Ref:
     return ref
 
 
-class _Deferring(TorchDispatchMode):
+class _Deferring(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, factories: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._factories = factories
 
     def __torch_dispatch__(
@@ -140,13 +207,15 @@ class _Deferring(TorchDispatchMode):
         device = kwargs.get("device")
         if device is None and like is not None:
             device = "cpu" if touches else like.device
-        if torch.device(device or "cpu").type != "cpu":
+        wanted = torch.device(device or "cpu").type
+        # Someone who works on recorded tensors makes new ones where they are: C++ does for `w[0] = 1.0`, PEFT for adapters.
+        explicit = wanted == "meta" and torch.get_default_device().type != "meta"
+        if wanted != "cpu" and not explicit:
             return func(*args, **kwargs)
         shape = torch.empty_like(like, device="meta") if like is not None and not like.is_meta else like
         made = func(*((shape, *args[1:]) if like is not None else args), **{**kwargs, "device": "meta"})
-        if not (touches or self._factories) or not made.is_floating_point() or made.numel() < SMALL_NUMEL:
-            if like is not None and like.is_meta:
-                kwargs = {**kwargs, "device": "cpu"}
+        large = made.is_floating_point() and made.numel() >= SMALL_NUMEL
+        if not explicit and not (large and (touches or self._factories)):
             return func(*args, **{**kwargs, "device": "cpu"})
         _records.add(made)
         recipe = _FACTORIES[name]
@@ -200,7 +269,12 @@ def _record(func: OpOverload, args: Any, kwargs: dict[str, Any], changed: Sequen
             return item
         record = _records.find(item)
         if record is None:
-            return Constant(torch.zeros(item.shape, dtype=item.dtype, device="cpu") if item.is_meta else item)
+            if item.is_meta:
+                raise PrepareError(
+                    f"{func} reads a tensor of shape {tuple(item.shape)} on the meta device that has no values. Make it "
+                    "inside `with accelerator.init():`, or on the CPU."
+                )
+            return Constant(item)
         return _records.ref(item) if id(record) in targets else _quote(item)
 
     def shape_of(item: Any) -> Any:
@@ -278,7 +352,7 @@ def sources_of(model: nn.Module) -> dict[int, Source]:
                     "or, if it was, change its weights there too (dtype, copies, own initialisation): outside of it "
                     "nothing can be done to weights that have no memory yet."
                 )
-            found[id(parameter)] = RecordedSource(_records.ref(parameter))
+            found[id(parameter)] = source_of(parameter)
     for prefix, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:

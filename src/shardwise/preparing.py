@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from torch.utils.data import DataLoader
 from .config.schema import Config
 from .data import DataLoaderConfiguration, PreparedLoader, check_data_loader, prepare_data_loader
 from .errors import PrepareError
+from .initialising import sources_of
 from .integrations import connect
+from .loading import build_without_memory, building
 from .prepare_checks import batch_size_of, check_model, check_optimizer, describe
 from .process import PartialState
 from .scheduler import Rhythm, is_prepared, prepare_scheduler
@@ -22,6 +25,7 @@ from .zero.optimizer import ShardedOptimizer, find_sharded_optimizer
 from .zero.plan import Plan
 from .zero.precision import LossScaler, Precision
 from .zero.sharded import ShardedModel, find_sharded
+from .zero.sources import Source
 
 logger = logging.getLogger("shardwise")
 
@@ -68,6 +72,23 @@ class Preparing(PartialState):
 
     def _push_sync(self) -> None:
         raise NotImplementedError
+
+    @contextmanager
+    def init(self) -> Iterator[None]:
+        """Inside, models are built and loaded without memory; `prepare` gives each rank its shard. Collective at its end.
+
+        Their large weights are on the meta device until then. What `from_config`, own modules' constructors, `from_pretrained`,
+        PEFT and `resize_token_embeddings` do to them is recorded and gives the numbers of an ordinary build with the same
+        seed. A safetensors checkpoint is read in prepare, by each rank its own bytes.
+        An error inside is every rank's: a rank whose own block went well raises RankError.
+        """
+        problem: Exception | None = None
+        try:
+            with building():
+                yield
+        except Exception as error:
+            problem = error
+        self._ranks.agree(problem)
 
     def prepare(self, *objects: Any, device_placement: Sequence[bool | None] | None = None) -> Any:
         """The objects, ready for the run, in the same order; a single one by itself. Collective.
@@ -135,7 +156,8 @@ class Preparing(PartialState):
         placements = [self.device_placement if flag is None else flag for flag in flags]
         for item, placed in zip(objects, placements, strict=True):
             if isinstance(item, nn.Module) and not placed:
-                stray = next((p.device for p in item.parameters() if p.device.type != self.device.type), None)
+                devices = (p.device for p in item.parameters() if not p.is_meta)
+                stray = next((device for device in devices if device.type != self.device.type), None)
                 if stray is not None:
                     raise PrepareError(
                         f"device_placement=False, but the model has parameters on {stray}: shards live on the "
@@ -197,6 +219,14 @@ class Preparing(PartialState):
     def _prepare_model(self, model: nn.Module) -> None:
         engine = self._config.engine
         parameters = list(model.parameters())
+        sources: dict[int, Source] = {}
+        problem: Exception | None = None
+        try:
+            sources = sources_of(model)
+        except Exception as error:
+            problem = error
+        self._ranks.agree(problem)
+        build_without_memory(False)
         sharded = ShardedModel(
             model,
             plan=self._plan,
@@ -205,6 +235,7 @@ class Preparing(PartialState):
             prefetch=engine.prefetch_units,
             units=engine.units,
             whole_adapters="auto" if isinstance(engine.whole_adapters, str) else engine.whole_adapters,
+            sources=sources,
         )
         connect(model)
         self._models.append(PreparedModel(model, sharded, parameters))

@@ -17,6 +17,7 @@ This file knows torch's operations, and neither modules, processes nor file form
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 
 aten = torch.ops.aten
@@ -90,14 +90,14 @@ class Constant:
 
 @dataclass(eq=False)
 class Entry:
-    """One operation on a record.
+    """One operation on a record, of torch or a function in Python.
 
     args, kwargs: with Ref and Constant for tensors. result: for an operation that made the record, which of its results,
     and as which view of the record; None where it changed the record in place.
     generator_state: before the operation, if it draws random numbers. seeded: it came with a generator of its own.
     """
 
-    op: OpOverload
+    op: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     result: tuple[int, Ref] | None = None
@@ -150,7 +150,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def view_of(storage: torch.UntypedStorage, ref: Ref) -> Tensor:
     """The tensor that `ref` stands for, in memory that its record was replayed into."""
-    return torch.empty(0, dtype=ref.dtype, device="cpu").set_(storage, ref.offset, ref.size, ref.stride)  # type: ignore[call-overload,no-any-return]
+    return torch.empty(0, dtype=ref.dtype, device="cpu").set_(storage, ref.offset, ref.size, ref.stride)
 
 
 @torch.no_grad()
@@ -248,7 +248,7 @@ def _constant_of(value_at: Callable[[Entry], float]) -> Callable[[Entry, int, in
     return stretch
 
 
-_STRETCHES: dict[OpOverload, Callable[[Entry, int, int], Tensor | None]] = {
+_STRETCHES: dict[Callable[..., Any], Callable[[Entry, int, int], Tensor | None]] = {
     aten._to_copy.default: _of_copied,
     aten.clone.default: _of_copied,
     aten.copy_.default: _of_source,
@@ -309,15 +309,17 @@ class Records:
     def __init__(self) -> None:
         self._found: dict[int, tuple[weakref.ref[torch.UntypedStorage], Record]] = {}
         self._purge_at = 1024
+        self._lock = threading.Lock()  # transformers asks for tensors of files on several threads
 
     def add(self, tensor: Tensor, origin: Stretch | None = None) -> Record:
         """A new record for the storage of `tensor`, which is on the meta device."""
         storage = tensor.untyped_storage()
         record = Record(storage.nbytes(), origin)
-        self._found[storage._cdata] = (weakref.ref(storage), record)
-        if len(self._found) > self._purge_at:
-            self._found = {key: kept for key, kept in list(self._found.items()) if kept[0]() is not None}
-            self._purge_at = max(1024, 2 * len(self._found))
+        with self._lock:
+            self._found[storage._cdata] = (weakref.ref(storage), record)
+            if len(self._found) > self._purge_at:
+                self._found = {key: kept for key, kept in self._found.items() if kept[0]() is not None}
+                self._purge_at = max(1024, 2 * len(self._found))
         return record
 
     def find(self, tensor: Tensor) -> Record | None:
@@ -332,7 +334,12 @@ class Records:
         record = self.find(tensor)
         assert record is not None
         return Ref(
-            record, len(record.entries), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+            record,
+            len(record.entries),
+            tensor.dtype,
+            tuple(tensor.shape),
+            tensor.stride(),
+            int(tensor.storage_offset()),
         )
 
 

@@ -85,6 +85,5 @@ def give_memory(parameter: Parameter, view: Tensor) -> None:
     if not parameter.is_meta:
         parameter.data = view
         return
-    real = type(parameter)(view, requires_grad=parameter.requires_grad)
-    real.__dict__.update(parameter.__dict__)
-    torch.utils.swap_tensors(parameter, real)
+    # Not torch.utils.swap_tensors, which refuses a parameter that somebody knows weakly, as nn.LSTM knows its own.
+    torch._C._swap_tensor_impl(parameter, Parameter(view, requires_grad=parameter.requires_grad))  # type: ignore[attr-defined]
