@@ -50,6 +50,7 @@ aten = torch.ops.aten
 SMALL_NUMEL = 4096
 
 _records = Records()
+_shapes_only: list[bool] = []  # one entry for each open block
 
 # A factory as what it does to empty memory: its name -> an operation in place and where its numbers are among the
 # positional arguments, or None where it leaves the memory undefined.
@@ -168,6 +169,16 @@ def _recorded(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return initialise
 
 
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Inside, nothing is recorded: transformers makes a model for its shapes, and draws no random numbers for it."""
+    _shapes_only.append(True)
+    try:
+        yield
+    finally:
+        _shapes_only.pop()
+
+
 def _is_deferring() -> bool:
     return any(isinstance(mode, _Deferring) for mode in _get_current_dispatch_mode_stack())
 
@@ -187,6 +198,8 @@ class _Deferring(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if _shapes_only:
+            return func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
         inputs = tensors_in((args, kwargs))
         touches = any_in(inputs, _records)
@@ -209,7 +222,7 @@ class _Deferring(TorchDispatchMode):  # type: ignore[no-untyped-call]
             device = "cpu" if touches else like.device
         wanted = torch.device(device or "cpu").type
         # Someone who works on recorded tensors makes new ones where they are: C++ does for `w[0] = 1.0`, PEFT for adapters.
-        explicit = wanted == "meta" and torch.get_default_device().type != "meta"
+        explicit = wanted == "meta"
         if wanted != "cpu" and not explicit:
             return func(*args, **kwargs)
         shape = torch.empty_like(like, device="meta") if like is not None and not like.is_meta else like
@@ -228,12 +241,7 @@ class _Deferring(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _begins(
         self, func: OpOverload, changed: Sequence[Tensor], kwargs: dict[str, Any], inputs: Sequence[Tensor]
     ) -> bool:
-        """Whether an operation gives values to tensors on the meta device that no record knows yet.
-
-        Not where the default device is meta: there transformers wants shapes and nothing else.
-        """
-        if torch.get_default_device().type == "meta":
-            return False
+        """Whether an operation gives values to tensors on the meta device that no record knows yet."""
         if func is aten._to_copy.default and torch.device(kwargs.get("device") or "cpu").type == "meta":
             return not inputs[0].is_meta
         unknown = [tensor for tensor in changed if tensor.is_meta]

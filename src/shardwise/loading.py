@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint.tensor_file import DTYPES, TensorFile
-from .initialising import deferred_cast, deferred_from, deferring, is_deferred, source_of
+from .initialising import deferred_cast, deferred_from, deferring, is_deferred, shapes_only, source_of
 
 _CHUNK_NUMEL = 1 << 22  # by which two deferred tensors are compared
 
@@ -142,6 +142,7 @@ def _connect() -> None:
     if library is not None:
         _wrap(library.PreTrainedModel, "from_pretrained", _load)
         _wrap(library.PreTrainedModel, "_from_config", _build)
+        _wrap(library.PreTrainedModel, "get_init_context", _contexts)
         _wrap(library.PreTrainedModel, "resize_token_embeddings", _change)
     peft = sys.modules.get("peft")
     if peft is not None:
@@ -171,6 +172,11 @@ def _load(original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) ->
         loaded = original(cls, *args, **kwargs)
         _tie_what_is_equal(loaded[0] if isinstance(loaded, tuple) else loaded)
     return loaded
+
+
+def _contexts(original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -> list[Any]:
+    """What from_pretrained constructs the model in: on the meta device, for the shapes."""
+    return [*original(cls, *args, **kwargs), shapes_only()]
 
 
 def _build(original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -> Any:

@@ -95,3 +95,154 @@ def test_own_modules_start_with_the_numbers_of_an_ordinary_build(world, plan, si
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_transformers_model_starts_with_the_numbers_of_an_ordinary_build(world, precision):
     world(2).run(_built_inside, tiny_llama, "3", precision)
+
+
+def _save(folder, tied=False, dtype=None, **options):
+    model = tiny_llama(tied=tied)
+    if dtype is not None:
+        model.to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder, **options)
+    return model
+
+
+def _loaded_equals_ordinary(ranks, load, plan="3", precision="no"):
+    from rig.engine import shard
+
+    initialising.SMALL_NUMEL = 1
+    torch.manual_seed(3)
+    expected = load()
+    after = torch.rand(3)
+    torch.manual_seed(3 + ranks.rank)
+    with building():
+        model = load()
+    if ranks.rank == 0:
+        assert torch.equal(torch.rand(3), after)
+    assert type(model) is type(expected)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    assert dtypes == {name: p.dtype for name, p in expected.named_parameters()}
+    sharded = shard(ranks, model, plan, precision, sources=sources_of(model))
+    found = weights_of(sharded)
+    names = dict(expected.named_parameters())
+    assert found.keys() == names.keys()
+    for name, value in names.items():
+        assert torch.equal(found[name], value.to(found[name].dtype)), name
+    for (name, buffer), (_, wanted) in zip(model.named_buffers(), expected.named_buffers(), strict=True):
+        assert torch.equal(buffer, wanted), name
+    return model, expected
+
+
+def _load(folder, kind="AutoModelForCausalLM", **options):
+    import transformers
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return getattr(transformers, kind).from_pretrained(folder, **options)
+
+
+def _load_and_compare(ranks, folder, options, plan="3", precision="no"):
+    _loaded_equals_ordinary(ranks, lambda: _load(folder, **options), plan, precision)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_is_loaded_as_an_ordinary_load_does(world, tmp_path, plan, tied):
+    _save(tmp_path, tied)
+    world(2).run(_load_and_compare, str(tmp_path), {}, plan)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_parts_and_another_dtype_are_loaded_as_an_ordinary_load_does(world, tmp_path, precision):
+    _save(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    world(3).run(_load_and_compare, str(tmp_path), {"dtype": torch.bfloat16}, "3", precision)
+
+
+def test_a_head_that_the_checkpoint_lacks_is_drawn_as_an_ordinary_load_does(world, tmp_path):
+    _save(tmp_path)
+    world(2).run(_load_and_compare, str(tmp_path), {"kind": "AutoModelForSequenceClassification", "num_labels": 7}, "3")
+
+
+def _weight_file(folder):
+    return Path(folder) / "model.safetensors"
+
+
+def _rename(folder, change):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(_weight_file(folder))
+    save_file({change(name): value.clone() for name, value in tensors.items()}, _weight_file(folder), {"format": "pt"})
+
+
+def test_old_prefixes_are_renamed_as_an_ordinary_load_does(world, tmp_path):
+    """A checkpoint of the base model alone, and one whose names have another prefix."""
+    _save(tmp_path, tied=True)
+    _rename(tmp_path, lambda name: name.removeprefix("model."))
+    world(2).run(_load_and_compare, str(tmp_path), {})
+    _rename(tmp_path, lambda name: f"old.{name}")
+    world(2).run(_load_and_compare, str(tmp_path), {"key_mapping": {r"^old\.": "model."}})
+
+
+def test_a_tied_weight_that_the_file_holds_twice_is_one_weight(world, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    _save(tmp_path, tied=True)
+    tensors = load_file(_weight_file(tmp_path))
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, _weight_file(tmp_path), {"format": "pt"})
+    world(2).run(_load_and_compare, str(tmp_path), {})
+    tensors["lm_head.weight"] += 1
+    save_file(tensors, _weight_file(tmp_path), {"format": "pt"})
+    world(2).run(_load_and_compare, str(tmp_path), {})
+
+
+def _adapters(ranks, folder, where, save, resize):
+    """The same script with and without memory: load, perhaps resize, add adapters, train three steps."""
+    initialising.SMALL_NUMEL = 1
+
+    def base():
+        model = _load(folder, attn_implementation="eager")
+        model.config.use_cache = False
+        return model
+
+    def finish(model):
+        if resize:
+            model.resize_token_embeddings(70)
+        return with_lora(model, save=save).train()
+
+    torch.manual_seed(5)
+    expected = finish(base())
+    torch.manual_seed(5)
+    with building():
+        model = base()
+        if where == "inside":
+            model = finish(model)
+    if where == "after":
+        model = finish(model)
+    plain = torch.optim.AdamW(trained(expected), lr=3e-3, eps=1e-4)
+    names = {name: p.requires_grad for name, p in expected.named_parameters()}
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == names
+    sharded, _, stepping = prepare(ranks, model, "3", sources=sources_of(model))
+    found = weights_of(sharded)
+    for name, value in expected.named_parameters():
+        assert torch.equal(found[name], value), name
+    for batch in batches("llama", 3, 12):
+        expected(**batch).loss.backward()
+        plain.step()
+        plain.zero_grad()
+        model(**share(batch, ranks.rank, ranks.world_size)).loss.backward()
+        stepping.step()
+        stepping.zero_grad()
+    found = weights_of(sharded)
+    for name, value in expected.named_parameters():
+        assert (found[name] - value).abs().max() <= 1e-6, name
+
+
+@pytest.mark.parametrize("resize", [False, True])
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("where", ["inside", "after"])
+def test_adapters_and_new_tokens_are_added_to_a_model_without_memory(world, tmp_path, where, save, resize):
+    _save(tmp_path)
+    world(2).run(_adapters, str(tmp_path), where, save, resize)

@@ -86,4 +86,4 @@ def give_memory(parameter: Parameter, view: Tensor) -> None:
         parameter.data = view
         return
     # Not torch.utils.swap_tensors, which refuses a parameter that somebody knows weakly, as nn.LSTM knows its own.
-    torch._C._swap_tensor_impl(parameter, Parameter(view, requires_grad=parameter.requires_grad))  # type: ignore[attr-defined]
+    torch._C._swap_tensor_impl(parameter, Parameter(view.data, requires_grad=parameter.requires_grad))
