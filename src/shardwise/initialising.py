@@ -42,6 +42,7 @@ from .recording import (
     tensors_in,
     view_of,
 )
+from .zero.scratch import scratch
 from .zero.sources import Source
 
 aten = torch.ops.aten
@@ -329,16 +330,16 @@ def _draw(entry: Entry, generator: torch.Generator | None, targets: Mapping[int,
     entry.seeded = generator is not None
     entry.generator_state = Constant(generator.get_state() if generator is not None else torch.get_rng_state())
 
-    def scratch(item: Any) -> Any:
+    def stand_in(item: Any) -> Any:
         if isinstance(item, Constant):
             return item.value.clone()
         if isinstance(item, Ref) and id(item.record) in targets:
             # What it is filled with does not matter, how it lies in memory does: kernels draw in its order.
             extent = 1 + sum((size - 1) * stride for size, stride in zip(item.size, item.stride, strict=True))
-            return torch.empty(extent, dtype=item.dtype, device="cpu").as_strided(item.size, item.stride)
+            return scratch(extent * item.dtype.itemsize).view(item.dtype).as_strided(item.size, item.stride)
         return view_of(replay(item.record, item.upto), item) if isinstance(item, Ref) else item
 
-    args, kwargs = tree_map(scratch, (entry.args, entry.kwargs))
+    args, kwargs = tree_map(stand_in, (entry.args, entry.kwargs))
     with torch.no_grad():
         entry.op(*args, **kwargs, **({"generator": generator} if generator is not None else {}))
 

@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 
+from .zero.scratch import scratch
+
 aten = torch.ops.aten
 
 
@@ -160,7 +162,7 @@ def replay(record: Record, upto: int | None = None) -> torch.UntypedStorage:
     if record.origin is not None:
         storage = record.origin.read(0, record.nbytes).untyped_storage()
     else:
-        storage = torch.empty(record.nbytes, dtype=torch.uint8, device="cpu").untyped_storage()
+        storage = scratch(record.nbytes).untyped_storage()
     for at, entry in enumerate(record.entries[:count]):
         entry.run(record, at, storage)
     return storage

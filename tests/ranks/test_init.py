@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import warnings
 from pathlib import Path
 
@@ -11,12 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from rig.engine import PLANS, prepare, tower, trained, weights_of
+from rig.engine import PLANS, prepare, trained, weights_of
 from rig.tiny import batches, share, tiny_llama, with_lora
 from shardwise import initialising
-from shardwise.errors import LoadingError, PrepareError, RankError
-from shardwise.initialising import is_deferred, sources_of
-from shardwise.loading import build_without_memory, building
+from shardwise.initialising import sources_of
+from shardwise.loading import building
 
 
 @pytest.fixture(autouse=True)

@@ -60,6 +60,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "zero.collectives",
         "zero.streams",
         "zero.units",
+        "zero.scratch",
         "zero.sources",
         "offload",
     ),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoadingError
+from ..zero.scratch import scratch
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -58,7 +59,7 @@ class FileStretch:
 
     def read(self, begin: int, end: int) -> Tensor:
         """(end - begin,) of uint8, in new memory. Raises LoadingError if the file ends before."""
-        result = torch.empty(end - begin, dtype=torch.uint8, device="cpu")
+        result = scratch(end - begin)
         view = memoryview(result.numpy())  # type: ignore[arg-type]
         done = 0
         try:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .collectives import Ranks
+from .scratch import give_back_free_memory
 
 if TYPE_CHECKING:
     from .flat import FlatBuffer
@@ -50,6 +51,7 @@ def fill_region(buffer: FlatBuffer, sources: Sources, ranks: Ranks, out: Tensor)
     out: (shard_numel,) bytes for a buffer of bytes, else numbers of any dtype; the padding stays as it is.
     Collective; nothing larger than one parameter that has memory is sent. A source that fails is every rank's error.
     """
+    give_back_free_memory()  # of the unit before this one
     members = buffer.members
     own = [sources.get(id(member.parameter)) for member in members]
     told = ranks.broadcast_object([source.facts() if source is not None else [] for source in own])
