@@ -65,9 +65,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "offload",
     ),
     ("zero.unit",),
-    ("zero.schedule", "zero.hooks"),
+    ("zero.schedule", "zero.hooks", "zero.writing"),
     ("zero.sharded",),
-    ("zero.optimizer", "zero.clipping", "checkpoint"),
+    ("zero.access", "zero.optimizer", "zero.clipping", "checkpoint"),
     FRONT_END,
     ("cli",),
 )

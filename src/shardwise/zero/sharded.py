@@ -28,6 +28,7 @@ from .sources import Sources, fill_region
 from .streams import Lanes
 from .unit import Engine, Gradients, ReductionsInFlight, Unit
 from .units import UnitSpec, find_units
+from .writing import weights_before, write_back
 
 Role = Literal["frozen", "parameter", "gradient", "optimizer"]
 
@@ -294,10 +295,13 @@ class ShardedModel:
 
     # Reading and leaving.
 
-    def gathered(self, parameters: Sequence[Parameter] | None = None) -> AbstractContextManager[None]:
-        """Inside, the weights are whole and readable on every rank; what is written into them is lost.
+    def gathered(
+        self, parameters: Sequence[Parameter] | None = None, *, modify: bool = False
+    ) -> AbstractContextManager[None]:
+        """Inside, the weights are whole and readable on every rank.
 
         parameters: gather only the units that hold these. Collective; not inside a forward or a backward.
+        modify: at the end rank 0's values become everybody's, masters included; without it what is written is lost.
         """
         chosen = self.units
         if parameters is not None:
@@ -307,7 +311,21 @@ class ShardedModel:
                 for u in self.units
                 if any(id(m.parameter) in wanted for b in (u.frozen, u.trainable) if b for m in b.members)
             ]
-        return self.schedule.hold(chosen)
+        return self._modified(chosen) if modify else self.schedule.hold(chosen)
+
+    @contextmanager
+    def _modified(self, units: Sequence[Unit]) -> Iterator[None]:
+        with self.schedule.hold(units):
+            before = weights_before(units)
+            error: Exception | None = None
+            try:
+                yield
+            except Exception as caught:
+                error = caught
+            self.ranks.agree(error)
+            self.synchronize()
+            write_back(units, before, self.ranks)
+            self.synchronize()
 
     def together(self) -> AbstractContextManager[None]:
         """Inside, ranks may run different numbers of forwards without gradients, as in generation. Collective."""
@@ -409,14 +427,6 @@ class ShardedModel:
                     if buffer is not None:
                         buffer.dissolve()
         _sharded.pop(id(self.model), None)
-
-
-@contextmanager
-def gathered(model: nn.Module, parameters: Sequence[Parameter] | None = None) -> Iterator[None]:
-    """`ShardedModel.gathered` for a prepared model; does nothing for any other."""
-    sharded = find_sharded(model)
-    with sharded.gathered(parameters) if sharded is not None else nullcontext():
-        yield
 
 
 def _nbytes(members: Sequence[Member]) -> int:
