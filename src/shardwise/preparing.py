@@ -227,6 +227,13 @@ class Preparing(PartialState):
             problem = error
         self._ranks.agree(problem)
         build_without_memory(False)
+        zero = self._config.zero
+        if zero.zero3_init_flag and zero.zero_stage == 3 and not sources and self.is_main_process:
+            logger.warning(
+                "zero3_init_flag had no effect on this %s: it was built whole. Import transformers before Accelerator(), and "
+                "call from_pretrained or from_config after it; or build the model inside `with accelerator.init():`.",
+                type(model).__name__,
+            )
         sharded = ShardedModel(
             model,
             plan=self._plan,

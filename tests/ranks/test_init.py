@@ -9,17 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from rig.engine import PLANS, prepare, trained, weights_of
+from rig.engine import PLANS, prepare, shard, trained, weights_of
 from rig.tiny import batches, share, tiny_llama, with_lora
 from shardwise import initialising
 from shardwise.initialising import sources_of
 from shardwise.loading import building
-
-
-@pytest.fixture(autouse=True)
-def _everything_is_large(monkeypatch):
-    """Ranks import this module and take the value from `defer_all`; this is for what runs in the test's process."""
-    monkeypatch.setattr(initialising, "SMALL_NUMEL", 1)
 
 
 class Odd(nn.Module):
@@ -53,8 +47,8 @@ class Odd(nn.Module):
         return self.first(x)
 
 
-def _built_inside(ranks, build, plan, precision):
-    initialising.SMALL_NUMEL = 1
+def _built_inside(ranks, build, plan, precision, small=1):
+    initialising.SMALL_NUMEL = small
     # Every rank has a seed of its own: rank 0's numbers are everybody's, as with a model that has memory.
     torch.manual_seed(7)
     expected = build()
@@ -64,9 +58,7 @@ def _built_inside(ranks, build, plan, precision):
         model = build()
     if ranks.rank == 0:
         assert torch.equal(torch.rand(3), after)
-    assert all(parameter.is_meta for parameter in model.parameters() if parameter.numel() > 1)
-    from rig.engine import shard
-
+    assert all(parameter.is_meta == (parameter.numel() >= small) for parameter in model.parameters())
     sharded = shard(ranks, model, plan, precision, sources=sources_of(model))
     found = weights_of(sharded)
     names = dict(expected.named_parameters())
@@ -83,10 +75,15 @@ def _built_inside(ranks, build, plan, precision):
         assert torch.equal(found_buffer, wanted), name
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.full)])
 @pytest.mark.parametrize("plan", PLANS)
 def test_own_modules_start_with_the_numbers_of_an_ordinary_build(world, plan, size):
     world(size).run(_built_inside, Odd, plan, "no")
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_small_weights_with_memory_go_with_large_ones_without(world, plan):
+    world(3).run(_built_inside, Odd, plan, "bf16", 100)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -105,8 +102,6 @@ def _save(folder, tied=False, dtype=None, **options):
 
 
 def _loaded_equals_ordinary(ranks, load, plan="3", precision="no"):
-    from rig.engine import shard
-
     initialising.SMALL_NUMEL = 1
     torch.manual_seed(3)
     expected = load()
@@ -243,3 +238,21 @@ def _adapters(ranks, folder, where, save, resize):
 def test_adapters_and_new_tokens_are_added_to_a_model_without_memory(world, tmp_path, where, save, resize):
     _save(tmp_path)
     world(2).run(_adapters, str(tmp_path), where, save, resize)
+
+
+def _load_pickled(ranks, folder):
+    """A checkpoint in torch's own format is read whole by every rank, as always; prepare shards it."""
+    with building():
+        model = _load(folder)
+    expected = _load(folder)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    sharded = shard(ranks, model, "3", sources=sources_of(model))
+    found = weights_of(sharded)
+    assert all(torch.equal(found[name], value) for name, value in expected.named_parameters())
+
+
+def test_a_checkpoint_that_is_not_safetensors_is_loaded_as_always(world, tmp_path):
+    model = _save(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    _weight_file(tmp_path).unlink()
+    world(2).run(_load_pickled, str(tmp_path))
