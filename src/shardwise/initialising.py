@@ -118,16 +118,15 @@ def value_of(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def deferring(*, factories: bool = True) -> Iterator[None]:
+def deferring() -> Iterator[None]:
     """Inside, large tensors are made without memory, and what is done to such tensors is recorded.
 
-    factories: False makes new tensors as always; for work on a model that was built so before. Inside another such block
-    it does nothing.
+    Inside another such block it does nothing.
     """
     if _is_deferring():
         yield
         return
-    with _initialisers_recorded(), _Deferring(factories):
+    with _initialisers_recorded(), _Deferring():  # type: ignore[no-untyped-call]
         yield
 
 
@@ -191,10 +190,6 @@ def _quote(tensor: Tensor) -> Ref:
 
 
 class _Deferring(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self, factories: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._factories = factories
-
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -229,7 +224,7 @@ class _Deferring(TorchDispatchMode):  # type: ignore[no-untyped-call]
         shape = torch.empty_like(like, device="meta") if like is not None and not like.is_meta else like
         made = func(*((shape, *args[1:]) if like is not None else args), **{**kwargs, "device": "meta"})
         large = made.is_floating_point() and made.numel() >= SMALL_NUMEL
-        if not explicit and not (large and (touches or self._factories)):
+        if not (explicit or large):
             return func(*args, **{**kwargs, "device": "cpu"})
         _records.add(made)
         recipe = _FACTORIES[name]

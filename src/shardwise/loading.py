@@ -190,7 +190,7 @@ def _change(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     models = [item for item in (*args, *kwargs.values()) if isinstance(item, nn.Module) and "_modules" in vars(item)]
     if not any(is_deferred(parameter) for model in models for parameter in model.parameters()):
         return original(*args, **kwargs)
-    with deferring(factories=False):
+    with deferring():
         return original(*args, **kwargs)
 
 

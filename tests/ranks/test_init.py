@@ -256,3 +256,54 @@ def test_a_checkpoint_that_is_not_safetensors_is_loaded_as_always(world, tmp_pat
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     _weight_file(tmp_path).unlink()
     world(2).run(_load_pickled, str(tmp_path))
+
+
+def _method(name):
+    import peft
+
+    targets = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    virtual = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
+    return {
+        "dora": lambda: peft.LoraConfig(r=4, use_dora=True, **targets),
+        "pissa": lambda: peft.LoraConfig(r=4, init_lora_weights="pissa", **targets),
+        "embedding": lambda: peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM"),
+        "loha": lambda: peft.LoHaConfig(r=4, **targets),
+        "lokr": lambda: peft.LoKrConfig(r=4, **targets),
+        "ia3": lambda: peft.IA3Config(feedforward_modules=[], **targets),
+        "prefix": lambda: peft.PrefixTuningConfig(**virtual),
+        "prompt": lambda: peft.PromptTuningConfig(**virtual),
+        "p-tuning": lambda: peft.PromptEncoderConfig(encoder_hidden_size=16, **virtual),
+    }[name]()
+
+
+def _other_adapters(ranks, folder, name, where):
+    from peft import get_peft_model as get
+
+    def get_peft_model(model, config):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft asks transformers in an old way
+            return get(model, config)
+
+    initialising.SMALL_NUMEL = 1
+    torch.manual_seed(9)
+    expected = get_peft_model(_load(folder), _method(name))
+    torch.manual_seed(9)
+    with building():
+        model = _load(folder)
+        if where == "inside":
+            model = get_peft_model(model, _method(name))
+    if where == "after":
+        model = get_peft_model(model, _method(name))
+    sharded = shard(ranks, model, "3", sources=sources_of(model))
+    found = weights_of(sharded)
+    names = {key: p.requires_grad for key, p in expected.named_parameters()}
+    assert {key: p.requires_grad for key, p in model.named_parameters()} == names
+    for key, value in expected.named_parameters():
+        assert torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize("where", ["after", pytest.param("inside", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", ["dora", "pissa", "embedding", "loha", "lokr", "ia3", "prefix", "prompt", "p-tuning"])
+def test_every_kind_of_adapter_starts_with_the_numbers_of_an_ordinary_build(world, tmp_path, name, where):
+    _save(tmp_path)
+    world(2).run(_other_adapters, str(tmp_path), name, where)
