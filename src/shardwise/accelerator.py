@@ -28,6 +28,7 @@ from .accumulation import GradientAccumulationPlugin, GradientState
 from .data import DataLoaderConfiguration, PreparedLoader
 from .data import skip_first_batches as skip_batches_of
 from .errors import ConfigError, PrepareError, ShardwiseError
+from .loading import build_without_memory
 from .metrics import Metrics
 from .plugins import (
     AutocastKwargs,
@@ -130,6 +131,8 @@ class Accelerator(Preparing, Saving, Tracking, Metrics):
             offload_optimizer=zero.offload_optimizer_device,
             offload_param=zero.offload_param_device,
         )
+        if zero.zero3_init_flag and zero.zero_stage == 3:
+            build_without_memory(True)
         self.device_placement = device_placement
         self.dataloader_config = dataloader_config or DataLoaderConfiguration()
         if split_batches is not None:

@@ -12,6 +12,7 @@
     ├── ScheduleError                 ranks or passes use units in a way that cannot be kept in step
     ├── StoreError (OSError)          a shard cannot be read from, or written to, where it rests
     ├── NonFiniteError                the loss or the gradients are NaN or infinite
+    ├── LoadingError (ValueError)     a file of weights that is damaged, or not what its index says
     ├── DataError (ValueError)        a data loader that cannot be sharded
     └── RankError                     another rank failed; says which one and why
 
@@ -68,6 +69,10 @@ class StoreError(ShardwiseError, OSError):
 
 class NonFiniteError(ShardwiseError, ArithmeticError):
     """The loss or the gradients are NaN or infinite."""
+
+
+class LoadingError(ShardwiseError, ValueError):
+    """A file of weights is damaged, or lacks what its index or the model says that it has."""
 
 
 class DataError(ShardwiseError, ValueError):

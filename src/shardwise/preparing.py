@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +16,9 @@ from .compiling import CompiledBlocks, blocks_to_compile
 from .config.schema import Config
 from .data import DataLoaderConfiguration, PreparedLoader, check_data_loader, prepare_data_loader
 from .errors import PrepareError
+from .initialising import sources_of
 from .integrations import connect
+from .loading import build_without_memory, building
 from .losses import LeanLoss
 from .prepare_checks import batch_size_of, check_model, check_optimizer, describe
 from .process import PartialState
@@ -25,6 +28,7 @@ from .zero.optimizer import ShardedOptimizer, find_sharded_optimizer
 from .zero.plan import Plan
 from .zero.precision import LossScaler, Precision
 from .zero.sharded import ShardedModel, find_sharded
+from .zero.sources import Source
 
 logger = logging.getLogger("shardwise")
 
@@ -78,6 +82,23 @@ class Preparing(PartialState):
 
     def _push_sync(self) -> None:
         raise NotImplementedError
+
+    @contextmanager
+    def init(self) -> Iterator[None]:
+        """Inside, models are built and loaded without memory; `prepare` gives each rank its shard. Collective at its end.
+
+        Their large weights are on the meta device until then. What `from_config`, own modules' constructors, `from_pretrained`,
+        PEFT and `resize_token_embeddings` do to them is recorded and gives the numbers of an ordinary build with the same
+        seed. A safetensors checkpoint is read in prepare, by each rank its own bytes.
+        An error inside is every rank's: a rank whose own block went well raises RankError.
+        """
+        problem: Exception | None = None
+        try:
+            with building():
+                yield
+        except Exception as error:
+            problem = error
+        self._ranks.agree(problem)
 
     def prepare(self, *objects: Any, device_placement: Sequence[bool | None] | None = None) -> Any:
         """The objects, ready for the run, in the same order; a single one by itself. Collective.
@@ -145,7 +166,8 @@ class Preparing(PartialState):
         placements = [self.device_placement if flag is None else flag for flag in flags]
         for item, placed in zip(objects, placements, strict=True):
             if isinstance(item, nn.Module) and not placed:
-                stray = next((p.device for p in item.parameters() if p.device.type != self.device.type), None)
+                devices = (p.device for p in item.parameters() if not p.is_meta)
+                stray = next((device for device in devices if device.type != self.device.type), None)
                 if stray is not None:
                     raise PrepareError(
                         f"device_placement=False, but the model has parameters on {stray}: shards live on the "
@@ -218,6 +240,20 @@ class Preparing(PartialState):
         nvme_paths = {kind: path for kind, path in paths.items() if path is not None}
         # Found before the weights are sharded; `_check` has seen that it can be done.
         blocks = blocks_to_compile(model, engine.units) if self._config.compiling is not None else []
+        sources: dict[int, Source] = {}
+        problem: Exception | None = None
+        try:
+            sources = sources_of(model)
+        except Exception as error:
+            problem = error
+        self._ranks.agree(problem)
+        build_without_memory(False)
+        if zero.zero3_init_flag and zero.zero_stage == 3 and not sources and self.is_main_process:
+            logger.warning(
+                "zero3_init_flag had no effect on this %s: it was built whole. Import transformers before Accelerator(), and "
+                "call from_pretrained or from_config after it; or build the model inside `with accelerator.init():`.",
+                type(model).__name__,
+            )
         sharded = ShardedModel(
             model,
             plan=self._plan,
@@ -228,6 +264,7 @@ class Preparing(PartialState):
             whole_adapters="auto" if isinstance(engine.whole_adapters, str) else engine.whole_adapters,
             nvme_paths=nvme_paths,
             gpu_memory_budget=engine.gpu_memory_budget,
+            sources=sources,
         )
         connect(model)
         changes: list[CompiledBlocks | LeanLoss] = [CompiledBlocks(blocks, self._config.compiling)]

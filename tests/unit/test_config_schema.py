@@ -50,10 +50,9 @@ def test_the_guides_file_is_taken_as_it_is() -> None:
     assert config.num_processes == 1
 
 
-def test_zero3_init_flag_is_answered_with_one_true_note() -> None:
-    notes = Config.checked(GUIDE).notes()
-    assert len(notes) == 1
-    assert "built whole" in notes[0]
+def test_zero3_init_flag_needs_a_note_below_stage_3_only() -> None:
+    assert Config.checked(GUIDE).zero.zero3_init_flag
+    assert Config.checked(GUIDE).notes() == []
     (note,) = Config.checked(zero(zero_stage=2, zero3_init_flag=True)).notes()
     assert "no effect at zero_stage 2" in note
 

@@ -252,11 +252,6 @@ def notes(config: Config) -> list[str]:
     """Accepted settings without effect in this combination, and facts that a reader of the file may not expect."""
     said = []
     zero = config.zero
-    if zero.zero3_init_flag and zero.zero_stage == 3:
-        said.append(
-            "zero3_init_flag: the model is still built whole in each process and sharded in prepare(); constructing it "
-            "sharded comes with a later version."
-        )
     for name in ("zero3_init_flag", "zero3_save_16bit_model"):
         if getattr(zero, name) and zero.zero_stage < 3:
             said.append(f"{name}: has no effect at zero_stage {zero.zero_stage}; it is for zero_stage 3.")

@@ -23,6 +23,7 @@ from ..offload.store import Store
 from .guard import forget_parameter, name_parameter, released_class
 from .layout import ALIGNMENT, Layout
 from .plan import Placement, Tier
+from .sources import give_memory
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class FlatBuffer:
     def adopt(self) -> None:
         """Make every parameter a view of `whole`, for good."""
         for index, member in enumerate(self.members):
-            member.parameter.data = self.view(index)
+            give_memory(member.parameter, self.view(index))
             name_parameter(member.parameter, member.name)
 
     def view(self, index: int, flat: Tensor | None = None) -> Tensor:

@@ -164,7 +164,8 @@ def moments_at_rest(
                 else [slot.numel for slot in layout.slots]
             )
             nbytes = sum(size * portion.master_itemsize * moments for size in sizes)
-            if portion.plan.optimizer.tier is Tier.NVME or (portion.plan.optimizer.tier is Tier.CPU and cuda):
+            tier = portion.plan.optimizer.tier
+            if sizes and (tier is Tier.NVME or (tier is Tier.CPU and cuda)):
                 nbytes = portion.optimized_numel(world_size) * portion.master_itemsize * moments
             nbytes += _STEP_COUNT_NBYTES * len(sizes)
             _add(found, "optimizer", portion.plan.optimizer.tier, nbytes)
@@ -175,8 +176,10 @@ def gathered_at_once(portions: Sequence[Portion], model: nn.Module, world_size: 
     """The most bytes of whole weights on the device at one time in a training step, besides all shards.
 
     The root unit stays whole during a pass. Of the others there are the one in use and `prefetch` more, in the order of
-    the modules; a unit that has been used is released before the next one is gathered.
+    the modules, and one more on its way where shards rest off the device; a unit that has been used is released before the
+    next one is gathered.
     """
+    ahead = prefetch + any(t is not Tier.GPU for p in portions for t in (p.plan.frozen.tier, p.plan.parameter.tier))
     order = {id(module): index for index, module in enumerate(model.modules())}
     sizes = [portion.gathered_nbytes(world_size) for portion in portions]
     root = sum(size for portion, size in zip(portions, sizes, strict=True) if portion.name == ROOT)
@@ -186,7 +189,7 @@ def gathered_at_once(portions: Sequence[Portion], model: nn.Module, world_size: 
             for entry in portion.entries:
                 users.setdefault(order[id(entry)], set()).add(index)
     sequence = list(_distinct([users[place] for place in sorted(users)]))
-    windows = (set().union(*sequence[at : at + 1 + prefetch]) for at in range(len(sequence)))
+    windows = (set().union(*sequence[at : at + 1 + ahead]) for at in range(len(sequence)))
     return root + max((sum(sizes[i] for i in window) for window in windows), default=0)
 
 

@@ -25,9 +25,11 @@ from .hooks import Hooks
 from .plan import WHOLE_ADAPTER_SHARE, Plan, Tier
 from .precision import Precision
 from .schedule import Schedule
+from .sources import Sources, fill_region
 from .streams import Lanes
 from .unit import Unit
 from .units import UnitSpec, find_units
+from .writing import weights_before, write_back
 
 Role = Literal["frozen", "parameter", "gradient", "optimizer"]
 
@@ -57,6 +59,7 @@ class ShardedModel:
     units:          block classes or module paths; None finds them.
     whole_adapters: True keeps trainable weights whole on the gpu at stage 3, False shards them, 'auto' keeps those that
                     are at most 1/16 of what is frozen in their unit.
+    sources:        of the parameters on the meta device: each rank reads its own interval from them.
     sync_gradients: set False before a backward whose gradients are accumulated only. accumulating: the last one was so.
     Collective: every rank calls it with an equally built model; rank 0's weights are everybody's afterwards.
     Raises PrepareError for a model that is prepared already, has weights on the meta device, or fits no unit name.
@@ -72,6 +75,7 @@ class ShardedModel:
         prefetch: int = 1,
         units: Sequence[str] | None = None,
         whole_adapters: bool | Literal["auto"] = "auto",
+        sources: Sources | None = None,
         nvme_paths: Mapping[Kind, str] | None = None,
         gpu_memory_budget: int | str | None = None,
         serial: bool = False,
@@ -84,10 +88,11 @@ class ShardedModel:
         self.accumulating = False
         self.gpu_memory_budget = gpu_memory_budget
         self._whole_adapters = whole_adapters
+        self._sources: Sources = sources or {}
         specs: list[UnitSpec] = []
         error: Exception | None = None
         try:
-            _check(model)
+            _check(model, self._sources)
             specs = find_units(model, units, min_nbytes=_MIN_UNIT_NBYTES if ranks.device.type == "cuda" else 0)
         except Exception as caught:
             error = caught
@@ -109,6 +114,7 @@ class ShardedModel:
         with torch.no_grad():
             self._place_buffers()
             self.units = self._build(specs)
+        self._sources = {}
         self.drain()
         self.schedule = Schedule(self.units, ranks, lanes, reductions, prefetch, faults)
         dtype = precision.compute
@@ -223,9 +229,12 @@ class ShardedModel:
             world_size=ranks.world_size if plan.frozen.sharded else 1,
             device=ranks.device,
         )
-        if ranks.rank == 0:
-            buffer.fill()
-        ranks.broadcast(buffer.whole)
+        if self._have_sources(members):
+            fill_region(buffer, self._sources, ranks, buffer.own_slice)
+        else:
+            if ranks.rank == 0:
+                buffer.fill()
+            ranks.broadcast(buffer.whole)
         self._settle_in(buffer)
         return buffer
 
@@ -244,24 +253,35 @@ class ShardedModel:
         )
         # The masters start from the user's own values, not from their 16-bit rounding.
         master_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        values = torch.zeros(buffer.layout.numel, dtype=master_dtype, device=ranks.device)
-        if ranks.rank == 0:
-            for index, member in enumerate(members):
-                buffer.view(index, values).copy_(member.parameter.data)
-        ranks.broadcast(values)
-        buffer.whole.copy_(values)
-        self._settle_in(buffer)
         n = buffer.layout.shard_numel if plan.optimizer.sharded else buffer.layout.numel
+        if self._have_sources(members):
+            own = torch.zeros(n, dtype=master_dtype, device=ranks.device)
+            fill_region(buffer, self._sources, ranks, own)
+            buffer.own_slice.copy_(own)
+            if plan.optimizer.sharded and not plan.parameter.sharded:
+                ranks.all_gather(buffer.whole, buffer.own_slice)
+        else:
+            values = torch.zeros(buffer.layout.numel, dtype=master_dtype, device=ranks.device)
+            if ranks.rank == 0:
+                for index, member in enumerate(members):
+                    buffer.view(index, values).copy_(member.parameter.data)
+            ranks.broadcast(values)
+            buffer.whole.copy_(values)
+            own = values[buffer.rank * n : (buffer.rank + 1) * n]
+        self._settle_in(buffer)
         tier = plan.optimizer.tier
         shares = dtype == master_dtype and plan.parameter.tier is tier
         if not shares:
             master = stores.of(tier, "optimizer").allocate(n, master_dtype, f"{members[0].name}.master")
-            self.put_to_rest(values[buffer.rank * n : (buffer.rank + 1) * n], master)
+            self.put_to_rest(own, master)
         elif buffer.slab is not None:
             master = buffer.slab
         else:
             master = Slab(None, tier, n, master_dtype, buffer.own_slice if plan.optimizer.sharded else buffer.whole)
         return buffer, Gradients(buffer, plan, self._engine, master, shares)
+
+    def _have_sources(self, members: Sequence[Member]) -> bool:
+        return any(id(member.parameter) in self._sources for member in members)
 
     def _settle_in(self, buffer: FlatBuffer) -> None:
         """Put this rank's shard to rest and make the parameters views; the whole is still there."""
@@ -320,10 +340,13 @@ class ShardedModel:
 
     # Reading and leaving.
 
-    def gathered(self, parameters: Sequence[Parameter] | None = None) -> AbstractContextManager[None]:
-        """Inside, the weights are whole and readable on every rank; what is written into them is lost.
+    def gathered(
+        self, parameters: Sequence[Parameter] | None = None, *, modify: bool = False
+    ) -> AbstractContextManager[None]:
+        """Inside, the weights are whole and readable on every rank.
 
         parameters: gather only the units that hold these. Collective; not inside a forward or a backward.
+        modify: at the end rank 0's values become everybody's, masters included; without it what is written is lost.
         """
         chosen = self.units
         if parameters is not None:
@@ -333,7 +356,21 @@ class ShardedModel:
                 for u in self.units
                 if any(id(m.parameter) in wanted for b in (u.frozen, u.trainable) if b for m in b.members)
             ]
-        return self.schedule.hold(chosen)
+        return self._modified(chosen) if modify else self.schedule.hold(chosen)
+
+    @contextmanager
+    def _modified(self, units: Sequence[Unit]) -> Iterator[None]:
+        with self.schedule.hold(units):
+            before = weights_before(units)
+            error: Exception | None = None
+            try:
+                yield
+            except Exception as caught:
+                error = caught
+            self.ranks.agree(error)
+            self.synchronize()
+            write_back(units, before, self.ranks, self.fetched, self.put_to_rest)
+            self.synchronize()
 
     def together(self) -> AbstractContextManager[None]:
         """Inside, ranks may run different numbers of forwards without gradients, as in generation. Collective."""
@@ -453,14 +490,6 @@ class ShardedModel:
         _sharded.pop(id(self.model), None)
 
 
-@contextmanager
-def gathered(model: nn.Module, parameters: Sequence[Parameter] | None = None) -> Iterator[None]:
-    """`ShardedModel.gathered` for a prepared model; does nothing for any other."""
-    sharded = find_sharded(model)
-    with sharded.gathered(parameters) if sharded is not None else nullcontext():
-        yield
-
-
 def _paths(plan: Plan, given: Mapping[Kind, str]) -> dict[Kind, str]:
     """The directories that the plan needs. Raises StoreError if one is missing."""
     found: dict[Kind, str] = {}
@@ -480,7 +509,7 @@ def _nbytes(members: Sequence[Member]) -> int:
     return sum(m.parameter.numel() * m.dtype.itemsize for m in members)
 
 
-def _check(model: nn.Module) -> None:
+def _check(model: nn.Module, sources: Sources) -> None:
     if not isinstance(model, nn.Module):
         raise PrepareError(f"expected a torch.nn.Module, got {type(model).__name__}.")
     for other in [sharded.model for sharded in _sharded.values()]:
@@ -488,7 +517,7 @@ def _check(model: nn.Module) -> None:
             which = "this model" if other is model else f"a part of it, or a model around it ({type(other).__name__}),"
             raise PrepareError(f"{type(model).__name__}: {which} has been prepared already. Prepare each model once.")
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+        if parameter.is_meta and id(parameter) not in sources:
             raise PrepareError(
                 f"{name} is on the meta device: it has no values. Load or initialise the model before prepare."
             )

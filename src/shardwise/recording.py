@@ -1,0 +1,349 @@
+"""What would have been done to a tensor that has no memory, and doing it later: for all of it, or for a stretch.
+
+A Record stands for the content of one storage: where it starts from (nothing, or a stretch of a file), and the operations
+that were applied since. A Ref is a view of a record at one moment. Replaying a record gives it memory and runs its
+operations again, each with the state that the random generator had then, so the numbers are those of an ordinary build.
+
+    w = torch.empty(4096, 4096)       Record(64 MiB)
+    w.normal_(0, 0.02)                  entry: normal_, generator state
+    w[0].zero_()                        entry: zero_ on Ref(size (4096,), offset 0)
+
+Where the last word on a record is a copy, a cast, or tensors put together, a stretch of it is read from stretches of what
+it was made from; so weights that are only renamed, cast or stacked cost their own bytes in the file and no more.
+
+This file knows torch's operations, and neither modules, processes nor file formats.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_iter, tree_map
+
+from .zero.scratch import scratch
+
+aten = torch.ops.aten
+
+
+class Stretch(Protocol):
+    """Bytes that lie somewhere else, such as a tensor in a file."""
+
+    def read(self, begin: int, end: int) -> Tensor:
+        """(end - begin,) of uint8: the bytes from `begin` on."""
+        ...
+
+
+@dataclass(eq=False)
+class Record:
+    """The content of a storage of `nbytes`: `origin`, or undefined bytes, and what was done since.
+
+    quoted: another record was made from this one as it was then, so its entries must be kept.
+    """
+
+    nbytes: int
+    origin: Stretch | None = None
+    entries: list[Entry] = field(default_factory=list)
+    quoted: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Ref:
+    """A view of a record after its first `upto` entries: dtype, size and, in elements, stride and offset."""
+
+    record: Record
+    upto: int
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.size)
+
+    @property
+    def contiguous(self) -> bool:
+        expected = 1
+        for size, stride in zip(reversed(self.size), reversed(self.stride), strict=True):
+            if size != 1 and stride != expected:
+                return False
+            expected *= size
+        return True
+
+    @property
+    def covers(self) -> bool:
+        """Whether it is all of its record, in order."""
+        return self.contiguous and self.offset == 0 and self.numel * self.dtype.itemsize == self.record.nbytes
+
+
+class Constant:
+    """A tensor with values that an operation was given. It is copied: the original may change."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value.detach().clone()
+
+
+@dataclass(eq=False)
+class Entry:
+    """One operation on a record, of torch or a function in Python.
+
+    args, kwargs: with Ref and Constant for tensors. result: for an operation that made the record, which of its results,
+    and as which view of the record; None where it changed the record in place.
+    generator_state: before the operation, if it draws random numbers. seeded: it came with a generator of its own.
+    """
+
+    op: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: tuple[int, Ref] | None = None
+    generator_state: Constant | None = None
+    seeded: bool = False
+
+    def inputs(self) -> Iterator[Any]:
+        """Every Ref and Constant, the generator's state last."""
+        for item in tree_iter((self.args, self.kwargs)):
+            if isinstance(item, (Ref, Constant)):
+                yield item
+        if self.generator_state is not None:
+            yield self.generator_state
+
+    def run(self, record: Record, at: int, storage: torch.UntypedStorage) -> None:
+        """Do it to `storage`, the memory of `record` after `at` entries."""
+
+        def real(item: Any) -> Any:
+            if isinstance(item, Constant):
+                return item.value.clone()
+            if isinstance(item, Ref):
+                mine = item.record is record and item.upto >= at
+                return view_of(storage if mine else replay(item.record, item.upto), item)
+            return item
+
+        args, kwargs = tree_map(real, (self.args, self.kwargs))
+        results = self._call(args, kwargs)
+        if self.result is not None:
+            index, target = self.result
+            view_of(storage, target).copy_(tensors_in(results)[index])
+
+    def _call(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self.generator_state is None:
+            return self.op(*args, **kwargs)
+        if self.seeded:
+            generator = torch.Generator()
+            generator.set_state(self.generator_state.value)
+            return self.op(*args, **{**kwargs, "generator": generator})
+        now = torch.get_rng_state()
+        torch.set_rng_state(self.generator_state.value)
+        try:
+            return self.op(*args, **kwargs)
+        finally:
+            torch.set_rng_state(now)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    return [item for item in tree_flatten(value)[0] if isinstance(item, Tensor)]
+
+
+def view_of(storage: torch.UntypedStorage, ref: Ref) -> Tensor:
+    """The tensor that `ref` stands for, in memory that its record was replayed into."""
+    return torch.empty(0, dtype=ref.dtype, device="cpu").set_(storage, ref.offset, ref.size, ref.stride)
+
+
+@torch.no_grad()
+def replay(record: Record, upto: int | None = None) -> torch.UntypedStorage:
+    """The content of a record after its first `upto` entries (None: all), in new memory."""
+    count = len(record.entries) if upto is None else upto
+    if record.origin is not None:
+        storage = record.origin.read(0, record.nbytes).untyped_storage()
+    else:
+        storage = scratch(record.nbytes).untyped_storage()
+    for at, entry in enumerate(record.entries[:count]):
+        entry.run(record, at, storage)
+    return storage
+
+
+def whole(ref: Ref) -> Tensor:
+    """The tensor that `ref` stands for, in memory of its own."""
+    return view_of(replay(ref.record, ref.upto), ref)
+
+
+# Stretches.
+
+
+@torch.no_grad()
+def read(ref: Ref, begin: int, end: int) -> Tensor:
+    """(end - begin,) elements of `ref` from `begin` on, in row-major order; of what it was made from only what they need."""
+    if ref.contiguous:
+        found = _read_flat(ref, ref.offset + begin, ref.offset + end)
+        if found is not None:
+            return found
+    return whole(ref).reshape(-1)[begin:end].clone()
+
+
+def _read_flat(ref: Ref, begin: int, end: int) -> Tensor | None:
+    """Elements of the record as a flat tensor of ref's dtype, or None if that needs more than stretches of its inputs."""
+    record, entries = ref.record, ref.record.entries[: ref.upto]
+    size = ref.dtype.itemsize
+    if record.origin is not None and not entries:
+        return record.origin.read(begin * size, end * size).view(ref.dtype)
+    if len(entries) != 1:
+        return None
+    entry = entries[0]
+    target = entry.result[1] if entry.result is not None else entry.args[0]
+    stretch = _STRETCHES.get(entry.op)
+    if stretch is None or not isinstance(target, Ref) or not target.covers or target.dtype != ref.dtype:
+        return None
+    found = stretch(entry, begin, end)
+    return found.to(ref.dtype) if found is not None else None
+
+
+def _of(item: Any, begin: int, end: int) -> Tensor:
+    return read(item, begin, end) if isinstance(item, Ref) else item.value.reshape(-1)[begin:end].clone()
+
+
+def _size(item: Any) -> tuple[int, ...]:
+    return item.size if isinstance(item, Ref) else tuple(item.value.shape)
+
+
+def _of_copied(entry: Entry, begin: int, end: int) -> Tensor | None:
+    return _of(entry.args[0], begin, end)
+
+
+def _of_source(entry: Entry, begin: int, end: int) -> Tensor | None:
+    if _size(entry.args[0]) != _size(entry.args[1]):
+        return None
+    return _of(entry.args[1], begin, end)
+
+
+def _of_parts(entry: Entry, begin: int, end: int) -> Tensor | None:
+    """Of tensors put together along a dimension: in row-major order they take turns, a run of each."""
+    parts = entry.args[0]
+    dim = entry.args[1] if len(entry.args) > 1 else entry.kwargs.get("dim", 0)
+    stacked = entry.op is aten.stack.default
+    rank = len(_size(parts[0])) + stacked
+    dim %= rank
+    # Elements of each part in one turn.
+    runs = [math.prod(_size(part)[dim:]) for part in parts]
+    turn = sum(runs)
+    pieces = []
+    for number in range(begin // turn, -(-end // turn)):
+        start = number * turn
+        for part, run in zip(parts, runs, strict=True):
+            first, last = max(begin, start), min(end, start + run)
+            if first < last:
+                shift = number * run - start
+                pieces.append(_of(part, first + shift, last + shift))
+            start += run
+    return torch.cat(pieces)
+
+
+def _constant_of(value_at: Callable[[Entry], float]) -> Callable[[Entry, int, int], Tensor | None]:
+    def stretch(entry: Entry, begin: int, end: int) -> Tensor | None:
+        return torch.full((end - begin,), value_at(entry), dtype=entry.args[0].dtype, device="cpu")
+
+    return stretch
+
+
+_STRETCHES: dict[Callable[..., Any], Callable[[Entry, int, int], Tensor | None]] = {
+    aten._to_copy.default: _of_copied,
+    aten.clone.default: _of_copied,
+    aten.copy_.default: _of_source,
+    aten.cat.default: _of_parts,
+    aten.stack.default: _of_parts,
+    aten.zero_.default: _constant_of(lambda entry: 0.0),
+    aten.fill_.Scalar: _constant_of(lambda entry: entry.args[1]),
+}
+
+
+# What a record depends on besides files.
+
+
+def constants_of(record: Record) -> list[Constant]:
+    """Every constant and generator state that replaying the record uses, each once, in an order that only its structure
+    decides."""
+    found: dict[int, Constant] = {}
+    seen: set[int] = set()
+
+    def visit(record: Record) -> None:
+        if id(record) in seen:
+            return
+        seen.add(id(record))
+        for entry in record.entries:
+            for item in entry.inputs():
+                if isinstance(item, Constant):
+                    found.setdefault(id(item), item)
+                else:
+                    visit(item.record)
+
+    visit(record)
+    return list(found.values())
+
+
+class RecordedSource:
+    """The values of one recorded tensor, for the engine (`zero.sources.Source`)."""
+
+    def __init__(self, ref: Ref) -> None:
+        self.ref = ref
+
+    def read(self, begin: int, end: int) -> Tensor:
+        return read(self.ref, begin, end)
+
+    def facts(self) -> list[Tensor]:
+        return [constant.value for constant in constants_of(self.ref.record)]
+
+    def adopt(self, facts: Sequence[Tensor]) -> None:
+        for constant, value in zip(constants_of(self.ref.record), facts, strict=True):
+            constant.value = value
+
+
+# Which storage has which record.
+
+
+class Records:
+    """Storages without memory -> their records. A record goes with its storage."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[weakref.ref[torch.UntypedStorage], Record]] = {}
+        self._purge_at = 1024
+        self._lock = threading.Lock()  # transformers asks for tensors of files on several threads
+
+    def add(self, tensor: Tensor, origin: Stretch | None = None) -> Record:
+        """A new record for the storage of `tensor`, which is on the meta device."""
+        storage = tensor.untyped_storage()
+        record = Record(storage.nbytes(), origin)
+        with self._lock:
+            self._found[storage._cdata] = (weakref.ref(storage), record)
+            if len(self._found) > self._purge_at:
+                self._found = {key: kept for key, kept in self._found.items() if kept[0]() is not None}
+                self._purge_at = max(1024, 2 * len(self._found))
+        return record
+
+    def find(self, tensor: Tensor) -> Record | None:
+        if not tensor.is_meta:
+            return None
+        storage = tensor.untyped_storage()
+        held = self._found.get(storage._cdata)
+        return held[1] if held is not None and held[0]() is storage else None
+
+    def ref(self, tensor: Tensor) -> Ref:
+        """`tensor`, which has a record, as it is now."""
+        record = self.find(tensor)
+        assert record is not None
+        return Ref(
+            record,
+            len(record.entries),
+            tensor.dtype,
+            tuple(tensor.shape),
+            tensor.stride(),
+            int(tensor.storage_offset()),
+        )
+
+
+def any_in(tensors: Iterable[Tensor], records: Records) -> bool:
+    return any(records.find(tensor) is not None for tensor in tensors)

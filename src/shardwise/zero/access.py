@@ -1,0 +1,39 @@
+"""Reading and writing whole weights of prepared models, for scripts: `shardwise.gathered`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from .sharded import ShardedModel, find_sharded
+
+
+@contextmanager
+def gathered(
+    what: nn.Module | Parameter | Sequence[Parameter],
+    parameters: Sequence[Parameter] | None = None,
+    *,
+    modify: bool = False,
+) -> Iterator[None]:
+    """`ShardedModel.gathered` for what belongs to prepared models; does nothing for anything else.
+
+    what: a prepared model, a module inside one, a parameter, or several. parameters: only these of a model.
+    """
+    if isinstance(what, nn.Module):
+        sharded = find_sharded(what)
+        wanted = parameters if sharded is not None or parameters is not None else list(what.parameters())
+    else:
+        sharded, wanted = None, [what] if isinstance(what, Tensor) else list(what)
+    with ExitStack() as stack:
+        if sharded is not None:
+            stack.enter_context(sharded.gathered(wanted, modify=modify))
+        else:
+            ids = {id(parameter) for parameter in wanted or ()}
+            for owner in ShardedModel.all():
+                own = [parameter for parameter in owner.model.parameters() if id(parameter) in ids]
+                if own:
+                    stack.enter_context(owner.gathered(own, modify=modify))
+        yield

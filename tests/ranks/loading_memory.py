@@ -1,0 +1,111 @@
+"""One rank of the measurement in test_init_memory.py; a program of its own, so that nothing was in memory before.
+
+    python loading_memory.py {build|load} FOLDER
+
+Prints one JSON line: bytes of the whole model, of the largest unit, by how much the resident memory grew at its peak, bytes
+of tensors that were read from files, and a digest of this rank's weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+from shardwise.checkpoint.tensor_file import Bytes
+from shardwise.initialising import sources_of
+from shardwise.loading import building
+from shardwise.zero.collectives import Ranks
+from shardwise.zero.plan import Plan
+from shardwise.zero.precision import Precision
+from shardwise.zero.sharded import ShardedModel
+
+SEED = 21
+
+
+def config(hidden: int = 768, layers: int = 8, vocabulary: int = 8000) -> LlamaConfig:
+    """69 M weights: 275 MB in fp32, in eight blocks of 28 MB, an embedding and a head of 25 MB."""
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=2048 * hidden // 768,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+
+
+def resident(key: str) -> int:
+    """Bytes of VmRSS (now) or VmHWM (the most since `forget_peak`)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def make(task: str, folder: str, ranks: Ranks) -> ShardedModel:
+    torch.manual_seed(SEED)
+    with building():
+        model = LlamaForCausalLM(config()) if task == "build" else LlamaForCausalLM.from_pretrained(folder)
+    return ShardedModel(
+        model, plan=Plan.from_stage(3), ranks=ranks, precision=Precision.named("no"), sources=sources_of(model)
+    )
+
+
+def main(task: str, folder: str) -> None:
+    ranks = Ranks.join(use_cpu=True)
+    torch.set_num_threads(1)
+    with building():  # what the libraries load when they are first used is not the model's
+        small = LlamaForCausalLM(config(64, 2, 100))
+    ShardedModel(
+        small, plan=Plan.from_stage(3), ranks=ranks, precision=Precision.named("no"), sources=sources_of(small)
+    ).release()
+    del small
+    before = resident("VmRSS")
+    forget_peak()
+    sharded = make(task, folder, ranks)
+    peak = resident("VmHWM") - before
+    weights = dict(sharded.model.named_parameters())
+    units: dict[str, int] = {}
+    for unit in sharded.units:
+        for buffer in (unit.frozen, unit.trainable):
+            if buffer is not None:
+                units[unit.name] = units.get(unit.name, 0) + buffer.whole.numel() * buffer.dtype.itemsize
+    expected = None
+    if ranks.rank == 0:
+        torch.manual_seed(SEED)
+        ordinary = LlamaForCausalLM(config()) if task == "build" else LlamaForCausalLM.from_pretrained(folder)
+        expected = dict(ordinary.named_parameters())
+    equal = True
+    for unit in sharded.units:
+        members = [m for b in (unit.frozen, unit.trainable) if b is not None for m in b.members]
+        with sharded.gathered([m.parameter for m in members]):
+            if expected is not None:
+                equal = equal and all(torch.equal(m.parameter, expected[m.name]) for m in members)
+    found = {
+        "model": sum(p.numel() * p.element_size() for p in weights.values()),
+        "unit": max(units.values()),
+        "peak": peak,
+        "read": Bytes.read,
+        "equal": equal,
+    }
+    ranks.barrier()
+    ranks.leave()
+    print(json.dumps(found), flush=True)
+    os._exit(0)  # what is measured is over; gloo's threads now and then abort a process that ends with them
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

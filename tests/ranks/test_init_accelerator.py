@@ -1,0 +1,220 @@
+"""`accelerator.init()` and `zero3_init_flag` as a script uses them, and what they say when a checkpoint is damaged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from rig.tiny import batches, share, tiny_llama, with_lora
+from shardwise import Accelerator, DeepSpeedPlugin, initialising
+from shardwise.errors import LoadingError, PrepareError, RankError
+from shardwise.loading import build_without_memory
+from shardwise.process import forget_run
+
+
+def fresh(stage=3, **plugin):
+    forget_run()
+    initialising.SMALL_NUMEL = 1
+    return Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(zero_stage=stage, **plugin))
+
+
+def _saved(folder, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tiny_llama().save_pretrained(folder, **options)
+
+
+def _load(folder, **options):
+    from transformers import AutoModelForCausalLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **options)
+    model.config.use_cache = False
+    return model
+
+
+def _train(accelerator, model, optimizer):
+    losses = []
+    for batch in batches("llama", 3, 12):
+        loss = model(**share(batch, accelerator.process_index, accelerator.num_processes)).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(accelerator.reduce(loss.detach(), "mean").item())
+    return losses
+
+
+def _script(ranks, folder, way, stage):
+    """A script's lines, with and without memory for the whole model."""
+    accelerator = fresh(stage, zero3_init_flag=way == "flag")
+    if way == "init":
+        with accelerator.init():
+            model = _load(folder)
+    else:
+        model = _load(folder)
+    assert all(parameter.is_meta == (way != "plain") for parameter in model.parameters())
+    model = with_lora(model).train()
+    # The optimizer is made before prepare, as scripts do; its parameters stay the same objects.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-4)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    assert prepared is model
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    losses = _train(accelerator, model, optimizer)
+    state = accelerator.get_state_dict(model)
+    again = _load(folder)  # a model that nobody prepares is an ordinary one
+    assert not any(parameter.is_meta for parameter in again.parameters())
+    accelerator.free_memory()
+    return losses, state
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_script_trains_the_same_with_init_with_the_flag_and_without(world, tmp_path, stage):
+    _saved(tmp_path)
+    plain = world(2).run(_script, str(tmp_path), "plain", stage)[0]
+    for way in ("init", "flag") if stage == 3 else ("init",):
+        losses, state = world(2).run(_script, str(tmp_path), way, stage)[0]
+        assert losses == plain[0]
+        assert state.keys() == plain[1].keys()
+        assert all(torch.equal(value, plain[1][name]) for name, value in state.items())
+
+
+def _from_config(ranks, flag):
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_llama().config
+    torch.manual_seed(31)
+    expected = AutoModelForCausalLM.from_config(config).state_dict()
+    accelerator = fresh(zero3_init_flag=flag)
+    torch.manual_seed(31)
+    model = AutoModelForCausalLM.from_config(config)
+    assert all(parameter.is_meta == flag for parameter in model.parameters())
+    accelerator.prepare(model)
+    state = accelerator.get_state_dict(model)
+    accelerator.free_memory()
+    build_without_memory(False)
+    if ranks.rank == 0:
+        assert all(torch.equal(value, expected[name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_from_config_under_the_flag_starts_with_the_numbers_of_an_ordinary_build(world, flag):
+    world(2).run(_from_config, flag)
+
+
+def _text_of(ranks, folder, kind, whose=None):
+    """What a rank reads of the error when it, or only rank `whose`, has the damaged checkpoint."""
+    accelerator = fresh()
+    own = folder if whose is None or ranks.rank == whose else f"{folder}-good"
+    with pytest.raises(kind) as caught, accelerator.init():
+        _load(own)
+    accelerator.free_memory()
+    # And the ranks can go on together.
+    with accelerator.init():
+        model = _load(f"{folder}-good")
+    accelerator.prepare(model)
+    accelerator.free_memory()
+    return str(caught.value)
+
+
+def _damaged(tmp_path, damage, **options):
+    folder = tmp_path / "model"
+    _saved(folder, **options)
+    shutil.copytree(folder, tmp_path / "model-good")
+    damage(folder)
+    return str(folder)
+
+
+def _cut(folder):
+    file = sorted(folder.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _without_one(folder):
+    from safetensors.torch import load_file, save_file
+
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    file = folder / index["model.norm.weight"]
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file, {"format": "pt"})
+
+
+def _without_header(folder):
+    (folder / "model.safetensors").write_bytes(b"\xff" * 64)
+
+
+@pytest.mark.parametrize(
+    ("damage", "options", "words"),
+    [
+        (_cut, {}, "model.safetensors is cut off: its header describes"),
+        (_without_header, {}, "is cut off or is no safetensors file"),
+        (_without_one, {"max_shard_size": "30KB"}, "lacks model.norm.weight, which model.safetensors.index.json says"),
+    ],
+    ids=["truncated", "no header", "missing tensor"],
+)
+def test_a_damaged_checkpoint_is_a_clear_error_on_every_rank(world, tmp_path, damage, options, words):
+    folder = _damaged(tmp_path, damage, **options)
+    texts = world(2).run(_text_of, folder, LoadingError)
+    assert texts[0] == texts[1]
+    assert words in texts[0]
+
+
+def test_a_checkpoint_damaged_on_one_rank_alone_is_every_ranks_error(world, tmp_path):
+    folder = _damaged(tmp_path, _cut)
+    texts = world(2).run(_text_of, folder, (LoadingError, RankError), 1)
+    assert "is cut off" in texts[1]
+    assert texts[0] == f"rank 1 failed: LoadingError: {texts[1]}"
+
+
+def _mismatch(ranks, folder):
+    accelerator = fresh()
+    with pytest.raises(RuntimeError) as caught, accelerator.init():
+        _load(folder, vocab_size=67)
+    return str(caught.value)
+
+
+def test_a_shape_that_differs_from_the_checkpoint_is_an_error_on_every_rank(world, tmp_path):
+    _saved(tmp_path)
+    texts = world(2).run(_mismatch, str(tmp_path))
+    assert texts[0] == texts[1]
+    assert "mismatch" in texts[0]
+
+
+def _vanishing(ranks, folder):
+    accelerator = fresh()
+    with accelerator.init():
+        model = _load(folder)
+    ranks.barrier()
+    if ranks.rank == 1:
+        file = Path(folder) / "model.safetensors"
+        file.write_bytes(file.read_bytes()[: len(file.read_bytes()) // 2])
+    ranks.barrier()
+    with pytest.raises((LoadingError, RankError)) as caught:
+        accelerator.prepare(model)
+    return str(caught.value)
+
+
+def test_a_file_that_is_cut_between_init_and_prepare_is_an_error_on_every_rank(world, tmp_path):
+    _saved(tmp_path)
+    for text in world(2).run(_vanishing, str(tmp_path)):
+        assert "ends in the middle of" in text
+
+
+def _changed_outside(ranks):
+    accelerator = fresh()
+    with accelerator.init():
+        model = tiny_llama()
+    model.to(torch.bfloat16)
+    with pytest.raises(PrepareError, match=r"is on the meta device and has no values.*accelerator\.init"):
+        accelerator.prepare(model)
+
+
+def test_a_change_outside_of_the_block_is_a_clear_error(world):
+    world(2).run(_changed_outside)
