@@ -1,0 +1,268 @@
+"""What this rank holds of a run's tensors, as intervals of named parameters: the engine's side of a checkpoint.
+
+A checkpoint must not know how masters, frozen weights and optimizer states rest. Here each is a list of intervals, whatever
+the stage, the tier and the number of ranks:
+
+    trained/q.lora_A [0, 4096)        the fp32 master                       one per parameter that is trained
+    frozen/q.weight [65536, 131072)   in the dtype that it computes in
+    exp_avg/q.lora_A [0, 4096)        an optimizer's state of that parameter
+
+`read` gives a copy on the CPU and `write` takes one; nothing else of the engine shows. Where every rank holds the same
+(whole placements), `share` cuts the list so that the ranks together have each element once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .flat import FlatBuffer
+from .optimizer import ShardedOptimizer
+from .sharded import ShardedModel
+from .unit import Unit
+
+# Numbers of elements at which `share` may cut: bytes stay in words of 8, whatever the dtype.
+_CUT = 64
+# The 0-d states that live beside their parameter only where a kernel on the device counts with them.
+_COUNTS = ("step", "mu_product")
+# How an optimizer computes belongs to the machine that it runs on, not to the checkpoint.
+_MACHINE = ("fused", "foreach", "capturable", "differentiable")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Elements [begin, begin + numel) of one parameter in one role, on this rank.
+
+    name:   the parameter's name in its model; shape: the whole parameter's.
+    dtype:  in which it rests.
+    copied: every rank holds this very interval.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    begin: int
+    numel: int
+    dtype: torch.dtype
+    copied: bool
+    _at_rest: Callable[[], Tensor]
+    _first: int = 0
+
+    def read(self) -> Tensor:
+        """(numel,) on the CPU, the caller's own."""
+        return self._at_rest()[self._first : self._first + self.numel].detach().to("cpu", copy=True)
+
+    def write(self, values: Tensor) -> None:
+        """Take (numel,) values of any floating dtype, or of this one."""
+        with torch.no_grad():
+            self._at_rest()[self._first : self._first + self.numel].copy_(values)
+
+    def part(self, begin: int, numel: int) -> Interval:
+        """The elements [begin, begin + numel) of the parameter, which must lie in this interval."""
+        return replace(self, begin=begin, numel=numel, _first=self._first + begin - self.begin)
+
+
+def trained(model: ShardedModel) -> list[Interval]:
+    """The masters of the trained weights on this rank."""
+    found = []
+    for unit in model.units:
+        gradients = unit.gradients
+        if gradients is not None:
+            copied = not unit.plan.optimizer.sharded and model.ranks.world_size > 1
+            for piece in gradients.pieces():
+                slot = gradients.buffer.layout.slots[piece.slot]
+                rest = _part_of(gradients.master, piece.in_shard, piece.numel)
+                dtype = gradients.master.dtype
+                found.append(Interval(slot.name, slot.shape, piece.in_slot, piece.numel, dtype, copied, rest))
+    return found
+
+
+def frozen(model: ShardedModel) -> list[Interval]:
+    """The frozen weights on this rank. They rest as bytes; the intervals are counted in elements of their own dtype."""
+    found = []
+    for buffer in (unit.frozen for unit in model.units if unit.frozen is not None):
+        copied = not buffer.placement.sharded and model.ranks.world_size > 1
+        for piece in buffer.layout.pieces(buffer.rank):
+            slot, member = buffer.layout.slots[piece.slot], buffer.members[piece.slot]
+            size = member.dtype.itemsize
+            rest = _part_of(buffer.shard, piece.in_shard, piece.numel, member.dtype)
+            begin, numel = piece.in_slot // size, piece.numel // size
+            found.append(Interval(slot.name, slot.shape, begin, numel, member.dtype, copied, rest))
+    return found
+
+
+def _part_of(flat: Tensor, begin: int, numel: int, dtype: torch.dtype | None = None) -> Callable[[], Tensor]:
+    def at_rest() -> Tensor:
+        part = flat[begin : begin + numel]
+        return part if dtype is None else part.view(dtype)
+
+    return at_rest
+
+
+def share(intervals: Sequence[Interval], rank: int, world_size: int) -> list[Interval]:
+    """Of intervals that every rank holds, this rank's equal part; the others as they are."""
+    copied = [interval for interval in intervals if interval.copied]
+    total = sum(interval.numel for interval in copied)
+    low, high = total * rank // world_size, total * (rank + 1) // world_size
+    mine = [interval for interval in intervals if not interval.copied]
+    start = 0
+    for interval in copied:
+        first, last = (_cut(bound - start, interval.numel) for bound in (low, high))
+        if first < last:
+            mine.append(interval.part(interval.begin + first, last - first))
+        start += interval.numel
+    return mine
+
+
+def _cut(bound: int, numel: int) -> int:
+    return min(numel, max(0, -(-bound // _CUT) * _CUT))
+
+
+# Optimizer states.
+
+
+@dataclass(frozen=True)
+class StateOf:
+    """The states of one parameter's interval: elementwise ones, and numbers (step counts) that go with all of it."""
+
+    model: int  # which of the optimizer's models
+    name: str
+    elementwise: dict[str, Interval]
+    numbers: dict[str, Any]
+
+
+def states(stepper: ShardedOptimizer) -> list[StateOf]:
+    """What the optimizer keeps for each interval on this rank; nothing for parameters that have taken no step."""
+    found = []
+    for number, name, shape, begin, copied, tensor in _held(stepper):
+        state = stepper.optimizer.state.get(tensor)
+        if not state:
+            continue
+        elementwise, numbers = {}, {}
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.ndim and value.numel() == tensor.numel():
+                flat = value.view(-1)
+                rest = _part_of(flat, 0, flat.numel())
+                elementwise[key] = Interval(name, shape, begin, flat.numel(), flat.dtype, copied, rest)
+            else:
+                numbers[key] = value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+        found.append(StateOf(number, name, elementwise, numbers))
+    return found
+
+
+def make_states(
+    stepper: ShardedOptimizer,
+    elementwise: Callable[[int, str], Mapping[str, torch.dtype]],
+    numbers: Callable[[int, str], Mapping[str, Any]],
+) -> None:
+    """Replace all states by zeros of the given kinds, for `write`, and by the given numbers.
+
+    elementwise: (model, name) -> {key: dtype}; numbers: (model, name) -> {key: value}. Both empty: no step was taken.
+    """
+    groups = {id(tensor): group for group in stepper.optimizer.param_groups for tensor in group["params"]}
+    stepper.optimizer.state.clear()
+    for number, name, _, _, _, tensor in _held(stepper):
+        on_device = any(groups[id(tensor)].get(flag) for flag in ("fused", "capturable"))
+        state: dict[str, Any] = {}
+        for key, value in numbers(number, name).items():
+            if isinstance(value, Tensor):
+                value = value.clone() if key in _COUNTS and not on_device else value.to(tensor.device, copy=True)
+            state[key] = value
+        for key, dtype in elementwise(number, name).items():
+            state[key] = torch.zeros_like(tensor, dtype=dtype, requires_grad=False)
+        if state:
+            stepper.optimizer.state[tensor] = state
+
+
+def _held(stepper: ShardedOptimizer) -> Iterator[tuple[int, str, tuple[int, ...], int, bool, Tensor]]:
+    """(model, name, shape, begin, copied, the tensor that the optimizer holds) of each interval on this rank."""
+    owners = {id(u.gradients): n for n, model in enumerate(stepper.models) for u in model.units if u.gradients}
+    for shard in stepper._shards:
+        gradients = shard.gradients
+        slot = gradients.buffer.layout.slots[shard.index]
+        copied = not gradients.plan.optimizer.sharded and stepper.ranks.world_size > 1
+        yield owners[id(gradients)], slot.name, slot.shape, shard.in_slot, copied, shard.tensor
+
+
+def groups(stepper: ShardedOptimizer) -> list[tuple[dict[str, Any], set[tuple[int, str]]]]:
+    """Each parameter group: its settings, and the (model, name) of what this rank holds of it."""
+    names = {id(tensor): (number, name) for number, name, _, _, _, tensor in _held(stepper)}
+    return [
+        (
+            {key: value for key, value in group.items() if key != "params" and key not in _MACHINE},
+            {names[id(tensor)] for tensor in group["params"]},
+        )
+        for group in stepper.optimizer.param_groups
+    ]
+
+
+# Before and after.
+
+
+def settle(model: ShardedModel) -> None:
+    """Finish what is under way, so that what rests is what counts. Collective, like the end of a pass."""
+    model.schedule.abandon_open_pass()
+    model.synchronize()
+
+
+def publish(model: ShardedModel) -> None:
+    """The masters were written: bring them into the weights that compute. Collective."""
+    with torch.no_grad():
+        for unit in model.units:
+            unit.publish()
+    model.synchronize()
+
+
+# Whole tensors, for export.
+
+
+def whole_tensors(
+    model: ShardedModel, wanted: Callable[[str], bool]
+) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], Callable[[], Tensor] | None]]:
+    """Every parameter of `wanted` in the engine's order: (name, dtype, shape, a function that gives it whole).
+
+    The function is None on every rank but 0, and works until the next item is asked for: one unit is whole at a time.
+    Trained weights come from their masters, in the user's dtype. Collective: every rank goes through all items.
+    """
+    settle(model)
+    main = model.ranks.rank == 0
+    for unit in model.units:
+        names = [m.name for m in unit.frozen.members] if unit.frozen is not None else []
+        if unit.frozen is not None and any(map(wanted, names)):
+            with model.schedule.hold([unit]):
+                for index, member in enumerate(unit.frozen.members):
+                    if wanted(member.name):
+                        give = _frozen_reader(unit.frozen, index) if main else None
+                        yield member.name, member.dtype, unit.frozen.layout.slots[index].shape, give
+        if unit.trainable is not None and any(wanted(m.name) for m in unit.trainable.members):
+            whole = model._whole_master(unit)
+            for index, member in enumerate(unit.trainable.members):
+                if wanted(member.name):
+                    dtype = model._dtypes[member.name]
+                    give = _trained_reader(unit, index, whole, dtype) if main else None
+                    yield member.name, dtype, unit.trainable.layout.slots[index].shape, give
+            del whole
+
+
+def _frozen_reader(buffer: FlatBuffer, index: int) -> Callable[[], Tensor]:
+    return lambda: buffer.view(index).detach()
+
+
+def _trained_reader(unit: Unit, index: int, whole: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    assert unit.trainable is not None
+    buffer = unit.trainable
+    return lambda: buffer.view(index, whole).to(dtype)
+
+
+def order(model: ShardedModel) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """(name, dtype, shape) of what `whole_tensors` gives, in its order, without gathering anything."""
+    found = []
+    for unit in model.units:
+        for buffer in (unit.frozen, unit.trainable):
+            for member, slot in zip(buffer.members, buffer.layout.slots, strict=True) if buffer is not None else ():
+                dtype = member.dtype if buffer is unit.frozen else model._dtypes[member.name]
+                found.append((member.name, dtype, slot.shape))
+    return found
