@@ -53,7 +53,11 @@ class Interval:
 
     def read(self) -> Tensor:
         """(numel,) on the CPU, the caller's own."""
-        return self._at_rest()[self._first : self._first + self.numel].detach().to("cpu", copy=True)
+        return self.look().to("cpu", copy=True)
+
+    def look(self) -> Tensor:
+        """(numel,) where it rests, for reading at once: not the caller's to keep or to change."""
+        return self._at_rest()[self._first : self._first + self.numel].detach()
 
     def write(self, values: Tensor) -> None:
         """Take (numel,) values of any floating dtype, or of this one."""
