@@ -111,9 +111,7 @@ class Streamed:
     def __init__(self, tensors: list[Tensor], chunk: int, depth: int) -> None:
         self.tensors, self.chunk = tensors, chunk
         self.up, self.work, self.down = (torch.cuda.Stream() for _ in range(3))
-        self.ring = [
-            [torch.empty(chunk, dtype=torch.float32, device="cuda") for _ in tensors] for _ in range(depth)
-        ]
+        self.ring = [[torch.empty(chunk, dtype=torch.float32, device="cuda") for _ in tensors] for _ in range(depth)]
         self.free: list[torch.cuda.Event | None] = [None] * depth
         self.step = torch.ones((), device="cuda")
 
@@ -160,7 +158,11 @@ def step_through_gpu(numel: int) -> None:
             streamed.run()
             worker.join()
 
-        say("AdamW, a share on the host at the same time", share=share, gparam_per_s=round(numel / GB / best_of(both), 2))
+        say(
+            "AdamW, a share on the host at the same time",
+            share=share,
+            gparam_per_s=round(numel / GB / best_of(both), 2),
+        )
 
 
 def disk(folder: Path, nbytes: int, block: int) -> None:

@@ -1,9 +1,8 @@
-"""An Accelerator's ways to write: whole weights, any object, and (in a later version) the state of a run."""
+"""An Accelerator's ways to write whole weights and any object; the state of a run is `checkpointing.py`'s."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,22 +10,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .checkpoint.export import save_weights
-from .errors import PrepareError, ShardwiseError
 from .plugins import ProjectConfiguration
 from .process import PartialState
 from .zero.sharded import find_sharded
-
-_CHECKPOINTS = (
-    "comes with shardwise's checkpoint release and is not in this version. Until then: save_model or "
-    "get_state_dict for the weights, and `save` for anything else."
-)
 
 
 class Saving(PartialState):
     """The writing verbs of an Accelerator."""
 
     project_configuration: ProjectConfiguration
-    _custom_objects: list[Any]
 
     def unwrap_model(self, model: nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True) -> Any:
         """The model itself: `prepare` never wraps it. keep_torch_compile=False takes off torch.compile's wrapper."""
@@ -76,24 +68,3 @@ class Saving(PartialState):
             except Exception as error:
                 problem = error
         self._ranks.agree(problem)
-
-    def register_for_checkpointing(self, *objects: Any) -> None:
-        """Have `save_state` and `load_state` also keep these. Raises PrepareError for one without (load_)state_dict."""
-        for item in objects:
-            if not (callable(getattr(item, "state_dict", None)) and callable(getattr(item, "load_state_dict", None))):
-                raise PrepareError(
-                    f"register_for_checkpointing: a {type(item).__name__} has no state_dict and load_state_dict."
-                )
-        self._custom_objects.extend(objects)
-
-    def save_state(self, output_dir: str | None = None, safe_serialization: bool = True, **kwargs: Any) -> str:
-        raise ShardwiseError(f"save_state {_CHECKPOINTS}")
-
-    def load_state(self, input_dir: str | None = None, load_kwargs: Any = None, **kwargs: Any) -> None:
-        raise ShardwiseError(f"load_state {_CHECKPOINTS}")
-
-    def register_save_state_pre_hook(self, hook: Callable[..., Any]) -> Any:
-        raise ShardwiseError(f"register_save_state_pre_hook belongs to save_state, which {_CHECKPOINTS}")
-
-    def register_load_state_pre_hook(self, hook: Callable[..., Any]) -> Any:
-        raise ShardwiseError(f"register_load_state_pre_hook belongs to load_state, which {_CHECKPOINTS}")

@@ -3,7 +3,7 @@
     errors, version
       <- plan, layout, config                 facts: no processes; config also no torch
       <- flat, guard, precision, collectives, streams, offload
-      <- unit  <- schedule, hooks  <- sharded  <- optimizer, clipping, checkpoint
+      <- unit  <- schedule, hooks  <- sharded  <- optimizer, clipping  <- intervals  <- checkpoint
       <- accelerator, data, process, ...      the front end, among itself as it likes
       <- cli                                  its worker starts the script; the rest imports no torch
 
@@ -25,11 +25,13 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "shardwise"
 FRONT_END = (
     "accelerator",
     "accumulation",
+    "checkpointing",
     "data",
     "data_dispatch",
     "data_loader",
     "data_order",
     "estimate",
+    "generators",
     "integrations",
     "logging",
     "memory",
@@ -41,6 +43,7 @@ FRONT_END = (
     "preparing",
     "process",
     "resolve",
+    "run_state",
     "saving",
     "scheduler",
     "tracking",
@@ -54,7 +57,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("zero.unit",),
     ("zero.schedule", "zero.hooks"),
     ("zero.sharded",),
-    ("zero.optimizer", "zero.clipping", "checkpoint"),
+    ("zero.optimizer", "zero.clipping"),
+    ("zero.intervals",),
+    ("checkpoint",),
     FRONT_END,
     ("cli",),
 )

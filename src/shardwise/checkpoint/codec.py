@@ -63,6 +63,10 @@ def _encode_tensor(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
             raise CheckpointError(f"{path} is an array of {value.dtype}, which a checkpoint cannot hold.")
         found = {_KIND: "array", "dtype": str(value.dtype), "shape": list(value.shape)}
         tensor = torch.from_numpy(numpy.frombuffer(numpy.ascontiguousarray(value).tobytes(), numpy.uint8).copy())
+    elif value.ndim == 0 and not value.is_complex():
+        # A step count, one for each parameter: as an entry of a file of its own it would cost more than it holds.
+        item = encode(value.item(), tensors, path)
+        return {_KIND: "scalar", "dtype": str(value.dtype).removeprefix("torch."), "value": item}
     else:
         found = {_KIND: "tensor", "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
         tensor = value.detach().to("cpu", copy=True).contiguous().reshape(-1)
@@ -98,6 +102,8 @@ def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
         return base64.b64decode(value["value"])
     if kind == "number":
         return numpy.dtype(value["dtype"]).type(decode(value["value"], tensor))
+    if kind == "scalar":
+        return torch.tensor(decode(value["value"], tensor), dtype=getattr(torch, value["dtype"]))
     if kind == "array":
         raw = tensor(value["name"]).numpy().tobytes() if "name" in value else b""
         return numpy.frombuffer(raw, numpy.dtype(value["dtype"])).reshape(value["shape"]).copy()
@@ -108,7 +114,7 @@ def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
     items = [decode(item, tensor) for item in value["items"]]
     if kind in ("dict", "ordered", "counter"):
         pairs = [(_hashable(key), item) for key, item in items]
-        return {"dict": dict, "ordered": OrderedDict, "counter": lambda p: Counter(dict(p))}[kind](pairs)
+        return Counter(dict(pairs)) if kind == "counter" else OrderedDict(pairs) if kind == "ordered" else dict(pairs)
     makers: dict[str, Callable[[list[Any]], Any]] = {
         "tuple": tuple,
         "set": set,

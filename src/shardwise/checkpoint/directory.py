@@ -117,9 +117,7 @@ def prune(folder: Path, *, newest: int | None, best: int = 0, smaller_is_better:
         return []
     complete = survey(folder).complete
     kept = {found.path for found in complete[: max(newest, 1)]}
-    for metric, index in _ranked(complete, smaller_is_better)[:best]:
-        assert metric is not None
-        kept.add(complete[index].path)
+    kept |= {found.path for found in _best_first(complete, smaller_is_better)[:best]}
     removed = [found.path for found in reversed(complete) if found.path not in kept]
     for path in removed:
         # Under a name that nobody takes for a checkpoint first: a kill must not leave half of one under its own.
@@ -130,9 +128,10 @@ def prune(folder: Path, *, newest: int | None, best: int = 0, smaller_is_better:
     return removed
 
 
-def _ranked(complete: Sequence[Found], smaller_is_better: bool) -> list[tuple[float | None, int]]:
-    scored = [(f.manifest.metric, index) for index, f in enumerate(complete) if f.manifest.metric is not None]
-    return sorted(scored, key=lambda row: (row[0] if smaller_is_better else -row[0], row[1]))
+def _best_first(complete: Sequence[Found], smaller_is_better: bool) -> list[Found]:
+    """Those that have a metric; of equal ones the newest first."""
+    scored = [(found.manifest.metric, found) for found in complete if found.manifest.metric is not None]
+    return [found for _, found in sorted(scored, key=lambda row: row[0] if smaller_is_better else -row[0])]
 
 
 class Lock:

@@ -31,7 +31,9 @@ def part_sums(values: Tensor, first_byte: int) -> tuple[int, int]:
     Raises CheckpointError if the part does not begin at a whole word.
     """
     if first_byte % _WORD:
-        raise CheckpointError(f"a part that begins at byte {first_byte} cannot be summed up: it cuts a word of 8 bytes.")
+        raise CheckpointError(
+            f"a part that begins at byte {first_byte} cannot be summed up: it cuts a word of 8 bytes."
+        )
     raw = values.view(torch.uint8)
     totals = [0, 0]
     for start in range(0, raw.numel(), _CHUNK * _WORD):

@@ -133,7 +133,7 @@ class TensorFile:
                 f"{name} has {tensor.numel()} elements of {tensor.dtype}; {tuple(spec.shape)} of {spec.dtype} were "
                 f"announced for {self.path.name}."
             )
-        data = memoryview(as_bytes(tensor).numpy())
+        data = as_bytes(tensor)
         offset = self._start + self._offsets[name]
         sums = []
         for begin in range(0, spec.nbytes, BLOCK_NBYTES):
@@ -157,9 +157,10 @@ class TensorFile:
             os.close(self._descriptor)
 
 
-def as_bytes(tensor: Tensor) -> Tensor:
-    """The tensor's bytes on the CPU, 1-d; a view of it where it is there and contiguous."""
-    return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes on the CPU; a view of it where it is there and contiguous."""
+    raw: Any = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(raw)
 
 
 def read_part(path: Path, place: Place, begin: int, out: Tensor) -> None:
@@ -168,7 +169,7 @@ def read_part(path: Path, place: Place, begin: int, out: Tensor) -> None:
     out: 1-d and contiguous on the CPU, of the place's dtype.
     Raises CheckpointError if the file ends too early or a block does not have the sum that was written down.
     """
-    target = memoryview(as_bytes(out).numpy())
+    target = as_bytes(out)
     first, last = begin * place.dtype.itemsize, begin * place.dtype.itemsize + target.nbytes
     with path.open("rb", buffering=0) as file:
         for number in range(first // BLOCK_NBYTES, -(-last // BLOCK_NBYTES)):

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..zero.collectives import Ranks
 from . import files
+from .agree import attempt, together
 from .manifest import MANIFEST, Entry, Index, Manifest, Part, text_checksum
 from .tensor_file import Spec, TensorFile
 
@@ -73,55 +74,43 @@ def whole_pieces(tensors: Mapping[str, Tensor]) -> list[Piece]:
     ]
 
 
-def write_checkpoint(target: Path, draft: Draft, ranks: Ranks, describe: Callable[[Sequence[Entry]], Manifest]) -> None:
-    """Publish the ranks' drafts as the directory `target`. Collective; an error of any rank is raised on every rank.
-
-    describe: on rank 0, the manifest for the files of all ranks. An earlier checkpoint at `target` is replaced.
-    """
+def open_staging(target: Path, ranks: Ranks) -> Path:
+    """The hidden directory in which the checkpoint `target` is put together, empty. Collective."""
     staging = target.with_name(STAGING + target.name)
-    _together(ranks, ranks.rank == 0, lambda: _open(staging))
-    entry: Entry | None = None
-    error: Exception | None = None
-    try:
+
+    def look() -> None:
         if not staging.is_dir():
             raise CheckpointError(
-                f"rank {ranks.rank} on {socket.gethostname()} does not see {staging}, which rank 0 made. Save to a "
-                "directory that all machines share."
+                f"{socket.gethostname()} does not see {staging}, which rank 0 made. Save to a directory that all machines "
+                "share."
             )
-        entry = _write_rank(staging, draft, ranks.rank)
-    except Exception as caught:
-        error = caught
-    found: list[tuple[Entry | None, str | None]] = ranks.gather_objects(
-        (entry, None if error is None else f"{type(error).__name__}: {error}")
-    )
-    failed = [(rank, text) for rank, (_, text) in enumerate(found) if text is not None]
-    if failed:
+
+    together(ranks, lambda: _open(staging), on=0, what=_failed(target))
+    together(ranks, look, what=_failed(target))
+    return staging
+
+
+def _failed(target: Path) -> str:
+    return f"{target} was not saved, earlier checkpoints are as they were: "
+
+
+def write_checkpoint(
+    staging: Path, target: Path, draft: Draft, ranks: Ranks, describe: Callable[[Sequence[Entry]], Manifest]
+) -> None:
+    """Publish the ranks' drafts as the directory `target`. Collective; an error of any rank is raised on every rank.
+
+    staging:  from `open_staging`.
+    describe: on rank 0, the manifest for the files of all ranks. An earlier checkpoint at `target` is replaced.
+    """
+    failed = _failed(target)
+    try:
+        entry = together(ranks, lambda: _write_rank(staging, draft, ranks.rank), what=failed)
+    except CheckpointError:
         if ranks.rank == 0:
-            _forget(staging)
-        raise _failure(target, *failed[0]) from error
-    entries = [entry for entry, _ in found if entry is not None]
-    _together(ranks, ranks.rank == 0, lambda: _publish(staging, target, describe(entries)), target)
-
-
-def _failure(target: Path, rank: int, text: str) -> CheckpointError:
-    return CheckpointError(f"{target} was not saved: rank {rank} failed: {text} Earlier checkpoints are as they were.")
-
-
-def _together(ranks: Ranks, mine: bool, action: Callable[[], None], target: Path | None = None) -> None:
-    """Run `action` on the ranks where `mine`; if it raises on one, a CheckpointError with its words is raised on all."""
-    error: Exception | None = None
-    if mine:
-        try:
-            action()
-        except Exception as caught:
-            error = caught
-    texts = ranks.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
-    failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
-    if failed:
-        rank, text = failed[0]
-        if target is not None:
-            raise _failure(target, rank, text) from error
-        raise CheckpointError(f"nothing was saved: rank {rank} failed: {text}") from error
+            attempt(lambda: files.remove(staging))  # else the next save begins by removing it
+        raise
+    entries = [found for found in ranks.gather_objects(entry) if found is not None]
+    together(ranks, lambda: _publish(staging, target, describe(entries)), on=0, what=failed)
 
 
 def _open(staging: Path) -> None:
@@ -140,9 +129,7 @@ def _write_rank(staging: Path, draft: Draft, rank: int) -> Entry:
             for piece in draft.pieces:
                 file.write(piece.address, piece.read())
             nbytes = file.nbytes
-        index.parts = [
-            Part(p.address, p.shape, p.begin, p.spec.shape[0], file.places[p.address]) for p in draft.pieces
-        ]
+        index.parts = [Part(p.address, p.shape, p.begin, p.spec.shape[0], file.places[p.address]) for p in draft.pieces]
     text = index.to_text()
     files.write_text(staging / f"{name}.json", text)
     return Entry(f"{name}.json", text_checksum(text), tensors, nbytes)
@@ -159,12 +146,3 @@ def _publish(staging: Path, target: Path, manifest: Manifest) -> None:
     files.move(staging, target)
     files.sync_directory(target.parent)
     files.remove(replaced)
-
-
-def _forget(staging: Path) -> None:
-    try:
-        files.remove(staging)
-    except OSError:
-        pass  # the next save begins by removing it
-
-

@@ -172,9 +172,10 @@ def make_states(
         on_device = any(groups[id(tensor)].get(flag) for flag in ("fused", "capturable"))
         state: dict[str, Any] = {}
         for key, value in numbers(number, name).items():
-            if isinstance(value, Tensor):
-                value = value.clone() if key in _COUNTS and not on_device else value.to(tensor.device, copy=True)
             state[key] = value
+            if isinstance(value, Tensor):
+                here = torch.device("cpu") if key in _COUNTS and not on_device else tensor.device
+                state[key] = value.to(here, copy=True)
         for key, dtype in elementwise(number, name).items():
             state[key] = torch.zeros_like(tensor, dtype=dtype, requires_grad=False)
         if state:
@@ -225,11 +226,12 @@ def publish(model: ShardedModel) -> None:
 
 def whole_tensors(
     model: ShardedModel, wanted: Callable[[str], bool]
-) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], Callable[[], Tensor] | None]]:
-    """Every parameter of `wanted` in the engine's order: (name, dtype, shape, a function that gives it whole).
+) -> Iterator[tuple[str, Callable[[], Tensor] | None]]:
+    """Every parameter of `wanted` in the engine's order: (name, a function that gives it whole).
 
     The function is None on every rank but 0, and works until the next item is asked for: one unit is whole at a time.
-    Trained weights come from their masters, in the user's dtype. Collective: every rank goes through all items.
+    Trained weights come from their masters, in the user's dtype. Collective: every rank goes through all items, and none
+    may leave early.
     """
     settle(model)
     main = model.ranks.rank == 0
@@ -240,14 +242,14 @@ def whole_tensors(
                 for index, member in enumerate(unit.frozen.members):
                     if wanted(member.name):
                         give = _frozen_reader(unit.frozen, index) if main else None
-                        yield member.name, member.dtype, unit.frozen.layout.slots[index].shape, give
+                        yield member.name, give
         if unit.trainable is not None and any(wanted(m.name) for m in unit.trainable.members):
             whole = model._whole_master(unit)
             for index, member in enumerate(unit.trainable.members):
                 if wanted(member.name):
                     dtype = model._dtypes[member.name]
                     give = _trained_reader(unit, index, whole, dtype) if main else None
-                    yield member.name, dtype, unit.trainable.layout.slots[index].shape, give
+                    yield member.name, give
             del whole
 
 
@@ -261,12 +263,23 @@ def _trained_reader(unit: Unit, index: int, whole: Tensor, dtype: torch.dtype) -
     return lambda: buffer.view(index, whole).to(dtype)
 
 
-def order(model: ShardedModel) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """(name, dtype, shape) of what `whole_tensors` gives, in its order, without gathering anything."""
+@dataclass(frozen=True)
+class Member:
+    """A parameter of a prepared model. dtype: in which it is exported."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trained: bool
+
+
+def members(model: ShardedModel) -> list[Member]:
+    """Every parameter, each once, in the order of `whole_tensors`; the same on every rank, and nothing is gathered."""
     found = []
     for unit in model.units:
         for buffer in (unit.frozen, unit.trainable):
             for member, slot in zip(buffer.members, buffer.layout.slots, strict=True) if buffer is not None else ():
-                dtype = member.dtype if buffer is unit.frozen else model._dtypes[member.name]
-                found.append((member.name, dtype, slot.shape))
+                trained = buffer is not unit.frozen
+                dtype = model._dtypes[member.name] if trained else member.dtype
+                found.append(Member(member.name, slot.shape, dtype, trained))
     return found
