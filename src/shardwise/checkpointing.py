@@ -192,6 +192,7 @@ class Checkpointing(PartialState):
         if output_dir is None:
             folder = self._folder()
             self._claim(folder / ".lock")
+            directory.sweep(folder)
             number = directory.next_number(folder, self.project_configuration.iteration)
             self.project_configuration.iteration = number + 1
             target = folder / f"checkpoint_{number}"

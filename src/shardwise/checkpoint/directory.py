@@ -87,8 +87,14 @@ def resolve(path: Path) -> Path:
 def next_number(folder: Path, at_least: int) -> int:
     """The number of the next `checkpoint_N` in `folder`: above every one that is there, complete or not."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    numbers = [int(match[1]) for name in names if (match := _NUMBERED.search(name)) is not None]
+    numbers = [int(match[1]) for name in names if (match := _NUMBERED.fullmatch(name)) is not None]
     return max([at_least, *(number + 1 for number in numbers)])
+
+
+def sweep(folder: Path) -> None:
+    """Remove what saves that were cut short have left. For the run that has claimed `folder`, with no save under way."""
+    for path in list(folder.glob(f"{STAGING}*")):
+        files.remove(path)
 
 
 def next_order(folder: Path) -> int:
