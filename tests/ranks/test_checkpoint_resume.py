@@ -227,8 +227,17 @@ def test_every_checkpoint_loads_everywhere(world, tmp_path, first, then):
     test_a_checkpoint_loads_on_any_ranks_stage_and_tier(world, tmp_path, first, then)
 
 
-def test_a_loader_with_workers_goes_on_in_the_middle_of_an_epoch(tmp_path):
-    # In this process: the workers of the rig's ranks take seconds to end.
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch's threads and a loader's workers take each other's cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_loader_with_workers_goes_on_in_the_middle_of_an_epoch(tmp_path, one_thread):
+    # In this process, because the workers of the rig's ranks take seconds to end.
     case, folder = Case(2, "none", "lora", world=1), str(tmp_path / "state")
     check_equal([straight(None, case, folder, workers=2)], [resumed(None, case, folder, workers=2)])
 
