@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .checkpoint.export import save_weights
+from .checkpoint.export import refuse_empty, save_weights
+from .checkpoint.stream import save_streamed
 from .plugins import ProjectConfiguration
 from .process import PartialState
 from .zero.sharded import find_sharded
@@ -45,6 +46,7 @@ class Saving(PartialState):
         if not here:
             return
         if safe_serialization:
+            refuse_empty(obj)
             save_file({name: tensor.contiguous() for name, tensor in obj.items()}, f, metadata={"format": "pt"})
         else:
             torch.save(obj, f)
@@ -55,13 +57,26 @@ class Saving(PartialState):
         save_directory: str | os.PathLike[str],
         max_shard_size: int | str = "10GB",
         safe_serialization: bool = True,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """Write the whole weights: model.safetensors, or parts and an index. Collective; an error is every rank's."""
+        """Write the whole weights: model.safetensors, or parts and an index. Collective; an error is every rank's.
+
+        dtype: floating weights are written in it; None leaves each as it is.
+        Unit by unit: no rank holds the model. safe_serialization=False writes a pickle, which has to be put together in
+        rank 0's memory first.
+        """
+        sharded = find_sharded(self.unwrap_model(model, keep_torch_compile=False))
+        if sharded is not None and safe_serialization:
+            save_streamed(sharded, save_directory, max_shard_size=max_shard_size, dtype=dtype)
+            return
         weights = self.get_state_dict(model)
         problem: Exception | None = None
         if self.is_main_process:
             try:
                 tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+                if dtype is not None:
+                    tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
                 save_weights(
                     tensors, save_directory, max_shard_size=max_shard_size, safe_serialization=safe_serialization
                 )

@@ -105,6 +105,12 @@ def move(source: Path, target: Path) -> None:
     source.rename(target)
 
 
+def move_over(source: Path, target: Path) -> None:
+    """Rename a file, in one step, in place of another that may be there."""
+    _watch("move", target)
+    source.replace(target)
+
+
 def remove(path: Path) -> None:
     """Remove a file, or a directory with all that is in it. Nothing if it is not there."""
     _watch("remove", path)

@@ -142,19 +142,31 @@ class TensorFile:
             files.write(self._descriptor, block, offset + begin, self.path)
         self.places[name] = Place(spec.dtype, offset, spec.nbytes, tuple(sums))
 
+    def close(self) -> None:
+        """Sync and close. Raises CheckpointError if something that was announced has not been written."""
+        try:
+            if self._specs:
+                raise CheckpointError(f"{next(iter(self._specs))} was announced for {self.path.name}, not written.")
+            files.sync(self._descriptor, self.path)
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Close without a promise: the file is to be removed."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
     def __enter__(self) -> TensorFile:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                if self._specs:
-                    raise CheckpointError(f"{next(iter(self._specs))} was announced for {self.path.name}, not written.")
-                files.sync(self._descriptor, self.path)
-        finally:
-            os.close(self._descriptor)
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
