@@ -35,6 +35,7 @@ from .checkpoint.read import Checkpoint
 from .checkpoint.write import Draft, open_staging, write_checkpoint
 from .data_loader import PreparedLoader
 from .errors import CheckpointError, ConfigError, PrepareError
+from .model_facts import facts_of
 from .plugins import ProjectConfiguration
 from .preparing import PreparedModel, PreparedOptimizer
 from .process import PartialState
@@ -139,7 +140,8 @@ class Checkpointing(PartialState):
             models = [prepared.model for prepared in self._models]
             for hook in list(self._save_hooks.values()):
                 together(self._ranks, lambda: hook(list(models), [{} for _ in models], str(staging)))  # noqa: B023
-        manifest = _describer(self._ranks.world_size, run.step, order, metric, frozen)
+        facts = {f"model{number}": facts_of(model) for number, model in enumerate(run.models)}
+        manifest = _describer(self._ranks.world_size, run.step, order, metric, frozen, facts)
         if not async_:
             write_checkpoint(staging, target, draft, self._ranks, manifest)
             together(self._ranks, lambda: self._prune(target, output_dir is None), on=0)
@@ -240,7 +242,7 @@ class Checkpointing(PartialState):
                     for piece in run._pieces(f"model{number}/frozen", intervals.frozen(model))
                 ]
                 staging = open_staging(store, self._ranks)
-                describe = _describer(self._ranks.world_size, 0, -1, None, {})
+                describe = _describer(self._ranks.world_size, 0, -1)
                 write_checkpoint(staging, store, Draft(pieces), self._ranks, describe)
         return record
 
@@ -376,10 +378,15 @@ def _register(hooks: OrderedDict[int, Callable[..., Any]], hook: Callable[..., A
 
 
 def _describer(
-    world_size: int, step: int, order: int, metric: float | None, frozen: dict[str, Any]
+    world_size: int,
+    step: int,
+    order: int,
+    metric: float | None = None,
+    frozen: dict[str, Any] | None = None,
+    facts: dict[str, Any] | None = None,
 ) -> Callable[[Sequence[Entry]], Manifest]:
     value = None if metric is None else float(metric)
-    return lambda entries: Manifest(world_size, step, order, tuple(entries), value, frozen)
+    return lambda entries: Manifest(world_size, step, order, tuple(entries), value, frozen or {}, facts or {})
 
 
 def _sums_of(model: ShardedModel, ranks: Ranks) -> dict[str, str]:

@@ -37,6 +37,7 @@ FRONT_END = (
     "memory",
     "memory_fit",
     "metrics",
+    "model_facts",
     "nested",
     "plugins",
     "prepare_checks",
