@@ -47,6 +47,7 @@ FRONT_END = (
     "run_state",
     "saving",
     "scheduler",
+    "stopping",
     "tracking",
 )
 

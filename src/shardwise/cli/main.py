@@ -84,9 +84,6 @@ def launch_command(
     ] = False,
     multi_gpu: Annotated[bool, typer.Option("--multi_gpu", help="Whole copies on every GPU, nothing sharded.")] = False,
     module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT is a module, as in python -m.")] = False,
-    max_restarts: Annotated[
-        str, typer.Option("--max_restarts", metavar="N", help="Start all ranks again after a failure.")
-    ] = "0",
     dry_run: Annotated[
         bool, typer.Option("--dry_run", help="Print settings, environment and processes; start nothing.")
     ] = False,
@@ -102,7 +99,6 @@ def launch_command(
         use_zero=use_deepspeed,
         multi_gpu=multi_gpu,
         is_module=module,
-        max_restarts=max_restarts,
         dry_run=dry_run,
     )
 
