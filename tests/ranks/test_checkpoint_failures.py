@@ -11,8 +11,11 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import random
 import shutil
 import signal
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -195,59 +198,121 @@ def test_a_process_killed_before_any_file_operation_of_a_save_loses_nothing(worl
 # Several ranks.
 
 
-def _operations(ranks: Any, folder: str) -> list[str]:
-    return second_save(folder, 1, Failing())
+def _operations(ranks: Any, folder: str, total_limit: int | None, async_: bool) -> list[str]:
+    return second_save(folder, total_limit, Failing(), async_)
 
 
-def _save_and_die(ranks: Any, folder: str, at: int, who: int | None, what: str) -> Any:
+def _save_and_fail(
+    ranks: Any, folder: str, at: int, who: int | None, what: str, total_limit: int | None = 1, async_: bool = False
+) -> str | None:
     mine = who is None or ranks.rank == who
     failing = Failing(at if mine else None, die if what == "die" else full_disk)
     try:
-        second_save(folder, 1, failing)
+        second_save(folder, total_limit, failing, async_)
     except CheckpointError as error:
         return str(error)
     return None
 
 
-def _kill_and_resume(world: Any, tmp_path: Path, points: list[tuple[int | None, int]]) -> Counter[int]:
-    start = tmp_path / "start"
-    expected = world(2).run(first_checkpoint, str(start))[0]
-    outcomes: Counter[int] = Counter()
-    for number, (who, at) in enumerate(points):
-        place = tmp_path / f"point{number}"
-        shutil.copytree(start, place)
-        with pytest.raises(RankCrashedError) as crash:
-            world(2).run(_save_and_die, str(place), at, who, "die")
-        assert crash.value.exitcode == -signal.SIGKILL
-        outcomes[check(place, world(2).run(resume, str(place))[0], expected)] += 1
-        shutil.rmtree(place)
-    return outcomes
+def _save_and_be_killed(ranks: Any, folder: str, after_s: float, who: int | None) -> None:
+    """A timer kills the process, wherever it is: inside a write, in a rename, in a collective."""
+    run = Run(folder, total_limit=1)
+    run.accelerator.load_state()
+    run.train()
+    if who is None or ranks.rank == who:
+        threading.Thread(target=lambda: (time.sleep(after_s), die()), daemon=True).start()
+    while True:
+        run.accelerator.save_state()
+        run.train()
 
 
-def _operation_counts(world: Any, tmp_path: Path) -> list[int]:
+def _resume_after(world: Any, start: Path, place: Path, kill: Callable[[], Any]) -> tuple[int, list[float], list[str]]:
+    """Copy `start`, have its run killed by `kill`, and start it again."""
+    shutil.copytree(start, place)
+    with pytest.raises(RankCrashedError) as crash:
+        kill()
+    assert crash.value.exitcode == -signal.SIGKILL
+    found: tuple[int, list[float], list[str]] = world(2).run(resume, str(place))[0]
+    assert not list(place.glob("checkpoints/.staging-*")), "the next save cleans up"
+    shutil.rmtree(place)
+    return found
+
+
+def _points(world: Any, tmp_path: Path, total_limit: int | None, async_: bool) -> list[tuple[int | None, int]]:
+    """Every operation of rank 0, of rank 1, and of both."""
     world(2).run(first_checkpoint, str(tmp_path / "count"))
-    return [len(seen) for seen in world(2).run(_operations, str(tmp_path / "count"))]
+    counts = [len(seen) for seen in world(2).run(_operations, str(tmp_path / "count"), total_limit, async_)]
+    shutil.rmtree(tmp_path / "count")
+    found: list[tuple[int | None, int]] = [(rank, at) for rank in (0, 1) for at in range(counts[rank])]
+    return found + [(None, at) for at in range(min(counts))]
 
 
 def test_ranks_killed_during_a_save_lose_nothing(world, tmp_path):
-    counts = _operation_counts(world, tmp_path)
-    points: list[tuple[int | None, int]] = [(1, 2), (1, counts[1] - 1), (0, 4), (0, counts[0] - 3), (None, 3)]
-    outcomes = _kill_and_resume(world, tmp_path, points)
-    assert outcomes[1] >= 3
+    points = _points(world, tmp_path, 1, False)
+    expected = world(2).run(first_checkpoint, str(tmp_path / "start"))[0]
+    for number, (who, at) in enumerate(points[3 :: len(points) // 5]):
+        place = tmp_path / f"point{number}"
+        step, weights, _ = _resume_after(
+            world,
+            tmp_path / "start",
+            place,
+            lambda: world(2).run(_save_and_fail, str(place), at, who, "die"),  # noqa: B023
+        )
+        assert step in (1, 2)
+        assert weights == expected[step]
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize(("total_limit", "async_"), [(None, False), (1, False), (1, True)])
+def test_ranks_killed_at_every_operation_lose_nothing(world, tmp_path, capsys, total_limit, async_):
+    points = _points(world, tmp_path, total_limit, async_)
+    expected = world(2).run(first_checkpoint, str(tmp_path / "start"))[0]
+    outcomes: Counter[int] = Counter()
+    for number, (who, at) in enumerate(points):
+        place = tmp_path / f"point{number}"
+        step, weights, _ = _resume_after(
+            world,
+            tmp_path / "start",
+            place,
+            lambda: world(2).run(_save_and_fail, str(place), at, who, "die", total_limit, async_),  # noqa: B023
+        )
+        assert weights == expected[step]
+        outcomes[step] += 1
+    with capsys.disabled():
+        print(f"\n{len(points)} kills at file operations of 2 ranks; resumed at step: {dict(outcomes)}")
     assert outcomes[1] + outcomes[2] == len(points)
 
 
 @pytest.mark.full
 @pytest.mark.timeout(3000)
-def test_ranks_killed_at_every_operation_lose_nothing(world, tmp_path, capsys):
-    counts = _operation_counts(world, tmp_path)
-    points: list[tuple[int | None, int]] = [(0, at) for at in range(counts[0])]
-    points += [(1, at) for at in range(counts[1])]
-    points += [(None, at) for at in range(min(counts))]
-    outcomes = _kill_and_resume(world, tmp_path, points)
+def test_ranks_killed_at_any_instant_lose_nothing(world, tmp_path, capsys):
+    world(2).run(first_checkpoint, str(tmp_path / "start"))
+    chance = random.Random(17)
+    outcomes: Counter[int] = Counter()
+    points = 70
+    for number in range(points):
+        place = tmp_path / f"point{number}"
+        after_s, who = chance.uniform(0.0, 0.12), chance.choice([0, 1, None])
+        step, weights, _ = _resume_after(
+            world,
+            tmp_path / "start",
+            place,
+            lambda: world(2).run(_save_and_be_killed, str(place), after_s, who),  # noqa: B023
+        )
+        assert step >= 1
+        assert weights == world(1).run(_weights_after, step)[0]
+        outcomes[step] += 1
     with capsys.disabled():
-        print(f"\n{len(points)} kills of 2 ranks; resumed at step: {dict(outcomes)}")
-    assert outcomes[1] + outcomes[2] == len(points)
+        print(f"\n{points} kills of 2 ranks at random instants; resumed at step: {dict(sorted(outcomes.items()))}")
+
+
+def _weights_after(ranks: Any, steps: int) -> list[float]:
+    run = Run("unused")
+    run.train(steps)
+    found = run.weights()
+    run.accelerator.free_memory()
+    return found
 
 
 def _full_disk_everywhere(ranks: Any, folder: str) -> tuple[int, Counter[int]]:
@@ -288,7 +353,7 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on(world, tmp_path):
 def test_an_error_of_one_rank_is_the_same_error_on_all(world, tmp_path):
     world(2).run(first_checkpoint, str(tmp_path))
     for who, at in ((1, 2), (0, 3)):
-        words = world(2).run(_save_and_die, str(tmp_path), at, who, "full")
+        words = world(2).run(_save_and_fail, str(tmp_path), at, who, "full")
         assert words[0] == words[1]
         assert f"rank {who}" in words[0]
         assert "No space left" in words[0]

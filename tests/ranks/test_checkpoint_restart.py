@@ -110,14 +110,20 @@ def test_a_run_that_lost_a_rank_ends_as_an_undisturbed_one(script, tmp_path):
     assert "all ranks start again, 2 processes" in done.stderr
     assert f"rank {rank} failed first: it was ended by signal 9" in done.stderr
     assert final(tmp_path / "killed") == final(tmp_path / "calm"), (rank, step)
-    fewer = run(script, tmp_path / "fewer", 1, step, "--max_restarts", "2", "--restart_processes", "1")
+
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+def test_a_run_goes_on_with_fewer_processes(script, tmp_path):
+    run(script, tmp_path / "calm")
+    fewer = run(script, tmp_path / "fewer", 1, 7, "--max_restarts", "2", "--restart_processes", "1")
     assert "all ranks start again, 1 process; 1 restart(s) left" in fewer.stderr
     for name, values in final(tmp_path / "calm").items():
         assert final(tmp_path / "fewer")[name] == pytest.approx(values, abs=1e-6), name
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.full)])
 def test_a_signal_saves_and_stops_and_the_next_start_goes_on(script, tmp_path, number):
     folder = tmp_path / "run"
     folder.mkdir()
