@@ -351,7 +351,12 @@ class Checkpointing(PartialState):
     def _open(self, path: Path) -> tuple[Checkpoint, list[dict[str, Any]]]:
         def read() -> tuple[Checkpoint, list[dict[str, Any]]]:
             checkpoint = Checkpoint(path)
-            return checkpoint, [checkpoint.state(rank) for rank in range(checkpoint.manifest.world_size)]
+            # Registered objects may be large, and those of other ranks are theirs.
+            mine = (0, self._ranks.rank)
+            return checkpoint, [
+                checkpoint.state(rank, () if rank in mine else ("objects",))
+                for rank in range(checkpoint.manifest.world_size)
+            ]
 
         found, error = attempt(read)
         text = first_failure(self._ranks, error)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from .checkpoint.export import refuse_empty, save_weights
 from .checkpoint.stream import save_streamed
+from .config.schema import Config
 from .plugins import ProjectConfiguration
 from .process import PartialState
+from .zero.precision import Precision
 from .zero.sharded import find_sharded
 
 
@@ -20,6 +22,8 @@ class Saving(PartialState):
     """The writing verbs of an Accelerator."""
 
     project_configuration: ProjectConfiguration
+    _config: Config
+    _precision: Precision
 
     def unwrap_model(self, model: nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True) -> Any:
         """The model itself: `prepare` never wraps it. keep_torch_compile=False takes off torch.compile's wrapper."""
@@ -30,12 +34,17 @@ class Saving(PartialState):
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
         """The whole state dict, on the CPU of rank 0; {} on the other ranks. Collective.
 
-        Works under every stage; `zero3_save_16bit_model` is not needed for it.
+        Works under every stage; `zero3_save_16bit_model` is not needed for it, but makes its floating weights 16-bit.
         """
         sharded = find_sharded(self.unwrap_model(model, keep_torch_compile=False))
         if sharded is None:
             return dict(model.state_dict()) if self.is_main_process else {}
-        return sharded.state_dict()
+        return {name: _cast(value, self._export_dtype) for name, value in sharded.state_dict().items()}
+
+    @property
+    def _export_dtype(self) -> torch.dtype | None:
+        """What floating weights are written in, if the configuration says so."""
+        return self._precision.compute if self._config.zero.zero3_save_16bit_model else None
 
     def save(self, obj: Any, f: Any, safe_serialization: bool = False) -> None:
         """Write `obj` to `f` on the main process (on one process per machine with save_on_each_node)."""
@@ -62,11 +71,13 @@ class Saving(PartialState):
     ) -> None:
         """Write the whole weights: model.safetensors, or parts and an index. Collective; an error is every rank's.
 
-        dtype: floating weights are written in it; None leaves each as it is.
+        dtype: floating weights are written in it; None leaves each as it is, or takes the precision that the model computes in
+               with zero3_save_16bit_model.
         Unit by unit: no rank holds the model. safe_serialization=False writes a pickle, which has to be put together in
         rank 0's memory first.
         """
         sharded = find_sharded(self.unwrap_model(model, keep_torch_compile=False))
+        dtype = dtype or self._export_dtype
         if sharded is not None and safe_serialization:
             save_streamed(sharded, save_directory, max_shard_size=max_shard_size, dtype=dtype)
             return
@@ -75,11 +86,16 @@ class Saving(PartialState):
         if self.is_main_process:
             try:
                 tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
-                if dtype is not None:
-                    tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+                tensors = {name: _cast(value, dtype) for name, value in tensors.items()}
                 save_weights(
                     tensors, save_directory, max_shard_size=max_shard_size, safe_serialization=safe_serialization
                 )
             except Exception as error:
                 problem = error
         self._ranks.agree(problem)
+
+
+def _cast(value: Any, dtype: torch.dtype | None) -> Any:
+    if dtype is None or not isinstance(value, Tensor) or not value.is_floating_point() or value.itemsize == 1:
+        return value
+    return value.to(dtype)

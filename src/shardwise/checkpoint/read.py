@@ -7,7 +7,7 @@ only the intervals that it asks for. Memory is the tensor being filled and one b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +95,8 @@ class Checkpoint:
         shape = self.shape(address)
         return self.read(address, 0, math.prod(shape)).reshape(shape)
 
-    def state(self, rank: int) -> Any:
-        """What rank `rank` of the saving run kept, decoded."""
+    def state(self, rank: int, without: Container[str] = ()) -> Any:
+        """What rank `rank` of the saving run kept, decoded, but for the entries `without`."""
         own = self._own[rank]
 
         def tensor(name: str) -> Tensor:
@@ -105,7 +105,7 @@ class Checkpoint:
             read_part(path, part.place, 0, out)
             return out
 
-        return decode(self._states[rank], tensor)
+        return decode({key: value for key, value in self._states[rank].items() if key not in without}, tensor)
 
     def verify(self) -> None:
         """Read every byte and compare its sums. Raises CheckpointError at the first that differs."""
