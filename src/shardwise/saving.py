@@ -44,7 +44,8 @@ class Saving(PartialState):
     @property
     def _export_dtype(self) -> torch.dtype | None:
         """What floating weights are written in, if the configuration says so."""
-        return self._precision.compute if self._config.zero.zero3_save_16bit_model else None
+        zero = self._config.zero
+        return self._precision.compute if zero.zero3_save_16bit_model and zero.zero_stage == 3 else None
 
     def save(self, obj: Any, f: Any, safe_serialization: bool = False) -> None:
         """Write `obj` to `f` on the main process (on one process per machine with save_on_each_node)."""

@@ -75,3 +75,10 @@ def test_a_gather_under_compute_is_hidden_and_the_rest_exposed(overlap: ModuleTy
     assert summary["compute_ms"] == 2.25
     assert summary["span_ms"] == 3.0
     assert summary["idle_ms"] == 0.0
+
+
+def test_a_checkpoint_is_adapters_and_their_states() -> None:
+    done = run("checkpoint.py", "--case", "lora8b", "--tiny", "--every", "2", "--saves", "2")
+    (found,) = records(done).values()
+    assert found["bytes_of_masters_and_states"] < found["bytes"] < 2 * found["bytes_of_masters_and_states"] + 300_000
+    assert len(found["call_ms"]["async"]) == 2
