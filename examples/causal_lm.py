@@ -26,6 +26,7 @@ from common.results import (
     save_logits,
     write_predictions,
 )
+from common.resuming import Progress, after_step, project_of, resume
 from shardwise import Accelerator
 from shardwise.memory import MemoryTracker
 
@@ -38,7 +39,8 @@ def main() -> None:
         num_epochs=20,
     )
     steps = args.gradient_accumulation_steps
-    accelerator = Accelerator() if steps is None else Accelerator(gradient_accumulation_steps=steps)
+    settings = {} if steps is None else {"gradient_accumulation_steps": steps}
+    accelerator = Accelerator(project_config=project_of(args), **settings)
     set_seed(args.seed)
     text_column, label_column = args.text_column, args.label_column
 
@@ -113,6 +115,10 @@ def main() -> None:
         model, train_dataloader, eval_dataloader, test_dataloader, optimizer, lr_scheduler
     )
 
+    progress = Progress(accelerator.device)
+    accelerator.register_for_checkpointing(progress)
+    resume(accelerator, args)
+
     is_ds_zero_3 = False
     if getattr(accelerator.state, "deepspeed_plugin", None):
         is_ds_zero_3 = accelerator.state.deepspeed_plugin.zero_stage == 3
@@ -136,20 +142,22 @@ def main() -> None:
             predictions.extend(tokenizer.batch_decode(outputs, skip_special_tokens=True))
         return [prediction.strip() for prediction in predictions]
 
-    for epoch in range(args.num_epochs):
+    # A prepared loader knows its epoch, and goes on within it after a resume.
+    for epoch in range(train_dataloader.iteration, args.num_epochs):
         with MemoryTracker("train", accelerator.device) as memory:
             model.train()
-            total_loss = torch.zeros((), device=accelerator.device)
             for batch in tqdm(train_dataloader, disable=not accelerator.is_local_main_process):
                 with accelerator.accumulate(model):
                     loss = model(**batch).loss
-                    total_loss += loss.detach().float()
+                    progress.total_loss += loss.detach().float()
                     accelerator.backward(loss)
                     optimizer.step()
                     lr_scheduler.step()
                     optimizer.zero_grad()
+                if after_step(accelerator, args, progress):
+                    return
         accelerator.print(memory.report())
-        train_epoch_loss = accelerator.reduce(total_loss / len(train_dataloader), "mean")
+        train_epoch_loss = accelerator.reduce(progress.end_epoch(len(train_dataloader)), "mean")
         train_ppl = torch.exp(train_epoch_loss)
         accelerator.print(f"{epoch=}: {train_ppl=} {train_epoch_loss=}")
 
@@ -191,7 +199,7 @@ def main() -> None:
         print(f"saved: {args.output_dir}")
         if args.push_to_hub is not None:
             push_to_hub(args.output_dir, args.push_to_hub)
-    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -72,6 +72,17 @@ def parse_arguments(
         "--stop-at-accuracy", type=float, metavar="PERCENT", help="stop after an evaluation that reaches it"
     )
 
+    checkpoints = parser.add_argument_group("checkpoints")
+    checkpoints.add_argument(
+        "--resume",
+        metavar="latest|PATH",
+        help="go on from the newest checkpoint of --output-dir (begin anew if there is none), or from this one",
+    )
+    checkpoints.add_argument(
+        "--save-every", type=int, metavar="STEPS", help="save the run every so many optimizer steps"
+    )
+    checkpoints.add_argument("--keep-checkpoints", type=int, default=2, metavar="N", help="the newest so many")
+
     results = parser.add_argument_group("results")
     results.add_argument("--do-test", action="store_true", help="predict the labels of the test messages")
     results.add_argument("--predictions-file", type=Path, help="CSV of --do-test (<output-dir>/predictions.csv)")
@@ -103,10 +114,14 @@ def contradiction(args: argparse.Namespace) -> str | None:
         "num_virtual_tokens",
         "max_train_samples",
         "gradient_accumulation_steps",
+        "save_every",
+        "keep_checkpoints",
     ):
         value = getattr(args, flag)
         if value is not None and value < 1:
             return f"--{flag.replace('_', '-')} must be at least 1, not {value}."
+    if args.resume not in (None, "latest") and not Path(args.resume).is_dir():
+        return f"--resume: there is no directory {args.resume}; 'latest' finds the newest checkpoint by itself."
     if args.lr <= 0:
         return f"--lr must be positive, not {args.lr}."
     given = [f for f in ("lora_r", "lora_alpha", "lora_dropout") if getattr(args, f) is not None]

@@ -53,4 +53,4 @@ def push_to_hub(directory: Path, repository: str) -> None:
 
     api = HfApi()
     api.create_repo(repository, exist_ok=True)
-    api.upload_folder(repo_id=repository, folder_path=directory)
+    api.upload_folder(repo_id=repository, folder_path=directory, ignore_patterns=["checkpoints/*"])

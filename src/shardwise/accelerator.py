@@ -7,6 +7,7 @@ rank before the first collective, so that a mistake is one error on all ranks.
     process.py    who goes first, printing, splitting (inherited)
     data.py       prepared loaders                       scheduler.py   schedulers that step with the optimizer
     zero/         models and optimizers                  tracking.py, plugins.py, checkpoint/export.py
+    checkpointing.py   saving and loading the run
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .accumulation import GradientAccumulationPlugin, GradientState
+from .checkpointing import Checkpointing
 from .data import DataLoaderConfiguration, PreparedLoader
 from .data import skip_first_batches as skip_batches_of
 from .errors import ConfigError, PrepareError, ShardwiseError
@@ -50,7 +52,7 @@ from .zero.precision import LossScaler, Precision
 logger = logging.getLogger("shardwise")
 
 
-class Accelerator(Preparing, Saving, Tracking, Metrics):
+class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
     """Prepares a script's objects for the run that it was launched in.
 
     The arguments are accelerate's. What the launcher's configuration says holds; a keyword given here overrules it,
@@ -156,7 +158,7 @@ class Accelerator(Preparing, Saving, Tracking, Metrics):
         self._optimizers: list[PreparedOptimizer] = []
         self._schedulers: list[LRScheduler] = []
         self._dataloaders: list[PreparedLoader] = []
-        self._custom_objects: list[Any] = []
+        self._init_checkpointing()
         self._trigger = False
         self._by_script = False
         self.step = 0
@@ -418,7 +420,12 @@ class Accelerator(Preparing, Saving, Tracking, Metrics):
         super().wait_for_everyone()
 
     def end_training(self) -> None:
-        """Close the trackers and leave the run. Nothing that needs the other ranks works afterwards."""
+        """Wait for saves, close the trackers and leave the run. Nothing that needs the other ranks works afterwards.
+
+        Raises CheckpointError if a save in the background failed.
+        """
+        self.finish_saving()
+        self._release_locks()
         for tracker in self.trackers:
             if callable(getattr(tracker, "finish", None)):
                 tracker.finish()

@@ -48,8 +48,8 @@ class DataLoaderConfiguration:
     use_seedable_sampler:   take the seed from `data_seed`, or torch's initial seed, instead of drawing one.
     data_seed:              that seed.
     non_blocking:           do not wait for copies to the device.
-    use_stateful_dataloader: `load_state` also continues at the batch where the state was saved. Every prepared loader
-                            has `state_dict` and `load_state_dict`; no other package is needed.
+    use_stateful_dataloader: changes nothing: every prepared loader has `state_dict` and `load_state_dict`, and
+                            `load_state` continues at the batch where the state was saved. No other package is needed.
     custom_classes:         refused.
     """
 

@@ -70,6 +70,7 @@ class PreparedLoader(DataLoader[Any]):
     _skip: int  # batches of an epoch that are read and dropped (iterable data sets)
     _skip_sampler: int  # batches of an epoch that the sampler leaves out
     _last: Round | None
+    _resumed = False  # this is the rest of an epoch that another process began
     _is_accelerate_prepared = True
     end_of_dataloader: bool
 
@@ -119,6 +120,8 @@ class PreparedLoader(DataLoader[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration is epoch `epoch`: its order is what that epoch's order always is."""
+        if epoch != self._course.next:
+            self._course.resume = 0
         self._course.next, self._course.begun, self._course.given = epoch, None, 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -147,6 +150,7 @@ class PreparedLoader(DataLoader[Any]):
             )
         self._course.seed = state["seed"]
         self.set_epoch(state["epoch"])
+        # After set_epoch, which forgets a position in another epoch.
         self._course.resume = state["batches"] if position else 0
         self._course.restored_generator = state.get("generator")
 
@@ -157,6 +161,8 @@ class PreparedLoader(DataLoader[Any]):
         if course.begun is not None and self._skip + self._skip_sampler:
             epoch = course.begun  # the rest of an epoch that was broken off
         resume, course.resume = course.resume, 0
+        if self._skip + self._skip_sampler:
+            resume = 0  # the script says itself what of the epoch is left
         own = self._own_generator
         if own is not None:
             if course.restored_generator is not None:
@@ -195,6 +201,7 @@ class PreparedLoader(DataLoader[Any]):
         course, state = self._course, GradientState()
         epoch = course.begun
         source = self if resume == 0 else _without_first(self, resume)
+        source._resumed = resume > 0
         state.begin(self)
         try:
             for index, (batch, last, shares) in enumerate(source._read()):
@@ -211,7 +218,15 @@ class PreparedLoader(DataLoader[Any]):
 
     def _inner_iterator(self) -> Iterator[Any]:
         """The user's own iteration, over this rank's samplers."""
-        return super().__iter__()
+        if not self._resumed:
+            return super().__iter__()
+        # torch draws a seed for workers when an iteration begins. In the run that began this epoch that has been drawn, and
+        # the generator that was restored comes after it.
+        state = torch.get_rng_state()
+        try:
+            return super().__iter__()
+        finally:
+            torch.set_rng_state(state)
 
     def _read(self) -> Iterator[tuple[Any, bool, Round | None]]:
         """The rank's batches on its device, whether each is the last, and the last's round; one is read ahead."""

@@ -14,6 +14,7 @@
     ├── NonFiniteError                the loss or the gradients are NaN or infinite
     ├── LoadingError (ValueError)     a file of weights that is damaged, or not what its index says
     ├── DataError (ValueError)        a data loader that cannot be sharded
+    ├── CheckpointError               a checkpoint that cannot be written, found or read
     └── RankError                     another rank failed; says which one and why
 
 Each text says what happened, to what, and what to do. Those that are a wrong value are also a `ValueError`, so that
@@ -77,6 +78,10 @@ class LoadingError(ShardwiseError, ValueError):
 
 class DataError(ShardwiseError, ValueError):
     """A data loader that cannot be sharded over the ranks."""
+
+
+class CheckpointError(ShardwiseError, RuntimeError):
+    """A checkpoint, or a file of weights, that cannot be written, found, trusted or fitted to this run."""
 
 
 class RankError(ShardwiseError, RuntimeError):

@@ -14,12 +14,15 @@ Nothing of theirs is imported here unless the user's model has imported it alrea
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
+from .checkpoint.export import refuse_empty
+from .checkpoint.stream import save_streamed
 from .zero.sharded import ShardedModel, find_sharded
 
 _READ_BY_PEFT = ("prompt_encoder.", ".modules_to_save.", ".token_adapter.")
@@ -87,19 +90,82 @@ def _save_adapter(
             named = sharded.model.named_parameters(remove_duplicate=False)
             names = [n for n, _ in named if "embed" in n or "lm_head" in n]
             state = sharded.state_dict(trainable_only=True, names=names)
-        return _on_main(sharded, kwargs, lambda: original(*args, state_dict=state, **kwargs))
+
+        def write() -> Any:
+            refuse_empty(state)
+            return original(*args, state_dict=state, **kwargs)
+
+        return _on_main(sharded, kwargs, write)
 
 
 def _save_model(
     sharded: ShardedModel, original: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     state = kwargs.pop("state_dict", None)
+    if not (isinstance(state, Mapping) and state) and _is_plain(model, args, kwargs):
+        return _stream_model(sharded, model, **_named(("save_directory", "is_main_process"), args, kwargs))
     if not isinstance(state, Mapping) or not state:
         state = sharded.state_dict()
     if model is not sharded.model:
         prefix = next(name for name, module in sharded.model.named_modules() if module is model) + "."
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     return _on_main(sharded, kwargs, lambda: original(*args, state_dict=state, **kwargs))
+
+
+def _is_plain(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether transformers would write the weights as they are: nothing quantized, converted, renamed or uploaded."""
+    if len(args) > 2 or set(kwargs) - {"save_directory", "is_main_process", "max_shard_size", "safe_serialization"}:
+        return False
+    if not kwargs.get("safe_serialization", True) or getattr(model, "hf_quantizer", None) is not None:
+        return False
+    if getattr(model, "_hf_peft_config_loaded", False) or getattr(model, "_auto_class", None) is not None:
+        return False
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+        except ImportError:  # before transformers 5 there are none
+            return True
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    return not conversions
+
+
+def _named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _stream_model(
+    sharded: ShardedModel,
+    model: Any,
+    *,
+    save_directory: Any,
+    is_main_process: bool = True,
+    max_shard_size: int | str = "50GB",
+    safe_serialization: bool = True,
+) -> None:
+    """What `PreTrainedModel.save_pretrained` writes, with the weights unit by unit."""
+    main = sharded.ranks.rank == 0 and is_main_process
+    error: Exception | None = None
+    if main:
+        try:
+            os.makedirs(save_directory, exist_ok=True)
+            model.config.dtype = str(model.dtype).removeprefix("torch.")
+            model.config.architectures = [type(model).__name__]
+            model.config.save_pretrained(save_directory)
+            if model.can_generate():
+                model.generation_config.save_pretrained(save_directory)
+        except Exception as caught:
+            error = caught
+    sharded.ranks.agree(error)
+    prefix = next(name for name, module in sharded.model.named_modules() if module is model)
+    prefix = f"{prefix}." if prefix else ""
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+
+    def rename(name: str) -> str | None:
+        short = name.removeprefix(prefix)
+        return short if name.startswith(prefix) and short not in ignored else None
+
+    save_streamed(sharded, save_directory, max_shard_size=max_shard_size, rename=rename, here=main)
 
 
 def _generate(

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint.tensor_file import DTYPES, TensorFile
+from .checkpoint.stretches import DTYPES, TensorFile
 from .initialising import deferred_cast, deferred_from, deferring, is_deferred, shapes_only, source_of
 
 _CHUNK_NUMEL = 1 << 22  # by which two deferred tensors are compared

@@ -24,7 +24,10 @@ class ProjectConfiguration:
     """Where a run writes.
 
     project_dir, logging_dir:    logging_dir defaults to project_dir.
-    automatic_checkpoint_naming: number checkpoints below project_dir/checkpoints; total_limit keeps the newest ones.
+    automatic_checkpoint_naming: number checkpoints below project_dir/checkpoints.
+    total_limit:                 complete checkpoints that are kept, the newest; None keeps all.
+    keep_best:                   so many more are kept, the best by the `metric` given to save_state.
+    smaller_is_better:           what "best" means.
     iteration:                   the number of the next one.
     save_on_each_node:           one process per machine writes what `Accelerator.save` is given, not only rank 0.
     """
@@ -35,8 +38,12 @@ class ProjectConfiguration:
     total_limit: int | None = None
     iteration: int = 0
     save_on_each_node: bool = False
+    keep_best: int = 0
+    smaller_is_better: bool = True
 
     def __post_init__(self) -> None:
+        if self.total_limit is not None and self.total_limit < 1:
+            raise ConfigError(f"ProjectConfiguration: total_limit is {self.total_limit}; keep at least one checkpoint.")
         self.set_directories(self.project_dir)
 
     def set_directories(self, project_dir: str | os.PathLike[str] | None = None) -> None:

@@ -1,32 +1,29 @@
-"""An Accelerator's ways to write: whole weights, any object, and (in a later version) the state of a run."""
+"""An Accelerator's ways to write whole weights and any object; the state of a run is `checkpointing.py`'s."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .checkpoint.export import save_weights
-from .errors import PrepareError, ShardwiseError
+from .checkpoint.export import refuse_empty, save_weights
+from .checkpoint.stream import save_streamed
+from .config.schema import Config
 from .plugins import ProjectConfiguration
 from .process import PartialState
+from .zero.precision import Precision
 from .zero.sharded import find_sharded
-
-_CHECKPOINTS = (
-    "comes with shardwise's checkpoint release and is not in this version. Until then: save_model or "
-    "get_state_dict for the weights, and `save` for anything else."
-)
 
 
 class Saving(PartialState):
     """The writing verbs of an Accelerator."""
 
     project_configuration: ProjectConfiguration
-    _custom_objects: list[Any]
+    _config: Config
+    _precision: Precision
 
     def unwrap_model(self, model: nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True) -> Any:
         """The model itself: `prepare` never wraps it. keep_torch_compile=False takes off torch.compile's wrapper."""
@@ -37,12 +34,18 @@ class Saving(PartialState):
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
         """The whole state dict, on the CPU of rank 0; {} on the other ranks. Collective.
 
-        Works under every stage; `zero3_save_16bit_model` is not needed for it.
+        Works under every stage; `zero3_save_16bit_model` is not needed for it, but makes its floating weights 16-bit.
         """
         sharded = find_sharded(self.unwrap_model(model, keep_torch_compile=False))
         if sharded is None:
             return dict(model.state_dict()) if self.is_main_process else {}
-        return sharded.state_dict()
+        return {name: _cast(value, self._export_dtype) for name, value in sharded.state_dict().items()}
+
+    @property
+    def _export_dtype(self) -> torch.dtype | None:
+        """What floating weights are written in, if the configuration says so."""
+        zero = self._config.zero
+        return self._precision.compute if zero.zero3_save_16bit_model and zero.zero_stage == 3 else None
 
     def save(self, obj: Any, f: Any, safe_serialization: bool = False) -> None:
         """Write `obj` to `f` on the main process (on one process per machine with save_on_each_node)."""
@@ -53,6 +56,7 @@ class Saving(PartialState):
         if not here:
             return
         if safe_serialization:
+            refuse_empty(obj)
             save_file({name: tensor.contiguous() for name, tensor in obj.items()}, f, metadata={"format": "pt"})
         else:
             torch.save(obj, f)
@@ -63,13 +67,27 @@ class Saving(PartialState):
         save_directory: str | os.PathLike[str],
         max_shard_size: int | str = "10GB",
         safe_serialization: bool = True,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """Write the whole weights: model.safetensors, or parts and an index. Collective; an error is every rank's."""
+        """Write the whole weights: model.safetensors, or parts and an index. Collective; an error is every rank's.
+
+        dtype: floating weights are written in it; None leaves each as it is, or takes the precision that the model computes in
+               with zero3_save_16bit_model.
+        Unit by unit: no rank holds the model. safe_serialization=False writes a pickle, which has to be put together in
+        rank 0's memory first.
+        """
+        sharded = find_sharded(self.unwrap_model(model, keep_torch_compile=False))
+        dtype = dtype or self._export_dtype
+        if sharded is not None and safe_serialization:
+            save_streamed(sharded, save_directory, max_shard_size=max_shard_size, dtype=dtype)
+            return
         weights = self.get_state_dict(model)
         problem: Exception | None = None
         if self.is_main_process:
             try:
                 tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+                tensors = {name: _cast(value, dtype) for name, value in tensors.items()}
                 save_weights(
                     tensors, save_directory, max_shard_size=max_shard_size, safe_serialization=safe_serialization
                 )
@@ -77,23 +95,8 @@ class Saving(PartialState):
                 problem = error
         self._ranks.agree(problem)
 
-    def register_for_checkpointing(self, *objects: Any) -> None:
-        """Have `save_state` and `load_state` also keep these. Raises PrepareError for one without (load_)state_dict."""
-        for item in objects:
-            if not (callable(getattr(item, "state_dict", None)) and callable(getattr(item, "load_state_dict", None))):
-                raise PrepareError(
-                    f"register_for_checkpointing: a {type(item).__name__} has no state_dict and load_state_dict."
-                )
-        self._custom_objects.extend(objects)
 
-    def save_state(self, output_dir: str | None = None, safe_serialization: bool = True, **kwargs: Any) -> str:
-        raise ShardwiseError(f"save_state {_CHECKPOINTS}")
-
-    def load_state(self, input_dir: str | None = None, load_kwargs: Any = None, **kwargs: Any) -> None:
-        raise ShardwiseError(f"load_state {_CHECKPOINTS}")
-
-    def register_save_state_pre_hook(self, hook: Callable[..., Any]) -> Any:
-        raise ShardwiseError(f"register_save_state_pre_hook belongs to save_state, which {_CHECKPOINTS}")
-
-    def register_load_state_pre_hook(self, hook: Callable[..., Any]) -> Any:
-        raise ShardwiseError(f"register_load_state_pre_hook belongs to load_state, which {_CHECKPOINTS}")
+def _cast(value: Any, dtype: torch.dtype | None) -> Any:
+    if dtype is None or not isinstance(value, Tensor) or not value.is_floating_point() or value.itemsize == 1:
+        return value
+    return value.to(dtype)

@@ -20,7 +20,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from transformers import LlamaConfig, LlamaForCausalLM
 
-from shardwise.checkpoint.tensor_file import Bytes
+from shardwise.checkpoint.stretches import Bytes
 from shardwise.initialising import sources_of
 from shardwise.loading import building
 from shardwise.zero.collectives import Ranks

@@ -123,3 +123,10 @@ def test_the_loss_benchmark_gives_a_line_for_each_form() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     forms = [json.loads(line)["form"] for line in done.stdout.splitlines() if line.startswith("{")]
     assert forms == ["torch", "from_logits", "from_hidden"]
+
+
+def test_a_checkpoint_is_adapters_and_their_states() -> None:
+    done = run("checkpoint.py", "--case", "lora8b", "--tiny", "--every", "2", "--saves", "2")
+    (found,) = records(done).values()
+    assert found["bytes_of_masters_and_states"] < found["bytes"] < 2 * found["bytes_of_masters_and_states"] + 300_000
+    assert len(found["call_ms"]["async"]) == 2

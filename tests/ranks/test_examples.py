@@ -12,6 +12,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -153,9 +154,30 @@ def test_every_peft_method_trains_and_loads_in_stock_peft(
     assert check_adapter(tmp_path, logits, monkeypatch) == 0
 
 
+@pytest.mark.parametrize("script", ["conditional_generation.py", "causal_lm.py"])
+def test_a_resumed_example_ends_with_the_adapter_of_the_straight_run(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--num-epochs", "2", "--max-train-samples", "16", "--batch-size", "4", "--max-new-tokens", "2"]
+    flags += ["--save-every", "1", "--keep-checkpoints", "20", "--resume", "latest"]
+    run_here(script, monkeypatch, *flags, "--output-dir", str(tmp_path / "straight"))
+    assert "resumed: nothing" in capsys.readouterr().out
+    # As if the run had been stopped after its sixth step, in the middle of the second epoch.
+    (tmp_path / "resumed" / "checkpoints").mkdir(parents=True)
+    kept = Path("checkpoints") / "checkpoint_5"
+    shutil.copytree(tmp_path / "straight" / kept, tmp_path / "resumed" / kept)
+    run_here(script, monkeypatch, *flags, "--output-dir", str(tmp_path / "resumed"))
+    said = capsys.readouterr().out
+    assert f"resumed: {tmp_path / 'resumed' / kept}" in said
+    assert "epoch=0" not in said
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("straight", "resumed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
+        ("--resume nowhere", "there is no directory nowhere"),
         ("--peft ia3 --lora-r 4", "--lora-r has no effect with --peft ia3"),
         ("--peft prompt --modules-to-save lm_head", "--modules-to-save cannot be combined"),
         ("--num-virtual-tokens 4", "--num-virtual-tokens has no effect with --peft lora"),

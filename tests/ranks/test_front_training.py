@@ -334,8 +334,8 @@ def _caught(ranks, what):
             accelerator.gather(torch.zeros(1 + ranks.rank))
         elif what == "lbfgs":
             accelerator.prepare(model, torch.optim.LBFGS(model.parameters()))
-        elif what == "save_state":
-            accelerator.save_state("nowhere")
+        elif what == "load_state":
+            accelerator.load_state("nowhere")
     except Exception as error:
         return type(error), str(error)
     finally:
@@ -356,7 +356,7 @@ def _caught(ranks, what):
         ("nan", NonFiniteError, "rank 1"),
         ("gather", DataError, "pad_across_processes"),
         ("lbfgs", OptimizerError, "LBFGS"),
-        ("save_state", ShardwiseError, "checkpoint release"),
+        ("load_state", ShardwiseError, "no such directory"),
     ],
 )
 def test_a_mistake_is_the_same_error_on_every_rank(world, what, kinds, text):

@@ -46,7 +46,7 @@ def test_every_flag_is_a_setting() -> None:
         (["--use_cpu", "."], ".: is a directory, not a script"),
         (["--config_file", "no.yaml", "train.py"], "no.yaml: there is no such file"),
         (["train.py"], "no CUDA device was found on this machine; add --use_cpu"),
-        (["--use_cpu", "--max_restarts", "-1", "train.py"], "--max_restarts: '-1' is not a whole number"),
+        (["--use_cpu", "--max_restarts", "-1", "train.py"], "--max_restarts: -1 is out of range"),
         (["--multi_gpu", "--use_deepspeed", "train.py"], "contradict"),
         (["--use_cpu"], "missing argument 'SCRIPT'"),
         (["--zero_stage", "2", "--offload_param_device", "cpu", "--use_cpu", "train.py"], "needs zero_stage 3"),

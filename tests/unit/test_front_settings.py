@@ -33,7 +33,7 @@ from shardwise import (
 )
 from shardwise.accumulation import GradientState
 from shardwise.checkpoint.export import parse_size, save_weights
-from shardwise.errors import ConfigError, DataError, PrepareError, ShardwiseError
+from shardwise.errors import CheckpointError, ConfigError, DataError, PrepareError
 from shardwise.logging import get_logger
 from shardwise.process import forget_run
 from shardwise.scheduler import Rhythm, prepare_scheduler
@@ -155,12 +155,14 @@ def test_one_process_trains_without_a_launcher():
     accelerator.free_memory()
 
 
-def test_checkpoints_are_refused_and_not_faked(tmp_path):
+def test_what_cannot_be_saved_or_loaded_is_refused(tmp_path):
     accelerator = Accelerator(cpu=True)
-    with pytest.raises(ShardwiseError, match="checkpoint release"):
-        accelerator.save_state(tmp_path)
-    with pytest.raises(ShardwiseError, match="checkpoint release"):
+    with pytest.raises(CheckpointError, match="no directory was given"):
+        accelerator.save_state()
+    with pytest.raises(CheckpointError, match=r"no manifest\.json"):
         accelerator.load_state(tmp_path)
+    with pytest.raises(ConfigError, match="exclude_frozen"):
+        accelerator.save_state(tmp_path / "state", exclude_frozen=True)
     with pytest.raises(PrepareError, match="state_dict"):
         accelerator.register_for_checkpointing(object())
 

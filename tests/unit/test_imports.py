@@ -3,7 +3,8 @@
     errors, version
       <- plan, layout, config                 facts: no processes; config also no torch
       <- flat, guard, precision, collectives, streams, offload
-      <- engine, gradients, unit  <- schedule, hooks  <- sharded  <- optimizer, shards, clipping, checkpoint
+      <- engine, gradients, unit  <- schedule, hooks  <- sharded  <- optimizer, shards, clipping  <- intervals
+      <- checkpoint
       <- accelerator, data, process, ...      the front end, among itself as it likes
       <- cli                                  its worker starts the script; the rest imports no torch
 
@@ -26,12 +27,14 @@ FRONT_END = (
     "accelerator",
     "accumulation",
     "activations",
+    "checkpointing",
     "compiling",
     "data",
     "data_dispatch",
     "data_loader",
     "data_order",
     "estimate",
+    "generators",
     "initialising",
     "integrations",
     "loading",
@@ -41,6 +44,7 @@ FRONT_END = (
     "memory_fit",
     "meta_model",
     "metrics",
+    "model_facts",
     "nested",
     "plugins",
     "prepare_checks",
@@ -48,8 +52,10 @@ FRONT_END = (
     "process",
     "recording",
     "resolve",
+    "run_state",
     "saving",
     "scheduler",
+    "stopping",
     "tracking",
 )
 
@@ -72,7 +78,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("zero.engine", "zero.gradients", "zero.unit"),
     ("zero.schedule", "zero.hooks", "zero.writing"),
     ("zero.sharded",),
-    ("zero.access", "zero.optimizer", "zero.shards", "zero.residency", "zero.clipping", "checkpoint"),
+    ("zero.access", "zero.optimizer", "zero.shards", "zero.residency", "zero.clipping"),
+    ("zero.intervals",),
+    ("checkpoint",),
     FRONT_END,
     ("cli",),
 )

@@ -1,138 +1,210 @@
-"""Reading stretches of tensors from safetensors files: only the bytes that are asked for, with no memory map.
+"""A safetensors file that is written tensor by tensor, in any order, and read in parts, each block checked.
 
-A mapped file would count as resident memory of every rank that touches it, and would be read ahead by the page; a `pread`
-of a known range costs those bytes and no more. The header is checked when a file is opened, so that a file which was cut
-off in a download is an error before anything is built from it.
+The writer knows names, dtypes and shapes beforehand, so the header comes first and every tensor's place is fixed; what is in
+memory is the tensor being written. A tensor is summed up in blocks of 4 MiB, so that a reader of a part checks every
+byte that it uses and reads at most two blocks more than it wants. The file is plain safetensors: any reader opens it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import LoadingError
-from ..zero.scratch import scratch
+from ..errors import CheckpointError
+from . import files
 
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
+BLOCK_NBYTES = 4 << 20
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
 }
-_HEADER_LIMIT = 100_000_000  # bytes; the format's own
-_READ_NBYTES = 1 << 30  # Linux reads at most 2 GiB in a call
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
-class Bytes:
-    """How many bytes of tensors this process has read, over all files."""
+def dtype_name(dtype: torch.dtype) -> str:
+    """As safetensors writes it. Raises CheckpointError for one that it cannot hold."""
+    if dtype not in _NAMES:
+        raise CheckpointError(f"a tensor of {dtype} cannot be written to a safetensors file.")
+    return _NAMES[dtype]
 
-    read = 0
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of a name in a safetensors file. Raises CheckpointError."""
+    if name not in _DTYPES:
+        raise CheckpointError(f"a tensor of the unknown dtype {name!r} cannot be read.")
+    return _DTYPES[name]
 
 
 @dataclass(frozen=True)
-class FileStretch:
-    """The bytes of one tensor: `nbytes` of the file at `path`, from `offset` on."""
+class Place:
+    """Where a tensor's bytes are in its file, and the CRC-32 of each block of them, the last one shorter."""
 
-    path: str
+    dtype: torch.dtype
     offset: int
     nbytes: int
-    name: str
+    blocks: tuple[int, ...]
 
-    def read(self, begin: int, end: int) -> Tensor:
-        """(end - begin,) of uint8, in new memory. Raises LoadingError if the file ends before."""
-        result = scratch(end - begin)
-        view = memoryview(result.numpy())  # type: ignore[arg-type]
-        done = 0
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise LoadingError(f"{self.path}: {error.strerror}, while {self.name} is read from it.") from error
-        try:
-            while done < len(view):
-                count = os.preadv(descriptor, [view[done : done + _READ_NBYTES]], self.offset + begin + done)
-                if count == 0:
-                    raise LoadingError(
-                        f"{self.path} ends in the middle of {self.name}. It has changed since it was opened."
-                    )
-                done += count
-        finally:
-            os.close(descriptor)
-        Bytes.read += done
-        return result
+
+@dataclass(frozen=True)
+class Spec:
+    """What will be written: a name, a dtype, a shape."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class TensorFile:
-    """A safetensors file by its header.
+    """A safetensors file being written; as a context manager it is closed, and synced if nothing was raised.
 
-    tensors: name -> (dtype, shape, where it lies). metadata: the file's own notes.
-    Raises LoadingError for a file that is cut off, is no safetensors file, or lacks a tensor that the index beside it lists.
+    specs: every tensor of the file. `write` each of them once, in any order.
+    Raises CheckpointError for a tensor without elements: such a file could be loaded, and would be an empty adapter.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
-        header, start, size = _header_of(self.path)
-        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
-        self.tensors: dict[str, tuple[torch.dtype, tuple[int, ...], FileStretch]] = {}
-        end = start
-        for name, entry in header.items():
-            first, last = entry["data_offsets"]
-            end = max(end, start + last)
-            if entry["dtype"] not in DTYPES:
-                raise LoadingError(f"{self.path}: {name} has the dtype {entry['dtype']}, which torch does not have.")
-            stretch = FileStretch(self.path, start + first, last - first, name)
-            self.tensors[name] = (DTYPES[entry["dtype"]], tuple(entry["shape"]), stretch)
-        if size < end:
-            raise LoadingError(
-                f"{self.path} is cut off: its header describes {end} bytes, the file has {size}. Download or copy it again."
+    def __init__(self, path: Path, specs: Sequence[Spec], metadata: Mapping[str, str] | None = None) -> None:
+        self.path = path
+        self.places: dict[str, Place] = {}
+        self._specs = {spec.name: spec for spec in specs}
+        empty = [spec.name for spec in specs if 0 in spec.shape]
+        if empty:
+            raise CheckpointError(
+                f"{empty[0]} has no elements (shape {self._specs[empty[0]].shape}): it is not written to {path.name}. A "
+                "sharded weight looks like that; save through the accelerator or model.save_pretrained."
             )
-        self._check_index()
+        if len(self._specs) != len(specs):
+            raise CheckpointError(f"{path.name}: two tensors have the same name.")
+        # The widest dtype first: then every tensor is aligned for its own, whatever comes before it.
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+        self._offsets: dict[str, int] = {}
+        end = 0
+        for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):
+            self._offsets[spec.name] = end
+            offsets = [end, end + spec.nbytes]
+            header[spec.name] = {
+                "dtype": dtype_name(spec.dtype),
+                "shape": list(spec.shape),
+                "data_offsets": offsets,
+            }
+            end = offsets[1]
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._start = 8 + len(text)
+        self.nbytes = self._start + end
+        self._descriptor = files.create(path, self.nbytes)
+        files.write(self._descriptor, memoryview(struct.pack("<Q", len(text)) + text), 0, path)
 
-    def _check_index(self) -> None:
-        """Every tensor that an index in the same folder places in this file must be there."""
-        own = Path(self.path)
-        for index in sorted(own.parent.glob("*.safetensors.index.json")):
-            try:
-                places = json.loads(index.read_text()).get("weight_map", {})
-            except ValueError as error:
-                raise LoadingError(f"{index} is not JSON: {error}. Download or copy it again.") from error
-            absent = [name for name, file in places.items() if file == own.name and name not in self.tensors]
-            if absent:
-                others = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-                raise LoadingError(
-                    f"{self.path} lacks {absent[0]}{others}, which {index.name} says it holds. Download or copy both again."
-                )
-
-
-def _header_of(path: str) -> tuple[dict[str, Any], int, int]:
-    """(the header, where the data starts, the size of the file)."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > _HEADER_LIMIT or 8 + length > size:
-            raise LoadingError(
-                f"{path} is cut off or is no safetensors file: {size} bytes, a header of {length}. Download or copy it again."
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write `tensor`, on any device, as the spec of that name. Raises CheckpointError if it is not what was announced."""
+        spec = self._specs.pop(name, None)
+        if spec is None:
+            raise CheckpointError(f"{name} was not announced for {self.path.name}, or is written twice.")
+        if tensor.dtype != spec.dtype or tensor.numel() != math.prod(spec.shape):
+            raise CheckpointError(
+                f"{name} has {tensor.numel()} elements of {tensor.dtype}; {tuple(spec.shape)} of {spec.dtype} were "
+                f"announced for {self.path.name}."
             )
+        data = as_bytes(tensor)
+        offset = self._start + self._offsets[name]
+        sums = []
+        for begin in range(0, spec.nbytes, BLOCK_NBYTES):
+            block = data[begin : begin + BLOCK_NBYTES]
+            sums.append(zlib.crc32(block))
+            files.write(self._descriptor, block, offset + begin, self.path)
+        self.places[name] = Place(spec.dtype, offset, spec.nbytes, tuple(sums))
+
+    def close(self) -> None:
+        """Sync and close. Raises CheckpointError if something that was announced has not been written."""
         try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise LoadingError(f"{path}: its header is not JSON ({error}). Download or copy it again.") from error
-    return header, 8 + length, size
+            if self._specs:
+                raise CheckpointError(f"{next(iter(self._specs))} was announced for {self.path.name}, not written.")
+            files.sync(self._descriptor, self.path)
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Close without a promise: the file is to be removed."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes on the CPU; a view of it where it is there and contiguous."""
+    raw: Any = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(raw)
+
+
+def read_part(path: Path, place: Place, begin: int, out: Tensor) -> None:
+    """Fill `out` with the tensor's elements from `begin` on.
+
+    out: 1-d and contiguous on the CPU, of the place's dtype.
+    Raises CheckpointError if the file ends too early or a block does not have the sum that was written down.
+    """
+    target = as_bytes(out)
+    first, last = begin * place.dtype.itemsize, begin * place.dtype.itemsize + target.nbytes
+    with path.open("rb", buffering=0) as file:
+        for number in range(first // BLOCK_NBYTES, -(-last // BLOCK_NBYTES)):
+            start = number * BLOCK_NBYTES
+            size = min(BLOCK_NBYTES, place.nbytes - start)
+            block = _read(file.fileno(), place.offset + start, size)
+            if len(block) < size:
+                raise CheckpointError(f"{path} is cut off: it ends within byte {place.offset + start + len(block)}.")
+            if zlib.crc32(block) != place.blocks[number]:
+                raise CheckpointError(
+                    f"{path} is damaged between bytes {place.offset + start} and {place.offset + start + size}: the "
+                    "checksum differs."
+                )
+            low, high = max(first, start), min(last, start + size)
+            target[low - first : high - first] = memoryview(block)[low - start : high - start]
+
+
+def _read(descriptor: int, offset: int, nbytes: int) -> bytes:
+    parts: list[bytes] = []
+    while nbytes:
+        part = os.pread(descriptor, nbytes, offset)
+        if not part:
+            break
+        parts.append(part)
+        offset, nbytes = offset + len(part), nbytes - len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -7,11 +7,13 @@ the launcher, no process of a rank stays behind.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -93,28 +95,78 @@ def _with_devices(plan: LaunchPlan, devices: int) -> LaunchPlan:
         script=plan.script,
         is_module=plan.is_module,
         arguments=plan.arguments,
-        max_restarts=plan.max_restarts,
         devices=devices,
     )
     return replace(made, notes=plan.notes)
 
 
+def _for_restart(plan: LaunchPlan) -> LaunchPlan:
+    """The plan with as many processes as are asked for after a failure, or as there are GPUs now."""
+    wanted = plan.config.engine.restart_processes or plan.local_processes
+    if not plan.config.use_cpu:
+        # In a process of its own: this one may have counted them before one was lost.
+        code = "import torch; print(torch.cuda.device_count())"
+        environment = {**os.environ, **plan.environment}
+        found = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+        )
+        devices = int(found.stdout) if found.returncode == 0 else wanted
+        wanted = min(wanted, max(1, devices))
+    if wanted == plan.local_processes:
+        return plan
+    engine = {**plan.config.to_values().get("shardwise_config", {}), "restart_processes": None}
+    config = Config.checked({**plan.config.to_values(), "num_processes": wanted, "shardwise_config": engine})
+    made = make_plan(
+        Resolution(config, plan.origins, []),
+        script=plan.script,
+        is_module=plan.is_module,
+        arguments=plan.arguments,
+        devices_known=False,
+    )
+    return replace(made, check_devices=False)
+
+
 def _run(plan: LaunchPlan, directory: Path, kills_before: int | None) -> int:
+    """Run to the end, with restarts. On one machine they are made here, for the number of processes may change."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    _quieten()
+    alone = plan.config.num_machines == 1
+    for restart in range(plan.max_restarts + 1 if alone else 1):
+        export({**plan.environment, worker.REPORTS: str(directory), worker.LAUNCHER: str(os.getpid())})
+        if alone:
+            export({worker.RESTART: str(restart)})
+        try:
+            return _launch(plan, directory, 0 if alone else plan.max_restarts)
+        except ChildFailedError as error:
+            code = _explain(error, directory, plan, kills_before)
+        left = plan.max_restarts - restart if alone else 0
+        if left == 0:
+            return code
+        _end_sessions(directory)
+        for record in [*directory.glob("failure-*"), *directory.glob("pid-*")]:
+            record.unlink()
+        plan = _for_restart(plan)
+        count = f"{plan.local_processes} process{'es' if plan.local_processes > 1 else ''}"
+        print(f"shardwise launch: all ranks start again, {count}; {left - 1} restart(s) left", file=sys.stderr)
+    raise AssertionError("unreachable")
+
+
+def _launch(plan: LaunchPlan, directory: Path, restarts: int) -> int:
+    """One start of all ranks. Raises ChildFailedError if a rank failed, and LaunchError if they could not be started."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    _quieten()
-    export({**plan.environment, worker.REPORTS: str(directory), worker.LAUNCHER: str(os.getpid())})
     command = [worker.__file__, *(["-m"] if plan.is_module else []), plan.script, *plan.arguments]
     # The agent takes "$$" and "${local_rank}" in arguments as macros; the script's are to arrive as they are.
     command = [part.replace("$", "$$") for part in command]
     for attempt in range(3):
         try:
-            elastic_launch(_launch_config(plan, directory), sys.executable)(*command)
+            elastic_launch(_launch_config(plan, directory, restarts), sys.executable)(*command)
             return 0
-        except ChildFailedError as error:
-            return _explain(error, directory, plan, kills_before)
+        except ChildFailedError:
+            raise
         except (SignalException, KeyboardInterrupt) as error:
             number = int(getattr(error, "sigval", signal.SIGINT))
             print(f"shardwise launch: stopped by {signal.Signals(number).name}", file=sys.stderr)
@@ -136,7 +188,15 @@ def _watch_signals(directory: Path) -> None:
     """Say that a first Ctrl-C (or SIGTERM) was heard; at a second one kill the ranks, whatever the agent waits for.
 
     The agent installs its own handlers, so the signals are seen through Python's wake-up descriptor, beside them.
+    SIGUSR1, the warning before the end of a job, is passed on to the ranks.
     """
+
+    def pass_on(number: int, frame: object) -> None:
+        for path in directory.glob("pid-*"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(path.name[4:]), number)
+
+    signal.signal(signal.SIGUSR1, pass_on)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -164,7 +224,7 @@ def _quieten() -> None:
                 logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _launch_config(plan: LaunchPlan, directory: Path) -> Any:
+def _launch_config(plan: LaunchPlan, directory: Path, restarts: int) -> Any:
     """torch's own description of a launch."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
@@ -198,7 +258,7 @@ def _launch_config(plan: LaunchPlan, directory: Path) -> Any:
         rdzv_backend=config.rdzv_backend,
         rdzv_endpoint=f"{host}:{port}",
         rdzv_configs=rendezvous,
-        max_restarts=plan.max_restarts,
+        max_restarts=restarts,
         monitor_interval=0.1,
         # Machine 0 says how it is reached; its own idea of its name may mean nothing to the others.
         local_addr=plan.address if config.machine_rank == 0 else None,

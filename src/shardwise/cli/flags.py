@@ -68,6 +68,8 @@ FLAGS: tuple[Flag, ...] = (
         "N",
         also=("num_cpu_threads_per_process",),
     ),
+    Flag("max_restarts", "Start all ranks again so many times after a failure.", _PROCESSES, "N"),
+    Flag("restart_processes", "Processes after a restart. Default: as before, or the GPUs left.", _PROCESSES, "N"),
     Flag("debug", "Check every collective over the ranks first (slower).", _PROCESSES, switch=True),
     Flag("num_machines", "How many machines.", _MACHINES, "N"),
     Flag("machine_rank", "Which of them this is, from 0.", _MACHINES, "N"),

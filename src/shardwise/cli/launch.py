@@ -27,7 +27,6 @@ def run_launch(
     use_zero: bool = False,
     multi_gpu: bool = False,
     is_module: bool = False,
-    max_restarts: str = "0",
     dry_run: bool = False,
 ) -> None:
     """Start `script`, and leave with its exit code. Raises ConfigError or LaunchError before anything is started."""
@@ -36,8 +35,6 @@ def run_launch(
         if use_zero:
             raise ConfigError("--multi_gpu and --use_deepspeed contradict each other")
         flags.setdefault("distributed_type", "MULTI_GPU")
-    if not max_restarts.isdigit():
-        raise ConfigError(f"--max_restarts: {max_restarts!r} is not a whole number of 0 or more")
     problems: list[str] = []
     resolution: Resolution | None = None
     file = config_file or (str(default_file()) if default_file().is_file() else None)
@@ -51,7 +48,7 @@ def run_launch(
     try:
         # With wrong settings the plan is made of the defaults, to check the rest of the command too.
         base = resolution or Resolution(Config(use_cpu=True))
-        plan = make_plan(base, script=script, is_module=is_module, arguments=arguments, max_restarts=int(max_restarts))
+        plan = make_plan(base, script=script, is_module=is_module, arguments=arguments)
     except ShardwiseError as error:
         problems.append(str(error))
     if problems:

@@ -48,8 +48,11 @@ class LaunchPlan:
     address: str
     port: int
     environment: dict[str, str] = field(default_factory=dict)
-    max_restarts: int = 0
     check_devices: bool = False
+
+    @property
+    def max_restarts(self) -> int:
+        return self.config.engine.max_restarts
 
     @property
     def command(self) -> list[str]:
@@ -103,6 +106,19 @@ def check_devices(config: Config, origins: Mapping[Key, str], devices: int | Non
         )
 
 
+def _check_restarts(config: Config, origins: Mapping[Key, str]) -> None:
+    fewer = config.engine.restart_processes
+    if fewer is None:
+        return
+    where = f"{origins.get(('shardwise_config', 'restart_processes'), 'default')}: restart_processes"
+    if config.num_machines > 1:
+        raise LaunchError(f"{where}: only a run on one machine can change its number of processes")
+    if fewer > (config.num_processes or 1):
+        raise LaunchError(f"{where}: {fewer} is more than the {config.num_processes or 1} that the run starts with")
+    if config.engine.max_restarts == 0:
+        raise LaunchError(f"{where}: has no effect without max_restarts")
+
+
 def _check_gpu_ids(config: Config, origins: Mapping[Key, str]) -> None:
     present = physical_gpus()
     if config.use_cpu or config.gpu_ids in (None, "all") or not present:
@@ -145,7 +161,6 @@ def make_plan(
     script: str,
     is_module: bool = False,
     arguments: list[str] | None = None,
-    max_restarts: int = 0,
     devices: int | None = None,
     devices_known: bool = True,
 ) -> LaunchPlan:
@@ -161,6 +176,7 @@ def make_plan(
     _check_gpu_ids(config, origins)
     check_devices(config, origins, devices)
     local = (config.num_processes or 1) // config.num_machines
+    _check_restarts(config, origins)
     address = config.main_process_ip or LOOPBACK
     port = config.main_process_port or 0
     if config.num_machines == 1 and port and not port_is_free(address, port):
@@ -182,7 +198,6 @@ def make_plan(
         address=address,
         port=port,
         environment=rank_environment(config, local),
-        max_restarts=max_restarts,
         check_devices=not config.use_cpu and devices is None,
     )
 

@@ -84,9 +84,6 @@ def launch_command(
     ] = False,
     multi_gpu: Annotated[bool, typer.Option("--multi_gpu", help="Whole copies on every GPU, nothing sharded.")] = False,
     module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT is a module, as in python -m.")] = False,
-    max_restarts: Annotated[
-        str, typer.Option("--max_restarts", metavar="N", help="Start all ranks again after a failure.")
-    ] = "0",
     dry_run: Annotated[
         bool, typer.Option("--dry_run", help="Print settings, environment and processes; start nothing.")
     ] = False,
@@ -102,7 +99,6 @@ def launch_command(
         use_zero=use_deepspeed,
         multi_gpu=multi_gpu,
         is_module=module,
-        max_restarts=max_restarts,
         dry_run=dry_run,
     )
 
@@ -163,6 +159,41 @@ def env_command(config_file: ConfigFile = None) -> None:
     from .env import run_env
 
     run_env(config_file)
+
+
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="float32|bfloat16|float16", help="Number format of the files. Default: as it is."),
+]
+ShardSize = Annotated[str, typer.Option("--max_shard_size", metavar="SIZE", help="Largest size of one file.")]
+
+
+@app.command(name="merge")
+def merge_command(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Directory of the base model.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Directory of the adapter, as PEFT writes it.")],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Where the merged model is written.")],
+    dtype: Dtype = None,
+    max_shard_size: ShardSize = "5GB",
+) -> None:
+    """Merge a LoRA adapter into its base model, file by file; the model is never in memory."""
+    from .weights import run_merge
+
+    run_merge(base, adapter, output, dtype=dtype, max_shard_size=max_shard_size)
+
+
+@app.command(name="export")
+def export_command(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A directory that save_state has written.")],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Where the files are written.")],
+    model: Annotated[int, typer.Option("--model", metavar="N", help="Which of the prepared models.")] = 0,
+    dtype: Dtype = None,
+    max_shard_size: ShardSize = "5GB",
+) -> None:
+    """Write the adapter or the model of a checkpoint as PEFT and transformers read it; no GPU needed."""
+    from .weights import run_export
+
+    run_export(checkpoint, output, model=model, dtype=dtype, max_shard_size=max_shard_size)
 
 
 def complain(text: str) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 REPORTS = "SHARDWISE_REPORTS"  # the directory for records
 LAUNCHER = "SHARDWISE_LAUNCHER"  # the launcher's process id
 BIND = "SHARDWISE_BIND_CORES"  # set: each process keeps to cores of its own
+RESTART = "SHARDWISE_RESTART"  # how often all ranks were started again before, where the launcher itself does that
 LEAVE_WITHIN_S = 10  # after a failure was recorded
 _PR_SET_PDEATHSIG = 1
 
@@ -36,6 +37,11 @@ def main() -> None:
     del sys.argv[0]
     _die_with_launcher()
     _keep_to_own_cores()
+    if RESTART in os.environ:
+        # Scripts know the count under torch's name for it.
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = os.environ[RESTART]
+    # The warning before the end of a job: a script that does not listen for it is not ended by it.
+    signal.signal(signal.SIGUSR1, lambda *_: None)
     reports = os.environ.get(REPORTS, "")
     _write(reports, f"pid-{os.getpid()}", {"rank": _rank()})
     try:

@@ -130,6 +130,8 @@ class EngineConfig(_Model):
     collective_timeout_s: Annotated[float, number(0, above=True)] = 600.0
     threads_per_rank: OptionalCount = None
     loss_chunk_tokens: OptionalCount = None
+    max_restarts: Annotated[int, whole_number(0)] = 0
+    restart_processes: OptionalCount = None
     loss_scale: LossScaleConfig = LossScaleConfig()
     train_batch_size: OptionalCount = None
     micro_batch_size: OptionalCount = None

@@ -329,6 +329,32 @@ class NvmeStore:
         )
 
 
+def fetch_part(slab: Slab, begin: int, numel: int) -> Tensor:
+    """(numel,) elements of a slab from `begin` on, on the device, there when this returns. Raises StoreError."""
+    assert isinstance(slab.store, NvmeStore)
+    lanes = slab.store.lanes
+    out = torch.empty(numel, dtype=slab.dtype, device=lanes.device)
+    lanes.up.wait(lanes.mark_compute())
+    lanes.compute_waits(slab.fetch(out, begin).enqueued())
+    return out
+
+
+def put_part(slab: Slab, begin: int, values: Tensor) -> None:
+    """Overwrite elements from `begin` on; on the drive when this returns. Raises StoreError.
+
+    Files are written in whole pages, so what shares the first and the last page is read and written again.
+    """
+    assert isinstance(slab.store, NvmeStore)
+    lanes, page = slab.store.lanes, PAGE // slab.dtype.itemsize
+    first = begin // page * page
+    last = min(-(-(begin + values.numel()) // page) * page, slab.numel)
+    whole = fetch_part(slab, first, last - first)
+    whole[begin - first : begin - first + values.numel()].copy_(values)
+    lanes.down.wait(lanes.mark_compute())
+    lanes.compute_waits(slab.put(whole, first).enqueued())
+    slab.store.drain()
+
+
 def _plain(name: str) -> str:
     return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)[-80:]
 

@@ -11,6 +11,7 @@ With one rank no process group is made and every collective is a copy or nothing
 
 from __future__ import annotations
 
+import copy
 import datetime
 from collections import Counter
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ class Ranks:
         self.device = device
         self.counts: Counter[str] = Counter()
         self._owns_group = owns_group
+        self._timeout = timeout
         self._data: dist.ProcessGroup | None = None
         self._reduce: dist.ProcessGroup | None = None
         self._control: dist.ProcessGroup | None = None
@@ -91,6 +93,19 @@ class Ranks:
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
         self._owns_group = False
+
+    def aside(self) -> Ranks:
+        """The same ranks with a control group of their own, for facts that another thread exchanges. Collective.
+
+        It moves no tensors of the device.
+        """
+        other = copy.copy(self)
+        other.counts = Counter()
+        other._owns_group = False
+        other._data = other._reduce = None
+        if self._control is not None:
+            other._control = dist.new_group(backend="gloo", timeout=self._timeout)
+        return other
 
     @property
     def blocking(self) -> bool:

@@ -203,6 +203,16 @@ class ShardedOptimizer:
             else:
                 self._visits.remember(shard, mine)
 
+    @property
+    def shards(self) -> list[Shard]:
+        """What the optimizer holds on this rank."""
+        return self._shards
+
+    def resting_state(self, shard: Shard, key: str, dtype: torch.dtype) -> Any:
+        """A place for state `key` of a shard that is not in place; gives what the optimizer's dictionary holds for it."""
+        model = next(m for m in self.models if any(u.gradients is shard.gradients for u in m.units))
+        return self._visits.place(model, shard, key, dtype)
+
     # The loss.
 
     def note_loss(self, loss: Tensor) -> None:

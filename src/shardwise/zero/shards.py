@@ -242,6 +242,11 @@ class Visits:
             gradients.states[key] = store.allocate(gradients.master.numel, dtype, f"{gradients.name}.{key}")
         return gradients.states[key]
 
+    def place(self, model: ShardedModel, shard: Shard, key: str, dtype: torch.dtype) -> Any:
+        """Make room for state `key` of a shard; gives what the optimizer's own dictionary holds for it."""
+        slab = self._slab(model, shard.gradients, key, dtype)
+        return slab.tensor[shard.begin : shard.end] if slab.in_memory else OFFLOADED
+
     @staticmethod
     def _resting(shard: Shard, state: dict[str, Any]) -> dict[str, Any]:
         """What the optimizer's own dictionary holds: numbers as they are, tensors where they rest."""

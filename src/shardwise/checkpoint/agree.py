@@ -1,0 +1,51 @@
+"""How the ranks of a save or a load end together: one error, the same words on every rank, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from ..errors import CheckpointError
+from ..zero.collectives import Ranks
+
+T = TypeVar("T")
+
+
+def attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What `action` gave, or what it raised."""
+    try:
+        return action(), None
+    except Exception as error:
+        return None, error
+
+
+def first_failure(ranks: Ranks, error: Exception | None) -> str | None:
+    """The words of the first rank that failed, on every rank; None if none did. Collective."""
+    texts = ranks.gather_objects(None if error is None else _words(error))
+    for rank, text in enumerate(texts):
+        if text is not None:
+            return text if ranks.world_size == 1 else f"rank {rank}: {text}"
+    return None
+
+
+def together(ranks: Ranks, action: Callable[[], T], *, on: int | None = None, what: str = "") -> T | None:
+    """What `action` gives on this rank; if it raises anywhere, a CheckpointError with the same words on every rank.
+
+    on: the only rank that runs it; the others give None. what: how the error's text begins.
+    """
+    result, error = attempt(action) if on is None or ranks.rank == on else (None, None)
+    text = first_failure(ranks, error)
+    if text is not None:
+        raise CheckpointError(f"{what}{text}") from error
+    return result
+
+
+def on_first(ranks: Ranks, action: Callable[[], T], what: str = "") -> T:
+    """What `action` gives on rank 0, on every rank; if it raises there, the same error on every rank."""
+    result = together(ranks, action, on=0, what=what)
+    found: T = ranks.broadcast_object(result)
+    return found
+
+
+def _words(error: Exception) -> str:
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
