@@ -123,3 +123,10 @@ def test_the_loss_benchmark_gives_a_line_for_each_form() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     forms = [json.loads(line)["form"] for line in done.stdout.splitlines() if line.startswith("{")]
     assert forms == ["torch", "from_logits", "from_hidden"]
+
+
+def test_the_estimate_is_what_a_run_holds() -> None:
+    words = "shardwise:0,shardwise:2,shardwise:3,shardwise:3+opt+param"
+    for record in records(run("estimate.py", "--case", "lora8b", "--tiny", "--engines", words)).values():
+        sizes = record["at_rest_bytes"]
+        assert 0 <= sizes["estimated"] - sizes["measured"] < 400  # step counts
