@@ -60,9 +60,15 @@ def main(argv: Sequence[str]) -> int:
         compiled = None if options.eager_only else "aot" if options.use_cpu else "compile"
         words = engines_of(case, options.engines, deepspeed=deepspeed, compiled=compiled)
         print(f"# {case}: {', '.join(words)}", flush=True)
+        before = len(read_lines(lines))
         if run_case(case, words, options, lines):
             failed.append(case)
-    records = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+            if len(read_lines(lines)) == before and len(words) > 1:
+                # One engine took the others down with it, out of memory perhaps: the rest can still be had, one by one.
+                print(f"# {case}: no results together; each engine alone, not interleaved", flush=True)
+                for word in words:
+                    run_case(case, [word], options, lines)
+    records = read_lines(lines)
     print(table(records))
     picture = plot(records, options.out / "suite.png")
     print(f"# runs: {lines}" + (f"; plot: {picture}" if picture else "; no plot: matplotlib is not installed"))
@@ -103,6 +109,11 @@ def run_case(case: str, words: Sequence[str], options: argparse.Namespace, lines
         environment.setdefault("OMP_NUM_THREADS", "1")
         environment.setdefault("DS_ACCELERATOR", "cpu")
     return subprocess.run(command, env=environment, check=False).returncode
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def best_peer(records: Sequence[dict[str, Any]], case: str, compiled: bool) -> float | None:

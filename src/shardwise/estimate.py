@@ -18,7 +18,7 @@ from .zero.engine import ReductionsInFlight
 from .zero.plan import Plan, Tier
 from .zero.portions import Ledger, Portion, at_rest, divide, gathered_at_once, moments_at_rest
 from .zero.precision import Precision
-from .zero.sharded import _BUCKET_NBYTES, _MIN_UNIT_NBYTES
+from .zero.sharded import BUCKET_NBYTES, MIN_UNIT_NBYTES
 from .zero.shards import CHUNK, VISITING
 from .zero.units import find_units
 
@@ -27,7 +27,7 @@ AT_REST = ("frozen", "parameter", "gradient", "optimizer")
 PASSING = ("gathered units", "reductions", "whole gradients", "offload staging", "activations", "logits and loss")
 
 # What a process takes before it has a tensor: on the GPU its context, the library of kernels and NCCL's buffers; on the
-# host Python with torch and transformers. Measured once each on an H200 and on a CPU; they vary by some 300 MB.
+# host Python with torch and transformers. Round figures, on the safe side of what was seen.
 CONTEXT_NBYTES = 3 << 29
 PROCESS_NBYTES = 1 << 30
 
@@ -136,11 +136,11 @@ def estimate(model: nn.Module, choice: Choice, run: Run) -> Estimate:
     """
     plan = Plan.from_stage(choice.stage, offload_optimizer=choice.optimizer, offload_param=choice.param)
     portions = divide(
-        find_units(model, run.units, min_nbytes=_MIN_UNIT_NBYTES if run.cuda else 0),
+        find_units(model, run.units, min_nbytes=MIN_UNIT_NBYTES if run.cuda else 0),
         plan,
         run.precision,
         whole_adapters=run.whole_adapters,
-        bucket_nbytes=_BUCKET_NBYTES,
+        bucket_nbytes=BUCKET_NBYTES,
     )
     nbytes: dict[tuple[str, Tier], int] = {}
 

@@ -130,3 +130,10 @@ def test_a_checkpoint_is_adapters_and_their_states() -> None:
     (found,) = records(done).values()
     assert found["bytes_of_masters_and_states"] < found["bytes"] < 2 * found["bytes_of_masters_and_states"] + 300_000
     assert len(found["call_ms"]["async"]) == 2
+
+
+def test_the_estimate_is_what_a_run_holds() -> None:
+    words = "shardwise:0,shardwise:2,shardwise:3,shardwise:3+opt+param"
+    for record in records(run("estimate.py", "--case", "lora8b", "--tiny", "--engines", words)).values():
+        sizes = record["at_rest_bytes"]
+        assert 0 <= sizes["estimated"] - sizes["measured"] < 400  # step counts

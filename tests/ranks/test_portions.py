@@ -29,7 +29,7 @@ def build(name):
 def portions_of(model, plan, precision):
     stage, optimizer, param = PLANS[plan]
     chosen = Plan.from_stage(stage, offload_optimizer=optimizer, offload_param=param)
-    return divide(find_units(model), chosen, Precision.named(precision), bucket_nbytes=engine._BUCKET_NBYTES)
+    return divide(find_units(model), chosen, Precision.named(precision), bucket_nbytes=engine.BUCKET_NBYTES)
 
 
 def _without_gradients(ledger):

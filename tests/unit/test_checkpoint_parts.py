@@ -160,8 +160,7 @@ def test_a_fingerprint_does_not_depend_on_how_a_tensor_is_cut(dtype):
 def test_shares_of_copied_intervals_hold_each_element_once(world_size):
     sizes = [1, 5, 64, 200, 3, 129]
     held = [
-        Interval(f"p{i}", (n,), 0, n, torch.float32, True, Rest(torch.arange(float(n)), 0))
-        for i, n in enumerate(sizes)
+        Interval(f"p{i}", (n,), 0, n, torch.float32, True, Rest(torch.arange(float(n)), 0)) for i, n in enumerate(sizes)
     ]
     seen: Counter[tuple[str, float]] = Counter()
     for rank in range(world_size):

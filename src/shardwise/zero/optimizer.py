@@ -31,9 +31,10 @@ from .clipping import clip_factor, global_norm, power_sum
 from .collectives import Ranks
 from .gradients import Gradients
 from .plan import Tier
+from .portions import Role
 from .precision import LossScaler
 from .residency import Residency
-from .sharded import Role, ShardedModel
+from .sharded import ShardedModel
 from .shards import Shard, Visits
 
 log = logging.getLogger("shardwise")

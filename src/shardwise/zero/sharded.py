@@ -22,7 +22,8 @@ from .engine import Engine, Faults, Kind, ReductionsInFlight, Stores
 from .flat import FlatBuffer, Member
 from .gradients import Gradients
 from .hooks import Hooks
-from .plan import WHOLE_ADAPTER_SHARE, Plan, Tier
+from .plan import Plan, Tier
+from .portions import Role, divide
 from .precision import Precision
 from .schedule import Schedule
 from .sources import Sources, fill_region
@@ -31,13 +32,11 @@ from .unit import Unit
 from .units import UnitSpec, find_units
 from .writing import weights_before, write_back
 
-Role = Literal["frozen", "parameter", "gradient", "optimizer"]
-
 # Blocks below this share a unit on a GPU: a gather costs the host some 0.25 ms, in which NVLink moves about this much.
 # On a CPU there is no lane to hide a gather behind, and nothing is won.
-_MIN_UNIT_NBYTES = 48 << 20
+MIN_UNIT_NBYTES = 48 << 20
 # Trained weights that stay whole are reduced in buckets of at most this; the size that DDP found to hide best.
-_BUCKET_NBYTES = 25 << 20
+BUCKET_NBYTES = 25 << 20
 
 # id(model) -> its ShardedModel, which the hooks on the model keep alive: when the model goes, both go.
 _sharded: WeakValueDictionary[int, ShardedModel] = WeakValueDictionary()
@@ -93,7 +92,7 @@ class ShardedModel:
         error: Exception | None = None
         try:
             _check(model, self._sources)
-            specs = find_units(model, units, min_nbytes=_MIN_UNIT_NBYTES if ranks.device.type == "cuda" else 0)
+            specs = find_units(model, units, min_nbytes=MIN_UNIT_NBYTES if ranks.device.type == "cuda" else 0)
         except Exception as caught:
             error = caught
         ranks.agree(error)
@@ -168,55 +167,20 @@ class ShardedModel:
         reduction and one publication for many adapters.
         """
         units: list[Unit] = []
-        bucket: list[Member] = []
-
-        def close_bucket() -> None:
-            if bucket:
-                plan = self.plan.with_whole_parameters()
-                buffer, gradients = self._trainable_buffer(bucket, bucket[0].dtype, plan)
-                units.append(Unit(f"bucket:{bucket[0].name}", [], plan, self._engine, None, buffer, gradients))
-                bucket.clear()
-
-        for spec in specs:
-            first = len(units)
-            frozen = [self._member(n, p) for n, p in spec.parameters.items() if not p.requires_grad]
-            trainable: dict[torch.dtype, list[Member]] = {}
-            for name, parameter in spec.parameters.items():
-                if parameter.requires_grad:
-                    member = self._member(name, parameter)
-                    trainable.setdefault(member.dtype, []).append(member)
-            plan = self._plan_of(frozen, trainable)
-            if frozen:
-                buffer = self._frozen_buffer(frozen, plan)
-                units.append(Unit(spec.name, spec.entries, plan, self._engine, buffer, None, None))
-            for dtype, members in trainable.items():
-                if not plan.parameter.sharded:
-                    if bucket and (bucket[0].dtype != dtype or _nbytes(bucket) + _nbytes(members) > _BUCKET_NBYTES):
-                        close_bucket()
-                    bucket += members
-                    continue
-                trained, gradients = self._trainable_buffer(members, dtype, plan)
-                if frozen and units[-1].trainable is None and units[-1].name == spec.name:
-                    units[-1] = Unit(spec.name, spec.entries, plan, self._engine, units[-1].frozen, trained, gradients)
-                else:  # no frozen part, or a second dtype among the trainable weights, which is rare
-                    units.append(Unit(spec.name, spec.entries, plan, self._engine, None, trained, gradients))
-            for unit in units[first:]:
-                if unit.leaves:  # before the next one is built: the device never holds more than one whole unit
-                    unit.release()
-        close_bucket()
+        portions = divide(
+            specs, self.plan, self.precision, whole_adapters=self._whole_adapters, bucket_nbytes=BUCKET_NBYTES
+        )
+        for portion in portions:
+            frozen = self._frozen_buffer(portion.frozen, portion.plan) if portion.frozen else None
+            trainable, gradients = None, None
+            if portion.trainable:
+                trainable, gradients = self._trainable_buffer(portion.trainable, portion.dtype, portion.plan)
+            entries = list(portion.entries)
+            unit = Unit(portion.name, entries, portion.plan, self._engine, frozen, trainable, gradients)
+            if unit.leaves:  # before the next one is built: the device never holds more than one whole unit
+                unit.release()
+            units.append(unit)
         return units
-
-    def _member(self, name: str, parameter: Parameter) -> Member:
-        return Member(name, parameter, self.precision.compute_dtype(parameter))
-
-    def _plan_of(self, frozen: Sequence[Member], trainable: dict[torch.dtype, list[Member]]) -> Plan:
-        if not self.plan.parameter.sharded or self._whole_adapters is False:
-            return self.plan
-        adapters = sum(m.parameter.numel() * m.dtype.itemsize for members in trainable.values() for m in members)
-        base = sum(m.parameter.numel() * m.dtype.itemsize for m in frozen)
-        if self._whole_adapters is True or adapters <= base * WHOLE_ADAPTER_SHARE:
-            return self.plan.with_whole_parameters()
-        return self.plan
 
     def _frozen_buffer(self, members: Sequence[Member], plan: Plan) -> FlatBuffer:
         ranks = self.ranks
@@ -503,10 +467,6 @@ def _paths(plan: Plan, given: Mapping[Kind, str]) -> dict[Kind, str]:
         if needed:
             found[kind] = given[kind]
     return found
-
-
-def _nbytes(members: Sequence[Member]) -> int:
-    return sum(m.parameter.numel() * m.dtype.itemsize for m in members)
 
 
 def _check(model: nn.Module, sources: Sources) -> None:
