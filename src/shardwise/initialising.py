@@ -43,7 +43,7 @@ from .recording import (
     view_of,
 )
 from .zero.scratch import scratch
-from .zero.sources import Source
+from .zero.sources import Source, give_memory
 
 aten = torch.ops.aten
 
@@ -76,6 +76,8 @@ _FACTORIES: dict[str, tuple[OpOverload, Callable[[Sequence[Any]], tuple[Any, ...
     "randn": (aten.normal_.default, lambda args: (0.0, 1.0)),
     "randn_like": (aten.normal_.default, lambda args: (0.0, 1.0)),
 }
+# Operations whose result, or its shape, is a matter of values.
+_ASKING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 # Operations in place after which nothing of what was there before is left.
 _OVERWRITING = {
     aten.zero_.default, aten.fill_.Scalar, aten.fill_.Tensor, aten.copy_.default, aten.normal_.default,
@@ -204,7 +206,7 @@ class _Deferring(TorchDispatchMode):  # type: ignore[no-untyped-call]
         changed = _changed(func, args, kwargs)
         if not touches and not self._begins(func, changed, kwargs, inputs):
             return func(*args, **kwargs)
-        if torch.Tag.data_dependent_output in func.tags or any(not tensor.is_meta for tensor in changed):
+        if _ASKING & set(func.tags) or any(not tensor.is_meta for tensor in changed):
             # Values are asked for, or go into a tensor that has memory.
             real_args, real_kwargs = tree_map(_real, (args, kwargs))
             result = func(*real_args, **real_kwargs)
@@ -356,7 +358,10 @@ def sources_of(model: nn.Module) -> dict[int, Source]:
                     "or, if it was, change its weights there too (dtype, copies, own initialisation): outside of it "
                     "nothing can be done to weights that have no memory yet."
                 )
-            found[id(parameter)] = source_of(parameter)
+            if parameter.numel():
+                found[id(parameter)] = source_of(parameter)
+            else:
+                give_memory(parameter, torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu"))
     for prefix, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:

@@ -4,7 +4,7 @@ transformers' own loading runs as it is, key renamings and conversions included;
 tensors that have no memory and know where their bytes lie. So what it does to them is recorded, and at prepare each rank
 reads the bytes of its own interval.
 
-    modeling_utils.safe_open                        files of deferred tensors, inside a building block
+    modeling_utils.safe_open, load_state_dict       files of deferred tensors, inside a building block
     PreTrainedModel.from_pretrained, _from_config   a building block each, under zero3_init_flag
     resize_token_embeddings, peft's adapters        recorded, for a model that has no memory yet
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .checkpoint.stretches import DTYPES, TensorFile
 from .initialising import deferred_cast, deferred_from, deferring, is_deferred, shapes_only, source_of
+from .recording import Stretch
 
 _CHUNK_NUMEL = 1 << 22  # by which two deferred tensors are compared
 
@@ -76,18 +77,30 @@ class _LazyTensor:
         return deferred_cast(self.tensor, dtype) if dtype is not None else self.tensor
 
 
+class _Mapped:
+    """The bytes of a tensor that torch.load has mapped: only what is read of it comes into memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._bytes = tensor.reshape(-1).view(torch.uint8)
+
+    def read(self, begin: int, end: int) -> Tensor:
+        return self._bytes[begin:end].clone()
+
+
 class _LazySlice:
-    def __init__(self, file: TensorFile, name: str) -> None:
-        self._dtype, self._shape, self._stretch = file.tensors[name]
+    """A tensor of a file. dtype, shape: as the file has them."""
+
+    def __init__(self, dtype: torch.dtype, shape: Sequence[int], stretch: Stretch) -> None:
+        self.dtype, self.shape, self._stretch = dtype, torch.Size(shape), stretch
 
     def get_shape(self) -> list[int]:
-        return list(self._shape)
+        return list(self.shape)
 
     def get_dtype(self) -> str:
-        return next(name for name, dtype in DTYPES.items() if dtype == self._dtype)
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
     def tensor(self) -> Tensor:
-        return deferred_from(self._stretch, self._dtype, self._shape)
+        return deferred_from(self._stretch, self.dtype, self.shape)
 
     def __getitem__(self, key: Any) -> Any:
         tensor = self.tensor()
@@ -113,10 +126,26 @@ class _LazyFile:
         return self._file.metadata
 
     def get_slice(self, name: str) -> _LazySlice:
-        return _LazySlice(self._file, name)
+        return _LazySlice(*self._file.tensors[name])
 
     def get_tensor(self, name: str) -> Tensor:
-        return _LazySlice(self._file, name).tensor()
+        return self.get_slice(name).tensor()
+
+
+def _mapped_state(original: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' reader of state dicts, giving tensors of torch's own format as slices too."""
+
+    def load_state_dict(file: Any, map_location: Any = "cpu", **options: Any) -> Any:
+        state = original(file, map_location=map_location, **options)
+        return {name: _slice_of(value) for name, value in state.items()} if map_location == "cpu" else state
+
+    return load_state_dict
+
+
+def _slice_of(value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.is_meta or not value.is_contiguous() or not value.numel():
+        return value
+    return _LazySlice(value.dtype, value.shape, _Mapped(value))
 
 
 @contextmanager
@@ -125,12 +154,13 @@ def _deferred_files() -> Iterator[None]:
     if library is None or library.safe_open is _LazyFile:
         yield
         return
-    original = library.safe_open
+    originals = library.safe_open, library.load_state_dict
     library.safe_open = _LazyFile  # type: ignore[attr-defined]
+    library.load_state_dict = _mapped_state(library.load_state_dict)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        library.safe_open = original  # type: ignore[attr-defined]
+        library.safe_open, library.load_state_dict = originals  # type: ignore[attr-defined]
 
 
 # Methods.

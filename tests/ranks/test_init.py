@@ -240,22 +240,13 @@ def test_adapters_and_new_tokens_are_added_to_a_model_without_memory(world, tmp_
     world(2).run(_adapters, str(tmp_path), where, save, resize)
 
 
-def _load_pickled(ranks, folder):
-    """A checkpoint in torch's own format is read whole by every rank, as always; prepare shards it."""
-    with building():
-        model = _load(folder)
-    expected = _load(folder)
-    assert not any(parameter.is_meta for parameter in model.parameters())
-    sharded = shard(ranks, model, "3", sources=sources_of(model))
-    found = weights_of(sharded)
-    assert all(torch.equal(found[name], value) for name, value in expected.named_parameters())
-
-
-def test_a_checkpoint_that_is_not_safetensors_is_loaded_as_always(world, tmp_path):
-    model = _save(tmp_path)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}], ids=["as saved", "bf16"])
+def test_a_checkpoint_that_is_not_safetensors_is_loaded_as_an_ordinary_load_does(world, tmp_path, tied, options):
+    model = _save(tmp_path, tied)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     _weight_file(tmp_path).unlink()
-    world(2).run(_load_pickled, str(tmp_path))
+    world(2).run(_load_and_compare, str(tmp_path), options)
 
 
 def _method(name):

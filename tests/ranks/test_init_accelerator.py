@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rig.tiny import batches, share, tiny_llama, with_lora
-from shardwise import Accelerator, DeepSpeedPlugin, initialising
+from shardwise import Accelerator, DeepSpeedPlugin, gathered, initialising
 from shardwise.errors import LoadingError, PrepareError, RankError
 from shardwise.loading import build_without_memory
 from shardwise.process import forget_run
@@ -205,6 +205,34 @@ def test_a_file_that_is_cut_between_init_and_prepare_is_an_error_on_every_rank(w
     _saved(tmp_path)
     for text in world(2).run(_vanishing, str(tmp_path)):
         assert "ends in the middle of" in text
+
+
+def _gathered_too_early(ranks):
+    accelerator = fresh()
+    with accelerator.init():
+        model = tiny_llama()
+    with pytest.raises(PrepareError, match="have no memory yet"), gathered(model.lm_head):
+        pass
+
+
+def test_gathering_before_prepare_is_a_clear_error(world):
+    world(2).run(_gathered_too_early)
+
+
+def _built_differently(ranks):
+    accelerator = fresh()
+    if ranks.rank == 0:
+        model = tiny_llama()
+        accelerator._ranks.agree(None)
+    else:
+        with accelerator.init():
+            model = tiny_llama()
+    with pytest.raises((PrepareError, RankError), match="Build the same model in the same way on every rank"):
+        accelerator.prepare(model)
+
+
+def test_a_model_that_only_some_ranks_built_inside_is_an_error_on_every_rank(world):
+    world(2).run(_built_differently)
 
 
 def _changed_outside(ranks):

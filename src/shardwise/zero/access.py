@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from ..errors import PrepareError
 from .sharded import ShardedModel, find_sharded
 
 
@@ -21,12 +22,19 @@ def gathered(
     """`ShardedModel.gathered` for what belongs to prepared models; does nothing for anything else.
 
     what: a prepared model, a module inside one, a parameter, or several. parameters: only these of a model.
+    Raises PrepareError for weights that have no memory yet.
     """
     if isinstance(what, nn.Module):
         sharded = find_sharded(what)
         wanted = parameters if sharded is not None or parameters is not None else list(what.parameters())
     else:
         sharded, wanted = None, [what] if isinstance(what, Tensor) else list(what)
+    without = [parameter for parameter in wanted or () if parameter.is_meta]
+    if without:
+        raise PrepareError(
+            f"gathered: {len(without)} of these parameters, the first of shape {tuple(without[0].shape)}, have no memory yet. "
+            "Prepare their model first."
+        )
     with ExitStack() as stack:
         if sharded is not None:
             stack.enter_context(sharded.gathered(wanted, modify=modify))

@@ -139,14 +139,18 @@ class ShardedModel:
     # Construction.
 
     def _agree_on_shapes(self, specs: Sequence[UnitSpec]) -> None:
-        mine = [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for s in specs for n, p in s.parameters.items()]
+        mine = [
+            (n, tuple(p.shape), str(p.dtype), p.requires_grad, p.is_meta)
+            for s in specs
+            for n, p in s.parameters.items()
+        ]
         theirs = self.ranks.broadcast_object(mine)
         error = None
         if mine != theirs:
             differing = next((m[0] for m, t in zip(mine, theirs, strict=False) if m != t), "the number of parameters")
             error = PrepareError(
-                f"the model of rank {self.ranks.rank} differs from rank 0's at {differing}: name, shape, dtype "
-                "or requires_grad. Build the same model on every rank."
+                f"the model of rank {self.ranks.rank} differs from rank 0's at {differing}: name, shape, dtype, "
+                "requires_grad, or having memory. Build the same model in the same way on every rank."
             )
         self.ranks.agree(error)
 
