@@ -52,6 +52,7 @@ logger = logging.getLogger("shardwise")
 
 # What is frozen does not change: each model is summed up once.
 _sums: WeakKeyDictionary[ShardedModel, dict[str, str]] = WeakKeyDictionary()
+_facts: WeakKeyDictionary[ShardedModel, dict[str, Any]] = WeakKeyDictionary()
 
 
 class Checkpointing(PartialState):
@@ -156,7 +157,7 @@ class Checkpointing(PartialState):
             models = [prepared.model for prepared in self._models]
             for hook in list(self._save_hooks.values()):
                 together(self._ranks, lambda: hook(list(models), [{} for _ in models], str(staging)))  # noqa: B023
-        facts = {f"model{number}": facts_of(model) for number, model in enumerate(run.models)}
+        facts = {f"model{number}": _facts_about(model) for number, model in enumerate(run.models)}
         manifest = _describer(self._ranks.world_size, run.step, order, metric, frozen, facts)
         if not async_:
             write_checkpoint(staging, target, draft, self._ranks, manifest)
@@ -430,6 +431,12 @@ def _sums_of(model: ShardedModel, ranks: Ranks) -> dict[str, str]:
         dtypes = {m.name: str(m.dtype).removeprefix("torch.") for m in intervals.members(model) if not m.trained}
         _sums[model] = {name: f"{dtypes[name]} {total}" for name, total in fingerprints(held, ranks).items()}
     return _sums[model]
+
+
+def _facts_about(model: ShardedModel) -> dict[str, Any]:
+    if model not in _facts:
+        _facts[model] = facts_of(model)
+    return _facts[model]
 
 
 def _dtype(text: str) -> str:
