@@ -133,8 +133,7 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
             offload_optimizer=zero.offload_optimizer_device,
             offload_param=zero.offload_param_device,
         )
-        if zero.zero3_init_flag and zero.zero_stage == 3:
-            build_without_memory(True)
+        build_without_memory(zero.zero3_init_flag and zero.zero_stage == 3)
         self.device_placement = device_placement
         self.dataloader_config = dataloader_config or DataLoaderConfiguration()
         if split_batches is not None:

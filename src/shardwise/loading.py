@@ -43,11 +43,6 @@ def build_without_memory(enabled: bool) -> None:
     _Switch.by_flag = enabled
 
 
-def is_importable() -> bool:
-    """Whether transformers is there to be told."""
-    return "transformers.modeling_utils" in sys.modules
-
-
 @contextmanager
 def building() -> Iterator[None]:
     """Inside, models are built and loaded without memory. See `initialising.deferring`."""

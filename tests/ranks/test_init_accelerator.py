@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import warnings
 from pathlib import Path
@@ -246,3 +247,23 @@ def _changed_outside(ranks):
 
 def test_a_change_outside_of_the_block_is_a_clear_error(world):
     world(2).run(_changed_outside)
+
+
+def _no_effect(ranks, words):
+    accelerator = fresh(zero3_init_flag=True)
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logging.getLogger("shardwise").addHandler(handler)
+    try:
+        accelerator.prepare(tiny_llama())  # its class is called, which the flag does not see
+    finally:
+        logging.getLogger("shardwise").removeHandler(handler)
+    accelerator.free_memory()
+    return [text for text in records if words in text]
+
+
+def test_a_flag_without_effect_is_said_once_on_rank_0(world):
+    first, second = world(2).run(_no_effect, "zero3_init_flag had no effect on this LlamaForCausalLM")
+    assert len(first) == 1
+    assert second == []
