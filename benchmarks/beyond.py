@@ -88,7 +88,7 @@ def main() -> int:
     if place.cuda:
         torch.cuda.set_per_process_memory_fraction(card / torch.cuda.get_device_properties(place.device).total_memory)
     case = CASES["lora8b"].tiny() if options.tiny else CASES["lora8b"]
-    wide = dict(hidden_size=8192, intermediate_size=22016, num_attention_heads=64, num_key_value_heads=8)
+    wide = {"hidden_size": 8192, "intermediate_size": 22016, "num_attention_heads": 64, "num_key_value_heads": 8}
     if not options.tiny:
         case.shape.update(wide)
     one = sum(p.numel() for p in build(case, 1)[0].parameters())
@@ -96,7 +96,7 @@ def main() -> int:
     layers = 3 if options.tiny else max(1, round((options.times * card / 2 - (one - block)) / block))
     started = time.perf_counter()
     model, sources = build(case, layers)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3, fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, fused=True)
     tier = "nvme" if options.nvme else "cpu"
     sharded = ShardedModel(
         model,

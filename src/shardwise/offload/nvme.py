@@ -55,22 +55,12 @@ class File:
     direct: bool
 
 
-@dataclass
-class Extent:
-    """`nbytes` of a slab, from its byte `begin`, lie in `file` at `offset`."""
-
-    file: File
-    begin: int
-    offset: int
-    nbytes: int
-
-
 class FileSlab(Slab):
-    """A slab that lies in files, in `extents` that follow one another without a gap."""
+    """A slab that is a file of its own, from its first byte on. name: what errors call it."""
 
-    def __init__(self, store: NvmeStore, numel: int, dtype: torch.dtype, extents: Sequence[Extent], name: str) -> None:
+    def __init__(self, store: NvmeStore, numel: int, dtype: torch.dtype, file: File, name: str) -> None:
         super().__init__(store, Tier.NVME, numel, dtype)
-        self.extents = list(extents)
+        self.file = file
         self.name = name
         self.writing: list[_Part] = []
         self.reading: list[_Part] = []
@@ -158,7 +148,7 @@ class NvmeStore:
             os.posix_fallocate(file.descriptor, 0, size)
         except OSError as error:
             problem = self._error(f"take {size / 2**20:.0f} MiB for", path, error)
-        slab = FileSlab(self, numel, dtype, [Extent(file, 0, 0, nbytes)], name)
+        slab = FileSlab(self, numel, dtype, file, name)
         if problem is not None:
             # Told by `drain`, as a failed write is: the other ranks are on their way into a collective.
             failed: Future[None] = Future()
@@ -167,32 +157,16 @@ class NvmeStore:
             self._written.add(slab)
         return slab
 
-    def attach(self, numel: int, dtype: torch.dtype, pieces: Sequence[tuple[Path, int, int]], name: str) -> FileSlab:
-        """A slab that lies in files of somebody else's, such as safetensors; it can only be read.
-
-        pieces: (path, byte offset in it, bytes) in the order of the slab.
-        """
-        files: dict[Path, File] = {}
-        extents, begin = [], 0
-        for path, offset, nbytes in pieces:
-            try:
-                files[path] = files.get(path) or self._opened(path, os.O_RDONLY)
-            except OSError as error:
-                raise self._error("open", path, error) from error
-            extents.append(Extent(files[path], begin, offset, nbytes))
-            begin += nbytes
-        return FileSlab(self, numel, dtype, extents, name)
-
     def fetch(self, slab: Slab, out: Tensor, begin: int = 0) -> Arrival:
         assert isinstance(slab, FileSlab)
         target = out.view(torch.uint8)
         reading = _Reading()
         offset = begin * slab.dtype.itemsize
         slab.reading = [part for part in slab.reading if not part.future.done()]
-        for extent, first, last in self._parts(slab, offset, offset + target.numel()):
+        for first, last in _parts(offset, offset + target.numel()):
             piece = target[first - offset : last - offset]
             before = [part.future for part in slab.writing if part.meets(first, last)]
-            task = self._pool.submit(self._read, slab, extent, first, last, piece, reading, before)
+            task = self._pool.submit(self._read, slab, first, last, piece, reading, before)
             reading.futures.append(task)
             slab.reading.append(_Part(first, last, task))
         return reading
@@ -206,14 +180,14 @@ class NvmeStore:
         assert end % PAGE == 0 or end == slab.nbytes, "only whole pages are written"
         last_event = None
         slab.writing = [part for part in slab.writing if not part.future.done() or part.future.exception()]
-        for extent, first, last in self._parts(slab, offset, end):
+        for first, last in _parts(offset, end):
             block = self._outgoing.take()
             with down.on():
                 landing = block.memory[: last - first].view(slab.dtype)
                 landing.copy_(source[(first - offset) // size : (last - offset) // size], non_blocking=True)
                 last_event = down.mark()
             before = [part.future for part in slab.reading if part.meets(first, last)]
-            task = self._pool.submit(self._write, extent, first, last, block, last_event, before)
+            task = self._pool.submit(self._write, slab, first, last, block, last_event, before)
             slab.writing.append(_Part(first, last, task))
         self._written.add(slab)
         return Done(last_event)
@@ -239,22 +213,9 @@ class NvmeStore:
 
     # Blocks.
 
-    def _parts(self, slab: FileSlab, begin: int, end: int) -> list[tuple[Extent, int, int]]:
-        """(extent, first byte, last byte) of the slab's bytes [begin, end), none longer than a block with its alignment."""
-        found = []
-        for extent in slab.extents:
-            first, stop = max(begin, extent.begin), min(end, extent.begin + extent.nbytes)
-            while first < stop:
-                # One page is kept free for what alignment adds in front.
-                last = min(stop, first + BLOCK - PAGE if extent.offset % PAGE or first % PAGE else first + BLOCK)
-                found.append((extent, first, last))
-                first = last
-        return found
-
     def _read(
         self,
         slab: FileSlab,
-        extent: Extent,
         first: int,
         last: int,
         out: Tensor,
@@ -265,17 +226,17 @@ class NvmeStore:
             write.result()
         block = self._incoming.take()
         try:
-            begin = extent.offset + first - extent.begin
-            skip = begin % PAGE if extent.file.direct else 0
+            file = slab.file
+            skip = first % PAGE if file.direct else 0
             wanted = skip + last - first
-            length = -(-wanted // PAGE) * PAGE if extent.file.direct else wanted
+            length = -(-wanted // PAGE) * PAGE if file.direct else wanted
             try:
-                got = read_at(extent.file.descriptor, [block.memory.numpy()[:length].data], begin - skip)
+                got = read_at(file.descriptor, [block.memory.numpy()[:length].data], first - skip)
             except OSError as error:
-                raise self._error(f"read {slab.name} from", extent.file.path, error) from error
+                raise self._error(f"read {slab.name} from", file.path, error) from error
             if got < wanted:
                 raise StoreError(
-                    f"rank {self.rank} read {got} of {wanted} bytes of {slab.name} from {extent.file.path}: the file is "
+                    f"rank {self.rank} read {got} of {wanted} bytes of {slab.name} from {file.path}: the file is "
                     "shorter than it was. Something else truncated it; go on from the last checkpoint."
                 )
             self.bytes_read += got
@@ -287,7 +248,7 @@ class NvmeStore:
 
     def _write(
         self,
-        extent: Extent,
+        slab: FileSlab,
         first: int,
         last: int,
         block: Block,
@@ -300,13 +261,14 @@ class NvmeStore:
             if copied is not None:
                 copied.synchronize()
             # The last page is written whole: the file ends with it, and nothing else lies in it.
-            length = -(-(last - first) // PAGE) * PAGE if extent.file.direct else last - first
+            file = slab.file
+            length = -(-(last - first) // PAGE) * PAGE if file.direct else last - first
             try:
-                done = write_at(extent.file.descriptor, [block.memory.numpy()[:length].data], extent.offset + first)
+                done = write_at(file.descriptor, [block.memory.numpy()[:length].data], first)
             except OSError as error:
-                raise self._error(f"write {length} bytes to", extent.file.path, error) from error
+                raise self._error(f"write {length} bytes to", file.path, error) from error
             if done < length:
-                raise self._error(f"write {length} bytes to", extent.file.path, OSError(errno.ENOSPC, "no space left"))
+                raise self._error(f"write {length} bytes to", file.path, OSError(errno.ENOSPC, "no space left"))
             self.bytes_written += done
         finally:
             self._outgoing.give(block)
@@ -327,6 +289,12 @@ class NvmeStore:
             f"rank {self.rank} could not {action} {path}: {error.strerror or error}. Give nvme_path a directory on a drive "
             "with room that this process may write to; the last checkpoint is whole."
         )
+
+
+def _parts(begin: int, end: int) -> list[tuple[int, int]]:
+    """Bytes [begin, end) cut into stretches that fit a block together with what alignment adds in front."""
+    size = BLOCK if begin % PAGE == 0 else BLOCK - PAGE
+    return [(first, min(end, first + size)) for first in range(begin, end, size)]
 
 
 def fetch_part(slab: Slab, begin: int, numel: int) -> Tensor:
