@@ -283,7 +283,10 @@ class Checkpointing(PartialState):
         given = Path(os.path.abspath(input_dir)) if input_dir is not None else None
         if given is not None and (given.name != "latest" or given.exists()):
             path = on_first(self._ranks, lambda: directory.resolve(given))
-            return self._load(path)
+            try:
+                return self._load(path)
+            except _DamagedError as error:
+                raise CheckpointError(str(error)) from error
         folder = given.parent if given is not None else together(self._ranks, self._folder)
         assert folder is not None
         found = directory.survey(folder) if self.is_main_process else None
