@@ -31,6 +31,7 @@ FRONT_END = (
     "data_loader",
     "data_order",
     "estimate",
+    "frozen",
     "generators",
     "integrations",
     "logging",
