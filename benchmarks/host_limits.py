@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import tempfile
 import threading
@@ -167,9 +168,10 @@ def step_through_gpu(numel: int) -> None:
 
 def disk(folder: Path, nbytes: int, block: int) -> None:
     """Direct reads and writes of one preallocated file, with several in flight."""
-    import mmap
-
     for depth in (1, 2, 4):
+        buffers = [mmap.mmap(-1, block) for _ in range(depth)]  # anonymous maps start on a page, as direct I/O wants
+        for buffer in buffers:
+            buffer.write(os.urandom(1 << 16) * (block >> 16))
         with tempfile.NamedTemporaryFile(dir=folder) as file:
             os.posix_fallocate(file.fileno(), 0, nbytes)
             try:
@@ -177,17 +179,14 @@ def disk(folder: Path, nbytes: int, block: int) -> None:
             except OSError as error:
                 say("disk", folder=str(folder), error=str(error))
                 return
-            buffers = [mmap.mmap(-1, block) for _ in range(depth)]
-            for buffer in buffers:
-                buffer.write(os.urandom(1 << 16) * (block >> 16))
             for name, call in (("write", os.pwritev), ("read", os.preadv), ("overwrite", os.pwritev)):
                 begin = time.perf_counter()
-
-                def lane(number: int, call: Callable[..., int] = call, depth: int = depth) -> None:
-                    for offset in range(number * block, nbytes, depth * block):
-                        call(handle, [buffers[number]], offset)
-
-                threads = [threading.Thread(target=lane, args=(i,)) for i in range(depth)]
+                threads = [
+                    threading.Thread(
+                        target=_blocks, args=(call, handle, buffer, range(i * block, nbytes, depth * block))
+                    )
+                    for i, buffer in enumerate(buffers)
+                ]
                 for thread in threads:
                     thread.start()
                 for thread in threads:
@@ -195,6 +194,11 @@ def disk(folder: Path, nbytes: int, block: int) -> None:
                 seconds = time.perf_counter() - begin
                 say(f"disk, {name}", gb_per_s=round(nbytes / GB / seconds, 2), depth=depth, block=block)
             os.close(handle)
+
+
+def _blocks(call: Callable[..., int], handle: int, buffer: mmap.mmap, offsets: range) -> None:
+    for offset in offsets:
+        call(handle, [buffer], offset)
 
 
 def main() -> None:
