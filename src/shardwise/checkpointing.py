@@ -13,12 +13,10 @@ holds where they came from and a fingerprint of them, which `load_state` compare
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -29,29 +27,26 @@ from torch.utils.hooks import RemovableHandle
 from .checkpoint import directory
 from .checkpoint.agree import attempt, first_failure, on_first, together
 from .checkpoint.background import Background
-from .checkpoint.fingerprint import fingerprints
-from .checkpoint.manifest import Entry, Manifest
+from .checkpoint.manifest import describer
 from .checkpoint.read import Checkpoint
-from .checkpoint.write import Draft, open_staging, write_checkpoint
+from .checkpoint.write import open_staging, write_checkpoint
 from .config.schema import Config
 from .data import DataLoaderConfiguration
 from .data_loader import PreparedLoader
 from .errors import CheckpointError, ConfigError, PrepareError
+from .frozen import compare_frozen, forget_sums, frozen_record
 from .model_facts import facts_of
 from .plugins import ProjectConfiguration
 from .preparing import PreparedModel, PreparedOptimizer
 from .process import PartialState
 from .run_state import RunState
 from .stopping import StopSignals
-from .zero import intervals
 from .zero.collectives import Ranks
 from .zero.precision import LossScaler
 from .zero.sharded import ShardedModel
 
 logger = logging.getLogger("shardwise")
 
-# What is frozen does not change: each model is summed up once.
-_sums: WeakKeyDictionary[ShardedModel, dict[str, str]] = WeakKeyDictionary()
 _facts: WeakKeyDictionary[ShardedModel, dict[str, Any]] = WeakKeyDictionary()
 
 
@@ -147,7 +142,7 @@ class Checkpointing(PartialState):
                 "save_state between two optimizer steps, with gradients of some micro-batches accumulated: those are not "
                 "saved. Save where accelerator.sync_gradients is true."
             )
-        frozen = self._frozen_record(run, include_frozen, target)
+        frozen = frozen_record([prepared.model for prepared in self._models], run, include_frozen, target)
         draft, error = attempt(lambda: run.draft({"step": self.step}, with_frozen=include_frozen is True))
         text = first_failure(self._ranks, error)
         if text is not None or draft is None:
@@ -158,7 +153,7 @@ class Checkpointing(PartialState):
             for hook in list(self._save_hooks.values()):
                 together(self._ranks, lambda: hook(list(models), [{} for _ in models], str(staging)))  # noqa: B023
         facts = {f"model{number}": _facts_about(model) for number, model in enumerate(run.models)}
-        manifest = _describer(self._ranks.world_size, run.step, order, metric, frozen, facts)
+        manifest = describer(self._ranks.world_size, run.step, order, metric, frozen, facts)
         if not async_:
             write_checkpoint(staging, target, draft, self._ranks, manifest)
             together(self._ranks, lambda: self._prune(target, output_dir is None), on=0)
@@ -240,29 +235,6 @@ class Checkpointing(PartialState):
                 smaller_is_better=project.smaller_is_better,
             )
 
-    def _frozen_record(self, run: RunState, include: bool | Literal["shared"], target: Path) -> dict[str, Any]:
-        """What the manifest says of frozen weights; with "shared", they are written now unless they are there."""
-        models = {}
-        for number, (model, prepared) in enumerate(zip(run.models, self._models, strict=True)):
-            sums = _sums_of(model, self._ranks)
-            models[f"model{number}"] = {"source": _source(prepared.model), "sums": sums}
-        record: dict[str, Any] = {"models": models, "kept": "inside" if include is True else "outside"}
-        if include == "shared":
-            digest = hashlib.sha256(json.dumps([m["sums"] for m in models.values()]).encode()).hexdigest()[:16]
-            store = target.parent / f"frozen-{digest}"
-            record["kept"] = store.name
-            there = on_first(self._ranks, lambda: attempt(lambda: directory.resolve(store))[1] is None)
-            if not there:
-                pieces = [
-                    piece
-                    for number, model in enumerate(run.models)
-                    for piece in run._pieces(f"model{number}/frozen", intervals.frozen(model))
-                ]
-                staging = open_staging(store, self._ranks)
-                describe = _describer(self._ranks.world_size, 0, -1)
-                write_checkpoint(staging, store, Draft(pieces), self._ranks, describe)
-        return record
-
     # Loading.
 
     def load_state(
@@ -283,7 +255,10 @@ class Checkpointing(PartialState):
         given = Path(os.path.abspath(input_dir)) if input_dir is not None else None
         if given is not None and (given.name != "latest" or given.exists()):
             path = on_first(self._ranks, lambda: directory.resolve(given))
-            return self._load(path)
+            try:
+                return self._load(path)
+            except _DamagedError as error:
+                raise CheckpointError(str(error)) from error
         folder = given.parent if given is not None else together(self._ranks, self._folder)
         assert folder is not None
         found = directory.survey(folder) if self.is_main_process else None
@@ -317,7 +292,7 @@ class Checkpointing(PartialState):
         together(self._ranks, lambda: run.check(checkpoint, states[0]), what="")
         for hook in list(self._load_hooks.values()):
             together(self._ranks, lambda: hook([p.model for p in self._models], str(path)), what=what)  # noqa: B023
-        frozen = self._compare_frozen(run, checkpoint)
+        frozen = compare_frozen(run, checkpoint)
         for model in run.models:
             model.drop_gradients()
         _, error = attempt(lambda: run.restore_tensors(checkpoint, states, frozen))
@@ -329,8 +304,7 @@ class Checkpointing(PartialState):
         counters = together(self._ranks, lambda: run.restore_rest(states, groups), what=what)
         assert counters is not None
         self.step = counters["step"]
-        for number in frozen:
-            _sums.pop(run.models[number], None)
+        forget_sums([run.models[number] for number in frozen])
         if self.is_main_process:
             saved = checkpoint.manifest
             if saved.world_size != self.num_processes and self._schedulers and self._schedules_count_processes:
@@ -365,42 +339,6 @@ class Checkpointing(PartialState):
             raise _DamagedError(f"{path} could not be loaded: {text}") from error
         return found
 
-    def _compare_frozen(self, run: RunState, checkpoint: Checkpoint) -> list[int]:
-        """The models whose frozen weights are not those of the checkpoint, but are kept by it. Collective.
-
-        Raises CheckpointError if they differ and are not kept.
-        """
-        record = checkpoint.manifest.frozen
-        differing: list[int] = []
-        for number, model in enumerate(run.models):
-            saved = record["models"].get(f"model{number}", {"source": None, "sums": {}})
-            sums = _sums_of(model, self._ranks)
-            wrong = sorted(name for name in {*sums, *saved["sums"]} if sums.get(name) != saved["sums"].get(name))
-            if not wrong:
-                continue
-            if {name: _dtype(text) for name, text in sums.items()} != {
-                name: _dtype(text) for name, text in saved["sums"].items()
-            }:
-                if set(sums) == set(saved["sums"]) and record["kept"] == "outside":
-                    if self.is_main_process:
-                        logger.warning(
-                            "The frozen weights rest in another dtype than when %s was saved: they cannot be compared.",
-                            checkpoint.directory,
-                        )
-                    continue
-            elif record["kept"] != "outside":
-                differing.append(number)
-                continue
-            source = f" It was saved with those of {saved['source']}." if saved["source"] else ""
-            raise CheckpointError(
-                f"{checkpoint.directory}: {len(wrong)} frozen weight(s) of this model are not those that it was saved with, "
-                f"the first is {wrong[0]}.{source} Load the same base model, or save with include_frozen=True."
-            )
-        if differing and record["kept"] not in ("inside", "outside"):
-            store = checkpoint.directory.parent / record["kept"]
-            together(self._ranks, lambda: checkpoint.add(Checkpoint(store), "model"), what="frozen weights: ")
-        return differing
-
 
 class _DamagedError(CheckpointError):
     """This checkpoint cannot be read to its end; an older one may do."""
@@ -412,39 +350,7 @@ def _register(hooks: OrderedDict[int, Callable[..., Any]], hook: Callable[..., A
     return handle
 
 
-def _describer(
-    world_size: int,
-    step: int,
-    order: int,
-    metric: float | None = None,
-    frozen: dict[str, Any] | None = None,
-    facts: dict[str, Any] | None = None,
-) -> Callable[[Sequence[Entry]], Manifest]:
-    value = None if metric is None else float(metric)
-    return lambda entries: Manifest(world_size, step, order, tuple(entries), value, frozen or {}, facts or {})
-
-
-def _sums_of(model: ShardedModel, ranks: Ranks) -> dict[str, str]:
-    """Name -> dtype and fingerprint of each frozen weight. Collective."""
-    if model not in _sums:
-        held = intervals.share(intervals.frozen(model), ranks.rank, ranks.world_size)
-        dtypes = {m.name: str(m.dtype).removeprefix("torch.") for m in intervals.members(model) if not m.trained}
-        _sums[model] = {name: f"{dtypes[name]} {total}" for name, total in fingerprints(held, ranks).items()}
-    return _sums[model]
-
-
 def _facts_about(model: ShardedModel) -> dict[str, Any]:
     if model not in _facts:
         _facts[model] = facts_of(model)
     return _facts[model]
-
-
-def _dtype(text: str) -> str:
-    return text.split(" ", 1)[0]
-
-
-def _source(model: Any) -> str | None:
-    """The hub id or path that the base weights were loaded from, where the model knows it."""
-    base = getattr(model, "get_base_model", lambda: model)()
-    found = getattr(getattr(base, "config", None), "_name_or_path", None)
-    return str(found) if found else None

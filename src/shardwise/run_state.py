@@ -82,8 +82,7 @@ class RunState:
         state["generators"] = generator_states(self.ranks.device)
         for number, model in enumerate(self.models):
             pieces += self._pieces(f"model{number}/trained", intervals.trained(model))
-            if with_frozen:
-                pieces += self._pieces(f"model{number}/frozen", intervals.frozen(model))
+        pieces += self.frozen_pieces() if with_frozen else []
         state["optimizers"] = [self._optimizer(number, pieces) for number in range(len(self.steppers))]
         state["loaders"] = [_position(loader) for loader in self.loaders]
         if rank == 0:
@@ -93,6 +92,14 @@ class RunState:
             state["counters"] = counters
         encoded = {**encode(state, tensors, "state"), "objects": objects}
         return Draft([*pieces, *whole_pieces(tensors)], encoded)
+
+    def frozen_pieces(self) -> list[Piece]:
+        """This rank's part of the frozen weights."""
+        return [
+            piece
+            for number, model in enumerate(self.models)
+            for piece in self._pieces(f"model{number}/frozen", intervals.frozen(model))
+        ]
 
     def _pieces(self, prefix: str, held: Sequence[Interval]) -> Iterator[Piece]:
         for interval in intervals.share(held, self.ranks.rank, self.ranks.world_size):

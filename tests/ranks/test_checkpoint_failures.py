@@ -195,6 +195,54 @@ def test_a_process_killed_before_any_file_operation_of_a_save_loses_nothing(worl
     assert outcomes[2] > 0  # after the rename the new one counts
 
 
+def _killed_while_replacing(ranks: Any, folder: str) -> Counter[int]:
+    """A checkpoint of a name of its own is saved anew, and the process killed at every operation of that."""
+    run = Run(f"{folder}/start", stage=1)
+    expected = [run.weights()]
+    for _ in range(2):
+        run.train()
+        expected.append(run.weights())
+        if run.steps == 1:
+            run.accelerator.save_state(f"{folder}/start/state")
+    run.close()
+
+    def replace(place: str, failing: Failing) -> None:
+        again = Run(place, stage=1)
+        again.accelerator.load_state(f"{place}/state")
+        again.train()
+        with files.watched(failing):
+            again.accelerator.save_state(f"{place}/state")
+
+    outcomes: Counter[int] = Counter()
+    at = 0
+    while True:
+        place = f"{folder}/at{at}"
+        shutil.copytree(f"{folder}/start", place)
+        child = os.fork()
+        if child == 0:
+            try:
+                replace(place, Failing(at, die))
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status):
+            return outcomes
+        for path in (f"{place}/state", f"{place}/latest"):
+            found = Run(place, stage=1)
+            found.accelerator.load_state(path)
+            assert found.weights() == expected[found.steps]
+            found.accelerator.free_memory()
+        outcomes[found.steps] += 1
+        at += 1
+
+
+def test_a_checkpoint_that_is_being_replaced_is_never_missing(world, tmp_path):
+    outcomes = world(1).run(_killed_while_replacing, str(tmp_path))[0]
+    assert outcomes[1] > 5
+    assert outcomes[2] > 0
+    assert sum(outcomes.values()) >= 15
+
+
 # Several ranks.
 
 

@@ -79,6 +79,9 @@ class Script:
     average: Average
 
 
+USE_CPU = True  # tests/gpu runs the same on CUDA devices
+
+
 def build(case: Case, workers: int = 0, dropout: float = 0.1, **keywords: Any) -> Script:
     forget_run()
     device = case.tier if case.stage else "none"
@@ -93,7 +96,7 @@ def build(case: Case, workers: int = 0, dropout: float = 0.1, **keywords: Any) -
     precision = None if case.precision == "no" else case.precision
     # One step of the schedule a step, on any number of ranks.
     keywords.setdefault("step_scheduler_with_optimizer", False)
-    accelerator = Accelerator(cpu=True, deepspeed_plugin=plugin, mixed_precision=precision, **keywords)
+    accelerator = Accelerator(cpu=USE_CPU, deepspeed_plugin=plugin, mixed_precision=precision, **keywords)
     torch.manual_seed(21)
     model = tiny("llama", case.tuning)  # type: ignore[arg-type]
     for module in model.modules():
@@ -123,7 +126,7 @@ def steps(script: Script, until: int, begin: int = 0) -> Iterator[tuple[int, flo
             script.optimizer.step()
             script.scheduler.step()
             script.optimizer.zero_grad()
-            script.average.value += loss.detach()
+            script.average.value += loss.detach().cpu()
             script.average.count += 1
             step += 1
             losses = script.accelerator._ranks.gather_objects(loss.item())

@@ -34,6 +34,7 @@ FRONT_END = (
     "data_loader",
     "data_order",
     "estimate",
+    "frozen",
     "generators",
     "initialising",
     "integrations",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,19 @@ class Manifest:
         }
         content["checksum"] = _checksum(content)
         return json.dumps(content, indent=1) + "\n"
+
+
+def describer(
+    world_size: int,
+    step: int,
+    order: int,
+    metric: float | None = None,
+    frozen: dict[str, Any] | None = None,
+    facts: dict[str, Any] | None = None,
+) -> Callable[[Sequence[Entry]], Manifest]:
+    """What makes the manifest once every rank's files are known."""
+    value = None if metric is None else float(metric)
+    return lambda entries: Manifest(world_size, step, order, tuple(entries), value, frozen or {}, facts or {})
 
 
 def _checksum(content: dict[str, Any]) -> int:

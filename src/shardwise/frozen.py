@@ -1,0 +1,119 @@
+"""Frozen weights in a checkpoint: where they came from and what they are, compared when it is loaded, kept where asked.
+
+They do not change, so that a copy in every checkpoint would be the same bytes again and again. The record in the manifest has a
+source and, for each weight, its dtype and a fingerprint that is the same however ranks have cut it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from .checkpoint import directory
+from .checkpoint.agree import attempt, on_first, together
+from .checkpoint.fingerprint import fingerprints
+from .checkpoint.manifest import describer
+from .checkpoint.read import Checkpoint
+from .checkpoint.write import Draft, open_staging, write_checkpoint
+from .errors import CheckpointError
+from .run_state import RunState
+from .zero import intervals
+from .zero.collectives import Ranks
+from .zero.sharded import ShardedModel
+
+logger = logging.getLogger("shardwise")
+
+# Each model is summed up once.
+_sums: WeakKeyDictionary[ShardedModel, dict[str, str]] = WeakKeyDictionary()
+
+
+def frozen_record(
+    models: Sequence[nn.Module], run: RunState, include: bool | Literal["shared"], target: Path
+) -> dict[str, Any]:
+    """What the manifest of `target` says of frozen weights. Collective.
+
+    models: the user's, in the run's order. include: with "shared" they are written now, beside `target`, unless they are there.
+    """
+    ranks = run.ranks
+    found = {
+        f"model{number}": {"source": _source(model), "sums": _sums_of(sharded, ranks)}
+        for number, (model, sharded) in enumerate(zip(models, run.models, strict=True))
+    }
+    record: dict[str, Any] = {"models": found, "kept": "inside" if include is True else "outside"}
+    if include == "shared":
+        digest = hashlib.sha256(json.dumps([entry["sums"] for entry in found.values()]).encode()).hexdigest()[:16]
+        store = target.parent / f"frozen-{digest}"
+        record["kept"] = store.name
+        if not on_first(ranks, lambda: attempt(lambda: directory.resolve(store))[1] is None):
+            staging = open_staging(store, ranks)
+            write_checkpoint(staging, store, Draft(run.frozen_pieces()), ranks, describer(ranks.world_size, 0, -1))
+    return record
+
+
+def compare_frozen(run: RunState, checkpoint: Checkpoint) -> list[int]:
+    """The models whose frozen weights are not those of the checkpoint, but are kept by it. Collective.
+
+    Raises CheckpointError if they differ and are not kept.
+    """
+    record = checkpoint.manifest.frozen
+    differing: list[int] = []
+    for number, model in enumerate(run.models):
+        saved = record["models"].get(f"model{number}", {"source": None, "sums": {}})
+        sums = _sums_of(model, run.ranks)
+        wrong = sorted(name for name in {*sums, *saved["sums"]} if sums.get(name) != saved["sums"].get(name))
+        if not wrong:
+            continue
+        same_names = set(sums) == set(saved["sums"])
+        same_dtypes = same_names and all(_dtype(text) == _dtype(saved["sums"][name]) for name, text in sums.items())
+        if same_dtypes and record["kept"] != "outside":
+            differing.append(number)
+            continue
+        if same_names and not same_dtypes and record["kept"] == "outside":
+            if run.ranks.rank == 0:
+                logger.warning(
+                    "The frozen weights rest in another dtype than when %s was saved: they cannot be compared.",
+                    checkpoint.directory,
+                )
+            continue
+        source = f" It was saved with those of {saved['source']}." if saved["source"] else ""
+        raise CheckpointError(
+            f"{checkpoint.directory}: {len(wrong)} frozen weight(s) of this model are not those that it was saved with, "
+            f"the first is {wrong[0]}.{source} Load the same base model, or save with include_frozen=True."
+        )
+    if differing and record["kept"] != "inside":
+        store = checkpoint.directory.parent / record["kept"]
+        together(run.ranks, lambda: checkpoint.add(Checkpoint(store), "model"), what="frozen weights: ")
+    return differing
+
+
+def forget_sums(models: Iterable[ShardedModel]) -> None:
+    """The frozen weights of these models were written: sum them up anew when it is asked for."""
+    for model in models:
+        _sums.pop(model, None)
+
+
+def _sums_of(model: ShardedModel, ranks: Ranks) -> dict[str, str]:
+    """Name -> dtype and fingerprint of each frozen weight. Collective."""
+    if model not in _sums:
+        held = intervals.share(intervals.frozen(model), ranks.rank, ranks.world_size)
+        dtypes = {m.name: str(m.dtype).removeprefix("torch.") for m in intervals.members(model) if not m.trained}
+        _sums[model] = {name: f"{dtypes[name]} {total}" for name, total in fingerprints(held, ranks).items()}
+    return _sums[model]
+
+
+def _dtype(text: str) -> str:
+    return text.split(" ", 1)[0]
+
+
+def _source(model: Any) -> str | None:
+    """The hub id or path that the base weights were loaded from, where the model knows it."""
+    base = getattr(model, "get_base_model", lambda: model)()
+    found = getattr(getattr(base, "config", None), "_name_or_path", None)
+    return str(found) if found else None
