@@ -16,14 +16,15 @@ SAMPLES = 24  # a global batch: 4 micro-batches of 6, which 1, 2 and 3 ranks sha
 
 @dataclass(frozen=True)
 class Placement:
-    """A stage and what of it rests on the CPU."""
+    """A stage, and where what is offloaded of it rests."""
 
     stage: int
     optimizer: str | None = None
     params: str | None = None
 
     def __str__(self) -> str:
-        return f"zero{self.stage}" + ("-opt" if self.optimizer else "") + ("-params" if self.params else "")
+        drive = "-nvme" if "nvme" in (self.optimizer, self.params) else ""
+        return f"zero{self.stage}" + ("-opt" if self.optimizer else "") + ("-params" if self.params else "") + drive
 
 
 # Offloading the optimizer needs it sharded (stage 1), offloading parameters needs them sharded (stage 3).
@@ -37,6 +38,11 @@ PLACEMENTS = (
     Placement(3, "cpu"),
     Placement(3, None, "cpu"),
     Placement(3, "cpu", "cpu"),
+    Placement(1, "nvme"),
+    Placement(2, "nvme"),
+    Placement(3, "nvme"),
+    Placement(3, None, "nvme"),
+    Placement(3, "nvme", "nvme"),
 )
 TUNINGS = ("full", "lora", "lora+save")
 MODES = ("plain", "accumulated", "checkpointed", "reentrant", "tied", "bart")

@@ -11,6 +11,7 @@ direction. That would compare the noise of two orders of summation, not two trai
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,7 +73,8 @@ def sharded_run(ranks: Any, case: Case, precision_name: str = "no", steps: int =
         offload_param=case.placement.params or "none",
     )
     precision = Precision.named(precision_name)
-    sharded = ShardedModel(model, plan=plan, ranks=ranks, precision=precision)
+    paths = dict.fromkeys(("param", "optimizer"), tempfile.gettempdir())
+    sharded = ShardedModel(model, plan=plan, ranks=ranks, precision=precision, nvme_paths=paths)
     scaler = LossScaler.for_precision(precision, init_scale=2.0**10)
     stepper = ShardedOptimizer(optimizer, [sharded], scaler=scaler)
     run = Run()

@@ -39,7 +39,8 @@ _MOVES = {
 }
 
 
-def _squared_norm(values: Tensor | None) -> Tensor:
+def squared_norm(values: Tensor | None) -> Tensor:
+    """The sum of squares, a scalar in fp32 (fp64 of fp64) where `values` are."""
     assert values is not None
     norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32))
     return norm.square()
@@ -150,7 +151,7 @@ class Gradients:
                 done = self._send(out, boundary)
             else:
                 self._keep(out)
-                self._square = _squared_norm(self._shard) if boundary else None
+                self._square = squared_norm(self._shard) if boundary else None
                 done = lanes.reduce.mark()
         engine.reductions.add(done, partial)
 
@@ -170,7 +171,7 @@ class Gradients:
         self._host_filled = True
         # A sum of several needs the master's dtype; a single one is exact in the dtype it was summed in.
         dtype = out.dtype if first and boundary else self.master.dtype
-        self._square = _squared_norm(out) if first and boundary else None
+        self._square = squared_norm(out) if first and boundary else None
         lanes.down.wait(lanes.reduce.mark())
         if first:
             if self._host is None or self._host.dtype != dtype:

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from ..errors import NonFiniteError, OptimizerError, PrepareError
 from .clipping import clip_factor, global_norm, power_sum
 from .collectives import Ranks
-from .gradients import Gradients
+from .gradients import Gradients, squared_norm
 from .plan import Tier
 from .portions import Role
 from .precision import LossScaler
@@ -259,15 +259,17 @@ class ShardedOptimizer:
 
         What left for host memory was measured before it went; only sums of several micro-batches are read there.
         """
-        measured = {
-            id(g): g.square for g, indices in self._members.values()
-            if g.square is not None and len(indices) == len(g.buffer.members)
-        }  # fmt: skip
-        rest = [shard for shard in self._shards if id(shard.gradients) not in measured]
+        whole = [g for g, indices in self._members.values() if len(indices) == len(g.buffer.members)]
+        sums = [g for g in whole if g.square is None and g.host is not None]
+        if sums:
+            self._wait_for_host()
+        known = {id(g): g.square for g in whole if g.square is not None}
+        known |= {id(g): squared_norm(g.at_rest).to(self.ranks.device) for g in sums}
+        rest = [shard for shard in self._shards if id(shard.gradients) not in known]
         if any(shard.gradients.host is not None for shard in rest):
             self._wait_for_host()
         total = power_sum(self._gradients(rest), 2.0, self.ranks.device)
-        for square in measured.values():
+        for square in known.values():
             total = total + square
         return total
 
