@@ -174,6 +174,7 @@ class Gradients:
         self._square = squared_norm(out) if first and boundary else None
         lanes.down.wait(lanes.reduce.mark())
         if first:
+            store.drain()  # what was added for a step that was never taken
             if self._host is None or self._host.dtype != dtype:
                 self._host = None  # the old slab goes before the new one comes
                 self._host = store.allocate(out.numel(), dtype, self.name)

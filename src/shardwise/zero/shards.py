@@ -30,7 +30,8 @@ from .gradients import Gradients
 from .sharded import ShardedModel
 from .unit import Unit
 
-# Elements. 16 MiB of fp32 each: long enough for the link, short enough that a few of them are little memory. Whole pages.
+# Elements. 16 MiB of fp32 each: long enough for the link, short enough that a few of them are little memory. A multiple of a
+# page in 16 bits too, because files are written by the page.
 CHUNK = 4 << 20
 _AHEAD = 3  # chunks on their way up while one steps
 VISITING = _AHEAD + 3  # chunks that have memory on the device at most: those, the one that steps, two on their way down
@@ -111,6 +112,7 @@ class Visits:
         by_unit: dict[int, list[Shard]] = {}
         for shard in shards:
             by_unit.setdefault(id(shard.gradients), []).append(shard)
+        engine.stores.cpu.drain()  # gradients of several micro-batches are added up by a thread
         self._rest_initial(model)
         begun = {id(shard) for shard in shards if self.optimizer.state.get(shard.tensor)}
         lanes.step.wait(lanes.mark_compute())
