@@ -126,7 +126,7 @@ class Residency:
 
     def table(self, chosen: Iterable[Choice], room: int) -> str:
         """The placement in words, a line for each kind."""
-        lines = [f"gpu_memory_budget: {room / 1e9:.2f} GB of {self.budget} were free after a step. On the device stay:"]
+        lines = [f"gpu_memory_budget {self.budget}: {room / 1e6:,.1f} MB were free after a step. On the device stay:"]
         chosen = list(chosen)
         for move, what in (
             ("optimizer", "optimizer states"),
@@ -136,8 +136,10 @@ class Residency:
             every = [c for c in self.candidates() if c.move == move]
             kept = [c for c in chosen if c.move == move]
             if kept or every:
-                size = sum(c.nbytes for c in kept) / 1e9
-                lines.append(f"  {what:<20} of {len(kept):>3} units, {size:.2f} GB; offloaded still {len(every)} units")
+                size = sum(c.nbytes for c in kept) / 1e6
+                lines.append(
+                    f"  {what:<20} of {len(kept):>3} units, {size:,.1f} MB; offloaded still {len(every)} units"
+                )
         return "\n".join(lines)
 
 
