@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rig.engine import adamw, inputs, loss_of, mine, prepare, tower
-from shardwise.errors import RankError, StoreError
+from shardwise.errors import OptimizerError, RankError, StoreError
 
 # (stage, optimizer, param)
 TIERS = {
@@ -97,6 +97,34 @@ def test_every_tier_gives_the_bits_of_none(world, tmp_path, tier, n, precision):
 def test_every_optimizer_visits_the_device_unchanged(world, tmp_path, tier, make):
     for differing in world(2).run(_bits, tier, tmp_path, make=make):
         assert differing == ([], [])
+
+
+class CountsInItsGroup(torch.optim.Optimizer):
+    """Gradient descent whose rate falls with the steps that its group has seen, as some optimizers keep their count."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 1e-2, "steps": 0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["steps"] += 1
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad, alpha=group["lr"] / group["steps"])
+
+
+def _counting(ranks, folder, tier):
+    try:
+        _train(ranks, 3, tier, "none", folder, make=CountsInItsGroup)
+    except OptimizerError as error:
+        return str(error)
+    return ""
+
+
+def test_an_optimizer_that_counts_for_its_group_is_refused_where_states_visit_the_device(world, tmp_path):
+    assert world(2).run(_counting, tmp_path, "none") == ["", ""]
+    assert all("CountsInItsGroup cannot be offloaded" in text for text in world(2).run(_counting, tmp_path, "nvme"))
 
 
 @pytest.mark.parametrize("tier", ["3-nvme", "2-cpu", "1-nvme"])

@@ -71,6 +71,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "zero.collectives",
         "zero.streams",
         "zero.units",
+        "zero.elementwise",
         "zero.portions",
         "zero.scratch",
         "zero.sources",

@@ -16,19 +16,18 @@ from __future__ import annotations
 import copy
 import logging
 import types
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ..errors import NonFiniteError, OptimizerError, PrepareError
 from .clipping import clip_factor, global_norm, power_sum
 from .collectives import Ranks
+from .elementwise import check_elementwise
 from .gradients import Gradients, squared_norm
 from .plan import Tier
 from .portions import Role
@@ -39,15 +38,6 @@ from .shards import Shard, Visits
 
 log = logging.getLogger("shardwise")
 
-_ELEMENTWISE = {
-    "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
-}  # fmt: skip
-_NOT_ELEMENTWISE = {
-    "LBFGS": "it takes dot products over all parameters",
-    "SparseAdam": "it needs sparse gradients",
-    "Adafactor": "it keeps one number per row and column of a matrix",
-    "Muon": "it orthogonalises whole matrices",
-}
 # Those whose fused kernels take a gradient scale, on GPU and CPU.
 _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
@@ -123,11 +113,7 @@ class ShardedOptimizer:
         optimizer, name = self.optimizer, type(self.optimizer).__name__
         if find_sharded_optimizer(optimizer) is not None:
             raise PrepareError(f"this {name} has been prepared already. Prepare each optimizer once.")
-        if name in _NOT_ELEMENTWISE:
-            raise OptimizerError(
-                f"{name} cannot work on shards: {_NOT_ELEMENTWISE[name]}. Use an elementwise optimizer: "
-                f"{', '.join(sorted(_ELEMENTWISE))}, or one like them."
-            )
+        check_elementwise(optimizer, visits=any(not g.in_place for g, _ in self._homes().values()))
         if any(float(state.get("step", 1)) > 0 for state in optimizer.state.values()):
             raise OptimizerError(f"this {name} has taken steps already. Prepare it before its first step.")
         homes = self._homes()
@@ -145,8 +131,6 @@ class ShardedOptimizer:
                         f"parameter {place} of group {number} of this {name} was frozen when its model was prepared. Set "
                         "requires_grad before prepare."
                     )
-        if type(optimizer).__module__.split(".")[0] != "torch" or name not in _ELEMENTWISE:
-            _probe(optimizer)
 
     def _take_over(self) -> None:
         homes = self._homes()
@@ -479,39 +463,3 @@ def _multiply(grads: Sequence[Tensor], factor: Tensor) -> None:
         by_device.setdefault(grad.device, []).append(grad)
     for device, group in by_device.items():
         torch._foreach_mul_(group, factor.to(device))
-
-
-def _probe(optimizer: Optimizer) -> None:
-    """Raise OptimizerError unless two steps on a small matrix equal two steps on its flattened halves."""
-    name = type(optimizer).__name__
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(6, 4, generator=generator)
-    gradients = [torch.randn(6, 4, generator=generator) for _ in range(2)]
-    results = []
-    try:
-        for cut in (False, True):
-            values = start.clone()
-            parts = (
-                [Parameter(values)] if not cut else [Parameter(values.view(-1)[:10]), Parameter(values.view(-1)[10:])]
-            )
-            trial: Any = object.__new__(type(optimizer))
-            trial.__dict__.update({k: v for k, v in optimizer.__dict__.items() if k not in ("step", "zero_grad")})
-            trial.state = defaultdict(dict)
-            trial.param_groups = [{**optimizer.param_groups[0], "params": parts}]
-            for gradient in gradients:
-                flat = gradient.view(-1)
-                for part, grad in zip(parts, (flat[:10], flat[10:]) if cut else (gradient,), strict=True):
-                    part.grad = grad.clone()
-                type(optimizer).step(trial)
-            results.append(values.detach().clone())
-    except Exception as error:
-        raise OptimizerError(
-            f"{name} could not be tried on a small flat tensor ({type(error).__name__}: {error}). Use an "
-            f"elementwise optimizer: {', '.join(sorted(_ELEMENTWISE))}, or one like them."
-        ) from error
-    whole, pieces = results
-    if not torch.allclose(whole, pieces, rtol=1e-5, atol=1e-7):
-        raise OptimizerError(
-            f"{name} cannot work on shards: it gives other numbers for a matrix than for the same elements "
-            f"in flat pieces. Use an elementwise optimizer: {', '.join(sorted(_ELEMENTWISE))}, or one like them."
-        )
