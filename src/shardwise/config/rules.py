@@ -259,7 +259,11 @@ def notes(config: Config) -> list[str]:
         if getattr(zero, name) and getattr(zero, name.replace("nvme_path", "device")) != "nvme":
             said.append(f"{name}: has no effect, because the device is not nvme.")
     offloads = {zero.offload_optimizer_device, zero.offload_param_device} != {"none"}
-    if config.engine.gpu_memory_budget is not None and not offloads:
+    if (
+        config.engine.gpu_memory_budget is not None
+        and not offloads
+        and config.engine.activation_checkpointing != "auto"
+    ):
         said.append("gpu_memory_budget: has no effect, because nothing is offloaded.")
     if zero.deepspeed_moe_layer_cls_names:
         said.append("deepspeed_moe_layer_cls_names: has no effect; every unit is gathered whole, its experts included.")
