@@ -20,6 +20,7 @@ from .errors import PrepareError
 from .initialising import sources_of
 from .integrations import connect
 from .loading import build_without_memory, building
+from .lora import FastLora
 from .losses import LeanLoss
 from .prepare_checks import batch_size_of, check_model, check_optimizer, describe
 from .process import PartialState
@@ -276,7 +277,14 @@ class Preparing(PartialState):
             sources=sources,
         )
         connect(model)
-        changes: list[ReplacedForwards | LeanLoss] = [CompiledBlocks(blocks, self._config.compiling)]
+        changes: list[ReplacedForwards | LeanLoss] = []
+        # Not under a compiler, which sees and fuses the passes, and would make a graph of each replaced layer.
+        if engine.fast_lora is True and self._config.compiling is None:
+            fast = FastLora(model)
+            if not fast.count and self.is_main_process:
+                logger.warning("fast_lora: has no effect; %s has no LoRA layer over a linear.", type(model).__name__)
+            changes.append(fast)
+        changes.append(CompiledBlocks(blocks, self._config.compiling))
         if recomputed:
             budget = engine.gpu_memory_budget or "auto" if engine.activation_checkpointing == "auto" else None
             changes.append(RecomputedBlocks(recomputed, sharded, budget))

@@ -102,6 +102,7 @@ FLAGS: tuple[Flag, ...] = (
         _ENGINE,
         "none|all|auto",
     ),
+    Flag("fast_lora", "PEFT's LoRA layers with fewer passes; auto: off.", _ENGINE, "auto|true|false"),
     Flag("train_batch_size", "Expected global batch size; checked in prepare.", _ENGINE, "N"),
     Flag("micro_batch_size", "Expected batch size of one process; checked in prepare.", _ENGINE, "N"),
 )

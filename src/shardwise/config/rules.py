@@ -271,6 +271,8 @@ def notes(config: Config) -> list[str]:
         said.append("deepspeed_multinode_launcher: has no effect on one machine.")
     if config.compiling is not None and not config.compiling.dynamo_use_regional_compilation:
         said.append("dynamo_use_regional_compilation: has no effect; the model is compiled block by block in any case.")
+    if config.compiling is not None and config.engine.fast_lora is True:
+        said.append("fast_lora: has no effect on compiled blocks; the compiler fuses the same passes.")
     if config.main_training_function != "main":
         said.append("main_training_function: has no effect; the script is run from its first line.")
     if config.num_machines > 1 and not config.same_network:
