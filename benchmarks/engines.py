@@ -11,11 +11,12 @@ and an optimizer that steps. The step itself is one function for all of them, so
                              +cpu: CPUOffloadPolicy (parameters, gradients and the optimizer on the host)
     deepspeed:S[+opt][+param]
                              ZeRO stage S (1 to 3), where the package can be imported; see deepspeed_engine.py
-    shardwise:S[+opt][+param][+nvme][+budget][+clip][+loss][+serial][+prefetchN]
+    shardwise:S[+opt][+param][+nvme][+budget][+clip][+loss][+lora][+recompute][+serial][+prefetchN]
                              ZeRO stage S (0 to 3); +opt and +param put the optimizer and the parameters on the host,
                              with +nvme on the drive below $TMPDIR; +budget lets stay on the device what fits; +clip clips
-                             to a global norm of 1; +loss computes the loss of a causal model in chunks; +serial lets
-                             nothing overlap
+                             to a global norm of 1; +loss computes the loss of a causal model in chunks; +lora runs the
+                             LoRA linears on their fast path; +recompute recomputes only as many blocks as the device's
+                             memory needs, in place of the case's checkpointing; +serial lets nothing overlap
 
 Every engine takes +compile, torch.compile of each block by inductor, or +aot, the same without its kernels: for a CPU.
 """
@@ -27,7 +28,7 @@ import inspect
 import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ class Engine:
             "ddpamp": set(),
             "fsdp2": {"ends", "cpu"},
             "deepspeed": {"opt", "param"},
-            "shardwise": {"opt", "param", "nvme", "budget", "clip", "loss", "serial"},
+            "shardwise": {"opt", "param", "nvme", "budget", "clip", "loss", "lora", "recompute", "serial"},
         }
         if kind not in allowed:
             raise ValueError(f"no engine is called {kind!r}; there are {', '.join(allowed)}")
@@ -182,7 +183,9 @@ class Engine:
     def _shardwise(self, case: Case, place: Place, reduce_dtype: str) -> Trainee:
         from shardwise.compiling import CompiledBlocks
         from shardwise.config.compiling import CompileConfig
+        from shardwise.lora import FastLora
         from shardwise.losses import LeanLoss
+        from shardwise.recomputing import RecomputedBlocks, blocks_to_recompute
         from shardwise.zero.optimizer import ShardedOptimizer
         from shardwise.zero.plan import Plan
         from shardwise.zero.precision import LossScaler, Precision
@@ -196,9 +199,12 @@ class Engine:
         }
         plan = Plan.from_stage(self.stage, **places)
         precision = Precision.named("bf16", reduce_dtype=reduce_dtype)
-        model = case.build(place.device)
-        # Before the model is sharded, as `prepare` does both.
+        recompute = "recompute" in self.options
+        model = (replace(case, checkpointing=False) if recompute else case).build(place.device)
+        # Before the model is sharded, as `prepare` does all of it.
         lean = (LeanLoss(model),) if "loss" in self.options else ()
+        lora = (FastLora(model),) if "lora" in self.options and not self.backend else ()
+        recomputed = blocks_to_recompute(model, "auto") if recompute else []
         blocks = blocks_of(model, case) if self.backend else []
         optimizer = _adamw(model, case)
         sharded = ShardedModel(
@@ -216,7 +222,10 @@ class Engine:
             optimizer, [sharded], scaler=LossScaler.for_precision(precision), gradient_clipping=clipping
         )
         compiled = CompiledBlocks(blocks, CompileConfig(dynamo_backend=self.backend) if self.backend else None)
-        keep = (sharded, stepper, compiled, *lean)
+        # A CPU has no peak to measure: there every block is kept.
+        budget = "auto" if place.cuda else 1 << 40
+        changed = (RecomputedBlocks(recomputed, sharded, budget),) if recompute else ()
+        keep = (sharded, stepper, compiled, *lean, *lora, *changed)
         return Trainee(model, optimizer, place.device, ledger=sharded.ledger, keep=keep)
 
     def _deepspeed(self, case: Case, place: Place) -> Trainee:

@@ -397,7 +397,7 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
     def free_memory(self, *objects: Any) -> list[None]:
         """Let go of everything prepared: models get whole weights back in place. Gives a None for each argument."""
         for prepared in self._models:
-            for change in prepared.changes:
+            for change in reversed(prepared.changes):
                 change.undo()
             prepared.sharded.release()
         for known in (self._models, self._optimizers, self._schedulers, self._dataloaders):

@@ -14,8 +14,6 @@ of transformers make in training too unless `use_cache` is off, is kept from the
 from __future__ import annotations
 
 import functools
-import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
@@ -23,13 +21,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from .blocks import ReplacedForwards, repeated_blocks, without_cache
 from .config.compiling import CompileConfig
 from .errors import PrepareError
-from .zero.units import ROOT, find_units
 
-logger = logging.getLogger("shardwise")
-
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
+_FILLED_CACHE = (
+    "dynamo_backend has no effect on forwards that continue from a cache of keys and values (prefix tuning): their blocks run "
+    "eager."
+)
 
 
 def blocks_to_compile(model: nn.Module, units: Sequence[str] | None = None) -> list[nn.Module]:
@@ -38,9 +37,7 @@ def blocks_to_compile(model: nn.Module, units: Sequence[str] | None = None) -> l
     Raises PrepareError if there is none, or if one recomputes its activations re-entrantly: autograd would then run inside of
     a graph.
     """
-    found = [spec.entries[0] for spec in find_units(model, units) if spec.name != ROOT and len(spec.entries) == 1]
-    often = Counter(type(module) for module in found)
-    blocks = [module for module in found if often[type(module)] > 1]
+    blocks = repeated_blocks(model, units)
     if not blocks:
         raise PrepareError(
             f"dynamo_backend: {type(model).__name__} has no block that repeats, and nothing else is compiled. Name its "
@@ -55,11 +52,11 @@ def blocks_to_compile(model: nn.Module, units: Sequence[str] | None = None) -> l
     return blocks
 
 
-class CompiledBlocks:
+class CompiledBlocks(ReplacedForwards):
     """The blocks of one model with their `forward` compiled, until `undo`. None as settings compiles nothing."""
 
     def __init__(self, blocks: Sequence[nn.Module], settings: CompileConfig | None) -> None:
-        self._before: list[tuple[nn.Module, Any]] = []
+        super().__init__()
         if settings is None:
             return
         compile_ = functools.partial(
@@ -74,23 +71,13 @@ class CompiledBlocks:
         of_class: dict[type, Callable[..., Any]] = {}
         for block in blocks:
             own = vars(block).get("forward")
-            self._before.append((block, own))
             if own is not None:  # a script has put another function in its place
-                block.forward = _dispatch(own, compile_(own))
+                self.replace(block, _dispatch(own, compile_(own)))
                 continue
             plain: Callable[..., Any] = type(block).forward
             if type(block) not in of_class:
                 of_class[type(block)] = _dispatch(plain, compile_(plain))
-            block.forward = MethodType(of_class[type(block)], block)
-
-    def undo(self) -> None:
-        """Give every block the `forward` back that it had."""
-        for block, own in self._before:
-            if own is None:
-                vars(block).pop("forward", None)
-            else:
-                block.forward = own
-        self._before.clear()
+            self.replace(block, MethodType(of_class[type(block)], block))
 
 
 def _dispatch(plain: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,30 +85,11 @@ def _dispatch(plain: Callable[..., Any], compiled: Callable[..., Any]) -> Callab
 
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not without_cache(kwargs, _FILLED_CACHE):
             return plain(*args, **kwargs)
-        for name in _CACHES:
-            if kwargs.get(name) is not None:
-                if not _is_empty(kwargs[name]):
-                    _say_cache()
-                    return plain(*args, **kwargs)
-                kwargs[name] = None
         return compiled(*args, **kwargs)
 
     return forward
-
-
-def _is_empty(cache: Any) -> bool:
-    length = getattr(cache, "get_seq_length", None)
-    return callable(length) and int(length()) == 0
-
-
-@functools.cache
-def _say_cache() -> None:
-    logger.warning(
-        "dynamo_backend has no effect on forwards that continue from a cache of keys and values (prefix tuning): their blocks "
-        "run eager."
-    )
 
 
 def _recomputes_reentrantly(block: nn.Module) -> bool:

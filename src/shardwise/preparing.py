@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from .blocks import ReplacedForwards
 from .compiling import CompiledBlocks, blocks_to_compile
 from .config.schema import Config
 from .data import DataLoaderConfiguration, PreparedLoader, check_data_loader, prepare_data_loader
@@ -19,9 +20,11 @@ from .errors import PrepareError
 from .initialising import sources_of
 from .integrations import connect
 from .loading import build_without_memory, building
+from .lora import FastLora
 from .losses import LeanLoss
 from .prepare_checks import batch_size_of, check_model, check_optimizer, describe
 from .process import PartialState
+from .recomputing import RecomputedBlocks, blocks_to_recompute
 from .scheduler import Rhythm, is_prepared, prepare_scheduler
 from .zero.engine import Kind
 from .zero.optimizer import ShardedOptimizer, find_sharded_optimizer
@@ -40,7 +43,7 @@ class PreparedModel:
         self,
         model: nn.Module,
         sharded: ShardedModel,
-        changes: Sequence[CompiledBlocks | LeanLoss],
+        changes: Sequence[ReplacedForwards | LeanLoss],
         parameters: list[nn.Parameter],
     ) -> None:
         self.model = model
@@ -182,6 +185,7 @@ class Preparing(PartialState):
             check_model(model)
             if self._config.compiling is not None:
                 blocks_to_compile(model, self._config.engine.units)
+            self._blocks_to_recompute(model)
             if self._config.engine.loss_chunk_tokens is not None:
                 LeanLoss(model).undo()
             shared = {id(p) for other in models[:index] for p in other.parameters()}
@@ -240,6 +244,12 @@ class Preparing(PartialState):
         nvme_paths = {kind: path for kind, path in paths.items() if path is not None}
         # Found before the weights are sharded; `_check` has seen that it can be done.
         blocks = blocks_to_compile(model, engine.units) if self._config.compiling is not None else []
+        recomputed = self._blocks_to_recompute(model)
+        if engine.activation_checkpointing != "none" and not recomputed and self.is_main_process:
+            logger.warning(
+                "activation_checkpointing: this %s recomputes its blocks by itself, which is left as it is.",
+                type(model).__name__,
+            )
         sources: dict[int, Source] = {}
         problem: Exception | None = None
         try:
@@ -267,11 +277,27 @@ class Preparing(PartialState):
             sources=sources,
         )
         connect(model)
-        changes: list[CompiledBlocks | LeanLoss] = [CompiledBlocks(blocks, self._config.compiling)]
+        changes: list[ReplacedForwards | LeanLoss] = []
+        # Not under a compiler, which sees and fuses the passes, and would make a graph of each replaced layer.
+        if engine.fast_lora is True and self._config.compiling is None:
+            fast = FastLora(model)
+            if not fast.count and self.is_main_process:
+                logger.warning("fast_lora: has no effect; %s has no LoRA layer over a linear.", type(model).__name__)
+            changes.append(fast)
+        changes.append(CompiledBlocks(blocks, self._config.compiling))
+        if recomputed:
+            budget = engine.gpu_memory_budget or "auto" if engine.activation_checkpointing == "auto" else None
+            changes.append(RecomputedBlocks(recomputed, sharded, budget))
         if engine.loss_chunk_tokens is not None:
             changes.append(LeanLoss(model, engine.loss_chunk_tokens))
         self._models.append(PreparedModel(model, sharded, changes, parameters))
         self._push_sync()
+
+    def _blocks_to_recompute(self, model: nn.Module) -> list[nn.Module]:
+        engine = self._config.engine
+        if engine.activation_checkpointing == "none":
+            return []
+        return blocks_to_recompute(model, engine.activation_checkpointing, engine.units)
 
     def _prepare_optimizer(self, optimizer: Optimizer) -> None:
         if find_sharded_optimizer(optimizer) is not None:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -137,3 +138,37 @@ def test_the_estimate_is_what_a_run_holds() -> None:
     for record in records(run("estimate.py", "--case", "lora8b", "--tiny", "--engines", words)).values():
         sizes = record["at_rest_bytes"]
         assert 0 <= sizes["estimated"] - sizes["measured"] < 400  # step counts
+
+
+@pytest.fixture
+def scaling(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("scaling")
+
+
+def test_the_model_of_scaling_hides_what_the_computation_is_longer_than(scaling: ModuleType) -> None:
+    terms = scaling.Terms(nvlink=1e9, slowing=0.0, launch=0.0, latency=0.0)
+    half = [scaling.Work(1.0, 10**9)] * 4  # over two ranks a gather takes 0.5 s
+    step = scaling.step_of([*half, *half], 4, 2, 0, terms)
+    assert (step.compute, step.exposed_gathers) == (8.0, 0.5)  # the first, which nothing comes before
+    # 2 s: three more of the forward wait a second each; of the backward the two that stayed do not, the two others do.
+    slow = [scaling.Work(1.0, 4 * 10**9)] * 4
+    step = scaling.step_of([*slow, *slow], 4, 2, 0, terms)
+    assert step.exposed_gathers == pytest.approx(2 + 3 + 2)
+    assert scaling.step_of([*slow, *slow], 4, 1, 0, terms).total == 8.0
+
+
+def test_between_machines_a_collective_takes_what_its_slower_way_takes(scaling: ModuleType) -> None:
+    terms = scaling.Terms(nvlink=100e9, network=1e9, launch=0.0, latency=0.0, network_latency=0.0)
+    assert scaling.collective_s(16 * 10**9, 8, terms) == pytest.approx(14 / 100)
+    assert scaling.collective_s(16 * 10**9, 16, terms) == pytest.approx(8 / 8)
+    assert scaling.collective_s(16 * 10**9, 1, terms) == 0
+
+
+def test_the_model_of_scaling_is_near_what_two_ranks_were_measured_to_take(scaling: ModuleType) -> None:
+    case = scaling.CASES["lora8b"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers renames a property that PEFT reads
+        row = scaling.predict(case, 2, scaling.rate_of(case, 0.4845), scaling.Terms())
+    assert row["step_ms"] == pytest.approx(516.7, rel=0.03)  # docs/log.md, 2026-11-22
+    assert row["parts_ms"]["compute"] == pytest.approx(484.5, abs=0.1)

@@ -67,6 +67,11 @@ def test_zero3_init_flag_needs_a_note_below_stage_3_only() -> None:
         (zero(zero_stage=2, offload_param_device="cpu"), "deepspeed_config.offload_param_device", "needs zero_stage 3"),
         (zero(zero_stage=0, offload_optimizer_device="cpu"), "deepspeed_config.offload_optimizer_device", "needs zero"),
         (zero(offload_optimizer_device="nvme"), "deepspeed_config.offload_optimizer_nvme_path", "is needed"),
+        (
+            {"shardwise_config": {"activation_checkpointing": "some"}},
+            "shardwise_config.activation_checkpointing",
+            "auto",
+        ),
         ({"shardwise_config": {"gpu_memory_budget": "much"}}, "shardwise_config.gpu_memory_budget", "24GB"),
         (zero(offload_optimizer_device="gpu"), "deepspeed_config.offload_optimizer_device", "'gpu' is not one of"),
         (zero(gradient_clipping=-1), "deepspeed_config.gradient_clipping", "out of range"),

@@ -74,7 +74,8 @@ def run_estimate(
     batch = None
     if length is not None:
         rows = engine.micro_batch_size or 1
-        batch = Batch(rows, length, asked.checkpointing, asked.attention, engine.loss_chunk_tokens)
+        checkpointing = asked.checkpointing or engine.activation_checkpointing != "none"
+        batch = Batch(rows, length, checkpointing, asked.attention, engine.loss_chunk_tokens)
     run = Run(
         world_size=world_size,
         local_processes=-(-world_size // config.num_machines),

@@ -96,6 +96,13 @@ FLAGS: tuple[Flag, ...] = (
     Flag("enable_cpu_affinity", "Keep each process to cores of its own.", _PROCESSES, switch=True),
     Flag("collective_timeout_s", "Seconds that a rank waits for the others before it raises.", _ENGINE, "SECONDS"),
     Flag("loss_chunk_tokens", "Compute the loss of so many tokens at a time, without all logits.", _ENGINE, "N"),
+    Flag(
+        "activation_checkpointing",
+        "Recompute blocks in the backward; auto: as few as the memory budget needs.",
+        _ENGINE,
+        "none|all|auto",
+    ),
+    Flag("fast_lora", "PEFT's LoRA layers with fewer passes; auto: off.", _ENGINE, "auto|true|false"),
     Flag("train_batch_size", "Expected global batch size; checked in prepare.", _ENGINE, "N"),
     Flag("micro_batch_size", "Expected batch size of one process; checked in prepare.", _ENGINE, "N"),
 )

@@ -259,7 +259,11 @@ def notes(config: Config) -> list[str]:
         if getattr(zero, name) and getattr(zero, name.replace("nvme_path", "device")) != "nvme":
             said.append(f"{name}: has no effect, because the device is not nvme.")
     offloads = {zero.offload_optimizer_device, zero.offload_param_device} != {"none"}
-    if config.engine.gpu_memory_budget is not None and not offloads:
+    if (
+        config.engine.gpu_memory_budget is not None
+        and not offloads
+        and config.engine.activation_checkpointing != "auto"
+    ):
         said.append("gpu_memory_budget: has no effect, because nothing is offloaded.")
     if zero.deepspeed_moe_layer_cls_names:
         said.append("deepspeed_moe_layer_cls_names: has no effect; every unit is gathered whole, its experts included.")
@@ -267,6 +271,8 @@ def notes(config: Config) -> list[str]:
         said.append("deepspeed_multinode_launcher: has no effect on one machine.")
     if config.compiling is not None and not config.compiling.dynamo_use_regional_compilation:
         said.append("dynamo_use_regional_compilation: has no effect; the model is compiled block by block in any case.")
+    if config.compiling is not None and config.engine.fast_lora is True:
+        said.append("fast_lora: has no effect on compiled blocks; the compiler fuses the same passes.")
     if config.main_training_function != "main":
         said.append("main_training_function: has no effect; the script is run from its first line.")
     if config.num_machines > 1 and not config.same_network:

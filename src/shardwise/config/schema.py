@@ -53,6 +53,11 @@ _HYSTERESIS = dict.fromkeys(range(2, 100), "the scale falls at every overflow; o
 _NO_CLIPPING = ("none", "auto", "no", 0, 0.0, False)
 
 
+def _recomputed(value: Any) -> Any:
+    """YAML's false and true are none and all."""
+    return {False: "none", True: "all"}[value] if isinstance(value, bool) else "none" if value is None else value
+
+
 def _auto_or_flag(value: Any) -> bool | str:
     if isinstance(value, bool):
         return value
@@ -130,6 +135,8 @@ class EngineConfig(_Model):
     collective_timeout_s: Annotated[float, number(0, above=True)] = 600.0
     threads_per_rank: OptionalCount = None
     loss_chunk_tokens: OptionalCount = None
+    fast_lora: Annotated[bool | str, BeforeValidator(_auto_or_flag)] = "auto"
+    activation_checkpointing: Annotated[str, one_of("none", "all", "auto"), BeforeValidator(_recomputed)] = "none"
     max_restarts: Annotated[int, whole_number(0)] = 0
     restart_processes: OptionalCount = None
     loss_scale: LossScaleConfig = LossScaleConfig()

@@ -20,6 +20,7 @@ from ..errors import UnitStateError
 from ..offload.store import Slab
 from .engine import Engine
 from .flat import FlatBuffer
+from .guard import unasked
 from .layout import Piece
 from .plan import Plan, Tier
 
@@ -196,12 +197,13 @@ class Gradients:
         """This backward's gradients as one flat tensor in the reduce dtype, zeros where there is none."""
         flat = torch.zeros(self.buffer.layout.numel, dtype=self._reduce_dtype, device=self.buffer.whole.device)
         targets, sources = [], []
-        for member, target in zip(self.buffer.members, self.buffer.slices(flat), strict=True):
-            grad = member.parameter.grad
-            if grad is not None:
-                targets.append(target)
-                sources.append((grad.to_dense() if grad.is_sparse else grad).reshape(-1))
-                member.parameter.grad = None
+        with unasked():
+            for member, target in zip(self.buffer.members, self.buffer.slices(flat), strict=True):
+                grad = member.parameter.grad
+                if grad is not None:
+                    targets.append(target)
+                    sources.append((grad.to_dense() if grad.is_sparse else grad).reshape(-1))
+                    member.parameter.grad = None
         if targets:
             torch._foreach_copy_(targets, sources)
         return flat
@@ -272,8 +274,9 @@ class Gradients:
         self._whole = self._shard = self._square = None
         self._host_filled = False
         self.used = [False] * len(self.used)
-        for member in self.buffer.members:
-            member.parameter.grad = None
+        with unasked():
+            for member in self.buffer.members:
+                member.parameter.grad = None
 
     @property
     def nbytes(self) -> dict[Tier, int]:

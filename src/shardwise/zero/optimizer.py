@@ -339,6 +339,9 @@ class ShardedOptimizer:
         if not self.step_was_skipped:
             for residency in self._residencies:
                 residency.after_step(self.optimizer, self._shards)
+            for model in self.models:
+                for call in model.after_step:
+                    call()
         return result
 
     def zero_grad(self) -> None:

@@ -57,6 +57,19 @@ def choose(candidates: Sequence[Choice], room: int) -> list[Choice]:
     return chosen
 
 
+def room_beside(peak: int, device: torch.device, budget: int | str) -> int:
+    """Bytes that `budget` has left on `device` beside a peak of this process; on a CPU, which has no peak, all of a number.
+
+    budget: bytes for this process, or "auto" for all that the device has; part of it is kept free.
+    """
+    if device.type != "cuda":
+        return 0 if isinstance(budget, str) else budget
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)  # contexts, communicators, other processes
+    limit = total if isinstance(budget, str) else min(budget, total)
+    return int(limit * (1 - _RESERVE)) - peak - others
+
+
 class Residency:
     """Fills a model's budget once, after a measured step.
 
@@ -97,13 +110,7 @@ class Residency:
     def _room(self) -> int:
         """Bytes of the budget that a step leaves free."""
         device = self.model.ranks.device
-        if device.type != "cuda":
-            return 0 if isinstance(self.budget, str) else self.budget
-        free, total = torch.cuda.mem_get_info(device)
-        reserved = torch.cuda.max_memory_reserved(device)
-        others = total - free - torch.cuda.memory_reserved(device)  # contexts, communicators, other processes
-        limit = total if isinstance(self.budget, str) else min(self.budget, total)
-        return int(limit * (1 - _RESERVE)) - reserved - others
+        return room_beside(torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0, device, self.budget)
 
     def candidates(self) -> list[Choice]:
         """Everything that is offloaded, best first."""

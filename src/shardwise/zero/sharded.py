@@ -6,7 +6,7 @@ model up. It hangs nothing on the model: `find_sharded` looks it up in a side ta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 from weakref import WeakValueDictionary
@@ -59,6 +59,7 @@ class ShardedModel:
     whole_adapters: True keeps trainable weights whole on the gpu at stage 3, False shards them, 'auto' keeps those that
                     are at most 1/16 of what is frozen in their unit.
     sources:        of the parameters on the meta device: each rank reads its own interval from them.
+    after_step:     called after every step of an optimizer on this model, on every rank.
     sync_gradients: set False before a backward whose gradients are accumulated only. accumulating: the last one was so.
     Collective: every rank calls it with an equally built model; rank 0's weights are everybody's afterwards.
     Raises PrepareError for a model that is prepared already, has weights on the meta device, or fits no unit name.
@@ -86,6 +87,7 @@ class ShardedModel:
         self.sync_gradients = True
         self.accumulating = False
         self.gpu_memory_budget = gpu_memory_budget
+        self.after_step: list[Callable[[], None]] = []
         self._whole_adapters = whole_adapters
         self._sources: Sources = sources or {}
         specs: list[UnitSpec] = []

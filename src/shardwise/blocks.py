@@ -1,0 +1,74 @@
+"""The repeated blocks of a model, and what a block's `forward` must know of key-value caches to be replaced.
+
+A module's call runs its hooks around its `forward`. What compiles or recomputes a block replaces `forward`, on the instance, so
+that the engine's hooks, which gather and release, stay outside. Models of transformers make an empty key-value cache in
+training too unless `use_cache` is off; it is kept from the block, as their own checkpointing does.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from .zero.units import ROOT, find_units
+
+logger = logging.getLogger("shardwise")
+
+_CACHES = ("past_key_values", "past_key_value", "layer_past")
+_said: set[str] = set()
+
+
+def repeated_blocks(model: nn.Module, units: Sequence[str] | None = None) -> list[nn.Module]:
+    """Modules of a class that repeats, each a unit of its own, in the model's order. The model is not sharded yet.
+
+    units: as ShardedModel takes it.
+    """
+    found = [spec.entries[0] for spec in find_units(model, units) if spec.name != ROOT and len(spec.entries) == 1]
+    often = Counter(type(module) for module in found)
+    return [module for module in found if often[type(module)] > 1]
+
+
+def without_cache(kwargs: dict[str, Any], otherwise: str) -> bool:
+    """Take an empty key-value cache out of a block's arguments. False if there is one with content, which must stay.
+
+    otherwise: what is said then, once for each text.
+    """
+    for name in _CACHES:
+        if kwargs.get(name) is None:
+            continue
+        if not _is_empty(kwargs[name]):
+            if otherwise not in _said:
+                _said.add(otherwise)
+                logger.warning("%s", otherwise)
+            return False
+        kwargs[name] = None
+    return True
+
+
+class ReplacedForwards:
+    """The `forward` of modules, replaced on the instances until `undo`. The one thing that is hung on a user's module."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[nn.Module, Any]] = []
+
+    def replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self._before.append((module, vars(module).get("forward")))
+        module.forward = forward
+
+    def undo(self) -> None:
+        """Give every module the `forward` back that it had."""
+        for module, own in reversed(self._before):
+            if own is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = own
+        self._before.clear()
+
+
+def _is_empty(cache: Any) -> bool:
+    length = getattr(cache, "get_seq_length", None)
+    return callable(length) and int(length()) == 0
