@@ -62,7 +62,7 @@ FRONT_END = (
 # First match wins; a name that is nowhere here fails test_every_module_has_a_level, so that it is put on a level.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "version"),
-    ("zero.plan", "zero.layout", "config"),
+    ("zero.plan", "zero.layout", "zero.order", "config"),
     (
         "zero.precision",
         "zero.flat",

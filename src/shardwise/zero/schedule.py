@@ -25,13 +25,13 @@ import logging
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from difflib import SequenceMatcher
 from enum import Enum, auto
 
 from ..errors import ScheduleError
 from .collectives import Ranks
 from .engine import Faults, ReductionsInFlight
 from .gradients import Grads
+from .order import Order, insert, merge
 from .streams import Lanes
 from .unit import Unit, Weights
 
@@ -44,23 +44,6 @@ class Phase(Enum):
     IDLE = auto()
     FORWARD = auto()
     BACKWARD = auto()
-
-
-class Order:
-    """The agreed sequence of one kind of pass, and how far this pass has come in it.
-
-    sequence: unit indices, or None until the ranks have agreed.
-    issued:   how many of them have been enqueued. at: the position of the unit in use.
-    """
-
-    def __init__(self) -> None:
-        self.sequence: list[int] | None = None
-        self.issued = 0
-        self.at = -1
-
-    def restart(self) -> None:
-        self.issued = 0
-        self.at = -1
 
 
 class Schedule:
@@ -341,7 +324,7 @@ class Schedule:
         if order.sequence is not None or not self._gatherable:
             return
         everyone = self.ranks.gather_objects((self._observed, sorted(self._used_in_forward)))
-        merged = _merge([seen for seen, _ in everyone])
+        merged = merge([seen for seen, _ in everyone])
         used = set().union(*(used for _, used in everyone))
         # A unit that no rank used may be used in a later pass. In a backward, one that ran forward and was not needed
         # (a frozen embedding, whose backward reads no weight) stays out.
@@ -349,7 +332,7 @@ class Schedule:
         if order is self._backward:
             missing.reverse()
         for i in missing:
-            _insert(merged, i, self._gatherable if order is self._forward else self._gatherable[::-1])
+            insert(merged, i, self._gatherable if order is self._forward else self._gatherable[::-1])
         order.sequence = merged
         if self._forward.sequence is not None and self._backward.sequence is not None:
             ends = 1 + self.prefetch
@@ -492,24 +475,3 @@ class Schedule:
         for unit in self.units:
             if unit.gradients is not None and unit.gradients.state is not Grads.EMPTY:
                 unit.gradients.settle()
-
-
-def _merge(seen: Sequence[Sequence[int]]) -> list[int]:
-    """A sequence that holds every rank's as a subsequence, in rank 0's order where they agree."""
-    merged = list(seen[0])
-    for other in seen[1:]:
-        common: list[int] = []
-        for _, a0, a1, b0, b1 in SequenceMatcher(None, merged, list(other), autojunk=False).get_opcodes():
-            same = merged[a0:a1] == list(other[b0:b1])
-            common += merged[a0:a1] if same else [*merged[a0:a1], *other[b0:b1]]
-        merged = common
-    return merged
-
-
-def _insert(sequence: list[int], i: int, natural: Sequence[int]) -> None:
-    """Put `i` behind the nearest one that precedes it in the natural order."""
-    for before in reversed(natural[: natural.index(i)]):
-        if before in sequence:
-            sequence.insert(sequence.index(before) + 1, i)
-            return
-    sequence.insert(0, i)
