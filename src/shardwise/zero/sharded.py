@@ -7,7 +7,7 @@ model up. It hangs nothing on the model: `find_sharded` looks it up in a side ta
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 from weakref import WeakValueDictionary
 
@@ -20,6 +20,7 @@ from ..offload.store import Slab
 from .collectives import Ranks
 from .engine import Engine, Faults, Kind, ReductionsInFlight, Stores
 from .flat import FlatBuffer, Member
+from .generation import room_for_weights, units_that_fit
 from .gradients import Gradients
 from .hooks import Hooks
 from .plan import Plan, Tier
@@ -59,6 +60,7 @@ class ShardedModel:
     whole_adapters: True keeps trainable weights whole on the gpu at stage 3, False shards them, 'auto' keeps those that
                     are at most 1/16 of what is frozen in their unit.
     sources:        of the parameters on the meta device: each rank reads its own interval from them.
+    generation_memory_budget: bytes of gathered weights while generating; "auto" for what is free, None for the fewest.
     sync_gradients: set False before a backward whose gradients are accumulated only. accumulating: the last one was so.
     Collective: every rank calls it with an equally built model; rank 0's weights are everybody's afterwards.
     Raises PrepareError for a model that is prepared already, has weights on the meta device, or fits no unit name.
@@ -77,6 +79,7 @@ class ShardedModel:
         sources: Sources | None = None,
         nvme_paths: Mapping[Kind, str] | None = None,
         gpu_memory_budget: int | str | None = None,
+        generation_memory_budget: int | str | None = "auto",
         serial: bool = False,
     ) -> None:
         self.model = model
@@ -86,6 +89,7 @@ class ShardedModel:
         self.sync_gradients = True
         self.accumulating = False
         self.gpu_memory_budget = gpu_memory_budget
+        self.generation_memory_budget = generation_memory_budget
         self._whole_adapters = whole_adapters
         self._sources: Sources = sources or {}
         specs: list[UnitSpec] = []
@@ -280,7 +284,7 @@ class ShardedModel:
         self.accumulating = not boundary
         if not boundary:
             return
-        self.schedule.settle()
+        self.schedule.reducing.settle()
         gradients = [unit.gradients for unit in self.units if unit.gradients is not None]
         # A parameter that no rank used keeps no gradient, as in one process: the optimizer must not touch it.
         used = self.ranks.any_of([flag for g in gradients for flag in g.used])
@@ -340,9 +344,25 @@ class ShardedModel:
             write_back(units, before, self.ranks, self.fetched, self.put_to_rest)
             self.synchronize()
 
-    def together(self) -> AbstractContextManager[None]:
-        """Inside, ranks may run different numbers of forwards without gradients, as in generation. Collective."""
-        return self.schedule.together() if self.ranks.world_size > 1 else nullcontext()
+    def generation(self, pinned: Sequence[Parameter] = ()) -> AbstractContextManager[None]:
+        """Inside, forwards without gradients: ranks may run different numbers of them, as in generation. Collective.
+
+        As many units stay gathered as `generation_memory_budget` allows on the rank with the least room; with all of them
+        there is no collective inside. pinned: parameters that are read outside of forwards; their units stay in any case.
+        """
+        return self.schedule.generating(lambda: self._units_to_keep({id(p) for p in pinned}))
+
+    def _units_to_keep(self, pinned: set[int]) -> list[int]:
+        ranks, schedule = self.ranks, self.schedule
+        room = min(ranks.gather_numbers(room_for_weights(ranks.device, self.generation_memory_budget)))
+        order = [schedule.index[id(u)] for u in self.in_forward_order([u for u in self.units if u.leaves])]
+        here = [
+            i for i in order if any(id(m.parameter) in pinned for part in self.units[i].parts for m in part.members)
+        ]
+        sizes = [sum(part.whole_nbytes for part in unit.parts) for unit in self.units]
+        # The one in use, those ahead of it, and one on its way from another tier.
+        window = 1 + schedule.prefetch + any(unit.travels for unit in self.units)
+        return units_that_fit(sizes, order, here, window, room)
 
     def state_dict(self, *, trainable_only: bool = False, names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Full tensors by the model's own names, on the CPU of rank 0; an empty dict on the others.
