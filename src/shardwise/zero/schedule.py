@@ -411,21 +411,32 @@ class Schedule:
         try:
             yield
         finally:
-            self.abandon_open_pass()
-            self.rounds.stand_by_until_all_are_done()
-            self.rounds.kept = frozenset()
-            self.faults.agree()
+            try:
+                self._wait_for_all()
+            finally:
+                self.rounds.kept = frozenset()
+
+    def _wait_for_all(self) -> None:
+        self.abandon_open_pass()
+        self.rounds.stand_by_until_all_are_done()
+        self.faults.agree()
 
     @contextmanager
     def generating(self, choose: Callable[[], Sequence[int]]) -> Iterator[None]:
         """Collective: inside, ranks may run different numbers of forwards without gradients.
 
         choose: gives the units that stay gathered, the same on every rank. With all of them there is no collective inside;
-        else it ends when the last rank leaves, and a rank whose sequences have ended gathers for the others. Inside another
-        such block, and where all is held anyway, it does nothing.
+        else it ends when the last rank leaves, and a rank whose sequences have ended gathers for the others. A block inside
+        another one chooses nothing, but ends in the same way: what a script does behind it may be collective.
         """
-        if self._generating or self._held or not self._gatherable:
+        if self._held or not self._gatherable:
             yield
+            return
+        if self._generating:
+            try:
+                yield
+            finally:
+                self._wait_for_all()
             return
         self.abandon_open_pass()
         kept = choose()
