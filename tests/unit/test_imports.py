@@ -76,7 +76,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "offload",
     ),
     ("zero.engine", "zero.gradients", "zero.unit"),
-    ("zero.generation", "zero.reducing", "zero.schedule", "zero.hooks", "zero.writing"),
+    ("zero.generation", "zero.quantised", "zero.reducing", "zero.schedule", "zero.hooks", "zero.writing"),
     ("zero.sharded",),
     ("zero.access", "zero.optimizer", "zero.shards", "zero.residency", "zero.clipping"),
     ("zero.intervals",),

@@ -26,8 +26,9 @@ from .hooks import Hooks
 from .plan import Plan, Tier
 from .portions import Role, divide
 from .precision import Precision
+from .quantised import QuantisedWeights, refuse_other_kinds
 from .schedule import Schedule
-from .sources import Sources, fill_region
+from .sources import Source, Sources, fill_region
 from .streams import Lanes
 from .unit import Unit
 from .units import UnitSpec, find_units
@@ -91,7 +92,8 @@ class ShardedModel:
         self.gpu_memory_budget = gpu_memory_budget
         self.generation_memory_budget = generation_memory_budget
         self._whole_adapters = whole_adapters
-        self._sources: Sources = sources or {}
+        self._sources: dict[int, Source] = dict(sources or {})
+        self._quantised = QuantisedWeights(model)
         specs: list[UnitSpec] = []
         error: Exception | None = None
         try:
@@ -178,7 +180,8 @@ class ShardedModel:
         portions = divide(
             specs, self.plan, self.precision, whole_adapters=self._whole_adapters, bucket_nbytes=BUCKET_NBYTES
         )
-        for portion in portions:
+        for divided in portions:
+            portion = self._quantised.with_scales(divided, self._sources, self.ranks)
             frozen = self._frozen_buffer(portion.frozen, portion.plan) if portion.frozen else None
             trainable, gradients = None, None
             if portion.trainable:
@@ -208,6 +211,7 @@ class ShardedModel:
                 buffer.fill()
             ranks.broadcast(buffer.whole)
         self._settle_in(buffer)
+        self._quantised.settle(members)
         return buffer
 
     def _trainable_buffer(
@@ -457,6 +461,7 @@ class ShardedModel:
                     add("gradient", tier, nbytes)
                 if not unit.gradients.shares_weights:
                     add("optimizer", unit.gradients.master.tier, unit.gradients.master.nbytes)
+        add("frozen", Tier.GPU, self._quantised.whole_nbytes)
         return found
 
     def release(self) -> None:
@@ -473,6 +478,7 @@ class ShardedModel:
                 for buffer in (unit.frozen, unit.trainable):
                     if buffer is not None:
                         buffer.dissolve()
+        self._quantised.unsettle()
         self._engine.lanes.synchronize()
         self._engine.stores.close()
         _sharded.pop(id(self.model), None)
@@ -500,6 +506,7 @@ def _check(model: nn.Module, sources: Sources) -> None:
         if other is model or any(m is model for m in other.modules()) or any(m is other for m in model.modules()):
             which = "this model" if other is model else f"a part of it, or a model around it ({type(other).__name__}),"
             raise PrepareError(f"{type(model).__name__}: {which} has been prepared already. Prepare each model once.")
+    refuse_other_kinds(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta and id(parameter) not in sources:
             raise PrepareError(
