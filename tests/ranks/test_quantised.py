@@ -10,7 +10,7 @@ from torch import nn
 
 from rig.engine import prepare, trained
 from rig.tiny import batches, share, tiny, with_lora
-from shardwise.errors import ReleasedParameterError
+from shardwise.errors import PrepareError, ReleasedParameterError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -149,6 +149,56 @@ def _released(ranks):
 
 def test_released_codes_and_scales_refuse_to_be_read(world):
     world(2).run(_released)
+
+
+def _saved(ranks, folder):
+    from shardwise.integrations import connect
+
+    model = quantisable("4")
+    sharded, _, _ = prepare(ranks, model, "3")
+    connect(model)
+    with pytest.raises(PrepareError, match="save_state"):
+        sharded.state_dict()
+    with pytest.raises(PrepareError, match="adapter"):
+        model.base_model.model.save_pretrained(folder / "whole")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder / "adapter")
+    ranks.barrier()
+    return (folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_adapter_is_saved_and_the_base_refused(world, tmp_path):
+    assert all(world(2).run(_saved, tmp_path))
+
+
+def _estimated(ranks, folder, bits):
+    from transformers import LlamaConfig
+
+    from shardwise.meta_model import Adapters, build_meta_model
+    from shardwise.zero.plan import Plan
+    from shardwise.zero.portions import at_rest, divide
+    from shardwise.zero.precision import Precision
+    from shardwise.zero.units import find_units
+
+    model = quantisable(bits)
+    sharded, _, _ = prepare(ranks, model, "3", precision="bf16")
+    config = model.base_model.model.config
+    LlamaConfig(**{**config.to_dict(), "architectures": ["LlamaForCausalLM"]}).save_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapters = Adapters(8, ("q_proj", "v_proj"))
+        meta = build_meta_model(str(folder), dtype="bf16", adapters=adapters, quantize=f"{bits}bit")
+    plan = Plan.from_stage(3, offload_optimizer="none", offload_param="none")
+    portions = divide(find_units(meta), plan, Precision.named("bf16"), bucket_nbytes=1 << 20)
+    whole = sharded._quantised.whole_nbytes
+    return sharded.ledger()["frozen", "gpu"] - whole, at_rest(portions, ranks.world_size)["frozen", "gpu"]
+
+
+@pytest.mark.parametrize("bits", ["8", "4"])
+def test_the_estimate_tells_the_sharded_bytes(world, tmp_path, bits):
+    for real, estimated in world(2).run(_estimated, tmp_path, bits):
+        assert abs(estimated - real) <= 0.01 * real
 
 
 def _built_in_shards(ranks, folder, bits):

@@ -49,6 +49,9 @@ class QuantisedWeights:
             ):
                 self._layers[id(weight)] = module
 
+    def __bool__(self) -> bool:
+        return bool(self._layers)
+
     def holds(self, members: Sequence[Member]) -> bool:
         """Whether any of these is quantised, or is to be."""
         return any(id(member.parameter) in self._layers for member in members)

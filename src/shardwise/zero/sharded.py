@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from ..errors import PrepareError, StoreError
 from ..offload.store import Slab
+from .checks import check_model, paths_of
 from .collectives import Ranks
 from .engine import Engine, Faults, Kind, ReductionsInFlight, Stores
 from .flat import FlatBuffer, Member
@@ -26,7 +27,7 @@ from .hooks import Hooks
 from .plan import Plan, Tier
 from .portions import Role, divide
 from .precision import Precision
-from .quantised import QuantisedWeights, refuse_other_kinds
+from .quantised import QuantisedWeights
 from .schedule import Schedule
 from .sources import Source, Sources, fill_region
 from .streams import Lanes
@@ -97,7 +98,7 @@ class ShardedModel:
         specs: list[UnitSpec] = []
         error: Exception | None = None
         try:
-            _check(model, self._sources)
+            check_model(model, [sharded.model for sharded in _sharded.values()], self._sources)
             specs = find_units(model, units, min_nbytes=MIN_UNIT_NBYTES if ranks.device.type == "cuda" else 0)
         except Exception as caught:
             error = caught
@@ -107,7 +108,7 @@ class ShardedModel:
         lanes = Lanes(ranks.device, serial=serial)
         stores: Stores | None = None
         try:
-            stores = Stores.make(lanes, ranks.rank, _paths(plan, nvme_paths or {}))
+            stores = Stores.make(lanes, ranks.rank, paths_of(plan, nvme_paths or {}))
         except StoreError as caught:
             error = caught
         ranks.agree(error)
@@ -374,7 +375,10 @@ class ShardedModel:
         trainable_only: leave frozen weights and buffers out. names: only these besides.
         Trained weights come from their masters, in the dtype the user gave them; frozen ones in the dtype they compute in.
         Unit by unit: no device holds more than one whole unit. Collective.
+        Raises PrepareError for all of a model whose base is quantised.
         """
+        if not trainable_only:
+            self.refuse_whole_state()
         self.schedule.abandon_open_pass()
         main = self.ranks.rank == 0
         found: dict[int, Tensor] = {}
@@ -404,6 +408,14 @@ class ShardedModel:
             order = self._native_order()
             state = dict(sorted(state.items(), key=lambda item: order.get(item[0], len(order))))
         return state
+
+    def refuse_whole_state(self) -> None:
+        """Raise PrepareError, on every rank, if the model cannot be saved whole: the library's tables would be missing."""
+        if self._quantised:
+            raise PrepareError(
+                f"this {type(self.model).__name__} has a quantised base, which is not saved: it can be loaded again from where "
+                "it came. Save the adapter (save_pretrained of the PEFT model), or all with save_state."
+            )
 
     def _whole_master(self, unit: Unit) -> Tensor:
         assert unit.gradients is not None
@@ -482,37 +494,3 @@ class ShardedModel:
         self._engine.lanes.synchronize()
         self._engine.stores.close()
         _sharded.pop(id(self.model), None)
-
-
-def _paths(plan: Plan, given: Mapping[Kind, str]) -> dict[Kind, str]:
-    """The directories that the plan needs. Raises StoreError if one is missing."""
-    found: dict[Kind, str] = {}
-    needs: dict[Kind, bool] = {
-        "param": Tier.NVME in (plan.frozen.tier, plan.parameter.tier),
-        "optimizer": plan.optimizer.tier is Tier.NVME,
-    }
-    for kind, needed in needs.items():
-        if needed and kind not in given:
-            raise StoreError(f"{kind} rests on nvme, but no directory is given. Set offload_{kind}_nvme_path.")
-        if needed:
-            found[kind] = given[kind]
-    return found
-
-
-def _check(model: nn.Module, sources: Sources) -> None:
-    if not isinstance(model, nn.Module):
-        raise PrepareError(f"expected a torch.nn.Module, got {type(model).__name__}.")
-    for other in [sharded.model for sharded in _sharded.values()]:
-        if other is model or any(m is model for m in other.modules()) or any(m is other for m in model.modules()):
-            which = "this model" if other is model else f"a part of it, or a model around it ({type(other).__name__}),"
-            raise PrepareError(f"{type(model).__name__}: {which} has been prepared already. Prepare each model once.")
-    refuse_other_kinds(model)
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta and id(parameter) not in sources:
-            raise PrepareError(
-                f"{name} is on the meta device: it has no values. Load or initialise the model before prepare."
-            )
-        if parameter.requires_grad and not parameter.is_floating_point():
-            raise PrepareError(
-                f"{name} is trainable but its dtype is {parameter.dtype}. Freeze it: requires_grad_(False)."
-            )
