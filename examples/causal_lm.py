@@ -127,8 +127,9 @@ def main() -> None:
         """The labels that the model writes for every message of the loader, in its order, on every rank."""
         model.eval()
         predictions: list[str] = []
-        for batch in tqdm(dataloader, disable=not accelerator.is_local_main_process):
-            with torch.no_grad():
+        # Weights stay gathered from batch to batch as far as there is memory; `generate` alone would keep them for one call.
+        with accelerator.generation(model):
+            for batch in tqdm(dataloader, disable=not accelerator.is_local_main_process):
                 outputs = accelerator.unwrap_model(model).generate(
                     **batch,
                     synced_gpus=is_ds_zero_3,
@@ -136,10 +137,10 @@ def main() -> None:
                     do_sample=False,
                     pad_token_id=tokenizer.pad_token_id,
                 )
-            outputs = outputs[:, batch["input_ids"].shape[1] :]
-            outputs = accelerator.pad_across_processes(outputs, dim=1, pad_index=tokenizer.pad_token_id)
-            outputs = accelerator.gather_for_metrics(outputs).cpu()
-            predictions.extend(tokenizer.batch_decode(outputs, skip_special_tokens=True))
+                outputs = outputs[:, batch["input_ids"].shape[1] :]
+                outputs = accelerator.pad_across_processes(outputs, dim=1, pad_index=tokenizer.pad_token_id)
+                outputs = accelerator.gather_for_metrics(outputs).cpu()
+                predictions.extend(tokenizer.batch_decode(outputs, skip_special_tokens=True))
         return [prediction.strip() for prediction in predictions]
 
     # A prepared loader knows its epoch, and goes on within it after a resume.

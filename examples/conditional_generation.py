@@ -104,15 +104,16 @@ def main() -> None:
         """The labels that the model writes for every message of the loader, in its order, on every rank."""
         model.eval()
         predictions: list[str] = []
-        for batch in tqdm(dataloader, disable=not accelerator.is_local_main_process):
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
-            with torch.no_grad():
+        # Weights stay gathered from batch to batch as far as there is memory; `generate` alone would keep them for one call.
+        with accelerator.generation(model):
+            for batch in tqdm(dataloader, disable=not accelerator.is_local_main_process):
+                inputs = {key: value for key, value in batch.items() if key != "labels"}
                 outputs = accelerator.unwrap_model(model).generate(
                     **inputs, synced_gpus=is_ds_zero_3, max_new_tokens=args.max_new_tokens, do_sample=False
                 )
-            outputs = accelerator.pad_across_processes(outputs, dim=1, pad_index=tokenizer.pad_token_id)
-            outputs = accelerator.gather_for_metrics(outputs).cpu()
-            predictions.extend(tokenizer.batch_decode(outputs, skip_special_tokens=True))
+                outputs = accelerator.pad_across_processes(outputs, dim=1, pad_index=tokenizer.pad_token_id)
+                outputs = accelerator.gather_for_metrics(outputs).cpu()
+                predictions.extend(tokenizer.batch_decode(outputs, skip_special_tokens=True))
         return [prediction.strip() for prediction in predictions]
 
     # A prepared loader knows its epoch, and goes on within it after a resume.

@@ -6,7 +6,7 @@ wrapped; for a model that is not sharded the wrapper does nothing but call on.
     PeftModel.save_pretrained        full adapter tensors, written by rank 0 alone, also when every rank calls it
     PreTrainedModel.save_pretrained  the same for a whole model
     GenerationMixin.generate         ranks may stop at different lengths
-    PeftModel's generate             with virtual tokens the model stays whole meanwhile
+    PeftModel's generate             with virtual tokens the embeddings stay gathered meanwhile
 
 Nothing of theirs is imported here unless the user's model has imported it already.
 """
@@ -17,6 +17,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
@@ -174,16 +175,28 @@ def _generate(
     if sharded.ranks.world_size == 1 and kwargs.get("synced_gpus"):
         # transformers would ask a process group that a run of one rank does not have.
         kwargs["synced_gpus"] = False
-    with sharded.together():
+    with generation(sharded):
         return original(*args, **kwargs)
 
 
 def _generate_with_adapter(
     sharded: ShardedModel, original: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    if not any(config.is_prompt_learning for config in model.peft_config.values()):
+    # Around what PEFT does before it calls the model's own generate.
+    with generation(sharded):
         return original(*args, **kwargs)
-    # PEFT embeds the prompt by itself, before and between the model's forwards, where no unit is asked for: with
-    # virtual tokens the whole model stays gathered while it generates.
-    with sharded.gathered():
-        return original(*args, **kwargs)
+
+
+def generation(sharded: ShardedModel) -> AbstractContextManager[None]:
+    """`ShardedModel.generation`, with what PEFT reads outside of forwards kept gathered.
+
+    With virtual tokens it embeds the prompt by itself, before and between the model's forwards, where no unit is asked for.
+    """
+    pinned: list[nn.Parameter] = []
+    peft = sys.modules.get("peft")
+    if peft is not None:
+        for model in sharded.model.modules():
+            if isinstance(model, peft.PeftModel) and any(c.is_prompt_learning for c in model.peft_config.values()):
+                for part in (getattr(model, "prompt_encoder", None), getattr(model, "word_embeddings", None)):
+                    pinned += [] if part is None else part.parameters()
+    return sharded.generation(pinned)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -19,6 +20,7 @@ from .data import DataLoaderConfiguration, PreparedLoader, check_data_loader, pr
 from .errors import PrepareError
 from .initialising import sources_of
 from .integrations import connect
+from .integrations import generation as keep_for_generation
 from .loading import build_without_memory, building
 from .lora import FastLora
 from .losses import LeanLoss
@@ -132,6 +134,24 @@ class Preparing(PartialState):
             elif isinstance(item, LRScheduler):
                 self._prepare_scheduler(item)
         return result[0] if len(result) == 1 else tuple(result)
+
+    @contextmanager
+    def generation(self, model: nn.Module) -> Iterator[None]:
+        """Inside, `model` generates or is evaluated without gradients; ranks may run different numbers of forwards. Collective.
+
+        As many weights stay gathered as `generation_memory_budget` allows, until the end; `generate` does the same by itself
+        for one call. With all of them there is no collective inside. Train outside.
+        Raises PrepareError if the model is not prepared.
+        """
+        sharded = find_sharded(model)
+        self._ranks.agree(
+            None
+            if sharded is not None
+            else PrepareError(f"generation: this {type(model).__name__} is not prepared. Pass it to `prepare` first.")
+        )
+        assert sharded is not None
+        with keep_for_generation(sharded), torch.no_grad():
+            yield
 
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
@@ -274,6 +294,7 @@ class Preparing(PartialState):
             whole_adapters="auto" if isinstance(engine.whole_adapters, str) else engine.whole_adapters,
             nvme_paths=nvme_paths,
             gpu_memory_budget=engine.gpu_memory_budget,
+            generation_memory_budget=engine.generation_memory_budget,
             sources=sources,
         )
         connect(model)

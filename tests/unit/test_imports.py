@@ -66,7 +66,7 @@ FRONT_END = (
 # First match wins; a name that is nowhere here fails test_every_module_has_a_level, so that it is put on a level.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "version"),
-    ("zero.plan", "zero.layout", "config"),
+    ("zero.plan", "zero.layout", "zero.order", "config"),
     (
         "zero.precision",
         "zero.flat",
@@ -81,7 +81,15 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "offload",
     ),
     ("zero.engine", "zero.gradients", "zero.unit"),
-    ("zero.schedule", "zero.hooks", "zero.writing"),
+    (
+        "zero.checks",
+        "zero.generation",
+        "zero.quantised",
+        "zero.reducing",
+        "zero.schedule",
+        "zero.hooks",
+        "zero.writing",
+    ),
     ("zero.sharded",),
     ("zero.access", "zero.optimizer", "zero.shards", "zero.residency", "zero.clipping"),
     ("zero.intervals",),

@@ -35,8 +35,9 @@ def save_streamed(
             compute.
     rename: name in the model -> name in the files, or None to leave it out.
     here:   False on rank 0 writes nothing: the script says that it is not a main process.
-    Tied weights are written once. Collective; an error is raised on every rank.
+    Tied weights are written once. Collective; an error is raised on every rank. Raises PrepareError for a quantised base.
     """
+    model.refuse_whole_state()
     error: Exception | None = None
     weights: WeightFiles | None = None
     named = _names(model, rename)

@@ -93,6 +93,12 @@ FLAGS: tuple[Flag, ...] = (
         _ENGINE,
         "auto|24GB",
     ),
+    Flag(
+        "generation_memory_budget",
+        "GPU memory for weights that stay gathered while generating; auto: what is free.",
+        _ENGINE,
+        "auto|none|24GB",
+    ),
     Flag("enable_cpu_affinity", "Keep each process to cores of its own.", _PROCESSES, switch=True),
     Flag("collective_timeout_s", "Seconds that a rank waits for the others before it raises.", _ENGINE, "SECONDS"),
     Flag("loss_chunk_tokens", "Compute the loss of so many tokens at a time, without all logits.", _ENGINE, "N"),

@@ -131,6 +131,7 @@ class EngineConfig(_Model):
     units: OptionalNames = None
     whole_adapters: Annotated[bool | str, BeforeValidator(_auto_or_flag)] = "auto"
     gpu_memory_budget: Annotated[int | str | None, optional(BeforeValidator(_budget), "none", "")] = None
+    generation_memory_budget: Annotated[int | str | None, optional(BeforeValidator(_budget), "none", "")] = "auto"
     scheduler_steps_per_process: Flag = True
     collective_timeout_s: Annotated[float, number(0, above=True)] = 600.0
     threads_per_rank: OptionalCount = None

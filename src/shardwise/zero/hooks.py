@@ -65,8 +65,8 @@ class Hooks:
                     hook = _weakly(self, unit, index)
                     parameter: Any = member.parameter  # torch does not annotate its hooks
                     self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
-        for module, units in entries.items():
-            before = partial(self._before_forward, units)
+        for kind, (module, units) in enumerate(entries.items()):
+            before = partial(self._before_forward, kind, units)
             after = partial(self._after_forward, units)
             self._handles += [
                 module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
@@ -81,7 +81,7 @@ class Hooks:
     # Forward.
 
     def _before_forward(
-        self, units: list[Unit], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, kind: int, units: list[Unit], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         schedule = self.schedule
         recording = torch.is_grad_enabled()
@@ -96,7 +96,7 @@ class Hooks:
             self._active.update(units)
             if outermost:
                 self._recording = recording
-                schedule.begin_forward(recording)
+                schedule.begin_forward(recording, kind)
                 if self._compute_dtype is not None:
                     args, kwargs = _map((args, kwargs), _caster(self._compute_dtype))
                     changed = True
@@ -119,7 +119,7 @@ class Hooks:
                     tensor.register_hook(before)  # type: ignore[no-untyped-call]
         if phase is Phase.FORWARD:
             if not torch.is_grad_enabled() and self._recording:
-                schedule.saw_recomputation()
+                schedule.reducing.saw_recomputation()
             self._active.subtract(units)
             for unit in units:
                 if not self._active[unit]:  # the encoder has ended, but the model around it needs the root unit still
@@ -144,7 +144,7 @@ class Hooks:
             self._begin_backward()
         assert unit.gradients is not None
         if unit.gradients.note(index):
-            self.schedule.gradients_complete(unit)
+            self.schedule.reducing.complete(unit)
 
     def _begin_backward(self) -> None:
         boundary = self._boundary()

@@ -5,7 +5,7 @@ disagree: one takes a branch that another does not, one stops generating earlier
 
 Negotiated: before a gather the ranks tell each other, over the control group, which unit each needs next; then all gather
 every named unit. A rank whose pass is over keeps answering until all are done. Any order and any branch works, at about
-0.1 ms a unit. The first forward and the first backward run this way, and every forward without gradients.
+0.1 ms a unit. The first forward and the first backward run this way.
 
 Ordered: the ranks have merged what they saw in the negotiated pass into one sequence of all units. A rank that needs a
 unit issues the sequence up to it, units that it skips included, and `prefetch` units more; at the end of the pass it
@@ -15,52 +15,36 @@ issues the rest. So each unit is gathered once per pass on every rank, whatever 
     rank 0 runs  embed  0     2  head      gathers 1 on the way to 2, and keeps it until the pass ends
     rank 1 runs  embed  0  1     head      gathers 2 on the way to head
 
-Gradients are reduced in one agreed order too: a unit whose turn has not come waits, and what never came is filled with
-zeros at the end of the backward. Gathers and reductions have a communicator each, so only the order within each kind counts.
+Forwards without gradients are ordered too, with one message for each: `generation.py`.
+
+Gradients are reduced in an order of their own: `reducing.py`. Gathers and reductions have a communicator each, so only the
+order within each kind counts.
 """
 
 from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from difflib import SequenceMatcher
 from enum import Enum, auto
 
 from ..errors import ScheduleError
 from .collectives import Ranks
 from .engine import Faults, ReductionsInFlight
-from .gradients import Grads
+from .generation import DONE, Rounds
+from .order import Order, insert, merge
+from .reducing import Reducing
 from .streams import Lanes
 from .unit import Unit, Weights
 
 log = logging.getLogger("shardwise")
-
-_DONE = -1
 
 
 class Phase(Enum):
     IDLE = auto()
     FORWARD = auto()
     BACKWARD = auto()
-
-
-class Order:
-    """The agreed sequence of one kind of pass, and how far this pass has come in it.
-
-    sequence: unit indices, or None until the ranks have agreed.
-    issued:   how many of them have been enqueued. at: the position of the unit in use.
-    """
-
-    def __init__(self) -> None:
-        self.sequence: list[int] | None = None
-        self.issued = 0
-        self.at = -1
-
-    def restart(self) -> None:
-        self.issued = 0
-        self.at = -1
 
 
 class Schedule:
@@ -103,17 +87,12 @@ class Schedule:
         self._finished: list[Unit] = []  # used, not yet released
         self._idle: dict[int, None] = {}  # gathered on the way to another unit, kept until the pass ends
         self._held = 0
-        self._together = 0
-        reducible = [i for i, unit in enumerate(self.units) if unit.gradients is not None]
-        self._reduce_order = reducible[::-1]
-        self._reduce_learned = False
-        self._complete: set[int] = set()
-        self._completed_in_order: list[int] = []
-        self._reduced = 0
-        self._late: set[int] = set()
-        self._recomputes = False  # some block ran under re-entrant checkpointing
+        self.rounds = Rounds(self.units, ranks, self._negotiate)
+        self._in_round = False
+        self._kind = 0
+        self._generating = 0
+        self.reducing = Reducing(self.units, ranks)
         self._rounds = 0  # how often this pass began its sequence anew
-        self._boundary = True
 
     @property
     def forward_sequence(self) -> list[int]:
@@ -122,39 +101,41 @@ class Schedule:
 
     # Passes.
 
-    def begin_forward(self, trains: bool) -> None:
-        """trains: gradients are recorded, so a backward may follow."""
+    def begin_forward(self, trains: bool, kind: int = 0) -> None:
+        """trains: gradients are recorded, so a backward may follow. kind: which module runs, see `Rounds.enter`."""
         self.abandon_open_pass()
+        if trains and self._generating and not self._held:
+            raise ScheduleError(
+                "a forward recorded gradients while the model generates, when ranks need not be in step. Put it under "
+                "torch.no_grad(), or train outside of accelerator.generation()."
+            )
         self.phase = Phase.FORWARD
         self._trains = trains
-        self._open(self._forward if trains else None)
         self._used_in_forward = set()
+        self._open(self._forward if trains else None)
+        if not trains and not self._held and self._gatherable:
+            self._kind = kind
+            self._in_round = True
+            self._order = self.rounds.enter(kind)
 
     def end_forward(self) -> None:
         if self.phase is not Phase.FORWARD:
             return
         self._close(self._forward if self._trains else None)
         self.phase = Phase.IDLE
-        if not self._together:
+        if not self._generating and not self._held:
             self.faults.agree()
 
     def begin_backward(self, boundary: bool) -> None:
         """boundary: this is the last micro-batch before a step."""
         self.phase = Phase.BACKWARD
-        self._boundary = boundary
         self._open(self._backward)
-        self._complete.clear()
-        self._late.clear()
-        self._completed_in_order = []
-        self._reduced = 0
-        for unit in self.units:
-            if unit.gradients is not None:
-                unit.gradients.expect()
+        self.reducing.begin(boundary)
 
     def end_backward(self) -> None:
         """Close the pass: gather what the sequence still holds, reduce what never came, join the lanes."""
         self._close(self._backward)
-        self._flush_reductions()
+        self.reducing.flush()
         self.lanes.compute_waits(self.lanes.reduce.mark())
         self.reductions.clear()
         self.phase = Phase.IDLE
@@ -167,29 +148,34 @@ class Schedule:
         self._rounds = 0
         self._idle.clear()
         ordered = order is not None and order.sequence is not None and not self._held
-        kept = self._turn if self._staying else set()
         self._here = set()
         if order is self._backward and ordered:
-            self._here = set(kept)
+            self._here = set(self._turn) if self._staying else set()
         else:
-            for i in kept:
-                if self.units[i].state is not Weights.RELEASED:
-                    self.units[i].release()
+            self._drop_turn()
         self._staying = ordered and order is self._forward
         self._order = order if ordered else None
         if self._order is not None:
             self._order.restart()
 
+    def _drop_turn(self) -> None:
+        """Release what a forward kept for a backward that did not come."""
+        for i in self._turn if self._staying else ():
+            if self.units[i].state is not Weights.RELEASED:
+                self.units[i].release()
+        self._staying = False
+
     def _close(self, order: Order | None) -> None:
-        if self._order is not None:
+        if self._in_round:
+            self.rounds.finish(self._order, self._observed)
+        elif self._order is not None:
             assert self._order.sequence is not None
             self._issue_to(len(self._order.sequence))
             if order is self._forward:
                 self._agree_on_window()
         elif not self._held and self._gatherable:
-            if not self._together:
-                while not self._negotiate(_DONE):
-                    pass
+            while not self._negotiate(DONE):
+                pass
             if order is not None:
                 self._learn(order)
         self._finished.clear()
@@ -199,6 +185,9 @@ class Schedule:
             if unit.leaves:
                 self._release(unit)
         self._order = None
+        if self._in_round:
+            self._in_round = False
+            self.rounds.leave()
 
     def abandon_open_pass(self) -> None:
         """If an exception left a pass open, issue what the other ranks may still issue, then forget the pass."""
@@ -213,8 +202,8 @@ class Schedule:
         else:
             self._close(None)
         for unit in self.units:
-            if unit.leaves and unit.state is not Weights.RELEASED and not self._held:
-                unit.release()
+            if unit.leaves:
+                self._release(unit)
         self.lanes.join()
         self.phase = Phase.IDLE
 
@@ -232,10 +221,26 @@ class Schedule:
         self._idle.pop(index, None)
         if self._held:
             return
+        if self._in_round and unit.state is Weights.RELEASED and not self._is_ahead(index):
+            self._enter_again(index)
         if self._order is None:
             self._need_negotiated(unit, index)
         else:
             self._need_ordered(unit, index, self._order)
+
+    def _is_ahead(self, index: int) -> bool:
+        """Whether a unit comes later in this pass, as far as the ranks know; in a negotiated one anything may come."""
+        order = self._order
+        return order is None or order.sequence is None or index in order.sequence[order.issued :]
+
+    def _enter_again(self, index: int) -> None:
+        """The rest of a forward without gradients becomes a round of its own. What it reads now stays here meanwhile."""
+        assert self._order is not None
+        assert self._order.sequence is not None
+        unknown = index not in self._order.sequence
+        self.rounds.finish(self._order, ())
+        self.rounds.leave()
+        self._order = self.rounds.enter(self._kind, unknown=unknown)
 
     def done(self, unit: Unit) -> None:
         """The computation that was enqueued has read `unit` for now. It is released when the next unit is needed."""
@@ -243,7 +248,7 @@ class Schedule:
             self._finished.append(unit)
 
     def _need_negotiated(self, unit: Unit, index: int) -> None:
-        if unit.state is Weights.RELEASED:
+        if unit.state is Weights.RELEASED or (index in self.rounds.kept and index not in self._observed):
             self._observed.append(index)
         self._release_finished(unit)
         while unit.state is Weights.RELEASED:
@@ -252,7 +257,7 @@ class Schedule:
 
     def _negotiate(self, want: int) -> bool:
         """One round: all ranks say what they need and gather all of it. True when every rank said that it is done."""
-        wants = set(self.ranks.gather_numbers(want)) - {_DONE}
+        wants = set(self.ranks.gather_numbers(want)) - {DONE}
         for i in sorted(wants):
             other = self.units[i]
             kept = other.state is not Weights.RELEASED
@@ -333,7 +338,7 @@ class Schedule:
         if self._staying and index in self._turn and self._trains:
             return
         self._idle.pop(index, None)
-        if unit.state is not Weights.RELEASED and not self._held:
+        if unit.state is not Weights.RELEASED and not self._held and index not in self.rounds.kept:
             unit.release()
 
     def _learn(self, order: Order) -> None:
@@ -341,7 +346,7 @@ class Schedule:
         if order.sequence is not None or not self._gatherable:
             return
         everyone = self.ranks.gather_objects((self._observed, sorted(self._used_in_forward)))
-        merged = _merge([seen for seen, _ in everyone])
+        merged = merge([seen for seen, _ in everyone])
         used = set().union(*(used for _, used in everyone))
         # A unit that no rank used may be used in a later pass. In a backward, one that ran forward and was not needed
         # (a frozen embedding, whose backward reads no weight) stays out.
@@ -349,7 +354,7 @@ class Schedule:
         if order is self._backward:
             missing.reverse()
         for i in missing:
-            _insert(merged, i, self._gatherable if order is self._forward else self._gatherable[::-1])
+            insert(merged, i, self._gatherable if order is self._forward else self._gatherable[::-1])
         order.sequence = merged
         if self._forward.sequence is not None and self._backward.sequence is not None:
             ends = 1 + self.prefetch
@@ -371,40 +376,76 @@ class Schedule:
         self.reductions.bounded = len(set(self.ranks.gather_numbers(mine))) == 1
 
     @contextmanager
-    def hold(self, units: Sequence[Unit]) -> Iterator[None]:
-        """Collective: keep `units` gathered inside, with no collective of their own. Not inside a pass."""
+    def hold(self, units: Sequence[Unit], *, partly: bool = False) -> Iterator[None]:
+        """Collective: keep `units` gathered inside, with no collective of their own. Not inside a pass.
+
+        partly: forwards inside gather the others; without it no forward gathers any.
+        """
         self.abandon_open_pass()
+        self._drop_turn()
         self.lanes.gather.wait(self.lanes.mark_compute())
         mine = [unit for unit in units if unit.leaves and unit.state is Weights.RELEASED]
         for unit in mine:
             unit.gather()
             unit.arrive()
-        self._held += 1
         try:
             self.faults.agree()
-            yield
+            with self._streaming(mine) if partly else self._holding():
+                yield
         finally:
-            self._held -= 1
             self._finished.clear()
             for unit in mine:
                 unit.release()
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Inside, ranks may run different numbers of forwards without gradients; it ends when the last rank leaves.
-
-        For generation: a rank whose sequences have ended keeps answering the others' gathers.
-        """
-        self._together += 1
+    def _holding(self) -> Iterator[None]:
+        self._held += 1
         try:
             yield
         finally:
-            self._together -= 1
-            if not self._together and not self._held and self._gatherable:
-                while not self._negotiate(_DONE):
-                    pass
-            if not self._together:
-                self.faults.agree()
+            self._held -= 1
+
+    @contextmanager
+    def _streaming(self, kept: Sequence[Unit]) -> Iterator[None]:
+        self.rounds.kept = frozenset(self.index[id(unit)] for unit in kept)
+        try:
+            yield
+        finally:
+            try:
+                self._wait_for_all()
+            finally:
+                self.rounds.kept = frozenset()
+
+    def _wait_for_all(self) -> None:
+        self.abandon_open_pass()
+        self.rounds.stand_by_until_all_are_done()
+        self.faults.agree()
+
+    @contextmanager
+    def generating(self, choose: Callable[[], Sequence[int]]) -> Iterator[None]:
+        """Collective: inside, ranks may run different numbers of forwards without gradients.
+
+        choose: gives the units that stay gathered, the same on every rank. With all of them there is no collective inside;
+        else it ends when the last rank leaves, and a rank whose sequences have ended gathers for the others. A block inside
+        another one chooses nothing, but ends in the same way: what a script does behind it may be collective.
+        """
+        if self._held or not self._gatherable:
+            yield
+            return
+        if self._generating:
+            try:
+                yield
+            finally:
+                self._wait_for_all()
+            return
+        self.abandon_open_pass()
+        kept = choose()
+        self._generating += 1
+        try:
+            with self.hold([self.units[i] for i in kept], partly=len(kept) < len(self._gatherable)):
+                yield
+        finally:
+            self._generating -= 1
 
     def keep_whole(self, units: Sequence[Unit]) -> None:
         """Collective: these are gathered now and never again. Not inside a pass."""
@@ -422,94 +463,3 @@ class Schedule:
             if order.sequence is not None:
                 order.sequence = [i for i in order.sequence if i not in gone]
         self.faults.agree()
-
-    # Gradients.
-
-    def gradients_complete(self, unit: Unit) -> None:
-        """Every gradient of `unit` has come: reduce it, and those that waited for it, as soon as their turn is there."""
-        index = self.index[id(unit)]
-        if self._reduces and self.ranks.blocking:
-            # Gradients wait in the parameters for the end of the backward: a rank that stood still in this reduction
-            # could not answer the gather that another rank, on another branch, needs before it comes here.
-            if index not in self._complete:
-                self._complete.add(index)
-                self._completed_in_order.append(index)
-            return
-        if index in self._complete:
-            # Re-entrant checkpointing runs a backward of its own per segment: a module in two of them sends gradients
-            # twice. The second lot waits for the end.
-            self._late.add(index)
-            return
-        self._complete.add(index)
-        self._completed_in_order.append(index)
-        if not self._reduces:
-            if unit.gradients is not None:
-                unit.gradients.collect()
-            return
-        while self._reduced < len(self._reduce_order) and self._reduce_order[self._reduced] in self._complete:
-            self._reduce(self._reduce_order[self._reduced])
-            self._reduced += 1
-
-    @property
-    def _reduces(self) -> bool:
-        """Whether this backward's gradients are averaged now, or kept whole until the boundary."""
-        return self._boundary or any(u.plan.gradient.sharded for u in self.units if u.gradients is not None)
-
-    def _reduce(self, index: int) -> None:
-        gradients = self.units[index].gradients
-        assert gradients is not None
-        gradients.reduce(self._boundary)
-
-    def _flush_reductions(self) -> None:
-        if not self._reduces:
-            for i in self._reduce_order:
-                gradients = self.units[i].gradients
-                if gradients is not None and (i not in self._complete or i in self._late):
-                    gradients.collect()
-            return
-        for i in [*self._reduce_order[self._reduced :], *self._agreed_late()]:
-            self._reduce(i)
-        self._late.clear()
-        if not self._reduce_learned and self._reduce_order:
-            order = self.ranks.broadcast_object(self._completed_in_order)
-            rest = [i for i in self._reduce_order if i not in order]
-            self._reduce_order = [*order, *rest]
-            self._reduce_learned = True
-
-    def _agreed_late(self) -> list[int]:
-        """Units that must be reduced a second time, the same on every rank."""
-        if not self._recomputes or self.ranks.blocking:
-            return sorted(self._late)
-        late = self.ranks.any_of([i in self._late for i in range(len(self.units))])
-        return [i for i, flag in enumerate(late) if flag]
-
-    def saw_recomputation(self) -> None:
-        """A block runs without a graph inside a forward that records one: its backward will be one of its own."""
-        self._recomputes = True
-
-    def settle(self) -> None:
-        """The boundary is reached: move reduced gradients to where they rest."""
-        for unit in self.units:
-            if unit.gradients is not None and unit.gradients.state is not Grads.EMPTY:
-                unit.gradients.settle()
-
-
-def _merge(seen: Sequence[Sequence[int]]) -> list[int]:
-    """A sequence that holds every rank's as a subsequence, in rank 0's order where they agree."""
-    merged = list(seen[0])
-    for other in seen[1:]:
-        common: list[int] = []
-        for _, a0, a1, b0, b1 in SequenceMatcher(None, merged, list(other), autojunk=False).get_opcodes():
-            same = merged[a0:a1] == list(other[b0:b1])
-            common += merged[a0:a1] if same else [*merged[a0:a1], *other[b0:b1]]
-        merged = common
-    return merged
-
-
-def _insert(sequence: list[int], i: int, natural: Sequence[int]) -> None:
-    """Put `i` behind the nearest one that precedes it in the natural order."""
-    for before in reversed(natural[: natural.index(i)]):
-        if before in sequence:
-            sequence.insert(sequence.index(before) + 1, i)
-            return
-    sequence.insert(0, i)

@@ -7,7 +7,7 @@ model up. It hangs nothing on the model: `find_sharded` looks it up in a side ta
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 from weakref import WeakValueDictionary
 
@@ -17,16 +17,19 @@ from torch.nn import Parameter
 
 from ..errors import PrepareError, StoreError
 from ..offload.store import Slab
+from .checks import check_model, paths_of
 from .collectives import Ranks
 from .engine import Engine, Faults, Kind, ReductionsInFlight, Stores
 from .flat import FlatBuffer, Member
+from .generation import room_for_weights, units_that_fit
 from .gradients import Gradients
 from .hooks import Hooks
 from .plan import Plan, Tier
 from .portions import Role, divide
 from .precision import Precision
+from .quantised import QuantisedWeights
 from .schedule import Schedule
-from .sources import Sources, fill_region
+from .sources import Source, Sources, fill_region
 from .streams import Lanes
 from .unit import Unit
 from .units import UnitSpec, find_units
@@ -60,6 +63,7 @@ class ShardedModel:
                     are at most 1/16 of what is frozen in their unit.
     sources:        of the parameters on the meta device: each rank reads its own interval from them.
     after_step:     called after every step of an optimizer on this model, on every rank.
+    generation_memory_budget: bytes of gathered weights while generating; "auto" for what is free, None for the fewest.
     sync_gradients: set False before a backward whose gradients are accumulated only. accumulating: the last one was so.
     Collective: every rank calls it with an equally built model; rank 0's weights are everybody's afterwards.
     Raises PrepareError for a model that is prepared already, has weights on the meta device, or fits no unit name.
@@ -78,6 +82,7 @@ class ShardedModel:
         sources: Sources | None = None,
         nvme_paths: Mapping[Kind, str] | None = None,
         gpu_memory_budget: int | str | None = None,
+        generation_memory_budget: int | str | None = "auto",
         serial: bool = False,
     ) -> None:
         self.model = model
@@ -88,12 +93,14 @@ class ShardedModel:
         self.accumulating = False
         self.gpu_memory_budget = gpu_memory_budget
         self.after_step: list[Callable[[], None]] = []
+        self.generation_memory_budget = generation_memory_budget
         self._whole_adapters = whole_adapters
-        self._sources: Sources = sources or {}
+        self._sources: dict[int, Source] = dict(sources or {})
+        self._quantised = QuantisedWeights(model)
         specs: list[UnitSpec] = []
         error: Exception | None = None
         try:
-            _check(model, self._sources)
+            check_model(model, [sharded.model for sharded in _sharded.values()], self._sources)
             specs = find_units(model, units, min_nbytes=MIN_UNIT_NBYTES if ranks.device.type == "cuda" else 0)
         except Exception as caught:
             error = caught
@@ -103,7 +110,7 @@ class ShardedModel:
         lanes = Lanes(ranks.device, serial=serial)
         stores: Stores | None = None
         try:
-            stores = Stores.make(lanes, ranks.rank, _paths(plan, nvme_paths or {}))
+            stores = Stores.make(lanes, ranks.rank, paths_of(plan, nvme_paths or {}))
         except StoreError as caught:
             error = caught
         ranks.agree(error)
@@ -176,7 +183,8 @@ class ShardedModel:
         portions = divide(
             specs, self.plan, self.precision, whole_adapters=self._whole_adapters, bucket_nbytes=BUCKET_NBYTES
         )
-        for portion in portions:
+        for divided in portions:
+            portion = self._quantised.with_scales(divided, self._sources, self.ranks)
             frozen = self._frozen_buffer(portion.frozen, portion.plan) if portion.frozen else None
             trainable, gradients = None, None
             if portion.trainable:
@@ -206,6 +214,7 @@ class ShardedModel:
                 buffer.fill()
             ranks.broadcast(buffer.whole)
         self._settle_in(buffer)
+        self._quantised.settle(members)
         return buffer
 
     def _trainable_buffer(
@@ -282,7 +291,7 @@ class ShardedModel:
         self.accumulating = not boundary
         if not boundary:
             return
-        self.schedule.settle()
+        self.schedule.reducing.settle()
         gradients = [unit.gradients for unit in self.units if unit.gradients is not None]
         # A parameter that no rank used keeps no gradient, as in one process: the optimizer must not touch it.
         used = self.ranks.any_of([flag for g in gradients for flag in g.used])
@@ -342,9 +351,25 @@ class ShardedModel:
             write_back(units, before, self.ranks, self.fetched, self.put_to_rest)
             self.synchronize()
 
-    def together(self) -> AbstractContextManager[None]:
-        """Inside, ranks may run different numbers of forwards without gradients, as in generation. Collective."""
-        return self.schedule.together() if self.ranks.world_size > 1 else nullcontext()
+    def generation(self, pinned: Sequence[Parameter] = ()) -> AbstractContextManager[None]:
+        """Inside, forwards without gradients: ranks may run different numbers of them, as in generation. Collective.
+
+        As many units stay gathered as `generation_memory_budget` allows on the rank with the least room; with all of them
+        there is no collective inside. pinned: parameters that are read outside of forwards; their units stay in any case.
+        """
+        return self.schedule.generating(lambda: self._units_to_keep({id(p) for p in pinned}))
+
+    def _units_to_keep(self, pinned: set[int]) -> list[int]:
+        ranks, schedule = self.ranks, self.schedule
+        room = min(ranks.gather_numbers(room_for_weights(ranks.device, self.generation_memory_budget)))
+        order = [schedule.index[id(u)] for u in self.in_forward_order([u for u in self.units if u.leaves])]
+        here = [
+            i for i in order if any(id(m.parameter) in pinned for part in self.units[i].parts for m in part.members)
+        ]
+        sizes = [sum(part.whole_nbytes for part in unit.parts) for unit in self.units]
+        # The one in use, those ahead of it, and one on its way from another tier.
+        window = 1 + schedule.prefetch + any(unit.travels for unit in self.units)
+        return units_that_fit(sizes, order, here, window, room)
 
     def state_dict(self, *, trainable_only: bool = False, names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Full tensors by the model's own names, on the CPU of rank 0; an empty dict on the others.
@@ -352,7 +377,10 @@ class ShardedModel:
         trainable_only: leave frozen weights and buffers out. names: only these besides.
         Trained weights come from their masters, in the dtype the user gave them; frozen ones in the dtype they compute in.
         Unit by unit: no device holds more than one whole unit. Collective.
+        Raises PrepareError for all of a model whose base is quantised.
         """
+        if not trainable_only:
+            self.refuse_whole_state()
         self.schedule.abandon_open_pass()
         main = self.ranks.rank == 0
         found: dict[int, Tensor] = {}
@@ -382,6 +410,14 @@ class ShardedModel:
             order = self._native_order()
             state = dict(sorted(state.items(), key=lambda item: order.get(item[0], len(order))))
         return state
+
+    def refuse_whole_state(self) -> None:
+        """Raise PrepareError, on every rank, if the model cannot be saved whole: the library's tables would be missing."""
+        if self._quantised:
+            raise PrepareError(
+                f"this {type(self.model).__name__} has a quantised base, which is not saved: it can be loaded again from where "
+                "it came. Save the adapter (save_pretrained of the PEFT model), or all with save_state."
+            )
 
     def _whole_master(self, unit: Unit) -> Tensor:
         assert unit.gradients is not None
@@ -439,6 +475,7 @@ class ShardedModel:
                     add("gradient", tier, nbytes)
                 if not unit.gradients.shares_weights:
                     add("optimizer", unit.gradients.master.tier, unit.gradients.master.nbytes)
+        add("frozen", Tier.GPU, self._quantised.whole_nbytes)
         return found
 
     def release(self) -> None:
@@ -455,39 +492,7 @@ class ShardedModel:
                 for buffer in (unit.frozen, unit.trainable):
                     if buffer is not None:
                         buffer.dissolve()
+        self._quantised.unsettle()
         self._engine.lanes.synchronize()
         self._engine.stores.close()
         _sharded.pop(id(self.model), None)
-
-
-def _paths(plan: Plan, given: Mapping[Kind, str]) -> dict[Kind, str]:
-    """The directories that the plan needs. Raises StoreError if one is missing."""
-    found: dict[Kind, str] = {}
-    needs: dict[Kind, bool] = {
-        "param": Tier.NVME in (plan.frozen.tier, plan.parameter.tier),
-        "optimizer": plan.optimizer.tier is Tier.NVME,
-    }
-    for kind, needed in needs.items():
-        if needed and kind not in given:
-            raise StoreError(f"{kind} rests on nvme, but no directory is given. Set offload_{kind}_nvme_path.")
-        if needed:
-            found[kind] = given[kind]
-    return found
-
-
-def _check(model: nn.Module, sources: Sources) -> None:
-    if not isinstance(model, nn.Module):
-        raise PrepareError(f"expected a torch.nn.Module, got {type(model).__name__}.")
-    for other in [sharded.model for sharded in _sharded.values()]:
-        if other is model or any(m is model for m in other.modules()) or any(m is other for m in model.modules()):
-            which = "this model" if other is model else f"a part of it, or a model around it ({type(other).__name__}),"
-            raise PrepareError(f"{type(model).__name__}: {which} has been prepared already. Prepare each model once.")
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta and id(parameter) not in sources:
-            raise PrepareError(
-                f"{name} is on the meta device: it has no values. Load or initialise the model before prepare."
-            )
-        if parameter.requires_grad and not parameter.is_floating_point():
-            raise PrepareError(
-                f"{name} is trainable but its dtype is {parameter.dtype}. Freeze it: requires_grad_(False)."
-            )

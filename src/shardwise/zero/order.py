@@ -1,0 +1,44 @@
+"""The order in which units are gathered in one kind of pass: agreed once, from what each rank saw. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+
+
+class Order:
+    """The agreed sequence of one kind of pass, and how far this pass has come in it.
+
+    sequence: unit indices, or None until the ranks have agreed.
+    issued:   how many of them have been enqueued. at: the position of the unit in use.
+    """
+
+    def __init__(self) -> None:
+        self.sequence: list[int] | None = None
+        self.issued = 0
+        self.at = -1
+
+    def restart(self) -> None:
+        self.issued = 0
+        self.at = -1
+
+
+def merge(seen: Sequence[Sequence[int]]) -> list[int]:
+    """A sequence that holds every rank's as a subsequence, in rank 0's order where they agree."""
+    merged = list(seen[0])
+    for other in seen[1:]:
+        common: list[int] = []
+        for _, a0, a1, b0, b1 in SequenceMatcher(None, merged, list(other), autojunk=False).get_opcodes():
+            same = merged[a0:a1] == list(other[b0:b1])
+            common += merged[a0:a1] if same else [*merged[a0:a1], *other[b0:b1]]
+        merged = common
+    return merged
+
+
+def insert(sequence: list[int], i: int, natural: Sequence[int]) -> None:
+    """Put `i` behind the nearest one that precedes it in the natural order."""
+    for before in reversed(natural[: natural.index(i)]):
+        if before in sequence:
+            sequence.insert(sequence.index(before) + 1, i)
+            return
+    sequence.insert(0, i)

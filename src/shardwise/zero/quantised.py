@@ -1,0 +1,164 @@
+"""bitsandbytes' weights in the frozen buffer: their codes as they are, and the scales that belong to them beside.
+
+    Params4bit   codes: 4 bits a weight      quant_state.absmax: a scale for each 64 weights, a byte or fp32
+    Int8Params   codes: 8 bits a weight      SCB: an fp32 scale for each row
+
+Codes and scales are bytes to the engine: no precision casts them, and what is gathered is what the library wrote. Scales
+below 1/256 of their codes (rows of an 8-bit weight, second-level scales) and tables of a few numbers stay whole on every
+rank: sharding them would save less than half a per cent.
+
+The library hangs scales on the weight and, for 8 bits, on the layer. Those objects stay: the ones in the buffer become views of
+it, guarded like parameters. A weight that has not been quantised yet is, one at a time, when its unit is built. Nothing is
+imported here: who has such weights has imported the library.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, MutableMapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PrepareError
+from .collectives import Ranks
+from .flat import Member
+from .portions import Portion
+from .sources import Source, give_memory
+
+# Of the codes' bytes: scales below this share stay whole.
+_WHOLE_SHARE = 1 / 256
+
+
+class QuantisedWeights:
+    """The quantised weights of one model, by their parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers: dict[int, Any] = {}  # id(weight) -> the layer that computes with it
+        self._packing: dict[int, bool] = {}
+        self.whole_nbytes = 0  # scales and tables that every rank has whole
+        library: Any = sys.modules.get("bitsandbytes")
+        if library is None:
+            return
+        for module in model.modules():
+            weight: Any = module._parameters.get("weight")
+            if isinstance(weight, library.nn.Params4bit) or (
+                isinstance(weight, library.nn.Int8Params) and not weight.has_fp16_weights
+            ):
+                self._layers[id(weight)] = module
+
+    def __bool__(self) -> bool:
+        return bool(self._layers)
+
+    def holds(self, members: Sequence[Member]) -> bool:
+        """Whether any of these is quantised, or is to be."""
+        return any(id(member.parameter) in self._layers for member in members)
+
+    def with_scales(self, portion: Portion, sources: MutableMapping[int, Source], ranks: Ranks) -> Portion:
+        """`portion` with its weights quantised and with their scales as members. Collective where it has such weights.
+
+        sources: the entries of weights that are quantised here are taken out.
+        Raises PrepareError on every rank if the library cannot do it on this device.
+        """
+        if not self.holds(portion.frozen):
+            return portion
+        members: list[Member] = []
+        whole: list[Tensor] = []
+        error: Exception | None = None
+        try:
+            for member in portion.frozen:
+                members.append(member)
+                if id(member.parameter) in self._layers:
+                    self._quantise(member, sources, ranks.device)
+                    members[-1] = replace(member, dtype=member.parameter.dtype)
+                    for name, scales in self._scales(member.parameter):
+                        if scales.nbytes >= member.parameter.nbytes * _WHOLE_SHARE:
+                            owned: Any = scales
+                            members.append(Member(f"{member.name}.{name}", owned, scales.dtype))
+                    whole += self._whole(member.parameter)
+        except Exception as caught:
+            error = caught
+        ranks.agree(error)
+        for tensor in whole if ranks.world_size > 1 else ():
+            ranks.broadcast(tensor)
+        self.whole_nbytes += sum(tensor.nbytes for tensor in whole)
+        return replace(portion, frozen=tuple(members))
+
+    def _quantise(self, member: Member, sources: MutableMapping[int, Source], device: torch.device) -> None:
+        weight: Any = member.parameter
+        source = sources.pop(id(weight), None)
+        if source is not None:
+            give_memory(weight, source.read(0, weight.numel()).view(weight.shape))
+        try:
+            if weight.is_floating_point() and not getattr(weight, "bnb_quantized", False):
+                weight.data = weight.data.to("cpu")  # the library quantises what it moves from there
+                weight.to(device)
+            elif getattr(weight, "quant_state", None) is not None:
+                weight.quant_state.to(device)
+        except (RuntimeError, NotImplementedError, ValueError) as caught:
+            raise PrepareError(
+                f"{member.name}: bitsandbytes cannot quantise it on {device}: {caught} Take another bitsandbytes, or load the "
+                "model without quantisation."
+            ) from caught
+        if not dict(self._scales(weight)):
+            raise PrepareError(
+                f"{member.name} holds codes without scales. Load the model with transformers' BitsAndBytesConfig, or leave its "
+                "layer as it was built: prepare quantises it."
+            )
+
+    def _scales(self, weight: Any) -> Iterator[tuple[str, Tensor]]:
+        """What grows with the weight: the same tensor objects for good."""
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            yield "absmax", state.absmax
+            if state.state2 is not None:
+                yield "nested_absmax", state.state2.absmax
+        layer = self._layers[id(weight)]
+        rows = getattr(weight, "SCB", None)
+        if rows is None and hasattr(layer, "state"):
+            rows = layer.state.SCB
+        if rows is not None:
+            yield "SCB", rows
+
+    def _whole(self, weight: Any) -> Iterator[Tensor]:
+        for _, scales in self._scales(weight):
+            if scales.nbytes < weight.nbytes * _WHOLE_SHARE:
+                yield scales
+        state = getattr(weight, "quant_state", None)
+        for part in (state, getattr(state, "state2", None)):
+            for table in (getattr(part, "code", None), getattr(part, "offset", None)):
+                if isinstance(table, Tensor):
+                    yield table
+
+    def settle(self, members: Sequence[Member]) -> None:
+        """The weights are views now, and whole: let the layers compute with those, and never with copies of their own."""
+        for layer in [self._layers[id(m.parameter)] for m in members if id(m.parameter) in self._layers]:
+            weight: Any = layer.weight
+            if hasattr(layer, "state"):
+                rows = weight.SCB if getattr(weight, "SCB", None) is not None else layer.state.SCB
+                layer.state.CB, layer.state.SCB = weight.data, rows
+                weight.CB = weight.SCB = None
+            elif getattr(layer, "support_avx512bf16_for_cpu", False):
+                # In eval the library would give the weight another layout in memory of its own.
+                self._packing[id(weight)] = True
+                layer.support_avx512bf16_for_cpu = False
+
+    def unsettle(self) -> None:
+        """The weights have memory of their own again."""
+        for key, layer in self._layers.items():
+            if hasattr(layer, "state"):
+                layer.state.CB = layer.weight.data
+            elif key in self._packing:
+                layer.support_avx512bf16_for_cpu = True
+
+
+def refuse_other_kinds(model: nn.Module) -> None:
+    """Raise PrepareError for weights that are several tensors in one, as torchao's and DTensors are."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "__tensor_flatten__"):
+            raise PrepareError(
+                f"{name} is a {type(parameter).__name__}, several tensors in one, which cannot be laid into a buffer. Of "
+                "quantised weights bitsandbytes' can be sharded: BitsAndBytesConfig(load_in_4bit=True)."
+            )
