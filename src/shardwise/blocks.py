@@ -7,9 +7,11 @@ training too unless `use_cache` is off; it is kept from the block, as their own 
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -56,8 +58,9 @@ class ReplacedForwards:
         self._before: list[tuple[nn.Module, Any]] = []
 
     def replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """forward: takes the module first, so that a copy of the module runs on the copy's weights."""
         self._before.append((module, vars(module).get("forward")))
-        module.forward = forward
+        module.forward = MethodType(forward, module)
 
     def undo(self) -> None:
         """Give every module the `forward` back that it had."""
@@ -67,6 +70,22 @@ class ReplacedForwards:
             else:
                 module.forward = own
         self._before.clear()
+
+
+def forward_of(module: nn.Module) -> Callable[..., Any]:
+    """The module's `forward` as a function that takes the module first."""
+    own = vars(module).get("forward")
+    if own is None:
+        function: Callable[..., Any] = type(module).forward
+        return function
+    if isinstance(own, MethodType):
+        return own.__func__
+
+    @functools.wraps(own)  # a script has put another function in its place
+    def forward(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)
+
+    return forward
 
 
 def _is_empty(cache: Any) -> bool:

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
-from .blocks import ReplacedForwards, repeated_blocks, without_cache
+from .blocks import ReplacedForwards, forward_of, repeated_blocks, without_cache
 from .config.compiling import CompileConfig
 from .errors import PrepareError
 
@@ -70,14 +69,13 @@ class CompiledBlocks(ReplacedForwards):
         )
         of_class: dict[type, Callable[..., Any]] = {}
         for block in blocks:
-            own = vars(block).get("forward")
-            if own is not None:  # a script has put another function in its place
-                self.replace(block, _dispatch(own, compile_(own)))
+            plain = forward_of(block)
+            if "forward" in vars(block):  # a script has put another function in its place
+                self.replace(block, _dispatch(plain, compile_(plain)))
                 continue
-            plain: Callable[..., Any] = type(block).forward
             if type(block) not in of_class:
                 of_class[type(block)] = _dispatch(plain, compile_(plain))
-            self.replace(block, MethodType(of_class[type(block)], block))
+            self.replace(block, of_class[type(block)])
 
 
 def _dispatch(plain: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .blocks import ReplacedForwards
+from .blocks import ReplacedForwards, forward_of
 
 
 class FastLora(ReplacedForwards):
@@ -41,7 +41,7 @@ class FastLora(ReplacedForwards):
         super().__init__()
         self.count = 0
         for module in lora_linears(model):
-            self.replace(module, _dispatch(module, module.forward))
+            self.replace(module, _dispatch(forward_of(module)))
             self.count += 1
 
 
@@ -50,17 +50,19 @@ def lora_linears(model: nn.Module) -> list[nn.Module]:
     layers: Any = sys.modules.get("peft.tuners.lora.layer")
     if layers is None:
         return []
-    return [m for m in model.modules() if type(m) is layers.Linear and type(m.base_layer) is nn.Linear]
+    found: list[Any] = [module for module in model.modules() if type(module) is layers.Linear]
+    # Where somebody has replaced a forward, theirs is what is wanted.
+    return [m for m in found if type(m.base_layer) is nn.Linear and "forward" not in vars(m)]
 
 
-def _dispatch(module: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
+def _dispatch(plain: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plain)
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not (args or kwargs):
             weights = _weights(module, x)
             if weights is not None:
                 return _LoraLinear.apply(x, *weights)  # type: ignore[no-untyped-call]
-        return plain(x, *args, **kwargs)
+        return plain(module, x, *args, **kwargs)
 
     return forward
 
@@ -75,7 +77,7 @@ def _weights(module: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Ten
     name = active[0]
     base, a, b = module.base_layer, module.lora_A[name], module.lora_B[name]
     dropout, scaling = module.lora_dropout[name], module.scaling[name]
-    if name in module.lora_variant or not isinstance(scaling, float | int):
+    if name in getattr(module, "lora_variant", ()) or module.use_dora.get(name) or not isinstance(scaling, float | int):
         return None
     if not (isinstance(dropout, nn.Identity) or (isinstance(dropout, nn.Dropout) and dropout.p == 0)):
         return None

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import ReplacedForwards, repeated_blocks, without_cache
+from .blocks import ReplacedForwards, forward_of, repeated_blocks, without_cache
 from .errors import PrepareError
 from .zero.residency import room_beside
 from .zero.sharded import ShardedModel
@@ -182,17 +182,17 @@ class _Block:
         self.counts: _Counts | None = None
         self.measured: _Counts | None = None
         self.keeps: _Counts | None = None
-        plain: Callable[..., Any] = module.forward
+        plain = forward_of(module)
 
         @functools.wraps(plain)
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled() or not without_cache(kwargs, _FILLED_CACHE):
-                return plain(*args, **kwargs)
+                return plain(module, *args, **kwargs)
             if self.counts is not None:
-                return self._count(self.counts, plain, args, kwargs)
+                return self._count(self.counts, functools.partial(plain, module), args, kwargs)
             if self.keeps is not None and self.keeps.covers(_size(args, kwargs)):
-                return plain(*args, **kwargs)
-            return checkpoint(functools.partial(plain, **kwargs), *args, use_reentrant=False)
+                return plain(module, *args, **kwargs)
+            return checkpoint(functools.partial(plain, module, **kwargs), *args, use_reentrant=False)
 
         self.forward = forward
 
@@ -219,11 +219,13 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
-    """Elements and length of the hidden states: the first tensor that the block is given."""
-    hidden = next(_tensors((args, kwargs)), None)
-    if hidden is None:
-        return 0, 0
-    return hidden.numel(), hidden.shape[-2] if hidden.ndim > 1 else 1
+    """Elements of the hidden states, the encoder's too, and the longest of them; of whatever comes first where there are none.
+
+    Masks do not count: they are left out where nothing is masked.
+    """
+    given = list(_tensors((args, kwargs)))
+    hidden = [tensor for tensor in given if tensor.ndim == 3 and tensor.is_floating_point()] or given[:1]
+    return sum(t.numel() for t in hidden), max((t.shape[-2] for t in hidden if t.ndim > 1), default=0)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -36,8 +36,8 @@ def records(done: subprocess.CompletedProcess[str]) -> dict[str, dict]:
 
 def test_engines_train_one_case_to_the_same_losses() -> None:
     found = records(run("compare.py", "--case", "lora8b", "--tiny", "--rounds", "1", "--warmup", "1", "--steps", "3",
-                        "--engines", "ddp,fsdp2,shardwise:3,shardwise:3+opt+param"))  # fmt: skip
-    assert list(found) == ["ddp", "fsdp2", "shardwise:3", "shardwise:3+opt+param"]
+                        "--engines", "ddp,fsdp2,shardwise:3,shardwise:3+opt+param,shardwise:3+lora+recompute"))  # fmt: skip
+    assert list(found) == ["ddp", "fsdp2", "shardwise:3", "shardwise:3+opt+param", "shardwise:3+lora+recompute"]
     first = found["ddp"]["losses"]
     for record in found.values():
         assert record["losses"] == pytest.approx(first, rel=5e-3)

@@ -10,6 +10,7 @@ import torch
 from rig.engine import adamw, prepare
 from rig.tiny import batches, checkpointed, share, tiny
 from shardwise import Accelerator, DeepSpeedPlugin
+from shardwise import lora as lora_module
 from shardwise.lora import FastLora
 from shardwise.process import forget_run
 from shardwise.recomputing import RecomputedBlocks, blocks_to_recompute
@@ -26,7 +27,10 @@ def _train(ranks, name, plan, precision, recompute, fast):
     sharded, _, optimizer = prepare(ranks, model, plan, optimizer=adamw, precision=precision)
     lora = FastLora(model) if fast else None
     recomputed = RecomputedBlocks(blocks, sharded, None)
-    losses = []
+    losses, taken = [], []
+    monkeypatch = pytest.MonkeyPatch()
+    apply = lora_module._LoraLinear.apply
+    monkeypatch.setattr(lora_module._LoraLinear, "apply", lambda *args: taken.append(1) or apply(*args))
     for batch in batches(name, STEPS, 2 * ranks.world_size):
         loss = model(**share(batch, ranks.rank, ranks.world_size)).loss
         loss.backward()
@@ -35,8 +39,10 @@ def _train(ranks, name, plan, precision, recompute, fast):
         losses.append(loss.item())
     with sharded.gathered():
         weights = [parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad]
+    monkeypatch.undo()
     recomputed.undo()
     if lora is not None:
+        assert len(taken) == STEPS * lora.count * (1 if recompute == "none" else 2)
         assert lora.count == 2 * len([name for name, _ in model.named_modules() if name.endswith("attn")])
         lora.undo()
     return losses, weights

@@ -255,6 +255,25 @@ def test_merging_disabling_and_switching_follow_peft():
     assert same()
 
 
+def test_a_copy_of_the_model_runs_on_its_own_weights():
+    model = _adapted()
+    FastLora(model)
+    other = copy.deepcopy(model)
+    x = torch.randn(4, IN)
+    before = model(x)
+    with torch.no_grad():
+        other.base_model.model.up.lora_B["default"].weight.zero_()
+    assert torch.equal(model(x), before)
+    assert not torch.equal(other(x), before)
+    assert _taken(other) == 2
+
+
+def test_a_forward_that_somebody_has_replaced_is_left():
+    model = _adapted()
+    model.base_model.model.up.forward = lambda x: torch.zeros(len(x), OUT)
+    assert FastLora(model).count == 1
+
+
 def test_undo_leaves_no_trace_and_other_models_have_nothing_to_replace():
     model = _adapted()
     FastLora(model).undo()
