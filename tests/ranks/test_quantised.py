@@ -172,6 +172,42 @@ def test_the_adapter_is_saved_and_the_base_refused(world, tmp_path):
     assert all(world(2).run(_saved, tmp_path))
 
 
+def _state(ranks, folder, include_frozen, save):
+    """Train two steps and save, or load; then one more step: its loss, and the codes."""
+    from shardwise import Accelerator, DeepSpeedPlugin
+    from shardwise.process import forget_run
+    from shardwise.zero.sharded import find_sharded
+
+    forget_run()
+    accelerator = Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(zero_stage=3, offload_param_device="cpu"))
+    model = quantisable("4")
+    optimizer = torch.optim.AdamW(trained(model), lr=3e-3, eps=1e-4)
+    accelerator.prepare(model, optimizer)
+    *first, last = batches("llama", 3, 12)
+    for batch in first if save else ():
+        accelerator.backward(model(**share(batch, ranks.rank, ranks.world_size)).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    if save:
+        accelerator.save_state(str(folder / "state"), include_frozen=include_frozen)
+    else:
+        accelerator.load_state(str(folder / "state"))
+    loss = accelerator.reduce(model(**share(last, ranks.rank, ranks.world_size)).loss.detach(), "mean").item()
+    sharded = find_sharded(model)
+    with sharded.gathered():
+        codes = quantised_weights(model)
+    forget_run()
+    return loss, codes
+
+
+@pytest.mark.parametrize("include_frozen", [False, True])
+def test_a_saved_run_goes_on_over_the_same_codes_on_other_ranks(world, tmp_path, include_frozen):
+    loss, codes = world(2).run(_state, tmp_path, include_frozen, True)[0]
+    again, found = world(3).run(_state, tmp_path, include_frozen, False)[0]
+    assert abs(again - loss) <= 1e-5
+    assert all(torch.equal(found[name], value) for name, value in codes.items())
+
+
 def _estimated(ranks, folder, bits):
     from transformers import LlamaConfig
 
