@@ -249,6 +249,31 @@ def test_nothing_stays_gathered_behind_the_block(world, plan, budget):
         assert not kept
 
 
+def _resident(ranks):
+    """Evaluations before and after units have become resident."""
+    model = tower(4)
+    model.blocks[1].requires_grad_(False)
+    sharded, _, stepping = prepare(ranks, model, "3-all", gpu_memory_budget=1 << 30, generation_memory_budget=None)
+    (x,) = batches_of_numbers(1)
+    for _ in range(4):
+        with sharded.generation(), torch.no_grad():
+            ranks.counts.clear()
+            found = model(x)
+            gathers = ranks.counts["all_gather"]
+        with sharded.gathered(), torch.no_grad():
+            assert torch.equal(model(x), found)
+        loss_of(model, mine(x, ranks.rank, ranks.world_size)).backward()
+        stepping.step()
+        stepping.zero_grad()
+    return gathers, [unit.leaves for unit in sharded.units]
+
+
+def test_units_that_became_resident_are_not_gathered_for_an_evaluation(world):
+    for gathers, leaves in world(2).run(_resident, timeout_s=20):
+        assert leaves.count(False) == 1
+        assert gathers == leaves.count(True)
+
+
 def _script(ranks):
     from shardwise import Accelerator, DeepSpeedPlugin
     from shardwise.process import forget_run
