@@ -10,7 +10,7 @@ from torch import nn
 
 from rig.engine import prepare, trained
 from rig.tiny import batches, share, tiny, with_lora
-from shardwise.errors import PrepareError, ReleasedParameterError
+from shardwise.errors import PrepareError, RankError, ReleasedParameterError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -149,6 +149,32 @@ def _released(ranks):
 
 def test_released_codes_and_scales_refuse_to_be_read(world):
     world(2).run(_released)
+
+
+def _fails_on_one_rank(ranks):
+    import bitsandbytes as library
+
+    model, original = quantisable("4"), library.functional.quantize_4bit
+    if ranks.rank == 1:
+        library.functional.quantize_4bit = _missing
+    try:
+        with pytest.raises((PrepareError, RankError)) as caught:
+            prepare(ranks, model, "3")
+    finally:
+        library.functional.quantize_4bit = original
+    return type(caught.value).__name__, str(caught.value)
+
+
+def _missing(*args, **kwargs):
+    raise NotImplementedError("no such kernel")
+
+
+def test_a_device_without_the_operation_is_one_clear_error_on_every_rank(world):
+    (other, told), (own, text) = world(2).run(_fails_on_one_rank, timeout_s=20)
+    assert (other, own) == ("RankError", "PrepareError")
+    assert "q_proj" in text
+    assert "no such kernel" in text
+    assert text in told
 
 
 def _saved(ranks, folder):
