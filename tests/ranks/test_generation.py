@@ -11,7 +11,7 @@ import torch
 from rig.engine import inputs as batches_of_numbers
 from rig.engine import loss_of, mine, prepare, tower
 from rig.tiny import batches, share, tiny, tiny_llama
-from shardwise.errors import ScheduleError
+from shardwise.errors import PrepareError, ScheduleError
 from shardwise.integrations import connect, generation
 
 PLANS = ("3", "3-all", "3-disk")
@@ -247,3 +247,55 @@ def test_nothing_stays_gathered_behind_the_block(world, plan, budget):
     for before, after, kept in world(2).run(_released, plan, budget):
         assert before == after
         assert not kept
+
+
+def _resident(ranks):
+    """Evaluations before and after units have become resident."""
+    model = tower(4)
+    model.blocks[1].requires_grad_(False)
+    sharded, _, stepping = prepare(ranks, model, "3-all", gpu_memory_budget=1 << 30, generation_memory_budget=None)
+    (x,) = batches_of_numbers(1)
+    for _ in range(4):
+        with sharded.generation(), torch.no_grad():
+            ranks.counts.clear()
+            found = model(x)
+            gathers = ranks.counts["all_gather"]
+        with sharded.gathered(), torch.no_grad():
+            assert torch.equal(model(x), found)
+        loss_of(model, mine(x, ranks.rank, ranks.world_size)).backward()
+        stepping.step()
+        stepping.zero_grad()
+    return gathers, [unit.leaves for unit in sharded.units]
+
+
+def test_units_that_became_resident_are_not_gathered_for_an_evaluation(world):
+    for gathers, leaves in world(2).run(_resident, timeout_s=20):
+        assert leaves.count(False) == 1
+        assert gathers == leaves.count(True)
+
+
+def _script(ranks):
+    from shardwise import Accelerator, DeepSpeedPlugin
+    from shardwise.process import forget_run
+
+    forget_run()
+    accelerator = Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(zero_stage=3))
+    model = tiny("llama", "lora").eval()
+    with pytest.raises(PrepareError, match="prepare"), accelerator.generation(model):
+        pass
+    model = accelerator.prepare(model)
+    model.config.use_cache = True
+    with accelerator.generation(model):
+        assert not torch.is_grad_enabled()
+        before = dict(accelerator._ranks.counts)
+        tokens = generate(model, ranks.rank, 1)
+        accelerator.wait_for_everyone()
+        assert dict(accelerator._ranks.counts) == before
+    forget_run()
+    return tokens
+
+
+def test_the_accelerator_makes_it_explicit(world):
+    expected = world(1).run(_expected, "llama", "lora", 1, 2)[0]
+    found = world(2).run(_script)
+    assert all(torch.equal(tokens, wanted) for tokens, wanted in zip(found, expected, strict=True))

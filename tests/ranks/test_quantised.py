@@ -10,7 +10,7 @@ from torch import nn
 
 from rig.engine import prepare, trained
 from rig.tiny import batches, share, tiny, with_lora
-from shardwise.errors import PrepareError, ReleasedParameterError
+from shardwise.errors import PrepareError, RankError, ReleasedParameterError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -151,6 +151,32 @@ def test_released_codes_and_scales_refuse_to_be_read(world):
     world(2).run(_released)
 
 
+def _fails_on_one_rank(ranks):
+    import bitsandbytes as library
+
+    model, original = quantisable("4"), library.functional.quantize_4bit
+    if ranks.rank == 1:
+        library.functional.quantize_4bit = _missing
+    try:
+        with pytest.raises((PrepareError, RankError)) as caught:
+            prepare(ranks, model, "3")
+    finally:
+        library.functional.quantize_4bit = original
+    return type(caught.value).__name__, str(caught.value)
+
+
+def _missing(*args, **kwargs):
+    raise NotImplementedError("no such kernel")
+
+
+def test_a_device_without_the_operation_is_one_clear_error_on_every_rank(world):
+    (other, told), (own, text) = world(2).run(_fails_on_one_rank, timeout_s=20)
+    assert (other, own) == ("RankError", "PrepareError")
+    assert "q_proj" in text
+    assert "no such kernel" in text
+    assert text in told
+
+
 def _saved(ranks, folder):
     from shardwise.integrations import connect
 
@@ -170,6 +196,42 @@ def _saved(ranks, folder):
 
 def test_the_adapter_is_saved_and_the_base_refused(world, tmp_path):
     assert all(world(2).run(_saved, tmp_path))
+
+
+def _state(ranks, folder, include_frozen, save):
+    """Train two steps and save, or load; then one more step: its loss, and the codes."""
+    from shardwise import Accelerator, DeepSpeedPlugin
+    from shardwise.process import forget_run
+    from shardwise.zero.sharded import find_sharded
+
+    forget_run()
+    accelerator = Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(zero_stage=3, offload_param_device="cpu"))
+    model = quantisable("4")
+    optimizer = torch.optim.AdamW(trained(model), lr=3e-3, eps=1e-4)
+    accelerator.prepare(model, optimizer)
+    *first, last = batches("llama", 3, 12)
+    for batch in first if save else ():
+        accelerator.backward(model(**share(batch, ranks.rank, ranks.world_size)).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    if save:
+        accelerator.save_state(str(folder / "state"), include_frozen=include_frozen)
+    else:
+        accelerator.load_state(str(folder / "state"))
+    loss = accelerator.reduce(model(**share(last, ranks.rank, ranks.world_size)).loss.detach(), "mean").item()
+    sharded = find_sharded(model)
+    with sharded.gathered():
+        codes = quantised_weights(model)
+    forget_run()
+    return loss, codes
+
+
+@pytest.mark.parametrize("include_frozen", [False, True])
+def test_a_saved_run_goes_on_over_the_same_codes_on_other_ranks(world, tmp_path, include_frozen):
+    loss, codes = world(2).run(_state, tmp_path, include_frozen, True)[0]
+    again, found = world(3).run(_state, tmp_path, include_frozen, False)[0]
+    assert abs(again - loss) <= 1e-5
+    assert all(torch.equal(found[name], value) for name, value in codes.items())
 
 
 def _estimated(ranks, folder, bits):

@@ -88,6 +88,10 @@ class Rounds:
             for other in passes:
                 self._stand_by(*other)
 
+    def forget(self, units: set[int]) -> None:
+        """These are never gathered again."""
+        self._sequences = {kind: [i for i in s if i not in units] for kind, s in self._sequences.items()}
+
     def _announce(self, number: int) -> list[tuple[int, bool]]:
         """The passes of this round: (kind, whether it is negotiated)."""
         unknown: dict[int, bool] = {}

@@ -459,6 +459,7 @@ class Schedule:
         self._gatherable = [i for i in self._gatherable if i not in gone]
         self._turn -= gone
         self._here -= gone
+        self.rounds.forget(gone)
         for order in (self._forward, self._backward):
             if order.sequence is not None:
                 order.sequence = [i for i in order.sequence if i not in gone]
