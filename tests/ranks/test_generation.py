@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -50,19 +51,27 @@ def _tokens(ranks, name, tuning, plan, beams, budget, synced=None):
     return [generate(model, ranks.rank, beams, synced) for _ in range(2)]
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("n", [2, 3])
-@pytest.mark.parametrize(("name", "tuning"), [("llama", "lora"), ("bart", "full")])
-def test_ranks_that_stop_at_different_lengths_write_what_one_process_writes(
-    world, name, tuning, n, plan, beams, budget
-):
-    expected = world(1).run(_expected, name, tuning, beams, n)[0]
-    found = world(n).run(_tokens, name, tuning, plan, beams, budget, timeout_s=30)
+WAYS = list(itertools.product((("llama", "lora"), ("bart", "full")), (2, 3), PLANS, (1, 3), BUDGETS))
+
+
+def check_tokens(world, model, n, plan, beams, budget):
+    expected = world(1).run(_expected, *model, beams, n)[0]
+    found = world(n).run(_tokens, *model, plan, beams, budget, timeout_s=30)
     for rank in range(n):
         for tokens in found[rank]:
             assert torch.equal(tokens, expected[rank])
+
+
+# 7 is prime to the lengths of the axes: every value of each is met, and most pairs.
+@pytest.mark.parametrize(("model", "n", "plan", "beams", "budget"), WAYS[::7])
+def test_ranks_that_stop_at_different_lengths_write_what_one_process_writes(world, model, n, plan, beams, budget):
+    check_tokens(world, model, n, plan, beams, budget)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("model", "n", "plan", "beams", "budget"), WAYS)
+def test_ranks_write_what_one_process_writes_every_way(world, model, n, plan, beams, budget):
+    check_tokens(world, model, n, plan, beams, budget)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
