@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint.stretches import DTYPES, TensorFile
+from .checkpoint.stretches import TensorFile
+from .checkpoint.tensor_file import dtype_name
 from .initialising import deferred_cast, deferred_from, deferring, is_deferred, shapes_only, source_of
 from .recording import Stretch
 
@@ -92,7 +93,7 @@ class _LazySlice:
         return list(self.shape)
 
     def get_dtype(self) -> str:
-        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        return dtype_name(self.dtype)
 
     def tensor(self) -> Tensor:
         return deferred_from(self._stretch, self.dtype, self.shape)

@@ -18,26 +18,8 @@ from torch import Tensor
 
 from ..errors import LoadingError
 from ..zero.scratch import scratch
+from .tensor_file import DTYPES
 
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own
 _READ_NBYTES = 1 << 30  # Linux reads at most 2 GiB in a call
 

@@ -33,6 +33,7 @@ _NAMES = {
     torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
@@ -44,7 +45,7 @@ _NAMES = {
     torch.bool: "BOOL",
     torch.complex64: "C64",
 }
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -56,9 +57,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def dtype_named(name: str) -> torch.dtype:
     """The dtype of a name in a safetensors file. Raises CheckpointError."""
-    if name not in _DTYPES:
+    if name not in DTYPES:
         raise CheckpointError(f"a tensor of the unknown dtype {name!r} cannot be read.")
-    return _DTYPES[name]
+    return DTYPES[name]
 
 
 @dataclass(frozen=True)

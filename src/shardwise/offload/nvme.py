@@ -109,7 +109,7 @@ class NvmeStore:
         self.bytes_read = 0
         pinned = lanes.device.type == "cuda"
         self._incoming, self._outgoing = Ring(pinned), Ring(pinned)
-        self._enqueue = threading.Lock()
+        self._enqueue = threading.Lock()  # of what the threads share: the order on a lane, and the counts
         self._files = 0
         self._written: set[FileSlab] = set()
         base = Path(folder).expanduser()
@@ -239,8 +239,8 @@ class NvmeStore:
                     f"rank {self.rank} read {got} of {wanted} bytes of {slab.name} from {file.path}: the file is "
                     "shorter than it was. Something else truncated it; go on from the last checkpoint."
                 )
-            self.bytes_read += got
             with self._enqueue, self.lanes.up.on():
+                self.bytes_read += got
                 out.copy_(block.memory[skip:wanted], non_blocking=True)
                 block.event = reading.event = self.lanes.up.mark()
         finally:
@@ -269,7 +269,8 @@ class NvmeStore:
                 raise self._error(f"write {length} bytes to", file.path, error) from error
             if done < length:
                 raise self._error(f"write {length} bytes to", file.path, OSError(errno.ENOSPC, "no space left"))
-            self.bytes_written += done
+            with self._enqueue:
+                self.bytes_written += done
         finally:
             self._outgoing.give(block)
 
