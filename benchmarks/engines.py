@@ -11,12 +11,13 @@ and an optimizer that steps. The step itself is one function for all of them, so
                              +cpu: CPUOffloadPolicy (parameters, gradients and the optimizer on the host)
     deepspeed:S[+opt][+param]
                              ZeRO stage S (1 to 3), where the package can be imported; see deepspeed_engine.py
-    shardwise:S[+opt][+param][+nvme][+budget][+clip][+loss][+lora][+recompute][+serial][+prefetchN]
+    shardwise:S[+opt][+param][+nvme][+budget][+clip][+loss][+lora][+recompute][+nccl][+serial][+prefetchN]
                              ZeRO stage S (0 to 3); +opt and +param put the optimizer and the parameters on the host,
                              with +nvme on the drive below $TMPDIR; +budget lets stay on the device what fits; +clip clips
                              to a global norm of 1; +loss computes the loss of a causal model in chunks; +lora runs the
                              LoRA linears on their fast path; +recompute recomputes only as many blocks as the device's
-                             memory needs, in place of the case's checkpointing; +serial lets nothing overlap
+                             memory needs, in place of the case's checkpointing; +nccl gathers weights by NCCL, not by
+                             copy engines; +serial lets nothing overlap
 
 Every engine takes +compile, torch.compile of each block by inductor, or +aot, the same without its kernels: for a CPU.
 """
@@ -103,7 +104,7 @@ class Engine:
             "ddpamp": set(),
             "fsdp2": {"ends", "cpu"},
             "deepspeed": {"opt", "param"},
-            "shardwise": {"opt", "param", "nvme", "budget", "clip", "loss", "lora", "recompute", "serial"},
+            "shardwise": {"opt", "param", "nvme", "budget", "clip", "loss", "lora", "recompute", "serial", "nccl"},
         }
         if kind not in allowed:
             raise ValueError(f"no engine is called {kind!r}; there are {', '.join(allowed)}")
@@ -216,6 +217,7 @@ class Engine:
             nvme_paths=dict.fromkeys(("param", "optimizer"), tempfile.gettempdir()),
             gpu_memory_budget="auto" if "budget" in self.options else None,
             serial="serial" in self.options,
+            gather_with="nccl" if "nccl" in self.options else "auto",
         )
         clipping = 1.0 if "clip" in self.options else None
         stepper = ShardedOptimizer(

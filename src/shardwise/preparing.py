@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from .recomputing import RecomputedBlocks, blocks_to_recompute
 from .scheduler import Rhythm, is_prepared, prepare_scheduler
 from .zero.engine import Kind
 from .zero.optimizer import ShardedOptimizer, find_sharded_optimizer
+from .zero.peers import GatherWith
 from .zero.plan import Plan
 from .zero.precision import LossScaler, Precision
 from .zero.sharded import ShardedModel, find_sharded
@@ -293,6 +294,7 @@ class Preparing(PartialState):
             units=engine.units,
             whole_adapters="auto" if isinstance(engine.whole_adapters, str) else engine.whole_adapters,
             nvme_paths=nvme_paths,
+            gather_with=cast(GatherWith, engine.gather_with),
             gpu_memory_budget=engine.gpu_memory_budget,
             generation_memory_budget=engine.generation_memory_budget,
             sources=sources,

@@ -53,6 +53,10 @@ def test_offloading_gives_the_bits_of_a_run_that_does_not(rows: list[dict]) -> N
     assert not failures(rows, "offload")
 
 
+def test_copy_engines_give_the_bits_of_collectives(rows: list[dict]) -> None:
+    assert not failures(rows, "peers")
+
+
 def test_three_runs_give_the_same_bits(rows: list[dict]) -> None:
     assert not failures(rows, "repeat")
 

@@ -32,7 +32,7 @@ import torch
 from reference import STEPS, Curve, adamw, batch_of, build_model, checkpoint_blocks, train_alone
 from stress import Delays
 
-from shardwise.zero import shards
+from shardwise.zero import peers, shards
 from shardwise.zero.collectives import Ranks
 from shardwise.zero.optimizer import ShardedOptimizer
 from shardwise.zero.plan import Plan
@@ -58,6 +58,7 @@ class Setting:
     clip: float | None = None
     checkpointing: bool = False
     prefetch: int = 1
+    gather_with: str = "auto"
     layers: int = 4
     hidden: int = 128
     steps: int = STEPS
@@ -127,6 +128,12 @@ OFFLOADED = [
     Setting(3, ("param",), precision="bf16"),
     Setting(3, ("param",), "nvme", precision="bf16"),
 ]
+# Held to the bit against the same setting with NCCL's gathers.
+COPIED = [
+    Setting(3, precision="bf16"),
+    Setting(3, trains="full", precision="bf16", accumulation=2),
+    Setting(3, trains="full", checkpointing=True, clip=0.1),
+]
 REPEATED = [Setting(3, precision="bf16"), Setting(3, BOTH, precision="bf16"), Setting(2, OPT, trains="full")]
 STRESSED = [
     Setting(3, prefetch=1, layers=24, hidden=64, steps=6),
@@ -170,6 +177,7 @@ def train_sharded(
         prefetch=setting.prefetch,
         units=units,
         nvme_paths=dict.fromkeys(("param", "optimizer"), tempfile.gettempdir()),
+        gather_with=setting.gather_with,
     )
     stepper = ShardedOptimizer(optimizer, [sharded], scaler=LossScaler.for_precision(precision), gradient_clipping=None)
     losses, norms = [], []
@@ -230,6 +238,12 @@ def check_offload(setting: Setting, ranks: Ranks) -> Row:
     """The bits of the same run with nothing offloaded: the step is the same, and so is the order of every sum."""
     curves = [train_sharded(replace(setting, offload=()), ranks), train_sharded(setting, ranks)]
     return _same_bits("offload", f"offload, {setting.name}", curves, ranks)
+
+
+def check_peers(setting: Setting, ranks: Ranks) -> Row:
+    """The bits of the same run with weights gathered by NCCL. Where copy engines cannot gather, both are that."""
+    curves = [train_sharded(replace(setting, gather_with="nccl"), ranks), train_sharded(setting, ranks)]
+    return _same_bits("peers", f"peers, {setting.name}", curves, ranks)
 
 
 def check_repeats(setting: Setting, ranks: Ranks) -> Row:
@@ -295,6 +309,7 @@ def all_checks() -> list[tuple[str, Callable[[Ranks], Row]]]:
     for prefix, settings, check in (
         ("parity", PARITY, check_parity),
         ("offload", OFFLOADED, check_offload),
+        ("peers", COPIED, check_peers),
         ("repeat", REPEATED, check_repeats),
         ("pinned", [Setting(3, BOTH), Setting(2, OPT, trains="full")], check_pinned),
         ("stress", STRESSED, check_stress),
@@ -316,6 +331,8 @@ def main() -> int:
     torch.backends.cudnn.allow_tf32 = False
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
+    # Shards as small as these models' would go by NCCL.
+    peers.MIN_SHARD_NBYTES = 1
     ranks = Ranks.join(use_cpu=options.use_cpu, timeout_s=120)
     if ranks.device.type == "cpu":
         torch.set_num_threads(1)

@@ -128,6 +128,7 @@ class EngineConfig(_Model):
         str, one_of("fp32", "bf16", "fp16"), BeforeValidator(lambda v: "fp32" if v == "auto" else v)
     ] = "fp32"
     prefetch_units: Annotated[int, whole_number(0)] = 1
+    gather_with: Annotated[str, one_of("auto", "nccl", "copy_engine")] = "auto"
     units: OptionalNames = None
     whole_adapters: Annotated[bool | str, BeforeValidator(_auto_or_flag)] = "auto"
     gpu_memory_budget: Annotated[int | str | None, optional(BeforeValidator(_budget), "none", "")] = None

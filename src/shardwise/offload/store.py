@@ -7,7 +7,7 @@ overtakes the put before it. Sizes are exact: nothing is rounded up to a power o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -55,6 +55,8 @@ class Slab:
         self.numel = numel
         self.dtype = dtype
         self._tensor = tensor
+        # Every rank's slab of this name, in rank order, where this rank can read them itself.
+        self.peers: Sequence[Tensor] = ()
         # Events of copies into and out of it, by range: chunks of one slab go up and down at the same time.
         self.writes: dict[tuple[int, int], torch.cuda.Event | None] = {}
         self.reads: dict[tuple[int, int], torch.cuda.Event | None] = {}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import datetime
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -169,6 +169,17 @@ class Ranks:
                 out.copy_(partial)
             return
         _reduce_scatter(out, partial, op=dist.ReduceOp.AVG, group=self._reduce)
+
+    def fence(self) -> None:
+        """Hold the current stream until every rank's has come to its own call. Over the data group."""
+        self.counts["fence"] += 1
+        if self._data is not None:
+            dist.all_reduce(torch.zeros(1, device=self.device), group=self._data)
+
+    def share(self, rendezvous: Callable[[Tensor, dist.ProcessGroup], Any], tensor: Tensor) -> Any:
+        """`rendezvous(tensor, group)` over the data group, where torch's symmetric memory asks for a group."""
+        assert self._data is not None
+        return rendezvous(tensor, self._data)
 
     def all_reduce_gradient(self, gradient: Tensor) -> None:
         """Average a whole gradient over the ranks, in place: what reduce_scatter is for a plan that keeps it whole."""

@@ -14,6 +14,7 @@ from ..offload.host import HostStore
 from ..offload.nvme import NvmeStore
 from ..offload.store import MemoryStore, Store
 from .collectives import Ranks
+from .peers import PeerMemory
 from .plan import Tier
 from .streams import Lanes
 
@@ -63,7 +64,10 @@ class Stores:
 
 @dataclass(frozen=True)
 class Engine:
-    """What every unit of a model shares. reduce_dtype: gradients are summed in it."""
+    """What every unit of a model shares.
+
+    reduce_dtype: gradients are summed in it. peers: where shards rest that copy engines gather, or None.
+    """
 
     ranks: Ranks
     lanes: Lanes
@@ -71,6 +75,7 @@ class Engine:
     reduce_dtype: torch.dtype
     reductions: ReductionsInFlight
     faults: Faults
+    peers: PeerMemory | None = None
 
 
 @dataclass

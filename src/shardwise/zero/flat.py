@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..offload.store import Store
+from ..offload.store import MemoryStore, Slab, Store
 from .guard import forget_parameter, name_parameter, released_class
 from .layout import ALIGNMENT, Layout
+from .peers import PeerMemory
 from .plan import Placement, Tier
 from .sources import give_memory
 
@@ -41,6 +42,7 @@ class FlatBuffer:
     members:   the parameters, in buffer order.
     layout:    in bytes when `dtype` is uint8 (frozen weights of any mix of dtypes), else in numbers.
     whole:     (layout.numel,) on the device; its storage is empty while released.
+    peers:     where shards on the device rest if all ranks shall read them. changes: steps write into them.
     slab:      (layout.shard_numel,) at rest on placement.tier; None when the whole never leaves.
     """
 
@@ -54,6 +56,8 @@ class FlatBuffer:
         rank: int,
         world_size: int,
         device: torch.device,
+        peers: PeerMemory | None = None,
+        changes: bool = False,
     ) -> None:
         self.members = tuple(members)
         self.dtype = dtype
@@ -80,7 +84,17 @@ class FlatBuffer:
         self._nbytes = self.whole.untyped_storage().nbytes()
         # A single rank's shard is the whole: only offloading makes the storage worth giving back.
         self.leaves = placement.sharded and (world_size > 1 or placement.tier is not Tier.GPU)
-        self.slab = store.allocate(self.layout.shard_numel, dtype, members[0].name) if self.leaves else None
+        self.slab: Slab | None = None
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        if self.leaves:
+            n = self.layout.shard_numel
+            if peers is not None and isinstance(store, MemoryStore) and store.tier is Tier.GPU:
+                self.slab = peers.allocate(store, n, dtype, changes=changes)
+            if self.slab is None:
+                self.slab = store.allocate(n, dtype, members[0].name)
+            # This rank's own first, then the others in turn, so that not all ranks read from one.
+            turn = [(rank + step) % world_size for step in range(world_size)] if self.slab.peers else []
+            self._copies = [(self.whole[r * n : (r + 1) * n], self.slab.peers[r]) for r in turn]
 
     @property
     def shard(self) -> Tensor:
@@ -99,6 +113,7 @@ class FlatBuffer:
     def stay_whole(self) -> None:
         """Never leave again; `whole` must be gathered."""
         self.slab = None
+        self._copies = []
         self.leaves = False
 
     @property
@@ -143,6 +158,16 @@ class FlatBuffer:
     def collapse(self) -> None:
         """Take the storage of `whole` away. The current lane must have waited for whoever reads it."""
         self.whole.untyped_storage().resize_(0)
+
+    @property
+    def has_peers(self) -> bool:
+        """Whether `copy_from_peers` gathers it, without a collective."""
+        return bool(self._copies)
+
+    def copy_from_peers(self) -> None:
+        """Fill `whole` from every rank's shard, on the current lane."""
+        for target, source in self._copies:
+            target.copy_(source, non_blocking=True)
 
     def guard(self) -> None:
         """From now on reading a parameter raises ReleasedParameterError."""

@@ -245,7 +245,7 @@ def groups(stepper: ShardedOptimizer) -> list[tuple[dict[str, Any], set[tuple[in
 def settle(model: ShardedModel) -> None:
     """Finish what is under way, so that what rests is what counts. Collective, like the end of a pass."""
     model.schedule.abandon_open_pass()
-    model.synchronize()
+    model.meet()
     model.drain()
 
 

@@ -377,6 +377,9 @@ class ShardedOptimizer:
                 driven.found_inf = torch.zeros((), device=grads[0].device)
             else:
                 _multiply(grads, factor)
+        fences = [model.engine.peers for model in self.models if model.engine.peers is not None]
+        for peers in fences:
+            peers.before_step()
         try:
             with torch.enable_grad():
                 type(self.optimizer).step(self.optimizer)
@@ -395,6 +398,8 @@ class ShardedOptimizer:
                 self._visits.step(model, visiting, shards, factor, fused=self._fused)
             if model.engine.stores.uses_disk:
                 model.drain()
+        for peers in fences:
+            peers.after_step()
 
     def _units(self, model: ShardedModel) -> list[Any]:
         return [u for u in model.units if u.gradients is not None and id(u.gradients) in self._members]

@@ -1,4 +1,4 @@
-"""What stays on the device although the plan offloads it, because there is room.
+"""What stays on the device although the plan offloads or shards it, because there is room.
 
 A plan that offloads is a promise about the least memory, not a wish to be slow. After a measured step it is known what
 a step needs, and what is left of the budget is filled, in the order of what a byte saves per step:
@@ -6,6 +6,7 @@ a step needs, and what is left of the budget is filled, in the order of what a b
     optimizer   master, states and gradient of a unit: 16 bytes a parameter that go up and 12 that come down, never hidden
     weights     a unit's shards: each byte goes up twice, mostly hidden behind the computation
     whole       a frozen unit stays gathered: its collectives fall away too
+    turn        a unit stays gathered from a forward to its backward: one gather of two falls away
 
 What is moved is read where it is from then on, by the code that a plan without offload runs; so the numbers are that
 plan's. Every rank moves the same, as much as the rank with the least room can hold.
@@ -103,9 +104,10 @@ class Residency:
                 _keep_weights(self.model, unit)
         whole = [self.model.units[c.unit] for c in chosen if c.move == "whole"]
         self.model.schedule.keep_whole(whole)
+        over_turn = self.model.schedule.widen_turn(room - sum(choice.nbytes for choice in chosen))
         self.model.synchronize()
         if ranks.rank == 0:
-            log.warning("%s", self.table(chosen, room))
+            log.warning("%s", self.table(chosen, room, over_turn))
 
     def _room(self) -> int:
         """Bytes of the budget that a step leaves free."""
@@ -131,8 +133,8 @@ class Residency:
                 found.append(Choice(i, "whole", unit.frozen.whole_nbytes - unit.frozen.slab.nbytes))
         return found
 
-    def table(self, chosen: Iterable[Choice], room: int) -> str:
-        """The placement in words, a line for each kind."""
+    def table(self, chosen: Iterable[Choice], room: int, over_turn: int = 0) -> str:
+        """The placement in words, a line for each kind. over_turn: units that stay from a forward to its backward."""
         lines = [f"gpu_memory_budget {self.budget}: {room / 1e6:,.1f} MB were free after a step. On the device stay:"]
         chosen = list(chosen)
         for move, what in (
@@ -147,6 +149,8 @@ class Residency:
                 lines.append(
                     f"  {what:<20} of {len(kept):>3} units, {size:,.1f} MB; offloaded still {len(every)} units"
                 )
+        if over_turn:
+            lines.append(f"  gathered weights     of {over_turn:>3} more units, from a forward to its backward")
         return "\n".join(lines)
 
 

@@ -447,6 +447,27 @@ class Schedule:
         finally:
             self._generating -= 1
 
+    def widen_turn(self, room: int) -> int:
+        """Keep more units gathered from a forward to its backward, the last ones first, while they fit into `room` bytes.
+
+        room: the same on every rank. Gives how many more. Not inside a pass.
+        """
+        forward, backward = self._forward.sequence, self._backward.sequence
+        if forward is None or backward is None:
+            return 0
+        self.abandon_open_pass()
+        self._drop_turn()
+        more = 0
+        for i in reversed(forward):
+            if i in self._turn or i not in backward:
+                continue
+            room -= sum(part.whole_nbytes for part in self.units[i].parts)
+            if room < 0:
+                break
+            self._turn.add(i)
+            more += 1
+        return more
+
     def keep_whole(self, units: Sequence[Unit]) -> None:
         """Collective: these are gathered now and never again. Not inside a pass."""
         self.abandon_open_pass()

@@ -24,6 +24,7 @@ from .flat import FlatBuffer, Member
 from .generation import room_for_weights, units_that_fit
 from .gradients import Gradients
 from .hooks import Hooks
+from .peers import GatherWith, PeerMemory
 from .plan import Plan, Tier
 from .portions import Role, divide
 from .precision import Precision
@@ -62,6 +63,8 @@ class ShardedModel:
     whole_adapters: True keeps trainable weights whole on the gpu at stage 3, False shards them, 'auto' keeps those that
                     are at most 1/16 of what is frozen in their unit.
     sources:        of the parameters on the meta device: each rank reads its own interval from them.
+    gather_with:    "copy_engine" lets ranks of one machine copy shards from each other, "nccl" gathers with its kernels, "auto"
+                    takes the first where it is possible.
     after_step:     called after every step of an optimizer on this model, on every rank.
     generation_memory_budget: bytes of gathered weights while generating; "auto" for what is free, None for the fewest.
     sync_gradients: set False before a backward whose gradients are accumulated only. accumulating: the last one was so.
@@ -84,6 +87,7 @@ class ShardedModel:
         gpu_memory_budget: int | str | None = None,
         generation_memory_budget: int | str | None = "auto",
         serial: bool = False,
+        gather_with: GatherWith = "auto",
     ) -> None:
         self.model = model
         self.plan = plan
@@ -117,13 +121,16 @@ class ShardedModel:
         assert stores is not None
         reductions = ReductionsInFlight(lanes)
         faults = Faults(ranks, active=stores.uses_disk)
-        self._engine = Engine(ranks, lanes, stores, precision.reduce, reductions, faults)
+        peers = PeerMemory.open(ranks, lanes, gather_with) if plan.frozen.sharded or plan.parameter.sharded else None
+        self._engine = Engine(ranks, lanes, stores, precision.reduce, reductions, faults, peers)
         self._dtypes = {name: p.dtype for name, p in model.named_parameters()}
         with torch.no_grad():
             self._place_buffers()
             self.units = self._build(specs)
         self._sources = {}
         self.drain()
+        if peers is not None:
+            peers.meet()
         self.schedule = Schedule(self.units, ranks, lanes, reductions, prefetch, faults)
         dtype = precision.compute
         self._hooks = Hooks(
@@ -206,6 +213,7 @@ class ShardedModel:
             rank=ranks.rank,
             world_size=ranks.world_size if plan.frozen.sharded else 1,
             device=ranks.device,
+            peers=self._engine.peers,
         )
         if self._have_sources(members):
             fill_region(buffer, self._sources, ranks, buffer.own_slice)
@@ -229,6 +237,9 @@ class ShardedModel:
             rank=ranks.rank,
             world_size=ranks.world_size if plan.optimizer.sharded else 1,
             device=ranks.device,
+            # Offloaded states step chunk by chunk while other units are gathered: no fence fits in between.
+            peers=self._engine.peers if plan.optimizer.tier is Tier.GPU else None,
+            changes=True,
         )
         # The masters start from the user's own values, not from their 16-bit rounding.
         master_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -312,6 +323,12 @@ class ShardedModel:
             if unit.gradients is not None:
                 unit.gradients.drop()
 
+    def meet(self) -> None:
+        """`synchronize`, and where ranks read each other's shards, wait until all have. Collective."""
+        self.synchronize()
+        if self._engine.peers is not None:
+            self._engine.peers.meet()
+
     def synchronize(self) -> None:
         """The host waits for everything that was enqueued on the device, and for what goes on in host memory."""
         self._engine.lanes.synchronize()
@@ -347,9 +364,9 @@ class ShardedModel:
             except Exception as caught:
                 error = caught
             self.ranks.agree(error)
-            self.synchronize()
+            self.meet()
             write_back(units, before, self.ranks, self.fetched, self.put_to_rest)
-            self.synchronize()
+            self.meet()
 
     def generation(self, pinned: Sequence[Parameter] = ()) -> AbstractContextManager[None]:
         """Inside, forwards without gradients: ranks may run different numbers of them, as in generation. Collective.
@@ -493,6 +510,6 @@ class ShardedModel:
                     if buffer is not None:
                         buffer.dissolve()
         self._quantised.unsettle()
-        self._engine.lanes.synchronize()
+        self.meet()
         self._engine.stores.close()
         _sharded.pop(id(self.model), None)

@@ -117,7 +117,7 @@ class Unit:
         ]
 
     def gather(self) -> None:
-        """Enqueue the collective that makes the weights whole, on the gather lane; `arrive` before they are read."""
+        """Enqueue what makes the weights whole, on the gather lane; `arrive` before they are read. Collective."""
         lane, ranks = self._engine.lanes.gather, self._engine.ranks
         again = self.state is Weights.GATHERED
         self.fetch()
@@ -129,8 +129,12 @@ class Unit:
             if not fetched and not again:
                 for part in self._parts:
                     part.expand()
-            sources = [part.own_slice if part.travels else part.shard for part in self._parts]
-            ranks.all_gather_together([part.whole for part in self._parts], sources)
+            sent = [part for part in self._parts if not part.has_peers]
+            if sent:
+                sources = [part.own_slice if part.travels else part.shard for part in sent]
+                ranks.all_gather_together([part.whole for part in sent], sources)
+            for part in self._parts:
+                part.copy_from_peers()
             self._arrived = lane.mark()
 
     def _land(self) -> None:
