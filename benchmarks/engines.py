@@ -104,7 +104,19 @@ class Engine:
             "ddpamp": set(),
             "fsdp2": {"ends", "cpu"},
             "deepspeed": {"opt", "param"},
-            "shardwise": {"opt", "param", "nvme", "budget", "clip", "loss", "lora", "recompute", "serial", "nccl"},
+            "shardwise": {
+                "opt",
+                "param",
+                "nvme",
+                "budget",
+                "clip",
+                "loss",
+                "lora",
+                "recompute",
+                "serial",
+                "nccl",
+                "graphs",
+            },
         }
         if kind not in allowed:
             raise ValueError(f"no engine is called {kind!r}; there are {', '.join(allowed)}")
@@ -223,7 +235,9 @@ class Engine:
         stepper = ShardedOptimizer(
             optimizer, [sharded], scaler=LossScaler.for_precision(precision), gradient_clipping=clipping
         )
-        compiled = CompiledBlocks(blocks, CompileConfig(dynamo_backend=self.backend) if self.backend else None)
+        mode = "reduce-overhead" if "graphs" in self.options else "default"
+        settings = CompileConfig(dynamo_backend=self.backend, dynamo_mode=mode) if self.backend else None
+        compiled = CompiledBlocks(blocks, settings)
         # A CPU has no peak to measure: there every block is kept.
         budget = "auto" if place.cuda else 1 << 40
         changed = (RecomputedBlocks(recomputed, sharded, budget),) if recompute else ()

@@ -3,7 +3,11 @@
 A module's call runs its hooks around its `forward`. So it is `forward` that is compiled, and the engine's hooks, which gather
 and release, stay outside of the compiled region: the graph holds arithmetic only, and takes the weights as inputs.
 
-    block(x)  ->  hook: gather  ->  forward, compiled: the checkpointing of transformers, attention, MLP  ->  hook: release
+    block(x)  ->  hook: gather  ->  forward, compiled: the checkpointing, attention, MLP  ->  hook: release
+
+Activation checkpointing belongs inside of the graph: the compiler then recomputes what the backward reads and no more, where a
+checkpoint around the graph runs all of it again, the last matrix product included. Newer transformers put theirs inside of
+`forward`; where a version has it around the module's call, it is switched off and done here.
 
 Because the weights are inputs, blocks of one class and one structure share one compiled artefact: a model of 32 blocks is
 compiled once. What a graph cannot hold stays eager: a forward that records no gradients (generation, whose shapes change at
@@ -19,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .blocks import ReplacedForwards, forward_of, repeated_blocks, without_cache
 from .config.compiling import CompileConfig
@@ -52,10 +57,14 @@ def blocks_to_compile(model: nn.Module, units: Sequence[str] | None = None) -> l
 
 
 class CompiledBlocks(ReplacedForwards):
-    """The blocks of one model with their `forward` compiled, until `undo`. None as settings compiles nothing."""
+    """The blocks of one model with their `forward` compiled, until `undo`. None as settings compiles nothing.
 
-    def __init__(self, blocks: Sequence[nn.Module], settings: CompileConfig | None) -> None:
+    recompute: their activations are recomputed in the backward, inside of the graphs.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], settings: CompileConfig | None, *, recompute: bool = False) -> None:
         super().__init__()
+        self._taken_over: list[nn.Module] = []
         if settings is None:
             return
         compile_ = functools.partial(
@@ -67,15 +76,45 @@ class CompiledBlocks(ReplacedForwards):
             # None: shapes are static until one changes.
             dynamic=True if settings.dynamo_use_dynamic else None,
         )
-        of_class: dict[type, Callable[..., Any]] = {}
+        of_class: dict[tuple[type, bool], Callable[..., Any]] = {}
         for block in blocks:
             plain = forward_of(block)
+            inside = recompute
+            if _checkpoints_around_its_call(block):
+                vars(block)["gradient_checkpointing"] = False
+                self._taken_over.append(block)
+                inside = True
+            traced = _recomputing(plain) if inside else plain
             if "forward" in vars(block):  # a script has put another function in its place
-                self.replace(block, _dispatch(plain, compile_(plain)))
+                self.replace(block, _dispatch(plain, compile_(traced)))
                 continue
-            if type(block) not in of_class:
-                of_class[type(block)] = _dispatch(plain, compile_(plain))
-            self.replace(block, of_class[type(block)])
+            key = type(block), inside
+            if key not in of_class:
+                of_class[key] = _dispatch(plain, compile_(traced))
+            self.replace(block, of_class[key])
+
+    def undo(self) -> None:
+        super().undo()
+        for block in self._taken_over:
+            vars(block)["gradient_checkpointing"] = True
+        self._taken_over.clear()
+
+
+def _checkpoints_around_its_call(block: nn.Module) -> bool:
+    """Whether transformers recomputes this block, by a `__call__` of its own: its `forward` does not hold the checkpoint."""
+    return bool(getattr(block, "gradient_checkpointing", False)) and type(block).__call__ is not nn.Module.__call__
+
+
+def _recomputing(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """`plain` that keeps its inputs alone, while the module trains."""
+
+    @functools.wraps(plain)
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not module.training:
+            return plain(module, *args, **kwargs)
+        return checkpoint(functools.partial(plain, module, **kwargs), *args, use_reentrant=False)
+
+    return forward
 
 
 def _dispatch(plain: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:

@@ -307,8 +307,9 @@ class Preparing(PartialState):
             if not fast.count and self.is_main_process:
                 logger.warning("fast_lora: has no effect; %s has no LoRA layer over a linear.", type(model).__name__)
             changes.append(fast)
-        changes.append(CompiledBlocks(blocks, self._config.compiling))
-        if recomputed:
+        always = bool(recomputed) and engine.activation_checkpointing == "all"
+        changes.append(CompiledBlocks(blocks, self._config.compiling, recompute=always))
+        if recomputed and not (blocks and always):
             budget = engine.gpu_memory_budget or "auto" if engine.activation_checkpointing == "auto" else None
             changes.append(RecomputedBlocks(recomputed, sharded, budget))
         if engine.loss_chunk_tokens is not None:

@@ -15,7 +15,8 @@ keep the same number, that of the rank with the least room; a rank's collectives
 measured ones is recomputed whole: what it would keep is not known.
 
 `forward` is what is replaced, so the engine's hooks around a block run once for a forward and once for a backward, and its
-weights are there in both. Over compiled blocks the checkpoint lies outside of the graph: one artefact serves both kinds.
+weights are there in both. Over compiled blocks `auto` lies outside of the graph, so that one artefact serves both kinds; `all`
+is done inside of it, by `compiling.py`.
 """
 
 from __future__ import annotations

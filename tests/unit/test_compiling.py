@@ -69,3 +69,44 @@ def test_a_forward_that_a_script_has_replaced_is_compiled_and_comes_back():
     assert torch.equal(block(x), x * 2)
     compiled.undo()
     assert block.forward is own
+
+
+class _Recomputes(nn.Module):
+    """A block as transformers once made them: the checkpoint lies around the module's call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.gradient_checkpointing = True
+        self.around = 0
+
+    def __call__(self, *args, **kwargs):
+        if self.gradient_checkpointing and self.training:
+            self.around += 1
+        return super().__call__(*args, **kwargs)
+
+    def forward(self, x, scale=1.0):
+        return x + torch.tanh(self.linear(x)) * scale
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_around_the_call_is_taken_into_the_graph_and_given_back():
+    blocks = [_Recomputes() for _ in range(2)]
+    x = torch.randn(3, 4, requires_grad=True)
+    blocks[1](blocks[0](x), scale=0.5).square().sum().backward()
+    expected = [p.grad.clone() for block in blocks for p in block.parameters()]
+    for block in blocks:
+        block.zero_grad()
+    compiled = CompiledBlocks(blocks, CompileConfig(dynamo_backend="aot_eager"))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss = blocks[1](blocks[0](x), scale=0.5).square().sum()
+    loss.backward()
+    assert [block.around for block in blocks] == [1, 1]
+    for found, wanted in zip([p.grad for block in blocks for p in block.parameters()], expected, strict=True):
+        assert torch.allclose(found, wanted)
+    # A graph keeps its input; what tanh made is computed again. The third is what the square keeps.
+    assert sum(tensor.shape == (3, 4) for tensor in kept) == 3
+    assert all(block.gradient_checkpointing is False for block in blocks)
+    compiled.undo()
+    assert all(block.gradient_checkpointing for block in blocks)

@@ -25,7 +25,8 @@ class CompileConfig(BaseModel):
         one_of(
             "default",
             _NO_GRAPHS,
-            refused={mode: _GRAPHS.format(mode, _NO_GRAPHS) for mode in ("reduce-overhead", "max-autotune")},
+            "reduce-overhead",
+            "max-autotune",
         ),
     ] = "default"
     dynamo_use_fullgraph: Flag = False

@@ -84,6 +84,7 @@ class FlatBuffer:
         self._nbytes = self.whole.untyped_storage().nbytes()
         # A single rank's shard is the whole: only offloading makes the storage worth giving back.
         self.leaves = placement.sharded and (world_size > 1 or placement.tier is not Tier.GPU)
+        self._fixed = False
         self.slab: Slab | None = None
         self._copies: list[tuple[Tensor, Tensor]] = []
         if self.leaves:
@@ -153,11 +154,17 @@ class FlatBuffer:
 
     def expand(self) -> None:
         """Give `whole` its storage, of unspecified content, on the current lane."""
-        self.whole.untyped_storage().resize_(self._nbytes)
+        if not (self._fixed and self.whole.untyped_storage().nbytes()):
+            self.whole.untyped_storage().resize_(self._nbytes)
 
     def collapse(self) -> None:
         """Take the storage of `whole` away. The current lane must have waited for whoever reads it."""
-        self.whole.untyped_storage().resize_(0)
+        if not self._fixed:
+            self.whole.untyped_storage().resize_(0)
+
+    def fix(self) -> None:
+        """From now on `whole` keeps its storage and its address, also while what is in it is out of date."""
+        self._fixed = True
 
     @property
     def has_peers(self) -> bool:

@@ -72,6 +72,8 @@ class Gradients:
         self._host: Slab | None = None  # reduced, in host memory, when the plan offloads the optimizer
         self._host_filled = False
         self._square: Tensor | None = None
+        # Whether the step will ask for `square`: set by the optimizer that clips.
+        self.measured = self._leaves
 
     @property
     def name(self) -> str:
@@ -152,7 +154,7 @@ class Gradients:
                 done = self._send(out, boundary)
             else:
                 self._keep(out)
-                self._square = squared_norm(self._shard) if boundary else None
+                self._square = squared_norm(self._shard) if boundary and self.measured else None
                 done = lanes.reduce.mark()
         engine.reductions.add(done, partial)
 
@@ -195,9 +197,11 @@ class Gradients:
 
     def _take(self) -> Tensor:
         """This backward's gradients as one flat tensor in the reduce dtype, zeros where there is none."""
-        flat = torch.zeros(self.buffer.layout.numel, dtype=self._reduce_dtype, device=self.buffer.whole.device)
         targets, sources = [], []
         with unasked():
+            complete = self.buffer.layout.is_dense and all(m.parameter.grad is not None for m in self.buffer.members)
+            make = torch.empty if complete else torch.zeros
+            flat = make(self.buffer.layout.numel, dtype=self._reduce_dtype, device=self.buffer.whole.device)
             for member, target in zip(self.buffer.members, self.buffer.slices(flat), strict=True):
                 grad = member.parameter.grad
                 if grad is not None:
@@ -235,7 +239,8 @@ class Gradients:
     def square(self) -> Tensor | None:
         """The squared 2-norm of this rank's gradient, a scalar on the device that the backward has measured.
 
-        None for a sum of several micro-batches in host memory, and for a gradient that was changed since.
+        None for a sum of several micro-batches in host memory, for a gradient that was changed since, and where it was not
+        `measured`.
         """
         return self._square if self.state is Grads.READY else None
 

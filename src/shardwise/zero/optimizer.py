@@ -241,14 +241,17 @@ class ShardedOptimizer:
     def _square(self) -> Tensor:
         """The squared 2-norm of this rank's part of the gradients of all parameters, on the device.
 
-        What left for host memory was measured before it went; only sums of several micro-batches are read there.
+        What left for host memory was measured before it went; only sums of several micro-batches are read there. On the device
+        nothing is measured before somebody has clipped once.
         """
         whole = [g for g, indices in self._members.values() if len(indices) == len(g.buffer.members)]
-        sums = [g for g in whole if g.square is None and g.host is not None]
-        if sums:
+        sums = [g for g in whole if g.square is None and g.at_rest is not None]
+        if any(g.host is not None for g in sums):
             self._wait_for_host()
         known = {id(g): g.square for g in whole if g.square is not None}
         known |= {id(g): squared_norm(g.at_rest).to(self.ranks.device) for g in sums}
+        for gradients in whole:
+            gradients.measured = True  # of the next backward, while it goes on
         rest = [shard for shard in self._shards if id(shard.gradients) not in known]
         if any(shard.gradients.host is not None for shard in rest):
             self._wait_for_host()

@@ -450,6 +450,7 @@ class Schedule:
     def widen_turn(self, room: int) -> int:
         """Keep more units gathered from a forward to its backward, the last ones first, while they fit into `room` bytes.
 
+        Their memory stays theirs between the steps as well: addresses that do not change are what CUDA graphs need.
         room: the same on every rank. Gives how many more. Not inside a pass.
         """
         forward, backward = self._forward.sequence, self._backward.sequence
@@ -466,6 +467,10 @@ class Schedule:
                 break
             self._turn.add(i)
             more += 1
+        if more:
+            for i in self._turn:
+                for part in self.units[i].parts:
+                    part.fix()
         return more
 
     def keep_whole(self, units: Sequence[Unit]) -> None:
