@@ -51,6 +51,7 @@ class Form:
 
     once_s:  seconds to enter the generation block, which holds for all batches.
     bound_s: what one forward takes at least, reading each weight once.
+    peak:    bytes allocated on the device; forms that take turns are both there.
     """
 
     name: str
