@@ -25,6 +25,7 @@ class Case:
     lora_rank:     rank of the adapters, or None when every weight is trained.
     rows, length:  sequences per rank and step, tokens per sequence.
     checkpointing: recompute every block in backward (non-reentrant).
+    nf4:           the linear layers but the head are bitsandbytes' in 4 bits, with doubly quantised scales.
     blocks:        class names of the repeated block; one of them is one unit of sharding.
     """
 
@@ -38,6 +39,7 @@ class Case:
     lora_targets: tuple[str, ...] = ()
     checkpointing: bool = False
     learning_rate: float = 1e-4
+    nf4: bool = False
     tiny_shape: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -77,6 +79,8 @@ class Case:
             else:
                 model = AutoModelForCausalLM.from_config(LlamaConfig(**self.shape), dtype=dtype)
         model.config.use_cache = False
+        if self.nf4:
+            _quantise(model, device)
         if self.checkpointing:
             # transformers 5.20 renamed it and warns on the old name.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -110,6 +114,23 @@ class Case:
         ids = torch.randint(10, high, size, generator=generator)
         labels = torch.randint(10, high, size, generator=generator) if self.family == "bart" else ids.clone()
         return {"input_ids": ids.to(device), "labels": labels.to(device)}
+
+
+def _quantise(model: Any, device: torch.device) -> None:
+    """Put bitsandbytes' 4-bit layers in the place of the linear ones but the head, one after another, on `device`."""
+    import bitsandbytes
+
+    for path, linear in list(model.named_modules()):
+        if type(linear) is not nn.Linear or linear is model.get_output_embeddings():
+            continue
+        kind = {"compress_statistics": True, "quant_type": "nf4"}
+        layer = bitsandbytes.nn.Linear4bit(
+            linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, device="meta", **kind
+        )
+        whole = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, module=layer, **kind)
+        layer.weight = whole.to(device)  # quantises it there
+        model.set_submodule(path, layer)
+    model.is_loaded_in_4bit = True  # PEFT asks
 
 
 def _llama(**shape: Any) -> dict[str, Any]:

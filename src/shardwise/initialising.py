@@ -1,9 +1,10 @@
 """Building a model without memory: large tensors are made on the meta device, and what is done to them is recorded.
 
-Inside `deferring()` every large floating tensor that would be made on the CPU is made on the meta device instead, with a
-Record beside it (`recording.py`). Small ones (norms, biases, rotary frequencies) stay real: together they are nothing, and
-code that looks at their values works. Random operations on recorded tensors still move the random generator, because they
-are run once on scratch memory of one tensor, which is dropped at once: so everything drawn later is what it would have been.
+Inside `deferring()` every large floating tensor that would be made on the CPU, and in `accelerator.init()` on a GPU too, is
+made on the meta device instead, with a Record beside it (`recording.py`). Small ones (norms, biases, rotary frequencies) stay
+real: together they are nothing, and code that looks at their values works. Random operations on recorded tensors still move
+the random generator of their device, because they are run once on scratch memory of one tensor, which is dropped at once: so
+everything drawn later is what it would have been.
 
     factory (empty, zeros, randn, ...)      meta tensor + record
     in place on a recorded tensor           one more entry
@@ -26,10 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_iter, tree_map
 
 from .errors import PrepareError
 from .recording import (
+    CPU,
     Constant,
     Entry,
     Record,
@@ -38,6 +40,7 @@ from .recording import (
     Ref,
     Stretch,
     any_in,
+    generator_state,
     replay,
     tensors_in,
     view_of,
@@ -98,7 +101,8 @@ def deferred_cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.dtype == dtype:
         return tensor
     result = torch.empty(tensor.shape, dtype=dtype, device="meta")
-    record = _records.add(result)
+    ref = _records.ref(tensor)
+    record = _records.add(result, device=ref.record.device)
     entry = Entry(aten._to_copy.default, (_quote(tensor),), {"dtype": dtype}, result=(0, _records.ref(result)))
     record.entries.append(entry)
     return result
@@ -120,15 +124,16 @@ def value_of(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def deferring() -> Iterator[None]:
+def deferring(*, gpu: bool = False) -> Iterator[None]:
     """Inside, large tensors are made without memory, and what is done to such tensors is recorded.
 
+    gpu: those that would be made on a GPU too; without it they are made there as always.
     Inside another such block it does nothing.
     """
     if _is_deferring():
         yield
         return
-    with _initialisers_recorded(), _Deferring():  # type: ignore[no-untyped-call]
+    with _initialisers_recorded(), _Deferring(gpu):
         yield
 
 
@@ -191,7 +196,11 @@ def _quote(tensor: Tensor) -> Ref:
     return ref
 
 
-class _Deferring(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Deferring(TorchDispatchMode):
+    def __init__(self, gpu: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._devices = ("cpu", "cuda") if gpu else ("cpu",)
+
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -215,20 +224,23 @@ class _Deferring(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _make(self, func: OpOverload, name: str, args: Any, kwargs: dict[str, Any], touches: bool) -> Any:
         like = args[0] if args and isinstance(args[0], Tensor) else None
+        record = _records.find(like) if like is not None else None
         device = kwargs.get("device")
         if device is None and like is not None:
-            device = "cpu" if touches else like.device
-        wanted = torch.device(device or "cpu").type
+            device = record.device if record is not None else CPU if touches else like.device
+        wanted = _with_index(torch.device(device or "cpu"))
         # Someone who works on recorded tensors makes new ones where they are: C++ does for `w[0] = 1.0`, PEFT for adapters.
-        explicit = wanted == "meta"
-        if wanted != "cpu" and not explicit:
+        explicit = wanted.type == "meta"
+        if explicit:
+            wanted = record.device if record is not None else CPU
+        elif wanted.type not in self._devices:
             return func(*args, **kwargs)
         shape = torch.empty_like(like, device="meta") if like is not None and not like.is_meta else like
         made = func(*((shape, *args[1:]) if like is not None else args), **{**kwargs, "device": "meta"})
         large = made.is_floating_point() and made.numel() >= SMALL_NUMEL
         if not (explicit or large):
-            return func(*args, **{**kwargs, "device": "cpu"})
-        _records.add(made)
+            return func(*args, **{**kwargs, "device": wanted})
+        _records.add(made, device=wanted)
         recipe = _FACTORIES[name]
         if recipe is not None:
             op, numbers = recipe
@@ -246,6 +258,13 @@ class _Deferring(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in unknown:
             _records.add(tensor)
         return bool(unknown)
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """The very device: which one is current may differ later, and on another thread."""
+    if device == torch.device("cuda"):
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _changed(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -314,8 +333,9 @@ def _record(func: OpOverload, args: Any, kwargs: dict[str, Any], changed: Sequen
             record.entries.clear()
             record.origin = None
         record.entries.append(entry)
+    device = next((r.device for r in map(_records.find, tensors_in((args, kwargs))) if r is not None), CPU)
     for number, tensor in made:
-        record = _records.add(tensor)
+        record = _records.add(tensor, device=device)
         record.entries.append(
             Entry(func, kept_args, kept_kwargs, (number, _records.ref(tensor)), entry.generator_state, entry.seeded)
         )
@@ -324,8 +344,10 @@ def _record(func: OpOverload, args: Any, kwargs: dict[str, Any], changed: Sequen
 
 def _draw(entry: Entry, generator: torch.Generator | None, targets: Mapping[int, Record]) -> None:
     """Note the state of the generator, and move it as the operation will have moved it."""
+    refs = [item for item in tree_iter((entry.args, entry.kwargs)) if isinstance(item, Ref)]
+    device = next((record.device for record in targets.values()), refs[0].record.device if refs else CPU)
     entry.seeded = generator is not None
-    entry.generator_state = Constant(generator.get_state() if generator is not None else torch.get_rng_state())
+    entry.generator_state = Constant(generator.get_state() if generator is not None else generator_state(device))
 
     def stand_in(item: Any) -> Any:
         if isinstance(item, Constant):
@@ -333,7 +355,11 @@ def _draw(entry: Entry, generator: torch.Generator | None, targets: Mapping[int,
         if isinstance(item, Ref) and id(item.record) in targets:
             # What it is filled with does not matter, how it lies in memory does: kernels draw in its order.
             extent = 1 + sum((size - 1) * stride for size, stride in zip(item.size, item.stride, strict=True))
-            return scratch(extent * item.dtype.itemsize).view(item.dtype).as_strided(item.size, item.stride)
+            return (
+                scratch(extent * item.dtype.itemsize, item.record.device)
+                .view(item.dtype)
+                .as_strided(item.size, item.stride)
+            )
         return view_of(replay(item.record, item.upto), item) if isinstance(item, Ref) else item
 
     args, kwargs = tree_map(stand_in, (entry.args, entry.kwargs))

@@ -63,7 +63,16 @@ def _holder(model: nn.Module) -> ShardedModel | None:
     found = find_sharded(model)
     if found is not None:
         return found
-    return next((s for s in ShardedModel.all() if any(module is model for module in s.model.modules())), None)
+    # Its first weight tells quickly that a model has nothing to do with a prepared one: walking over modules takes 1 ms.
+    first = next(model.parameters(), None)
+    return next(
+        (
+            s
+            for s in ShardedModel.all()
+            if (first is None or s.holds(first)) and any(module is model for module in s.model.modules())
+        ),
+        None,
+    )
 
 
 def _on_main(sharded: ShardedModel, kwargs: dict[str, Any], write: Callable[[], Any]) -> Any:

@@ -53,7 +53,7 @@ def building() -> Iterator[None]:
     _connect()
     _Switch.blocks += 1
     try:
-        with _deferred_files(), deferring():
+        with _deferred_files(), deferring(gpu=True):
             yield
     finally:
         _Switch.blocks -= 1

@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 from .zero.scratch import scratch
 
 aten = torch.ops.aten
+CPU = torch.device("cpu")
 
 
 class Stretch(Protocol):
@@ -44,11 +45,13 @@ class Stretch(Protocol):
 class Record:
     """The content of a storage of `nbytes`: `origin`, or undefined bytes, and what was done since.
 
+    device: where it would have been, and is replayed: a device draws numbers of its own.
     quoted: another record was made from this one as it was then, so its entries must be kept.
     """
 
     nbytes: int
     origin: Stretch | None = None
+    device: torch.device = CPU
     entries: list[Entry] = field(default_factory=list)
     quoted: bool = False
 
@@ -126,24 +129,36 @@ class Entry:
             return item
 
         args, kwargs = tree_map(real, (self.args, self.kwargs))
-        results = self._call(args, kwargs)
+        results = self._call(args, kwargs, storage.device)
         if self.result is not None:
             index, target = self.result
             view_of(storage, target).copy_(tensors_in(results)[index])
 
-    def _call(self, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _call(self, args: Any, kwargs: dict[str, Any], device: torch.device) -> Any:
         if self.generator_state is None:
             return self.op(*args, **kwargs)
         if self.seeded:
-            generator = torch.Generator()
+            generator = torch.Generator(device)
             generator.set_state(self.generator_state.value)
             return self.op(*args, **{**kwargs, "generator": generator})
-        now = torch.get_rng_state()
-        torch.set_rng_state(self.generator_state.value)
+        now = generator_state(device)
+        set_generator_state(device, self.generator_state.value)
         try:
             return self.op(*args, **kwargs)
         finally:
-            torch.set_rng_state(now)
+            set_generator_state(device, now)
+
+
+def generator_state(device: torch.device) -> Tensor:
+    """Of the generator that operations on `device` draw from by default; on the CPU."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def set_generator_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -152,7 +167,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def view_of(storage: torch.UntypedStorage, ref: Ref) -> Tensor:
     """The tensor that `ref` stands for, in memory that its record was replayed into."""
-    return torch.empty(0, dtype=ref.dtype, device="cpu").set_(storage, ref.offset, ref.size, ref.stride)
+    return torch.empty(0, dtype=ref.dtype, device=storage.device).set_(storage, ref.offset, ref.size, ref.stride)
 
 
 @torch.no_grad()
@@ -162,7 +177,7 @@ def replay(record: Record, upto: int | None = None) -> torch.UntypedStorage:
     if record.origin is not None:
         storage = record.origin.read(0, record.nbytes).untyped_storage()
     else:
-        storage = scratch(record.nbytes).untyped_storage()
+        storage = scratch(record.nbytes, record.device).untyped_storage()
     for at, entry in enumerate(record.entries[:count]):
         entry.run(record, at, storage)
     return storage
@@ -245,7 +260,8 @@ def _of_parts(entry: Entry, begin: int, end: int) -> Tensor | None:
 
 def _constant_of(value_at: Callable[[Entry], float]) -> Callable[[Entry, int, int], Tensor | None]:
     def stretch(entry: Entry, begin: int, end: int) -> Tensor | None:
-        return torch.full((end - begin,), value_at(entry), dtype=entry.args[0].dtype, device="cpu")
+        target: Ref = entry.args[0]
+        return torch.full((end - begin,), value_at(entry), dtype=target.dtype, device=target.record.device)
 
     return stretch
 
@@ -295,11 +311,12 @@ class RecordedSource:
         return read(self.ref, begin, end)
 
     def facts(self) -> list[Tensor]:
-        return [constant.value for constant in constants_of(self.ref.record)]
+        # On the CPU: they are sent to processes with other devices.
+        return [constant.value.cpu() for constant in constants_of(self.ref.record)]
 
     def adopt(self, facts: Sequence[Tensor]) -> None:
         for constant, value in zip(constants_of(self.ref.record), facts, strict=True):
-            constant.value = value
+            constant.value = value.to(constant.value.device)
 
 
 # Which storage has which record.
@@ -313,10 +330,10 @@ class Records:
         self._purge_at = 1024
         self._lock = threading.Lock()  # transformers asks for tensors of files on several threads
 
-    def add(self, tensor: Tensor, origin: Stretch | None = None) -> Record:
+    def add(self, tensor: Tensor, origin: Stretch | None = None, device: torch.device = CPU) -> Record:
         """A new record for the storage of `tensor`, which is on the meta device."""
         storage = tensor.untyped_storage()
-        record = Record(storage.nbytes(), origin)
+        record = Record(storage.nbytes(), origin, device)
         with self._lock:
             self._found[storage._cdata] = (weakref.ref(storage), record)
             if len(self._found) > self._purge_at:

@@ -65,5 +65,9 @@ def test_pinned_memory_is_of_the_exact_size(rows: list[dict]) -> None:
     assert not failures(rows, "pinned")
 
 
+def test_a_model_built_on_the_device_without_memory_has_the_numbers_of_an_ordinary_build(rows: list[dict]) -> None:
+    assert not failures(rows, "built")
+
+
 def test_delays_on_any_stream_change_no_bit(rows: list[dict]) -> None:
     assert not failures(rows, "stress")

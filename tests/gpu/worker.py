@@ -32,6 +32,8 @@ import torch
 from reference import STEPS, Curve, adamw, batch_of, build_model, checkpoint_blocks, train_alone
 from stress import Delays
 
+from shardwise.initialising import sources_of
+from shardwise.loading import building
 from shardwise.zero import peers, shards
 from shardwise.zero.collectives import Ranks
 from shardwise.zero.optimizer import ShardedOptimizer
@@ -303,6 +305,51 @@ def check_pinned(setting: Setting, ranks: Ranks) -> Row:
     return Row("pinned", f"pinned bytes, {setting.name}", 0.0, 0.0, ok, note)
 
 
+class Drawn(torch.nn.Module):
+    """Weights that are drawn in several ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(96, 128, dtype=torch.bfloat16)
+        self.embedding = torch.nn.Embedding(211, 96, padding_idx=3)
+        self.scaled = torch.nn.Parameter(torch.randn(64, 128) * 0.1 + torch.ones(64, 128))
+        self.cut = torch.nn.Parameter(torch.zeros(70, 90))
+        self.turned = torch.nn.Parameter(torch.empty(80, 60))
+        torch.nn.init.trunc_normal_(self.cut, std=0.7)
+        torch.nn.init.orthogonal_(self.turned)
+        self.register_buffer("table", torch.rand(80, 60))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
+
+def check_built(_: None, ranks: Ranks) -> Row:
+    """What is built on the device inside `accelerator.init()` has the numbers of an ordinary build there, of rank 0's seed."""
+
+    def build() -> Drawn:
+        with torch.device(ranks.device):
+            return Drawn()
+
+    torch.manual_seed(7)
+    expected, after = build(), torch.rand(3, device=ranks.device)
+    torch.manual_seed(7 + ranks.rank)
+    before = torch.cuda.memory_allocated(ranks.device) if ranks.device.type == "cuda" else 0
+    with building():
+        model = build()
+    grown = torch.cuda.memory_allocated(ranks.device) - before if ranks.device.type == "cuda" else 0
+    same = ranks.rank > 0 or torch.equal(torch.rand(3, device=ranks.device), after)
+    deferred = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    plan, precision = Plan.from_stage(3), Precision.named("no")
+    sharded = ShardedModel(model, plan=plan, ranks=ranks, precision=precision, sources=sources_of(model))
+    wanted = {**dict(expected.named_parameters()), **dict(expected.named_buffers())}
+    with sharded.gathered():
+        found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        apart = [name for name, value in wanted.items() if not torch.equal(found[name], value)]
+        elsewhere = [name for name, value in found.items() if value.device != ranks.device]
+    ok = same and not apart and not elsewhere and len(deferred) == 5 and grown < 2**16
+    return Row("built", "built on the device", 0.0, 0.0, ok, f"apart {apart}, deferred {len(deferred)}, grew {grown}")
+
+
 def all_checks() -> list[tuple[str, Callable[[Ranks], Row]]]:
     """Every check by name, in the order they run."""
     checks: list[tuple[str, Callable[[Ranks], Row]]] = []
@@ -313,9 +360,15 @@ def all_checks() -> list[tuple[str, Callable[[Ranks], Row]]]:
         ("repeat", REPEATED, check_repeats),
         ("pinned", [Setting(3, BOTH), Setting(2, OPT, trains="full")], check_pinned),
         ("stress", STRESSED, check_stress),
+        ("built", [None], check_built),
     ):
         for setting in settings:
-            checks.append((f"{prefix} {setting.name}", lambda ranks, c=check, s=setting: c(s, ranks)))  # type: ignore[misc]
+            checks.append(
+                (
+                    f"{prefix} {setting.name if setting else 'on the device'}",
+                    lambda ranks, c=check, s=setting: c(s, ranks),
+                )
+            )  # type: ignore[misc]
     return checks
 
 

@@ -140,6 +140,38 @@ def test_the_estimate_is_what_a_run_holds() -> None:
         assert 0 <= sizes["estimated"] - sizes["measured"] < 400  # step counts
 
 
+@pytest.mark.parametrize(
+    ("case", "forms"),
+    [
+        ("bart", ["ddp", "gathered", "ddp, again", "each call"] * 2),
+        ("lora8b", ["whole", "gathered", "streamed gpu", "streamed cpu"]),
+    ],
+)
+def test_every_way_to_hold_the_weights_generates_the_same_tokens(case: str, forms: list[str]) -> None:
+    done = run("generation.py", "--case", case, "--tiny")
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [line["engine"] for line in lines] == forms
+    assert all(line["same_tokens"] for line in lines)
+    assert all(line["bound_tokens_per_s"] for line in lines if line["engine"] in ("whole", "streamed cpu"))
+
+
+def test_a_model_built_in_shards_rests_in_the_bytes_that_were_predicted() -> None:
+    (record,) = records(run("seventy.py", "--tiny")).values()
+    sizes = record["at_rest_bytes"]
+    assert sizes["measured"] == {row: count for row, count in sizes["estimated"].items() if row != "gradient"}
+    assert record["losses"][-1] < record["losses"][0]
+
+
+def test_a_4_bit_base_has_the_bytes_of_the_formula_and_the_losses_of_plain_layers() -> None:
+    pytest.importorskip("bitsandbytes")
+    done = run("quantised.py", "--tiny", "--rounds", "1", "--warmup", "1", "--steps", "3")
+    found = records(done)
+    assert found["shardwise:3"]["losses"] == pytest.approx(found["ddpamp"]["losses"], rel=1e-4)
+    assert found["shardwise:3+opt+param"]["at_rest_bytes"]["frozen/cpu"] > 0
+    assert "FAILED" not in done.stdout
+
+
 @pytest.fixture
 def scaling(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))

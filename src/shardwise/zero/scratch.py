@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 _MIN_NBYTES = 1 << 16
+_CPU = torch.device("cpu")
 
 
-def scratch(nbytes: int) -> Tensor:
-    """(nbytes,) of uint8 on the CPU, of any content; its pages go back when its last view goes."""
+def scratch(nbytes: int, device: torch.device = _CPU) -> Tensor:
+    """(nbytes,) of uint8, of any content; on the CPU its pages go back when its last view goes."""
+    if device.type != "cpu":
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
     if nbytes < _MIN_NBYTES:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)

@@ -147,6 +147,11 @@ class ShardedModel:
         """Every sharded model of this process."""
         return list(_sharded.values())
 
+    def holds(self, parameter: Parameter) -> bool:
+        """Whether this object is one of the model's weights, as it was prepared; an empty one is in no buffer."""
+        buffers = (b for unit in self.units for b in (unit.frozen, unit.trainable) if b is not None)
+        return parameter.numel() == 0 or any(parameter is m.parameter for b in buffers for m in b.members)
+
     @property
     def engine(self) -> Engine:
         """Ranks, lanes and stores, for what steps and saves this model."""

@@ -29,7 +29,7 @@ class Source(Protocol):
     """The values of one parameter."""
 
     def read(self, begin: int, end: int) -> Tensor:
-        """(end - begin,) elements from `begin` on, in row-major order, in the parameter's dtype, on the CPU."""
+        """(end - begin,) elements from `begin` on, in row-major order, in the parameter's dtype, on any device."""
         ...
 
     def facts(self) -> list[Tensor]:
