@@ -53,6 +53,10 @@ def test_offloading_gives_the_bits_of_a_run_that_does_not(rows: list[dict]) -> N
     assert not failures(rows, "offload")
 
 
+def test_stepping_and_publishing_in_groups_gives_the_bits_of_one_call(rows: list[dict]) -> None:
+    assert not failures(rows, "groups")
+
+
 def test_three_runs_give_the_same_bits(rows: list[dict]) -> None:
     assert not failures(rows, "repeat")
 
