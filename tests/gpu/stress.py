@@ -66,7 +66,7 @@ class Delays:
     @contextlib.contextmanager
     def lanes(self) -> Iterator[None]:
         """Delay the collectives of `ranks` and the copies, on whatever stream they are issued."""
-        names = ("all_gather", "reduce_scatter", "all_reduce_gradient", "all_reduce", "fence")
+        names = ("all_gather", "all_gather_together", "reduce_scatter", "all_reduce_gradient", "all_reduce", "fence")
         real_copy = Tensor.copy_
 
         def late_copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:

@@ -57,6 +57,10 @@ def test_copy_engines_give_the_bits_of_collectives(rows: list[dict]) -> None:
     assert not failures(rows, "peers")
 
 
+def test_stepping_and_publishing_in_groups_gives_the_bits_of_one_call(rows: list[dict]) -> None:
+    assert not failures(rows, "groups")
+
+
 def test_three_runs_give_the_same_bits(rows: list[dict]) -> None:
     assert not failures(rows, "repeat")
 

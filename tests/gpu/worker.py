@@ -34,26 +34,31 @@ from stress import Delays
 
 from shardwise.initialising import sources_of
 from shardwise.loading import building
-from shardwise.zero import peers, shards
+from shardwise.zero import peers, publishing, shards
+from shardwise.zero import sharded as sharding
 from shardwise.zero.collectives import Ranks
 from shardwise.zero.optimizer import ShardedOptimizer
 from shardwise.zero.plan import Plan
 from shardwise.zero.precision import LossScaler, Precision
 from shardwise.zero.sharded import ShardedModel
 
-CHUNK = shards.CHUNK
+CHUNK, BUCKET, GROUP = shards.CHUNK, sharding.BUCKET_NBYTES, publishing.GROUP_NBYTES
 FP32_LOSS, FP32_WEIGHT = 1e-5, 1e-5
 BF16_LOSS, BF16_CHANGE = 5e-3, 5e-2
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to train. trains: "lora" or "full" (tied). clip: the bound on the global norm, or None."""
+    """One way to train. trains: "lora" or "full" (tied). clip: the bound on the global norm, or None.
+
+    bucket: bytes of a bucket of whole weights, each of which is then stepped and published by itself, or None.
+    """
 
     stage: int
     offload: tuple[str, ...] = ()
     tier: str = "cpu"
     chunk: int | None = None
+    bucket: int | None = None
     precision: str = "no"
     trains: str = "lora"
     accumulation: int = 1
@@ -72,6 +77,8 @@ class Setting:
             words.append(self.tier)
         if self.chunk is not None:
             words.append("chunks")
+        if self.bucket is not None:
+            words.append("buckets")
         words.append("fp32" if self.precision == "no" else self.precision)
         if self.accumulation > 1:
             words.append(f"x{self.accumulation}")
@@ -147,6 +154,15 @@ STRESSED = [
     Setting(3, trains="full", prefetch=2, layers=24, hidden=64, steps=6, accumulation=2, clip=0.1),
     Setting(2, OPT, trains="full", layers=24, hidden=64, steps=6),
     Setting(1, trains="full", layers=24, hidden=64, steps=6, precision="bf16"),
+    Setting(1, trains="full", layers=24, hidden=64, steps=6, precision="bf16", bucket=1),
+    Setting(2, trains="full", layers=24, hidden=64, steps=6, accumulation=2, clip=0.1, bucket=1),
+    Setting(1, OPT, trains="full", layers=24, hidden=64, steps=6, precision="bf16", chunk=4096, bucket=1),
+    Setting(1, layers=24, hidden=64, steps=6, bucket=1 << 15),
+]
+# Held to the bit against the same buckets in one call of the optimizer and one gather.
+GROUPED = [
+    Setting(1, trains="full", precision="bf16", bucket=1),
+    Setting(2, trains="full", clip=0.1, accumulation=2, bucket=1),
 ]
 
 
@@ -155,10 +171,14 @@ def train_sharded(
     ranks: Ranks,
     delays: Delays | None = None,
     inspect: Callable[[ShardedModel, ShardedOptimizer], None] | None = None,
+    *,
+    group: int | None = None,
+    reads: bool = False,
 ) -> Curve:
     """Train by shardwise for `setting.steps` steps. The weights of the curve are rank 0's; {} elsewhere.
 
-    inspect: called after the last step, while everything is at rest.
+    inspect: called after the last step, while everything is at rest. group: bytes of weights that step together.
+    reads: the curve's weights hold also what a read of the parameters right after each step found, on every rank.
     """
     model = build_model(setting.trains, ranks.device, setting.layers, setting.hidden)
     if setting.checkpointing:
@@ -167,6 +187,8 @@ def train_sharded(
         delays.watch(model)
     plan = Plan.from_stage(setting.stage, **{f"offload_{role}": setting.tier for role in setting.offload})
     shards.CHUNK = setting.chunk or CHUNK
+    sharding.BUCKET_NBYTES = setting.bucket or BUCKET
+    publishing.GROUP_NBYTES = group or setting.bucket or GROUP
     precision = Precision.named(setting.precision, reduce_dtype="fp32")
     optimizer = adamw(model.parameters())
     # Found blocks this small share a unit; named ones are a unit each. Both ways are to hold.
@@ -182,7 +204,7 @@ def train_sharded(
         gather_with=setting.gather_with,
     )
     stepper = ShardedOptimizer(optimizer, [sharded], scaler=LossScaler.for_precision(precision), gradient_clipping=None)
-    losses, norms = [], []
+    losses, norms, found = [], [], {}
     with delays.lanes() if delays is not None else contextlib.nullcontext():
         for step in range(setting.steps):
             seen = []
@@ -194,6 +216,8 @@ def train_sharded(
             if setting.clip is not None:
                 norms.append(stepper.clip_norm(list(model.parameters()), setting.clip))
             optimizer.step()
+            if reads:
+                found[f"read after step {step}"] = torch.stack([p.data.double().sum() for p in model.parameters()])
             optimizer.zero_grad()
             losses.append(torch.stack(seen).mean())
     mean = torch.stack(losses)
@@ -202,6 +226,7 @@ def train_sharded(
         inspect(sharded, stepper)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     weights = {name: value.float() for name, value in sharded.state_dict().items() if name in trained}
+    weights |= {name: value.cpu() for name, value in found.items()}
     return Curve(mean.tolist(), weights, [float(norm) for norm in norms])
 
 
@@ -248,6 +273,12 @@ def check_peers(setting: Setting, ranks: Ranks) -> Row:
     return _same_bits("peers", f"peers, {setting.name}", curves, ranks)
 
 
+def check_groups(setting: Setting, ranks: Ranks) -> Row:
+    """Weights that are stepped and published group by group have the bits of one call and one gather."""
+    curves = [train_sharded(setting, ranks, group=1 << 40, reads=True), train_sharded(setting, ranks, reads=True)]
+    return _same_bits("groups", f"groups, {setting.name}", curves, ranks)
+
+
 def check_repeats(setting: Setting, ranks: Ranks) -> Row:
     """Three runs, the same bits."""
     curves = [train_sharded(setting, ranks) for _ in range(3)]
@@ -255,9 +286,10 @@ def check_repeats(setting: Setting, ranks: Ranks) -> Row:
 
 
 def check_stress(setting: Setting, ranks: Ranks) -> Row:
-    """The same bits with everything late as with nothing late."""
-    curves = [train_sharded(setting, ranks)]
-    curves += [train_sharded(setting, ranks, Delays(ranks, seed)) for seed in (1, 2)]
+    """The same bits with everything late as with nothing late, also for who reads weights right after a step."""
+    reads = setting.stage < 3
+    curves = [train_sharded(setting, ranks, reads=reads)]
+    curves += [train_sharded(setting, ranks, Delays(ranks, seed), reads=reads) for seed in (1, 2)]
     return _same_bits("stress", f"stress, prefetch {setting.prefetch}, {setting.name}", curves, ranks)
 
 
@@ -357,6 +389,7 @@ def all_checks() -> list[tuple[str, Callable[[Ranks], Row]]]:
         ("parity", PARITY, check_parity),
         ("offload", OFFLOADED, check_offload),
         ("peers", COPIED, check_peers),
+        ("groups", GROUPED, check_groups),
         ("repeat", REPEATED, check_repeats),
         ("pinned", [Setting(3, BOTH), Setting(2, OPT, trains="full")], check_pinned),
         ("stress", STRESSED, check_stress),

@@ -348,3 +348,45 @@ def _in_the_order_of_gpus(ranks, plan, forwards):
 @pytest.mark.parametrize("plan", ["0", "1", "2", "3", "3-all"])
 def test_reductions_during_the_backward_give_the_same_numbers(world, plan, forwards):
     world(2).run(_in_the_order_of_gpus, plan, forwards)
+
+
+class _SomeUnused(torch.nn.Module):
+    """A layer that no forward runs, between two that every forward runs; none of a size without padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(5, 7)
+        self.unused = torch.nn.Linear(7, 7)
+        self.last = torch.nn.Linear(7, 3)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x)))
+
+
+def _uninitialised(ranks, plan):
+    torch.manual_seed(5)
+    model = _SomeUnused()
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # torch.empty then gives NaN
+    try:
+        assert torch.empty(1).isnan().all()
+        sharded, stepper, stepping = prepare(ranks, model, plan, clipping=0.1)
+        for batch in inputs(3):
+            loss_of(model, mine(batch, ranks.rank, ranks.world_size)).backward()
+            for unit in sharded.units:
+                if unit.gradients is not None and unit.gradients.at_rest is not None:
+                    assert torch.isfinite(unit.gradients.at_rest).all()
+            stepping.step()
+            stepping.zero_grad()
+        weights = weights_of(sharded)
+    finally:
+        torch.use_deterministic_algorithms(was)
+    assert stepper.steps == 3
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    torch.manual_seed(5)
+    assert torch.equal(weights["unused.weight"], _SomeUnused().unused.weight)
+
+
+@pytest.mark.parametrize("plan", ["0", "1", "2", "3", "3-all"])
+def test_padding_and_missing_gradients_are_zeros_whatever_the_memory_held(world, plan):
+    world(2).run(_uninitialised, plan)

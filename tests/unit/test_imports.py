@@ -88,6 +88,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "zero.reducing",
         "zero.schedule",
         "zero.hooks",
+        "zero.publishing",
         "zero.writing",
     ),
     ("zero.sharded",),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..errors import OptimizerError
 
@@ -38,7 +39,7 @@ def check_elementwise(optimizer: Optimizer, *, visits: bool) -> None:
     name = type(optimizer).__name__
     if name in _NOT_ELEMENTWISE:
         raise OptimizerError(f"{name} cannot work on shards: {_NOT_ELEMENTWISE[name]}. {_INSTEAD}")
-    if type(optimizer).__module__.split(".")[0] == "torch" and name in _ELEMENTWISE:
+    if _is_torchs(optimizer):
         return
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(6, 4, generator=generator)
@@ -60,6 +61,25 @@ def check_elementwise(optimizer: Optimizer, *, visits: bool) -> None:
             "offloaded states are stepped piece by piece. Set offload_optimizer_device: none, or take an optimizer that keeps "
             "everything with its parameters."
         )
+
+
+def steps_in_parts(optimizer: Optimizer) -> bool:
+    """Whether several calls of its step, each for some of its parameters, do what one call does.
+
+    torch's own keep everything with their parameters. Another may count its calls where no trial sees it; and hooks on the
+    step, which look at all gradients or weights, would run in each call.
+    """
+    hooks = (
+        optimizer._optimizer_step_pre_hooks,
+        optimizer._optimizer_step_post_hooks,
+        _global_optimizer_pre_hooks,
+        _global_optimizer_post_hooks,
+    )
+    return _is_torchs(optimizer) and not any(hooks)
+
+
+def _is_torchs(optimizer: Optimizer) -> bool:
+    return type(optimizer).__module__.split(".")[0] == "torch" and type(optimizer).__name__ in _ELEMENTWISE
 
 
 # How the parts of the matrix are stepped: each gives groups of parts, and the parts of a group share a call.

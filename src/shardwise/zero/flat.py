@@ -149,8 +149,12 @@ class FlatBuffer:
 
     def slices(self, flat: Tensor) -> Sequence[Tensor]:
         """Every member's part of a flat tensor of this layout, each 1-d, in one call to torch."""
+        return self.slices_and_gaps(flat)[0]
+
+    def slices_and_gaps(self, flat: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """`slices`, and what lies between them and behind them: together all of `flat`."""
         parts: tuple[Tensor, ...] = torch.split(flat, self._split_sizes)
-        return parts[::2]
+        return parts[::2], [gap for gap in parts[1::2] if gap.numel()]
 
     def expand(self) -> None:
         """Give `whole` its storage, of unspecified content, on the current lane."""

@@ -197,17 +197,22 @@ class Gradients:
 
     def _take(self) -> Tensor:
         """This backward's gradients as one flat tensor in the reduce dtype, zeros where there is none."""
+        flat = torch.empty(self.buffer.layout.numel, dtype=self._reduce_dtype, device=self.buffer.whole.device)
+        slices, gaps = self.buffer.slices_and_gaps(flat)
         targets, sources = [], []
+        empty = list(gaps)
         with unasked():
-            complete = self.buffer.layout.is_dense and all(m.parameter.grad is not None for m in self.buffer.members)
-            make = torch.empty if complete else torch.zeros
-            flat = make(self.buffer.layout.numel, dtype=self._reduce_dtype, device=self.buffer.whole.device)
-            for member, target in zip(self.buffer.members, self.buffer.slices(flat), strict=True):
+            for member, target in zip(self.buffer.members, slices, strict=True):
                 grad = member.parameter.grad
                 if grad is not None:
                     targets.append(target)
                     sources.append((grad.to_dense() if grad.is_sparse else grad).reshape(-1))
                     member.parameter.grad = None
+                else:
+                    empty.append(target)
+        # Zeros only where nothing is copied: filling everything would write as many bytes as the copy does.
+        if empty:
+            torch._foreach_zero_(empty)
         if targets:
             torch._foreach_copy_(targets, sources)
         return flat

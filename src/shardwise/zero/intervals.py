@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..offload.nvme import fetch_part, put_part
 from ..offload.store import Slab
+from . import publishing
 from .flat import FlatBuffer
 from .optimizer import ShardedOptimizer
 from .sharded import ShardedModel
@@ -253,16 +254,16 @@ def publish(model: ShardedModel) -> None:
     """The masters were written: bring them into the weights that compute. Collective."""
     with torch.no_grad():
         for unit in model.units:
-            gradients, buffer = unit.gradients, unit.trainable
-            if gradients is None or buffer is None or gradients.in_place:
-                unit.publish()
-                continue
-            if not gradients.shares_weights:
+            gradients = unit.gradients
+            if gradients is None or gradients.in_place:
+                unit.cast()
+            elif not gradients.shares_weights:
                 kept, event = unit.deliver(model.fetched(gradients.master), 0)
                 model.engine.lanes.compute_waits(event)
                 del kept
-            if unit.plan.optimizer.sharded and not unit.plan.parameter.sharded:
-                model.ranks.all_gather(buffer.whole, buffer.own_slice)
+        for group in publishing.in_groups(model.units):
+            publishing.send(group)
+        publishing.arrive(model.units)
     settle(model)
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 
 from ..errors import LayoutError
 
@@ -79,11 +78,6 @@ class Layout:
     @property
     def shard_numel(self) -> int:
         return self.numel // self.world_size
-
-    @cached_property
-    def is_dense(self) -> bool:
-        """Whether every element belongs to a tensor: no gap between them, and no padding at the end."""
-        return sum(slot.numel for slot in self.slots) == self.numel
 
     def pieces(self, rank: int) -> tuple[Piece, ...]:
         """The parts of slots in rank's interval, in order. Padding belongs to no piece."""

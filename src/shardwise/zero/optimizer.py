@@ -16,7 +16,8 @@ from __future__ import annotations
 import copy
 import logging
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -25,9 +26,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import NonFiniteError, OptimizerError, PrepareError
+from . import publishing
 from .clipping import clip_factor, global_norm, power_sum
 from .collectives import Ranks
-from .elementwise import check_elementwise
+from .elementwise import check_elementwise, steps_in_parts
 from .gradients import Gradients, squared_norm
 from .plan import Tier
 from .portions import Role
@@ -35,6 +37,7 @@ from .precision import LossScaler
 from .residency import Residency
 from .sharded import ShardedModel
 from .shards import Shard, Visits
+from .unit import Unit
 
 log = logging.getLogger("shardwise")
 
@@ -383,26 +386,60 @@ class ShardedOptimizer:
         fences = [model.engine.peers for model in self.models if model.engine.peers is not None]
         for peers in fences:
             peers.before_step()
+        units = [unit for model in self.models for unit in self._units(model)]
+        resting = [unit for unit in units if unit.gradients.in_place]
         try:
-            with torch.enable_grad():
-                type(self.optimizer).step(self.optimizer)
+            try:
+                self._step_in_place(resting, here)
+            finally:
+                driven.grad_scale = driven.found_inf = None
+                driven._opt_called = True  # LR schedulers check that the step came before theirs
+                for shard in here:
+                    shard.tensor.grad = None
+            for model in self.models:
+                visiting = [unit for unit in self._units(model) if not unit.gradients.in_place]
+                if visiting:
+                    shards = [shard for shard in self._shards if not shard.gradients.in_place]
+                    self._visits.step(model, visiting, shards, factor, fused=self._fused)
+                if model.engine.stores.uses_disk:
+                    model.drain()
         finally:
-            driven.grad_scale = driven.found_inf = None
-            driven._opt_called = True  # LR schedulers check that the step came before theirs
-            for shard in here:
-                shard.tensor.grad = None
-        for model in self.models:
-            visiting = [u for u in self._units(model) if not u.gradients.in_place]
-            for unit in self._units(model):
-                if unit.gradients.in_place:
-                    unit.publish()
-            if visiting:
-                shards = [shard for shard in self._shards if not shard.gradients.in_place]
-                self._visits.step(model, visiting, shards, factor, fused=self._fused)
-            if model.engine.stores.uses_disk:
-                model.drain()
-        for peers in fences:
-            peers.after_step()
+            publishing.arrive(units)
+            for peers in fences:
+                peers.after_step()
+
+    def _step_in_place(self, units: Sequence[Unit], shards: Sequence[Shard]) -> None:
+        """Step `shards`, which have their gradients, and send the weights of `units` as soon as they are there."""
+        groups = publishing.in_groups(units)
+        apart = len(groups) > 1 and steps_in_parts(self.optimizer)
+        if not apart:
+            self._call()
+        for group in groups:
+            if apart:
+                mine = {id(unit.gradients) for unit in group}
+                with self._holding({id(shard.tensor) for shard in shards if id(shard.gradients) in mine}):
+                    self._call()
+            for unit in group:
+                unit.cast()
+            publishing.send(group)
+
+    def _call(self) -> None:
+        """Let the user's optimizer step what it holds and has a gradient."""
+        with torch.enable_grad():
+            type(self.optimizer).step(self.optimizer)
+
+    @contextmanager
+    def _holding(self, tensors: Collection[int]) -> Iterator[None]:
+        """Inside, the optimizer's groups hold only these, given by their ids."""
+        groups = self.optimizer.param_groups
+        everything = [group["params"] for group in groups]
+        for group in groups:
+            group["params"] = [tensor for tensor in group["params"] if id(tensor) in tensors]
+        try:
+            yield
+        finally:
+            for group, params in zip(groups, everything, strict=True):
+                group["params"] = params
 
     def _units(self, model: ShardedModel) -> list[Any]:
         return [u for u in model.units if u.gradients is not None and id(u.gradients) in self._members]

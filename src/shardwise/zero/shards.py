@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from ..errors import StoreError
 from ..offload.store import Arrival, Slab
+from . import publishing
 from .gradients import Gradients
 from .sharded import ShardedModel
 from .unit import Unit
@@ -123,16 +124,26 @@ class Visits:
             lanes.compute_waits(lanes.step.mark())
         coming: deque[_Visit] = deque()
         going: deque[_Visit] = deque()
+
+        def finish() -> None:
+            visit = coming.popleft()
+            self._finish(model, visit, by_unit, begun, factor, fused, going)
+            if visit.end == visit.gradients.master.numel:  # also where a drive failed: the other ranks gather
+                publishing.send([visit.unit], after=lanes.step.mark())
+
         for visit in self._visits(model.in_forward_order(units)):
             self._bring(model, visit)
             coming.append(visit)
             if len(coming) > _AHEAD:
-                self._finish(model, coming.popleft(), by_unit, begun, factor, fused, going)
+                finish()
         while coming:
-            self._finish(model, coming.popleft(), by_unit, begun, factor, fused, going)
+            finish()
         while going:
             lanes.step.wait(going.popleft().down)
-        self._publish(model, units)
+        publishing.arrive(units)
+        for unit in units:
+            if unit.trainable is not None and unit.trainable.slab is None:
+                lanes.compute_waits(unit.published)
 
     def _visits(self, units: Sequence[Unit]) -> Iterator[_Visit]:
         for unit in units:
@@ -273,21 +284,6 @@ class Visits:
             trial.grad_scale = factor
             trial.found_inf = torch.zeros((), device=device)
         return trial
-
-    def _publish(self, model: ShardedModel, units: Sequence[Unit]) -> None:
-        """Weights that are whole on every rank are gathered from their regions; the computation waits for those."""
-        lanes = model.engine.lanes
-        whole = [u for u in units if not u.plan.parameter.sharded and u.trainable is not None]
-        if whole:
-            lanes.gather.wait(lanes.step.mark())
-            with lanes.gather.on():
-                for unit in whole:
-                    assert unit.trainable is not None
-                    model.ranks.all_gather(unit.trainable.whole, unit.trainable.own_slice)
-            lanes.compute_waits(lanes.gather.mark())
-        for unit in units:
-            if unit.trainable is not None and unit.trainable.slab is None:
-                lanes.compute_waits(unit.published)
 
     def _rest_initial(self, model: ShardedModel) -> None:
         """Put states that the optimizer's constructor made to rest, unit by unit."""

@@ -174,17 +174,22 @@ class Unit:
 
     # After an optimizer step.
 
-    def publish(self) -> None:
-        """Bring masters that were changed in place into the weights that compute, on the current stream."""
-        buffer, gradients = self.trainable, self.gradients
-        if buffer is None or gradients is None:
-            return
-        if not gradients.shares_weights:
+    @property
+    def engine(self) -> Engine:
+        return self._engine
+
+    @property
+    def publishes(self) -> bool:
+        """Whether trained weights are whole on every rank but stepped in shards: see `publishing`."""
+        return self.gradients is not None and self.plan.optimizer.sharded and not self.plan.parameter.sharded
+
+    def cast(self) -> None:
+        """Bring masters that were changed in place into this rank's part of the weights that compute, on the current stream."""
+        gradients = self.gradients
+        if gradients is not None and not gradients.shares_weights:
             kept, event = self.deliver(gradients.master.tensor, 0)
             self._engine.lanes.compute_waits(event)  # before the memory of `kept` is written again
             del kept
-        if self.plan.optimizer.sharded and not self.plan.parameter.sharded:
-            self._engine.ranks.all_gather(buffer.whole, buffer.own_slice)
 
     def deliver(self, values: Tensor, begin: int) -> tuple[Tensor, torch.cuda.Event | None]:
         """Write new masters, from element `begin` of this rank's region, into the weights that compute.
