@@ -93,6 +93,11 @@ def deferred_from(origin: Stretch, dtype: torch.dtype, shape: Sequence[int]) -> 
     return tensor
 
 
+def deferred_storage(storage: torch.UntypedStorage, origin: Stretch) -> None:
+    """Let `storage`, on the meta device, stand for the bytes of `origin`, and with it every tensor that lies in it."""
+    _records.add(torch.empty(0, dtype=torch.uint8, device="meta").set_(storage), origin)
+
+
 def deferred_cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`tensor`, which is deferred, in another dtype, deferred. For threads where nothing is recorded."""
     if tensor.dtype == dtype:
