@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -133,7 +134,9 @@ def deferring() -> Iterator[None]:
     if _is_deferring():
         yield
         return
-    with _initialisers_recorded(), _Deferring():  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings(), _initialisers_recorded(), _Deferring():  # type: ignore[no-untyped-call]
+        # Of load_state_dict with tensors that have memory: here it is recorded.
+        warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
         yield
 
 

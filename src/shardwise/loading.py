@@ -204,6 +204,8 @@ def _deferred_files() -> Iterator[None]:
         wanted.append((safetensors, "safe_open", _lazy_open))
     if library is not None:
         wanted += [(library, "safe_open", lambda original: _LazyFile), (library, "load_state_dict", _mapped_state)]
+        if hasattr(library, "_is_on_hf_mount"):  # where it would read files whole
+            wanted.append((library, "_is_on_hf_mount", lambda original: lambda path: False))
     originals = []
     for home, name, around in wanted:
         original = getattr(home, name)
@@ -254,6 +256,8 @@ def _wrap(cls: type, name: str, around: Callable[..., Any]) -> None:
 def _load(original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -> Any:
     if not (_Switch.by_flag or _Switch.blocks):
         return original(cls, *args, **kwargs)
+    # Asked not to map files, which nobody does here, transformers reads them whole.
+    kwargs = {name: value for name, value in kwargs.items() if name != "disable_mmap"}
     with _deferred_files(), deferring():
         loaded = original(cls, *args, **kwargs)
         _tie_what_is_equal(loaded[0] if isinstance(loaded, tuple) else loaded)

@@ -16,6 +16,7 @@ This file knows torch's operations, and neither modules, processes nor file form
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import weakref
@@ -349,19 +350,22 @@ class Records:
 
     def __init__(self) -> None:
         self._found: dict[int, tuple[weakref.ref[torch.UntypedStorage], Record]] = {}
-        self._purge_at = 1024
-        self._lock = threading.Lock()  # transformers asks for tensors of files on several threads
+        # transformers asks for tensors of files on several threads; and a storage may go while one is added.
+        self._lock = threading.RLock()
 
     def add(self, tensor: Tensor, origin: Stretch | None = None) -> Record:
         """A new record for the storage of `tensor`, which is on the meta device."""
         storage = tensor.untyped_storage()
-        record = Record(storage.nbytes(), origin)
+        key, record = storage._cdata, Record(storage.nbytes(), origin)
         with self._lock:
-            self._found[storage._cdata] = (weakref.ref(storage), record)
-            if len(self._found) > self._purge_at:
-                self._found = {key: kept for key, kept in self._found.items() if kept[0]() is not None}
-                self._purge_at = max(1024, 2 * len(self._found))
+            self._found[key] = weakref.ref(storage, functools.partial(self._forget, key)), record
         return record
+
+    def _forget(self, key: int, gone: weakref.ref[torch.UntypedStorage]) -> None:
+        with self._lock:
+            held = self._found.get(key)
+            if held is not None and held[0] is gone:
+                del self._found[key]
 
     def find(self, tensor: Tensor) -> Record | None:
         if not tensor.is_meta:
