@@ -27,7 +27,7 @@ from shardwise.zero.optimizer import ShardedOptimizer
 from shardwise.zero.plan import Plan
 from shardwise.zero.precision import Precision
 from shardwise.zero.sharded import ShardedModel
-from shardwise.zero.sources import Source
+from shardwise.zero.sources import MadeBy, Source
 
 _TILE = 1 << 22
 
@@ -36,6 +36,7 @@ class Tiled:
     """Values of one weight: one random tile over and over, of the spread that the width asks for; drawn in no time."""
 
     tile: Tensor | None = None
+    made_by: MadeBy = "each rank"
 
     def __init__(self, parameter: Parameter, zero: bool) -> None:
         self.dtype = parameter.dtype

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -96,6 +97,11 @@ def deferred_from(origin: Stretch, dtype: torch.dtype, shape: Sequence[int]) -> 
     return tensor
 
 
+def deferred_storage(storage: torch.UntypedStorage, origin: Stretch) -> None:
+    """Let `storage`, on the meta device, stand for the bytes of `origin`, and with it every tensor that lies in it."""
+    _records.add(torch.empty(0, dtype=torch.uint8, device="meta").set_(storage), origin)
+
+
 def deferred_cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`tensor`, which is deferred, in another dtype, deferred. For threads where nothing is recorded."""
     if tensor.dtype == dtype:
@@ -133,7 +139,9 @@ def deferring(*, gpu: bool = False) -> Iterator[None]:
     if _is_deferring():
         yield
         return
-    with _initialisers_recorded(), _Deferring(gpu):
+    with warnings.catch_warnings(), _initialisers_recorded(), _Deferring(gpu):
+        # Of load_state_dict with tensors that have memory: here it is recorded.
+        warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
         yield
 
 
@@ -196,7 +204,7 @@ def _quote(tensor: Tensor) -> Ref:
     return ref
 
 
-class _Deferring(TorchDispatchMode):
+class _Deferring(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, gpu: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._devices = ("cpu", "cuda") if gpu else ("cpu",)

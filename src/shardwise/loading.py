@@ -5,6 +5,7 @@ tensors that have no memory and know where their bytes lie. So what it does to t
 reads the bytes of its own interval.
 
     modeling_utils.safe_open, load_state_dict       files of deferred tensors, inside a building block
+    torch.load, safetensors.torch.load_file         the same, for code that loads a state dict by itself
     PreTrainedModel.from_pretrained, _from_config   a building block each, under zero3_init_flag
     resize_token_embeddings, peft's adapters        recorded, for a model that has no memory yet
 
@@ -14,6 +15,7 @@ What is wrapped stays wrapped and calls on where there is nothing to do. Nothing
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,10 +24,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import initialising
 from .checkpoint.stretches import TensorFile
 from .checkpoint.tensor_file import dtype_name
-from .initialising import deferred_cast, deferred_from, deferring, is_deferred, shapes_only, source_of
-from .recording import Stretch
+from .checkpoint.torch_file import OtherFormatError, TorchFile
+from .initialising import (
+    deferred_cast,
+    deferred_from,
+    deferred_storage,
+    deferring,
+    is_deferred,
+    shapes_only,
+    source_of,
+)
 
 _CHUNK_NUMEL = 1 << 22  # by which two deferred tensors are compared
 
@@ -84,19 +95,16 @@ class _Mapped:
 
 
 class _LazySlice:
-    """A tensor of a file. dtype, shape: as the file has them."""
+    """A tensor of a file. dtype, shape: as the file has them. make: gives it, deferred."""
 
-    def __init__(self, dtype: torch.dtype, shape: Sequence[int], stretch: Stretch) -> None:
-        self.dtype, self.shape, self._stretch = dtype, torch.Size(shape), stretch
+    def __init__(self, dtype: torch.dtype, shape: Sequence[int], make: Callable[[], Tensor]) -> None:
+        self.dtype, self.shape, self.tensor = dtype, torch.Size(shape), make
 
     def get_shape(self) -> list[int]:
         return list(self.shape)
 
     def get_dtype(self) -> str:
         return dtype_name(self.dtype)
-
-    def tensor(self) -> Tensor:
-        return deferred_from(self._stretch, self.dtype, self.shape)
 
     def __getitem__(self, key: Any) -> Any:
         tensor = self.tensor()
@@ -105,6 +113,8 @@ class _LazySlice:
 
 class _LazyFile:
     """Stands in for safetensors' safe_open."""
+
+    _shardwise_lazy = True
 
     def __init__(self, filename: Any, framework: str = "pt", device: Any = "cpu", **options: Any) -> None:
         self._file = TensorFile(filename)
@@ -122,10 +132,47 @@ class _LazyFile:
         return self._file.metadata
 
     def get_slice(self, name: str) -> _LazySlice:
-        return _LazySlice(*self._file.tensors[name])
+        dtype, shape, stretch = self._file.tensors[name]
+        return _LazySlice(dtype, shape, lambda: deferred_from(stretch, dtype, shape))
 
     def get_tensor(self, name: str) -> Tensor:
         return self.get_slice(name).tensor()
+
+    def get_tensors(self) -> dict[str, Tensor]:
+        return {name: self.get_tensor(name) for name in self.keys()}
+
+    def offset_keys(self) -> list[str]:
+        return sorted(self.keys(), key=lambda name: self._file.tensors[name][2].offset)
+
+
+def _lazy_open(original: Callable[..., Any]) -> Callable[..., Any]:
+    def safe_open(filename: Any, framework: str = "pt", device: Any = "cpu", **options: Any) -> Any:
+        ours = framework == "pt" and str(device) == "cpu"
+        return (_LazyFile if ours else original)(filename, framework=framework, device=device, **options)
+
+    return safe_open
+
+
+def _lazy_load(original: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.load, where it is asked for weights alone from a file to the CPU. What it draws a line at, torch.load answers."""
+
+    @functools.wraps(original)
+    def load(f: Any, map_location: Any = None, *args: Any, **options: Any) -> Any:
+        plain = isinstance(f, (str, os.PathLike)) and not args and options.keys() <= {"weights_only", "mmap"}
+        here = map_location is None or (isinstance(map_location, (str, torch.device)) and str(map_location) == "cpu")
+        if plain and here and options.get("weights_only") in (None, True):
+            try:
+                with shapes_only():
+                    file = TorchFile(f, initialising.SMALL_NUMEL)
+            except OtherFormatError:
+                pass
+            else:
+                for storage, stretch in file.storages:
+                    deferred_storage(storage, stretch)
+                return file.content
+        return original(f, map_location, *args, **options)
+
+    return load
 
 
 def _mapped_state(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,24 +186,39 @@ def _mapped_state(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _slice_of(value: Any) -> Any:
-    if not isinstance(value, Tensor) or value.is_meta or not value.is_contiguous() or not value.numel():
+    if not isinstance(value, Tensor) or not value.numel():
         return value
-    return _LazySlice(value.dtype, value.shape, _Mapped(value))
+    if is_deferred(value):
+        return _LazySlice(value.dtype, value.shape, value.detach)
+    if value.is_meta or not value.is_contiguous():
+        return value
+    return _LazySlice(value.dtype, value.shape, lambda: deferred_from(_Mapped(value), value.dtype, value.shape))
 
 
 @contextmanager
 def _deferred_files() -> Iterator[None]:
-    library = sys.modules.get("transformers.modeling_utils")
-    if library is None or library.safe_open is _LazyFile:
-        yield
-        return
-    originals = library.safe_open, library.load_state_dict
-    library.safe_open = _LazyFile  # type: ignore[attr-defined]
-    library.load_state_dict = _mapped_state(library.load_state_dict)  # type: ignore[attr-defined]
+    """Inside, files answer with deferred tensors. Inside another such block it does nothing more than that."""
+    library, safetensors = sys.modules.get("transformers.modeling_utils"), sys.modules.get("safetensors.torch")
+    wanted: list[tuple[Any, str, Callable[[Any], Any]]] = [(torch, "load", _lazy_load)]
+    if safetensors is not None:
+        wanted.append((safetensors, "safe_open", _lazy_open))
+    if library is not None:
+        wanted += [(library, "safe_open", lambda original: _LazyFile), (library, "load_state_dict", _mapped_state)]
+        if hasattr(library, "_is_on_hf_mount"):  # where it would read files whole
+            wanted.append((library, "_is_on_hf_mount", lambda original: lambda path: False))
+    originals = []
+    for home, name, around in wanted:
+        original = getattr(home, name)
+        if not hasattr(original, "_shardwise_lazy"):
+            replacement = around(original)
+            replacement._shardwise_lazy = True
+            originals.append((home, name, original))
+            setattr(home, name, replacement)
     try:
         yield
     finally:
-        library.safe_open, library.load_state_dict = originals  # type: ignore[attr-defined]
+        for home, name, original in originals:
+            setattr(home, name, original)
 
 
 # Methods.
@@ -194,6 +256,8 @@ def _wrap(cls: type, name: str, around: Callable[..., Any]) -> None:
 def _load(original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -> Any:
     if not (_Switch.by_flag or _Switch.blocks):
         return original(cls, *args, **kwargs)
+    # Asked not to map files, which nobody does here, transformers reads them whole.
+    kwargs = {name: value for name, value in kwargs.items() if name != "disable_mmap"}
     with _deferred_files(), deferring():
         loaded = original(cls, *args, **kwargs)
         _tie_what_is_equal(loaded[0] if isinstance(loaded, tuple) else loaded)

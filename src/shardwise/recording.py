@@ -16,6 +16,7 @@ This file knows torch's operations, and neither modules, processes nor file form
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import weakref
@@ -28,9 +29,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 
 from .zero.scratch import scratch
+from .zero.sources import MadeBy
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
+
+# Of a constant: what is larger is not told to every rank, but stays where it is. A generator's state has 5,056.
+_FACT_NBYTES = 1 << 16
 
 
 class Stretch(Protocol):
@@ -117,8 +122,8 @@ class Entry:
         if self.generator_state is not None:
             yield self.generator_state
 
-    def run(self, record: Record, at: int, storage: torch.UntypedStorage) -> None:
-        """Do it to `storage`, the memory of `record` after `at` entries."""
+    def run(self, record: Record, at: int, storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        """Do it to `storage`, the memory of `record` after `at` entries; the memory after this one, perhaps another."""
 
         def real(item: Any) -> Any:
             if isinstance(item, Constant):
@@ -132,7 +137,11 @@ class Entry:
         results = self._call(args, kwargs, storage.device)
         if self.result is not None:
             index, target = self.result
-            view_of(storage, target).copy_(tensors_in(results)[index])
+            made = tensors_in(results)[index]
+            if target.covers and made.is_contiguous() and made.untyped_storage().nbytes() == record.nbytes:
+                return made.untyped_storage()
+            view_of(storage, target).copy_(made)
+        return storage
 
     def _call(self, args: Any, kwargs: dict[str, Any], device: torch.device) -> Any:
         if self.generator_state is None:
@@ -179,7 +188,7 @@ def replay(record: Record, upto: int | None = None) -> torch.UntypedStorage:
     else:
         storage = scratch(record.nbytes, record.device).untyped_storage()
     for at, entry in enumerate(record.entries[:count]):
-        entry.run(record, at, storage)
+        storage = entry.run(record, at, storage)
     return storage
 
 
@@ -198,7 +207,8 @@ def read(ref: Ref, begin: int, end: int) -> Tensor:
         found = _read_flat(ref, ref.offset + begin, ref.offset + end)
         if found is not None:
             return found
-    return whole(ref).reshape(-1)[begin:end].clone()
+    flat = whole(ref).reshape(-1)
+    return flat if flat.numel() == end - begin else flat[begin:end].clone()
 
 
 def _read_flat(ref: Ref, begin: int, end: int) -> Tensor | None:
@@ -207,15 +217,33 @@ def _read_flat(ref: Ref, begin: int, end: int) -> Tensor | None:
     size = ref.dtype.itemsize
     if record.origin is not None and not entries:
         return record.origin.read(begin * size, end * size).view(ref.dtype)
-    if len(entries) != 1:
+    entry = _last_word(ref)
+    return _STRETCHES[entry.op](entry, begin, end).to(ref.dtype) if entry is not None else None
+
+
+def _last_word(ref: Ref) -> Entry | None:
+    """The one operation that made all of the record, if a stretch of its result needs only stretches of its inputs."""
+    entries = ref.record.entries[: ref.upto]
+    if len(entries) != 1 or entries[0].op not in _STRETCHES:
         return None
     entry = entries[0]
     target = entry.result[1] if entry.result is not None else entry.args[0]
-    stretch = _STRETCHES.get(entry.op)
-    if stretch is None or not isinstance(target, Ref) or not target.covers or target.dtype != ref.dtype:
+    if not isinstance(target, Ref) or not target.covers or target.dtype != ref.dtype:
         return None
-    found = stretch(entry, begin, end)
-    return found.to(ref.dtype) if found is not None else None
+    if entry.op is aten.copy_.default and _size(entry.args[0]) != _size(entry.args[1]):
+        return None  # broadcast
+    return entry
+
+
+def read_in_stretches(ref: Ref) -> bool:
+    """Whether `read` takes from files and constants only what the stretch is made of, whatever the stretch."""
+    if not ref.record.entries[: ref.upto]:
+        return ref.contiguous
+    entry = _last_word(ref) if ref.contiguous else None
+    if entry is None:
+        return False
+    inputs = [item for item in entry.inputs() if isinstance(item, Ref) and item.record is not ref.record]
+    return all(read_in_stretches(item) for item in inputs)
 
 
 def _of(item: Any, begin: int, end: int) -> Tensor:
@@ -226,17 +254,15 @@ def _size(item: Any) -> tuple[int, ...]:
     return item.size if isinstance(item, Ref) else tuple(item.value.shape)
 
 
-def _of_copied(entry: Entry, begin: int, end: int) -> Tensor | None:
+def _of_copied(entry: Entry, begin: int, end: int) -> Tensor:
     return _of(entry.args[0], begin, end)
 
 
-def _of_source(entry: Entry, begin: int, end: int) -> Tensor | None:
-    if _size(entry.args[0]) != _size(entry.args[1]):
-        return None
+def _of_source(entry: Entry, begin: int, end: int) -> Tensor:
     return _of(entry.args[1], begin, end)
 
 
-def _of_parts(entry: Entry, begin: int, end: int) -> Tensor | None:
+def _of_parts(entry: Entry, begin: int, end: int) -> Tensor:
     """Of tensors put together along a dimension: in row-major order they take turns, a run of each."""
     parts = entry.args[0]
     dim = entry.args[1] if len(entry.args) > 1 else entry.kwargs.get("dim", 0)
@@ -258,15 +284,15 @@ def _of_parts(entry: Entry, begin: int, end: int) -> Tensor | None:
     return torch.cat(pieces)
 
 
-def _constant_of(value_at: Callable[[Entry], float]) -> Callable[[Entry, int, int], Tensor | None]:
-    def stretch(entry: Entry, begin: int, end: int) -> Tensor | None:
+def _constant_of(value_at: Callable[[Entry], float]) -> Callable[[Entry, int, int], Tensor]:
+    def stretch(entry: Entry, begin: int, end: int) -> Tensor:
         target: Ref = entry.args[0]
         return torch.full((end - begin,), value_at(entry), dtype=target.dtype, device=target.record.device)
 
     return stretch
 
 
-_STRETCHES: dict[Callable[..., Any], Callable[[Entry, int, int], Tensor | None]] = {
+_STRETCHES: dict[Callable[..., Any], Callable[[Entry, int, int], Tensor]] = {
     aten._to_copy.default: _of_copied,
     aten.clone.default: _of_copied,
     aten.copy_.default: _of_source,
@@ -280,43 +306,57 @@ _STRETCHES: dict[Callable[..., Any], Callable[[Entry, int, int], Tensor | None]]
 # What a record depends on besides files.
 
 
-def constants_of(record: Record) -> list[Constant]:
-    """Every constant and generator state that replaying the record uses, each once, in an order that only its structure
-    decides."""
-    found: dict[int, Constant] = {}
-    seen: set[int] = set()
+def records_of(record: Record) -> list[Record]:
+    """`record` and every record that it was made from, each once, in an order that only their structure decides."""
+    found: dict[int, Record] = {}
 
     def visit(record: Record) -> None:
-        if id(record) in seen:
-            return
-        seen.add(id(record))
-        for entry in record.entries:
-            for item in entry.inputs():
-                if isinstance(item, Constant):
-                    found.setdefault(id(item), item)
-                else:
-                    visit(item.record)
+        if id(record) not in found:
+            found[id(record)] = record
+            for entry in record.entries:
+                for item in entry.inputs():
+                    if isinstance(item, Ref):
+                        visit(item.record)
 
     visit(record)
     return list(found.values())
 
 
+def constants_of(record: Record) -> list[Constant]:
+    """Every constant and generator state that replaying the record uses, each once, in the order of `records_of`."""
+    entries = (entry for made_of in records_of(record) for entry in made_of.entries)
+    found = {id(item): item for entry in entries for item in entry.inputs() if isinstance(item, Constant)}
+    return list(found.values())
+
+
 class RecordedSource:
-    """The values of one recorded tensor, for the engine (`zero.sources.Source`)."""
+    """The values of one recorded tensor, for the engine (`zero.sources.Source`).
+
+    Each rank makes its own interval of what can be read in stretches, and of what is only drawn. What remains was made of
+    whole tensors of files, by a transposition for example, or of a large tensor that had memory in the block: rank 0's.
+    """
 
     def __init__(self, ref: Ref) -> None:
         self.ref = ref
+        self.made_by: MadeBy = "each rank"
+        if any(constant.value.nbytes > _FACT_NBYTES for constant in constants_of(ref.record)):
+            self.made_by = "rank 0"
+        elif any(record.origin is not None for record in records_of(ref.record)) and not read_in_stretches(ref):
+            self.made_by = "one rank"
 
     def read(self, begin: int, end: int) -> Tensor:
         return read(self.ref, begin, end)
 
     def facts(self) -> list[Tensor]:
         # On the CPU: they are sent to processes with other devices.
-        return [constant.value.cpu() for constant in constants_of(self.ref.record)]
+        return [constant.value.cpu() for constant in self._told()]
 
     def adopt(self, facts: Sequence[Tensor]) -> None:
-        for constant, value in zip(constants_of(self.ref.record), facts, strict=True):
+        for constant, value in zip(self._told(), facts, strict=True):
             constant.value = value.to(constant.value.device)
+
+    def _told(self) -> list[Constant]:
+        return [] if self.made_by == "rank 0" else constants_of(self.ref.record)
 
 
 # Which storage has which record.
@@ -327,19 +367,22 @@ class Records:
 
     def __init__(self) -> None:
         self._found: dict[int, tuple[weakref.ref[torch.UntypedStorage], Record]] = {}
-        self._purge_at = 1024
-        self._lock = threading.Lock()  # transformers asks for tensors of files on several threads
+        # transformers asks for tensors of files on several threads; and a storage may go while one is added.
+        self._lock = threading.RLock()
 
     def add(self, tensor: Tensor, origin: Stretch | None = None, device: torch.device = CPU) -> Record:
         """A new record for the storage of `tensor`, which is on the meta device."""
         storage = tensor.untyped_storage()
-        record = Record(storage.nbytes(), origin, device)
+        key, record = storage._cdata, Record(storage.nbytes(), origin, device)
         with self._lock:
-            self._found[storage._cdata] = (weakref.ref(storage), record)
-            if len(self._found) > self._purge_at:
-                self._found = {key: kept for key, kept in self._found.items() if kept[0]() is not None}
-                self._purge_at = max(1024, 2 * len(self._found))
+            self._found[key] = weakref.ref(storage, functools.partial(self._forget, key)), record
         return record
+
+    def _forget(self, key: int, gone: weakref.ref[torch.UntypedStorage]) -> None:
+        with self._lock:
+            held = self._found.get(key)
+            if held is not None and held[0] is gone:
+                del self._found[key]
 
     def find(self, tensor: Tensor) -> Record | None:
         if not tensor.is_meta:

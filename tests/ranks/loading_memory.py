@@ -1,6 +1,6 @@
 """One rank of the measurement in test_init_memory.py; a program of its own, so that nothing was in memory before.
 
-    python loading_memory.py {build|load} FOLDER
+    python loading_memory.py {build|load|transposed|quantised} FOLDER
 
 Prints one JSON line: bytes of the whole model, of the largest unit, by how much the resident memory grew at its peak, bytes
 of tensors that were read from files, and a digest of this rank's weights.
@@ -13,6 +13,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,13 +56,35 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def make(task: str, folder: str, ranks: Ranks) -> ShardedModel:
+def model_of(task: str, folder: str) -> Any:
+    """transposed: a script's own loading of a file that holds every matrix the other way round."""
+    if task == "load":
+        return LlamaForCausalLM.from_pretrained(folder)
+    if task == "quantised":
+        from transformers import BitsAndBytesConfig
+
+        four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        return LlamaForCausalLM.from_pretrained(folder, quantization_config=four, dtype=torch.float32)
     torch.manual_seed(SEED)
+    model = LlamaForCausalLM(config())
+    if task == "transposed":
+        state = torch.load(Path(folder) / "transposed.bin")
+        model.load_state_dict({name: value.t() for name, value in state.items()})
+    return model
+
+
+def make(task: str, folder: str, ranks: Ranks) -> ShardedModel:
     with building():
-        model = LlamaForCausalLM(config()) if task == "build" else LlamaForCausalLM.from_pretrained(folder)
+        model = model_of(task, folder)
+    model.requires_grad_(task != "quantised")
     return ShardedModel(
         model, plan=Plan.from_stage(3), ranks=ranks, precision=Precision.named("no"), sources=sources_of(model)
     )
+
+
+def values_of(parameter: Any) -> list[torch.Tensor]:
+    state = getattr(parameter, "quant_state", None)
+    return [parameter, state.absmax, state.state2.absmax, state.offset] if state is not None else [parameter]
 
 
 def main(task: str, folder: str) -> None:
@@ -77,6 +100,7 @@ def main(task: str, folder: str) -> None:
     forget_peak()
     sharded = make(task, folder, ranks)
     peak = resident("VmHWM") - before
+    read = Bytes.read
     weights = dict(sharded.model.named_parameters())
     units: dict[str, int] = {}
     for unit in sharded.units:
@@ -85,20 +109,21 @@ def main(task: str, folder: str) -> None:
                 units[unit.name] = units.get(unit.name, 0) + buffer.whole.numel() * buffer.dtype.itemsize
     expected = None
     if ranks.rank == 0:
-        torch.manual_seed(SEED)
-        ordinary = LlamaForCausalLM(config()) if task == "build" else LlamaForCausalLM.from_pretrained(folder)
-        expected = dict(ordinary.named_parameters())
+        expected = dict(model_of(task, folder).named_parameters())
     equal = True
     for unit in sharded.units:
         members = [m for b in (unit.frozen, unit.trainable) if b is not None for m in b.members]
         with sharded.gathered([m.parameter for m in members]):
             if expected is not None:
-                equal = equal and all(torch.equal(m.parameter, expected[m.name]) for m in members)
+                for member in [m for m in members if m.name in expected]:
+                    pairs = zip(values_of(member.parameter), values_of(expected[member.name]), strict=True)
+                    equal = equal and all(torch.equal(found, wanted) for found, wanted in pairs)
     found = {
         "model": sum(p.numel() * p.element_size() for p in weights.values()),
+        "file": sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")),
         "unit": max(units.values()),
         "peak": peak,
-        "read": Bytes.read,
+        "read": read,
         "equal": equal,
     }
     ranks.barrier()

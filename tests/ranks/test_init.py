@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
+import io
+import json
+import pickle
 import warnings
 from pathlib import Path
 
@@ -11,7 +15,8 @@ from torch import nn
 
 from rig.engine import PLANS, prepare, shard, trained, weights_of
 from rig.tiny import batches, share, tiny_llama, with_lora
-from shardwise import initialising
+from shardwise import initialising, recording
+from shardwise.errors import LoadingError, RankError
 from shardwise.initialising import sources_of
 from shardwise.loading import building
 
@@ -152,6 +157,24 @@ def test_parts_and_another_dtype_are_loaded_as_an_ordinary_load_does(world, tmp_
     world(3).run(_load_and_compare, str(tmp_path), {"dtype": torch.bfloat16}, "3", precision)
 
 
+def _not_mapped(ranks, folder):
+    initialising.SMALL_NUMEL = 1
+    with building():
+        model = _load(folder, disable_mmap=True)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_file_that_must_not_be_mapped_is_not_read_whole_either(world, tmp_path):
+    import inspect
+
+    from transformers import PreTrainedModel
+
+    if "disable_mmap" not in inspect.signature(PreTrainedModel.from_pretrained).parameters:
+        pytest.skip("this transformers always maps")
+    _save(tmp_path)
+    world(1).run(_not_mapped, str(tmp_path))
+
+
 def test_a_head_that_the_checkpoint_lacks_is_drawn_as_an_ordinary_load_does(world, tmp_path):
     _save(tmp_path)
     world(2).run(_load_and_compare, str(tmp_path), {"kind": "AutoModelForSequenceClassification", "num_labels": 7}, "3")
@@ -240,13 +263,156 @@ def test_adapters_and_new_tokens_are_added_to_a_model_without_memory(world, tmp_
     world(2).run(_adapters, str(tmp_path), where, save, resize)
 
 
+def _save_torch(folder, model, zipped, parts=1):
+    """As transformers wrote checkpoints before safetensors: one file, or several with an index."""
+    _weight_file(folder).unlink()
+    state = list(model.state_dict().items())
+    names = [f"pytorch_model-{n + 1:05}-of-{parts:05}.bin" if parts > 1 else "pytorch_model.bin" for n in range(parts)]
+    places = {}
+    for number, name in enumerate(names):
+        part = dict(state[number::parts])
+        torch.save(part, folder / name, _use_new_zipfile_serialization=zipped)
+        places |= dict.fromkeys(part, name)
+    if parts > 1:
+        index = {"metadata": {"total_size": 0}, "weight_map": places}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}], ids=["as saved", "bf16"])
-def test_a_checkpoint_that_is_not_safetensors_is_loaded_as_an_ordinary_load_does(world, tmp_path, tied, options):
-    model = _save(tmp_path, tied)
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    _weight_file(tmp_path).unlink()
-    world(2).run(_load_and_compare, str(tmp_path), options)
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_checkpoint_that_is_not_safetensors_is_loaded_as_an_ordinary_load_does(
+    world, tmp_path, tied, options, zipped, parts
+):
+    _save_torch(tmp_path, _save(tmp_path, tied), zipped, parts)
+    world(3 if parts == 3 else 2).run(_load_and_compare, str(tmp_path), options)
+
+
+def _reader(kind, path, rank):
+    from safetensors.torch import load_file
+
+    if kind == "safetensors":
+        return load_file(path)
+    if kind == "in memory":
+        state = torch.load(io.BytesIO(Path(path).read_bytes()))
+        return {name: value * (rank + 1) for name, value in state.items()}  # rank 0's are everybody's
+    return torch.load(path, map_location="cpu")
+
+
+class Loading(nn.Module):
+    """Loads a state dict when it is made, and changes it on the way: nothing that this library knows of."""
+
+    def __init__(self, kind, path, rank=0):
+        super().__init__()
+        self.up = nn.Linear(30, 130)
+        self.down = nn.Linear(130, 30)
+        self.table = nn.Embedding(100, 30)
+        self.head = nn.Linear(30, 100)
+        self.register_buffer("steps", torch.zeros(3, dtype=torch.int64))
+        state = _reader(kind, path, rank)
+        fused = state.pop("fused")
+        state["up.weight"], state["down.weight"] = fused[:, :130].t(), fused[:, 130:]
+        state["table.weight"] = state["table.weight"] * 2
+        self.load_state_dict(state)
+
+    def forward(self, x):
+        return self.head(self.down(self.up(x)))
+
+
+def _loading(ranks, kind, path):
+    # Everything is larger than a fact in the case of memory, so that it is sent.
+    recording._FACT_NBYTES = 100 if kind == "in memory" else 1 << 16
+    expected = Loading(kind, path)
+    initialising.SMALL_NUMEL = 1
+    with building():
+        model = Loading(kind, path, ranks.rank)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    sources = sources_of(model)
+    made_by = {name: sources[id(p)].made_by for name, p in model.named_parameters()}
+    if kind == "in memory":
+        assert made_by["head.weight"] == "rank 0"
+    else:
+        assert made_by["head.weight"] == made_by["up.bias"] == "each rank"
+        assert made_by["up.weight"] == made_by["down.weight"] == made_by["table.weight"] == "one rank"
+    sharded = shard(ranks, model, "3", sources=sources)
+    found = weights_of(sharded)
+    for name, value in expected.named_parameters():
+        assert torch.equal(found[name], value), name
+    assert torch.equal(model.steps, expected.steps)
+    assert model.steps[1] == 8
+
+
+def _save_loading(folder, kind):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(8)
+    state = {
+        "fused": torch.randn(30, 260),
+        "up.bias": torch.randn(130),
+        "down.bias": torch.randn(30),
+        "head.bias": torch.randn(100),
+        "table.weight": torch.randn(100, 30),
+        "steps": torch.tensor([7, 8, 9]),
+    }
+    state["head.weight"] = state["table.weight"] if kind != "safetensors" else state["table.weight"].clone()
+    path = str(folder / "state")
+    if kind == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=kind != "legacy")
+    return path
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors", "in memory"])
+def test_a_module_that_loads_its_own_state_dict_starts_with_the_numbers_of_an_ordinary_build(
+    world, tmp_path, kind, size
+):
+    world(size).run(_loading, kind, _save_loading(tmp_path, kind))
+
+
+def _lost_on_one_rank(ranks, path, rank):
+    initialising.SMALL_NUMEL = 1
+    with building():
+        model = Loading("zip", path if ranks.rank != rank else path + ".own")
+    if ranks.rank == rank:
+        Path(path + ".own").unlink()
+    with pytest.raises((LoadingError, RankError)) as caught:
+        shard(ranks, model, "3", sources=sources_of(model))
+    return type(caught.value).__name__, str(caught.value)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_make_what_it_is_to_send_is_every_ranks_error(world, tmp_path, rank):
+    path = _save_loading(tmp_path, "zip")
+    Path(path + ".own").write_bytes(Path(path).read_bytes())
+    told = world(2).run(_lost_on_one_rank, path, rank, timeout_s=20)
+    assert told[rank][0] == "LoadingError"
+    assert told[1 - rank][0] == "RankError"
+    assert told[rank][1] in told[1 - rank][1]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_of_torch_save_that_is_cut_off_is_an_error_before_anything_is_built(tmp_path, zipped):
+    path = tmp_path / "cut.bin"
+    torch.save({"weight": torch.randn(300, 300)}, path, _use_new_zipfile_serialization=zipped)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with building(), pytest.raises(LoadingError if not zipped else RuntimeError):
+        torch.load(path)
+
+
+def test_what_is_not_read_here_is_left_to_torch(tmp_path):
+    """Other objects, other devices and other pickles: what torch.load gives outside of a block."""
+    torch.save({"weight": torch.randn(300, 300), "when": datetime.date(2020, 2, 2)}, tmp_path / "dated.bin")
+    with building():
+        found = torch.load(tmp_path / "dated.bin", weights_only=False)
+        assert found["when"].year == 2020
+        assert not found["weight"].is_meta
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(tmp_path / "dated.bin")
+        assert torch.load(tmp_path / "dated.bin", map_location="meta", weights_only=False)["weight"].is_meta
+    assert not hasattr(torch.load, "_shardwise_lazy")
 
 
 def _method(name):

@@ -305,7 +305,7 @@ def _built_in_shards(ranks, folder, bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("n", [1, 2, 3])
 def test_a_checkpoint_is_quantised_unit_by_unit_while_it_is_loaded(world, tmp_path, n, bits):
     pytest.importorskip("accelerate", reason="transformers asks for it where bitsandbytes is used")
     tiny("llama").save_pretrained(tmp_path)

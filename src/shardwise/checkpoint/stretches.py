@@ -18,10 +18,9 @@ from torch import Tensor
 
 from ..errors import LoadingError
 from ..zero.scratch import scratch
-from .tensor_file import DTYPES
+from .tensor_file import DTYPES, read_into
 
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own
-_READ_NBYTES = 1 << 30  # Linux reads at most 2 GiB in a call
 
 
 class Bytes:
@@ -42,22 +41,16 @@ class FileStretch:
     def read(self, begin: int, end: int) -> Tensor:
         """(end - begin,) of uint8, in new memory. Raises LoadingError if the file ends before."""
         result = scratch(end - begin)
-        view = memoryview(result.numpy())  # type: ignore[arg-type]
-        done = 0
         try:
             descriptor = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise LoadingError(f"{self.path}: {error.strerror}, while {self.name} is read from it.") from error
         try:
-            while done < len(view):
-                count = os.preadv(descriptor, [view[done : done + _READ_NBYTES]], self.offset + begin + done)
-                if count == 0:
-                    raise LoadingError(
-                        f"{self.path} ends in the middle of {self.name}. It has changed since it was opened."
-                    )
-                done += count
+            done = read_into(descriptor, memoryview(result.numpy()), self.offset + begin)  # type: ignore[arg-type]
         finally:
             os.close(descriptor)
+        if done < end - begin:
+            raise LoadingError(f"{self.path} ends in the middle of {self.name}. It has changed since it was opened.")
         Bytes.read += done
         return result
 

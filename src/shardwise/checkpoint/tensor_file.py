@@ -25,6 +25,7 @@ from ..errors import CheckpointError
 from . import files
 
 BLOCK_NBYTES = 4 << 20
+_READ_NBYTES = 1 << 30  # Linux reads at most 2 GiB in a call
 
 _NAMES = {
     torch.float64: "F64",
@@ -188,24 +189,25 @@ def read_part(path: Path, place: Place, begin: int, out: Tensor) -> None:
         for number in range(first // BLOCK_NBYTES, -(-last // BLOCK_NBYTES)):
             start = number * BLOCK_NBYTES
             size = min(BLOCK_NBYTES, place.nbytes - start)
-            block = _read(file.fileno(), place.offset + start, size)
-            if len(block) < size:
-                raise CheckpointError(f"{path} is cut off: it ends within byte {place.offset + start + len(block)}.")
+            block = memoryview(bytearray(size))
+            found = read_into(file.fileno(), block, place.offset + start)
+            if found < size:
+                raise CheckpointError(f"{path} is cut off: it ends within byte {place.offset + start + found}.")
             if zlib.crc32(block) != place.blocks[number]:
                 raise CheckpointError(
                     f"{path} is damaged between bytes {place.offset + start} and {place.offset + start + size}: the "
                     "checksum differs."
                 )
             low, high = max(first, start), min(last, start + size)
-            target[low - first : high - first] = memoryview(block)[low - start : high - start]
+            target[low - first : high - first] = block[low - start : high - start]
 
 
-def _read(descriptor: int, offset: int, nbytes: int) -> bytes:
-    parts: list[bytes] = []
-    while nbytes:
-        part = os.pread(descriptor, nbytes, offset)
-        if not part:
+def read_into(descriptor: int, out: memoryview, offset: int) -> int:
+    """Fill `out` from `offset` on; how many bytes there were, fewer only where the file ends."""
+    done = 0
+    while done < out.nbytes:
+        count = os.preadv(descriptor, [out[done : done + _READ_NBYTES]], offset + done)
+        if not count:
             break
-        parts.append(part)
-        offset, nbytes = offset + len(part), nbytes - len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+        done += count
+    return done

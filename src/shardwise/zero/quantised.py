@@ -8,12 +8,18 @@ below 1/256 of their codes (rows of an 8-bit weight, second-level scales) and ta
 rank: sharding them would save less than half a per cent.
 
 The library hangs scales on the weight and, for 8 bits, on the layer. Those objects stay: the ones in the buffer become views of
-it, guarded like parameters. A weight that has not been quantised yet is, one at a time, when its unit is built. Nothing is
-imported here: who has such weights has imported the library.
+it, guarded like parameters. A weight that has not been quantised yet is, one at a time, when its unit is built. Without memory
+it is read and quantised by one rank, in turns, and the others are sent codes and scales:
+
+    unit   [ q k v o | gate up down ]      rank 0 reads and quantises q, v, gate; rank 1 k, o, up, down
+
+Nothing is imported here: who has such weights has imported the library.
 """
 
 from __future__ import annotations
 
+import io
+import pickle
 import sys
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import replace
@@ -26,10 +32,13 @@ from ..errors import PrepareError
 from .collectives import Ranks
 from .flat import Member
 from .portions import Portion
-from .sources import Source, give_memory
+from .scratch import give_back_free_memory
+from .sources import Makers, Source, agree_on_facts, give_memory
 
 # Of the codes' bytes: scales below this share stay whole.
 _WHOLE_SHARE = 1 / 256
+# What the library leaves on a weight beside its codes: an object with tensors for 4 bits, a tensor for 8.
+_HUNG_ON = ("quant_state", "SCB")
 
 
 class QuantisedWeights:
@@ -52,43 +61,76 @@ class QuantisedWeights:
     def __bool__(self) -> bool:
         return bool(self._layers)
 
+    def __contains__(self, key: object) -> bool:
+        """Whether the parameter of that id is quantised, or is to be."""
+        return key in self._layers
+
     def holds(self, members: Sequence[Member]) -> bool:
         """Whether any of these is quantised, or is to be."""
-        return any(id(member.parameter) in self._layers for member in members)
+        return any(id(member.parameter) in self for member in members)
 
-    def with_scales(self, portion: Portion, sources: MutableMapping[int, Source], ranks: Ranks) -> Portion:
+    def with_scales(
+        self, portion: Portion, sources: MutableMapping[int, Source], makers: Makers, ranks: Ranks
+    ) -> Portion:
         """`portion` with its weights quantised and with their scales as members. Collective where it has such weights.
 
-        sources: the entries of weights that are quantised here are taken out.
+        sources: the entries of weights that are quantised here are taken out. makers: the rank that quantises each of them.
         Raises PrepareError on every rank if the library cannot do it on this device.
         """
-        if not self.holds(portion.frozen):
+        quantised = [member for member in portion.frozen if id(member.parameter) in self]
+        if not quantised:
             return portion
-        members: list[Member] = []
-        whole: list[Tensor] = []
+        found = {id(m.parameter): sources.pop(id(m.parameter)) for m in quantised if id(m.parameter) in sources}
+        if found:
+            give_back_free_memory()  # of the unit before this one
+            agree_on_facts(list(found.values()), ranks)
         error: Exception | None = None
         try:
-            for member in portion.frozen:
-                members.append(member)
-                if id(member.parameter) in self._layers:
-                    self._quantise(member, sources, ranks.device)
-                    members[-1] = replace(member, dtype=member.parameter.dtype)
-                    for name, scales in self._scales(member.parameter):
-                        if scales.nbytes >= member.parameter.nbytes * _WHOLE_SHARE:
-                            owned: Any = scales
-                            members.append(Member(f"{member.name}.{name}", owned, scales.dtype))
-                    whole += self._whole(member.parameter)
+            for member in quantised:
+                if makers.get(id(member.parameter), ranks.rank) == ranks.rank:
+                    self._quantise(member, found.get(id(member.parameter)), ranks.device)
         except Exception as caught:
             error = caught
         ranks.agree(error)
+        if ranks.world_size > 1:
+            for member in quantised:
+                if id(member.parameter) in found:
+                    self._send(member.parameter, makers[id(member.parameter)], ranks)
+        members: list[Member] = []
+        whole: list[Tensor] = []
+        for member in portion.frozen:
+            members.append(member)
+            if id(member.parameter) in self:
+                members[-1] = replace(member, dtype=member.parameter.dtype)
+                for name, scales in self._scales(member.parameter):
+                    if scales.nbytes >= member.parameter.nbytes * _WHOLE_SHARE:
+                        owned: Any = scales
+                        members.append(Member(f"{member.name}.{name}", owned, scales.dtype))
+                whole += self._whole(member.parameter)
         for tensor in whole if ranks.world_size > 1 else ():
             ranks.broadcast(tensor)
         self.whole_nbytes += sum(tensor.nbytes for tensor in whole)
         return replace(portion, frozen=tuple(members))
 
-    def _quantise(self, member: Member, sources: MutableMapping[int, Source], device: torch.device) -> None:
+    def _send(self, weight: Any, maker: int, ranks: Ranks) -> None:
+        """Let every rank have what `maker` has made of `weight`, as the library leaves it."""
+        mine = ranks.rank == maker
+        parts = [weight.data, *(getattr(weight, name, None) for name in _HUNG_ON)] if mine else None
+        codes, *hung = _broadcast(parts, maker, ranks)
+        if mine:
+            return
+        give_memory(weight, codes)
+        for name, value in zip(_HUNG_ON, hung, strict=True):
+            if value is not None:
+                setattr(weight, name, value)
+        if hasattr(weight, "bnb_quantized"):
+            weight.bnb_quantized = True
+        layer = getattr(weight, "module", None)
+        if layer is not None:
+            layer.quant_state = weight.quant_state
+
+    def _quantise(self, member: Member, source: Source | None, device: torch.device) -> None:
         weight: Any = member.parameter
-        source = sources.pop(id(weight), None)
         if source is not None:
             give_memory(weight, source.read(0, weight.numel()).view(weight.shape))
         try:
@@ -152,6 +194,51 @@ class QuantisedWeights:
                 layer.state.CB = layer.weight.data
             elif key in self._packing:
                 layer.support_avx512bf16_for_cpu = True
+
+
+class _Outline(pickle.Pickler):
+    """Pickles an object without its tensors, which are kept aside, in order."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.tensors: list[Tensor] = []
+
+    def persistent_id(self, item: Any) -> Any:
+        if not isinstance(item, Tensor):
+            return None
+        self.tensors.append(item.detach().contiguous())
+        return tuple(item.shape), item.dtype
+
+
+class _Outlined(pickle.Unpickler):
+    """Makes the object again, with tensors of any content on `device`."""
+
+    def __init__(self, file: io.BytesIO, device: torch.device) -> None:
+        super().__init__(file)
+        self.tensors: list[Tensor] = []
+        self._device = device
+
+    def persistent_load(self, described: Any) -> Tensor:
+        shape, dtype = described
+        self.tensors.append(torch.empty(shape, dtype=dtype, device=self._device))
+        return self.tensors[-1]
+
+
+def _broadcast(value: Any, source: int, ranks: Ranks) -> Any:
+    """Rank `source`'s `value` on every rank, its tensors over the data group. Collective."""
+    if ranks.rank == source:
+        file = io.BytesIO()
+        outline = _Outline(file)
+        outline.dump(value)
+        ranks.broadcast_object(file.getvalue(), source)
+        tensors = outline.tensors
+    else:
+        outlined = _Outlined(io.BytesIO(ranks.broadcast_object(None, source)), ranks.device)
+        value = outlined.load()
+        tensors = outlined.tensors
+    for tensor in tensors:
+        ranks.broadcast(tensor, source)
+    return value
 
 
 def refuse_other_kinds(model: nn.Module) -> None:

@@ -30,7 +30,7 @@ from .portions import Role, divide
 from .precision import Precision
 from .quantised import QuantisedWeights
 from .schedule import Schedule
-from .sources import Source, Sources, fill_region
+from .sources import Makers, Source, Sources, choose_makers, fill_region
 from .streams import Lanes
 from .unit import Unit
 from .units import UnitSpec, find_units
@@ -100,6 +100,7 @@ class ShardedModel:
         self.generation_memory_budget = generation_memory_budget
         self._whole_adapters = whole_adapters
         self._sources: dict[int, Source] = dict(sources or {})
+        self._makers: Makers = {}
         self._quantised = QuantisedWeights(model)
         specs: list[UnitSpec] = []
         error: Exception | None = None
@@ -110,6 +111,9 @@ class ShardedModel:
             error = caught
         ranks.agree(error)
         self._agree_on_shapes(specs)
+        if self._sources:
+            parameters = list({id(p): p for spec in specs for p in spec.parameters.values()}.values())
+            self._makers = choose_makers(parameters, self._sources, self._quantised, ranks)
 
         lanes = Lanes(ranks.device, serial=serial)
         stores: Stores | None = None
@@ -196,7 +200,7 @@ class ShardedModel:
             specs, self.plan, self.precision, whole_adapters=self._whole_adapters, bucket_nbytes=BUCKET_NBYTES
         )
         for divided in portions:
-            portion = self._quantised.with_scales(divided, self._sources, self.ranks)
+            portion = self._quantised.with_scales(divided, self._sources, self._makers, self.ranks)
             frozen = self._frozen_buffer(portion.frozen, portion.plan) if portion.frozen else None
             trainable, gradients = None, None
             if portion.trainable:
@@ -221,7 +225,7 @@ class ShardedModel:
             peers=self._engine.peers,
         )
         if self._have_sources(members):
-            fill_region(buffer, self._sources, ranks, buffer.own_slice)
+            fill_region(buffer, self._sources, self._makers, ranks, buffer.own_slice)
         else:
             if ranks.rank == 0:
                 buffer.fill()
@@ -251,7 +255,7 @@ class ShardedModel:
         n = buffer.layout.shard_numel if plan.optimizer.sharded else buffer.layout.numel
         if self._have_sources(members):
             own = torch.zeros(n, dtype=master_dtype, device=ranks.device)
-            fill_region(buffer, self._sources, ranks, own)
+            fill_region(buffer, self._sources, self._makers, ranks, own)
             buffer.own_slice.copy_(own)
             if plan.optimizer.sharded and not plan.parameter.sharded:
                 ranks.all_gather(buffer.whole, buffer.own_slice)

@@ -6,13 +6,18 @@ only for the stretches that lie in its own interval, and no rank ever holds the 
 
     unit      [ q q q q k k | o o o o up up ]        rank 1 asks: o.read(0, 4), up.read(0, 2)
 
+Where a stretch costs as much as all of the tensor, one rank makes it and sends it, a few MiB at a time; each keeps what lies
+in its interval. The ranks take turns, tensor by tensor, so that each reads its share of the files.
+
+    unit      [ t t t t t t ]                        rank 0 makes t, sends t t t | t t t; rank 1 keeps the second half
+
 This file does arithmetic on intervals; what a Source does to answer is not known here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -25,8 +30,19 @@ if TYPE_CHECKING:
     from .flat import FlatBuffer
 
 
+# Of a tensor that one rank makes, this much is sent at a time: what the others hold besides their interval.
+_SENT_NBYTES = 8 << 20
+
+MadeBy = Literal["each rank", "one rank", "rank 0"]
+
+
 class Source(Protocol):
     """The values of one parameter."""
+
+    @property
+    def made_by(self) -> MadeBy:
+        """Who reads from it: each rank its own stretch, one rank all of it for the others, or rank 0, who alone has it."""
+        ...
 
     def read(self, begin: int, end: int) -> Tensor:
         """(end - begin,) elements from `begin` on, in row-major order, in the parameter's dtype, on any device."""
@@ -45,41 +61,105 @@ class Source(Protocol):
 Sources = Mapping[int, Source]
 
 
-def fill_region(buffer: FlatBuffer, sources: Sources, ranks: Ranks, out: Tensor) -> None:
-    """Write this rank's interval of `buffer` into `out`: from sources, and rank 0's values of the real parameters.
+# id(parameter) -> the rank that makes all of it for all ranks. What is not here each rank makes in its own stretches.
+Makers = Mapping[int, int]
 
-    out: (shard_numel,) bytes for a buffer of bytes, else numbers of any dtype; the padding stays as it is.
-    Collective; nothing larger than one parameter that has memory is sent. A source that fails is every rank's error.
+
+def choose_makers(parameters: Sequence[Parameter], sources: Sources, whole: Container[int], ranks: Ranks) -> Makers:
+    """Who makes each of the weights that are made whole: the largest first, each by the rank with the fewest bytes so far.
+
+    whole: ids of weights that are made whole, whatever their source says. Collective: how it is made is rank 0's word.
     """
-    give_back_free_memory()  # of the unit before this one
-    members = buffer.members
-    own = [sources.get(id(member.parameter)) for member in members]
-    told = ranks.broadcast_object([source.facts() if source is not None else [] for source in own])
-    values: dict[int, Tensor] = {}
-    for index, (member, source) in enumerate(zip(members, own, strict=True)):
-        if source is None:
-            value = member.parameter.data.to(ranks.device).contiguous()
-            if ranks.world_size > 1:
-                value = value.clone() if value.data_ptr() == member.parameter.data_ptr() else value
-                ranks.broadcast(value)
-            values[index] = value.reshape(-1)
+    sized = [(p, p.numel() * p.dtype.itemsize) for p in parameters if id(p) in sources]
+    ways = ranks.broadcast_object([sources[id(p)].made_by for p, _ in sized])
+    found: dict[int, int] = {}
+    made = [0] * ranks.world_size
+    for (parameter, nbytes), way in sorted(zip(sized, ways, strict=True), key=lambda item: -item[0][1]):
+        if way != "each rank" or id(parameter) in whole:
+            rank = 0 if way == "rank 0" else made.index(min(made))
+            found[id(parameter)] = rank
+            made[rank] += nbytes
+    return found
+
+
+def agree_on_facts(sources: Sequence[Source], ranks: Ranks) -> None:
+    """Let every source stand for rank 0's numbers. Collective; one that cannot is every rank's error."""
+    told = ranks.broadcast_object([source.facts() for source in sources])
     error: Exception | None = None
     try:
-        for source, facts in zip(own, told, strict=True):
-            if source is not None:
-                source.adopt(facts)
-        for piece in buffer.layout.pieces(buffer.rank):
-            member, source = members[piece.slot], own[piece.slot]
-            target = out[piece.in_shard : piece.in_shard + piece.numel]
-            begin, end = piece.in_slot, piece.in_slot + piece.numel
-            if buffer.dtype == torch.uint8:
-                # Intervals are cut at multiples of the alignment, so an element never lies in two of them.
-                target = target.view(member.dtype)
-                begin, end = begin // member.dtype.itemsize, end // member.dtype.itemsize
-            target.copy_(values[piece.slot][begin:end] if source is None else source.read(begin, end))
+        for source, facts in zip(sources, told, strict=True):
+            source.adopt(facts)
     except Exception as caught:
         error = caught
     ranks.agree(error)
+
+
+def fill_region(buffer: FlatBuffer, sources: Sources, makers: Makers, ranks: Ranks, out: Tensor) -> None:
+    """Write this rank's interval of `buffer` into `out`: from sources, and rank 0's values of the real parameters.
+
+    out: (shard_numel,) bytes for a buffer of bytes, else numbers of any dtype; the padding stays as it is.
+    Collective. A rank holds at most one tensor of those it makes whole. A source that fails is every rank's error.
+    """
+    give_back_free_memory()  # of the unit before this one
+    own = [sources.get(id(member.parameter)) for member in buffer.members]
+    agree_on_facts([source for source in own if source is not None], ranks)
+    targets = _targets(buffer, out)
+    for index, (member, source) in enumerate(zip(buffer.members, own, strict=True)):
+        if source is None or id(member.parameter) in makers:
+            begin, target = targets.pop(index, (0, out[:0]))
+            end = begin + target.numel()
+            maker = makers[id(member.parameter)] if source is not None else 0
+            for first, values in _from_one_rank(member.parameter, source, maker, ranks):
+                low, high = max(begin, first), min(end, first + values.numel())
+                if low < high:
+                    target[low - begin : high - begin].copy_(values[low - first : high - first])
+    error: Exception | None = None
+    try:
+        for index, (begin, target) in targets.items():
+            source = own[index]
+            assert source is not None
+            target.copy_(source.read(begin, begin + target.numel()))
+    except Exception as caught:
+        error = caught
+    ranks.agree(error)
+
+
+def _targets(buffer: FlatBuffer, out: Tensor) -> dict[int, tuple[int, Tensor]]:
+    """Of every member that has a part in this rank's interval: its first element there, and where the part goes."""
+    found = {}
+    for piece in buffer.layout.pieces(buffer.rank):
+        target, begin = out[piece.in_shard : piece.in_shard + piece.numel], piece.in_slot
+        if buffer.dtype == torch.uint8:
+            # Intervals are cut at multiples of the alignment, so an element never lies in two of them.
+            dtype = buffer.members[piece.slot].dtype
+            target, begin = target.view(dtype), begin // dtype.itemsize
+        found[piece.slot] = begin, target
+    return found
+
+
+def _from_one_rank(
+    parameter: Parameter, source: Source | None, maker: int, ranks: Ranks
+) -> Iterator[tuple[int, Tensor]]:
+    """All of what `maker` makes or has, in parts: (the first element, the elements from there on, flat, on the device)."""
+    numel, dtype = parameter.numel(), parameter.dtype
+    whole: Tensor | None = None
+    error: Exception | None = None
+    if ranks.rank == maker:
+        try:
+            whole = source.read(0, numel) if source is not None else parameter.data.reshape(-1)
+        except Exception as caught:
+            error = caught
+    if source is not None:
+        ranks.agree(error)
+    step = _SENT_NBYTES // dtype.itemsize
+    for first in range(0, numel, step):
+        size = min(step, numel - first)
+        if whole is not None:
+            part = whole[first : first + size].to(ranks.device)
+        else:
+            part = torch.empty(size, dtype=dtype, device=ranks.device)
+        ranks.broadcast(part, maker)
+        yield first, part
 
 
 def give_memory(parameter: Parameter, view: Tensor) -> None:
