@@ -11,13 +11,14 @@ and an optimizer that steps. The step itself is one function for all of them, so
                              +cpu: CPUOffloadPolicy (parameters, gradients and the optimizer on the host)
     deepspeed:S[+opt][+param]
                              ZeRO stage S (1 to 3), where the package can be imported; see deepspeed_engine.py
-    shardwise:S[+opt][+param][+nvme][+budget][+clip][+loss][+lora][+recompute][+nccl][+serial][+prefetchN]
+    shardwise:S[+opt][+param][+nvme][+budget][+clip][+loss][+logits][+lora][+recompute][+graphs][+nccl][+serial][+prefetchN]
                              ZeRO stage S (0 to 3); +opt and +param put the optimizer and the parameters on the host,
                              with +nvme on the drive below $TMPDIR; +budget lets stay on the device what fits; +clip clips
-                             to a global norm of 1; +loss computes the loss of a causal model in chunks; +lora runs the
-                             LoRA linears on their fast path; +recompute recomputes only as many blocks as the device's
-                             memory needs, in place of the case's checkpointing; +nccl gathers weights by NCCL, not by
-                             copy engines; +serial lets nothing overlap
+                             to a global norm of 1; +loss computes the loss of a causal model in chunks, +logits does
+                             so from logits that stay; +lora runs the LoRA linears on their fast path; +recompute recomputes
+                             only as many blocks as the device's memory needs, in place of the case's checkpointing;
+                             +graphs records compiled blocks as CUDA graphs; +nccl gathers weights by NCCL, not by copy
+                             engines; +serial lets nothing overlap
 
 Every engine takes +compile, torch.compile of each block by inductor, or +aot, the same without its kernels: for a CPU.
 """
@@ -38,6 +39,8 @@ from torch import Tensor, nn
 
 from cases import Case
 from place import Place
+
+_OPTIONS = ("opt", "param", "nvme", "budget", "clip", "loss", "logits", "lora", "recompute", "graphs", "nccl", "serial")
 
 
 @dataclass
@@ -104,19 +107,7 @@ class Engine:
             "ddpamp": set(),
             "fsdp2": {"ends", "cpu"},
             "deepspeed": {"opt", "param"},
-            "shardwise": {
-                "opt",
-                "param",
-                "nvme",
-                "budget",
-                "clip",
-                "loss",
-                "lora",
-                "recompute",
-                "serial",
-                "nccl",
-                "graphs",
-            },
+            "shardwise": set(_OPTIONS),
         }
         if kind not in allowed:
             raise ValueError(f"no engine is called {kind!r}; there are {', '.join(allowed)}")
@@ -194,10 +185,10 @@ class Engine:
         return Trainee(model, _adamw(model, case), place.device)
 
     def _shardwise(self, case: Case, place: Place, reduce_dtype: str) -> Trainee:
-        from shardwise.compiling import CompiledBlocks
+        from shardwise.compiling import CompiledBlocks, CompiledLoss
         from shardwise.config.compiling import CompileConfig
         from shardwise.lora import FastLora
-        from shardwise.losses import LeanLoss
+        from shardwise.losses import LeanLoss, LogitsLoss
         from shardwise.recomputing import RecomputedBlocks, blocks_to_recompute
         from shardwise.zero.optimizer import ShardedOptimizer
         from shardwise.zero.plan import Plan
@@ -215,7 +206,8 @@ class Engine:
         recompute = "recompute" in self.options
         model = (replace(case, checkpointing=False) if recompute else case).build(place.device)
         # Before the model is sharded, as `prepare` does all of it.
-        lean = (LeanLoss(model),) if "loss" in self.options else ()
+        lean: tuple[LeanLoss | LogitsLoss, ...] = (LeanLoss(model),) if "loss" in self.options else ()
+        lean = (LogitsLoss(model),) if "logits" in self.options else lean
         lora = (FastLora(model),) if "lora" in self.options and not self.backend else ()
         recomputed = blocks_to_recompute(model, "auto") if recompute else []
         blocks = blocks_of(model, case) if self.backend else []
@@ -237,11 +229,12 @@ class Engine:
         )
         mode = "reduce-overhead" if "graphs" in self.options else "default"
         settings = CompileConfig(dynamo_backend=self.backend, dynamo_mode=mode) if self.backend else None
-        compiled = CompiledBlocks(blocks, settings)
+        compiled = CompiledBlocks(blocks, settings, sharded)
+        compiled_loss = CompiledLoss(model, settings if not lean else None)
         # A CPU has no peak to measure: there every block is kept.
         budget = "auto" if place.cuda else 1 << 40
         changed = (RecomputedBlocks(recomputed, sharded, budget),) if recompute else ()
-        keep = (sharded, stepper, compiled, *lean, *lora, *changed)
+        keep = (sharded, stepper, compiled, compiled_loss, *lean, *lora, *changed)
         return Trainee(model, optimizer, place.device, ledger=sharded.ledger, keep=keep)
 
     def _deepspeed(self, case: Case, place: Place) -> Trainee:

@@ -33,6 +33,7 @@ class Batch:
 
     checkpointing: every block is recomputed in the backward. attention: "sdpa" (no n x n matrix is kept) or "eager".
     loss_chunk:    tokens per chunk of the loss; None for torch's own, which takes all at once.
+    keeps_logits:  the chunks are of logits that are there as a whole.
     """
 
     rows: int
@@ -40,6 +41,7 @@ class Batch:
     checkpointing: bool = False
     attention: str = "sdpa"
     loss_chunk: int | None = None
+    keeps_logits: bool = False
 
     @property
     def tokens(self) -> int:
@@ -120,7 +122,10 @@ def loss_nbytes(shape: DecoderShape, batch: Batch, itemsize: int) -> int:
     per_word = 12 if itemsize == 4 else 8 + 2 * itemsize
     if batch.loss_chunk is None:
         return batch.tokens * shape.vocabulary * per_word
-    return min(batch.loss_chunk, batch.tokens) * shape.vocabulary * per_word + batch.tokens * shape.hidden * itemsize
+    in_chunk = min(batch.loss_chunk, batch.tokens) * shape.vocabulary
+    if batch.keeps_logits:  # the logits and their gradient, and the shares of one chunk in fp32
+        return 2 * batch.tokens * shape.vocabulary * itemsize + 4 * in_chunk
+    return in_chunk * per_word + batch.tokens * shape.hidden * itemsize
 
 
 def peak_nbytes(shape: DecoderShape, batch: Batch, itemsize: int) -> int:

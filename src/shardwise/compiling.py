@@ -9,6 +9,8 @@ Activation checkpointing belongs inside of the graph: the compiler then recomput
 checkpoint around the graph runs all of it again, the last matrix product included. Newer transformers put theirs inside of
 `forward`; where a version has it around the module's call, it is switched off and done here.
 
+The loss of a causal model is compiled beside its blocks: `CompiledLoss`.
+
 Because the weights are inputs, blocks of one class and one structure share one compiled artefact: a model of 32 blocks is
 compiled once. What a graph cannot hold stays eager: a forward that records no gradients (generation, whose shapes change at
 every token; evaluation), and one that continues from keys and values in a cache (prefix tuning). An empty cache, which models
@@ -22,12 +24,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .blocks import ReplacedForwards, forward_of, repeated_blocks, without_cache
 from .config.compiling import CompileConfig
 from .errors import PrepareError
+from .zero.sharded import ShardedModel
 
 _FILLED_CACHE = (
     "dynamo_backend has no effect on forwards that continue from a cache of keys and values (prefix tuning): their blocks run "
@@ -59,14 +62,27 @@ def blocks_to_compile(model: nn.Module, units: Sequence[str] | None = None) -> l
 class CompiledBlocks(ReplacedForwards):
     """The blocks of one model with their `forward` compiled, until `undo`. None as settings compiles nothing.
 
+    sharded:   the model that they are of, prepared. None leaves CUDA graphs to find the steps by themselves.
     recompute: their activations are recomputed in the backward, inside of the graphs.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], settings: CompileConfig | None, *, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        settings: CompileConfig | None,
+        sharded: ShardedModel | None = None,
+        *,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
         self._taken_over: list[nn.Module] = []
+        self._after_step: list[Callable[[], None]] = []
         if settings is None:
             return
+        if settings.records_graphs and sharded is not None:
+            # What a graph made in one step may be overwritten in the next.
+            self._after_step = sharded.after_step
+            self._after_step.append(_begin_step)
         compile_ = functools.partial(
             torch.compile,
             backend=settings.dynamo_backend,
@@ -95,9 +111,60 @@ class CompiledBlocks(ReplacedForwards):
 
     def undo(self) -> None:
         super().undo()
+        if _begin_step in self._after_step:
+            self._after_step.remove(_begin_step)
         for block in self._taken_over:
             vars(block)["gradient_checkpointing"] = True
         self._taken_over.clear()
+
+
+def _begin_step() -> None:
+    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+
+
+class CompiledLoss:
+    """The causal loss of a transformers model, compiled where gradients are recorded, until `undo`.
+
+    Of what is otherwise a copy of the logits in fp32, a softmax and its gradient, the compiler makes passes over the logits in
+    their own dtype: fewer bytes, and no fp32 logits. Models with another loss are left as they are.
+    """
+
+    def __init__(self, model: nn.Module, settings: CompileConfig | None) -> None:
+        self._model: Any = _with_causal_loss(model) if settings is not None else None
+        if self._model is None or settings is None:
+            return
+        self._before = vars(self._model).get("_loss_function")
+        plain: Callable[..., Tensor] = self._model.loss_function
+        dynamic = True if settings.dynamo_use_dynamic else None
+        compiled = torch.compile(plain, backend=settings.dynamo_backend, dynamic=dynamic)
+
+        @functools.wraps(plain)
+        def loss(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return (compiled if torch.is_grad_enabled() and logits.requires_grad else plain)(logits, *args, **kwargs)
+
+        self._model.loss_function = loss
+
+    def undo(self) -> None:
+        """Give the model its own loss back."""
+        if self._model is None:
+            return
+        if self._before is None:
+            vars(self._model).pop("_loss_function", None)
+        else:
+            self._model.loss_function = self._before
+        self._model = None
+
+
+def _with_causal_loss(model: nn.Module) -> Any:
+    """The module of transformers in `model` whose loss is the causal one; None if there is none."""
+    for module in model.modules():
+        # PEFT's wrappers answer for the model inside of them; the loss is the model's own.
+        if "loss_function" not in dir(type(module)) or getattr(module, "loss_type", None) not in (None, "ForCausalLM"):
+            continue
+        found: Any = module
+        if getattr(found.loss_function, "__name__", "") == "ForCausalLMLoss":
+            return found
+    return None
 
 
 def _checkpoints_around_its_call(block: nn.Module) -> bool:

@@ -77,34 +77,30 @@ def _scaled(total: Tensor, labels: Tensor, ignore_index: int, items: Tensor | in
 
 
 class _FromLogits(torch.autograd.Function):
-    """The sum over tokens. Saves the logits as they are and a log-sum for each token."""
+    """The sum over tokens. Saves the logits as they are; of a chunk the fp32 form lives until it is summed or written."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, chunk: int) -> Tensor:
         ctx.ignore_index, ctx.chunk = ignore_index, chunk
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
-        log_sums = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
-        for part, wanted, log_sum in zip(*(torch.split(t, chunk) for t in (logits, labels, log_sums)), strict=True):
-            numbers = part.float()
-            torch.logsumexp(numbers, -1, out=log_sum)
+        for part, wanted in zip(torch.split(logits, chunk), torch.split(labels, chunk), strict=True):
             counts = wanted != ignore_index
-            chosen = numbers.gather(-1, wanted.where(counts, 0).unsqueeze(-1)).squeeze(-1)
-            total += (log_sum - chosen).where(counts, 0).sum()
-        ctx.save_for_backward(logits, labels, log_sums)
+            places = wanted.where(counts, 0).unsqueeze(-1)
+            chosen = torch.log_softmax(part, -1, dtype=torch.float32).gather(-1, places).squeeze(-1)
+            total -= chosen.where(counts, 0).sum()
+        ctx.save_for_backward(logits, labels)
         return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        logits, labels, log_sums = ctx.saved_tensors
+        logits, labels = ctx.saved_tensors
         out = torch.empty_like(logits)
-        parts = zip(*(torch.split(t, ctx.chunk) for t in (logits, labels, log_sums, out)), strict=True)
-        for part, wanted, log_sum, target in parts:
-            shares = torch.sub(part.float(), log_sum.unsqueeze(-1)).exp_()
+        for part, wanted, target in zip(*(torch.split(t, ctx.chunk) for t in (logits, labels, out)), strict=True):
             counts = wanted != ctx.ignore_index
             places = wanted.where(counts, 0).unsqueeze(-1)
+            shares = torch.softmax(part, -1, dtype=torch.float32)
             shares.scatter_add_(-1, places, torch.full_like(places, -1, dtype=shares.dtype))
-            shares.mul_((gradients[0] * counts).unsqueeze(-1))
-            target.copy_(shares)
+            torch.mul(shares, (gradients[0] * counts).unsqueeze(-1), out=target)  # rounds as it writes
         return out, None, None, None
 
 
@@ -184,16 +180,64 @@ class LeanLoss:
                 f"{type(self._model).__name__} changes its logits between the head and the loss (a cap or a scale): the loss "
                 "cannot be had in chunks. Leave loss_chunk_tokens out."
             )
-        if shift_labels is None:
-            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         return head_cross_entropy(
             logits.reshape(-1, logits.shape[-1]),
             self._head,
-            shift_labels.reshape(-1).to(logits.device),
+            _shifted(labels, shift_labels, ignore_index).to(logits.device),
             ignore_index=ignore_index,
             num_items_in_batch=num_items_in_batch,
             chunk=self.chunk,
         )
+
+
+class LogitsLoss:
+    """A causal language model of transformers whose training loss takes its logits in chunks, until `undo`.
+
+    chunk: tokens at a time. Logits are made once and stay, in their own dtype; what is fp32 of them exists for a chunk.
+    Raises PrepareError for a model whose loss is not transformers' causal one.
+    """
+
+    def __init__(self, model: nn.Module, chunk: int = CHUNK_TOKENS) -> None:
+        self._chunk = chunk
+        self._model, _ = _model_and_head(model)
+        self._before = vars(self._model).get("_loss_function")
+        self._plain: Callable[..., Tensor] = self._model.loss_function
+        self._model.loss_function = self._loss
+
+    def undo(self) -> None:
+        """Give the model its own loss back."""
+        if self._before is None:
+            vars(self._model).pop("_loss_function", None)
+        else:
+            self._model.loss_function = self._before
+
+    def _loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if not (torch.is_grad_enabled() and logits.requires_grad):
+            settings = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels, **kwargs}
+            return self._plain(logits, labels, vocab_size, ignore_index=ignore_index, **settings)
+        return cross_entropy(
+            logits.reshape(-1, logits.shape[-1]),
+            _shifted(labels, shift_labels, ignore_index).to(logits.device),
+            ignore_index=ignore_index,
+            num_items_in_batch=num_items_in_batch,
+            chunk=self._chunk,
+        )
+
+
+def _shifted(labels: Tensor, shift_labels: Tensor | None, ignore_index: int) -> Tensor:
+    """(T,) what each position is to predict."""
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    return shift_labels.reshape(-1)
 
 
 def _in_place_of(plain: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:

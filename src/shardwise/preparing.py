@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from .blocks import ReplacedForwards
-from .compiling import CompiledBlocks, blocks_to_compile
+from .compiling import CompiledBlocks, CompiledLoss, blocks_to_compile
 from .config.schema import Config
 from .data import DataLoaderConfiguration, PreparedLoader, check_data_loader, prepare_data_loader
 from .errors import PrepareError
@@ -23,7 +23,7 @@ from .integrations import connect
 from .integrations import generation as keep_for_generation
 from .loading import build_without_memory, building
 from .lora import FastLora
-from .losses import LeanLoss
+from .losses import LeanLoss, LogitsLoss
 from .prepare_checks import batch_size_of, check_model, check_optimizer, describe
 from .process import PartialState
 from .recomputing import RecomputedBlocks, blocks_to_recompute
@@ -46,7 +46,7 @@ class PreparedModel:
         self,
         model: nn.Module,
         sharded: ShardedModel,
-        changes: Sequence[ReplacedForwards | LeanLoss],
+        changes: Sequence[ReplacedForwards | LeanLoss | LogitsLoss | CompiledLoss],
         parameters: list[nn.Parameter],
     ) -> None:
         self.model = model
@@ -208,7 +208,7 @@ class Preparing(PartialState):
                 blocks_to_compile(model, self._config.engine.units)
             self._blocks_to_recompute(model)
             if self._config.engine.loss_chunk_tokens is not None:
-                LeanLoss(model).undo()
+                (LogitsLoss if self._config.engine.loss_keeps_logits else LeanLoss)(model).undo()
             shared = {id(p) for other in models[:index] for p in other.parameters()}
             if any(model is other for other in models[:index]):
                 raise PrepareError(f"the same {type(model).__name__} is given to `prepare` twice. Give it once.")
@@ -300,7 +300,7 @@ class Preparing(PartialState):
             sources=sources,
         )
         connect(model)
-        changes: list[ReplacedForwards | LeanLoss] = []
+        changes: list[ReplacedForwards | LeanLoss | LogitsLoss | CompiledLoss] = []
         # Not under a compiler, which sees and fuses the passes, and would make a graph of each replaced layer.
         if engine.fast_lora is True and self._config.compiling is None:
             fast = FastLora(model)
@@ -308,12 +308,15 @@ class Preparing(PartialState):
                 logger.warning("fast_lora: has no effect; %s has no LoRA layer over a linear.", type(model).__name__)
             changes.append(fast)
         always = bool(recomputed) and engine.activation_checkpointing == "all"
-        changes.append(CompiledBlocks(blocks, self._config.compiling, recompute=always))
+        changes.append(CompiledBlocks(blocks, self._config.compiling, sharded, recompute=always))
         if recomputed and not (blocks and always):
             budget = engine.gpu_memory_budget or "auto" if engine.activation_checkpointing == "auto" else None
             changes.append(RecomputedBlocks(recomputed, sharded, budget))
         if engine.loss_chunk_tokens is not None:
-            changes.append(LeanLoss(model, engine.loss_chunk_tokens))
+            in_chunks = LogitsLoss if engine.loss_keeps_logits else LeanLoss
+            changes.append(in_chunks(model, engine.loss_chunk_tokens))
+        else:
+            changes.append(CompiledLoss(model, self._config.compiling))
         self._models.append(PreparedModel(model, sharded, changes, parameters))
         self._push_sync()
 

@@ -7,13 +7,13 @@ import pytest
 from rig.engine import adamw, prepare, trained
 from rig.tiny import batches, checkpointed, share, tiny
 from shardwise import Accelerator, DeepSpeedPlugin
-from shardwise.losses import LeanLoss
+from shardwise.losses import LeanLoss, LogitsLoss
 from shardwise.process import forget_run
 
 UNITS = ["LlamaDecoderLayer", "*lm_head"]
 
 
-def _train(ranks, tuning, plan, chunk, name="llama"):
+def _train(ranks, tuning, plan, chunk, name="llama", keeps=False):
     """Losses of some steps, and the gathers of the last."""
     model = tiny(name, tuning)
     if tuning == "lora":
@@ -21,7 +21,7 @@ def _train(ranks, tuning, plan, chunk, name="llama"):
     _, _, optimizer = prepare(ranks, model, plan, optimizer=adamw, units=UNITS if name == "llama" else None)
     assert trained(model)
     if chunk is not None:
-        LeanLoss(model, chunk)
+        (LogitsLoss if keeps else LeanLoss)(model, chunk)
     losses = []
     for batch in batches("llama", 4, 2 * ranks.world_size):
         ranks.counts.clear()
@@ -41,6 +41,16 @@ def _both(ranks, *case):
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_a_sharded_head_trains_the_same_and_is_not_gathered_for_each_chunk(world, tuning, plan):
     for (plain, gathers), (lean, lean_gathers) in world(2).run(_both, tuning, plan):
+        assert lean == pytest.approx(plain, rel=1e-5)
+        assert lean_gathers == gathers
+
+
+def _from_logits(ranks):
+    return [_train(ranks, "full", "3", chunk, keeps=True) for chunk in (None, 3)]
+
+
+def test_chunks_of_logits_that_stay_train_the_same(world):
+    for (plain, gathers), (lean, lean_gathers) in world(2).run(_from_logits):
         assert lean == pytest.approx(plain, rel=1e-5)
         assert lean_gathers == gathers
 

@@ -19,6 +19,7 @@ import torch
 from rig.engine import inputs, loss_of, mine, prepare, shard, tower, trained, weights_of
 from shardwise.errors import PrepareError
 from shardwise.zero import peers
+from shardwise.zero.collectives import Ranks
 from shardwise.zero.unit import Unit
 
 
@@ -36,9 +37,9 @@ def _mapped(ranks, numel, dtype):
 @contextmanager
 def mapped_files(late=-1):
     """Inside, shards are shared through files. late: the rank that is slow at every gather and step; -1 for none."""
-    before = peers._why_not, peers._trial, peers.map_shared, peers.MIN_SHARD_NBYTES, Unit.gather
+    before = peers._why_not, peers._trial, Ranks.map_shared, peers.MIN_SHARD_NBYTES, Unit.gather
     peers._why_not = peers._trial = lambda ranks: None
-    peers.map_shared, peers.MIN_SHARD_NBYTES = _mapped, 1
+    Ranks.map_shared, peers.MIN_SHARD_NBYTES = _mapped, 1
 
     def gather(unit):
         if unit._engine.ranks.rank == late:
@@ -49,7 +50,7 @@ def mapped_files(late=-1):
     try:
         yield
     finally:
-        peers._why_not, peers._trial, peers.map_shared, peers.MIN_SHARD_NBYTES, Unit.gather = before
+        peers._why_not, peers._trial, Ranks.map_shared, peers.MIN_SHARD_NBYTES, Unit.gather = before
 
 
 def _model(tuning):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from rig.tiny import checkpointed, tiny
-from shardwise.compiling import CompiledBlocks, blocks_to_compile
+from rig.tiny import batches, checkpointed, tiny
+from shardwise.compiling import CompiledBlocks, CompiledLoss, blocks_to_compile
 from shardwise.config.compiling import CompileConfig
 from shardwise.config.schema import Config
 from shardwise.errors import ConfigError, PrepareError
@@ -48,10 +48,63 @@ def test_without_a_backend_nothing_is_compiled(values):
     assert Config.checked(values).compiling is None
 
 
+def _graphs(stage, mode="reduce-overhead", **engine):
+    return {
+        "distributed_type": "DEEPSPEED",
+        "deepspeed_config": {"zero_stage": stage},
+        "dynamo_config": {"dynamo_backend": "inductor", "dynamo_mode": mode},
+        "shardwise_config": engine,
+    }
+
+
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
-def test_modes_that_record_cuda_graphs_are_refused(mode):
-    with pytest.raises(ConfigError, match="records CUDA graphs"):
-        Config.checked({"dynamo_config": {"dynamo_backend": "inductor", "dynamo_mode": mode}})
+def test_cuda_graphs_are_refused_where_weights_do_not_stay_at_one_address(mode):
+    with pytest.raises(ConfigError, match="records CUDA graphs, and gathered weights do not stay at one address"):
+        Config.checked(_graphs(3, mode))
+    assert Config.checked(_graphs(3, mode, gpu_memory_budget="auto")).compiling.records_graphs
+    assert Config.checked(_graphs(2, mode)).compiling.records_graphs
+
+
+def test_cuda_graphs_are_refused_where_blocks_change_after_some_steps():
+    with pytest.raises(ConfigError, match="activation_checkpointing: auto changes"):
+        Config.checked(_graphs(2, activation_checkpointing="auto"))
+
+
+def _loss_and_gradient(model, batch):
+    loss = model(**batch).loss
+    loss.backward()
+    gradient = model.get_output_embeddings().weight.grad.clone()
+    model.zero_grad()
+    return loss.detach(), gradient
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_the_causal_loss_is_compiled_and_given_back(tuning):
+    model = tiny("llama", tuning)
+    if tuning == "lora":
+        model.get_output_embeddings().weight.requires_grad_(True)
+    batch = batches("llama", 1, 3)[0]
+    expected = _loss_and_gradient(model, batch)
+    inner = next(module for module in model.modules() if type(module).__name__ == "LlamaForCausalLM")
+    plain = inner.loss_function
+    compiled = CompiledLoss(model, CompileConfig(dynamo_backend="aot_eager"))
+    assert inner.loss_function is not plain
+    found = _loss_and_gradient(model, batch)
+    assert torch.allclose(found[0], expected[0], rtol=1e-6)
+    assert torch.allclose(found[1], expected[1], atol=1e-7)
+    with torch.no_grad():
+        assert torch.equal(model(**batch).loss, expected[0])
+    compiled.undo()
+    assert inner.loss_function is plain
+
+
+def test_another_loss_is_left_as_it_is():
+    model = tiny("bart")
+    before = dict(vars(model))
+    CompiledLoss(model, CompileConfig(dynamo_backend="aot_eager")).undo()
+    CompiledLoss(nn.Linear(2, 2), CompileConfig(dynamo_backend="aot_eager")).undo()
+    assert vars(model) == before
 
 
 def test_a_keyword_wins_over_the_file():

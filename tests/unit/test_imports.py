@@ -2,7 +2,7 @@
 
     errors, version
       <- plan, layout, config                 facts: no processes; config also no torch
-      <- flat, guard, precision, collectives, streams, offload
+      <- flat, guard, precision, collectives, peers, streams, offload
       <- engine, gradients, unit  <- schedule, hooks  <- sharded  <- optimizer, shards, clipping  <- intervals
       <- checkpoint
       <- accelerator, data, process, ...      the front end, among itself as it likes
@@ -70,6 +70,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     (
         "zero.precision",
         "zero.flat",
+        "zero.peers",
         "zero.guard",
         "zero.collectives",
         "zero.streams",

@@ -75,7 +75,7 @@ def run_estimate(
     if length is not None:
         rows = engine.micro_batch_size or 1
         checkpointing = asked.checkpointing or engine.activation_checkpointing != "none"
-        batch = Batch(rows, length, checkpointing, asked.attention, engine.loss_chunk_tokens)
+        batch = Batch(rows, length, checkpointing, asked.attention, engine.loss_chunk_tokens, engine.loss_keeps_logits)
     run = Run(
         world_size=world_size,
         local_processes=-(-world_size // config.num_machines),

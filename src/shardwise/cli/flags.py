@@ -101,7 +101,11 @@ FLAGS: tuple[Flag, ...] = (
     ),
     Flag("enable_cpu_affinity", "Keep each process to cores of its own.", _PROCESSES, switch=True),
     Flag("collective_timeout_s", "Seconds that a rank waits for the others before it raises.", _ENGINE, "SECONDS"),
+    Flag("gather_with", "Who brings the shards of weights together.", _ENGINE, "auto|copy_engine|nccl"),
     Flag("loss_chunk_tokens", "Compute the loss of so many tokens at a time, without all logits.", _ENGINE, "N"),
+    Flag(
+        "loss_keeps_logits", "With loss_chunk_tokens: logits are made once and stay, in 16 bit.", _ENGINE, switch=True
+    ),
     Flag(
         "activation_checkpointing",
         "Recompute blocks in the backward; auto: as few as the memory budget needs.",

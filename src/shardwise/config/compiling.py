@@ -10,8 +10,7 @@ from .fields import Flag, one_of, wrong
 
 BACKENDS = ("no", "inductor", "aot_eager", "eager")
 
-_GRAPHS = "{} records CUDA graphs, and gathered weights do not stay at one address; take default or {}"
-_NO_GRAPHS = "max-autotune-no-cudagraphs"
+GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
 class CompileConfig(BaseModel):
@@ -20,18 +19,15 @@ class CompileConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False, protected_namespaces=())
 
     dynamo_backend: Annotated[str, one_of(*BACKENDS)] = "no"
-    dynamo_mode: Annotated[
-        str,
-        one_of(
-            "default",
-            _NO_GRAPHS,
-            "reduce-overhead",
-            "max-autotune",
-        ),
-    ] = "default"
+    dynamo_mode: Annotated[str, one_of("default", "max-autotune-no-cudagraphs", *GRAPH_MODES)] = "default"
     dynamo_use_fullgraph: Flag = False
     dynamo_use_dynamic: Flag = False
     dynamo_use_regional_compilation: Flag = True
+
+    @property
+    def records_graphs(self) -> bool:
+        """Whether the kernels of a block are recorded as a CUDA graph, which reads weights at fixed addresses."""
+        return self.dynamo_backend == "inductor" and self.dynamo_mode in GRAPH_MODES
 
 
 def section(value: Any) -> Any:

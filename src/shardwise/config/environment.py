@@ -48,3 +48,8 @@ class RankEnvironment:
         if not 0 <= values["RANK"] < values["WORLD_SIZE"]:
             raise ConfigError(f"RANK={values['RANK']} is not between 0 and WORLD_SIZE={values['WORLD_SIZE']} - 1.")
         return cls(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"], values["LOCAL_WORLD_SIZE"], True)
+
+
+def without_multicast() -> None:
+    """Keep torch's symmetric memory from making multicast objects, which copies do not need, unless somebody asked for them."""
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")

@@ -195,6 +195,28 @@ def _conflicts(config: Config) -> list[Problem]:
                     (("num_processes",), ("shardwise_config", "micro_batch_size")),
                 )
             )
+    return found + _graph_conflicts(config)
+
+
+def _graph_conflicts(config: Config) -> list[Problem]:
+    """CUDA graphs read weights where they were recorded."""
+    compiling = config.compiling
+    if compiling is None or not compiling.records_graphs:
+        return []
+    mode = ("dynamo_config", "dynamo_mode")
+    found = []
+    if config.zero.zero_stage == 3 and config.engine.gpu_memory_budget is None:
+        text = (
+            f"{compiling.dynamo_mode} records CUDA graphs, and gathered weights do not stay at one address; set "
+            "shardwise_config.gpu_memory_budget, within which they do, or take default"
+        )
+        found.append(Problem(mode, text, (("shardwise_config", "gpu_memory_budget"),)))
+    if config.engine.activation_checkpointing == "auto":
+        text = (
+            f"{compiling.dynamo_mode} records CUDA graphs, and activation_checkpointing: auto changes what a block does "
+            "after the third step; take all or none, or dynamo_mode default"
+        )
+        found.append(Problem(mode, text, (("shardwise_config", "activation_checkpointing"),)))
     return found
 
 
@@ -262,9 +284,10 @@ def notes(config: Config) -> list[str]:
     if (
         config.engine.gpu_memory_budget is not None
         and not offloads
+        and zero.zero_stage < 3
         and config.engine.activation_checkpointing != "auto"
     ):
-        said.append("gpu_memory_budget: has no effect, because nothing is offloaded.")
+        said.append("gpu_memory_budget: has no effect, because nothing is offloaded and every weight is whole.")
     if config.engine.generation_memory_budget != "auto" and zero.zero_stage < 3:
         said.append(f"generation_memory_budget: has no effect at zero_stage {zero.zero_stage}: every weight is whole.")
     if zero.deepspeed_moe_layer_cls_names:
@@ -275,6 +298,8 @@ def notes(config: Config) -> list[str]:
         said.append("dynamo_use_regional_compilation: has no effect; the model is compiled block by block in any case.")
     if config.compiling is not None and config.engine.fast_lora is True:
         said.append("fast_lora: has no effect on compiled blocks; the compiler fuses the same passes.")
+    if config.engine.loss_keeps_logits and config.engine.loss_chunk_tokens is None:
+        said.append("loss_keeps_logits: has no effect without loss_chunk_tokens.")
     if config.main_training_function != "main":
         said.append("main_training_function: has no effect; the script is run from its first line.")
     if config.num_machines > 1 and not config.same_network:

@@ -137,6 +137,7 @@ class EngineConfig(_Model):
     collective_timeout_s: Annotated[float, number(0, above=True)] = 600.0
     threads_per_rank: OptionalCount = None
     loss_chunk_tokens: OptionalCount = None
+    loss_keeps_logits: Flag = False
     fast_lora: Annotated[bool | str, BeforeValidator(_auto_or_flag)] = "auto"
     activation_checkpointing: Annotated[str, one_of("none", "all", "auto"), BeforeValidator(_recomputed)] = "none"
     max_restarts: Annotated[int, whole_number(0)] = 0

@@ -14,14 +14,14 @@ from __future__ import annotations
 import copy
 import datetime
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config.environment import RankEnvironment
+from ..config.environment import RankEnvironment, without_multicast
 from ..errors import ConfigError, LayoutError, RankError
 
 ReduceOp = Literal["sum", "mean", "max", "min"]
@@ -176,10 +176,24 @@ class Ranks:
         if self._data is not None:
             dist.all_reduce(torch.zeros(1, device=self.device), group=self._data)
 
-    def share(self, rendezvous: Callable[[Tensor, dist.ProcessGroup], Any], tensor: Tensor) -> Any:
-        """`rendezvous(tensor, group)` over the data group, where torch's symmetric memory asks for a group."""
+    def map_shared(self, numel: int, dtype: torch.dtype) -> list[Tensor]:
+        """(numel,) zeros in the memory of every rank's device, all mapped into this process, in rank order. Collective.
+
+        Needs ranks of one machine whose devices reach each other; raises what torch raises where they do not.
+        Source: torch's symmetric memory.
+        """
+        import torch.distributed._symmetric_memory as symmetric
+
         assert self._data is not None
-        return rendezvous(tensor, self._data)
+        without_multicast()
+        if pool := getattr(symmetric, "get_mem_pool", None):
+            # Through torch's allocator, so that its statistics count these bytes too.
+            with torch.cuda.use_mem_pool(pool(self.device)):
+                own = torch.zeros(numel, dtype=dtype, device=self.device)
+        else:
+            own = symmetric.empty(numel, dtype=dtype, device=self.device).zero_()
+        handle = symmetric.rendezvous(own, self._data)
+        return [own if r == self.rank else handle.get_buffer(r, (numel,), dtype) for r in range(self.world_size)]
 
     def all_reduce_gradient(self, gradient: Tensor) -> None:
         """Average a whole gradient over the ranks, in place: what reduce_scatter is for a plan that keeps it whole."""

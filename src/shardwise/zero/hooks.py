@@ -67,7 +67,7 @@ class Hooks:
                     self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
         for kind, (module, units) in enumerate(entries.items()):
             before = partial(self._before_forward, kind, units)
-            after = partial(self._after_forward, units)
+            after = partial(self._after_forward, kind, units)
             self._handles += [
                 module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
                 module.register_forward_hook(after, always_call=True),
@@ -85,6 +85,8 @@ class Hooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         schedule = self.schedule
         recording = torch.is_grad_enabled()
+        if kind and not recording and schedule.holds:
+            return None  # generating: a token's forward is little more than such calls
         changed = False
         if _in_backward():
             self._stack.append(Phase.BACKWARD)
@@ -109,7 +111,9 @@ class Hooks:
                 changed = True
         return (args, kwargs) if changed else None
 
-    def _after_forward(self, units: list[Unit], module: nn.Module, args: Any, output: Any) -> None:
+    def _after_forward(self, kind: int, units: list[Unit], module: nn.Module, args: Any, output: Any) -> None:
+        if kind and self.schedule.holds and not torch.is_grad_enabled():
+            return
         phase = self._stack.pop()
         schedule = self.schedule
         if torch.is_grad_enabled() and output is not None:

@@ -18,9 +18,8 @@ It is for ranks of one machine whose GPUs reach each other's memory. Memory is t
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -78,7 +77,7 @@ class PeerMemory:
         """
         if numel * dtype.itemsize < MIN_SHARD_NBYTES:
             return None
-        shared = map_shared(self.ranks, numel, dtype)
+        shared = self.ranks.map_shared(numel, dtype)
         self.changing |= changes
         slab = Slab(store, Tier.GPU, numel, dtype, shared[self.ranks.rank])
         slab.peers = shared
@@ -129,7 +128,7 @@ def _trial(ranks: Ranks) -> str | None:
     failed: str | None = None
     shared: Sequence[Tensor] = ()
     try:
-        shared = map_shared(ranks, MIN_SHARD_NBYTES, torch.uint8)
+        shared = ranks.map_shared(MIN_SHARD_NBYTES, torch.uint8)
         shared[ranks.rank].fill_(1 + ranks.rank % 200)
         torch.cuda.synchronize(ranks.device)
     except Exception as error:  # whatever torch or the driver says: NCCL can always gather
@@ -142,23 +141,3 @@ def _trial(ranks: Ranks) -> str | None:
             failed = f"rank {ranks.rank} read wrong bytes of rank {rank}"
     ranks.barrier()
     return failed
-
-
-def map_shared(ranks: Ranks, numel: int, dtype: torch.dtype) -> Sequence[Tensor]:
-    """(numel,) zeros on each rank's device, all mapped here, in rank order. Collective."""
-    import torch.distributed._symmetric_memory as symmetric
-
-    # Multicast objects are not needed for copies, and take long to make.
-    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-    own = _allocate(symmetric, numel, dtype, ranks.device)
-    handle = ranks.share(symmetric.rendezvous, own)
-    return [own if r == ranks.rank else handle.get_buffer(r, (numel,), dtype) for r in range(ranks.world_size)]
-
-
-def _allocate(symmetric: Any, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if pool := getattr(symmetric, "get_mem_pool", None):
-        # Through torch's allocator, so that its statistics count these bytes too.
-        with torch.cuda.use_mem_pool(pool(device)):
-            return torch.zeros(numel, dtype=dtype, device=device)
-    tensor: Tensor = symmetric.empty(numel, dtype=dtype, device=device)
-    return tensor.zero_()

@@ -95,6 +95,11 @@ class Schedule:
         self._rounds = 0  # how often this pass began its sequence anew
 
     @property
+    def holds(self) -> bool:
+        """Whether forwards gather and release nothing now: one without gradients has nothing to ask for."""
+        return self._held > 0
+
+    @property
     def forward_sequence(self) -> list[int]:
         """Unit indices in the order of a forward; empty until the ranks have agreed."""
         return self._forward.sequence or []
