@@ -13,7 +13,7 @@ backward decides when it is done.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -50,7 +50,7 @@ class Hooks:
         self._after = after
         self._compute_dtype = compute_dtype
         self._stack: list[Phase] = []
-        self._active: Counter[Unit] = Counter()  # in how many running forwards each unit is needed
+        self._active: dict[Unit, int] = defaultdict(int)  # in how many running forwards each unit is needed
         self._recording = False  # whether the running forward of the model records a graph
         self._handles: list[RemovableHandle] = []
         self._install(root)
@@ -67,7 +67,7 @@ class Hooks:
                     self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
         for kind, (module, units) in enumerate(entries.items()):
             before = partial(self._before_forward, kind, units)
-            after = partial(self._after_forward, kind, units)
+            after = partial(self._after_forward, units)
             self._handles += [
                 module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
                 module.register_forward_hook(after, always_call=True),
@@ -85,8 +85,13 @@ class Hooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         schedule = self.schedule
         recording = torch.is_grad_enabled()
-        if kind and not recording and schedule.holds:
-            return None  # generating: a token's forward is little more than such calls
+        if not recording and schedule.holds:  # generating: a token's forward is little more than such calls
+            outermost = not self._stack
+            self._stack.append(Phase.FORWARD)
+            if outermost and self._compute_dtype is not None:
+                args, kwargs = _map((args, kwargs), _caster(self._compute_dtype))
+                return args, kwargs
+            return None
         changed = False
         if _in_backward():
             self._stack.append(Phase.BACKWARD)
@@ -95,7 +100,8 @@ class Hooks:
         else:
             outermost = Phase.FORWARD not in self._stack
             self._stack.append(Phase.FORWARD)
-            self._active.update(units)
+            for unit in units:
+                self._active[unit] += 1
             if outermost:
                 self._recording = recording
                 schedule.begin_forward(recording, kind)
@@ -111,11 +117,11 @@ class Hooks:
                 changed = True
         return (args, kwargs) if changed else None
 
-    def _after_forward(self, kind: int, units: list[Unit], module: nn.Module, args: Any, output: Any) -> None:
-        if kind and self.schedule.holds and not torch.is_grad_enabled():
-            return
+    def _after_forward(self, units: list[Unit], module: nn.Module, args: Any, output: Any) -> None:
         phase = self._stack.pop()
         schedule = self.schedule
+        if schedule.holds and not torch.is_grad_enabled():
+            return
         if torch.is_grad_enabled() and output is not None:
             before = partial(self._before_backward, units)
             for tensor in _tensors(output):
@@ -124,8 +130,8 @@ class Hooks:
         if phase is Phase.FORWARD:
             if not torch.is_grad_enabled() and self._recording:
                 schedule.reducing.saw_recomputation()
-            self._active.subtract(units)
             for unit in units:
+                self._active[unit] -= 1
                 if not self._active[unit]:  # the encoder has ended, but the model around it needs the root unit still
                     schedule.done(unit)
             if Phase.FORWARD not in self._stack:

@@ -103,7 +103,7 @@ class Unit:
 
     def fetch(self) -> None:
         """Start to bring shards that rest on another tier, ahead of the gather. Does nothing where there are none."""
-        if not self.travels or self.state is not Weights.RELEASED:
+        if self.state is not Weights.RELEASED or not self.travels:
             return
         self._move(Weights.FETCHING)
         lanes = self._engine.lanes
