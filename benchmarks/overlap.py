@@ -1,7 +1,7 @@
 """What a profiler trace says about overlap: how much of the gathers ran under compute, and how much stood alone.
 
-Kernels are intervals on the device's clock. Gathers are NCCL's all-gather kernels; compute is every kernel that is not
-NCCL's. `hidden` is the length of the intersection of the two unions, `exposed` the rest of the gathers: the time in
+Kernels are intervals on the device's clock. Gathers are NCCL's all-gather kernels and copies between GPUs; compute is every
+kernel that is not NCCL's. `hidden` is the length of the intersection of the two unions, `exposed` the rest of the gathers: the time in
 which the device did nothing but wait for weights. The arithmetic is pure and works on the events of any Chrome trace.
 """
 
@@ -58,7 +58,8 @@ def kind_of(event: dict[str, Any]) -> str | None:
     if event.get("ph") != "X" or event.get("cat") not in _DEVICE_CATEGORIES:
         return None
     if event["cat"] == "gpu_memcpy":
-        return "copy"
+        # From one GPU to another: a gather by copy engines.
+        return "gather" if "PtoP" in event["name"] else "copy"
     if event["cat"] == "gpu_memset":
         return "memset"
     name = event["name"].lower()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -76,6 +77,12 @@ def test_a_gather_under_compute_is_hidden_and_the_rest_exposed(overlap: ModuleTy
     assert summary["compute_ms"] == 2.25
     assert summary["span_ms"] == 3.0
     assert summary["idle_ms"] == 0.0
+
+
+def test_a_copy_between_gpus_is_a_gather(overlap: ModuleType) -> None:
+    copy = {"ph": "X", "cat": "gpu_memcpy", "ts": 0, "dur": 10}
+    assert overlap.kind_of({**copy, "name": "Memcpy PtoP (Device -> Device)"}) == "gather"
+    assert overlap.kind_of({**copy, "name": "Memcpy DtoD (Device -> Device)"}) == "copy"
 
 
 def test_the_suite_runs_its_cases_and_shows_them_in_one_table(tmp_path: Path) -> None:
@@ -170,6 +177,22 @@ def test_a_4_bit_base_has_the_bytes_of_the_formula_and_the_losses_of_plain_layer
     assert found["shardwise:3"]["losses"] == pytest.approx(found["ddpamp"]["losses"], rel=1e-4)
     assert found["shardwise:3+opt+param"]["at_rest_bytes"]["frozen/cpu"] > 0
     assert "FAILED" not in done.stdout
+
+
+def test_gathers_by_copy_engines_are_not_measured_on_cpus() -> None:
+    done = run("gathers.py")
+    assert "copy engines cannot gather here" in done.stdout
+    assert "exitcode  : 2" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None and shutil.which("cc") is None, reason="inductor needs a C++ compiler")
+def test_rounding_is_given_for_eager_and_compiled_blocks() -> None:
+    done = run("rounding.py", "--width", "64", "--layers", "1", "--steps", "5", ranks=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))["losses"]
+    assert losses["compiled"] == pytest.approx(losses["fp32"], rel=1e-2)
+    assert losses["eager"] == pytest.approx(losses["fp32"], rel=1e-2)
+    assert "compiled: " in done.stdout
 
 
 @pytest.fixture
