@@ -1,8 +1,9 @@
 """What a profiler trace says about overlap: how much of the gathers ran under compute, and how much stood alone.
 
 Kernels are intervals on the device's clock. Gathers are NCCL's all-gather kernels and copies between GPUs; compute is every
-kernel that is not NCCL's. `hidden` is the length of the intersection of the two unions, `exposed` the rest of the gathers: the time in
-which the device did nothing but wait for weights. The arithmetic is pure and works on the events of any Chrome trace.
+kernel that is not NCCL's. `hidden` is the length of the intersection of the two unions, `exposed` the rest of the gathers:
+the time in which the device did nothing but wait for weights. The arithmetic is pure and works on the events of any Chrome
+trace.
 """
 
 from __future__ import annotations
