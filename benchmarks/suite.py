@@ -31,6 +31,18 @@ ENGINES = {
     "full1b": _ALL,
     "full8b": ("fsdp2", "deepspeed:3", "shardwise:3"),
 }
+# What shardwise has besides, all of it exact; `compile` stands for the compiler that is asked for.
+FURTHER = {
+    "bart": ("shardwise:3+compile+budget", "shardwise:3+compile+budget+graphs"),
+    "lora8b": ("shardwise:3+compile+budget", "shardwise:3+compile+budget+recompute"),
+    "full1b": (
+        "shardwise:1+logits",
+        "shardwise:2+logits",
+        "shardwise:3+compile+budget",
+        "shardwise:3+compile+budget+graphs",
+    ),
+    "full8b": ("shardwise:3+logits", "shardwise:3+opt+param", "shardwise:3+opt+param+budget"),
+}
 DEFAULT_CASES = "bart,lora8b,full1b"
 
 
@@ -43,7 +55,13 @@ def engines_of(case: str, asked: str | None, *, deepspeed: bool, compiled: str |
     if asked is not None:
         return [word.strip() for word in asked.split(",") if word.strip()]
     plain = [word for word in ENGINES[case] if deepspeed or not word.startswith("deepspeed")]
-    return plain + ([f"{word}+{compiled}" for word in plain] if compiled else [])
+    words = plain + ([f"{word}+{compiled}" for word in plain] if compiled else [])
+    for word in FURTHER[case]:
+        if "+compile" not in word or compiled == "compile":
+            words.append(word)
+        elif compiled and "+graphs" not in word:  # which are inductor's
+            words.append(word.replace("+compile", f"+{compiled}"))
+    return words
 
 
 def main(argv: Sequence[str]) -> int:

@@ -111,7 +111,11 @@ def test_the_suite_runs_every_engine_eager_and_compiled_and_deepspeed_where_it_i
     with_it = suite.engines_of("full1b", None, deepspeed=True, compiled="compile")
     without = suite.engines_of("full1b", None, deepspeed=False, compiled=None)
     assert {"deepspeed:3", "deepspeed:3+compile", "shardwise:3+compile", "fsdp2+compile"} <= set(with_it)
-    assert not any(word.startswith("deepspeed") or "+" in word for word in without)
+    assert not any(word.startswith("deepspeed") or "compile" in word for word in without)
+    assert "shardwise:3+compile+budget+graphs" in with_it
+    on_a_cpu = suite.engines_of("lora8b", None, deepspeed=False, compiled="aot")
+    assert "shardwise:3+aot+budget+recompute" in on_a_cpu
+    assert not any("+compile" in word or "+graphs" in word for word in on_a_cpu)
 
 
 def test_the_ratio_is_to_the_fastest_peer_of_the_same_kind(suite: ModuleType) -> None:
