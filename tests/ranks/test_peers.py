@@ -173,3 +173,19 @@ def turn_is_widened(ranks):
 
 def test_more_units_stay_gathered_over_the_turn(world):
     world(2).run(turn_is_widened)
+
+
+def budget_keeps_units_gathered(ranks, late):
+    expected = _losses_and_weights(ranks, _model("frozen"), "nccl", 1, precision="bf16")
+    ranks.counts.clear()
+    with mapped_files(late):
+        found = _losses_and_weights(
+            ranks, _model("frozen"), "copy_engine", 1, precision="bf16", gpu_memory_budget=1 << 30
+        )
+    assert found[0] == expected[0]
+    assert all(torch.equal(value, expected[1][name]) for name, value in found[1].items())
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_memory_budget_changes_no_bit(world, late):
+    world(2).run(budget_keeps_units_gathered, late)
