@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -29,6 +30,25 @@ ReduceOp = Literal["sum", "mean", "max", "min"]
 # torch 2.13 renamed both and warns on the old names; torch 2.9 to 2.12 have only the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+# By timeout: the WORLD that they belong to, the data group and the control group. Weakly, so that they end with WORLD.
+_made: dict[datetime.timedelta, tuple[weakref.ref[Any], ...]] = {}
+
+
+def _groups(timeout: datetime.timedelta) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """The data and the control group of this process. Collective where they do not exist yet.
+
+    A group of gloo has three threads, one of which wakes up a hundred times a second, and torch keeps it until WORLD ends. A
+    process that makes many Accelerators would be busy with nothing else: with 450 groups a test suite took twice its time.
+    """
+    world = dist.group.WORLD
+    held = [ref() for ref in _made.get(timeout, ())]
+    if held and held[0] is world and held[1] is not None and held[2] is not None:
+        return held[1], held[2]
+    data, control = dist.new_group(timeout=timeout), dist.new_group(backend="gloo", timeout=timeout)
+    _made[timeout] = tuple(weakref.ref(group) for group in (world, data, control))
+    return data, control
 
 
 class Ranks:
@@ -55,9 +75,8 @@ class Ranks:
         self._reduce: dist.ProcessGroup | None = None
         self._control: dist.ProcessGroup | None = None
         if self.world_size > 1:
-            self._data = dist.new_group(timeout=timeout)
+            self._data, self._control = _groups(timeout)
             self._reduce = dist.group.WORLD
-            self._control = dist.new_group(backend="gloo", timeout=timeout)
 
     @classmethod
     def join(cls, *, use_cpu: bool = False, timeout_s: float = 600.0) -> Ranks:
