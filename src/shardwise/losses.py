@@ -104,7 +104,37 @@ class _FromLogits(torch.autograd.Function):
         return out, None, None, None
 
 
-class LeanLoss:
+class _LossInChunks:
+    """Stands in for transformers' causal loss where `_takes` says so."""
+
+    _plain: Callable[..., Tensor]
+
+    def _takes(self, logits: Tensor) -> bool:
+        raise NotImplementedError
+
+    def _in_chunks(self, logits: Tensor, labels: Tensor, **settings: Any) -> Tensor:
+        """logits: (T, ...); labels: (T,), what each position is to predict."""
+        raise NotImplementedError
+
+    def _loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        settings: dict[str, Any] = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}
+        if not self._takes(logits):
+            return self._plain(logits, labels, vocab_size, shift_labels=shift_labels, **settings, **kwargs)
+        if shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        return self._in_chunks(logits, shift_labels.reshape(-1).to(logits.device), **settings)
+
+
+class LeanLoss(_LossInChunks):
     """A causal language model of transformers, also inside a PEFT model, whose training loss comes in chunks, until `undo`.
 
     chunk: tokens at a time.
@@ -121,10 +151,10 @@ class LeanLoss:
         self._before = [(m, name, vars(m).get(name)) for m, name in self._changed()]
         self._original: Callable[..., Any] = self._model.forward
         self._head_forward: Callable[..., Tensor] = self._head.forward
-        self._loss: Callable[..., Tensor] = self._model.loss_function
+        self._plain = self._model.loss_function
         self._model.forward = _in_place_of(self._original, self._forward)
         self._head.forward = _in_place_of(self._head_forward, self._pass_or_compute)
-        self._model.loss_function = self._chunked
+        self._model.loss_function = self._loss
 
     def _changed(self) -> tuple[tuple[Any, str], ...]:
         return (self._model, "forward"), (self._head, "forward"), (self._model, "_loss_function")
@@ -161,19 +191,10 @@ class LeanLoss:
         self._handed = hidden
         return hidden
 
-    def _chunked(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        vocab_size: int | None = None,
-        num_items_in_batch: Tensor | None = None,
-        ignore_index: int = -100,
-        shift_labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        if not self._active:
-            settings = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels, **kwargs}
-            return self._loss(logits, labels, vocab_size, ignore_index=ignore_index, **settings)
+    def _takes(self, logits: Tensor) -> bool:
+        return self._active
+
+    def _in_chunks(self, logits: Tensor, labels: Tensor, **settings: Any) -> Tensor:
         self._active = False
         if logits is not self._handed:
             raise ShardwiseError(
@@ -181,16 +202,11 @@ class LeanLoss:
                 "cannot be had in chunks. Leave loss_chunk_tokens out."
             )
         return head_cross_entropy(
-            logits.reshape(-1, logits.shape[-1]),
-            self._head,
-            _shifted(labels, shift_labels, ignore_index).to(logits.device),
-            ignore_index=ignore_index,
-            num_items_in_batch=num_items_in_batch,
-            chunk=self.chunk,
+            logits.reshape(-1, logits.shape[-1]), self._head, labels, chunk=self.chunk, **settings
         )
 
 
-class LogitsLoss:
+class LogitsLoss(_LossInChunks):
     """A causal language model of transformers whose training loss takes its logits in chunks, until `undo`.
 
     chunk: tokens at a time. Logits are made once and stay, in their own dtype; what is fp32 of them exists for a chunk.
@@ -201,7 +217,7 @@ class LogitsLoss:
         self._chunk = chunk
         self._model, _ = _model_and_head(model)
         self._before = vars(self._model).get("_loss_function")
-        self._plain: Callable[..., Tensor] = self._model.loss_function
+        self._plain = self._model.loss_function
         self._model.loss_function = self._loss
 
     def undo(self) -> None:
@@ -211,33 +227,11 @@ class LogitsLoss:
         else:
             self._model.loss_function = self._before
 
-    def _loss(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        vocab_size: int | None = None,
-        num_items_in_batch: Tensor | None = None,
-        ignore_index: int = -100,
-        shift_labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        if not (torch.is_grad_enabled() and logits.requires_grad):
-            settings = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels, **kwargs}
-            return self._plain(logits, labels, vocab_size, ignore_index=ignore_index, **settings)
-        return cross_entropy(
-            logits.reshape(-1, logits.shape[-1]),
-            _shifted(labels, shift_labels, ignore_index).to(logits.device),
-            ignore_index=ignore_index,
-            num_items_in_batch=num_items_in_batch,
-            chunk=self._chunk,
-        )
+    def _takes(self, logits: Tensor) -> bool:
+        return torch.is_grad_enabled() and logits.requires_grad
 
-
-def _shifted(labels: Tensor, shift_labels: Tensor | None, ignore_index: int) -> Tensor:
-    """(T,) what each position is to predict."""
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    return shift_labels.reshape(-1)
+    def _in_chunks(self, logits: Tensor, labels: Tensor, **settings: Any) -> Tensor:
+        return cross_entropy(logits.reshape(-1, logits.shape[-1]), labels, chunk=self._chunk, **settings)
 
 
 def _in_place_of(plain: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
