@@ -16,6 +16,7 @@ import sys
 import warnings
 
 import torch
+from torch import nn
 
 from cases import CASES, Case, pick_case
 from engines import Engine
@@ -73,8 +74,8 @@ def judge(engine: Engine, case: Case, place: Place) -> int:
     return int(wrong)
 
 
-def expect(engine: Engine, case: Case, place: Place) -> Estimate:
-    """What `shardwise estimate` says of this engine's plan on this case."""
+def expect(engine: Engine, case: Case, place: Place, model: nn.Module | None = None) -> Estimate:
+    """What `shardwise estimate` says of this engine's plan on this case. model: the case's, if it was changed; on meta."""
     assert engine.stage is not None
     offloads = ["cpu" if option in engine.options else "none" for option in ("opt", "param")]
     run = Run(
@@ -84,7 +85,9 @@ def expect(engine: Engine, case: Case, place: Place) -> Estimate:
         prefetch=engine.prefetch,
         batch=Batch(case.rows, case.length, case.checkpointing),
     )
-    return estimate(case.build(torch.device("meta")), Choice(engine.stage, *offloads), run)
+    if model is None:
+        model = case.build(torch.device("meta"))
+    return estimate(model, Choice(engine.stage, *offloads), run)
 
 
 if __name__ == "__main__":

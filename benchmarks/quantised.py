@@ -25,13 +25,11 @@ import torch
 from cases import Case, pick_case
 from compare import LOSS_BOUND, loss_spread, table
 from engines import Engine
+from estimate import expect as estimated
 from measure import Account, run_alone
 from place import Place
-from shardwise.activations import Batch
-from shardwise.estimate import Choice, Run, estimate
 from shardwise.meta_model import quantise
 from shardwise.zero.plan import Tier
-from shardwise.zero.precision import Precision
 
 DEFAULT_ENGINES = "ddpamp,ddp,shardwise:3,shardwise:3+opt+param"
 BYTES_BOUND = 1e-3
@@ -125,7 +123,6 @@ def report(accounts: list[Account], plain: Case, place: Place) -> int:
 
 def expect(engine: Engine, plain: Case, place: Place) -> tuple[int, int]:
     """Frozen bytes of a rank by the formula, and the estimate's peak on the device."""
-    assert engine.stage is not None
     model = plain.build(torch.device("meta"), torch.bfloat16)
     quantise(model, "4bit")
     # The estimate leaves the tables out, and shards all scales; those below 1/256 of their codes stay whole.
@@ -136,15 +133,7 @@ def expect(engine: Engine, plain: Case, place: Place) -> tuple[int, int]:
             if nested.nbytes < module.weight.nbytes / 256:
                 whole += nested.nbytes
                 del module.scales_of_scales
-    run = Run(
-        world_size=place.world_size,
-        precision=Precision.named("bf16"),
-        cuda=place.cuda,
-        prefetch=engine.prefetch,
-        batch=Batch(plain.rows, plain.length, plain.checkpointing),
-    )
-    offloads = ["cpu" if option in engine.options else "none" for option in ("opt", "param")]
-    expected = estimate(model, Choice(engine.stage, *offloads), run)
+    expected = estimated(engine, plain, place, model)
     frozen = sum(nbytes for (row, _), nbytes in expected.nbytes.items() if row == "frozen")
     return frozen + whole, expected.peak(Tier.GPU)
 

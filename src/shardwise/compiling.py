@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from .blocks import ReplacedForwards, forward_of, repeated_blocks, without_cache
 from .config.compiling import CompileConfig
 from .errors import PrepareError
+from .losses import ReplacedLoss, causal_models
 from .zero.sharded import ShardedModel
 
 _FILLED_CACHE = (
@@ -130,11 +131,11 @@ class CompiledLoss:
     """
 
     def __init__(self, model: nn.Module, settings: CompileConfig | None) -> None:
-        self._model: Any = _with_causal_loss(model) if settings is not None else None
-        if self._model is None or settings is None:
+        self._replaced: ReplacedLoss | None = None
+        found = next((m for m in causal_models(model) if _name(m.loss_function) == "ForCausalLMLoss"), None)
+        if found is None or settings is None:
             return
-        self._before = vars(self._model).get("_loss_function")
-        plain: Callable[..., Tensor] = self._model.loss_function
+        plain: Callable[..., Tensor] = found.loss_function
         dynamic = True if settings.dynamo_use_dynamic else None
         compiled = torch.compile(plain, backend=settings.dynamo_backend, dynamic=dynamic)
 
@@ -142,29 +143,17 @@ class CompiledLoss:
         def loss(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return (compiled if torch.is_grad_enabled() and logits.requires_grad else plain)(logits, *args, **kwargs)
 
-        self._model.loss_function = loss
+        self._replaced = ReplacedLoss(found, loss)
 
     def undo(self) -> None:
         """Give the model its own loss back."""
-        if self._model is None:
-            return
-        if self._before is None:
-            vars(self._model).pop("_loss_function", None)
-        else:
-            self._model.loss_function = self._before
-        self._model = None
+        if self._replaced is not None:
+            self._replaced.undo()
+            self._replaced = None
 
 
-def _with_causal_loss(model: nn.Module) -> Any:
-    """The module of transformers in `model` whose loss is the causal one; None if there is none."""
-    for module in model.modules():
-        # PEFT's wrappers answer for the model inside of them; the loss is the model's own.
-        if "loss_function" not in dir(type(module)) or getattr(module, "loss_type", None) not in (None, "ForCausalLM"):
-            continue
-        found: Any = module
-        if getattr(found.loss_function, "__name__", "") == "ForCausalLMLoss":
-            return found
-    return None
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", "")
 
 
 def _checkpoints_around_its_call(block: nn.Module) -> bool:

@@ -14,7 +14,7 @@ as autograd adds them. Neither has label smoothing.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -102,6 +102,22 @@ class _FromLogits(torch.autograd.Function):
             shares.scatter_add_(-1, places, torch.full_like(places, -1, dtype=shares.dtype))
             torch.mul(shares, (gradients[0] * counts).unsqueeze(-1), out=target)  # rounds as it writes
         return out, None, None, None
+
+
+class ReplacedLoss:
+    """The `loss_function` of a transformers model, replaced on the instance until `undo`."""
+
+    def __init__(self, model: Any, loss: Callable[..., Tensor]) -> None:
+        self._model = model
+        self._before = vars(model).get("_loss_function")
+        model.loss_function = loss
+
+    def undo(self) -> None:
+        """Give the model its own loss back."""
+        if self._before is None:
+            vars(self._model).pop("_loss_function", None)
+        else:
+            self._model.loss_function = self._before
 
 
 class _LossInChunks:
@@ -215,17 +231,13 @@ class LogitsLoss(_LossInChunks):
 
     def __init__(self, model: nn.Module, chunk: int = CHUNK_TOKENS) -> None:
         self._chunk = chunk
-        self._model, _ = _model_and_head(model)
-        self._before = vars(self._model).get("_loss_function")
-        self._plain = self._model.loss_function
-        self._model.loss_function = self._loss
+        inner, _ = _model_and_head(model)
+        self._plain = inner.loss_function
+        self._replaced = ReplacedLoss(inner, self._loss)
 
     def undo(self) -> None:
         """Give the model its own loss back."""
-        if self._before is None:
-            vars(self._model).pop("_loss_function", None)
-        else:
-            self._model.loss_function = self._before
+        self._replaced.undo()
 
     def _takes(self, logits: Tensor) -> bool:
         return torch.is_grad_enabled() and logits.requires_grad
@@ -244,16 +256,20 @@ def _in_place_of(plain: Callable[..., Any], method: Callable[..., Any]) -> Calla
     return forward
 
 
+def causal_models(model: nn.Module) -> Iterator[Any]:
+    """The modules in `model` that have a loss of transformers' own, and none that is known to be other than the causal one."""
+    for module in model.modules():
+        # PEFT's wrappers answer for the model inside of them; the loss is the model's own.
+        if "loss_function" in dir(type(module)) and getattr(module, "loss_type", None) in (None, "ForCausalLM"):
+            yield module
+
+
 def _model_and_head(model: nn.Module) -> tuple[Any, Any]:
     """The transformers model in `model`, and its head. Raises PrepareError."""
-    for module in model.modules():
-        find: Any = getattr(module, "get_output_embeddings", None)
-        # PEFT's wrappers answer for the model inside of them; the loss is the model's own.
-        if find is None or "loss_function" not in dir(type(module)):
-            continue
-        head = find()
-        kind = getattr(module, "loss_type", None)
-        if head is not None and kind in (None, "ForCausalLM"):
+    for module in causal_models(model):
+        find = getattr(module, "get_output_embeddings", None)
+        head = find() if find is not None else None
+        if head is not None:
             return module, head
     raise PrepareError(
         f"loss_chunk_tokens: {type(model).__name__} is not a causal language model of transformers. Leave it out, or call "

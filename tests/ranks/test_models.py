@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rig.engine import prepare, trained, weights_of
-from rig.tiny import share
+from rig.tiny import share, step_alone
 from rig.zoo import ZOO, batches_of, class_of, config_of, with_all_linear_lora
 from shardwise import initialising
 from shardwise.initialising import sources_of
@@ -62,13 +62,7 @@ def _tune(ranks, name, base, adapter):
     sharded, _, stepping = prepare(ranks, model, "3", sources=sources_of(model))
     connect(model)
     for step, batch in enumerate(batches_of(name, 3, 12)):
-        losses = []
-        for rank in range(ranks.world_size):
-            loss = expected(**share(batch, rank, ranks.world_size)).loss
-            (loss / ranks.world_size).backward()
-            losses.append(loss.item())
-        plain.step()
-        plain.zero_grad()
+        losses = step_alone(expected, plain, batch, ranks.world_size)
         loss = model(**share(batch, ranks.rank, ranks.world_size)).loss
         loss.backward()
         stepping.step()

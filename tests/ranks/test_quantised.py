@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rig.engine import prepare, trained
-from rig.tiny import batches, share, tiny, with_lora
+from rig.tiny import batches, share, step_alone, tiny, with_lora
 from shardwise.errors import PrepareError, RankError, ReleasedParameterError
 
 with warnings.catch_warnings():
@@ -78,13 +78,7 @@ def _train(ranks, bits, plan, before, precision="no"):
     sharded, _, stepping = prepare(ranks, model, plan, precision=precision)
     largest = 0.0
     for batch in batches("llama", 3, 12):
-        losses = []
-        for rank in range(ranks.world_size):
-            loss = reference(**share(batch, rank, ranks.world_size)).loss
-            (loss / ranks.world_size).backward()
-            losses.append(loss.item())
-        plain.step()
-        plain.zero_grad()
+        losses = step_alone(reference, plain, batch, ranks.world_size)
         loss = model(**share(batch, ranks.rank, ranks.world_size)).loss
         loss.backward()
         stepping.step()

@@ -130,6 +130,20 @@ def share(batch: dict[str, Tensor], rank: int, world_size: int) -> dict[str, Ten
     return {name: value[rank::world_size].contiguous() for name, value in batch.items()}
 
 
+def step_alone(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], world_size: int
+) -> list[float]:
+    """One step over all ranks' parts of a batch, in one process. Each rank's loss."""
+    losses = []
+    for rank in range(world_size):
+        loss = model(**share(batch, rank, world_size)).loss
+        (loss / world_size).backward()
+        losses.append(loss.item())
+    optimizer.step()
+    optimizer.zero_grad()
+    return losses
+
+
 def micro_batches(batch: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
     """`batch` in `count` equal parts of consecutive samples."""
     parts = {name: value.chunk(count) for name, value in batch.items()}
