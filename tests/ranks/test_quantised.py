@@ -240,6 +240,7 @@ def _estimated(ranks, folder, bits):
     model = quantisable(bits)
     sharded, _, _ = prepare(ranks, model, "3", precision="bf16")
     config = model.base_model.model.config
+    folder = folder / str(ranks.rank)  # of its own: a rank must not read what another one is writing
     LlamaConfig(**{**config.to_dict(), "architectures": ["LlamaForCausalLM"]}).save_pretrained(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
