@@ -104,7 +104,7 @@ def run_alone(
     before_drop: called with the trainee after the timing, while it is still there (to trace it).
     """
     free(place)
-    base = torch.cuda.memory_allocated(place.device) if place.cuda else 0
+    base, base_reserved = _held(place)
     started = time.perf_counter()
     trainee = engine.build(case, place, reduce_dtype)
     place.synchronize()
@@ -128,7 +128,7 @@ def run_alone(
         build_s,
         _largest(step_ms, place),
         mean_over_ranks(losses, place),
-        _peaks(place),
+        _peaks(place, base, base_reserved),
         _at_rest(trainee),
         psutil.Process().memory_info().rss,
     )
@@ -137,7 +137,7 @@ def run_alone(
     del trainee
     free(place)
     if place.cuda:
-        done.leftover = torch.cuda.memory_allocated(place.device) - base
+        done.leftover = _held(place)[0] - base
     return done
 
 
@@ -172,15 +172,23 @@ def _largest(values: Sequence[float], place: Place) -> list[float]:
     return stacked.tolist()
 
 
-def _peaks(place: Place) -> dict[str, int]:
+def _held(place: Place) -> tuple[int, int]:
+    """Bytes allocated and reserved now: before an engine is built, what those before it did not give back."""
+    if not place.cuda:
+        return 0, 0
+    return torch.cuda.memory_allocated(place.device), torch.cuda.memory_reserved(place.device)
+
+
+def _peaks(place: Place, base: int, base_reserved: int) -> dict[str, int]:
+    """The engine's own peaks. base, base_reserved: bytes that an engine before it left, which DeepSpeed does."""
     if not place.cuda:
         return {}
     unused, total = torch.cuda.mem_get_info(place.device)
     mine = {
-        "allocated": torch.cuda.max_memory_allocated(place.device),
-        "reserved": torch.cuda.max_memory_reserved(place.device),
+        "allocated": torch.cuda.max_memory_allocated(place.device) - base,
+        "reserved": torch.cuda.max_memory_reserved(place.device) - base_reserved,
         # With the context, NCCL's buffers and the cache: what nvidia-smi shows after the last step.
-        "device_in_use": total - unused,
+        "device_in_use": total - unused - base_reserved,
     }
     return dict(zip(mine, map(int, _largest(list(mine.values()), place)), strict=True))
 

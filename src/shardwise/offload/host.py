@@ -64,7 +64,7 @@ class HostStore(MemoryStore):
             self._adding.append(self._pool.submit(self._add, slab, begin, landing, block, before))
         return Done(event)
 
-    def _add(self, slab: Slab, begin: int, landing: Tensor, block: Block, before: Sequence[torch.cuda.Event]) -> None:
+    def _add(self, slab: Slab, begin: int, landing: Tensor, block: Block, before: Sequence[torch.Event]) -> None:
         try:
             for event in (*before, block.event):
                 if event is not None:
@@ -94,7 +94,7 @@ class Block:
     """One pinned buffer of a ring, and the event of the copy that still uses it."""
 
     memory: Tensor
-    event: torch.cuda.Event | None = None
+    event: torch.Event | None = None
 
 
 class Ring:

@@ -83,9 +83,9 @@ class _Reading:
     """An Arrival whose blocks are still being read."""
 
     futures: list[Future[None]] = field(default_factory=list)
-    event: torch.cuda.Event | None = None
+    event: torch.Event | None = None
 
-    def enqueued(self) -> torch.cuda.Event | None:
+    def enqueued(self) -> torch.Event | None:
         for future in self.futures:
             future.result()
         return self.event
@@ -252,7 +252,7 @@ class NvmeStore:
         first: int,
         last: int,
         block: Block,
-        copied: torch.cuda.Event | None,
+        copied: torch.Event | None,
         before: Sequence[Future[None]],
     ) -> None:
         try:

@@ -20,7 +20,7 @@ from ..zero.streams import Lanes
 class Arrival(Protocol):
     """A copy that is on its way."""
 
-    def enqueued(self) -> torch.cuda.Event | None:
+    def enqueued(self) -> torch.Event | None:
         """The event that is done when the copy is; the host may have to wait until the device has been told of it.
 
         None where nothing runs beside the host: then the copy is done when this returns. Raises StoreError.
@@ -33,10 +33,10 @@ class Done:
 
     __slots__ = ("event",)
 
-    def __init__(self, event: torch.cuda.Event | None) -> None:
+    def __init__(self, event: torch.Event | None) -> None:
         self.event = event
 
-    def enqueued(self) -> torch.cuda.Event | None:
+    def enqueued(self) -> torch.Event | None:
         return self.event
 
 
@@ -58,8 +58,8 @@ class Slab:
         # Every rank's slab of this name, in rank order, where this rank can read them itself.
         self.peers: Sequence[Tensor] = ()
         # Events of copies into and out of it, by range: chunks of one slab go up and down at the same time.
-        self.writes: dict[tuple[int, int], torch.cuda.Event | None] = {}
-        self.reads: dict[tuple[int, int], torch.cuda.Event | None] = {}
+        self.writes: dict[tuple[int, int], torch.Event | None] = {}
+        self.reads: dict[tuple[int, int], torch.Event | None] = {}
 
     def fetch(self, out: Tensor, begin: int = 0) -> Arrival:
         """See `Store.fetch`."""
@@ -86,8 +86,8 @@ class Slab:
 
 
 def overlapping(
-    copies: dict[tuple[int, int], torch.cuda.Event | None], begin: int, end: int
-) -> Iterator[torch.cuda.Event | None]:
+    copies: dict[tuple[int, int], torch.Event | None], begin: int, end: int
+) -> Iterator[torch.Event | None]:
     """The events of those copies whose range meets [begin, end)."""
     for (first, last), event in copies.items():
         if first < end and begin < last:

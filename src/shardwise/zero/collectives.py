@@ -251,12 +251,18 @@ class Ranks:
         return [int(n) for n in numbers]
 
     def any_of(self, flags: list[bool]) -> list[bool]:
-        """Element by element, whether the flag is set on any rank. Every rank passes as many flags."""
+        """Element by element, whether the flag is set on any rank. Every rank passes as many flags.
+
+        A rank whose flags are all set knows the answer: it tells the others and does not wait for them.
+        """
         self.counts["any_of"] += 1
         if self._control is None or not flags:
             return flags
         votes = torch.tensor(flags, dtype=torch.uint8)
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._control)
+        sent = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._control, async_op=True)
+        if all(flags):
+            return flags
+        sent.wait()
         return [bool(v) for v in votes.tolist()]
 
     def gather_objects(self, value: Any) -> list[Any]:

@@ -113,7 +113,7 @@ class ReductionsInFlight:
 
     def __init__(self, lanes: Lanes) -> None:
         self._lanes = lanes
-        self._held: list[tuple[torch.cuda.Event, Tensor]] = []
+        self._held: list[tuple[torch.Event, Tensor]] = []
         # False keeps all of them to the end of the backward: see Schedule._agree_on_window.
         self.bounded = True
 
@@ -126,7 +126,7 @@ class ReductionsInFlight:
         while self.bounded and self._held and self.nbytes + nbytes > self.BUDGET:
             self._drop_oldest()
 
-    def add(self, event: torch.cuda.Event | None, scratch: Tensor) -> None:
+    def add(self, event: torch.Event | None, scratch: Tensor) -> None:
         if event is not None:  # on a CPU the reduction is over, and its scratch memory may go at once
             self._held.append((event, scratch))
 

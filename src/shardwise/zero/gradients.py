@@ -167,7 +167,7 @@ class Gradients:
         else:
             self._shard = out.to(self.master.dtype, copy=True)
 
-    def _send(self, out: Tensor, boundary: bool) -> torch.cuda.Event | None:
+    def _send(self, out: Tensor, boundary: bool) -> torch.Event | None:
         """Let a reduced gradient leave for host memory. Gives the event after which `out` may be written again."""
         lanes, store = self._engine.lanes, self._engine.stores.cpu
         first = not self._host_filled

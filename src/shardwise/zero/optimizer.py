@@ -84,7 +84,7 @@ class ShardedOptimizer:
         self.steps = 0
         self._factor: Tensor | None = None  # by which the coming step multiplies the gradients, besides 1 / loss scale
         self._bad_loss: Tensor | None = None
-        self._check: tuple[int, Tensor, torch.cuda.Event] | None = None
+        self._check: tuple[int, Tensor, torch.Event] | None = None
         error: Exception | None = None
         try:
             self._refuse_what_cannot_work()
@@ -486,7 +486,9 @@ class ShardedOptimizer:
         # Reading them now would stall the host until the GPU has caught up: read them at the next step.
         copy = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
         copy.copy_(flags, non_blocking=True)
-        self._check = (self.steps, copy, torch.cuda.current_stream(flags.device).record_event())
+        event = self.models[0].engine.lanes.mark_compute()
+        assert event is not None
+        self._check = (self.steps, copy, event)
 
     def raise_if_bad(self) -> None:
         """Raise NonFiniteError if the loss of an earlier step was NaN or infinite on any rank; every rank raises it."""

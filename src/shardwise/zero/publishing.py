@@ -46,7 +46,7 @@ def in_groups(units: Sequence[Unit]) -> list[list[Unit]]:
     return groups
 
 
-def send(units: Sequence[Unit], *, after: torch.cuda.Event | None = None) -> None:
+def send(units: Sequence[Unit], *, after: torch.Event | None = None) -> None:
     """Enqueue the gather of those of `units` that are published, as one collective a model. Collective.
 
     after: when this rank's parts are written; None where the computation enqueued so far writes them.

@@ -85,7 +85,7 @@ class _Visit:
         self.states: dict[str, Tensor] = {}
         self.arrivals: list[Arrival] = []
         self.held: list[Tensor] = []
-        self.down: torch.cuda.Event | None = None
+        self.down: torch.Event | None = None
 
 
 class Visits:

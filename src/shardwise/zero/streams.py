@@ -17,14 +17,17 @@ class _Previous(threading.local):
     """The streams that were current before, a list for each thread: disk threads enqueue copies too."""
 
     def __init__(self) -> None:
-        self.streams: list[torch.cuda.Stream] = []
+        self.streams: list[torch.Stream] = []
 
 
 class Lane:
     """One queue of device work; `on()` makes it current. Any thread may use it."""
 
+    # torch.Stream and torch.accelerator, not torch.cuda: those are C++, these make a Python object at every question.
+
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.stream = torch.Stream(device) if device.type == "cuda" else None
+        self._index = device.index
         self._previous = _Previous()
 
     def on(self) -> Lane:
@@ -35,18 +38,18 @@ class Lane:
 
     def __enter__(self) -> None:
         if self.stream is not None:
-            self._previous.streams.append(torch.cuda.current_stream())
-            torch.cuda.set_stream(self.stream)
+            self._previous.streams.append(torch.accelerator.current_stream(self._index))
+            torch.accelerator.set_stream(self.stream)
 
     def __exit__(self, *exception: object) -> None:
         if self.stream is not None:
-            torch.cuda.set_stream(self._previous.streams.pop())
+            torch.accelerator.set_stream(self._previous.streams.pop())
 
-    def mark(self) -> torch.cuda.Event | None:
+    def mark(self) -> torch.Event | None:
         """An event that is done when everything enqueued on this lane so far is."""
         return None if self.stream is None else self.stream.record_event()
 
-    def wait(self, event: torch.cuda.Event | None) -> None:
+    def wait(self, event: torch.Event | None) -> None:
         """Hold what is enqueued on this lane from now on until `event` is done. Returns at once."""
         if self.stream is not None and event is not None:
             self.stream.wait_event(event)
@@ -67,6 +70,7 @@ class Lanes:
 
     def __init__(self, device: torch.device, *, serial: bool = False) -> None:
         self.device = device
+        self._cuda = device.type == "cuda"
         lane_device = torch.device("cpu") if serial else device
         self.gather = Lane(lane_device)
         self.reduce = Lane(lane_device)
@@ -74,14 +78,14 @@ class Lanes:
         self.down = Lane(lane_device)
         self.step = Lane(lane_device)
 
-    def mark_compute(self) -> torch.cuda.Event | None:
+    def mark_compute(self) -> torch.Event | None:
         """An event that is done when the computation enqueued so far is."""
-        return torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+        return torch.accelerator.current_stream(self.device.index).record_event() if self._cuda else None
 
-    def compute_waits(self, event: torch.cuda.Event | None) -> None:
+    def compute_waits(self, event: torch.Event | None) -> None:
         """Hold the computation enqueued from now on until `event` is done."""
         if event is not None:
-            torch.cuda.current_stream(self.device).wait_event(event)
+            torch.accelerator.current_stream(self.device.index).wait_event(event)
 
     def join(self) -> None:
         """The computation waits for every lane."""
@@ -90,5 +94,5 @@ class Lanes:
 
     def synchronize(self) -> None:
         """The host waits for every lane and for the computation."""
-        if self.device.type == "cuda":
+        if self._cuda:
             torch.cuda.synchronize(self.device)

@@ -65,9 +65,9 @@ class Unit:
         self._engine = engine
         self._parts = [b for b in (frozen, trainable) if b is not None and b.leaves]
         self._coming: list[Arrival] = []
-        self._arrived: torch.cuda.Event | None = None
+        self._arrived: torch.Event | None = None
         # The step that last changed the shard on the device, when that ran on a lane of its own.
-        self.published: torch.cuda.Event | None = None
+        self.published: torch.Event | None = None
         self.state = Weights.GATHERED
 
     @property
@@ -191,7 +191,7 @@ class Unit:
             self._engine.lanes.compute_waits(event)  # before the memory of `kept` is written again
             del kept
 
-    def deliver(self, values: Tensor, begin: int) -> tuple[Tensor, torch.cuda.Event | None]:
+    def deliver(self, values: Tensor, begin: int) -> tuple[Tensor, torch.Event | None]:
         """Write new masters, from element `begin` of this rank's region, into the weights that compute.
 
         values: on the device; written on the current stream, which must be the lane that made them.
