@@ -33,7 +33,7 @@ from shardwise.activations import Batch
 from shardwise.estimate import Choice, Run, estimate
 from shardwise.zero.plan import Tier
 from shardwise.zero.precision import Precision
-from shardwise.zero.sharded import MIN_UNIT_NBYTES
+from shardwise.zero.sharded import UNIT_NBYTES
 from shardwise.zero.units import UnitSpec, find_units
 
 RANKS = (1, 2, 4, 8, 16, 64, 256, 1024)
@@ -121,7 +121,7 @@ def step_of(passes: Sequence[Work], turn: int, ranks: int, trained: int, terms: 
 
 def passes_of(model: nn.Module, case: Case, flops_per_s: float) -> tuple[list[Work], int, int]:
     """(forward and backward in order, where the backward begins, elements that are trained)."""
-    units = [unit for unit in find_units(model, min_nbytes=MIN_UNIT_NBYTES) if unit.parameters]
+    units = [unit for unit in find_units(model, unit_nbytes=UNIT_NBYTES) if unit.parameters]
     kinds = [(unit, {type(entry) for entry in unit.entries}) for unit in units]
     lookups = [unit for unit, kind in kinds if nn.Embedding in kind]
     heads = [unit for unit, kind in kinds if nn.Linear in kind]  # a tied embedding is both

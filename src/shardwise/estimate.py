@@ -18,7 +18,7 @@ from .zero.engine import ReductionsInFlight
 from .zero.plan import Plan, Tier
 from .zero.portions import Ledger, Portion, at_rest, divide, gathered_at_once, moments_at_rest
 from .zero.precision import Precision
-from .zero.sharded import BUCKET_NBYTES, MIN_UNIT_NBYTES
+from .zero.sharded import BUCKET_NBYTES, UNIT_NBYTES
 from .zero.shards import CHUNK, VISITING
 from .zero.units import find_units
 
@@ -136,7 +136,7 @@ def estimate(model: nn.Module, choice: Choice, run: Run) -> Estimate:
     """
     plan = Plan.from_stage(choice.stage, offload_optimizer=choice.optimizer, offload_param=choice.param)
     portions = divide(
-        find_units(model, run.units, min_nbytes=MIN_UNIT_NBYTES if run.cuda else 0),
+        find_units(model, run.units, unit_nbytes=UNIT_NBYTES if run.cuda else 0),
         plan,
         run.precision,
         whole_adapters=run.whole_adapters,

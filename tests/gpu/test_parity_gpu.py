@@ -61,6 +61,10 @@ def test_stepping_and_publishing_in_groups_gives_the_bits_of_one_call(rows: list
     assert not failures(rows, "groups")
 
 
+def test_ranks_on_different_routes_train_as_a_plain_model(rows: list[dict]) -> None:
+    assert not failures(rows, "routes")
+
+
 def test_three_runs_give_the_same_bits(rows: list[dict]) -> None:
     assert not failures(rows, "repeat")
 

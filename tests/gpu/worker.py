@@ -30,6 +30,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 from reference import STEPS, Curve, adamw, batch_of, build_model, checkpoint_blocks, train_alone
+from routes import train_on_routes
 from stress import Delays
 
 from shardwise.initialising import sources_of
@@ -382,6 +383,28 @@ def check_built(_: None, ranks: Ranks) -> Row:
     return Row("built", "built on the device", 0.0, 0.0, ok, f"apart {apart}, deferred {len(deferred)}, grew {grown}")
 
 
+@dataclass(frozen=True)
+class Way:
+    """How the model of `routes` is gathered. alone: every block is a unit; else all share one, as small ones do."""
+
+    gather_with: str
+    alone: bool = True
+    prefetch: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.gather_with}, {'a unit each' if self.alone else 'one unit'}, prefetch {self.prefetch}"
+
+
+ROUTES = [Way("nccl"), Way("nccl", prefetch=2), Way("nccl", alone=False), Way("auto"), Way("auto", alone=False)]
+
+
+def check_routes(way: Way, ranks: Ranks) -> Row:
+    """Blocks that run in any order, another on each rank, train as they do in a plain model."""
+    loss, weight = train_on_routes(ranks, way.gather_with, ["Block"] if way.alone else None, way.prefetch)
+    return Row("routes", f"routes, {way.name}", loss, weight, loss <= FP32_LOSS and weight <= FP32_WEIGHT)
+
+
 def all_checks() -> list[tuple[str, Callable[[Ranks], Row]]]:
     """Every check by name, in the order they run."""
     checks: list[tuple[str, Callable[[Ranks], Row]]] = []
@@ -391,6 +414,7 @@ def all_checks() -> list[tuple[str, Callable[[Ranks], Row]]]:
         ("peers", COPIED, check_peers),
         ("groups", GROUPED, check_groups),
         ("repeat", REPEATED, check_repeats),
+        ("routes", ROUTES, check_routes),
         ("pinned", [Setting(3, BOTH), Setting(2, OPT, trains="full")], check_pinned),
         ("stress", STRESSED, check_stress),
         ("built", [None], check_built),

@@ -191,7 +191,8 @@ def test_a_step_has_one_gather_per_unit_and_pass_and_one_reduction_per_trained_u
             assert counts.get("broadcast", 0) == 0
             assert counts.get("gather_numbers", 0) == 0, "no pass is negotiated once the order is known"
             assert counts.get("all_reduce", 0) <= 1, counts
-            assert counts.get("any_of", 0) <= 1, counts
+            # Which parameters were used, and at the end of each pass whether a rank needs it once more.
+            assert counts.get("any_of", 0) <= (3 if stage == 3 else 1), counts
 
 
 @pytest.mark.parametrize("prefetch", [0, 3])

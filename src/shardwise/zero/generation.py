@@ -73,7 +73,7 @@ class Rounds:
             self._learn(self._kind, observed)
             return
         assert order.sequence is not None
-        self._pass_by(order.sequence[order.issued :])
+        self.pass_by(order.sequence[order.issued :])
         order.issued = len(order.sequence)
 
     def leave(self) -> None:
@@ -106,13 +106,13 @@ class Rounds:
 
     def _stand_by(self, kind: int, negotiated: bool) -> None:
         if not negotiated:
-            self._pass_by(self._of(kind))
+            self.pass_by(self._of(kind))
             return
         while not self._negotiate(DONE):
             pass
         self._learn(kind, ())
 
-    def _pass_by(self, indices: Sequence[int]) -> None:
+    def pass_by(self, indices: Sequence[int]) -> None:
         """Gather units for the others' sake, one after another; what this rank reads now stays here."""
         for place, i in enumerate(indices):
             unit = self._units[i]

@@ -66,7 +66,9 @@ class Hooks:
                     parameter: Any = member.parameter  # torch does not annotate its hooks
                     self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
         for kind, (module, units) in enumerate(entries.items()):
-            before = partial(self._before_forward, kind, units)
+            # Of blocks in turn the first one's backward is the last that reads their unit.
+            ending = [unit for unit in units if not unit.in_turn or module is unit.entries[0]]
+            before = partial(self._before_forward, kind, units, ending)
             after = partial(self._after_forward, units)
             self._handles += [
                 module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
@@ -81,7 +83,13 @@ class Hooks:
     # Forward.
 
     def _before_forward(
-        self, kind: int, units: list[Unit], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        kind: int,
+        units: list[Unit],
+        ending: list[Unit],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         schedule = self.schedule
         recording = torch.is_grad_enabled()
@@ -110,8 +118,8 @@ class Hooks:
                     changed = True
         for unit in units:
             schedule.need(unit)
-        if recording and any(unit.leaves for unit in units):
-            wrapped = _watch_inputs((args, kwargs), partial(self._after_backward, units))
+        if recording and any(unit.leaves for unit in ending):
+            wrapped = _watch_inputs((args, kwargs), partial(self._after_backward, ending))
             if wrapped is not None:
                 args, kwargs = wrapped
                 changed = True

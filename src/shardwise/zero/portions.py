@@ -35,13 +35,17 @@ _STEP_COUNT_NBYTES = 4
 
 @dataclass(frozen=True)
 class Portion:
-    """name, entries: those of the unit; a bucket of whole weights has no entries. trainable: members of one dtype."""
+    """name, entries, in_turn: those of the unit; a bucket of whole weights has no entries.
+
+    trainable: members of one dtype.
+    """
 
     name: str
     entries: tuple[nn.Module, ...]
     plan: Plan
     frozen: tuple[Member, ...] = ()
     trainable: tuple[Member, ...] = ()
+    in_turn: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,8 +118,10 @@ def divide(
         parts = list(trainable.values()) if mine.parameter.sharded else []
         if frozen or parts:
             first = tuple(parts[0]) if parts else ()
-            portions.append(Portion(spec.name, entries, mine, frozen, first))
-        portions += [Portion(spec.name, entries, mine, trainable=tuple(part)) for part in parts[1:]]
+            portions.append(Portion(spec.name, entries, mine, frozen, first, spec.in_turn))
+        portions += [
+            Portion(spec.name, entries, mine, trainable=tuple(part), in_turn=spec.in_turn) for part in parts[1:]
+        ]
         for dtype, part in trainable.items() if not mine.parameter.sharded else ():
             if bucket and (bucket[0].dtype != dtype or _nbytes(bucket) + _nbytes(part) > bucket_nbytes):
                 close_bucket()

@@ -9,11 +9,15 @@ every named unit. A rank whose pass is over keeps answering until all are done. 
 
 Ordered: the ranks have merged what they saw in the negotiated pass into one sequence of all units. A rank that needs a
 unit issues the sequence up to it, units that it skips included, and `prefetch` units more; at the end of the pass it
-issues the rest. So each unit is gathered once per pass on every rank, whatever branch a rank takes, with no message:
+issues the rest. So each unit is gathered once per pass on every rank, whatever branch a rank takes:
 
     sequence     embed  0  1  2  head
     rank 0 runs  embed  0     2  head      gathers 1 on the way to 2, and keeps it until the pass ends
     rank 1 runs  embed  0  1     head      gathers 2 on the way to head
+
+A rank that comes back to a unit behind its last turn, as in a loop that runs longer on it than before, needs the sequence once
+more, and then every rank gathers it again: at the end of an ordered pass the ranks ask each other, in one message, whether
+any does. Where gathers are plain copies from the others' memory (`peers.py`) no rank needs the others, and none asks.
 
 Forwards without gradients are ordered too, with one message for each: `generation.py`.
 
@@ -176,6 +180,8 @@ class Schedule:
         elif self._order is not None:
             assert self._order.sequence is not None
             self._issue_to(len(self._order.sequence))
+            while self._once_more(False):
+                self.rounds.pass_by(self._order.sequence)
             if order is self._forward:
                 self._agree_on_window()
         elif not self._held and self._gatherable:
@@ -276,6 +282,8 @@ class Schedule:
     def _need_ordered(self, unit: Unit, index: int, order: Order) -> None:
         sequence = order.sequence
         assert sequence is not None
+        if order.at >= 0 and sequence[order.at] == index and unit.state is Weights.GATHERED and not self._finished:
+            return  # another block of the unit in use
         ahead = [p for p in range(order.at + 1, order.issued) if sequence[p] == index]
         if ahead:
             position = ahead[0]
@@ -293,6 +301,7 @@ class Schedule:
                     ) from None
                 # Needed again after its last turn, as when one backward covers two forwards: begin another round.
                 self._issue_to(len(sequence))
+                self._once_more(True)
                 order.restart()
                 self._rounds += 1
                 position = sequence.index(index)
@@ -331,6 +340,14 @@ class Schedule:
                     self._idle[i] = None
             elif i != wanted:
                 self._idle[i] = None
+
+    def _once_more(self, wanted: bool) -> bool:
+        """The sequence is issued: whether this rank, or any, needs it again in this pass. Nothing is asked where every gather
+        is a plain copy from the others' memory, which needs nobody else.
+        """
+        if all(part.has_peers for i in self._gatherable for part in self.units[i].parts):
+            return wanted
+        return self.ranks.any_of([wanted])[0]
 
     def _release_finished(self, but: Unit) -> None:
         for unit in self._finished:

@@ -36,9 +36,9 @@ from .unit import Unit
 from .units import UnitSpec, find_units
 from .writing import weights_before, write_back
 
-# Blocks below this share a unit on a GPU: a gather costs the host some 0.25 ms, in which NVLink moves about this much.
-# On a CPU there is no lane to hide a gather behind, and nothing is won.
-MIN_UNIT_NBYTES = 48 << 20
+# Small blocks share a unit of at most this on a GPU: to gather and release one costs the host some 0.3 ms, in which NVLink
+# moves half of this. On a CPU there is no lane to hide a gather behind, and nothing is won.
+UNIT_NBYTES = 160 << 20
 # Trained weights that stay whole are reduced in buckets of at most this; the size that DDP found to hide best.
 BUCKET_NBYTES = 25 << 20
 
@@ -106,7 +106,7 @@ class ShardedModel:
         error: Exception | None = None
         try:
             check_model(model, [sharded.model for sharded in _sharded.values()], self._sources)
-            specs = find_units(model, units, min_nbytes=MIN_UNIT_NBYTES if ranks.device.type == "cuda" else 0)
+            specs = find_units(model, units, unit_nbytes=UNIT_NBYTES if ranks.device.type == "cuda" else 0)
         except Exception as caught:
             error = caught
         ranks.agree(error)
@@ -207,6 +207,7 @@ class ShardedModel:
                 trainable, gradients = self._trainable_buffer(portion.trainable, portion.dtype, portion.plan)
             entries = list(portion.entries)
             unit = Unit(portion.name, entries, portion.plan, self._engine, frozen, trainable, gradients)
+            unit.in_turn = portion.in_turn
             if unit.leaves:  # before the next one is built: the device never holds more than one whole unit
                 unit.release()
             units.append(unit)

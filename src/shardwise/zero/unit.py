@@ -41,7 +41,7 @@ _WEIGHT_MOVES = {
 class Unit:
     """One module group.
 
-    entries:   the modules that need the weights when they run.
+    entries:   the modules that need the weights when they run. in_turn: they are blocks that run one after another.
     frozen:    bytes of any dtypes, or None. trainable: numbers of one dtype, or None.
     gradients: of the trainable buffer, or None.
     """
@@ -58,6 +58,7 @@ class Unit:
     ) -> None:
         self.name = name
         self.entries = entries
+        self.in_turn = False
         self.plan = plan
         self.frozen = frozen
         self.trainable = trainable

@@ -32,11 +32,15 @@ ROOT = "(root)"
 
 @dataclass
 class UnitSpec:
-    """entries: the modules that need the unit's weights when they run. parameters: name in the model -> Parameter."""
+    """entries: the modules that need the unit's weights when they run. parameters: name in the model -> Parameter.
+
+    in_turn: whether the entries are blocks that run one after another, so that the first one's backward is the last.
+    """
 
     name: str
     entries: list[nn.Module]
     parameters: dict[str, Parameter] = field(default_factory=dict)
+    in_turn: bool = False
 
 
 def find_units(
@@ -44,12 +48,12 @@ def find_units(
     names: Sequence[str] | None = None,
     *,
     side_min_numel: int = SIDE_UNIT_MIN_NUMEL,
-    min_nbytes: int = 0,
+    unit_nbytes: int = 0,
 ) -> list[UnitSpec]:
     """Group the model's parameters into units; every parameter with elements is in exactly one.
 
-    names:      block classes (`LlamaDecoderLayer`) or module paths with wildcards (`model.layers.*`); None finds them.
-    min_nbytes: neighbouring blocks that were found, not named, share a unit until it has this many bytes.
+    names:       block classes (`LlamaDecoderLayer`) or module paths with wildcards (`model.layers.*`); None finds them.
+    unit_nbytes: neighbouring blocks that were found, not named, share a unit of at most this many bytes.
     Returns the units in the order in which the model defines them, root first.
     Raises PrepareError if a name matches no module.
     """
@@ -79,10 +83,10 @@ def find_units(
     order = {id(module): index for index, module in enumerate(model.modules())}
     found = [unit for unit in units.values() if unit.parameters]
     found.sort(key=lambda unit: -1 if unit.name == ROOT else min(order[id(entry)] for entry in unit.entries))
-    return found if names is not None or min_nbytes == 0 else _grouped(found, blocks, min_nbytes)
+    return found if names is not None or unit_nbytes == 0 else _grouped(found, blocks, unit_nbytes)
 
 
-def _grouped(units: Sequence[UnitSpec], blocks: dict[nn.Module, str], min_nbytes: int) -> list[UnitSpec]:
+def _grouped(units: Sequence[UnitSpec], blocks: dict[nn.Module, str], unit_nbytes: int) -> list[UnitSpec]:
     """Join neighbouring units of blocks of one class. Each gather costs the host the same, however small it is."""
     grouped: list[UnitSpec] = []
     room = 0
@@ -91,17 +95,18 @@ def _grouped(units: Sequence[UnitSpec], blocks: dict[nn.Module, str], min_nbytes
         nbytes = sum(p.numel() * p.element_size() for p in unit.parameters.values())
         if (
             previous is not None
-            and room > 0
+            and nbytes <= room
             and len(unit.entries) == 1
             and unit.entries[0] in blocks
             and type(unit.entries[0]) is type(previous.entries[-1])
         ):
             previous.entries += unit.entries
             previous.parameters.update(unit.parameters)
+            previous.in_turn = True
             room -= nbytes
         else:
             grouped.append(unit)
-            room = min_nbytes - nbytes if unit.entries[0] in blocks and len(unit.entries) == 1 else 0
+            room = unit_nbytes - nbytes if unit.entries[0] in blocks and len(unit.entries) == 1 else 0
     return grouped
 
 
