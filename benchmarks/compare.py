@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-import statistics
 import struct
 import sys
 import warnings
@@ -31,7 +30,7 @@ import torch
 
 from cases import CASES, Case, pick_case
 from engines import Engine, Trainee
-from measure import Account, free, run_alone, run_in_turn, take_step
+from measure import Account, free, run_alone, take_step
 from overlap import record
 from place import Place
 
@@ -80,11 +79,6 @@ def parse(argv: Sequence[str], description: str, default_engines: dict[str, str]
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="timed steps per round")
     parser.add_argument(
-        "--in-turn",
-        action="store_true",
-        help="build all engines and let each take one step in turn: times only, for steps that the host bounds",
-    )
-    parser.add_argument(
         "--reduce-dtype",
         choices=("fp32", "bf16"),
         default="fp32",
@@ -104,8 +98,6 @@ def parse(argv: Sequence[str], description: str, default_engines: dict[str, str]
     for name in ("rounds", "steps"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1")
-    if options.in_turn and options.profile:
-        parser.error("--in-turn traces nothing: leave out --profile")
     return options
 
 
@@ -115,11 +107,6 @@ def compare(engines: list[Engine], case: Case, place: Place, options: argparse.N
     traced = _traced(engines, options)
     summaries: dict[str, dict[str, Any]] = {}
     for number in range(options.rounds):
-        if options.in_turn:
-            chosen = {"reduce_dtype": options.reduce_dtype, "warmup": options.warmup, "steps": options.steps}
-            for account, done in zip(accounts, run_in_turn(engines, case, place, **chosen), strict=True):
-                account.rounds.append(done)
-            continue
         for account in accounts:
             engine = account.engine
 
@@ -162,8 +149,6 @@ def compare(engines: list[Engine], case: Case, place: Place, options: argparse.N
         if summary:
             place.say(_overlap_text(name, summary))
     place.say(table(accounts))
-    if options.in_turn:
-        place.say(f"step by step, over {engines[0].text}'s: " + paired(accounts))
     worst, text = loss_spread(accounts)
     place.say(text)
     return 0 if worst <= LOSS_BOUND else 1
@@ -182,13 +167,6 @@ def table(accounts: list[Account]) -> str:
             f"{max(account.step_ms):>9.2f}{account.median_ms / accounts[0].median_ms:>7.3f}{shown}{rss:>8.1f}"
         )
     return "\n".join(lines)
-
-
-def paired(accounts: list[Account]) -> str:
-    """The median over all steps of each engine's time over the first one's, which was taken a moment before or after."""
-    first = accounts[0].step_ms
-    ratios = [statistics.median(a / b for a, b in zip(account.step_ms, first, strict=True)) for account in accounts]
-    return ", ".join(f"{account.engine.text} {ratio:.3f}" for account, ratio in zip(accounts, ratios, strict=True))
 
 
 def loss_spread(accounts: list[Account]) -> tuple[float, str]:

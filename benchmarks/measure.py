@@ -137,40 +137,6 @@ def run_alone(
     return done
 
 
-def run_in_turn(
-    engines: Sequence[Engine], case: Case, place: Place, *, reduce_dtype: str, warmup: int, steps: int
-) -> list[Round]:
-    """Build all engines, then let each take a step in turn: a host that is slow for a second is slow for all of them.
-
-    For steps that the host bounds. There are no peaks: what is alive belongs to all.
-    """
-    free(place)
-    trainees, built, losses = [], [], []
-    for engine in engines:
-        started = time.perf_counter()
-        trainee = engine.build(case, place, reduce_dtype)
-        place.synchronize()
-        built.append(time.perf_counter() - started)
-        losses.append([take_step(trainee, case, place, index) for index in range(warmup)])
-        trainees.append(trainee)
-    step_ms: list[list[float]] = [[] for _ in engines]
-    for index in range(warmup, warmup + steps):
-        numbers = range(len(engines))
-        for number in numbers if index % 2 else reversed(numbers):
-            seconds, loss = _timed_step(trainees[number], case, place, index)
-            losses[number].append(loss)
-            step_ms[number].append(seconds * 1000)
-    rss = psutil.Process().memory_info().rss
-    rounds = [
-        Round(build_s, _largest(mine, place), mean_over_ranks(seen, place), {}, _at_rest(trainee), rss)
-        for build_s, mine, seen, trainee in zip(built, step_ms, losses, trainees, strict=True)
-    ]
-    del trainee
-    trainees.clear()
-    free(place)
-    return rounds
-
-
 def _timed_step(trainee: Trainee, case: Case, place: Place, index: int) -> tuple[float, torch.Tensor]:
     """Seconds from an idle device to an idle device, and this rank's loss."""
     batch = case.batch(index, place.rank, place.device)

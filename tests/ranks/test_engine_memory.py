@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 
 import pytest
 import torch
@@ -116,6 +117,8 @@ def _alive(ranks, plan, precision):
         stepping.step()
         stepping.zero_grad()
     del batch
+    ranks.any_of([False])  # the last backward's vote has come in,
+    time.sleep(0.05)  # and gloo's thread has let go of its message
     gc.collect()
     scalars = sum(
         t.nbytes for state in stepping.state.values() for t in state.values() if torch.is_tensor(t) and t.ndim == 0

@@ -74,6 +74,7 @@ class Ranks:
         self._data: dist.ProcessGroup | None = None
         self._reduce: dist.ProcessGroup | None = None
         self._control: dist.ProcessGroup | None = None
+        self._told: dist.Work | None = None  # a vote whose outcome this rank knew
         if self.world_size > 1:
             self._data, self._control = _groups(timeout)
             self._reduce = dist.group.WORLD
@@ -112,7 +113,7 @@ class Ranks:
         if self._owns_group and dist.is_initialized():
             # A group that Python still holds keeps its threads, and one that asks for the interpreter while that ends aborts
             # the process: seen in 1 to 3 of 16 exits.
-            self._data = self._reduce = self._control = None
+            self._data = self._reduce = self._control = self._told = None
             dist.destroy_process_group()
         self._owns_group = False
 
@@ -124,7 +125,7 @@ class Ranks:
         other = copy.copy(self)
         other.counts = Counter()
         other._owns_group = False
-        other._data = other._reduce = None
+        other._data = other._reduce = other._told = None
         if self._control is not None:
             other._control = dist.new_group(backend="gloo", timeout=self._timeout)
         return other
@@ -253,14 +254,18 @@ class Ranks:
     def any_of(self, flags: list[bool]) -> list[bool]:
         """Element by element, whether the flag is set on any rank. Every rank passes as many flags.
 
-        A rank whose flags are all set knows the answer: it tells the others and does not wait for them.
+        A rank whose flags are all set knows the answer: it tells the others and does not wait for them until the next call.
         """
         self.counts["any_of"] += 1
         if self._control is None or not flags:
             return flags
+        if self._told is not None:
+            self._told.wait()
+            self._told = None
         votes = torch.tensor(flags, dtype=torch.uint8)
         sent = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._control, async_op=True)
         if all(flags):
+            self._told = sent
             return flags
         sent.wait()
         return [bool(v) for v in votes.tolist()]
