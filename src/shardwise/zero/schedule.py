@@ -282,9 +282,10 @@ class Schedule:
     def _need_ordered(self, unit: Unit, index: int, order: Order) -> None:
         sequence = order.sequence
         assert sequence is not None
-        if order.at >= 0 and sequence[order.at] == index and unit.state is Weights.GATHERED and not self._finished:
-            return  # another block of the unit in use
         ahead = [p for p in range(order.at + 1, order.issued) if sequence[p] == index]
+        in_use = order.at >= 0 and sequence[order.at] == index and unit.state is Weights.GATHERED
+        if in_use and not ahead and not self._finished:
+            return  # another block of the unit
         if ahead:
             position = ahead[0]
         elif unit.state in (Weights.GATHERING, Weights.GATHERED) and index not in self._here:
