@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -270,6 +271,31 @@ def test_what_a_killed_run_left_is_named(tmp_path, caplog):
     first._open.remove(first._lock)
     first.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_ends_while_another_begins_does_not_stop_it(tmp_path, monkeypatch):
+    from shardwise.offload import nvme
+    from shardwise.zero.streams import Lanes
+
+    first = nvme.NvmeStore(tmp_path, Lanes(torch.device("cpu")), 0)
+    first.allocate(5_000, torch.float32, "weights")
+    os.close(first._lock)
+    find = nvme.Path.glob
+
+    def found(
+        folder, pattern
+    ):  # the other run removes its files between the look at the directory and the look at them
+        files = list(find(folder, pattern))
+        if pattern == "*.bin":
+            shutil.rmtree(folder)
+        return files
+
+    monkeypatch.setattr(nvme.Path, "glob", found)
+    second = nvme.NvmeStore(tmp_path, Lanes(torch.device("cpu")), 0)
+    monkeypatch.undo()
+    second.close()
+    first._open.remove(first._lock)
+    first.close()
 
 
 def test_a_part_of_a_slab_is_read_and_written_whatever_pages_it_meets(tmp_path):

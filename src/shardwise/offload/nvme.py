@@ -349,7 +349,10 @@ def _name_leftovers(base: Path) -> None:
             continue  # its process is alive
         finally:
             os.close(descriptor)
-        nbytes = sum(file.stat().st_size for file in owner.parent.glob("*.bin"))
+        try:
+            nbytes = sum(file.stat().st_size for file in owner.parent.glob("*.bin"))
+        except OSError:
+            continue  # a run that ends removes it at this moment
         log.warning(
             "%s holds %.1f GB of a run that was killed; nothing reads it again. Remove it: rm -r '%s'",
             owner.parent, nbytes / 1e9, owner.parent,
