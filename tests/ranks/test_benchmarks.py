@@ -53,6 +53,14 @@ def test_hook_overhead_is_given_per_unit() -> None:
     assert set(records(done)["shardwise:3"]["added_us_per_unit"]) == {"forward", "backward"}
 
 
+def test_the_hosts_time_is_given_by_call() -> None:
+    done = run("host_time.py", "--case", "bart", "--tiny", "--steps", "2", "--warmup", "2")
+    record = records(done)["shardwise:3"]
+    assert record["per_step"]["ShardedOptimizer.step"]["calls"] == 1
+    assert 0 < record["per_step"]["Unit.gather"]["ms"] < record["step_ms"]
+    assert record["threads"][0]["seconds"] >= 0
+
+
 @pytest.fixture
 def overlap(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
