@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
 
-from rig.engine import Block, Tower, tower, train_both
-
-BLOCK_NBYTES = sum(p.numel() * 4 for p in Block().parameters())
-
-
-def grouped(blocks):
-    """Inside, at most so many blocks share a unit."""
-    from shardwise.zero import sharded
-    from shardwise.zero.units import find_units
-
-    def find(model, names, **_):
-        return find_units(model, names, unit_nbytes=blocks * BLOCK_NBYTES)
-
-    return patch.object(sharded, "find_units", find)
+from rig.engine import Block, Tower, prepare, tower, train_both
+from rig.groups import BLOCK_NBYTES, grouped
 
 
 def test_blocks_share_a_unit_up_to_its_size_and_only_neighbours_of_one_class():
@@ -53,36 +40,6 @@ def test_a_tower_trains_as_in_one_process(world, plan, prefetch, n):
     world(n).run(_trains, plan, prefetch)
 
 
-class Choosy(Tower):
-    def forward(self, x, chosen):
-        x = self.first(x)
-        for index in chosen:
-            x = self.blocks[index](x)
-        return self.head(x)
-
-
-def _route(model, x, rank, step, late):
-    if step < late:
-        return model(x, [0, 1, 2, 3, 4]).square().mean()
-    # Without the first block of a unit, in another order, with a unit in two places, with none of them.
-    routes = [[1, 3, 4], [4, 3, 2, 1, 0], [0, 2, 1, 3], [], [3, 2, 3], [1], [0, 1, 2, 3, 4]]
-    return model(x, routes[(step + rank) % len(routes)]).square().mean()
-
-
-def _routes(ranks, plan, late, blocks):
-    torch.manual_seed(5)
-    with grouped(blocks):
-        train_both(ranks, Choosy(5), plan, loss_of=partial(_route, late=late), steps=10)
-
-
-@pytest.mark.parametrize("late", [0, 3])
-@pytest.mark.parametrize("n", [1, 2, 3])
-@pytest.mark.parametrize("blocks", [1, 2])
-@pytest.mark.parametrize("plan", ["3", "3-all", "3-disk"])
-def test_any_route_through_the_blocks_gives_the_same_numbers(world, plan, blocks, n, late):
-    world(n).run(_routes, plan, late, blocks, timeout_s=20)
-
-
 class Recomputing(Tower):
     reentrant = False
 
@@ -110,8 +67,6 @@ def _released(ranks):
     """Which units are whole when the backward of each block begins, in a step whose order is known."""
     model = tower(6)
     with grouped(2):
-        from rig.engine import prepare
-
         sharded, _, stepping = prepare(ranks, model, "3", prefetch=0)
     from shardwise.zero.unit import Weights
 

@@ -199,6 +199,8 @@ class Schedule:
         if self._in_round:
             self._in_round = False
             self.rounds.leave()
+            if not self._generating:  # a rank whose pass became two rounds needs the others
+                self.rounds.stand_by_until_all_are_done()
 
     def abandon_open_pass(self) -> None:
         """If an exception left a pass open, issue what the other ranks may still issue, then forget the pass."""
@@ -272,6 +274,8 @@ class Schedule:
         for i in sorted(wants):
             other = self.units[i]
             kept = other.state is not Weights.RELEASED
+            if other.state is Weights.GATHERING:
+                other.arrive()
             other.gather()
             if i != want and not kept:
                 other.release()
@@ -283,29 +287,13 @@ class Schedule:
         sequence = order.sequence
         assert sequence is not None
         ahead = [p for p in range(order.at + 1, order.issued) if sequence[p] == index]
-        in_use = order.at >= 0 and sequence[order.at] == index and unit.state is Weights.GATHERED
-        if in_use and not ahead and not self._finished:
-            return  # another block of the unit
-        if ahead:
-            position = ahead[0]
-        elif unit.state in (Weights.GATHERING, Weights.GATHERED) and index not in self._here:
-            position = order.at  # gathered earlier and still here: nothing to move
+        issued = unit.state in (Weights.GATHERING, Weights.GATHERED) and index not in self._here
+        if issued and not ahead and not self._finished and order.at >= 0 and sequence[order.at] == index:
+            return  # another block of the unit in use
+        if issued:
+            position = ahead[0] if ahead else order.at  # nothing to move
         else:
-            try:
-                position = sequence.index(index, max(order.issued, order.at + 1))
-            except ValueError:
-                if index not in sequence:
-                    raise ScheduleError(
-                        f"unit {unit.name} is needed in a backward, but none needed it when the ranks agreed on their order, "
-                        "in the first one: something frozen gets gradients now. Prepare the model again after changing what "
-                        "is trained or where gradients flow."
-                    ) from None
-                # Needed again after its last turn, as when one backward covers two forwards: begin another round.
-                self._issue_to(len(sequence))
-                self._once_more(True)
-                order.restart()
-                self._rounds += 1
-                position = sequence.index(index)
+            position = self._next_turn(index, order)
         order.at = position
         self._release_finished(unit)
         self._issue_to(position + 1, wanted=index)
@@ -315,6 +303,24 @@ class Schedule:
         for i in sequence[order.issued : end + 1]:
             if i not in self._here:
                 self.units[i].fetch()
+
+    def _next_turn(self, index: int, order: Order) -> int:
+        """The first position in the sequence, not issued yet, of a unit that has to be gathered."""
+        sequence = order.sequence
+        assert sequence is not None
+        if index not in sequence:
+            raise ScheduleError(
+                f"unit {self.units[index].name} is needed in a backward, but none needed it when the ranks agreed on "
+                "their order, in the first one: something frozen gets gradients now. Prepare the model again after changing "
+                "what is trained or where gradients flow."
+            )
+        if index not in sequence[order.issued :]:
+            # Needed again after its last turn, as when one backward covers two forwards: begin another round.
+            self._issue_to(len(sequence))
+            self._once_more(True)
+            order.restart()
+            self._rounds += 1
+        return sequence.index(index, order.issued)
 
     def _issue_to(self, end: int, *, wanted: int | None = None) -> None:
         """Enqueue the sequence up to position `end`; what nobody has asked for yet is kept until the pass ends."""
@@ -351,8 +357,11 @@ class Schedule:
         return self.ranks.any_of([wanted])[0]
 
     def _release_finished(self, but: Unit) -> None:
+        order = self._order
+        coming = order.sequence[order.at + 1 : order.issued] if order is not None and order.sequence is not None else ()
         for unit in self._finished:
-            if unit is not but:
+            # One whose next turn is issued already stays for it.
+            if unit is not but and self.index[id(unit)] not in coming:
                 self._release(unit)
         self._finished = [unit for unit in self._finished if unit is but]
 

@@ -1,0 +1,23 @@
+"""Small blocks share a unit on GPUs; here they are made to on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import _patch, patch
+
+from torch import nn
+
+from rig.engine import Block
+
+BLOCK_NBYTES = sum(p.numel() * p.element_size() for p in Block().parameters())
+
+
+def grouped(blocks: int) -> _patch[Any]:
+    """Inside, at most so many of a tower's blocks share a unit."""
+    from shardwise.zero import sharded
+    from shardwise.zero.units import find_units
+
+    def find(model: nn.Module, names: Any, **_: Any) -> Any:
+        return find_units(model, names, unit_nbytes=blocks * BLOCK_NBYTES)
+
+    return patch.object(sharded, "find_units", find)
