@@ -117,8 +117,6 @@ class Rounds:
         for place, i in enumerate(indices):
             unit = self._units[i]
             here = unit.state in (Weights.GATHERING, Weights.GATHERED)
-            if here:
-                unit.arrive()
             unit.gather()
             for following in indices[place + 1 : place + 2]:
                 self._units[following].fetch()

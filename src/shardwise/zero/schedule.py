@@ -272,15 +272,10 @@ class Schedule:
         """One round: all ranks say what they need and gather all of it. True when every rank said that it is done."""
         wants = set(self.ranks.gather_numbers(want)) - {DONE}
         for i in sorted(wants):
-            other = self.units[i]
-            kept = other.state is not Weights.RELEASED
-            if other.state is Weights.GATHERING:
-                other.arrive()
-            other.gather()
-            if i != want and not kept:
-                other.release()
-            elif kept:
-                other.arrive()
+            if i == want:
+                self.units[i].gather()
+            else:
+                self.rounds.pass_by([i])
         return not wants
 
     def _need_ordered(self, unit: Unit, index: int, order: Order) -> None:
@@ -337,8 +332,6 @@ class Schedule:
                     self._idle[i] = None
                 continue
             fresh = other.state in (Weights.RELEASED, Weights.FETCHING)
-            if other.state is Weights.GATHERING:
-                other.arrive()
             other.gather()
             if not fresh:
                 other.arrive()

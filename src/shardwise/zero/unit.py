@@ -118,8 +118,13 @@ class Unit:
         ]
 
     def gather(self) -> None:
-        """Enqueue what makes the weights whole, on the gather lane; `arrive` before they are read. Collective."""
+        """Enqueue what makes the weights whole, on the gather lane; `arrive` before they are read. Collective.
+
+        Weights that are whole, or on their way, are gathered once more: another rank asks for them.
+        """
         lane, ranks = self._engine.lanes.gather, self._engine.ranks
+        if self.state is Weights.GATHERING:
+            self.arrive()
         again = self.state is Weights.GATHERED
         self.fetch()
         fetched = self.state is Weights.FETCHING
