@@ -24,7 +24,7 @@ from typing import Any
 
 from cases import CASES, pick_case
 from engines import Engine
-from measure import take_step
+from measure import take_step, timed_step
 from place import Place
 from shardwise.zero import hooks
 from shardwise.zero.collectives import Ranks
@@ -108,11 +108,8 @@ def main(argv: Sequence[str]) -> int:
             calls.count, calls.seconds = 0, 0.0
         before, steps_ms = processor_time(), []
         for index in range(options.warmup, options.warmup + options.steps):
-            place.synchronize()
-            started = time.perf_counter()
-            take_step(trainee, case, place, index)
-            place.synchronize()
-            steps_ms.append(1000 * (time.perf_counter() - started))
+            seconds, _ = timed_step(trainee, case, place, index)
+            steps_ms.append(1000 * seconds)
         del trainee
         _report({name: calls for name, calls in timed.items() if calls.count}, steps_ms, before, options, place)
     finally:

@@ -117,7 +117,7 @@ def run_alone(
         torch.cuda.reset_peak_memory_stats(place.device)
     step_ms = []
     for index in range(warmup, warmup + steps):
-        seconds, loss = _timed_step(trainee, case, place, index)
+        seconds, loss = timed_step(trainee, case, place, index)
         losses.append(loss)
         step_ms.append(seconds * 1000)
     done = Round(
@@ -137,7 +137,7 @@ def run_alone(
     return done
 
 
-def _timed_step(trainee: Trainee, case: Case, place: Place, index: int) -> tuple[float, torch.Tensor]:
+def timed_step(trainee: Trainee, case: Case, place: Place, index: int) -> tuple[float, torch.Tensor]:
     """Seconds from an idle device to an idle device, and this rank's loss."""
     batch = case.batch(index, place.rank, place.device)
     _seed(index, place)
