@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rig.engine import Block, Tower, prepare, tower, train_both
+from rig.engine import Block, CheckpointedTower, prepare, tower, train_both
 from rig.groups import BLOCK_NBYTES, grouped
 
 
@@ -40,22 +40,10 @@ def test_a_tower_trains_as_in_one_process(world, plan, prefetch, n):
     world(n).run(_trains, plan, prefetch)
 
 
-class Recomputing(Tower):
-    reentrant = False
-
-    def forward(self, x):
-        x = self.first(x)
-        for block in self.blocks:
-            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=self.reentrant)
-        return self.head(x)
-
-
 def _recomputed(ranks, reentrant):
     torch.manual_seed(5)
-    model = Recomputing(5)
-    model.reentrant = reentrant
     with grouped(2):
-        train_both(ranks, model, "3")
+        train_both(ranks, CheckpointedTower(reentrant, depth=5), "3")
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

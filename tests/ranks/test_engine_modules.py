@@ -13,6 +13,7 @@ from rig.engine import (
     PLANS,
     STAGES,
     Block,
+    CheckpointedTower,
     Tower,
     adamw,
     inputs,
@@ -58,18 +59,6 @@ def _units(ranks, units):
 @pytest.mark.parametrize("units", [["Block"], ["blocks.*"], ["Linear"], ["blocks.1", "head"]])
 def test_units_named_by_the_user_train_the_same(world, units):
     world(2).run(_units, units)
-
-
-class CheckpointedTower(Tower):
-    def __init__(self, reentrant):
-        super().__init__()
-        self.reentrant = reentrant
-
-    def forward(self, x):
-        x = self.first(x)
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=self.reentrant)
-        return self.head(x)
 
 
 def _checkpointed(ranks, plan, reentrant):

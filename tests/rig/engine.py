@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # A stage, and what of it rests on the CPU, by a short name for test ids.
 PLANS: dict[str, tuple[int, str, str]] = {
@@ -57,6 +58,20 @@ class Tower(nn.Module):
         x = self.first(x)
         for block in self.blocks:
             x = block(x)
+        return self.head(x)
+
+
+class CheckpointedTower(Tower):
+    """Recomputes every block in the backward."""
+
+    def __init__(self, reentrant: bool, depth: int = 3) -> None:
+        super().__init__(depth)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.reentrant)
         return self.head(x)
 
 
