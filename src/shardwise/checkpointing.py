@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
 from .checkpoint import directory
-from .checkpoint.agree import attempt, first_failure, on_first, together
+from .checkpoint.agree import first_failure, on_first, together
 from .checkpoint.background import Background
 from .checkpoint.manifest import describer
 from .checkpoint.read import Checkpoint
@@ -41,7 +41,7 @@ from .preparing import PreparedModel, PreparedOptimizer
 from .process import PartialState
 from .run_state import RunState
 from .stopping import StopSignals
-from .zero.collectives import Ranks
+from .zero.collectives import Ranks, attempt
 from .zero.precision import LossScaler
 from .zero.sharded import ShardedModel
 

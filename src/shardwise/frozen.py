@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from .checkpoint import directory
-from .checkpoint.agree import attempt, on_first, together
+from .checkpoint.agree import on_first, together
 from .checkpoint.fingerprint import fingerprints
 from .checkpoint.manifest import describer
 from .checkpoint.read import Checkpoint
@@ -25,7 +25,7 @@ from .checkpoint.write import Draft, open_staging, write_checkpoint
 from .errors import CheckpointError
 from .run_state import RunState
 from .zero import intervals
-from .zero.collectives import Ranks
+from .zero.collectives import Ranks, attempt
 from .zero.sharded import ShardedModel
 
 logger = logging.getLogger("shardwise")

@@ -77,15 +77,8 @@ def _holder(model: nn.Module) -> ShardedModel | None:
 
 def _on_main(sharded: ShardedModel, kwargs: dict[str, Any], write: Callable[[], Any]) -> Any:
     """Run `write` on rank 0 (on every rank whose caller says it is a main process) and agree on how it went."""
-    ranks = sharded.ranks
-    result, error = None, None
-    if ranks.rank == 0 and kwargs.get("is_main_process", True):
-        try:
-            result = write()
-        except Exception as caught:
-            error = caught
-    ranks.agree(error)
-    return result
+    here = sharded.ranks.rank == 0 and kwargs.get("is_main_process", True)
+    return sharded.ranks.together(lambda: write() if here else None)
 
 
 def _save_adapter(
@@ -155,18 +148,16 @@ def _stream_model(
 ) -> None:
     """What `PreTrainedModel.save_pretrained` writes, with the weights unit by unit."""
     main = sharded.ranks.rank == 0 and is_main_process
-    error: Exception | None = None
-    if main:
-        try:
-            os.makedirs(save_directory, exist_ok=True)
-            model.config.dtype = str(model.dtype).removeprefix("torch.")
-            model.config.architectures = [type(model).__name__]
-            model.config.save_pretrained(save_directory)
-            if model.can_generate():
-                model.generation_config.save_pretrained(save_directory)
-        except Exception as caught:
-            error = caught
-    sharded.ranks.agree(error)
+
+    def write_configurations() -> None:
+        os.makedirs(save_directory, exist_ok=True)
+        model.config.dtype = str(model.dtype).removeprefix("torch.")
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(save_directory)
+        if model.can_generate():
+            model.generation_config.save_pretrained(save_directory)
+
+    sharded.ranks.together(lambda: write_configurations() if main else None)
     prefix = next(name for name, module in sharded.model.named_modules() if module is model)
     prefix = f"{prefix}." if prefix else ""
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())

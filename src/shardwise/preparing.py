@@ -34,7 +34,6 @@ from .zero.peers import GatherWith
 from .zero.plan import Plan
 from .zero.precision import LossScaler, Precision
 from .zero.sharded import ShardedModel, find_sharded
-from .zero.sources import Source
 
 logger = logging.getLogger("shardwise")
 
@@ -114,13 +113,13 @@ class Preparing(PartialState):
         device_placement: per object; False leaves a loader's batches where they are.
         Raises PrepareError, OptimizerError or DataError on every rank, before any of them waits for another.
         """
-        problem: Exception | None = None
-        try:
-            placements = self._placements(objects, device_placement)
+
+        def checked() -> list[bool]:
+            found = self._placements(objects, device_placement)
             self._check(objects)
-        except Exception as error:
-            problem = error
-        self._ranks.agree(problem)
+            return found
+
+        placements = self._ranks.together(checked)
         self._agree_on_objects(objects)
         result = list(objects)
         for item in objects:
@@ -175,12 +174,7 @@ class Preparing(PartialState):
         slice_fn_for_dispatch: Callable[..., Any] | None = None,
     ) -> Any:
         """As `prepare(data_loader)`, with a function that cuts dispatched batches; see `data.prepare_data_loader`."""
-        problem: Exception | None = None
-        try:
-            check_data_loader(data_loader, self.num_processes, self.dataloader_config)
-        except Exception as error:
-            problem = error
-        self._ranks.agree(problem)
+        self._ranks.together(lambda: check_data_loader(data_loader, self.num_processes, self.dataloader_config))
         return self._prepare_loader(data_loader, device_placement, slice_fn_for_dispatch)
 
     def _placements(self, objects: Sequence[Any], given: Sequence[bool | None] | None) -> list[bool]:
@@ -271,13 +265,7 @@ class Preparing(PartialState):
                 "activation_checkpointing: this %s recomputes its blocks by itself, which is left as it is.",
                 type(model).__name__,
             )
-        sources: dict[int, Source] = {}
-        problem: Exception | None = None
-        try:
-            sources = sources_of(model)
-        except Exception as error:
-            problem = error
-        self._ranks.agree(problem)
+        sources = self._ranks.together(lambda: sources_of(model))
         build_without_memory(False)
         if zero.zero3_init_flag and zero.zero_stage == 3 and not sources and self.is_main_process:
             logger.warning(

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from .checkpoint.agree import attempt
 from .checkpoint.codec import encode
 from .checkpoint.read import Checkpoint
 from .checkpoint.tensor_file import Spec, as_bytes
@@ -34,7 +33,7 @@ from .data_loader import PreparedLoader
 from .errors import CheckpointError
 from .generators import generator_states, set_generator_states
 from .zero import intervals
-from .zero.collectives import Ranks
+from .zero.collectives import Ranks, attempt
 from .zero.intervals import Interval
 from .zero.optimizer import ShardedOptimizer
 from .zero.precision import LossScaler

@@ -83,17 +83,12 @@ class Saving(PartialState):
             save_streamed(sharded, save_directory, max_shard_size=max_shard_size, dtype=dtype)
             return
         weights = self.get_state_dict(model)
-        problem: Exception | None = None
-        if self.is_main_process:
-            try:
-                tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
-                tensors = {name: _cast(value, dtype) for name, value in tensors.items()}
-                save_weights(
-                    tensors, save_directory, max_shard_size=max_shard_size, safe_serialization=safe_serialization
-                )
-            except Exception as error:
-                problem = error
-        self._ranks.agree(problem)
+
+        def write() -> None:
+            tensors = {name: _cast(value, dtype) for name, value in weights.items() if isinstance(value, Tensor)}
+            save_weights(tensors, save_directory, max_shard_size=max_shard_size, safe_serialization=safe_serialization)
+
+        self._ranks.together(lambda: write() if self.is_main_process else None)
 
 
 def _cast(value: Any, dtype: torch.dtype | None) -> Any:

@@ -6,17 +6,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ..errors import CheckpointError
-from ..zero.collectives import Ranks
+from ..zero.collectives import Ranks, attempt
 
 T = TypeVar("T")
-
-
-def attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """What `action` gave, or what it raised."""
-    try:
-        return action(), None
-    except Exception as error:
-        return None, error
 
 
 def first_failure(ranks: Ranks, error: Exception | None) -> str | None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..zero import intervals
+from ..zero.collectives import attempt
 from ..zero.sharded import ShardedModel
-from .agree import attempt
 from .export import WeightFiles
 from .tensor_file import Spec
 

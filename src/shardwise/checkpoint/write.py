@@ -20,9 +20,9 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..zero.collectives import Ranks
+from ..zero.collectives import Ranks, attempt
 from . import files
-from .agree import attempt, together
+from .agree import together
 from .manifest import MANIFEST, Entry, Index, Manifest, Part, text_checksum
 from .tensor_file import Spec, TensorFile
 

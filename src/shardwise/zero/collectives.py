@@ -15,8 +15,8 @@ import copy
 import datetime
 import weakref
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from ..config.environment import RankEnvironment, without_multicast
 from ..errors import ConfigError, LayoutError, RankError
 
 ReduceOp = Literal["sum", "mean", "max", "min"]
+T = TypeVar("T")
 
 # torch 2.13 renamed both and warns on the old names; torch 2.9 to 2.12 have only the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -298,3 +299,20 @@ class Ranks:
         for rank, text in enumerate(errors):
             if text is not None:
                 raise RankError(f"rank {rank} failed: {text}")
+
+    def together(self, action: Callable[[], T]) -> T:
+        """What `action` gives on this rank; if it raises on any rank, an error on every rank, as `agree` raises it. Collective.
+
+        `action` is without communication of its own: a rank that left it early would not be there for the others.
+        """
+        result, error = attempt(action)
+        self.agree(error)
+        return cast(T, result)
+
+
+def attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What `action` gave, or what it raised."""
+    try:
+        return action(), None
+    except Exception as error:
+        return None, error

@@ -85,12 +85,7 @@ class ShardedOptimizer:
         self._factor: Tensor | None = None  # by which the coming step multiplies the gradients, besides 1 / loss scale
         self._bad_loss: Tensor | None = None
         self._check: tuple[int, Tensor, torch.Event] | None = None
-        error: Exception | None = None
-        try:
-            self._refuse_what_cannot_work()
-        except Exception as caught:
-            error = caught
-        self.ranks.agree(error)
+        self.ranks.together(self._refuse_what_cannot_work)
         self._shards: list[Shard] = []
         self._members: dict[int, tuple[Gradients, list[int]]] = {}
         self._take_over()

@@ -84,14 +84,13 @@ class QuantisedWeights:
         if found:
             give_back_free_memory()  # of the unit before this one
             agree_on_facts(list(found.values()), ranks)
-        error: Exception | None = None
-        try:
+
+        def quantise() -> None:
             for member in quantised:
                 if makers.get(id(member.parameter), ranks.rank) == ranks.rank:
                     self._quantise(member, found.get(id(member.parameter)), ranks.device)
-        except Exception as caught:
-            error = caught
-        ranks.agree(error)
+
+        ranks.together(quantise)
         if ranks.world_size > 1:
             for member in quantised:
                 if id(member.parameter) in found:

@@ -102,27 +102,19 @@ class ShardedModel:
         self._sources: dict[int, Source] = dict(sources or {})
         self._makers: Makers = {}
         self._quantised = QuantisedWeights(model)
-        specs: list[UnitSpec] = []
-        error: Exception | None = None
-        try:
+
+        def divided() -> list[UnitSpec]:
             check_model(model, [sharded.model for sharded in _sharded.values()], self._sources)
-            specs = find_units(model, units, unit_nbytes=UNIT_NBYTES if ranks.device.type == "cuda" else 0)
-        except Exception as caught:
-            error = caught
-        ranks.agree(error)
+            return find_units(model, units, unit_nbytes=UNIT_NBYTES if ranks.device.type == "cuda" else 0)
+
+        specs = ranks.together(divided)
         self._agree_on_shapes(specs)
         if self._sources:
             parameters = list({id(p): p for spec in specs for p in spec.parameters.values()}.values())
             self._makers = choose_makers(parameters, self._sources, self._quantised, ranks)
 
         lanes = Lanes(ranks.device, serial=serial)
-        stores: Stores | None = None
-        try:
-            stores = Stores.make(lanes, ranks.rank, paths_of(plan, nvme_paths or {}))
-        except StoreError as caught:
-            error = caught
-        ranks.agree(error)
-        assert stores is not None
+        stores = ranks.together(lambda: Stores.make(lanes, ranks.rank, paths_of(plan, nvme_paths or {})))
         reductions = ReductionsInFlight(lanes)
         faults = Faults(ranks, active=stores.uses_disk)
         peers = PeerMemory.open(ranks, lanes, gather_with) if plan.frozen.sharded or plan.parameter.sharded else None

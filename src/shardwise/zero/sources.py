@@ -85,13 +85,12 @@ def choose_makers(parameters: Sequence[Parameter], sources: Sources, whole: Cont
 def agree_on_facts(sources: Sequence[Source], ranks: Ranks) -> None:
     """Let every source stand for rank 0's numbers. Collective; one that cannot is every rank's error."""
     told = ranks.broadcast_object([source.facts() for source in sources])
-    error: Exception | None = None
-    try:
+
+    def adopt() -> None:
         for source, facts in zip(sources, told, strict=True):
             source.adopt(facts)
-    except Exception as caught:
-        error = caught
-    ranks.agree(error)
+
+    ranks.together(adopt)
 
 
 def fill_region(buffer: FlatBuffer, sources: Sources, makers: Makers, ranks: Ranks, out: Tensor) -> None:
@@ -113,15 +112,14 @@ def fill_region(buffer: FlatBuffer, sources: Sources, makers: Makers, ranks: Ran
                 low, high = max(begin, first), min(end, first + values.numel())
                 if low < high:
                     target[low - begin : high - begin].copy_(values[low - first : high - first])
-    error: Exception | None = None
-    try:
+
+    def read() -> None:
         for index, (begin, target) in targets.items():
             source = own[index]
             assert source is not None
             target.copy_(source.read(begin, begin + target.numel()))
-    except Exception as caught:
-        error = caught
-    ranks.agree(error)
+
+    ranks.together(read)
 
 
 def _targets(buffer: FlatBuffer, out: Tensor) -> dict[int, tuple[int, Tensor]]:
@@ -143,14 +141,10 @@ def _from_one_rank(
     """All of what `maker` makes or has, in parts: (the first element, the elements from there on, flat, on the device)."""
     numel, dtype = parameter.numel(), parameter.dtype
     whole: Tensor | None = None
-    error: Exception | None = None
-    if ranks.rank == maker:
-        try:
-            whole = source.read(0, numel) if source is not None else parameter.data.reshape(-1)
-        except Exception as caught:
-            error = caught
     if source is not None:
-        ranks.agree(error)
+        whole = ranks.together(lambda: source.read(0, numel) if ranks.rank == maker else None)
+    elif ranks.rank == maker:
+        whole = parameter.data.reshape(-1)
     step = _SENT_NBYTES // dtype.itemsize
     for first in range(0, numel, step):
         size = min(step, numel - first)
