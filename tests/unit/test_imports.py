@@ -87,6 +87,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "zero.generation",
         "zero.quantised",
         "zero.reducing",
+        "zero.saved",
         "zero.schedule",
         "zero.hooks",
         "zero.publishing",

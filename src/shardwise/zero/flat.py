@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..offload.store import MemoryStore, Slab, Store
-from .guard import forget_parameter, name_parameter, released_class
+from .guard import Guard
 from .layout import ALIGNMENT, Layout
 from .peers import PeerMemory
 from .plan import Placement, Tier
@@ -79,8 +79,7 @@ class FlatBuffer:
             for n in (slot.numel, end - slot.offset - slot.numel)
         ]
         self.whole = torch.zeros(self.layout.numel, dtype=dtype, device=device)
-        self._classes = [type(m.parameter) for m in members]
-        self._released = [released_class(cls) for cls in self._classes]
+        self._guard = Guard([m.parameter for m in members], [m.name for m in members])
         self._nbytes = self.whole.untyped_storage().nbytes()
         # A single rank's shard is the whole: only offloading makes the storage worth giving back.
         self.leaves = placement.sharded and (world_size > 1 or placement.tier is not Tier.GPU)
@@ -137,7 +136,6 @@ class FlatBuffer:
         """Make every parameter a view of `whole`, for good."""
         for index, member in enumerate(self.members):
             give_memory(member.parameter, self.view(index))
-            name_parameter(member.parameter, member.name)
 
     def view(self, index: int, flat: Tensor | None = None) -> Tensor:
         """Member `index` as a tensor of its own shape and dtype, inside `whole` or another flat tensor of its layout."""
@@ -182,18 +180,16 @@ class FlatBuffer:
 
     def guard(self) -> None:
         """From now on reading a parameter raises ReleasedParameterError."""
-        for member, cls in zip(self.members, self._released, strict=True):
-            member.parameter.__class__ = cls
+        self._guard.close()
 
     def unguard(self) -> None:
-        for member, cls in zip(self.members, self._classes, strict=True):
-            member.parameter.__class__ = cls
+        self._guard.open()
 
     def dissolve(self) -> None:
         """Give every parameter its own memory again. `whole` must be gathered."""
         for index, member in enumerate(self.members):
             member.parameter.data = self.view(index).clone()
-            forget_parameter(member.parameter)
+        self._guard.forget()
 
     @property
     def bytes_at_rest(self) -> int:

@@ -4,14 +4,21 @@ A released parameter is a view into a storage of size 0. Reading such a view cra
 nothing, so the parameter's class is swapped for a subclass that raises and says how to read it; gathering swaps it back.
 torch's UninitializedParameter is the precedent for the swap. What autograd and modules ask of a parameter that they do not
 compute with (shape, dtype, device, requires_grad, grad, hooks) is answered as always.
+
+Autograd keeps tensors of its own of a weight that a forward has read, which no class swap reaches. They share the weight's
+version, the count of writes by which autograd tells that what it kept is out of date; so a released weight has a version that
+no write gives it, and its own again when it is gathered. A backward that comes to a released weight then ends in torch's
+error, before a kernel reads memory that is not there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from itertools import count
 from typing import Any, NoReturn
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -19,8 +26,10 @@ from torch.nn import Parameter
 
 from ..errors import ReleasedParameterError
 
-# Parameter -> the name its owner gave it. Side table: nothing is hung on the user's Parameter.
-_names: dict[int, str] = {}
+# The version of a released weight, one for each: far above what counting writes comes to.
+_released_versions = count(1 << 30)
+# id(parameter), and that version -> the parameter and the name its owner gave it. Side table: nothing is hung on Parameters.
+_known: dict[int, tuple[ref[Parameter], str]] = {}
 
 _PROPERTIES = [
     "shape",
@@ -119,7 +128,7 @@ class Released:
         _refuse(None, getattr(func, "__name__", str(func)))
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
-        return f"Parameter({_names.get(id(self), 'unnamed')}, released, shape={tuple(self.shape)}, dtype={self.dtype})"  # type: ignore[attr-defined]
+        return f"Parameter({name_of(self) or 'unnamed'}, released, shape={tuple(self.shape)}, dtype={self.dtype})"  # type: ignore[attr-defined]
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         _refuse(self, "deepcopy")
@@ -144,17 +153,65 @@ def released_class(cls: type) -> type:
     return _released_classes[cls]
 
 
-def name_parameter(parameter: Parameter, name: str) -> None:
-    """Let errors about `parameter` call it by `name`, until forget_parameter."""
-    _names[id(parameter)] = name
+class Guard:
+    """Closes the parameters of one buffer while they are released, and opens them again. They begin open.
+
+    names: what errors call them.
+    """
+
+    def __init__(self, parameters: Sequence[Parameter], names: Sequence[str]) -> None:
+        self._parameters = tuple(parameters)
+        self._names = tuple(names)
+        self._open_classes = [type(parameter) for parameter in parameters]
+        self._closed_classes = [released_class(cls) for cls in self._open_classes]
+        self._versions = tuple(parameter._version for parameter in parameters)
+        self._closed_versions = tuple(next(_released_versions) for _ in parameters)
+        for parameter, name, version in zip(parameters, names, self._closed_versions, strict=True):
+            _known[id(parameter)] = _known[version] = ref(parameter), name
+
+    def close(self) -> None:
+        """From now on reading a parameter raises ReleasedParameterError, and so does a backward that kept one."""
+        self._versions = tuple(parameter._version for parameter in self._parameters)
+        _set_versions(self._parameters, self._closed_versions)
+        for parameter, cls in zip(self._parameters, self._closed_classes, strict=True):
+            parameter.__class__ = cls
+
+    def open(self) -> None:
+        for parameter, cls in zip(self._parameters, self._open_classes, strict=True):
+            parameter.__class__ = cls
+        _set_versions(self._parameters, self._versions)
+
+    def forget(self) -> None:
+        """The parameters are no longer guarded; they must be open."""
+        for key in (*map(id, self._parameters), *self._closed_versions):
+            _known.pop(key, None)
 
 
-def forget_parameter(parameter: Parameter) -> None:
-    _names.pop(id(parameter), None)
+def _set_versions(parameters: tuple[Parameter, ...], versions: tuple[int, ...]) -> None:
+    torch._C._autograd._unsafe_set_version_counter(parameters, versions)
+
+
+def name_of(parameter: Any) -> str | None:
+    """What errors call a guarded parameter; None for any other."""
+    known = _known.get(id(parameter))
+    return known[1] if known is not None and known[0]() is parameter else None
+
+
+def explain(error: RuntimeError) -> RuntimeError | None:
+    """A backward's error in words, if it came to a weight that is released; None for any other error."""
+    found = re.search(r"is at version (\d+)", str(error))
+    known = _known.get(int(found[1])) if found is not None else None
+    if known is None:
+        return None
+    return ReleasedParameterError(
+        f"a backward needs {known[1]!r}, which is released: it did not come there through an output of the module that read "
+        "it, as in the steps before. Return what the loss is made of from the model's forward, or keep the weights until the "
+        "backward is over: `with shardwise.gathered(model):` (on every rank) around the forward and the backward."
+    )
 
 
 def _refuse(parameter: Any, action: str) -> NoReturn:
-    name = "a parameter" if parameter is None else f"parameter {_names.get(id(parameter), '(unnamed)')!r}"
+    name = "a parameter" if parameter is None else f"parameter {name_of(parameter) or '(unnamed)'!r}"
     raise ReleasedParameterError(
         f"{name} was read ({action}) while it is sharded: this rank holds only its shard. Read weights inside "
         "`with shardwise.gathered(model):` (on every rank), save them with accelerator.save_model or "

@@ -21,8 +21,10 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils.hooks import RemovableHandle
 
+from .saved import SavedWeights
 from .schedule import Phase, Schedule
 from .unit import Unit
 
@@ -52,6 +54,8 @@ class Hooks:
         self._stack: list[Phase] = []
         self._active: dict[Unit, int] = defaultdict(int)  # in how many running forwards each unit is needed
         self._recording = False  # whether the running forward of the model records a graph
+        self._following = False  # whether it packs the weights that autograd keeps
+        self.saved = SavedWeights(schedule.units, _weakly_recalled(self), main=schedule.ranks.rank == 0)
         self._handles: list[RemovableHandle] = []
         self._install(root)
 
@@ -91,16 +95,33 @@ class Hooks:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        schedule = self.schedule
         recording = torch.is_grad_enabled()
-        if not recording and schedule.holds:  # generating: a token's forward is little more than such calls
+        if not recording and self.schedule.holds:  # generating: a token's forward is little more than such calls
             outermost = not self._stack
             self._stack.append(Phase.FORWARD)
-            if outermost and self._compute_dtype is not None:
-                args, kwargs = _map((args, kwargs), _caster(self._compute_dtype))
-                return args, kwargs
-            return None
-        changed = False
+            return self._cast(args, kwargs) if outermost and self._compute_dtype is not None else None
+        if _transforming():
+            with temporarily_clear_interpreter_stack():
+                outermost = self._enter(kind, units, recording, stay=True)
+        else:
+            outermost = self._enter(kind, units, recording)
+        changed = outermost and self._compute_dtype is not None
+        if changed:
+            args, kwargs = self._cast(args, kwargs)
+        if recording and any(unit.leaves for unit in ending) and not _transforming():
+            wrapped = _watch_inputs((args, kwargs), partial(self._after_backward, ending))
+            if wrapped is not None:
+                args, kwargs = wrapped
+                changed = True
+        return (args, kwargs) if changed else None
+
+    def _enter(self, kind: int, units: list[Unit], recording: bool, *, stay: bool = False) -> bool:
+        """An entry module runs: ask for its units. Whether it is the outermost one, that is a pass begins.
+
+        stay: what is gathered stays until a pass begins that says otherwise.
+        """
+        schedule = self.schedule
+        outermost = False
         if _in_backward():
             self._stack.append(Phase.BACKWARD)
             if schedule.phase is not Phase.BACKWARD:
@@ -112,38 +133,48 @@ class Hooks:
                 self._active[unit] += 1
             if outermost:
                 self._recording = recording
-                schedule.begin_forward(recording, kind)
-                if self._compute_dtype is not None:
-                    args, kwargs = _map((args, kwargs), _caster(self._compute_dtype))
-                    changed = True
+                schedule.begin_forward(recording, kind, stay=stay)
+                self._following = recording and self.saved.follows and self.saved.begin()
         for unit in units:
             schedule.need(unit)
-        if recording and any(unit.leaves for unit in ending):
-            wrapped = _watch_inputs((args, kwargs), partial(self._after_backward, ending))
-            if wrapped is not None:
-                args, kwargs = wrapped
-                changed = True
-        return (args, kwargs) if changed else None
+        return outermost
+
+    def _cast(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        assert self._compute_dtype is not None
+        args, kwargs = _map((args, kwargs), _caster(self._compute_dtype))
+        return args, kwargs
 
     def _after_forward(self, units: list[Unit], module: nn.Module, args: Any, output: Any) -> None:
         phase = self._stack.pop()
-        schedule = self.schedule
-        if schedule.holds and not torch.is_grad_enabled():
+        if self.schedule.holds and not torch.is_grad_enabled():
+            return
+        if _transforming():
+            with temporarily_clear_interpreter_stack():
+                self._leave(phase, units)
             return
         if torch.is_grad_enabled() and output is not None:
             before = partial(self._before_backward, units)
             for tensor in _tensors(output):
-                if tensor.requires_grad:
+                # A weight that is handed out lives on: a hook for each forward would pile up on it.
+                if tensor.requires_grad and not isinstance(tensor, nn.Parameter):
                     tensor.register_hook(before)  # type: ignore[no-untyped-call]
-        if phase is Phase.FORWARD:
-            if not torch.is_grad_enabled() and self._recording:
-                schedule.reducing.saw_recomputation()
-            for unit in units:
-                self._active[unit] -= 1
-                if not self._active[unit]:  # the encoder has ended, but the model around it needs the root unit still
-                    schedule.done(unit)
-            if Phase.FORWARD not in self._stack:
-                schedule.end_forward()
+        self._leave(phase, units)
+
+    def _leave(self, phase: Phase, units: list[Unit]) -> None:
+        schedule = self.schedule
+        if phase is not Phase.FORWARD:
+            return
+        if not torch.is_grad_enabled() and self._recording:
+            schedule.reducing.saw_recomputation()
+        for unit in units:
+            self._active[unit] -= 1
+            if not self._active[unit]:  # the encoder has ended, but the model around it needs the root unit still
+                schedule.done(unit)
+        if Phase.FORWARD not in self._stack:
+            if self._following:
+                self._following = False
+                self.saved.end()
+            schedule.end_forward()
 
     # Backward. Autograd calls these, on its own thread when the device is a GPU.
 
@@ -162,16 +193,28 @@ class Hooks:
             self._begin_backward()
         assert unit.gradients is not None
         if unit.gradients.note(index):
-            self.schedule.reducing.complete(unit)
+            with torch.no_grad():  # of a backward that records one for itself
+                self.schedule.reducing.complete(unit)
+
+    def recall(self, unit: Unit) -> None:
+        """A backward is about to read the weights of `unit`, wherever it comes from."""
+        if self.schedule.phase is not Phase.BACKWARD:
+            self._begin_backward()
+        self.schedule.need(unit)
 
     def _begin_backward(self) -> None:
         boundary = self._boundary()
-        self.schedule.begin_backward(boundary)
+        # Gradients are recorded in a backward only where its result shall have a backward too.
+        self.schedule.begin_backward(boundary, again=torch.is_grad_enabled())
         torch.autograd.Variable._execution_engine.queue_callback(partial(self._end_backward, boundary))
 
+    @torch.no_grad()
     def _end_backward(self, boundary: bool) -> None:
         self.schedule.end_backward()
+        self.saved.backward_ended()
         self._after(boundary)
+        if Phase.FORWARD in self._stack:  # a forward that takes gradients by itself, such as forces of an energy, goes on
+            self.schedule.resume_forward(self._recording, [unit for unit, times in self._active.items() if times])
 
 
 def _weakly(hooks: Hooks, unit: Unit, index: int) -> Callable[[Tensor], None]:
@@ -186,6 +229,23 @@ def _weakly(hooks: Hooks, unit: Unit, index: int) -> Callable[[Tensor], None]:
             hooks._gradient_arrived(unit, index)
 
     return arrived
+
+
+def _weakly_recalled(hooks: Hooks) -> Callable[[Unit], None]:
+    """`recall` for what autograd keeps: a graph that a script holds must not keep the model's engine in memory."""
+    listener = ref(hooks)
+
+    def recall(unit: Unit) -> None:
+        found = listener()
+        if found is not None:
+            found.recall(unit)
+
+    return recall
+
+
+def _transforming() -> bool:
+    """Whether this runs inside of a transform of torch.func, where tensors are not what they seem and nothing can be sent."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _in_backward() -> bool:

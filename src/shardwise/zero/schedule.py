@@ -95,6 +95,8 @@ class Schedule:
         self._in_round = False
         self._kind = 0
         self._generating = 0
+        self._lingers = False  # what is gathered stays beyond the pass: a backward recorded a graph that keeps weights
+        self._until_forward = False  # and no longer than until the next forward
         self.reducing = Reducing(self.units, ranks)
         self._rounds = 0  # how often this pass began its sequence anew
 
@@ -110,9 +112,16 @@ class Schedule:
 
     # Passes.
 
-    def begin_forward(self, trains: bool, kind: int = 0) -> None:
-        """trains: gradients are recorded, so a backward may follow. kind: which module runs, see `Rounds.enter`."""
+    def begin_forward(self, trains: bool, kind: int = 0, *, stay: bool = False) -> None:
+        """trains: gradients are recorded, so a backward may follow. kind: which module runs, see `Rounds.enter`.
+
+        stay: what is gathered stays until a forward without, as for one inside of a transform whose end cannot be seen.
+        """
         self.abandon_open_pass()
+        if stay:
+            self._lingers = self._until_forward = True
+        elif self._until_forward:
+            self.stop_lingering()
         if trains and self._generating and not self._held:
             raise ScheduleError(
                 "a forward recorded gradients while the model generates, when ranks need not be in step. Put it under "
@@ -135,9 +144,16 @@ class Schedule:
         if not self._generating and not self._held:
             self.faults.agree()
 
-    def begin_backward(self, boundary: bool) -> None:
-        """boundary: this is the last micro-batch before a step."""
+    def begin_backward(self, boundary: bool, *, again: bool = False) -> None:
+        """boundary: this is the last micro-batch before a step.
+
+        again: the backward records a graph (create_graph=True). That graph keeps weights, so all that are gathered stay until
+               a backward without has ended.
+        """
+        if self.phase is Phase.FORWARD:  # it runs inside of one: the ranks end that pass together first
+            self._close(self._forward if self._trains else None)
         self.phase = Phase.BACKWARD
+        self._lingers = again or self._until_forward
         self._open(self._backward)
         self.reducing.begin(boundary)
 
@@ -149,6 +165,22 @@ class Schedule:
         self.reductions.clear()
         self.phase = Phase.IDLE
         self.faults.agree()
+
+    def resume_forward(self, trains: bool, units: Sequence[Unit]) -> None:
+        """A backward ran inside of a forward, which goes on. units: those that it is using."""
+        self.phase = Phase.FORWARD
+        self._trains = trains
+        self._open(self._forward if trains else None)
+        for unit in units:
+            self.need(unit)
+
+    def stop_lingering(self) -> None:
+        """Release what stayed beyond a pass. For whoever is about to change weights, or to count memory."""
+        self._lingers = self._until_forward = False
+        if self.phase is Phase.IDLE and not self._held:
+            for unit in self.units:
+                if unit.leaves:
+                    self._release(unit)
 
     def _open(self, order: Order | None) -> None:
         # What the optimizer wrote must be there before this pass gathers it.
@@ -180,7 +212,7 @@ class Schedule:
         elif self._order is not None:
             assert self._order.sequence is not None
             self._issue_to(len(self._order.sequence))
-            while self._once_more(False):
+            while self._once_more(DONE):
                 self.rounds.pass_by(self._order.sequence)
             if order is self._forward:
                 self._agree_on_window()
@@ -303,16 +335,11 @@ class Schedule:
         """The first position in the sequence, not issued yet, of a unit that has to be gathered."""
         sequence = order.sequence
         assert sequence is not None
-        if index not in sequence:
-            raise ScheduleError(
-                f"unit {self.units[index].name} is needed in a backward, but none needed it when the ranks agreed on "
-                "their order, in the first one: something frozen gets gradients now. Prepare the model again after changing "
-                "what is trained or where gradients flow."
-            )
         if index not in sequence[order.issued :]:
-            # Needed again after its last turn, as when one backward covers two forwards: begin another round.
+            # Needed again after its last turn, as when one backward covers two forwards, or for the first time, as a block
+            # that had no gradients before: begin another round.
             self._issue_to(len(sequence))
-            self._once_more(True)
+            self._once_more(index)
             order.restart()
             self._rounds += 1
         return sequence.index(index, order.issued)
@@ -341,13 +368,28 @@ class Schedule:
             elif i != wanted:
                 self._idle[i] = None
 
-    def _once_more(self, wanted: bool) -> bool:
-        """The sequence is issued: whether this rank, or any, needs it again in this pass. Nothing is asked where every gather
-        is a plain copy from the others' memory, which needs nobody else.
+    def _once_more(self, wanted: int) -> bool:
+        """The sequence is issued: whether any rank needs it again in this pass. Units that it lacks join it, on every rank.
+
+        wanted: the unit for which this rank needs it, or DONE. Nothing is asked where every gather is a plain copy from the
+        others' memory, which needs nobody else.
         """
-        if all(part.has_peers for i in self._gatherable for part in self.units[i].parts):
-            return wanted
-        return self.ranks.any_of([wanted])[0]
+        order = self._order
+        assert order is not None
+        assert order.sequence is not None
+        again, new = wanted != DONE, wanted not in (DONE, *order.sequence)
+        alone = all(part.has_peers for i in self._gatherable for part in self.units[i].parts)
+        if not alone:
+            again, new = self.ranks.any_of([again, new])
+        if new:
+            every = {wanted} if alone else set(self.ranks.gather_numbers(wanted))
+            for index in sorted(every - {DONE, *order.sequence}):
+                insert(order.sequence, index, self._natural(order))
+        return again
+
+    def _natural(self, order: Order) -> list[int]:
+        """All units in the order in which this kind of pass would need them if the model ran as it is defined."""
+        return self._gatherable[::-1] if order is self._backward else self._gatherable
 
     def _release_finished(self, but: Unit) -> None:
         order = self._order
@@ -363,7 +405,8 @@ class Schedule:
         if self._staying and index in self._turn and self._trains:
             return
         self._idle.pop(index, None)
-        if unit.state is not Weights.RELEASED and not self._held and index not in self.rounds.kept:
+        stays = self._held or self._lingers or index in self.rounds.kept
+        if unit.state is not Weights.RELEASED and not stays:
             unit.release()
 
     def _learn(self, order: Order) -> None:
@@ -376,10 +419,9 @@ class Schedule:
         # A unit that no rank used may be used in a later pass. In a backward, one that ran forward and was not needed
         # (a frozen embedding, whose backward reads no weight) stays out.
         missing = [i for i in self._gatherable if i not in merged and (order is self._forward or i not in used)]
-        if order is self._backward:
-            missing.reverse()
-        for i in missing:
-            insert(merged, i, self._gatherable if order is self._forward else self._gatherable[::-1])
+        natural = self._natural(order)
+        for i in sorted(missing, key=natural.index):
+            insert(merged, i, natural)
         order.sequence = merged
         if self._forward.sequence is not None and self._backward.sequence is not None:
             ends = 1 + self.prefetch

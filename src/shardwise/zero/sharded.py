@@ -354,7 +354,13 @@ class ShardedModel:
                 for u in self.units
                 if any(id(m.parameter) in wanted for b in (u.frozen, u.trainable) if b for m in b.members)
             ]
-        return self._modified(chosen) if modify else self.schedule.hold(chosen)
+        return self._read(chosen, modify=modify)
+
+    @contextmanager
+    def _read(self, units: Sequence[Unit], *, modify: bool) -> Iterator[None]:
+        # What is computed of the weights here may have its backward when they are released again.
+        with self._modified(units) if modify else self.schedule.hold(units), self._hooks.saved.following():
+            yield
 
     @contextmanager
     def _modified(self, units: Sequence[Unit]) -> Iterator[None]:

@@ -1,0 +1,140 @@
+"""Weights that autograd keeps, followed to their unit, so that a backward gathers what it reads, wherever it comes from.
+
+A backward mostly comes through the outputs of modules, where `hooks.py` waits for it. It need not: a loss may be made of what
+a module handed over in an object of the user's, of what a user's hook caught inside of a block, or of weights read in
+`gathered`. So while the ranks still learn the order of the passes, and wherever weights are read inside of `gathered`, each
+weight that is kept is packed together with its unit, and unpacked by asking for that unit:
+
+    forward     kept: x, W1 of unit 1          packed: x, (unit 1, W1)
+    backward    unpack (unit 1, W1)            need(unit 1), then W1
+
+That costs the host 1 us for each tensor that is kept, 2 to 5% of a step that the host bounds. Where the hooks on outputs have
+asked for every unit first, nothing is packed any more; where they have not, packing goes on, and is told of once. A backward
+that later comes another way than in those first steps ends in the error of `guard.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ReleasedParameterError
+from .unit import Unit, Weights
+
+log = logging.getLogger("shardwise")
+
+# Backwards in which a unit that is asked for too late shows itself. In the first, nothing is gathered ahead.
+_LEARNED_IN = 2
+
+
+class _Kept:
+    """A tensor that lives in a unit's weights. in_forward: of a module; else it was read in `gathered`."""
+
+    __slots__ = ("in_forward", "tensor", "unit")
+
+    def __init__(self, unit: Unit, tensor: Tensor, in_forward: bool) -> None:
+        self.unit = unit
+        self.tensor = tensor
+        self.in_forward = in_forward
+
+
+class _Theirs:
+    """What the hooks of the script, which these lie over, made of a tensor."""
+
+    __slots__ = ("packed", "unpack")
+
+    def __init__(self, packed: Any, unpack: Callable[[Any], Tensor]) -> None:
+        self.packed = packed
+        self.unpack = unpack
+
+
+class SavedWeights:
+    """Packs the weights of `units` that autograd keeps.
+
+    recall: called in a backward that is about to read a unit's weights; it returns when they may be read.
+    main:   whether this rank tells the user.
+    """
+
+    def __init__(self, units: Sequence[Unit], recall: Callable[[Unit], None], *, main: bool) -> None:
+        self._recall = recall
+        self._main = main
+        self._owners = {part.whole.untyped_storage()._cdata: unit for unit in units for part in unit.parts}
+        self._surprised = False
+        self._backwards = 0
+
+    @property
+    def follows(self) -> bool:
+        """Whether forwards that record a graph are to run inside `following`."""
+        return bool(self._owners) and (self._surprised or self._backwards < _LEARNED_IN)
+
+    def backward_ended(self) -> None:
+        """A whole backward has passed: if it asked for every unit by the hooks on outputs, later ones will."""
+        self._backwards += 1
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Inside, outside of forwards, what is kept of weights knows its unit."""
+        began = self.begin(in_forward=False)
+        try:
+            yield
+        finally:
+            if began:
+                self.end()
+
+    def begin(self, *, in_forward: bool = True) -> bool:
+        """Pack from now on, on this thread. False where torch allows no hooks, as inside of torch.func's transforms."""
+        autograd: Any = torch._C._autograd
+        if not self._owners or not autograd._saved_tensors_hooks_is_enabled():
+            return False
+        theirs = autograd._top_saved_tensors_default_hooks(False)
+        autograd._push_saved_tensors_default_hooks(self._packer(theirs, in_forward), self._unpack)
+        return True
+
+    @staticmethod
+    def end() -> None:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+
+    def _packer(
+        self, theirs: tuple[Callable[..., Any], Callable[..., Any]] | None, in_forward: bool
+    ) -> Callable[[Tensor], Any]:
+        owners = self._owners
+
+        def pack(tensor: Tensor) -> Any:
+            unit = owners.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
+            if unit is not None:
+                return _Kept(unit, tensor, in_forward)
+            return tensor if theirs is None else _Theirs(theirs[0](tensor), theirs[1])
+
+        return pack
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, _Kept):
+            if packed.unit.leaves:
+                self._read(packed.unit, packed.in_forward)
+            return packed.tensor
+        return packed.unpack(packed.packed) if isinstance(packed, _Theirs) else packed
+
+    def _read(self, unit: Unit, in_forward: bool) -> None:
+        here = unit.state is Weights.GATHERED
+        if torch._C._current_graph_task_id() == -1:
+            if not here:
+                raise ReleasedParameterError(
+                    f"a weight of unit {unit.name} that a graph has kept was read outside of a backward, while it is released. "
+                    "Read it inside `with shardwise.gathered(model):`, on every rank."
+                )
+            return
+        if in_forward and not here:
+            if not self._surprised and self._main:
+                log.warning(
+                    "A backward came to unit %s past the outputs of its modules: through an object of the script's own that a "
+                    "module returned, or a tensor that was caught inside of one. From now on weights that autograd keeps are "
+                    "followed one by one, which costs the host about a microsecond for each tensor.",
+                    unit.name,
+                )
+            self._surprised = True
+        self._recall(unit)
