@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .saved import SavedWeights
 from .schedule import Phase, Schedule
-from .unit import Unit
+from .unit import Unit, Weights
 
 
 class Hooks:
@@ -196,11 +196,13 @@ class Hooks:
             with torch.no_grad():  # of a backward that records one for itself
                 self.schedule.reducing.complete(unit)
 
-    def recall(self, unit: Unit) -> None:
-        """A backward is about to read the weights of `unit`, wherever it comes from."""
+    def recall(self, unit: Unit) -> bool:
+        """A backward is about to read the weights of `unit`, wherever it comes from. Whether they were asked for already."""
         if self.schedule.phase is not Phase.BACKWARD:
             self._begin_backward()
+        here = unit.state is Weights.GATHERED
         self.schedule.need(unit)
+        return here
 
     def _begin_backward(self) -> None:
         boundary = self._boundary()
@@ -213,7 +215,9 @@ class Hooks:
         self.schedule.end_backward()
         self.saved.backward_ended()
         self._after(boundary)
-        if Phase.FORWARD in self._stack:  # a forward that takes gradients by itself, such as forces of an energy, goes on
+        if (
+            Phase.FORWARD in self._stack
+        ):  # a forward that takes gradients by itself, such as forces of an energy, goes on
             self.schedule.resume_forward(self._recording, [unit for unit, times in self._active.items() if times])
 
 
@@ -231,14 +235,13 @@ def _weakly(hooks: Hooks, unit: Unit, index: int) -> Callable[[Tensor], None]:
     return arrived
 
 
-def _weakly_recalled(hooks: Hooks) -> Callable[[Unit], None]:
+def _weakly_recalled(hooks: Hooks) -> Callable[[Unit], bool]:
     """`recall` for what autograd keeps: a graph that a script holds must not keep the model's engine in memory."""
     listener = ref(hooks)
 
-    def recall(unit: Unit) -> None:
+    def recall(unit: Unit) -> bool:
         found = listener()
-        if found is not None:
-            found.recall(unit)
+        return found is None or found.recall(unit)
 
     return recall
 

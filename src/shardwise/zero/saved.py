@@ -56,11 +56,12 @@ class _Theirs:
 class SavedWeights:
     """Packs the weights of `units` that autograd keeps.
 
-    recall: called in a backward that is about to read a unit's weights; it returns when they may be read.
+    recall: called in a backward that is about to read a unit's weights; when it returns they may be read. It gives whether they
+            could be read without it.
     main:   whether this rank tells the user.
     """
 
-    def __init__(self, units: Sequence[Unit], recall: Callable[[Unit], None], *, main: bool) -> None:
+    def __init__(self, units: Sequence[Unit], recall: Callable[[Unit], bool], *, main: bool) -> None:
         self._recall = recall
         self._main = main
         self._owners = {part.whole.untyped_storage()._cdata: unit for unit in units for part in unit.parts}
@@ -120,21 +121,20 @@ class SavedWeights:
         return packed.unpack(packed.packed) if isinstance(packed, _Theirs) else packed
 
     def _read(self, unit: Unit, in_forward: bool) -> None:
-        here = unit.state is Weights.GATHERED
         if torch._C._current_graph_task_id() == -1:
-            if not here:
+            if unit.state is not Weights.GATHERED:
                 raise ReleasedParameterError(
                     f"a weight of unit {unit.name} that a graph has kept was read outside of a backward, while it is released. "
                     "Read it inside `with shardwise.gathered(model):`, on every rank."
                 )
             return
-        if in_forward and not here:
-            if not self._surprised and self._main:
-                log.warning(
-                    "A backward came to unit %s past the outputs of its modules: through an object of the script's own that a "
-                    "module returned, or a tensor that was caught inside of one. From now on weights that autograd keeps are "
-                    "followed one by one, which costs the host about a microsecond for each tensor.",
-                    unit.name,
-                )
-            self._surprised = True
-        self._recall(unit)
+        if self._recall(unit) or not in_forward:
+            return
+        if not self._surprised and self._main:
+            log.warning(
+                "A backward came to unit %s past the outputs of its modules: through an object of the script's own that a module "
+                "returned, or a tensor that was caught inside of one. From now on weights that autograd keeps are followed one by "
+                "one, which costs the host about a microsecond for each tensor.",
+                unit.name,
+            )
+        self._surprised = True

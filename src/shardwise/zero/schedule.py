@@ -97,6 +97,7 @@ class Schedule:
         self._generating = 0
         self._lingers = False  # what is gathered stays beyond the pass: a backward recorded a graph that keeps weights
         self._until_forward = False  # and no longer than until the next forward
+        self._records = False  # whether the running backward records a graph
         self.reducing = Reducing(self.units, ranks)
         self._rounds = 0  # how often this pass began its sequence anew
 
@@ -153,12 +154,15 @@ class Schedule:
         if self.phase is Phase.FORWARD:  # it runs inside of one: the ranks end that pass together first
             self._close(self._forward if self._trains else None)
         self.phase = Phase.BACKWARD
-        self._lingers = again or self._until_forward
+        self._records = again
+        self._lingers |= again
         self._open(self._backward)
         self.reducing.begin(boundary)
 
     def end_backward(self) -> None:
         """Close the pass: gather what the sequence still holds, reduce what never came, join the lanes."""
+        # What a graph of this backward keeps is needed until one without such a graph is over.
+        self._lingers = self._records or self._until_forward
         self._close(self._backward)
         self.reducing.flush()
         self.lanes.compute_waits(self.lanes.reduce.mark())
@@ -201,10 +205,9 @@ class Schedule:
 
     def _drop_turn(self) -> None:
         """Release what a forward kept for a backward that did not come."""
-        for i in self._turn if self._staying else ():
-            if self.units[i].state is not Weights.RELEASED:
-                self.units[i].release()
-        self._staying = False
+        staying, self._staying = self._staying, False
+        for i in self._turn if staying else ():
+            self._release(self.units[i])
 
     def _close(self, order: Order | None) -> None:
         if self._in_round:
