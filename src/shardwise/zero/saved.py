@@ -106,6 +106,9 @@ class SavedWeights:
         owners = self._owners
 
         def pack(tensor: Tensor) -> Any:
+            if tensor.grad_fn is not None:
+                # A node that keeps its own output would keep itself; autograd puts the node back by itself.
+                tensor = tensor.detach()
             unit = owners.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
             if unit is not None:
                 return _Kept(unit, tensor, in_forward)
@@ -132,9 +135,9 @@ class SavedWeights:
             return
         if not self._surprised and self._main:
             log.warning(
-                "A backward came to unit %s past the outputs of its modules: through an object of the script's own that a module "
-                "returned, or a tensor that was caught inside of one. From now on weights that autograd keeps are followed one by "
-                "one, which costs the host about a microsecond for each tensor.",
+                "A backward came to unit %s past the outputs of its modules: through an object of the script's own that a "
+                "module returned, or a tensor that was caught inside of one. From now on weights that autograd keeps are "
+                "followed one by one, which costs the host about a microsecond for each tensor.",
                 unit.name,
             )
         self._surprised = True
