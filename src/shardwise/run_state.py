@@ -145,13 +145,14 @@ class RunState:
         homes = self._homes(stepper)
         held: dict[str, list[Interval]] = {}
         numbers: dict[str, dict[str, Any]] = {}
-        for state in intervals.states(stepper):
+        for state in stepper.states.intervals():
+            model, name = state.key
             for key, interval in state.elementwise.items():
-                held.setdefault(f"optimizer{number}/{key}/model{homes[state.model]}", []).append(interval)
-            numbers[f"model{homes[state.model]}/{state.name}"] = state.numbers
+                held.setdefault(f"optimizer{number}/{key}/model{homes[model]}", []).append(interval)
+            numbers[f"model{homes[model]}/{name}"] = state.numbers
         for prefix, found in held.items():
             pieces += self._pieces(prefix, found)
-        groups = intervals.groups(stepper)
+        groups = stepper.states.groups()
         mine: dict[str, Any] = {
             "numbers": numbers,
             "names": [sorted(f"model{homes[model]}/{name}" for model, name in names) for _, names in groups],
@@ -160,6 +161,7 @@ class RunState:
             mine["groups"] = [settings for settings, _ in groups]
             mine["steps"] = stepper.steps
             mine["step_was_skipped"] = stepper.step_was_skipped
+            mine["besides"] = stepper.states.besides
         return mine
 
     def _homes(self, stepper: ShardedOptimizer) -> list[int]:
@@ -229,14 +231,14 @@ class RunState:
         for address in checkpoint.addresses(f"optimizer{number}/"):
             _, key, parameter = address.split("/", 2)
             kinds.setdefault(parameter, {})[key] = checkpoint.dtype(address)
-        intervals.make_states(
-            stepper,
-            lambda model, name: kinds.get(f"model{homes[model]}/{name}", {}),
-            lambda model, name: numbers.get(f"model{homes[model]}/{name}", {}),
+        stepper.states.make(
+            lambda key: kinds.get(f"model{homes[key[0]]}/{key[1]}", {}),
+            lambda key: numbers.get(f"model{homes[key[0]]}/{key[1]}", {}),
+            states[0]["optimizers"][number].get("besides", {}),
         )
-        for made in intervals.states(stepper):
-            for key, interval in made.elementwise.items():
-                _fill(checkpoint, f"optimizer{number}/{key}/model{homes[made.model]}", [interval])
+        for made in stepper.states.intervals():
+            for name, interval in made.elementwise.items():
+                _fill(checkpoint, f"optimizer{number}/{name}/model{homes[made.key[0]]}", [interval])
 
     def publish(self) -> None:
         """Bring the masters that were read into the weights that compute. Collective."""
@@ -248,7 +250,7 @@ class RunState:
         mine = []
         for stepper in self.steppers:
             homes = self._homes(stepper)
-            mine.append([sorted(f"model{homes[m]}/{n}" for m, n in names) for _, names in intervals.groups(stepper)])
+            mine.append([sorted(f"model{homes[m]}/{n}" for m, n in names) for _, names in stepper.states.groups()])
         rows = self.ranks.gather_objects(mine)
         return [_united([row[number] for row in rows]) for number in range(len(self.steppers))]
 
@@ -286,8 +288,7 @@ class RunState:
                     "were."
                 )
             group.update(saved["groups"][found])
-        stepper.steps = saved["steps"]
-        stepper.step_was_skipped = saved["step_was_skipped"]
+        stepper.resume(saved["steps"], saved["step_was_skipped"])
 
 
 def _united(rows: Sequence[Sequence[Sequence[str]]]) -> list[set[str]]:

@@ -95,6 +95,7 @@ class ShardedModel:
         self.precision = precision
         self.sync_gradients = True
         self.accumulating = False
+        self.released = False
         self.gpu_memory_budget = gpu_memory_budget
         self.after_step: list[Callable[[], None]] = []
         self.generation_memory_budget = generation_memory_budget
@@ -514,4 +515,5 @@ class ShardedModel:
         self._quantised.unsettle()
         self.meet()
         self._engine.stores.close()
+        self.released = True
         _sharded.pop(id(self.model), None)
