@@ -27,12 +27,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .checkpoint.codec import encode
 from .checkpoint.read import Checkpoint
-from .checkpoint.tensor_file import Spec, as_bytes
+from .checkpoint.tensor_file import DTYPES, Spec, as_bytes
 from .checkpoint.write import Draft, Piece, whole_pieces
 from .data_loader import PreparedLoader
 from .errors import CheckpointError
 from .generators import generator_states, set_generator_states
 from .zero import intervals
+from .zero.buffers import bytes_of, named_buffers, packed, parts_of, replace_buffers, unpacked, written
 from .zero.collectives import Ranks, attempt
 from .zero.intervals import Interval
 from .zero.optimizer import ShardedOptimizer
@@ -118,40 +119,48 @@ class RunState:
             raise error
         return (None, {}) if self.ranks.rank and mine == sums[0] else (encoded, tensors)
 
-    def _buffers(self, pieces: list[Piece]) -> dict[str, Tensor]:
-        """Rank 0's go into `pieces`; another rank's are given, if they differ (running statistics may)."""
-        held = {address: buffer for address, buffer in self._persistent_buffers() if buffer.numel()}
-        mine = 0
-        for buffer in held.values():
-            mine = zlib.crc32(as_bytes(buffer), mine)
-        sums = self.ranks.gather_numbers(mine)
-        if self.ranks.rank == 0:
-            pieces += whole_pieces({address: buffer.detach().to("cpu", copy=True) for address, buffer in held.items()})
-            return {}
-        return {} if mine == sums[0] else held
+    def _buffers(self, pieces: list[Piece]) -> dict[str, Any]:
+        """Rank 0's go into `pieces`, or are given if safetensors lacks their kind; another rank's are given if they differ.
 
-    def _persistent_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        Running statistics may. Raises CheckpointError for a buffer that is no plain tensor and not made of some.
+        """
+        held = {address: buffer for address, _, buffer in self._persistent_buffers() if buffer.numel()}
+        mine = 0
+        for address, buffer in held.items():
+            try:
+                parts = parts_of(buffer)
+            except TypeError as error:  # every rank has the same model
+                raise CheckpointError(f"{address} {error}, which a checkpoint cannot hold.") from error
+            for part in parts:
+                mine = zlib.crc32(as_bytes(bytes_of(part)), mine)
+        sums = self.ranks.gather_numbers(mine)
+        kept = {address: packed(buffer, DTYPES.values()) for address, buffer in held.items()}
+        if self.ranks.rank == 0:
+            plain = {address: found for address, found in kept.items() if isinstance(found, Tensor)}
+            pieces += whole_pieces({address: found.detach().to("cpu", copy=True) for address, found in plain.items()})
+            return {address: found for address, found in kept.items() if address not in plain}
+        return {} if mine == sums[0] else kept
+
+    def _persistent_buffers(self) -> Iterator[tuple[str, int, Tensor]]:
+        """(address, number of the model, buffer)"""
         for number, model in enumerate(self.models):
-            for prefix, module in model.model.named_modules():
-                for name, buffer in module._buffers.items():
-                    if buffer is not None and name not in module._non_persistent_buffers_set:
-                        yield (
-                            f"model{number}/buffer/{prefix}.{name}" if prefix else f"model{number}/buffer/{name}",
-                            buffer,
-                        )
+            for path, module, name, buffer in named_buffers(model.model):
+                if name not in module._non_persistent_buffers_set:
+                    yield f"model{number}/buffer/{path}", number, buffer
 
     def _optimizer(self, number: int, pieces: list[Piece]) -> dict[str, Any]:
         stepper = self.steppers[number]
         homes = self._homes(stepper)
         held: dict[str, list[Interval]] = {}
         numbers: dict[str, dict[str, Any]] = {}
-        for state in intervals.states(stepper):
+        for state in stepper.states.intervals():
+            model, name = state.key
             for key, interval in state.elementwise.items():
-                held.setdefault(f"optimizer{number}/{key}/model{homes[state.model]}", []).append(interval)
-            numbers[f"model{homes[state.model]}/{state.name}"] = state.numbers
+                held.setdefault(f"optimizer{number}/{key}/model{homes[model]}", []).append(interval)
+            numbers[f"model{homes[model]}/{name}"] = state.numbers
         for prefix, found in held.items():
             pieces += self._pieces(prefix, found)
-        groups = intervals.groups(stepper)
+        groups = stepper.states.groups()
         mine: dict[str, Any] = {
             "numbers": numbers,
             "names": [sorted(f"model{homes[model]}/{name}" for model, name in names) for _, names in groups],
@@ -160,6 +169,7 @@ class RunState:
             mine["groups"] = [settings for settings, _ in groups]
             mine["steps"] = stepper.steps
             mine["step_was_skipped"] = stepper.step_was_skipped
+            mine["besides"] = stepper.states.besides
         return mine
 
     def _homes(self, stepper: ShardedOptimizer) -> list[int]:
@@ -200,6 +210,15 @@ class RunState:
                     raise CheckpointError(
                         f"{where}: {address} has shape {checkpoint.shape(address)}, but this model's is {shape}."
                     )
+        for address, _, buffer in self._persistent_buffers():
+            saved = first["buffers"].get(address)
+            if saved is None and address not in checkpoint:
+                continue
+            shape = tuple(saved["shape"]) if saved is not None else checkpoint.shape(address)
+            if shape != tuple(buffer.shape):
+                raise CheckpointError(
+                    f"{where}: {address} has shape {shape}, but this model's is {tuple(buffer.shape)}."
+                )
 
     def restore_tensors(self, checkpoint: Checkpoint, states: Sequence[dict[str, Any]], frozen: Sequence[int]) -> None:
         """Read this rank's intervals, of weights and optimizer states. frozen: models whose frozen weights are read too.
@@ -210,13 +229,20 @@ class RunState:
             _fill(checkpoint, f"model{number}/trained", intervals.trained(model))
             if number in frozen:
                 _fill(checkpoint, f"model{number}/frozen", intervals.frozen(model))
-        own = states[self.ranks.rank]["buffers"] if self.ranks.rank < len(states) else {}
-        with torch.no_grad():
-            for address, buffer in self._persistent_buffers():
-                if buffer.numel() and (address in own or address in checkpoint):
-                    buffer.copy_(own[address] if address in own else checkpoint.read_whole(address))
+        self._restore_buffers(checkpoint, states)
         for number, stepper in enumerate(self.steppers):
             self._restore_states(checkpoint, number, stepper, states)
+
+    def _restore_buffers(self, checkpoint: Checkpoint, states: Sequence[dict[str, Any]]) -> None:
+        own = dict(states[0]["buffers"])
+        own |= states[self.ranks.rank]["buffers"] if self.ranks.rank < len(states) else {}
+        new: list[dict[int, Tensor]] = [{} for _ in self.models]
+        for address, number, buffer in self._persistent_buffers():
+            if buffer.numel() and (address in own or address in checkpoint):
+                value = unpacked(own[address]) if address in own else checkpoint.read_whole(address)
+                new[number][id(buffer)] = written(buffer, value)
+        for model, buffers in zip(self.models, new, strict=True):
+            replace_buffers(model.model, buffers)
 
     def _restore_states(
         self, checkpoint: Checkpoint, number: int, stepper: ShardedOptimizer, states: Sequence[dict[str, Any]]
@@ -229,14 +255,14 @@ class RunState:
         for address in checkpoint.addresses(f"optimizer{number}/"):
             _, key, parameter = address.split("/", 2)
             kinds.setdefault(parameter, {})[key] = checkpoint.dtype(address)
-        intervals.make_states(
-            stepper,
-            lambda model, name: kinds.get(f"model{homes[model]}/{name}", {}),
-            lambda model, name: numbers.get(f"model{homes[model]}/{name}", {}),
+        stepper.states.make(
+            lambda key: kinds.get(f"model{homes[key[0]]}/{key[1]}", {}),
+            lambda key: numbers.get(f"model{homes[key[0]]}/{key[1]}", {}),
+            states[0]["optimizers"][number].get("besides", {}),
         )
-        for made in intervals.states(stepper):
-            for key, interval in made.elementwise.items():
-                _fill(checkpoint, f"optimizer{number}/{key}/model{homes[made.model]}", [interval])
+        for made in stepper.states.intervals():
+            for name, interval in made.elementwise.items():
+                _fill(checkpoint, f"optimizer{number}/{name}/model{homes[made.key[0]]}", [interval])
 
     def publish(self) -> None:
         """Bring the masters that were read into the weights that compute. Collective."""
@@ -248,7 +274,7 @@ class RunState:
         mine = []
         for stepper in self.steppers:
             homes = self._homes(stepper)
-            mine.append([sorted(f"model{homes[m]}/{n}" for m, n in names) for _, names in intervals.groups(stepper)])
+            mine.append([sorted(f"model{homes[m]}/{n}" for m, n in names) for _, names in stepper.states.groups()])
         rows = self.ranks.gather_objects(mine)
         return [_united([row[number] for row in rows]) for number in range(len(self.steppers))]
 
@@ -286,8 +312,7 @@ class RunState:
                     "were."
                 )
             group.update(saved["groups"][found])
-        stepper.steps = saved["steps"]
-        stepper.step_was_skipped = saved["step_was_skipped"]
+        stepper.resume(saved["steps"], saved["step_was_skipped"])
 
 
 def _united(rows: Sequence[Sequence[Sequence[str]]]) -> list[set[str]]:

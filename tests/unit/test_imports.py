@@ -3,7 +3,7 @@
     errors, version
       <- plan, layout, config                 facts: no processes; config also no torch
       <- flat, guard, precision, collectives, peers, streams, offload
-      <- engine, gradients, unit  <- schedule, hooks  <- sharded  <- optimizer, shards, clipping  <- intervals
+      <- engine, gradients, unit  <- schedule, hooks  <- sharded  <- intervals  <- optimizer, shards, clipping
       <- checkpoint
       <- accelerator, data, process, ...      the front end, among itself as it likes
       <- cli                                  its worker starts the script; the rest imports no torch
@@ -72,6 +72,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "zero.flat",
         "zero.peers",
         "zero.guard",
+        "zero.buffers",
         "zero.collectives",
         "zero.streams",
         "zero.units",
@@ -94,8 +95,16 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "zero.writing",
     ),
     ("zero.sharded",),
-    ("zero.access", "zero.optimizer", "zero.shards", "zero.residency", "zero.clipping"),
-    ("zero.intervals",),
+    ("zero.intervals", "zero.exchange"),
+    (
+        "zero.access",
+        "zero.optimizer",
+        "zero.optimizer_dict",
+        "zero.optimizer_state",
+        "zero.shards",
+        "zero.residency",
+        "zero.clipping",
+    ),
     ("checkpoint",),
     FRONT_END,
     ("cli",),

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import copy
 import datetime
+import logging
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -25,6 +27,8 @@ from torch import Tensor
 from ..config.environment import RankEnvironment, without_multicast
 from ..errors import ConfigError, LayoutError, RankError
 
+log = logging.getLogger("shardwise")
+
 ReduceOp = Literal["sum", "mean", "max", "min"]
 T = TypeVar("T")
 
@@ -32,6 +36,9 @@ T = TypeVar("T")
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+
+# How often all ranks have come together in each call, see `Ranks.assemble`.
+_assembled: Counter[str] = Counter()
 
 # By timeout: the WORLD that they belong to, the data group and the control group. Weakly, so that they end with WORLD.
 _made: dict[datetime.timedelta, tuple[weakref.ref[Any], ...]] = {}
@@ -242,6 +249,44 @@ class Ranks:
         """Return once every rank has called it."""
         if self._control is not None:
             dist.all_reduce(torch.zeros(1), group=self._control)
+
+    def assemble(self, call: str, where: str = "", *, say_after_s: float = 5.0) -> None:
+        """Return once every rank is in `call`: for a verb that scripts write under `if is_main_process`. Collective.
+
+        call:  its name, such as "optimizer.state_dict()". where: when it is collective, such as "under zero_stage 2".
+        A rank that waits for longer than `say_after_s` logs that the call is collective and which ranks have not come. Raises
+        RankError, which says the same, after the timeout of all collectives. About 1 ms. The ranks leave marks in the store in
+        which they met: a collective would get mixed up with what the ranks that are elsewhere do there.
+        """
+        if self.world_size == 1:
+            return
+        store = dist.distributed_c10d._get_default_store()
+        place = f"shardwise/{call}/{_assembled[call]}"
+        store.set(f"{place}/{self.rank}", "here")
+        missing, present = list(range(self.world_size)), []
+        began, said = time.monotonic(), False
+        rule = f"{call} is collective{where and ' ' + where}: call it on every rank, not only on the main process."
+        while True:
+            present += [rank for rank in missing if store.check([f"{place}/{rank}"])]
+            missing = [rank for rank in missing if rank not in present]
+            if not missing:
+                break
+            waited = time.monotonic() - began
+            names = f"rank {', '.join(map(str, missing))}"
+            if waited >= self._timeout.total_seconds():
+                store.delete_key(f"{place}/{self.rank}")
+                raise RankError(
+                    f"{rule} Rank {self.rank} has waited {waited:.0f} s for {names}, which did not call it."
+                )
+            if waited >= say_after_s and not said:
+                said = True
+                if self.rank == min(present):
+                    log.warning("%s Rank %d has waited %.0f s for %s.", rule, self.rank, waited, names)
+            time.sleep(min(0.05, 0.001 + waited / 50))
+        if _assembled[call]:
+            # Every rank is in this call, so none looks for the marks of the one before.
+            store.delete_key(f"shardwise/{call}/{_assembled[call] - 1}/{self.rank}")
+        _assembled[call] += 1
 
     def gather_numbers(self, number: int) -> list[int]:
         """Every rank's whole number, in rank order. About 0.1 ms between processes of one machine."""

@@ -5,7 +5,7 @@ the stage, the tier and the number of ranks:
 
     trained/q.lora_A [0, 4096)        the fp32 master                       one per parameter that is trained
     frozen/q.weight [65536, 131072)   in the dtype that it computes in
-    exp_avg/q.lora_A [0, 4096)        an optimizer's state of that parameter
+    exp_avg/q.lora_A [0, 4096)        an optimizer's state of that parameter, see optimizer_state.py
 
 `read` gives a copy on the CPU and `write` takes one; nothing else of the engine shows. Where every rank holds the same
 (whole placements), `share` cuts the list so that the ranks together have each element once.
@@ -13,9 +13,8 @@ the stage, the tier and the number of ranks:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,17 +23,11 @@ from ..offload.nvme import fetch_part, put_part
 from ..offload.store import Slab
 from . import publishing
 from .flat import FlatBuffer
-from .optimizer import ShardedOptimizer
 from .sharded import ShardedModel
-from .shards import Shard
 from .unit import Unit
 
 # Numbers of elements at which `share` may cut: bytes stay in words of 8, whatever the dtype.
 _CUT = 64
-# The 0-d states that live beside their parameter only where a kernel on the device counts with them.
-_COUNTS = ("step", "mu_product")
-# How an optimizer computes belongs to the machine that it runs on, not to the checkpoint.
-_MACHINE = ("fused", "foreach", "capturable", "differentiable")
 
 
 @dataclass(frozen=True)
@@ -150,94 +143,6 @@ def share(intervals: Sequence[Interval], rank: int, world_size: int) -> list[Int
 
 def _cut(bound: int, numel: int) -> int:
     return min(numel, max(0, -(-bound // _CUT) * _CUT))
-
-
-# Optimizer states.
-
-
-@dataclass(frozen=True)
-class StateOf:
-    """The states of one parameter's interval: elementwise ones, and numbers (step counts) that go with all of it."""
-
-    model: int  # which of the optimizer's models
-    name: str
-    elementwise: dict[str, Interval]
-    numbers: dict[str, Any]
-
-
-def states(stepper: ShardedOptimizer) -> list[StateOf]:
-    """What the optimizer keeps for each interval on this rank; nothing for parameters that have taken no step."""
-    found = []
-    for number, name, shape, begin, copied, shard in _held(stepper):
-        state = stepper.optimizer.state.get(shard.tensor)
-        if not state:
-            continue
-        elementwise, numbers = {}, {}
-        for key, value in state.items():
-            if key in shard.gradients.states:
-                slab = shard.gradients.states[key]
-                rest = Rest(slab, shard.begin)
-                elementwise[key] = Interval(name, shape, begin, shard.numel, slab.dtype, copied, rest)
-            elif isinstance(value, Tensor) and value.ndim and value.numel() == shard.numel:
-                flat = value.view(-1)
-                elementwise[key] = Interval(name, shape, begin, flat.numel(), flat.dtype, copied, Rest(flat, 0))
-            else:
-                numbers[key] = value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
-        found.append(StateOf(number, name, elementwise, numbers))
-    return found
-
-
-def make_states(
-    stepper: ShardedOptimizer,
-    elementwise: Callable[[int, str], Mapping[str, torch.dtype]],
-    numbers: Callable[[int, str], Mapping[str, Any]],
-) -> None:
-    """Replace all states by zeros of the given kinds, for `write`, and by the given numbers.
-
-    elementwise: (model, name) -> {key: dtype}; numbers: (model, name) -> {key: value}. Both empty: no step was taken.
-    """
-    groups = {id(tensor): group for group in stepper.optimizer.param_groups for tensor in group["params"]}
-    stepper.optimizer.state.clear()
-    for shard in stepper.shards:
-        shard.gradients.states.clear()
-    for number, name, _, _, _, shard in _held(stepper):
-        tensor = shard.tensor
-        on_device = any(groups[id(tensor)].get(flag) for flag in ("fused", "capturable"))
-        device = stepper.ranks.device
-        state: dict[str, Any] = {}
-        for key, value in numbers(number, name).items():
-            state[key] = value
-            if isinstance(value, Tensor):
-                state[key] = value.to(torch.device("cpu") if key in _COUNTS and not on_device else device, copy=True)
-        for key, dtype in elementwise(number, name).items():
-            if shard.gradients.in_place:
-                state[key] = torch.zeros_like(tensor, dtype=dtype, requires_grad=False)
-            else:
-                state[key] = stepper.resting_state(shard, key, dtype)
-        if state:
-            stepper.optimizer.state[tensor] = state
-
-
-def _held(stepper: ShardedOptimizer) -> Iterator[tuple[int, str, tuple[int, ...], int, bool, Shard]]:
-    """(model, name, shape, begin, copied, what the optimizer holds) of each interval on this rank."""
-    owners = {id(u.gradients): n for n, model in enumerate(stepper.models) for u in model.units if u.gradients}
-    for shard in stepper.shards:
-        gradients = shard.gradients
-        slot = gradients.buffer.layout.slots[shard.index]
-        copied = not gradients.plan.optimizer.sharded and stepper.ranks.world_size > 1
-        yield owners[id(gradients)], slot.name, slot.shape, shard.in_slot, copied, shard
-
-
-def groups(stepper: ShardedOptimizer) -> list[tuple[dict[str, Any], set[tuple[int, str]]]]:
-    """Each parameter group: its settings, and the (model, name) of what this rank holds of it."""
-    names = {id(shard.tensor): (number, name) for number, name, _, _, _, shard in _held(stepper)}
-    return [
-        (
-            {key: value for key, value in group.items() if key != "params" and key not in _MACHINE},
-            {names[id(tensor)] for tensor in group["params"]},
-        )
-        for group in stepper.optimizer.param_groups
-    ]
 
 
 # Before and after.

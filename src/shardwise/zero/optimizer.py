@@ -8,12 +8,12 @@ instead of the model's parameters, the pieces of them that lie in this rank's ma
 
 An elementwise optimizer cannot tell the difference. One that looks at whole rows, matrices or gradients can, and is refused.
 `step` and `zero_grad` are set on the instance, as torch's LR schedulers do with `step`, because a step must first clip,
-check for overflow and attach the gradients, and afterwards publish the weights.
+check for overflow and attach the gradients, and afterwards publish the weights. `state_dict` and `load_state_dict` are too, see
+optimizer_dict.py.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -31,6 +31,8 @@ from .clipping import clip_factor, global_norm, power_sum
 from .collectives import Ranks
 from .elementwise import check_elementwise, steps_in_parts
 from .gradients import Gradients, squared_norm
+from .optimizer_dict import OptimizerDict
+from .optimizer_state import OptimizerState
 from .plan import Tier
 from .portions import Role
 from .precision import LossScaler
@@ -87,6 +89,7 @@ class ShardedOptimizer:
         self._check: tuple[int, Tensor, torch.Event] | None = None
         self.ranks.together(self._refuse_what_cannot_work)
         self._shards: list[Shard] = []
+        self.states = OptimizerState(optimizer, self.models, self._shards)
         self._members: dict[int, tuple[Gradients, list[int]]] = {}
         self._take_over()
         driven = {id(g) for g, indices in self._members.values() if len(indices) == len(g.buffer.members)}
@@ -112,8 +115,13 @@ class ShardedOptimizer:
         if find_sharded_optimizer(optimizer) is not None:
             raise PrepareError(f"this {name} has been prepared already. Prepare each optimizer once.")
         check_elementwise(optimizer, visits=any(not g.in_place for g, _ in self._homes().values()))
-        if any(float(state.get("step", 1)) > 0 for state in optimizer.state.values()):
-            raise OptimizerError(f"this {name} has taken steps already. Prepare it before its first step.")
+        if any(
+            state and float(state.get("step", 1)) > 0 for p, state in optimizer.state.items() if isinstance(p, Tensor)
+        ):
+            raise OptimizerError(
+                f"this {name} has taken steps already, or has loaded those of another run. Prepare it before its first step, "
+                "and load its state afterwards: load_state_dict works on a prepared optimizer."
+            )
         homes = self._homes()
         known = {id(p) for model in self.models for p in model.model.parameters()}
         for number, group in enumerate(optimizer.param_groups):
@@ -134,6 +142,8 @@ class ShardedOptimizer:
         homes = self._homes()
         pieces: dict[int, list[Shard]] = {}
         self._visits = Visits(self.optimizer)
+        parameters = [list(group["params"]) for group in self.optimizer.param_groups]
+        as_set: list[dict[str, Any]] = []
         for gradients in {id(g): g for g, _ in homes.values()}.values():
             for piece in gradients.pieces():
                 shard = Shard(gradients, piece.slot, piece.in_slot, piece.in_shard, piece.numel)
@@ -145,15 +155,18 @@ class ShardedOptimizer:
                     gradients, index = homes[id(parameter)]
                     self._members.setdefault(id(gradients), (gradients, []))[1].append(index)
                     mine += pieces.get(id(parameter), [])
-                    self._hand_over_state(parameter, pieces.get(id(parameter), []))
             for shard in mine:
                 shard.group = number
             group["params"] = [shard.tensor for shard in mine]
             self._shards += mine
+            as_set.append({})
             if isinstance(self.optimizer, _FUSED) and group.get("fused") is None and not group.get("foreach"):
                 # One kernel over all shards, which also takes the clip factor; torch's default is a loop on the CPU.
+                as_set[-1]["fused"] = group.get("fused")
                 group["fused"] = not (group.get("capturable") or group.get("differentiable"))
         self._fused = isinstance(self.optimizer, _FUSED) and all(g.get("fused") for g in self.optimizer.param_groups)
+        self.states.adopt(parameters)
+        OptimizerDict(self.states, parameters, as_set).install()
 
         def step(_: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
             return self.step(closure)
@@ -168,33 +181,16 @@ class ShardedOptimizer:
         driven.step = types.MethodType(step, self.optimizer)
         driven.zero_grad = types.MethodType(zero_grad, self.optimizer)
 
-    def _hand_over_state(self, parameter: Tensor, shards: Sequence[Shard]) -> None:
-        """Cut the state that some optimizers (Adagrad) make in their constructor into the pieces of this rank."""
-        state = self.optimizer.state.pop(parameter, None)
-        for shard in shards if state else ():
-            begin, end = shard.in_slot, shard.in_slot + shard.numel
-            mine = {
-                key: value.reshape(-1)[begin:end].to(shard.gradients.master.dtype, copy=True)
-                if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim
-                else copy.copy(value)
-                for key, value in state.items()
-            }
-            if shard.gradients.in_place:
-                device = shard.tensor.device
-                mine = {key: v.to(device) if isinstance(v, Tensor) and v.ndim else v for key, v in mine.items()}
-                self.optimizer.state[shard.tensor] = mine
-            else:
-                self._visits.remember(shard, mine)
-
     @property
     def shards(self) -> list[Shard]:
         """What the optimizer holds on this rank."""
         return self._shards
 
-    def resting_state(self, shard: Shard, key: str, dtype: torch.dtype) -> Any:
-        """A place for state `key` of a shard that is not in place; gives what the optimizer's dictionary holds for it."""
-        model = next(m for m in self.models if any(u.gradients is shard.gradients for u in m.units))
-        return self._visits.place(model, shard, key, dtype)
+    def resume(self, steps: int, step_was_skipped: bool) -> None:
+        """Another run's states have been loaded: forget what was under way for a step, and count from there."""
+        self.steps = steps
+        self.step_was_skipped = step_was_skipped
+        self._factor = self._bad_loss = self._check = None
 
     # The loss.
 
@@ -318,6 +314,7 @@ class ShardedOptimizer:
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, if gradients are complete; nothing while they are only accumulated. Collective."""
+        self.states.refuse_released()
         result = None
         if closure is not None:
             with torch.enable_grad():

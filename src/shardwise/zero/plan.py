@@ -108,6 +108,11 @@ class Plan:
         gradient = Placement(stage >= 2, Tier.CPU if offloaded else Tier.GPU)
         return cls(frozen=weights, parameter=weights, gradient=gradient, optimizer=optimizer)
 
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage that shards these roles."""
+        return sum(placement.sharded for placement in (self.parameter, self.gradient, self.optimizer))
+
     def with_whole_parameters(self) -> Plan:
         """The same plan with trainable weights whole on the gpu: for adapters, which are tiny beside what they adapt."""
         return replace(self, parameter=Placement(False, Tier.GPU))

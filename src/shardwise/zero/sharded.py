@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from ..errors import PrepareError, StoreError
 from ..offload.store import Slab
+from .buffers import place_buffers
 from .checks import check_model, paths_of
 from .collectives import Ranks
 from .engine import Engine, Faults, Kind, ReductionsInFlight, Stores
@@ -95,6 +96,7 @@ class ShardedModel:
         self.precision = precision
         self.sync_gradients = True
         self.accumulating = False
+        self.released = False
         self.gpu_memory_budget = gpu_memory_budget
         self.after_step: list[Callable[[], None]] = []
         self.generation_memory_budget = generation_memory_budget
@@ -121,7 +123,7 @@ class ShardedModel:
         self._engine = Engine(ranks, lanes, stores, precision.reduce, reductions, faults, peers)
         self._dtypes = {name: p.dtype for name, p in model.named_parameters()}
         with torch.no_grad():
-            self._place_buffers()
+            place_buffers(model, ranks)
             self.units = self._build(specs)
         self._sources = {}
         self.drain()
@@ -170,16 +172,6 @@ class ShardedModel:
                 "requires_grad, or having memory. Build the same model in the same way on every rank."
             )
         self.ranks.agree(error)
-
-    def _place_buffers(self) -> None:
-        for module in self.model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    placed = buffer.to(self.ranks.device)
-                    if self.ranks.world_size > 1 and placed.numel():
-                        placed = placed.contiguous()
-                        self.ranks.broadcast(placed)
-                    module._buffers[name] = placed
 
     def _build(self, specs: Sequence[UnitSpec]) -> list[Unit]:
         """The units of all specs, and behind them the buckets of what is trained and stays whole.
@@ -520,4 +512,5 @@ class ShardedModel:
         self._quantised.unsettle()
         self.meet()
         self._engine.stores.close()
+        self.released = True
         _sharded.pop(id(self.model), None)

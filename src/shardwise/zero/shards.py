@@ -93,12 +93,6 @@ class Visits:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        # States that the optimizer's constructor made: they are put to rest before the first step.
-        self._initial: dict[int, tuple[Shard, dict[str, Any]]] = {}
-
-    def remember(self, shard: Shard, state: dict[str, Any]) -> None:
-        """`state` is what the optimizer already keeps for this shard, cut to its elements."""
-        self._initial[id(shard)] = (shard, state)
 
     def step(
         self, model: ShardedModel, units: Sequence[Unit], shards: Sequence[Shard], factor: Tensor | None, *, fused: bool
@@ -114,7 +108,6 @@ class Visits:
         for shard in shards:
             by_unit.setdefault(id(shard.gradients), []).append(shard)
         engine.stores.cpu.drain()  # gradients of several micro-batches are added up by a thread
-        self._rest_initial(model)
         begun = {id(shard) for shard in shards if self.optimizer.state.get(shard.tensor)}
         lanes.step.wait(lanes.mark_compute())
         if factor is not None:
@@ -192,7 +185,7 @@ class Visits:
             lanes.down.wait(visit.unit.published)
             visit.down = event
             for key, staged in visit.states.items():
-                self._slab(model, gradients, key, staged.dtype)
+                _slab(model, gradients, key, staged.dtype)
             for shard, state in stepped:
                 self.optimizer.state[shard.tensor] = self._resting(shard, state)
             leaving = [(staged, gradients.states[key]) for key, staged in visit.states.items()]
@@ -248,26 +241,11 @@ class Visits:
         return stepped
 
     @staticmethod
-    def _slab(model: ShardedModel, gradients: Gradients, key: str, dtype: torch.dtype) -> Slab:
-        """Where this state of a unit rests."""
-        if key not in gradients.states:
-            store = model.engine.stores.of(gradients.plan.optimizer.tier, "optimizer")
-            gradients.states[key] = store.allocate(gradients.master.numel, dtype, f"{gradients.name}.{key}")
-        return gradients.states[key]
-
-    def place(self, model: ShardedModel, shard: Shard, key: str, dtype: torch.dtype) -> Any:
-        """Make room for state `key` of a shard; gives what the optimizer's own dictionary holds for it."""
-        slab = self._slab(model, shard.gradients, key, dtype)
-        return slab.tensor[shard.begin : shard.end] if slab.in_memory else OFFLOADED
-
-    @staticmethod
     def _resting(shard: Shard, state: dict[str, Any]) -> dict[str, Any]:
         """What the optimizer's own dictionary holds: numbers as they are, tensors where they rest."""
         slabs = shard.gradients.states
         return {
-            key: (slabs[key].tensor[shard.begin : shard.end] if slabs[key].in_memory else OFFLOADED)
-            if key in slabs and isinstance(value, Tensor) and value.ndim
-            else value
+            key: _stand_in(slabs[key], shard) if key in slabs and isinstance(value, Tensor) and value.ndim else value
             for key, value in state.items()
         }
 
@@ -285,24 +263,6 @@ class Visits:
             trial.found_inf = torch.zeros((), device=device)
         return trial
 
-    def _rest_initial(self, model: ShardedModel) -> None:
-        """Put states that the optimizer's constructor made to rest, unit by unit."""
-        known = {id(unit.gradients) for unit in model.units}
-        todo = [entry for entry in self._initial.values() if id(entry[0].gradients) in known]
-        for gradients in {id(s.gradients): s.gradients for s, _ in todo}.values():
-            whole: dict[str, Tensor] = {}
-            mine = [(shard, state) for shard, state in todo if shard.gradients is gradients]
-            for shard, state in mine:
-                for key, value in state.items():
-                    if isinstance(value, Tensor) and value.shape == shard.tensor.shape:
-                        empty = torch.zeros(gradients.master.numel, dtype=value.dtype, device=model.ranks.device)
-                        whole.setdefault(key, empty)[shard.begin : shard.end].copy_(value)
-                del self._initial[id(shard)]
-            for key, flat in whole.items():
-                model.put_to_rest(flat, self._slab(model, gradients, key, flat.dtype))
-            for shard, state in mine:
-                self.optimizer.state[shard.tensor] = self._resting(shard, state)
-
 
 class _Offloaded:
     """Stands in the optimizer's state for a tensor that rests off the device, in `Gradients.states`."""
@@ -312,6 +272,23 @@ class _Offloaded:
 
 
 OFFLOADED = _Offloaded()
+
+
+def resting_place(model: ShardedModel, shard: Shard, key: str, dtype: torch.dtype) -> Any:
+    """Make room for state `key` of a shard that is not in place; gives what the optimizer's own dictionary holds for it."""
+    return _stand_in(_slab(model, shard.gradients, key, dtype), shard)
+
+
+def _stand_in(slab: Slab, shard: Shard) -> Any:
+    return slab.tensor[shard.begin : shard.end] if slab.in_memory else OFFLOADED
+
+
+def _slab(model: ShardedModel, gradients: Gradients, key: str, dtype: torch.dtype) -> Slab:
+    """Where this state of a unit rests."""
+    if key not in gradients.states:
+        store = model.engine.stores.of(gradients.plan.optimizer.tier, "optimizer")
+        gradients.states[key] = store.allocate(gradients.master.numel, dtype, f"{gradients.name}.{key}")
+    return gradients.states[key]
 
 
 def _copy(value: Any) -> Any:

@@ -1,0 +1,201 @@
+"""`state_dict` and `load_state_dict` of a prepared optimizer: torch's own verbs, shown the optimizer as it was before prepare.
+
+    user's groups    [q.lora_A (8, 512), q.lora_B (512, 8)]      what torch's verbs see: the numbers 0 and 1, whole states
+    groups now       [q.lora_A[0:4096], q.lora_B[0:1024]]        what a step sees on rank 0
+
+So the dictionary is torch's to the letter, with its numbering, its hooks and what the optimizer's class adds to it. It goes
+into an optimizer that was never prepared, and comes from one.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from ..errors import OptimizerError
+from .optimizer_state import MACHINE, Key, OptimizerState, Parts, told_apart
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A dictionary that was read and found to fit. groups: their new settings. besides: under keys that are no parameters."""
+
+    groups: Sequence[Mapping[str, Any]]
+    states: Mapping[Key, Parts]
+    besides: Mapping[Any, Any]
+
+    def digest(self) -> int:
+        """Of settings, step counts and kinds of states: ranks that load the same have the same."""
+        settings = [sorted((k, _plain(v)) for k, v in group.items() if k != "params") for group in self.groups]
+        states = [
+            (key, sorted((k, _plain(v)) for k, v in parts.numbers.items()), sorted(parts.elementwise))
+            for key, parts in self.states.items()
+        ]
+        return zlib.crc32(repr((settings, states)).encode())
+
+
+class OptimizerDict:
+    """The dictionary of one prepared optimizer.
+
+    states:     the optimizer's. parameters: the user's, group by group, as they were before prepare.
+    as_set:     of each group, the settings that prepare has changed, as the user had set them.
+    """
+
+    def __init__(
+        self,
+        states: OptimizerState,
+        parameters: Sequence[Sequence[Parameter]],
+        as_set: Sequence[Mapping[str, Any]],
+    ) -> None:
+        self._states = states
+        self._parameters = parameters
+        self._as_set = as_set
+
+    def install(self) -> None:
+        """Set both verbs on the optimizer, as methods of this one object; its class and other optimizers keep torch's."""
+
+        def state_dict(_: Optimizer) -> dict[str, Any]:
+            return self.give()
+
+        def load_state_dict(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            self.take(state_dict)
+
+        for verb in (state_dict, load_state_dict):
+            setattr(self._states.optimizer, verb.__name__, MethodType(verb, self._states.optimizer))
+
+    def give(self) -> dict[str, Any]:
+        """What torch's `state_dict` gives for the optimizer as it was before prepare; states are whole, on the CPU, and copies.
+
+        The same on every rank. Collective where states are sharded, else without communication. Raises RankError if the other
+        ranks do not come, StoreError for a drive that fails.
+        """
+        states, optimizer = self._states, self._states.optimizer
+        states.refuse_released()
+        if states.sharded:
+            stage = max(model.plan.stage for model in states.models)
+            states.ranks.assemble("optimizer.state_dict()", f"under zero_stage {stage}")
+        states.settle()
+        whole = states.whole()
+        state: defaultdict[Any, Any] = defaultdict(dict)
+        for parameter in _flat(self._parameters):
+            key = states.keys.get(id(parameter))
+            if key in whole:
+                state[parameter] = whole[key]
+        state.update(states.besides)
+        with self._before_prepare(self._parameters, state):
+            found: dict[str, Any] = type(optimizer).state_dict(optimizer)
+        return found
+
+    def take(self, state_dict: dict[str, Any]) -> None:
+        """What torch's `load_state_dict` does: each rank keeps its intervals of `state_dict`. Collective.
+
+        How an optimizer computes (fused, foreach, capturable, differentiable) stays as it is here.
+        Before anything is changed, raises OptimizerError if the dictionary does not fit or the ranks were given different ones,
+        and RankError for another rank's error. Raises StoreError for a drive that fails.
+        """
+        states, ranks = self._states, self._states.ranks
+        states.refuse_released()
+        ranks.assemble("optimizer.load_state_dict()")
+        loaded = ranks.together(lambda: self._read(state_dict))
+        sums = ranks.gather_numbers(loaded.digest())
+        other = next((rank for rank, found in enumerate(sums) if found != sums[0]), None)
+        if other is not None:
+            raise OptimizerError(
+                f"optimizer.load_state_dict() was given one dictionary on rank 0 and another on rank {other}: their settings, "
+                "step counts or kinds of states differ. Nothing was loaded. Load the same one on every rank."
+            )
+        ranks.together(lambda: states.replace(loaded.states, loaded.besides))
+        for group, new in zip(states.optimizer.param_groups, loaded.groups, strict=True):
+            kept = {name: group[name] for name in (*MACHINE, "params") if name in group}
+            group.clear()
+            group.update({name: value for name, value in new.items() if name not in MACHINE} | kept)
+
+    def _read(self, state_dict: dict[str, Any]) -> _Loaded:
+        """What torch's verb, its hooks included, makes of `state_dict`. Nothing of the prepared optimizer is changed."""
+        states, optimizer = self._states, self._states.optimizer
+        states.settle_here()
+        # torch casts states to their parameter's dtype and moves them to its device: here the master's, and the CPU.
+        stand_ins = [[self._stand_in(parameter) for parameter in own] for own in self._parameters]
+        with self._before_prepare(stand_ins, defaultdict(dict)):
+            try:
+                type(optimizer).load_state_dict(optimizer, state_dict)
+            except ValueError as error:
+                raise OptimizerError(f"{self._fault(error)} {self._count()}") from error
+            groups, found = optimizer.param_groups, optimizer.state
+        numbers = {id(stand_in): index for index, stand_in in enumerate(_flat(stand_ins))}
+        given = _flat(self._parameters)
+        by_number = {numbers[id(key)]: value for key, value in found.items() if id(key) in numbers and value}
+        without = next(
+            (n for n, s in by_number.items() for v in s.values() if isinstance(v, Tensor) and v.is_meta), None
+        )
+        if without is not None:
+            raise OptimizerError(
+                self._fault(f"the states of parameter {without} are on the meta device, without values.")
+            )
+        shapes = {number: tuple(given[number].shape) for number in by_number}
+
+        def name_of(number: int) -> str:
+            key = states.keys.get(id(given[number]))
+            return f"parameter {number}" if key is None else f"parameter {number} ({key[1]})"
+
+        try:
+            apart = told_apart(by_number, shapes, name_of)
+        except OptimizerError as error:
+            raise OptimizerError(
+                f"{self._fault(error)} The dictionary is of another model, or a part of one that was saved on one rank."
+            ) from error
+        keys = {number: key for number in apart if (key := states.keys.get(id(given[number]))) is not None}
+        besides = {key: value for key, value in found.items() if id(key) not in numbers}
+        return _Loaded(groups, {key: apart[number] for number, key in keys.items()}, besides)
+
+    def _fault(self, error: object) -> str:
+        name, words = type(self._states.optimizer).__name__, str(error).rstrip(".")
+        return f"optimizer.load_state_dict(): this {name} cannot take the dictionary: {words}. Nothing was loaded."
+
+    def _count(self) -> str:
+        counts = ", ".join(str(len(own)) for own in self._parameters)
+        return f"It has {len(self._parameters)} parameter group(s), of {counts} parameters, frozen ones included."
+
+    def _stand_in(self, parameter: Parameter) -> Parameter:
+        key = self._states.keys.get(id(parameter))
+        dtype = parameter.dtype if key is None else self._states.dtypes[key]
+        return Parameter(torch.zeros((), dtype=dtype).expand(parameter.shape), requires_grad=False)
+
+    @contextmanager
+    def _before_prepare(self, parameters: Sequence[Sequence[Parameter]], state: Mapping[Any, Any]) -> Iterator[None]:
+        """Inside, the optimizer has `parameters` in its groups, `state`, and its groups' settings as the user had set them."""
+        optimizer: Any = self._states.optimizer
+        groups, held = optimizer.param_groups, optimizer.state
+        now = [dict(group) for group in groups]
+        for group, own, as_set in zip(groups, parameters, self._as_set, strict=False):  # a group may have been added
+            group.update(as_set, params=list(own))
+        optimizer.state = state
+        try:
+            yield
+        finally:
+            optimizer.param_groups, optimizer.state = groups, held
+            for group, before, as_set in zip(groups, now, self._as_set, strict=False):
+                group.update({name: before[name] for name in ("params", *as_set)})
+
+
+def _flat(parameters: Sequence[Sequence[Parameter]]) -> list[Parameter]:
+    return [parameter for own in parameters for parameter in own]
+
+
+def _plain(value: Any) -> Any:
+    """A number or a text as it is, anything else by its type: what can be compared between ranks."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    return value if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__
