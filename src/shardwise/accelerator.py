@@ -45,6 +45,7 @@ from .process import AcceleratorState, DistributedType, join_run, leave_run, rem
 from .resolve import handlers_by_type, loss_scaler, resolve
 from .saving import Saving
 from .tracking import Tracking, check_trackers
+from .zero.guard import explain
 from .zero.optimizer import ShardedOptimizer, find_sharded_optimizer
 from .zero.plan import Plan
 from .zero.precision import LossScaler, Precision
@@ -326,11 +327,17 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
         if not self._by_script and self.gradient_accumulation_steps > 1:
             self._count_micro_batch()
         self._push_sync()
+        share = loss / self.gradient_accumulation_steps if self.gradient_accumulation_steps > 1 else loss
+        scaled = self._scaler.scale(share)
         for entry in self._optimizers:
             entry.stepper.note_loss(loss)
-        if self.gradient_accumulation_steps > 1:
-            loss = loss / self.gradient_accumulation_steps
-        self._scaler.scale(loss).backward(**kwargs)  # type: ignore[no-untyped-call]
+        try:
+            scaled.backward(**kwargs)  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            told = explain(error)
+            if told is None:
+                raise
+            raise told from error
 
     def _stepper_of(self, parameters: Iterable[Tensor] | Tensor, verb: str) -> tuple[ShardedOptimizer, list[Tensor]]:
         items = [parameters] if isinstance(parameters, Tensor) else list(parameters)
@@ -366,11 +373,17 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
             stepper.clip_value(items, clip_value)
 
     def unscale_gradients(self, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> None:
-        """Checks its arguments: clipping and steps undo the loss scale by themselves."""
+        """Take the loss scale off the gradients of these optimizers (None: of all), for scripts that look at `p.grad`.
+
+        Clipping and steps undo it by themselves. Raises PrepareError for an optimizer that is not prepared.
+        """
         given = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
-        for item in given:
-            if find_sharded_optimizer(item) is None:
-                raise PrepareError("unscale_gradients: this optimizer is not prepared.")
+        steppers = [find_sharded_optimizer(item) for item in given]
+        if None in steppers:
+            raise PrepareError("unscale_gradients: this optimizer is not prepared.")
+        for stepper in steppers if given else [entry.stepper for entry in self._optimizers]:
+            if stepper is not None:
+                stepper.unscale()
 
     @property
     def optimizer_step_was_skipped(self) -> bool:

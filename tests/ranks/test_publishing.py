@@ -352,6 +352,7 @@ def _overflow(ranks, plan):
         assert stepper.step_was_skipped
         assert events == []
         assert all(torch.equal(p.data, before[name]) for name, p in model.named_parameters())
+        stepping.zero_grad()  # infinite gradients stay until then, as in torch
         _backward(ranks, model, batch)
         with _recorded(ranks, sharded) as events:
             stepping.step()

@@ -82,7 +82,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "zero.sources",
         "offload",
     ),
-    ("zero.engine", "zero.gradients", "zero.unit"),
+    ("zero.engine", "zero.gradients", "zero.shown", "zero.unit"),
     (
         "zero.checks",
         "zero.generation",

@@ -16,6 +16,7 @@ from ..offload.store import MemoryStore, Store
 from .collectives import Ranks
 from .peers import PeerMemory
 from .plan import Tier
+from .shown import Norms
 from .streams import Lanes
 
 Kind = Literal["param", "optimizer"]
@@ -66,7 +67,8 @@ class Stores:
 class Engine:
     """What every unit of a model shares.
 
-    reduce_dtype: gradients are summed in it. peers: where shards rest that copy engines gather, or None.
+    reduce_dtype: gradients are summed in it. norms: of single gradients, for scripts. peers: where shards rest that copy
+    engines gather, or None.
     """
 
     ranks: Ranks
@@ -75,6 +77,7 @@ class Engine:
     reduce_dtype: torch.dtype
     reductions: ReductionsInFlight
     faults: Faults
+    norms: Norms
     peers: PeerMemory | None = None
 
 

@@ -2,6 +2,7 @@
 
     EMPTY --collect--> COLLECTING --reduce--> REDUCING --settle--> READY --drop--> EMPTY
     EMPTY --reduce--> REDUCING, where no micro-batch is only collected
+    EMPTY --put--> READY, where a script gives a gradient of its own
 
 With the optimizer off the device, a reduced gradient leaves at once, in the dtype it was summed in, while the backward
 goes on. Its squared norm is taken before it leaves, so that clipping reads nothing back. Micro-batches are added up where
@@ -23,6 +24,7 @@ from .flat import FlatBuffer
 from .guard import unasked
 from .layout import Piece
 from .plan import Plan, Tier
+from .shown import Shown
 
 
 class Grads(Enum):
@@ -33,7 +35,7 @@ class Grads(Enum):
 
 
 _MOVES = {
-    Grads.EMPTY: {Grads.COLLECTING, Grads.REDUCING, Grads.EMPTY},
+    Grads.EMPTY: {Grads.COLLECTING, Grads.REDUCING, Grads.READY, Grads.EMPTY},
     Grads.COLLECTING: {Grads.REDUCING, Grads.COLLECTING, Grads.EMPTY},
     Grads.REDUCING: {Grads.READY, Grads.REDUCING, Grads.COLLECTING, Grads.EMPTY},
     Grads.READY: {Grads.COLLECTING, Grads.REDUCING, Grads.EMPTY},
@@ -67,13 +69,19 @@ class Gradients:
         self.used = [False] * len(buffer.members)
         self.pending: set[int] = set()
         self._leaves = plan.optimizer.tier is not Tier.GPU
-        self._whole: Tensor | None = None  # this rank's own sum over micro-batches, not yet reduced
+        self._own: Tensor | None = None  # this rank's own sum over micro-batches, not yet reduced
         self._shard: Tensor | None = None  # reduced, master's dtype, on the device
         self._host: Slab | None = None  # reduced, in host memory, when the plan offloads the optimizer
         self._host_filled = False
         self._square: Tensor | None = None
         # Whether the step will ask for `square`: set by the optimizer that clips.
         self.measured = self._leaves
+        # By which the step multiplies what is at rest; and whether that carries the loss scale.
+        self.factor: Tensor | None = None
+        self.scaled = True
+        self.version = 0  # counts changes
+        self.shown = Shown(self, engine.norms)
+        engine.norms.count(self)
 
     @property
     def name(self) -> str:
@@ -108,6 +116,8 @@ class Gradients:
 
     def expect(self) -> None:
         """A backward begins: no parameter has sent its gradient yet."""
+        self.shown.look(before_backward=True)
+        self.apply_factor()
         self.pending = set(range(len(self.buffer.members)))
 
     def note(self, index: int) -> bool:
@@ -119,11 +129,12 @@ class Gradients:
     def collect(self) -> None:
         """Add this rank's gradients to its own sum and drop them from the parameters. No communication."""
         self._move(Grads.COLLECTING)
+        self.changed()
         partial = self._take()
-        if self._whole is None:
-            self._whole = partial.to(self.master.dtype)
+        if self._own is None:
+            self._own = partial.to(self.master.dtype)
         else:
-            self._whole.add_(partial)
+            self._own.add_(partial)
 
     def reduce(self, boundary: bool = True) -> None:
         """Average over the ranks what this rank has, and add this rank's region to what is already there.
@@ -132,16 +143,17 @@ class Gradients:
         Runs on the reduce lane. Parameters without a gradient count as zeros, so that every rank may call it.
         """
         self._move(Grads.REDUCING)
+        self.changed()
         engine, lanes = self._engine, self._engine.lanes
         engine.reductions.make_room(self.scratch_nbytes)
         partial = self._take()
-        if self._whole is not None:
+        if self._own is not None:
             partial = (
-                partial.add_(self._whole)
-                if partial.dtype == self._whole.dtype
-                else self._whole.add_(partial).to(partial.dtype)
+                partial.add_(self._own)
+                if partial.dtype == self._own.dtype
+                else self._own.add_(partial).to(partial.dtype)
             )
-            self._whole = None
+            self._own = None
         lanes.reduce.wait(lanes.mark_compute())
         with lanes.reduce.on():
             if self.plan.optimizer.sharded:
@@ -231,9 +243,11 @@ class Gradients:
     @property
     def at_rest(self) -> Tensor | None:
         """The reduced gradient beside the master, or None if there is none. On the host, see `Stores.drain` first."""
-        if self.state is not Grads.READY:
-            return None
-        return self._shard if self._host is None or not self._host_filled else self._host.tensor
+        return self._rest if self.state is Grads.READY else None
+
+    @property
+    def dtype_at_rest(self) -> torch.dtype | None:
+        return None if self._rest is None else self._rest.dtype
 
     @property
     def host(self) -> Slab | None:
@@ -252,6 +266,121 @@ class Gradients:
     def changed(self) -> None:
         """Somebody wrote into `at_rest`: what was known of it no longer holds."""
         self._square = None
+        self.version += 1
+
+    def multiply(self, factor: Tensor) -> None:
+        """Apply a factor to what is at rest, besides that which waits for the step. factor: a scalar on any device."""
+        rest = self._arrived()
+        if rest is not None:
+            rest.mul_(factor.to(rest.device))
+            self.changed()
+
+    def apply_factor(self) -> None:
+        """Multiply now by what would wait for the step."""
+        factor, self.factor = self.factor, None
+        if factor is not None:
+            self.multiply(factor)
+
+    def stepped(self) -> None:
+        """A step has read the gradient in place, and left it multiplied by all that it was to be multiplied by."""
+        self.factor, self.scaled = None, False
+        self.changed()
+
+    # For scripts, by way of `shown`.
+
+    @property
+    def _rest(self) -> Tensor | None:
+        return self._shard if self._host is None or not self._host_filled else self._host.tensor
+
+    def _arrived(self) -> Tensor | None:
+        """What is at rest, there when this returns."""
+        if self._host_filled:
+            self._engine.lanes.synchronize()
+            self._engine.stores.cpu.drain()
+        return self._rest
+
+    @property
+    def parted(self) -> bool:
+        """Whether each rank keeps a part of what is at rest."""
+        return self.plan.optimizer.sharded and self._engine.ranks.world_size > 1
+
+    @property
+    def is_own(self) -> bool:
+        """Whether all that there is are this rank's own sums of micro-batches, which nobody has averaged yet."""
+        return self._own is not None and self._rest is None
+
+    def parts(self, index: int) -> list[Tensor]:
+        """What is at rest of a parameter's gradient on this rank, to be read and changed; flat."""
+        self.apply_factor()
+        rest = self._arrived()
+        if rest is None or not self.used[index]:
+            return []
+        return [rest[p.in_shard : p.in_shard + p.numel] for p in self.pieces() if p.slot == index]
+
+    @torch.no_grad()
+    def whole(self) -> Tensor:
+        """All gradients of the buffer, flat, on the device. Collective if `parted`, unless all of it `is_own`.
+
+        It may be what the engine itself keeps; `take_back` must be told where it was written.
+        """
+        if self.is_own:
+            assert self._own is not None
+            return self._own
+        self.apply_factor()
+        rest = self._arrived()
+        assert rest is not None
+        whole = rest.to(self.buffer.whole.device)
+        if self.parted:
+            part, whole = whole, torch.empty(self.buffer.layout.numel, dtype=whole.dtype, device=whole.device)
+            self._engine.ranks.all_gather(whole, part)
+        if self._own is not None:
+            # The average over the ranks of sums with it is the average of the sums plus it.
+            self._own.add_(whole)
+            self._shard, self._host_filled = None, False
+            return self._own
+        return whole
+
+    @torch.no_grad()
+    def take_back(self, whole: Tensor) -> None:
+        """`whole` was written: let it be the gradient."""
+        rest = self._rest
+        if rest is not None and rest.data_ptr() != whole.data_ptr() and whole is not self._own:
+            rest.copy_(self.region(whole))
+        self.changed()
+
+    @torch.no_grad()
+    def put(self, index: int, gradient: Tensor) -> None:
+        """Let this be the gradient of one parameter, equal on all ranks. gradient: in the parameter's shape, on any device."""
+        flat = gradient.detach().reshape(-1)
+        self.apply_factor()
+        self.used[index] = True
+        if self._own is not None:
+            self.buffer.slices(self._own)[index].copy_(flat)
+        rest = self._arrived()
+        if rest is None and self._own is None:
+            rest = self._rest_made()
+            self._move(Grads.READY)
+        for piece in self.pieces() if rest is not None else ():
+            if piece.slot == index:
+                assert rest is not None
+                target = rest[piece.in_shard : piece.in_shard + piece.numel]
+                if self._own is None:
+                    target.copy_(flat[piece.in_slot : piece.in_slot + piece.numel])
+                else:
+                    target.zero_()
+        self.changed()
+
+    def _rest_made(self) -> Tensor:
+        """Zeros where the plan rests gradients."""
+        numel, dtype = self.master.numel, self.master.dtype
+        if not self._leaves:
+            self._shard = torch.zeros(numel, dtype=dtype, device=self.buffer.whole.device)
+            return self._shard
+        if self._host is None or self._host.dtype != dtype:
+            self._host = self._engine.stores.cpu.allocate(numel, dtype, self.name)
+        self._host.tensor.zero_()
+        self._host_filled = True
+        return self._host.tensor
 
     def forget(self, indices: Collection[int]) -> None:
         """Forget the gradients of some parameters: another optimizer still needs the others'."""
@@ -260,38 +389,42 @@ class Gradients:
         if not any(self.used):
             self.drop()
             return
-        at_rest = self.at_rest
-        if at_rest is not None:
+        self.shown.hide_only(indices)
+        rest = self._arrived()
+        if rest is not None:
             for piece in self.pieces():
                 if piece.slot in indices:
-                    at_rest[piece.in_shard : piece.in_shard + piece.numel].zero_()
-            self.changed()
-        if self._whole is not None:
+                    rest[piece.in_shard : piece.in_shard + piece.numel].zero_()
+        self.changed()
+        if self._own is not None:
             for index in indices:
-                self.buffer.slices(self._whole)[index].zero_()
+                self.buffer.slices(self._own)[index].zero_()
 
     def rest_on_device(self, master: Slab) -> None:
         """From now on master, states and gradients stay on the device. Between steps only."""
-        self.drop()
+        rest = self._arrived()
+        if self.state is Grads.READY and rest is not None:
+            self._shard = rest.to(master.tensor.device, master.dtype, copy=True)
         self.master = master
         self.states = {}
         self._leaves = False
-        self._host = None
+        self._host, self._host_filled = None, False
+        self.changed()
 
     def drop(self) -> None:
         """Forget every gradient since the last step."""
         self._move(Grads.EMPTY)
-        self._whole = self._shard = self._square = None
+        self.shown.hide()
+        self._own = self._shard = self.factor = None
         self._host_filled = False
+        self.scaled = True
+        self.changed()
         self.used = [False] * len(self.used)
-        with unasked():
-            for member in self.buffer.members:
-                member.parameter.grad = None
 
     @property
     def nbytes(self) -> dict[Tier, int]:
         """Bytes that gradients hold at this moment, by tier."""
-        found = {Tier.GPU: sum(t.nbytes for t in (self._whole, self._shard) if t is not None)}
+        found = {Tier.GPU: sum(t.nbytes for t in (self._own, self._shard) if t is not None)}
         if self._host is not None:
             found[Tier.CPU] = self._host.nbytes
         return {tier: count for tier, count in found.items() if count}

@@ -96,6 +96,8 @@ _METHODS = [
 
 def _metadata_functions() -> frozenset[Any]:
     found: set[Any] = {torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor}
+    # They take weights only to say whose gradients are wanted.
+    found |= {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
     for name in _PROPERTIES:
         attribute = getattr(Tensor, name, None)
         if attribute is not None:
@@ -108,7 +110,7 @@ def _metadata_functions() -> frozenset[Any]:
     return frozenset(found)
 
 
-_METADATA = _metadata_functions()
+METADATA = _metadata_functions()
 
 
 class Released:
@@ -118,7 +120,7 @@ class Released:
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _METADATA:
+        if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         for value in (*args, *(kwargs or {}).values()):

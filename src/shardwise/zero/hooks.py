@@ -33,6 +33,7 @@ class Hooks:
     """Ties one model to its schedule.
 
     root:          the model; its forward is the pass, also when no unit belongs to it.
+    before:        called when a forward begins that records gradients.
     boundary:      asked when a backward begins: is this the last micro-batch before a step?
     after:         called when a backward has ended, with that answer.
     compute_dtype: floating inputs of the outermost module are cast to it; None leaves them.
@@ -43,11 +44,13 @@ class Hooks:
         schedule: Schedule,
         *,
         root: nn.Module,
+        before: Callable[[], None],
         boundary: Callable[[], bool],
         after: Callable[[bool], None],
         compute_dtype: torch.dtype | None,
     ) -> None:
         self.schedule = schedule
+        self._before = before
         self._boundary = boundary
         self._after = after
         self._compute_dtype = compute_dtype
@@ -133,6 +136,8 @@ class Hooks:
                 self._active[unit] += 1
             if outermost:
                 self._recording = recording
+                if recording:
+                    self._before()
                 schedule.begin_forward(recording, kind, stay=stay)
                 self._following = recording and self.saved.follows and self.saved.begin()
         for unit in units:
@@ -189,9 +194,10 @@ class Hooks:
             self.schedule.done(unit)
 
     def _gradient_arrived(self, unit: Unit, index: int) -> None:
-        if self.schedule.phase is not Phase.BACKWARD:
-            self._begin_backward()
         assert unit.gradients is not None
+        if self.schedule.phase is not Phase.BACKWARD:
+            with unit.gradients.shown.without(index):  # the backward's first gradient is no script's
+                self._begin_backward()
         if unit.gradients.note(index):
             with torch.no_grad():  # of a backward that records one for itself
                 self.schedule.reducing.complete(unit)

@@ -84,7 +84,6 @@ class ShardedOptimizer:
         self.gradient_clipping = gradient_clipping
         self.step_was_skipped = False
         self.steps = 0
-        self._factor: Tensor | None = None  # by which the coming step multiplies the gradients, besides 1 / loss scale
         self._bad_loss: Tensor | None = None
         self._check: tuple[int, Tensor, torch.Event] | None = None
         self.ranks.together(self._refuse_what_cannot_work)
@@ -92,9 +91,12 @@ class ShardedOptimizer:
         self.states = OptimizerState(optimizer, self.models, self._shards)
         self._members: dict[int, tuple[Gradients, list[int]]] = {}
         self._take_over()
-        driven = {id(g) for g, indices in self._members.values() if len(indices) == len(g.buffer.members)}
+        # Gradients that no other optimizer reads: what a step does to them in place is nobody else's matter.
+        self._sole = {id(g) for g, indices in self._members.values() if len(indices) == len(g.buffer.members)}
         self._residencies = [
-            Residency(model, model.gpu_memory_budget, driven) for model in models if model.gpu_memory_budget is not None
+            Residency(model, model.gpu_memory_budget, self._sole)
+            for model in models
+            if model.gpu_memory_budget is not None
         ]
         _steppers[id(optimizer)] = self
 
@@ -190,46 +192,89 @@ class ShardedOptimizer:
         """Another run's states have been loaded: forget what was under way for a step, and count from there."""
         self.steps = steps
         self.step_was_skipped = step_was_skipped
-        self._factor = self._bad_loss = self._check = None
+        self._bad_loss = self._check = None
 
     # The loss.
 
     def note_loss(self, loss: Tensor) -> None:
-        """Remember whether this micro-batch's loss is finite; the step reports it. No synchronisation."""
+        """A micro-batch's backward is about to begin. Remember whether its loss is finite; the step reports it.
+
+        No synchronisation.
+        """
         if self.scaler.enabled:
+            for gradients in self._held():  # to be added to
+                if not gradients.scaled:
+                    gradients.multiply(torch.tensor(self.scaler.value))
+                    gradients.scaled = True
             return  # fp16 overflows by design; the scaler deals with it
         bad = ~torch.isfinite(loss.detach()).all()
         self._bad_loss = bad if self._bad_loss is None else self._bad_loss | bad
 
     # Clipping.
 
+    def _held(self) -> list[Gradients]:
+        """Those that hold a gradient at this moment."""
+        return [gradients for gradients, _ in self._members.values() if gradients.at_rest is not None]
+
+    def _outstanding(self) -> tuple[Tensor | None, float]:
+        """(the factor, the loss scale) that all gradients alike still wait for. Where they differ, they are multiplied now."""
+        held = self._held()
+        scale = self.scaler.value
+        if len({gradients.scaled for gradients in held}) > 1:
+            for gradients in held:
+                if gradients.scaled:
+                    gradients.multiply(torch.tensor(1.0 / scale))
+                    gradients.scaled = False
+        if len({id(gradients.factor) for gradients in held}) > 1:
+            for gradients in held:
+                gradients.apply_factor()
+        return (held[0].factor, scale if held[0].scaled else 1.0) if held else (None, scale)
+
+    def look(self) -> None:
+        """Take over what the script has done to gradients."""
+        for model in self.models:
+            model.look_at_gradients()
+
+    def unscale(self) -> None:
+        """Take the loss scale off the gradients, for scripts that look at them before the step."""
+        self.look()
+        for gradients in self._held():
+            if gradients.scaled and self.scaler.enabled:
+                gradients.scaled = False
+                gradients.multiply(torch.tensor(1.0 / self.scaler.value))
+
     def clip_norm(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clip the gradients of `parameters` together to `max_norm` and return their true global norm before it.
 
         The gradients are those of the whole batch, averaged over ranks, loss scale removed. Collective.
         """
+        self.look()
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         shards = self._chosen(parameters)
         sharded = self.models[0].plan.optimizer.sharded
+        earlier, scale = self._outstanding()
         if norm_type == 2 and self._is_all(parameters):
             total = self._square()
             if sharded:
                 self.ranks.all_reduce(total, "sum")
-            norm = total.sqrt() / self.scaler.value
+            norm = total.sqrt() / scale
         else:
             self._wait_for_host()
-            norm = (
-                global_norm(self._gradients(shards), float(norm_type), self.ranks, sharded=sharded) / self.scaler.value
-            )
-        if self._factor is not None:
-            norm = norm * self._factor
+            norm = global_norm(self._gradients(shards), float(norm_type), self.ranks, sharded=sharded) / scale
+        if earlier is not None:
+            norm = norm * earlier
         factor = clip_factor(norm, float(max_norm))
-        if self._is_all(parameters):
-            self._factor = factor if self._factor is None else self._factor * factor
-        else:
+        later = factor if earlier is None else earlier * factor
+        everything = self._is_all(parameters)
+        apart = [s for s in shards if not everything or id(s.gradients) not in self._sole]
+        if everything:  # the step multiplies, in its own pass
+            for gradients in self._held():
+                if id(gradients) in self._sole:
+                    gradients.factor = later
+        if apart:
             self._wait_for_host()
-            _multiply(self._gradients(shards), factor)
-            self._changed(shards)
+            _multiply(self._gradients(apart), factor)
+            self._changed(apart)
         return norm
 
     def _square(self) -> Tensor:
@@ -265,13 +310,14 @@ class ShardedOptimizer:
 
     def clip_value(self, parameters: Iterable[Tensor], value: float) -> None:
         """Clamp every element of the gradients of `parameters` to [-value, value]."""
+        self.look()
         self._wait_for_host()
-        if self._factor is not None:
-            _multiply(self._gradients(self._shards), self._factor)
-            self._factor = None
+        for gradients in self._held():
+            gradients.apply_factor()
+        _, scale = self._outstanding()
         self._changed(self._shards)
         grads = self._gradients(self._chosen(parameters))
-        limit = float(value) * self.scaler.value
+        limit = float(value) * scale
         if grads:
             torch._foreach_clamp_min_(grads, -limit)
             torch._foreach_clamp_max_(grads, limit)
@@ -320,9 +366,12 @@ class ShardedOptimizer:
             with torch.enable_grad():
                 result = closure()
         self.raise_if_bad()
-        if not any(gradients.at_rest is not None for gradients, _ in self._members.values()):
+        self.look()
+        if not self._held():
             return result
         self.steps += 1
+        for model in self.models:
+            model.schedule.stop_lingering()
         norm = self._agree()
         self.step_was_skipped = False
         if self.scaler.enabled:
@@ -332,8 +381,6 @@ class ShardedOptimizer:
             self.step_was_skipped = overflowed
         if not self.step_was_skipped:
             self._apply(norm)
-        self._factor = None
-        self._forget()
         if not self.step_was_skipped:
             for residency in self._residencies:
                 residency.after_step(self.optimizer, self._shards)
@@ -345,15 +392,15 @@ class ShardedOptimizer:
     def zero_grad(self) -> None:
         """Forget the gradients; nothing while they are being accumulated, which setting `sync_gradients` ends."""
         if not any(model.accumulating and not model.sync_gradients for model in self.models):
-            self._factor = None
             self._bad_loss = None
-            self._forget()
+            for gradients, indices in self._members.values():
+                gradients.forget(indices)
 
     @torch.no_grad()
     def _apply(self, norm: Tensor | None) -> None:
-        factor = self._factor
-        if self.scaler.enabled:
-            unscale = torch.full((), 1.0 / self.scaler.value, device=self.ranks.device)
+        factor, scale = self._outstanding()
+        if scale != 1.0:
+            unscale = torch.full((), 1.0 / scale, device=self.ranks.device)
             factor = unscale if factor is None else factor * unscale
         if self.gradient_clipping is not None:
             assert norm is not None
@@ -366,7 +413,9 @@ class ShardedOptimizer:
         for shard in here:
             gradient = shard.gradient()
             if gradient is not None:
-                shard.tensor.grad = gradient.to(shard.tensor.dtype)
+                # In place, unless another optimizer reads the same buffer, and counts on its own factor and scale.
+                shared = id(shard.gradients) not in self._sole
+                shard.tensor.grad = gradient.to(shard.tensor.dtype, copy=shared)
                 grads.append(shard.tensor.grad)
         driven: Any = self.optimizer
         if factor is not None and grads:
@@ -388,6 +437,9 @@ class ShardedOptimizer:
                 driven._opt_called = True  # LR schedulers check that the step came before theirs
                 for shard in here:
                     shard.tensor.grad = None
+                for gradients in {id(shard.gradients): shard.gradients for shard in here}.values():
+                    if id(gradients) in self._sole and gradients.dtype_at_rest == gradients.master.dtype:
+                        gradients.stepped()
             for model in self.models:
                 visiting = [unit for unit in self._units(model) if not unit.gradients.in_place]
                 if visiting:
@@ -436,10 +488,6 @@ class ShardedOptimizer:
     def _units(self, model: ShardedModel) -> list[Any]:
         return [u for u in model.units if u.gradients is not None and id(u.gradients) in self._members]
 
-    def _forget(self) -> None:
-        for gradients, indices in self._members.values():
-            gradients.forget(indices)
-
     def _wait_for_host(self) -> None:
         """Gradients that rest in host memory are there only when the copies are done."""
         for model in self.models:
@@ -456,6 +504,7 @@ class ShardedOptimizer:
         # power sum, then one flag per rank
         facts = torch.zeros(1 + ranks.world_size, device=ranks.device)
         if wants_norm:
+            self._outstanding()
             total = self._square()
             facts[0] = total if self.models[0].plan.optimizer.sharded else total / ranks.world_size
         if self._bad_loss is not None:
@@ -466,8 +515,9 @@ class ShardedOptimizer:
         self._look_at(facts[1:])
         if not wants_norm:
             return None
-        norm = facts[0].sqrt() / self.scaler.value
-        return norm if self._factor is None else norm * self._factor
+        factor, scale = self._outstanding()
+        norm = facts[0].sqrt() / scale
+        return norm if factor is None else norm * factor
 
     # A loss that is not finite.
 

@@ -31,6 +31,7 @@ from .portions import Role, divide
 from .precision import Precision
 from .quantised import QuantisedWeights
 from .schedule import Schedule
+from .shown import Norms
 from .sources import Makers, Source, Sources, choose_makers, fill_region
 from .streams import Lanes
 from .unit import Unit
@@ -120,7 +121,7 @@ class ShardedModel:
         reductions = ReductionsInFlight(lanes)
         faults = Faults(ranks, active=stores.uses_disk)
         peers = PeerMemory.open(ranks, lanes, gather_with) if plan.frozen.sharded or plan.parameter.sharded else None
-        self._engine = Engine(ranks, lanes, stores, precision.reduce, reductions, faults, peers)
+        self._engine = Engine(ranks, lanes, stores, precision.reduce, reductions, faults, Norms(ranks), peers)
         self._dtypes = {name: p.dtype for name, p in model.named_parameters()}
         with torch.no_grad():
             place_buffers(model, ranks)
@@ -134,6 +135,7 @@ class ShardedModel:
         self._hooks = Hooks(
             self.schedule,
             root=model,
+            before=self.look_at_gradients,
             boundary=lambda: self.sync_gradients,
             after=self._after_backward,
             compute_dtype=dtype,
@@ -294,16 +296,23 @@ class ShardedModel:
 
     def _after_backward(self, boundary: bool) -> None:
         self.accumulating = not boundary
-        if not boundary:
-            return
-        self.schedule.reducing.settle()
         gradients = [unit.gradients for unit in self.units if unit.gradients is not None]
-        # A parameter that no rank used keeps no gradient, as in one process: the optimizer must not touch it.
-        used = self.ranks.any_of([flag for g in gradients for flag in g.used])
-        start = 0
+        if boundary:
+            self.schedule.reducing.settle()
+            # A parameter that no rank used keeps no gradient, as in one process: the optimizer must not touch it.
+            used = self.ranks.any_of([flag for g in gradients for flag in g.used])
+            start = 0
+            for g in gradients:
+                g.used = used[start : start + len(g.used)]
+                start += len(g.used)
         for g in gradients:
-            g.used = used[start : start + len(g.used)]
-            start += len(g.used)
+            g.shown.show()
+
+    def look_at_gradients(self) -> None:
+        """Take over what a script has done to `grad` of the parameters since a backward: dropped, assigned or changed it."""
+        for unit in self.units:
+            if unit.gradients is not None:
+                unit.gradients.shown.look()
 
     def in_forward_order(self, units: Sequence[Unit]) -> list[Unit]:
         """`units` as the next forward will need them, as far as that is known; those without modules last."""
