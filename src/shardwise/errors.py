@@ -8,6 +8,7 @@
     ├── PrepareError (ValueError)     an object that `prepare` cannot take as it is
     ├── OptimizerError (ValueError)   an optimizer that cannot work on flat shards
     ├── ReleasedParameterError        a weight is read while its unit is not gathered
+    ├── WriteError                    a weight is written in a way that cannot count
     ├── UnitStateError                an illegal move of a unit's state: a fault of shardwise
     ├── ScheduleError                 ranks or passes use units in a way that cannot be kept in step
     ├── StoreError (OSError)          a shard cannot be read from, or written to, where it rests
@@ -54,6 +55,10 @@ class OptimizerError(ShardwiseError, ValueError):
 
 class ReleasedParameterError(ShardwiseError, RuntimeError):
     """A weight was read while its unit is not gathered: at this moment the rank holds only its shard."""
+
+
+class WriteError(ShardwiseError, RuntimeError):
+    """A prepared weight was written, or was to be, in a way that cannot count: it would be undone, or differ between ranks."""
 
 
 class UnitStateError(ShardwiseError, RuntimeError):

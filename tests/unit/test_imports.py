@@ -72,6 +72,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "zero.flat",
         "zero.peers",
         "zero.guard",
+        "zero.handed",
         "zero.buffers",
         "zero.collectives",
         "zero.streams",

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import StoreError
+from ..errors import StoreError, WriteError
 from ..offload.host import HostStore
 from ..offload.nvme import NvmeStore
 from ..offload.store import MemoryStore, Store
@@ -67,8 +67,8 @@ class Stores:
 class Engine:
     """What every unit of a model shares.
 
-    reduce_dtype: gradients are summed in it. norms: of single gradients, for scripts. peers: where shards rest that copy
-    engines gather, or None.
+    reduce_dtype: gradients are summed in it. norms: of single gradients, for scripts. doubts: about what scripts have written.
+    peers: where shards rest that copy engines gather, or None.
     """
 
     ranks: Ranks
@@ -78,7 +78,33 @@ class Engine:
     reductions: ReductionsInFlight
     faults: Faults
     norms: Norms
+    doubts: Doubts
     peers: PeerMemory | None = None
+
+
+class Doubts:
+    """Weights that a script may have written past the engine: the device finds out, the host reads of it at the next step."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._flags: list[Tensor] = []
+
+    def add(self, name: str, written: Tensor) -> None:
+        """written: a flag on the device."""
+        self._names.append(name)
+        self._flags.append(written)
+
+    def settle(self) -> None:
+        """Raises WriteError for a weight that was written. Waits for the device if there are any."""
+        names, flags = self._names, self._flags
+        if names:
+            self._names, self._flags = [], []
+            for name, written in zip(names, torch.stack(flags).tolist(), strict=True):
+                if written:
+                    raise WriteError(
+                        f"{name} was written through `data` inside of a forward or a backward, and is gathered anew for each: "
+                        "the write was lost. Write it in place under torch.no_grad(), or in `with shardwise.gathered(model):`."
+                    )
 
 
 @dataclass

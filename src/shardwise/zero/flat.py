@@ -79,7 +79,7 @@ class FlatBuffer:
             for n in (slot.numel, end - slot.offset - slot.numel)
         ]
         self.whole = torch.zeros(self.layout.numel, dtype=dtype, device=device)
-        self._guard = Guard([m.parameter for m in members], [m.name for m in members])
+        self._guard: Guard | None = None
         self._nbytes = self.whole.untyped_storage().nbytes()
         # A single rank's shard is the whole: only offloading makes the storage worth giving back.
         self.leaves = placement.sharded and (world_size > 1 or placement.tier is not Tier.GPU)
@@ -136,6 +136,8 @@ class FlatBuffer:
         """Make every parameter a view of `whole`, for good."""
         for index, member in enumerate(self.members):
             give_memory(member.parameter, self.view(index))
+        self._guard = Guard([m.parameter for m in self.members], [m.name for m in self.members])
+        self._guard.handed.keeps = self.leaves
 
     def view(self, index: int, flat: Tensor | None = None) -> Tensor:
         """Member `index` as a tensor of its own shape and dtype, inside `whole` or another flat tensor of its layout."""
@@ -178,18 +180,17 @@ class FlatBuffer:
         for target, source in self._copies:
             target.copy_(source, non_blocking=True)
 
-    def guard(self) -> None:
-        """From now on reading a parameter raises ReleasedParameterError."""
-        self._guard.close()
-
-    def unguard(self) -> None:
-        self._guard.open()
+    @property
+    def guard(self) -> Guard:
+        """Of the parameters, once they are views."""
+        assert self._guard is not None
+        return self._guard
 
     def dissolve(self) -> None:
         """Give every parameter its own memory again. `whole` must be gathered."""
+        self.guard.forget()
         for index, member in enumerate(self.members):
             member.parameter.data = self.view(index).clone()
-        self._guard.forget()
 
     @property
     def bytes_at_rest(self) -> int:

@@ -14,17 +14,18 @@ error, before a kernel reads memory that is not there.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import count
 from typing import Any, NoReturn
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from ..errors import ReleasedParameterError
+from .handed import Handed
 
 # The version of a released weight, one for each: far above what counting writes comes to.
 _released_versions = count(1 << 30)
@@ -156,24 +157,29 @@ def released_class(cls: type) -> type:
 
 
 class Guard:
-    """Closes the parameters of one buffer while they are released, and opens them again. They begin open.
+    """Closes the parameters of one buffer while they are released, opens them again, and tells which a script has written.
 
-    names: what errors call them.
+    names: what errors call them. They begin open, and are known from here on until `forget`.
     """
 
     def __init__(self, parameters: Sequence[Parameter], names: Sequence[str]) -> None:
         self._parameters = tuple(parameters)
-        self._names = tuple(names)
+        self.names = tuple(names)
         self._open_classes = [type(parameter) for parameter in parameters]
         self._closed_classes = [released_class(cls) for cls in self._open_classes]
         self._versions = tuple(parameter._version for parameter in parameters)
         self._closed_versions = tuple(next(_released_versions) for _ in parameters)
-        for parameter, name, version in zip(parameters, names, self._closed_versions, strict=True):
-            _known[id(parameter)] = _known[version] = ref(parameter), name
+        self.handed = Handed(parameters, names)
+        entries = {
+            key: (ref(parameter), name)
+            for parameter, name, version in zip(parameters, names, self._closed_versions, strict=True)
+            for key in (id(parameter), version)
+        }
+        _known.update(entries)
+        self._forget = finalize(self, _unknow, entries)
 
     def close(self) -> None:
         """From now on reading a parameter raises ReleasedParameterError, and so does a backward that kept one."""
-        self._versions = tuple(parameter._version for parameter in self._parameters)
         _set_versions(self._parameters, self._closed_versions)
         for parameter, cls in zip(self._parameters, self._closed_classes, strict=True):
             parameter.__class__ = cls
@@ -183,10 +189,24 @@ class Guard:
             parameter.__class__ = cls
         _set_versions(self._parameters, self._versions)
 
+    def written(self) -> list[int]:
+        """Those whose version says that a script has written them since the last time. They must be open."""
+        versions = tuple(parameter._version for parameter in self._parameters)
+        before, self._versions = self._versions, versions
+        if versions == before:
+            return []
+        return [i for i, (now, then) in enumerate(zip(versions, before, strict=True)) if now != then]
+
     def forget(self) -> None:
         """The parameters are no longer guarded; they must be open."""
-        for key in (*map(id, self._parameters), *self._closed_versions):
-            _known.pop(key, None)
+        self._forget()
+        self.handed.stop()
+
+
+def _unknow(entries: Mapping[int, tuple[ref[Parameter], str]]) -> None:
+    for key, entry in entries.items():
+        if _known.get(key) is entry:
+            del _known[key]
 
 
 def _set_versions(parameters: tuple[Parameter, ...], versions: tuple[int, ...]) -> None:

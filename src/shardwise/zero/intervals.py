@@ -151,6 +151,8 @@ def _cut(bound: int, numel: int) -> int:
 def settle(model: ShardedModel) -> None:
     """Finish what is under way, so that what rests is what counts. Collective, like the end of a pass."""
     model.schedule.abandon_open_pass()
+    model.schedule.stop_lingering()
+    model.follow_weights()
     model.meet()
     model.drain()
 

@@ -372,6 +372,7 @@ class ShardedOptimizer:
         self.steps += 1
         for model in self.models:
             model.schedule.stop_lingering()
+            model.follow_weights()
         norm = self._agree()
         self.step_was_skipped = False
         if self.scaler.enabled:

@@ -6,6 +6,7 @@ model up. It hangs nothing on the model: `find_sharded` looks it up in a side ta
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
@@ -15,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from ..errors import PrepareError, StoreError
+from ..errors import PrepareError, StoreError, WriteError
 from ..offload.store import Slab
 from .buffers import place_buffers
 from .checks import check_model, paths_of
 from .collectives import Ranks
-from .engine import Engine, Faults, Kind, ReductionsInFlight, Stores
+from .engine import Doubts, Engine, Faults, Kind, ReductionsInFlight, Stores
 from .flat import FlatBuffer, Member
 from .generation import room_for_weights, units_that_fit
 from .gradients import Gradients
@@ -36,7 +37,7 @@ from .sources import Makers, Source, Sources, choose_makers, fill_region
 from .streams import Lanes
 from .unit import Unit
 from .units import UnitSpec, find_units
-from .writing import weights_before, write_back
+from .writing import follow, has_strayed, write_back
 
 # Small blocks share a unit of at most this on a GPU: to gather and release one costs the host some 0.3 ms, in which NVLink
 # moves half of this. On a CPU there is no lane to hide a gather behind, and nothing is won.
@@ -121,7 +122,7 @@ class ShardedModel:
         reductions = ReductionsInFlight(lanes)
         faults = Faults(ranks, active=stores.uses_disk)
         peers = PeerMemory.open(ranks, lanes, gather_with) if plan.frozen.sharded or plan.parameter.sharded else None
-        self._engine = Engine(ranks, lanes, stores, precision.reduce, reductions, faults, Norms(ranks), peers)
+        self._engine = Engine(ranks, lanes, stores, precision.reduce, reductions, faults, Norms(ranks), Doubts(), peers)
         self._dtypes = {name: p.dtype for name, p in model.named_parameters()}
         with torch.no_grad():
             place_buffers(model, ranks)
@@ -345,7 +346,8 @@ class ShardedModel:
         """Inside, the weights are whole and readable on every rank.
 
         parameters: gather only the units that hold these. Collective; not inside a forward or a backward.
-        modify: at the end rank 0's values become everybody's, masters included; without it what is written is lost.
+        modify: at the end rank 0's values become everybody's, masters included. Without it every rank writes the same, as in
+                plain torch, or WriteError is raised on all.
         """
         chosen = self.units
         if parameters is not None:
@@ -359,23 +361,54 @@ class ShardedModel:
 
     @contextmanager
     def _read(self, units: Sequence[Unit], *, modify: bool) -> Iterator[None]:
-        # What is computed of the weights here may have its backward when they are released again.
-        with self._modified(units) if modify else self.schedule.hold(units), self._hooks.saved.following():
-            yield
-
-    @contextmanager
-    def _modified(self, units: Sequence[Unit]) -> Iterator[None]:
         with self.schedule.hold(units):
-            before = weights_before(units)
             error: Exception | None = None
             try:
-                yield
-            except Exception as caught:
-                error = caught
-            self.ranks.agree(error)
+                try:
+                    # What is computed of the weights here may have its backward when they are released again.
+                    with self._hooks.saved.following():
+                        yield
+                except Exception as caught:
+                    if not modify:
+                        raise
+                    error = caught
+                if modify:
+                    self.ranks.agree(error)
+                    self.meet()
+                    write_back(units, self.ranks, self.fetched, self.put_to_rest)
+                    self.meet()
+                else:
+                    self._keep_written(units)
+            finally:
+                for unit in units:
+                    unit.written()  # what nobody has kept goes with the block
+
+    def _keep_written(self, units: Sequence[Unit]) -> None:
+        """What every rank has written into gathered weights goes into the shards. Collective.
+
+        Raises WriteError on every rank if some have written and others not, or not the same weights.
+        """
+        names = [name for unit in units for name in unit.written()]
+        said = self.ranks.gather_numbers(zlib.crc32("\n".join(names).encode()) if names else 0)
+        if len(set(said)) > 1:
+            who = ", ".join(str(rank) for rank, number in enumerate(said) if number)
+            raise WriteError(
+                f"weights were written inside `gathered` on rank {who}, and not the same ones on all ranks: the ranks would "
+                f"differ. On this rank: {', '.join(names[:3]) or 'none'}. Write on every rank, or in gathered(model, "
+                "modify=True), which takes rank 0's."
+            )
+        if any(said):
             self.meet()
-            write_back(units, before, self.ranks, self.fetched, self.put_to_rest)
+            for unit in units:
+                unit.put_own()
             self.meet()
+
+    def follow_weights(self) -> None:
+        """Let masters follow what a script has written into trained weights. Raises WriteError for what cannot count."""
+        self._engine.doubts.settle()
+        for unit in self.units:
+            if unit.gradients is not None and has_strayed(unit):
+                follow(unit, self._looked_at, self.put_to_rest)
 
     def generation(self, pinned: Sequence[Parameter] = ()) -> AbstractContextManager[None]:
         """Inside, forwards without gradients: ranks may run different numbers of them, as in generation. Collective.
@@ -457,6 +490,13 @@ class ShardedModel:
 
     def fetched(self, slab: Slab) -> Tensor:
         """What rests in `slab`, on the device; the computation waits for it. Collective where a drive is used."""
+        out = self._looked_at(slab)
+        if slab.tier is not Tier.GPU:
+            self._engine.faults.agree()
+        return out
+
+    def _looked_at(self, slab: Slab) -> Tensor:
+        """As `fetched`, by this rank alone; a drive's error waits for the ranks to agree."""
         if slab.tier is Tier.GPU:
             self._engine.lanes.join()
             return slab.tensor
@@ -467,7 +507,6 @@ class ShardedModel:
             lanes.compute_waits(slab.fetch(out).enqueued())
         except StoreError as error:
             self._engine.faults.note(error)
-        self._engine.faults.agree()
         return out
 
     def _persistent_buffers(self) -> dict[str, Tensor]:

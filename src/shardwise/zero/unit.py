@@ -15,7 +15,7 @@ from enum import Enum, auto
 import torch
 from torch import Tensor, nn
 
-from ..errors import StoreError, UnitStateError
+from ..errors import StoreError, UnitStateError, WriteError
 from ..offload.store import Arrival
 from .engine import Engine
 from .flat import FlatBuffer
@@ -69,6 +69,8 @@ class Unit:
         self._arrived: torch.Event | None = None
         # The step that last changed the shard on the device, when that ran on a lane of its own.
         self.published: torch.Event | None = None
+        # Whether a script has written trained weights, which their masters do not know yet.
+        self.strayed = False
         self.state = Weights.GATHERED
 
     @property
@@ -159,7 +161,7 @@ class Unit:
         self._move(Weights.GATHERED)
         self._engine.lanes.compute_waits(self._arrived)
         for part in self._parts:
-            part.unguard()
+            part.guard.open()
 
     def release(self) -> None:
         """Give the storage of the whole back, once the computation enqueued so far has read it."""
@@ -170,13 +172,63 @@ class Unit:
             self._land()
         if self.state is Weights.GATHERING:
             self.arrive()
+        self.keep_written()
         self._move(Weights.RELEASED)
         done = lanes.mark_compute()
         with lanes.gather.on():
             lanes.gather.wait(done)
             for part in self._parts:
-                part.guard()
+                part.guard.close()
                 part.collapse()
+
+    # What a script writes while the weights are here.
+
+    def written(self) -> list[str]:
+        """The weights that a script has written since this was asked, or since they came. The host may wait for the device."""
+        found = []
+        for buffer in (self.frozen, self.trainable):
+            if buffer is not None:
+                indices = set(buffer.guard.written())
+                for index, then in buffer.guard.handed.take().items():
+                    if then is None or not torch.equal(buffer.view(index), then):
+                        indices.add(index)
+                found += [buffer.guard.names[index] for index in sorted(indices)]
+        return found
+
+    def keep_written(self) -> None:
+        """Before a release: what a script has written in place goes into this rank's shard. Every rank has written the same.
+
+        Raises WriteError, once, where other ranks may be reading the shard at this moment.
+        """
+        for part in self._parts:
+            indices = part.guard.written()
+            if part.guard.handed:
+                for index, then in part.guard.handed.take().items():
+                    if index not in indices and then is not None:
+                        self._engine.doubts.add(part.guard.names[index], part.view(index).ne(then).any())
+            if indices and part.has_peers:
+                raise WriteError(
+                    f"{part.guard.names[indices[0]]} was written inside of a forward or a backward, while other ranks copy "
+                    "from this rank's shard. Write it in `with shardwise.gathered(model):`, or set gather_with: nccl."
+                )
+            if indices:
+                self._put_own(part)
+
+    def put_own(self) -> None:
+        """What a script has written into the gathered weights becomes this rank's shards."""
+        self.strayed = True
+        for part in self._parts:
+            self._put_own(part)
+
+    def _put_own(self, part: FlatBuffer) -> None:
+        lanes = self._engine.lanes
+        assert part.slab is not None
+        self.strayed = True
+        lanes.down.wait(lanes.mark_compute())
+        try:
+            lanes.gather.wait(part.slab.put(part.own_slice).enqueued())
+        except StoreError as error:
+            self._engine.faults.note(error)
 
     # After an optimizer step.
 

@@ -1,11 +1,12 @@
-"""Writing into weights from outside of training: what was changed while units were gathered goes back into shards and masters.
+"""Writing into weights from outside of training: what a script has changed goes into shards and masters.
 
-Rank 0's values are everybody's. A master is changed only where its weight was: elsewhere it keeps the precision that the
-16-bit weight does not have.
+Either it has done so in `gathered(modify=True)`, where rank 0's values are everybody's, or every rank has written the same, as
+it would in plain torch. A master follows its weight only where that is no longer what the master rounds to: elsewhere it keeps
+the precision that the 16-bit weight does not have.
 
-    weight (bf16)   1.0   2.0   3.0        before
-                    1.0   5.0   3.0        after, on rank 0
-    master (fp32)   1.001 5.0   2.999      1.001 and 2.999 stay
+    master (fp32)   1.001 2.002 2.999      before
+    weight (bf16)   1.0   5.0   3.0        after a script has written 5.0
+    master (fp32)   1.001 5.0   2.999      after the masters have followed
 """
 
 from __future__ import annotations
@@ -15,32 +16,22 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..errors import WriteError
 from ..offload.store import Slab
 from .collectives import Ranks
+from .flat import FlatBuffer
 from .plan import Tier
-from .unit import Unit
+from .unit import Unit, Weights
 
-
-def weights_before(units: Sequence[Unit]) -> dict[int, Tensor]:
-    """A copy of the gathered weights that this rank keeps masters for, by id of their unit."""
-    return {
-        id(unit): unit.gradients.region(unit.trainable.whole).clone()
-        for unit in units
-        if unit.trainable is not None and unit.gradients is not None and not unit.gradients.shares_weights
-    }
+Fetch = Callable[[Slab], Tensor]
+Put = Callable[[Tensor, Slab], None]
 
 
 @torch.no_grad()
-def write_back(
-    units: Sequence[Unit],
-    before: dict[int, Tensor],
-    ranks: Ranks,
-    fetched: Callable[[Slab], Tensor],
-    put: Callable[[Tensor, Slab], None],
-) -> None:
+def write_back(units: Sequence[Unit], ranks: Ranks, fetch: Fetch, put: Put) -> None:
     """Take rank 0's values of all gathered `units`. Collective; the device must be idle.
 
-    fetched, put: bring what rests in a slab to the device, and put it back there.
+    fetch, put: bring what rests in a slab to the device, and put it back there.
     """
     for unit in units:
         for buffer in (unit.frozen, unit.trainable):
@@ -50,12 +41,45 @@ def write_back(
                 ranks.broadcast(buffer.whole)
             if buffer.slab is not None:
                 put(buffer.own_slice, buffer.slab)
-        if id(unit) in before:
-            assert unit.trainable is not None
-            assert unit.gradients is not None
-            now, master = unit.gradients.region(unit.trainable.whole), fetched(unit.gradients.master)
-            new = torch.where(now != before[id(unit)], now.to(master.dtype), master)
-            if unit.gradients.master.tier is Tier.GPU:
-                master.copy_(new)
-            else:
-                put(new, unit.gradients.master)
+        unit.written()  # they are where they belong
+        follow(unit, fetch, put)
+
+
+@torch.no_grad()
+def follow(unit: Unit, fetch: Fetch, put: Put) -> None:
+    """Let the masters of `unit` follow its trained weights, gathered or at rest."""
+    unit.strayed = False
+    buffer, gradients = unit.trainable, unit.gradients
+    if buffer is None or gradients is None or gradients.shares_weights:
+        return
+    at_rest = buffer.slab is not None and unit.state is not Weights.GATHERED
+    now = fetch(buffer.slab) if at_rest and buffer.slab is not None else gradients.region(buffer.whole)
+    master = fetch(gradients.master)
+    new = torch.where(now != master.to(now.dtype), now.to(master.dtype), master)
+    if gradients.master.tier is Tier.GPU:
+        master.copy_(new)
+    else:
+        put(new, gradients.master)
+
+
+def has_strayed(unit: Unit) -> bool:
+    """Whether a script may have written trained weights of `unit` that its masters do not know.
+
+    Raises WriteError for a weight that no longer lies where the engine keeps it.
+    """
+    buffer = unit.trainable
+    if buffer is None or buffer.leaves:
+        return unit.strayed
+    written = bool(buffer.guard.written()) | bool(buffer.guard.handed.take())
+    _refuse_moved(buffer)
+    return written or unit.strayed
+
+
+def _refuse_moved(buffer: FlatBuffer) -> None:
+    base, size = buffer.whole.data_ptr(), buffer.dtype.itemsize
+    for member, slot in zip(buffer.members, buffer.layout.slots, strict=True):
+        if member.parameter.data_ptr() != base + slot.offset * size:
+            raise WriteError(
+                f"{member.name} no longer lies where the engine keeps it: something gave it memory of its own (set_, "
+                "swap_tensors). It would never be trained again. Copy into it instead, under torch.no_grad()."
+            )
