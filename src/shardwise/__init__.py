@@ -42,7 +42,7 @@ _HOMES = {
     "tracking": ("GeneralTracker",),
     "errors": ("ShardwiseError",),
     "memory": ("MemoryTracker",),
-    "zero.access": ("gathered",),
+    "zero.access": ("gathered", "gradient"),
     "memory_fit": ("find_executable_batch_size", "release_memory"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

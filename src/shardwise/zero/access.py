@@ -1,4 +1,4 @@
-"""Reading and writing whole weights of prepared models, for scripts: `shardwise.gathered`."""
+"""Reading and writing weights and gradients of prepared models, for scripts: `shardwise.gathered`, `shardwise.gradient`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..errors import PrepareError
+from .guard import unasked
 from .sharded import ShardedModel, find_sharded
+from .shown import ShownGradient
 
 
 @contextmanager
@@ -45,3 +47,19 @@ def gathered(
                 if own:
                     stack.enter_context(owner.gathered(own, modify=modify))
         yield
+
+
+def gradient(parameter: Parameter, *, part: bool = False) -> Tensor | None:
+    """The gradient of a prepared parameter since it was last dropped, as a plain tensor; None if it has none.
+
+    part: this rank's part of it, flat and perhaps empty, without communication. False: all of it, in the parameter's shape,
+          which is collective where gradients are sharded (zero_stage 1 to 3): call it on every rank.
+    It is averaged over the ranks (while micro-batches are accumulated at zero_stage 0 and 1: this rank's own sum), in fp32, and
+    carries fp16's loss scale until `accelerator.unscale_gradients()`. What is written into it is what the step uses. Of a
+    parameter that is not prepared, it is `parameter.grad`.
+    """
+    with unasked():
+        grad = parameter.grad
+    if not isinstance(grad, ShownGradient):
+        return grad if grad is None or not part else grad.view(-1)
+    return grad.part() if part else grad.whole()

@@ -79,7 +79,7 @@ class Gradients:
         # By which the step multiplies what is at rest; and whether that carries the loss scale.
         self.factor: Tensor | None = None
         self.scaled = True
-        self.version = 0  # counts changes
+        self._changes = 0
         self.shown = Shown(self, engine.norms)
         engine.norms.count(self)
 
@@ -266,7 +266,12 @@ class Gradients:
     def changed(self) -> None:
         """Somebody wrote into `at_rest`: what was known of it no longer holds."""
         self._square = None
-        self.version += 1
+        self._changes += 1
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Differs where what is at rest may."""
+        return self._changes, 0 if self._rest is None else self._rest._version
 
     def multiply(self, factor: Tensor) -> None:
         """Apply a factor to what is at rest, besides that which waits for the step. factor: a scalar on any device."""
@@ -390,15 +395,19 @@ class Gradients:
             self.drop()
             return
         self.shown.hide_only(indices)
+        self.zero(indices)
+
+    def zero(self, indices: Collection[int]) -> None:
+        """Make the gradients of some parameters zero, where they have any."""
         rest = self._arrived()
         if rest is not None:
             for piece in self.pieces():
                 if piece.slot in indices:
                     rest[piece.in_shard : piece.in_shard + piece.numel].zero_()
-        self.changed()
         if self._own is not None:
             for index in indices:
                 self.buffer.slices(self._own)[index].zero_()
+        self.changed()
 
     def rest_on_device(self, master: Slab) -> None:
         """From now on master, states and gradients stay on the device. Between steps only."""

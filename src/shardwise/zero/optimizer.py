@@ -174,7 +174,7 @@ class ShardedOptimizer:
             return self.step(closure)
 
         def zero_grad(_: Optimizer, set_to_none: bool = True) -> None:
-            self.zero_grad()
+            self.zero_grad(set_to_none)
 
         # LR schedulers mark the step that they wrap, and warn when it was replaced; this one sets _opt_called as theirs does.
         step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
@@ -390,12 +390,21 @@ class ShardedOptimizer:
                     call()
         return result
 
-    def zero_grad(self) -> None:
-        """Forget the gradients; nothing while they are being accumulated, which setting `sync_gradients` ends."""
-        if not any(model.accumulating and not model.sync_gradients for model in self.models):
-            self._bad_loss = None
-            for gradients, indices in self._members.values():
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients; nothing while they are being accumulated, which setting `sync_gradients` ends.
+
+        set_to_none: False keeps gradients of zero, with which a step still decays weights and moves by its momentum.
+        """
+        if any(model.accumulating and not model.sync_gradients for model in self.models):
+            return
+        self._bad_loss = None
+        if not set_to_none:
+            self.look()
+        for gradients, indices in self._members.values():
+            if set_to_none:
                 gradients.forget(indices)
+            else:
+                gradients.zero(indices)
 
     @torch.no_grad()
     def _apply(self, norm: Tensor | None) -> None:

@@ -79,6 +79,16 @@ class ShownGradient(Tensor):
     def __init__(self, *_: Any) -> None:
         super().__init__()
 
+    def whole(self) -> Tensor:
+        """All of it as a plain tensor, see `Shown.whole`; written into, it counts."""
+        with unasked():
+            return self._shown.whole(self._index, untraced=True)
+
+    def part(self) -> Tensor:
+        """What this rank keeps of it, flat; written into, it counts."""
+        with unasked():
+            return self._shown.part(self._index)
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -285,16 +295,19 @@ class Shown:
 
     # For scripts.
 
-    def whole(self, index: int, *, untraced: bool = False) -> Tensor:
-        """The gradient as a plain tensor, in the dtype that it is kept in; what is written there counts.
-
-        untraced: the caller may write where `_version` does not show it. Collective where gradients are sharded.
-        """
+    def _refuse_dropped(self, index: int) -> None:
         if not self._visible[index]:
             raise ReleasedParameterError(
                 f"the gradient of {self.name_of(index)} was read after it had been dropped, by zero_grad or the next backward. "
                 "Keep a copy: p.grad.clone()."
             )
+
+    def whole(self, index: int, *, untraced: bool = False) -> Tensor:
+        """The gradient as a plain tensor, in the dtype that it is kept in; what is written there counts.
+
+        untraced: the caller may write where `_version` does not show it. Collective where gradients are sharded.
+        """
+        self._refuse_dropped(index)
         source = self._source
         if self._flat is None:
             if source.parted and not source.is_own:
@@ -303,6 +316,17 @@ class Shown:
             self._version, self._untraced = self._flat._version, False
         self._untraced |= untraced
         return source.buffer.view(index, self._flat)
+
+    def part(self, index: int) -> Tensor:
+        """What this rank keeps of a gradient, flat; it may be written until the next verb."""
+        self._refuse_dropped(index)
+        source = self._source
+        if source.is_own:
+            return self.whole(index, untraced=True).view(-1)
+        self._settle()
+        source.changed()
+        parts = source.parts(index)
+        return parts[0] if parts else torch.empty(0, dtype=source.master.dtype, device=source.buffer.whole.device)
 
     def norm(self, index: int, order: float) -> Tensor:
         """The p-norm of one gradient over all ranks, a scalar on the device. Collective."""
