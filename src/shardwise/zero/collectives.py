@@ -125,6 +125,11 @@ class Ranks:
             dist.destroy_process_group()
         self._owns_group = False
 
+    @property
+    def parted(self) -> bool:
+        """Whether this process has left the run: nothing that needs the other ranks works any more."""
+        return self.world_size > 1 and self._data is None
+
     def aside(self) -> Ranks:
         """The same ranks with a control group of their own, for facts that another thread exchanges. Collective.
 

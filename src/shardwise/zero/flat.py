@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..offload.store import MemoryStore, Slab, Store
-from .guard import forget_parameter, name_parameter, released_class
+from .guard import name_parameter, released_class
 from .layout import ALIGNMENT, Layout
 from .peers import PeerMemory
 from .plan import Placement, Tier
@@ -188,12 +188,6 @@ class FlatBuffer:
     def unguard(self) -> None:
         for member, cls in zip(self.members, self._classes, strict=True):
             member.parameter.__class__ = cls
-
-    def dissolve(self) -> None:
-        """Give every parameter its own memory again. `whole` must be gathered."""
-        for index, member in enumerate(self.members):
-            member.parameter.data = self.view(index).clone()
-            forget_parameter(member.parameter)
 
     @property
     def bytes_at_rest(self) -> int:
