@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shardwise import Accelerator, DeepSpeedPlugin
+from shardwise import Accelerator, DeepSpeedPlugin, gathered
 from shardwise.errors import CheckpointError, PrepareError, RankError
 from shardwise.process import forget_run
 
@@ -202,3 +202,35 @@ def _other_shape(ranks: Any, folder: str) -> str:
 def test_a_buffer_of_another_shape_is_not_spread_out(world, tmp_path):
     for text in world(2).run(_other_shape, str(tmp_path / "state")):
         assert "model0/buffer/odd has shape (1,), but this model's is (3,)" in text
+
+
+class Coded(nn.Module):
+    """Frozen parameters of odd dtypes beside large ones, which have no memory until `prepare`."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.linear = nn.Linear(80, 80).requires_grad_(False)
+        self.head = nn.Linear(80, 3)
+        self.codes = nn.Parameter(_numbers(rank, 3, 5).to(torch.int16), requires_grad=False)
+        self.scales = nn.Parameter(_numbers(rank, 3, 5).to(torch.float8_e5m2), requires_grad=False)
+        self.marks = nn.Parameter(_numbers(rank, 7) % 2 == 0, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.linear(x))
+
+
+def _coded(ranks: Any) -> None:
+    accelerator = _accelerator(3)
+    with accelerator.init():
+        model = Coded(ranks.rank)
+    assert model.linear.weight.is_meta
+    accelerator.prepare(model)
+    expected = Coded(0)
+    with gathered(model):
+        for (name, found), value in zip(model.named_parameters(), expected.parameters(), strict=True):
+            assert torch.equal(_bytes(found), _bytes(value)), name
+
+
+def test_frozen_weights_of_every_dtype_are_rank_0s_beside_those_without_memory(world):
+    world(2).run(_coded)

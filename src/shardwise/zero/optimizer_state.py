@@ -148,13 +148,16 @@ class OptimizerState:
         self._clear_slabs(elementwise)
         for key, _, _, _, shard in self._held():
             tensor = shard.tensor
-            on_device = any(groups[id(tensor)].get(flag) for flag in ("fused", "capturable"))
+            group = groups[id(tensor)]
+            on_device = any(group.get(flag) for flag in ("fused", "capturable"))
             state: dict[str, Any] = {}
             for name, value in numbers(key).items():
                 state[name] = value
                 if isinstance(value, Tensor):
                     counts = name in _COUNTS and not on_device
                     state[name] = value.to(torch.device("cpu") if counts else self.ranks.device, copy=True)
+                    if name == "step" and group.get("fused"):
+                        state[name] = state[name].float()  # the kernels take no other
             for name, dtype in elementwise(key).items():
                 if shard.gradients.in_place:
                     state[name] = torch.zeros_like(tensor, dtype=dtype, requires_grad=False)
