@@ -84,6 +84,7 @@ class Net(nn.Module):
 
 
 def _bytes(value: Tensor) -> Tensor:
+    value = value.cpu()
     dense = value.detach() if value.layout == torch.strided else value.detach().to_dense()
     return dense.resolve_conj().contiguous().reshape(-1).view(torch.uint8)
 
@@ -99,23 +100,28 @@ def _unlike_rank_0(found: Any) -> list[str]:
     return differing
 
 
+USE_CPU = True  # tests/gpu runs the same on CUDA devices
+
+
 def _accelerator(stage: int) -> Accelerator:
     forget_run()
-    return Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(zero_stage=stage))
+    return Accelerator(cpu=USE_CPU, deepspeed_plugin=DeepSpeedPlugin(zero_stage=stage))
 
 
 def _strides(model: nn.Module) -> dict[str, Any]:
     return {name: buffer.stride() for name, buffer in model.named_buffers() if buffer.layout == torch.strided}
 
 
-def _prepared_saved_loaded(ranks: Any, stage: int, folder: str, anew: bool) -> Any:
+def prepared_saved_loaded(ranks: Any, stage: int, folder: str, anew: bool) -> Any:
+    """What is not rank 0's after prepare and after a load, by kind; and whether what is exported is."""
     warnings.filterwarnings("ignore", message="Sparse .* tensor support is in beta")
     accelerator = _accelerator(stage)
     model = Net(ranks.rank)
     accelerator.prepare(model)
     sent = _unlike_rank_0(model._buffers)
     assert model.other.same is model.buffer0
-    assert _strides(model) == _strides(Net(0))
+    # A copy to another device has no gaps.
+    assert _strides(model) == _strides(Net(0)) or not USE_CPU
     exported = accelerator.get_state_dict(model)
     exported_well = not exported or _unlike_rank_0(exported) == []
     with torch.no_grad():
@@ -134,7 +140,7 @@ def _prepared_saved_loaded(ranks: Any, stage: int, folder: str, anew: bool) -> A
 @pytest.mark.parametrize("anew", [False, True])
 @pytest.mark.parametrize(("stage", "n"), [(0, 1), (3, 2), (1, 3)])
 def test_buffers_of_every_kind_are_sent_saved_and_loaded(world, tmp_path, stage, n, anew):
-    for found in world(n).run(_prepared_saved_loaded, stage, str(tmp_path / "state"), anew):
+    for found in world(n).run(prepared_saved_loaded, stage, str(tmp_path / "state"), anew):
         assert found == ([], True, [])
 
 

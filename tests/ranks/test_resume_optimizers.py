@@ -7,7 +7,6 @@ many ranks (to the bit) or others. `make test` takes each optimizer on each tier
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +47,7 @@ OPTIMIZERS: dict[str, Any] = {
 TIERS = ("none", "cpu", "visiting", "nvme")
 WAYS = ("state", "dictionary")
 SAVE_AT, STEPS = 3, 6
+USE_CPU = True  # tests/gpu runs the same on CUDA devices
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,15 @@ def _as_on_a_device(tier: str) -> Iterator[None]:
 
 
 class Run:
-    """New objects in a new Accelerator. weights: what the model is built with."""
+    """New objects in a new Accelerator, with files below `folder`. weights: what the model is built with."""
 
-    def __init__(self, case: Case, weights: dict[str, Tensor] | None = None) -> None:
+    def __init__(self, case: Case, folder: str, weights: dict[str, Tensor] | None = None) -> None:
         forget_run()
         tier = "cpu" if case.tier == "visiting" else case.tier
         plugin = DeepSpeedPlugin(
-            zero_stage=case.stage, offload_optimizer_device=tier, offload_optimizer_nvme_path=tempfile.gettempdir()
+            zero_stage=case.stage, offload_optimizer_device=tier, offload_optimizer_nvme_path=f"{folder}/drive"
         )
-        self.accelerator = Accelerator(cpu=True, deepspeed_plugin=plugin)
+        self.accelerator = Accelerator(cpu=USE_CPU, deepspeed_plugin=plugin)
         model = Net()
         if weights is not None:
             model.load_state_dict(weights)
@@ -119,7 +119,7 @@ class Run:
     def steps(self, first: int, last: int) -> None:
         ranks = self.accelerator._ranks
         for number, batch in list(enumerate(inputs(last)))[first:]:
-            loss = (self.model(mine(batch, ranks.rank, ranks.world_size)) - 1).square().mean()
+            loss = (self.model(mine(batch, ranks.rank, ranks.world_size).to(ranks.device)) - 1).square().mean()
             self.accelerator.backward(loss)
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -135,7 +135,7 @@ class Run:
 def straight(ranks: Any, case: Case, folder: str, save_at: int = SAVE_AT) -> dict[str, Tensor]:
     """The undisturbed run, which saves in both ways and goes on; its weights at the end."""
     with _as_on_a_device(case.tier):
-        run = Run(case)
+        run = Run(case, folder)
         run.steps(0, save_at)
         run.accelerator.save_state(f"{folder}/state")
         states = run.optimizer.state_dict()
@@ -150,11 +150,11 @@ def straight(ranks: Any, case: Case, folder: str, save_at: int = SAVE_AT) -> dic
 def resumed(ranks: Any, case: Case, folder: str, way: str, save_at: int = SAVE_AT) -> dict[str, Tensor]:
     with _as_on_a_device(case.tier):
         if way == "state":
-            run = Run(case)
+            run = Run(case, folder)
             run.accelerator.load_state(f"{folder}/state")
         else:
             weights, states = torch.load(f"{folder}/dictionary")
-            run = Run(case, weights)
+            run = Run(case, folder, weights)
             run.optimizer.load_state_dict(states)
         run.steps(save_at, STEPS)
         return run.end()
@@ -242,7 +242,7 @@ def test_every_optimizer_goes_on_with_any_ranks(world, tmp_path, name, tier, cha
 
 def _under_way(ranks: Any, folder: str, what: str) -> None:
     """A step that was begun, and given up for an earlier state."""
-    run = Run(Case("AdamW", "none"))
+    run = Run(Case("AdamW", "none"), folder)
     run.steps(0, 2)
     run.accelerator.save_state(folder)
     run.steps(2, 4)
