@@ -408,7 +408,11 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
         return skip_batches_of(dataloader, num_batches)
 
     def free_memory(self, *objects: Any) -> list[None]:
-        """Let go of everything prepared: models get whole weights back in place. Gives a None for each argument."""
+        """Let go of everything prepared: models get whole weights back in place. Gives a None for each argument. Collective.
+
+        Weights have the dtype in which they came; trained ones have the values of their masters, frozen ones those that they
+        computed with. Prepared optimizers are done for: make new ones. Call it before `end_training`.
+        """
         for prepared in self._models:
             for change in reversed(prepared.changes):
                 change.undo()

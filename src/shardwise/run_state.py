@@ -311,8 +311,18 @@ class RunState:
                     f"the {len(names)} parameters of the one with {min(names, default='nothing')}. Build the groups as they "
                     "were."
                 )
-            group.update(saved["groups"][found])
+            _update(group, saved["groups"][found])
         stepper.resume(saved["steps"], saved["step_was_skipped"])
+
+
+def _update(group: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Settings of a group. A tensor (a learning rate) stays the object that it is: groups may share it, and scripts hold it."""
+    for name, value in saved.items():
+        own = group.get(name)
+        if isinstance(own, Tensor) and isinstance(value, Tensor) and own.shape == value.shape:
+            own.detach().copy_(value)
+        else:
+            group[name] = value
 
 
 def _united(rows: Sequence[Sequence[Sequence[str]]]) -> list[set[str]]:

@@ -93,6 +93,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "zero.schedule",
         "zero.hooks",
         "zero.publishing",
+        "zero.releasing",
         "zero.writing",
     ),
     ("zero.sharded",),

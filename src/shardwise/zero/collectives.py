@@ -125,6 +125,11 @@ class Ranks:
             dist.destroy_process_group()
         self._owns_group = False
 
+    @property
+    def parted(self) -> bool:
+        """Whether this process has left the run: nothing that needs the other ranks works any more."""
+        return self.world_size > 1 and self._data is None
+
     def aside(self) -> Ranks:
         """The same ranks with a control group of their own, for facts that another thread exchanges. Collective.
 
@@ -238,10 +243,10 @@ class Ranks:
         dist.all_reduce(tensor, op=ops[op], group=self._data)
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
-        """Overwrite `tensor` on every rank with rank `source`'s."""
+        """Overwrite `tensor`, which is contiguous, with rank `source`'s on every rank. As bytes: backends lack some dtypes."""
         self.counts["broadcast"] += 1
-        if self._data is not None:
-            dist.broadcast(tensor, src=source, group=self._data)
+        if self._data is not None and tensor.numel():
+            dist.broadcast(tensor.detach().view(-1).view(torch.uint8), src=source, group=self._data)
 
     # Facts, between host processes, over the control group.
 

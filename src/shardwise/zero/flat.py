@@ -186,12 +186,6 @@ class FlatBuffer:
         assert self._guard is not None
         return self._guard
 
-    def dissolve(self) -> None:
-        """Give every parameter its own memory again. `whole` must be gathered."""
-        self.guard.forget()
-        for index, member in enumerate(self.members):
-            member.parameter.data = self.view(index).clone()
-
     @property
     def bytes_at_rest(self) -> int:
         """What this buffer occupies between uses: the shard if the whole leaves, else the whole."""

@@ -63,8 +63,8 @@ class ShardedOptimizer:
     models:            where those parameters are.
     scaler:            the loss scale; must be the one that scaled the loss.
     gradient_clipping: the largest global 2-norm of the gradient at a step; None does not clip.
-    Collective. Raises, on every rank: OptimizerError for an optimizer that is not elementwise, has taken steps already, or
-    holds parameters that are not the models'; PrepareError for one that is prepared already.
+    Collective. Raises, on every rank: OptimizerError for an optimizer that is not elementwise, or holds parameters
+    that are not the models'; PrepareError for one that is prepared already.
     """
 
     def __init__(
@@ -117,13 +117,6 @@ class ShardedOptimizer:
         if find_sharded_optimizer(optimizer) is not None:
             raise PrepareError(f"this {name} has been prepared already. Prepare each optimizer once.")
         check_elementwise(optimizer, visits=any(not g.in_place for g, _ in self._homes().values()))
-        if any(
-            state and float(state.get("step", 1)) > 0 for p, state in optimizer.state.items() if isinstance(p, Tensor)
-        ):
-            raise OptimizerError(
-                f"this {name} has taken steps already, or has loaded those of another run. Prepare it before its first step, "
-                "and load its state afterwards: load_state_dict works on a prepared optimizer."
-            )
         homes = self._homes()
         known = {id(p) for model in self.models for p in model.model.parameters()}
         for number, group in enumerate(optimizer.param_groups):

@@ -9,7 +9,6 @@ into an optimizer that was never prepared, and comes from one.
 
 from __future__ import annotations
 
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ..errors import OptimizerError
-from .optimizer_state import MACHINE, Key, OptimizerState, Parts, told_apart
+from .optimizer_state import MACHINE, Key, OptimizerState, Parts, comparable, digest, told_apart
 
 
 @dataclass(frozen=True)
@@ -35,13 +34,11 @@ class _Loaded:
     besides: Mapping[Any, Any]
 
     def digest(self) -> int:
-        """Of settings, step counts and kinds of states: ranks that load the same have the same."""
-        settings = [sorted((k, _plain(v)) for k, v in group.items() if k != "params") for group in self.groups]
-        states = [
-            (key, sorted((k, _plain(v)) for k, v in parts.numbers.items()), sorted(parts.elementwise))
-            for key, parts in self.states.items()
+        settings = [
+            sorted((name, comparable(value)) for name, value in group.items() if name != "params")
+            for group in self.groups
         ]
-        return zlib.crc32(repr((settings, states)).encode())
+        return digest(self.states, settings)
 
 
 class OptimizerDict:
@@ -190,12 +187,3 @@ class OptimizerDict:
 
 def _flat(parameters: Sequence[Sequence[Parameter]]) -> list[Parameter]:
     return [parameter for own in parameters for parameter in own]
-
-
-def _plain(value: Any) -> Any:
-    """A number or a text as it is, anything else by its type: what can be compared between ranks."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return value.item()
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_plain, value))
-    return value if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__

@@ -10,6 +10,7 @@ with every piece. `intervals` is the one walk over the states: checkpoints write
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -137,24 +138,26 @@ class OptimizerState:
         numbers: Callable[[Key], Mapping[str, Any]],
         besides: Mapping[Any, Any],
     ) -> None:
-        """Replace all states by zeros of the given kinds, for `Interval.write`, by the given numbers, and by `besides`.
+        """Replace all states by ones of the given kinds, for `Interval.write`, by the given numbers, and by `besides`.
 
         elementwise, numbers: what a parameter has, by its key. Both empty: it has taken no step.
         """
         groups = {id(tensor): group for group in self.optimizer.param_groups for tensor in group["params"]}
         self.optimizer.state.clear()
         self.optimizer.state.update(besides)
-        for shard in self.shards:
-            shard.gradients.states.clear()
+        self._clear_slabs(elementwise)
         for key, _, _, _, shard in self._held():
             tensor = shard.tensor
-            on_device = any(groups[id(tensor)].get(flag) for flag in ("fused", "capturable"))
+            group = groups[id(tensor)]
+            on_device = any(group.get(flag) for flag in ("fused", "capturable"))
             state: dict[str, Any] = {}
             for name, value in numbers(key).items():
                 state[name] = value
                 if isinstance(value, Tensor):
                     counts = name in _COUNTS and not on_device
                     state[name] = value.to(torch.device("cpu") if counts else self.ranks.device, copy=True)
+                    if name == "step" and group.get("fused"):
+                        state[name] = state[name].float()  # the kernels take no other
             for name, dtype in elementwise(key).items():
                 if shard.gradients.in_place:
                     state[name] = torch.zeros_like(tensor, dtype=dtype, requires_grad=False)
@@ -162,6 +165,19 @@ class OptimizerState:
                     state[name] = resting_place(self.models[key[0]], shard, name, dtype)
             if state:
                 self.optimizer.state[tensor] = state
+
+    def _clear_slabs(self, elementwise: Callable[[Key], Mapping[str, torch.dtype]]) -> None:
+        """Let go of slabs for none of these states, where no other optimizer has a part in them; the others are used again."""
+        mine: dict[int, list[Shard]] = {}
+        wanted: dict[int, set[tuple[str, torch.dtype]]] = {}
+        for key, _, _, _, shard in self._held():
+            mine.setdefault(id(shard.gradients), []).append(shard)
+            wanted.setdefault(id(shard.gradients), set()).update(elementwise(key).items())
+        for shards in mine.values():
+            gradients = shards[0].gradients
+            if len(shards) == len(gradients.pieces()):
+                kept = wanted[id(gradients)]
+                gradients.states = {n: slab for n, slab in gradients.states.items() if (n, slab.dtype) in kept}
 
     def groups(self) -> list[tuple[dict[str, Any], set[Key]]]:
         """Each parameter group: its settings, and the keys of what this rank holds of it."""
@@ -193,23 +209,32 @@ class OptimizerState:
                 interval.write(flat[interval.begin : interval.begin + interval.numel])
 
     def adopt(self, parameters: Sequence[Sequence[Parameter]]) -> None:
-        """Take over the states that the optimizer's constructor made for `parameters`, the user's, group by group. Collective.
+        """Take over the states that the optimizer has for `parameters`, the user's, group by group. Collective.
 
-        Of weights that are not trained nothing is kept. Raises OptimizerError for states that cannot be cut.
+        They are its constructor's, or those that it has loaded or made in steps before prepare. Of weights that are not trained
+        nothing is kept. Raises OptimizerError for states that cannot be cut, and if those of the ranks differ.
         """
-        made: dict[Key, dict[str, Any]] = {}
-        for group, own in zip(self.optimizer.param_groups, parameters, strict=True):
-            for parameter in own:
-                state = self.optimizer.state.pop(parameter, None)
-                key = self.keys.get(id(parameter))
-                if state and key is not None:
-                    made[key] = self._with_memory(state, key, group)
 
-        def replace() -> None:
-            if made:
-                self.replace(told_apart(made, self.shapes, lambda key: key[1]), self.besides)
+        def taken() -> dict[Key, Parts]:
+            found: dict[Key, dict[str, Any]] = {}
+            for group, own in zip(self.optimizer.param_groups, parameters, strict=True):
+                for parameter in own:
+                    state = self.optimizer.state.pop(parameter, None)
+                    key = self.keys.get(id(parameter))
+                    if state and key is not None:
+                        found[key] = self._with_memory(state, key, group)
+            return told_apart(found, self.shapes, lambda key: key[1])
 
-        self.ranks.together(replace)
+        apart = self.ranks.together(taken)
+        sums = self.ranks.gather_numbers(digest(apart))
+        other = next((rank for rank, found in enumerate(sums) if found != sums[0]), None)
+        if other is not None:
+            raise OptimizerError(
+                f"this {type(self.optimizer).__name__} has other states on rank {other} than on rank 0: step counts or kinds "
+                "differ. Load the same state on every rank, before prepare or after it."
+            )
+        if any(sums):
+            self.ranks.together(lambda: self.replace(apart, self.besides))
 
     def _with_memory(self, state: Mapping[str, Any], key: Key, group: Mapping[str, Any]) -> dict[str, Any]:
         """What the constructor made of a parameter, in the master's dtype; made anew of one that had no memory then."""
@@ -300,6 +325,24 @@ def told_apart(
             else:
                 parts.numbers[name] = value
     return found
+
+
+def digest(states: Mapping[Key, Parts], *more: Any) -> int:
+    """A sum over step counts, kinds of states and `more`: ranks that were given the same have the same; 0 of nothing."""
+    kinds = [
+        (key, sorted((name, comparable(value)) for name, value in parts.numbers.items()), sorted(parts.elementwise))
+        for key, parts in states.items()
+    ]
+    return zlib.crc32(repr((kinds, more)).encode()) if states or more else 0
+
+
+def comparable(value: Any) -> Any:
+    """A number or a text as it is, anything else by its type."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, (list, tuple)):
+        return tuple(map(comparable, value))
+    return value if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__
 
 
 def _is_like(value: Any, shape: tuple[int, ...]) -> bool:

@@ -31,6 +31,7 @@ from .plan import Plan, Tier
 from .portions import Role, divide
 from .precision import Precision
 from .quantised import QuantisedWeights
+from .releasing import dissolve, say
 from .schedule import Schedule
 from .shown import Norms
 from .sources import Makers, Source, Sources, choose_makers, fill_region
@@ -544,21 +545,26 @@ class ShardedModel:
         return found
 
     def release(self) -> None:
-        """Undo: whole weights in their own memory on the device, no hooks. Collective."""
+        """Undo: whole weights in their own memory on the device, in the dtype that they came in, and no hooks. Collective.
+
+        Trained weights come from their masters. Frozen ones have the values that they computed with, which is logged if those
+        are rounded. Raises PrepareError, and changes nothing, where the ranks have parted and weights are sharded.
+        """
+        if self.ranks.parted and any(unit.leaves for unit in self.units):
+            raise PrepareError(
+                f"this {type(self.model).__name__} cannot be released any more: its weights are sharded, and the ranks have "
+                "parted. Call free_memory() before end_training()."
+            )
         self.schedule.abandon_open_pass()
         self.drop_gradients()
         self._hooks.remove()
         self._engine.lanes.gather.wait(self._engine.lanes.mark_compute())
-        with torch.no_grad():
-            for unit in self.units:
-                if unit.leaves:
-                    unit.gather()
-                    unit.arrive()
-                for buffer in (unit.frozen, unit.trainable):
-                    if buffer is not None:
-                        buffer.dissolve()
+        rounded = dissolve(self.units, self._dtypes, self._whole_master, parted=self.ranks.parted)
         self._quantised.unsettle()
-        self.meet()
+        if not self.ranks.parted:
+            self.meet()
         self._engine.stores.close()
         self.released = True
         _sharded.pop(id(self.model), None)
+        if self.ranks.rank == 0:
+            say(rounded, self.model)
