@@ -14,11 +14,12 @@ from torch import nn
 
 from .activations import Batch, decoder_shape, kept_nbytes, peak_nbytes
 from .offload.host import BLOCK, Ring
+from .zero.build import BUCKET_NBYTES
 from .zero.engine import ReductionsInFlight
 from .zero.plan import Plan, Tier
 from .zero.portions import Ledger, Portion, at_rest, divide, gathered_at_once, moments_at_rest
 from .zero.precision import Precision
-from .zero.sharded import BUCKET_NBYTES, UNIT_NBYTES
+from .zero.sharded import UNIT_NBYTES
 from .zero.shards import CHUNK, VISITING
 from .zero.units import find_units
 

@@ -35,15 +35,14 @@ from stress import Delays
 
 from shardwise.initialising import sources_of
 from shardwise.loading import building
-from shardwise.zero import peers, publishing, shards
-from shardwise.zero import sharded as sharding
+from shardwise.zero import build, peers, publishing, shards
 from shardwise.zero.collectives import Ranks
 from shardwise.zero.optimizer import ShardedOptimizer
 from shardwise.zero.plan import Plan
 from shardwise.zero.precision import LossScaler, Precision
 from shardwise.zero.sharded import ShardedModel
 
-CHUNK, BUCKET, GROUP = shards.CHUNK, sharding.BUCKET_NBYTES, publishing.GROUP_NBYTES
+CHUNK, BUCKET, GROUP = shards.CHUNK, build.BUCKET_NBYTES, publishing.GROUP_NBYTES
 FP32_LOSS, FP32_WEIGHT = 1e-5, 1e-5
 BF16_LOSS, BF16_CHANGE = 5e-3, 5e-2
 
@@ -188,7 +187,7 @@ def train_sharded(
         delays.watch(model)
     plan = Plan.from_stage(setting.stage, **{f"offload_{role}": setting.tier for role in setting.offload})
     shards.CHUNK = setting.chunk or CHUNK
-    sharding.BUCKET_NBYTES = setting.bucket or BUCKET
+    build.BUCKET_NBYTES = setting.bucket or BUCKET
     publishing.GROUP_NBYTES = group or setting.bucket or GROUP
     precision = Precision.named(setting.precision, reduce_dtype="fp32")
     optimizer = adamw(model.parameters())

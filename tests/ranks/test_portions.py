@@ -7,7 +7,7 @@ import torch
 
 from rig.engine import PLANS, adamw, inputs, loss_of, mine, prepare, tower, trained
 from rig.tiny import batches, share, tiny
-from shardwise.zero import sharded as engine
+from shardwise.zero.build import BUCKET_NBYTES
 from shardwise.zero.flat import FlatBuffer
 from shardwise.zero.plan import Plan
 from shardwise.zero.portions import at_rest, divide, gathered_at_once, moments_at_rest
@@ -29,7 +29,7 @@ def build(name):
 def portions_of(model, plan, precision):
     stage, optimizer, param = PLANS[plan]
     chosen = Plan.from_stage(stage, offload_optimizer=optimizer, offload_param=param)
-    return divide(find_units(model), chosen, Precision.named(precision), bucket_nbytes=engine.BUCKET_NBYTES)
+    return divide(find_units(model), chosen, Precision.named(precision), bucket_nbytes=BUCKET_NBYTES)
 
 
 def _without_gradients(ledger):

@@ -17,14 +17,14 @@ BUCKETS = 5  # first, three blocks, head; the smallest is the head, the largest 
 @contextlib.contextmanager
 def _small(group_nbytes):
     """Buckets of one module each, and groups of `group_nbytes`."""
-    from shardwise.zero import publishing, sharded
+    from shardwise.zero import build, publishing
 
-    before = sharded.BUCKET_NBYTES, publishing.GROUP_NBYTES
-    sharded.BUCKET_NBYTES, publishing.GROUP_NBYTES = 1, group_nbytes
+    before = build.BUCKET_NBYTES, publishing.GROUP_NBYTES
+    build.BUCKET_NBYTES, publishing.GROUP_NBYTES = 1, group_nbytes
     try:
         yield
     finally:
-        sharded.BUCKET_NBYTES, publishing.GROUP_NBYTES = before
+        build.BUCKET_NBYTES, publishing.GROUP_NBYTES = before
 
 
 @contextlib.contextmanager

@@ -85,6 +85,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ),
     ("zero.engine", "zero.gradients", "zero.shown", "zero.unit"),
     (
+        "zero.build",
         "zero.checks",
         "zero.generation",
         "zero.quantised",

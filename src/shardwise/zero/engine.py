@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import StoreError, WriteError
 from ..offload.host import HostStore
 from ..offload.nvme import NvmeStore
-from ..offload.store import MemoryStore, Store
+from ..offload.store import MemoryStore, Slab, Store
 from .collectives import Ranks
 from .peers import PeerMemory
 from .plan import Tier
@@ -80,6 +80,29 @@ class Engine:
     norms: Norms
     doubts: Doubts
     peers: PeerMemory | None = None
+
+    def put_to_rest(self, values: Tensor, slab: Slab) -> None:
+        """Put a device tensor to rest; its memory may go afterwards. A drive's error waits for the ranks to agree."""
+        lanes = self.lanes
+        lanes.down.wait(lanes.mark_compute())
+        try:
+            lanes.compute_waits(slab.put(values).enqueued())
+        except StoreError as error:
+            self.faults.note(error)
+
+    def look_at(self, slab: Slab) -> Tensor:
+        """What rests in `slab`, on the device; the computation waits for it. A drive's error waits for the ranks to agree."""
+        if slab.tier is Tier.GPU:
+            self.lanes.join()
+            return slab.tensor
+        lanes = self.lanes
+        out = torch.empty(slab.numel, dtype=slab.dtype, device=self.ranks.device)
+        lanes.up.wait(lanes.mark_compute())
+        try:
+            lanes.compute_waits(slab.fetch(out).enqueued())
+        except StoreError as error:
+            self.faults.note(error)
+        return out
 
 
 class Doubts:

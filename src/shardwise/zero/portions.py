@@ -85,6 +85,17 @@ class Portion:
         return layout.shard_numel if self.plan.optimizer.sharded else layout.numel
 
 
+@dataclass(frozen=True)
+class Part:
+    """One module group before it is divided: the weights that are frozen, and those that are trained, of any dtypes."""
+
+    name: str
+    entries: tuple[nn.Module, ...]
+    in_turn: bool
+    frozen: tuple[Member, ...]
+    trained: tuple[Member, ...]
+
+
 def divide(
     specs: Sequence[UnitSpec],
     plan: Plan,
@@ -97,6 +108,24 @@ def divide(
 
     whole_adapters: as ShardedModel takes it.
     """
+    return apportion(parts_of(specs, precision), plan, whole_adapters, bucket_nbytes)
+
+
+def parts_of(specs: Sequence[UnitSpec], precision: Precision) -> list[Part]:
+    """The specs with their parameters told apart, each with the dtype that it computes in."""
+    parts = []
+    for spec in specs:
+        members = [Member(name, p, precision.compute_dtype(p)) for name, p in spec.parameters.items()]
+        frozen = tuple(m for m in members if not m.parameter.requires_grad)
+        trained = tuple(m for m in members if m.parameter.requires_grad)
+        parts.append(Part(spec.name, tuple(spec.entries), spec.in_turn, frozen, trained))
+    return parts
+
+
+def apportion(
+    parts: Sequence[Part], plan: Plan, whole_adapters: bool | Literal["auto"], bucket_nbytes: int
+) -> list[Portion]:
+    """`divide` of parts."""
     portions: list[Portion] = []
     bucket: list[Member] = []
 
@@ -106,26 +135,22 @@ def divide(
             portions.append(Portion(f"bucket:{bucket[0].name}", (), whole, trainable=tuple(bucket)))
             bucket.clear()
 
-    for spec in specs:
-        members = [Member(name, p, precision.compute_dtype(p)) for name, p in spec.parameters.items()]
-        frozen = tuple(m for m in members if not m.parameter.requires_grad)
+    for part in parts:
         trainable: dict[torch.dtype, list[Member]] = {}
-        for member in members:
-            if member.parameter.requires_grad:
-                trainable.setdefault(member.dtype, []).append(member)
-        mine = _plan_of(frozen, [m for m in members if m.parameter.requires_grad], plan, whole_adapters)
-        entries = tuple(spec.entries)
-        parts = list(trainable.values()) if mine.parameter.sharded else []
-        if frozen or parts:
-            first = tuple(parts[0]) if parts else ()
-            portions.append(Portion(spec.name, entries, mine, frozen, first, spec.in_turn))
+        for member in part.trained:
+            trainable.setdefault(member.dtype, []).append(member)
+        mine = _plan_of(part.frozen, part.trained, plan, whole_adapters)
+        own = list(trainable.values()) if mine.parameter.sharded else []
+        if part.frozen or own:
+            first = tuple(own[0]) if own else ()
+            portions.append(Portion(part.name, part.entries, mine, part.frozen, first, part.in_turn))
         portions += [
-            Portion(spec.name, entries, mine, trainable=tuple(part), in_turn=spec.in_turn) for part in parts[1:]
+            Portion(part.name, part.entries, mine, trainable=tuple(more), in_turn=part.in_turn) for more in own[1:]
         ]
-        for dtype, part in trainable.items() if not mine.parameter.sharded else ():
-            if bucket and (bucket[0].dtype != dtype or _nbytes(bucket) + _nbytes(part) > bucket_nbytes):
+        for dtype, members in trainable.items() if not mine.parameter.sharded else ():
+            if bucket and (bucket[0].dtype != dtype or _nbytes(bucket) + _nbytes(members) > bucket_nbytes):
                 close_bucket()
-            bucket += part
+            bucket += members
     close_bucket()
     return portions
 

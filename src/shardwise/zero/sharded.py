@@ -19,22 +19,21 @@ from torch.nn import Parameter
 from ..errors import PrepareError, StoreError, WriteError
 from ..offload.store import Slab
 from .buffers import place_buffers
+from .build import Builder
 from .checks import check_model, paths_of
 from .collectives import Ranks
 from .engine import Doubts, Engine, Faults, Kind, ReductionsInFlight, Stores
-from .flat import FlatBuffer, Member
 from .generation import room_for_weights, units_that_fit
-from .gradients import Gradients
 from .hooks import Hooks
 from .peers import GatherWith, PeerMemory
 from .plan import Plan, Tier
-from .portions import Role, divide
+from .portions import Role
 from .precision import Precision
 from .quantised import QuantisedWeights
 from .releasing import dissolve, say
 from .schedule import Schedule
 from .shown import Norms
-from .sources import Makers, Source, Sources, choose_makers, fill_region
+from .sources import Makers, Sources, choose_makers
 from .streams import Lanes
 from .unit import Unit
 from .units import UnitSpec, find_units
@@ -43,8 +42,6 @@ from .writing import follow, has_strayed, write_back
 # Small blocks share a unit of at most this on a GPU: to gather and release one costs the host some 0.3 ms, in which NVLink
 # moves half of this. On a CPU there is no lane to hide a gather behind, and nothing is won.
 UNIT_NBYTES = 160 << 20
-# Trained weights that stay whole are reduced in buckets of at most this; the size that DDP found to hide best.
-BUCKET_NBYTES = 25 << 20
 
 # id(model) -> its ShardedModel, which the hooks on the model keep alive: when the model goes, both go.
 _sharded: WeakValueDictionary[int, ShardedModel] = WeakValueDictionary()
@@ -103,20 +100,19 @@ class ShardedModel:
         self.gpu_memory_budget = gpu_memory_budget
         self.after_step: list[Callable[[], None]] = []
         self.generation_memory_budget = generation_memory_budget
-        self._whole_adapters = whole_adapters
-        self._sources: dict[int, Source] = dict(sources or {})
-        self._makers: Makers = {}
         self._quantised = QuantisedWeights(model)
+        own_sources = dict(sources or {})
+        makers: Makers = {}
 
         def divided() -> list[UnitSpec]:
-            check_model(model, [sharded.model for sharded in _sharded.values()], self._sources)
+            check_model(model, [sharded.model for sharded in _sharded.values()], own_sources)
             return find_units(model, units, unit_nbytes=UNIT_NBYTES if ranks.device.type == "cuda" else 0)
 
         specs = ranks.together(divided)
         self._agree_on_shapes(specs)
-        if self._sources:
+        if own_sources:
             parameters = list({id(p): p for spec in specs for p in spec.parameters.values()}.values())
-            self._makers = choose_makers(parameters, self._sources, self._quantised, ranks)
+            makers = choose_makers(parameters, own_sources, self._quantised, ranks)
 
         lanes = Lanes(ranks.device, serial=serial)
         stores = ranks.together(lambda: Stores.make(lanes, ranks.rank, paths_of(plan, nvme_paths or {})))
@@ -125,10 +121,10 @@ class ShardedModel:
         peers = PeerMemory.open(ranks, lanes, gather_with) if plan.frozen.sharded or plan.parameter.sharded else None
         self._engine = Engine(ranks, lanes, stores, precision.reduce, reductions, faults, Norms(ranks), Doubts(), peers)
         self._dtypes = {name: p.dtype for name, p in model.named_parameters()}
+        self._builder = Builder(self._engine, plan, precision, whole_adapters, self._quantised, own_sources, makers)
         with torch.no_grad():
             place_buffers(model, ranks)
-            self.units = self._build(specs)
-        self._sources = {}
+            self.units = self._builder.units(specs)
         self.drain()
         if peers is not None:
             peers.meet()
@@ -177,114 +173,9 @@ class ShardedModel:
             )
         self.ranks.agree(error)
 
-    def _build(self, specs: Sequence[UnitSpec]) -> list[Unit]:
-        """The units of all specs, and behind them the buckets of what is trained and stays whole.
-
-        Whole weights are never gathered, so they need not follow the modules: neighbours share a bucket, that is one
-        reduction and one publication for many adapters.
-        """
-        units: list[Unit] = []
-        portions = divide(
-            specs, self.plan, self.precision, whole_adapters=self._whole_adapters, bucket_nbytes=BUCKET_NBYTES
-        )
-        for divided in portions:
-            portion = self._quantised.with_scales(divided, self._sources, self._makers, self.ranks)
-            frozen = self._frozen_buffer(portion.frozen, portion.plan) if portion.frozen else None
-            trainable, gradients = None, None
-            if portion.trainable:
-                trainable, gradients = self._trainable_buffer(portion.trainable, portion.dtype, portion.plan)
-            entries = list(portion.entries)
-            unit = Unit(portion.name, entries, portion.plan, self._engine, frozen, trainable, gradients)
-            unit.in_turn = portion.in_turn
-            if unit.leaves:  # before the next one is built: the device never holds more than one whole unit
-                unit.release()
-            units.append(unit)
-        return units
-
-    def _frozen_buffer(self, members: Sequence[Member], plan: Plan) -> FlatBuffer:
-        ranks = self.ranks
-        buffer = FlatBuffer(
-            members,
-            dtype=torch.uint8,
-            placement=plan.frozen,
-            store=self._engine.stores.of(plan.frozen.tier, "param"),
-            rank=ranks.rank,
-            world_size=ranks.world_size if plan.frozen.sharded else 1,
-            device=ranks.device,
-            peers=self._engine.peers,
-        )
-        if self._have_sources(members):
-            fill_region(buffer, self._sources, self._makers, ranks, buffer.own_slice)
-        else:
-            if ranks.rank == 0:
-                buffer.fill()
-            ranks.broadcast(buffer.whole)
-        self._settle_in(buffer)
-        self._quantised.settle(members)
-        return buffer
-
-    def _trainable_buffer(
-        self, members: Sequence[Member], dtype: torch.dtype, plan: Plan
-    ) -> tuple[FlatBuffer, Gradients]:
-        ranks, stores = self.ranks, self._engine.stores
-        buffer = FlatBuffer(
-            members,
-            dtype=dtype,
-            placement=plan.parameter,
-            store=stores.of(plan.parameter.tier, "param"),
-            rank=ranks.rank,
-            world_size=ranks.world_size if plan.optimizer.sharded else 1,
-            device=ranks.device,
-            # Offloaded states step chunk by chunk while other units are gathered: no fence fits in between.
-            peers=self._engine.peers if plan.optimizer.tier is Tier.GPU else None,
-            changes=True,
-        )
-        # The masters start from the user's own values, not from their 16-bit rounding.
-        master_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        n = buffer.layout.shard_numel if plan.optimizer.sharded else buffer.layout.numel
-        if self._have_sources(members):
-            own = torch.zeros(n, dtype=master_dtype, device=ranks.device)
-            fill_region(buffer, self._sources, self._makers, ranks, own)
-            buffer.own_slice.copy_(own)
-            if plan.optimizer.sharded and not plan.parameter.sharded:
-                ranks.all_gather(buffer.whole, buffer.own_slice)
-        else:
-            values = torch.zeros(buffer.layout.numel, dtype=master_dtype, device=ranks.device)
-            if ranks.rank == 0:
-                for index, member in enumerate(members):
-                    buffer.view(index, values).copy_(member.parameter.data)
-            ranks.broadcast(values)
-            buffer.whole.copy_(values)
-            own = values[buffer.rank * n : (buffer.rank + 1) * n]
-        self._settle_in(buffer)
-        tier = plan.optimizer.tier
-        shares = dtype == master_dtype and plan.parameter.tier is tier
-        if not shares:
-            master = stores.of(tier, "optimizer").allocate(n, master_dtype, f"{members[0].name}.master")
-            self.put_to_rest(own, master)
-        elif buffer.slab is not None:
-            master = buffer.slab
-        else:
-            master = Slab(None, tier, n, master_dtype, buffer.own_slice if plan.optimizer.sharded else buffer.whole)
-        return buffer, Gradients(buffer, plan, self._engine, master, shares)
-
-    def _have_sources(self, members: Sequence[Member]) -> bool:
-        return any(id(member.parameter) in self._sources for member in members)
-
-    def _settle_in(self, buffer: FlatBuffer) -> None:
-        """Put this rank's shard to rest and make the parameters views; the whole is still there."""
-        if buffer.slab is not None:
-            self.put_to_rest(buffer.own_slice, buffer.slab)
-        buffer.adopt()
-
     def put_to_rest(self, values: Tensor, slab: Slab) -> None:
-        """Put a device tensor to rest; its memory may go afterwards. A drive's error waits for the ranks to agree."""
-        lanes = self._engine.lanes
-        lanes.down.wait(lanes.mark_compute())
-        try:
-            lanes.compute_waits(slab.put(values).enqueued())
-        except StoreError as error:
-            self._engine.faults.note(error)
+        """See `Engine.put_to_rest`."""
+        self._engine.put_to_rest(values, slab)
 
     def drain(self) -> None:
         """What was put is where it rests. Collective where a drive is used; raises StoreError."""
@@ -409,7 +300,7 @@ class ShardedModel:
         self._engine.doubts.settle()
         for unit in self.units:
             if unit.gradients is not None and has_strayed(unit):
-                follow(unit, self._looked_at, self.put_to_rest)
+                follow(unit, self._engine.look_at, self.put_to_rest)
 
     def generation(self, pinned: Sequence[Parameter] = ()) -> AbstractContextManager[None]:
         """Inside, forwards without gradients: ranks may run different numbers of them, as in generation. Collective.
@@ -491,23 +382,9 @@ class ShardedModel:
 
     def fetched(self, slab: Slab) -> Tensor:
         """What rests in `slab`, on the device; the computation waits for it. Collective where a drive is used."""
-        out = self._looked_at(slab)
+        out = self._engine.look_at(slab)
         if slab.tier is not Tier.GPU:
             self._engine.faults.agree()
-        return out
-
-    def _looked_at(self, slab: Slab) -> Tensor:
-        """As `fetched`, by this rank alone; a drive's error waits for the ranks to agree."""
-        if slab.tier is Tier.GPU:
-            self._engine.lanes.join()
-            return slab.tensor
-        lanes = self._engine.lanes
-        out = torch.empty(slab.numel, dtype=slab.dtype, device=self.ranks.device)
-        lanes.up.wait(lanes.mark_compute())
-        try:
-            lanes.compute_waits(slab.fetch(out).enqueued())
-        except StoreError as error:
-            self._engine.faults.note(error)
         return out
 
     def _persistent_buffers(self) -> dict[str, Tensor]:

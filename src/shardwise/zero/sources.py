@@ -159,7 +159,8 @@ def _from_one_rank(
 def give_memory(parameter: Parameter, view: Tensor) -> None:
     """Make `parameter` a view of real memory. torch refuses `.data =` from meta, so what is behind the object is exchanged."""
     if not parameter.is_meta:
-        parameter.data = view
+        # As torch has it: for a weight that is prepared, `parameter.data =` means to copy.
+        Tensor.data.__set__(parameter, view)  # type: ignore[attr-defined]
         return
     # Not torch.utils.swap_tensors, which refuses a parameter that somebody knows weakly, as nn.LSTM knows its own.
     torch._C._swap_tensor_impl(parameter, Parameter(view.data, requires_grad=parameter.requires_grad))

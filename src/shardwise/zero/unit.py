@@ -86,6 +86,11 @@ class Unit:
             part.stay_whole()
         self._parts = []
 
+    def change_frozen(self, frozen: FlatBuffer | None) -> None:
+        """Hold these frozen weights from now on. The unit must be gathered, and `frozen` whole."""
+        self.frozen = frozen
+        self._parts = [b for b in (frozen, self.trainable) if b is not None and b.leaves]
+
     @property
     def travels(self) -> bool:
         """Whether a shard comes from another tier at every gather."""

@@ -1,0 +1,191 @@
+"""From modules to units: the flat buffers of a model, filled with rank 0's values, and what of them is trained later after all.
+
+    specs      block 3: q, k (frozen), lora_A, lora_B (trained)
+    portions   block 3: frozen q k | trained lora_A lora_B        how it is divided: `portions.py`
+    unit       one buffer of bytes, one of numbers with gradients and masters
+
+A weight that is thawed leaves its frozen buffer, which is made anew without it, and gets a unit of its own with masters that
+start from the value it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch.nn import Parameter
+
+from ..offload.store import Slab
+from .engine import Engine
+from .flat import FlatBuffer, Member
+from .gradients import Gradients
+from .plan import Plan, Tier
+from .portions import Part, apportion, parts_of
+from .precision import Precision
+from .quantised import QuantisedWeights
+from .sources import Makers, Source, fill_region
+from .unit import Unit
+from .units import UnitSpec
+
+# Trained weights that stay whole are reduced in buckets of at most this; the size that DDP found to hide best.
+BUCKET_NBYTES = 25 << 20
+
+
+class Builder:
+    """Makes the units of one model.
+
+    engine:         what they share. plan, precision: the model's.
+    whole_adapters: as ShardedModel takes it.
+    quantised:      which weights are codes with scales.
+    sources:        of the parameters on the meta device, by id; makers: who makes each of them whole.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        plan: Plan,
+        precision: Precision,
+        whole_adapters: bool | Literal["auto"],
+        quantised: QuantisedWeights,
+        sources: dict[int, Source],
+        makers: Makers,
+    ) -> None:
+        self._engine = engine
+        self._plan = plan
+        self._precision = precision
+        self._whole_adapters = whole_adapters
+        self._quantised = quantised
+        self._sources = sources
+        self._makers = makers
+
+    def units(self, specs: Sequence[UnitSpec]) -> list[Unit]:
+        """The units of all specs, and behind them the buckets of what is trained and stays whole. Collective.
+
+        Whole weights are never gathered, so they need not follow the modules: neighbours share a bucket, that is one
+        reduction and one publication for many adapters.
+        """
+        units: list[Unit] = []
+        portions = apportion(parts_of(specs, self._precision), self._plan, self._whole_adapters, BUCKET_NBYTES)
+        for divided in portions:
+            portion = self._quantised.with_scales(divided, self._sources, self._makers, self._engine.ranks)
+            frozen = self._frozen(portion.frozen, portion.plan) if portion.frozen else None
+            trainable, gradients = None, None
+            if portion.trainable:
+                trainable, gradients = self._trainable(portion.trainable, portion.dtype, portion.plan)
+            entries = list(portion.entries)
+            unit = Unit(portion.name, entries, portion.plan, self._engine, frozen, trainable, gradients)
+            unit.in_turn = portion.in_turn
+            if unit.leaves:  # before the next one is built: the device never holds more than one whole unit
+                unit.release()
+            units.append(unit)
+        self._sources.clear()
+        return units
+
+    @torch.no_grad()
+    def thaw(self, units: Sequence[Unit], parameters: Sequence[Parameter]) -> list[Unit]:
+        """New units for frozen `parameters` of `units`, which are trained from now on. Collective; between passes only.
+
+        The units that held them hold the others. A parameter is thawed with the value that it computes with.
+        """
+        wanted = {id(parameter) for parameter in parameters}
+        parts: list[Part] = []
+        losing: list[tuple[Unit, list[Member]]] = []
+        for unit in units:
+            members = unit.frozen.members if unit.frozen is not None else ()
+            thawed = [member for member in members if id(member.parameter) in wanted]
+            if thawed:
+                rest = [member for member in members if id(member.parameter) not in wanted]
+                parts.append(Part(unit.name, tuple(unit.entries), unit.in_turn, tuple(rest), tuple(thawed)))
+                losing.append((unit, rest))
+        for unit, _ in losing:
+            if unit.leaves:
+                unit.gather()
+                unit.arrive()
+        made: list[Unit] = []
+        for portion in apportion(parts, self._plan, self._whole_adapters, BUCKET_NBYTES):
+            if portion.trainable:
+                trainable, gradients = self._trainable(portion.trainable, portion.dtype, portion.plan)
+                unit = Unit(portion.name, list(portion.entries), portion.plan, self._engine, None, trainable, gradients)
+                unit.in_turn = portion.in_turn
+                made.append(unit)
+        for unit, rest in losing:
+            unit.change_frozen(self._frozen(rest, unit.plan) if rest else None)
+        for unit in (*made, *(unit for unit, _ in losing)):
+            if unit.leaves:
+                unit.release()
+        return made
+
+    def _frozen(self, members: Sequence[Member], plan: Plan) -> FlatBuffer:
+        ranks = self._engine.ranks
+        buffer = FlatBuffer(
+            members,
+            dtype=torch.uint8,
+            placement=plan.frozen,
+            store=self._engine.stores.of(plan.frozen.tier, "param"),
+            rank=ranks.rank,
+            world_size=ranks.world_size if plan.frozen.sharded else 1,
+            device=ranks.device,
+            peers=self._engine.peers,
+        )
+        if self._have_sources(members):
+            fill_region(buffer, self._sources, self._makers, ranks, buffer.own_slice)
+        else:
+            if ranks.rank == 0:
+                buffer.fill()
+            ranks.broadcast(buffer.whole)
+        self._settle_in(buffer)
+        self._quantised.settle(members)
+        return buffer
+
+    def _trainable(self, members: Sequence[Member], dtype: torch.dtype, plan: Plan) -> tuple[FlatBuffer, Gradients]:
+        ranks, stores = self._engine.ranks, self._engine.stores
+        buffer = FlatBuffer(
+            members,
+            dtype=dtype,
+            placement=plan.parameter,
+            store=stores.of(plan.parameter.tier, "param"),
+            rank=ranks.rank,
+            world_size=ranks.world_size if plan.optimizer.sharded else 1,
+            device=ranks.device,
+            # Offloaded states step chunk by chunk while other units are gathered: no fence fits in between.
+            peers=self._engine.peers if plan.optimizer.tier is Tier.GPU else None,
+            changes=True,
+        )
+        # The masters start from the user's own values, not from their 16-bit rounding.
+        master_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        n = buffer.layout.shard_numel if plan.optimizer.sharded else buffer.layout.numel
+        if self._have_sources(members):
+            own = torch.zeros(n, dtype=master_dtype, device=ranks.device)
+            fill_region(buffer, self._sources, self._makers, ranks, own)
+            buffer.own_slice.copy_(own)
+            if plan.optimizer.sharded and not plan.parameter.sharded:
+                ranks.all_gather(buffer.whole, buffer.own_slice)
+        else:
+            values = torch.zeros(buffer.layout.numel, dtype=master_dtype, device=ranks.device)
+            if ranks.rank == 0:
+                for index, member in enumerate(members):
+                    buffer.view(index, values).copy_(member.parameter.data)
+            ranks.broadcast(values)
+            buffer.whole.copy_(values)
+            own = values[buffer.rank * n : (buffer.rank + 1) * n]
+        self._settle_in(buffer)
+        tier = plan.optimizer.tier
+        shares = dtype == master_dtype and plan.parameter.tier is tier
+        if not shares:
+            master = stores.of(tier, "optimizer").allocate(n, master_dtype, f"{members[0].name}.master")
+            self._engine.put_to_rest(own, master)
+        elif buffer.slab is not None:
+            master = buffer.slab
+        else:
+            master = Slab(None, tier, n, master_dtype, buffer.own_slice if plan.optimizer.sharded else buffer.whole)
+        return buffer, Gradients(buffer, plan, self._engine, master, shares)
+
+    def _have_sources(self, members: Sequence[Member]) -> bool:
+        return any(id(member.parameter) in self._sources for member in members)
+
+    def _settle_in(self, buffer: FlatBuffer) -> None:
+        """Put this rank's shard to rest and make the parameters views; the whole is still there."""
+        if buffer.slab is not None:
+            self._engine.put_to_rest(buffer.own_slice, buffer.slab)
+        buffer.adopt()
