@@ -160,7 +160,7 @@ class RunState:
             numbers[f"model{homes[model]}/{name}"] = state.numbers
         for prefix, found in held.items():
             pieces += self._pieces(prefix, found)
-        groups = stepper.states.groups()
+        groups = stepper.states.settings()
         mine: dict[str, Any] = {
             "numbers": numbers,
             "names": [sorted(f"model{homes[model]}/{name}" for model, name in names) for _, names in groups],
@@ -274,7 +274,7 @@ class RunState:
         mine = []
         for stepper in self.steppers:
             homes = self._homes(stepper)
-            mine.append([sorted(f"model{homes[m]}/{n}" for m, n in names) for _, names in stepper.states.groups()])
+            mine.append([sorted(f"model{homes[m]}/{n}" for m, n in names) for _, names in stepper.states.settings()])
         rows = self.ranks.gather_objects(mine)
         return [_united([row[number] for row in rows]) for number in range(len(self.steppers))]
 

@@ -165,7 +165,7 @@ class Builder:
             values = torch.zeros(buffer.layout.numel, dtype=master_dtype, device=ranks.device)
             if ranks.rank == 0:
                 for index, member in enumerate(members):
-                    buffer.view(index, values).copy_(member.parameter.data)
+                    buffer.view(index, values).copy_(member.parameter.detach())
             ranks.broadcast(values)
             buffer.whole.copy_(values)
             own = values[buffer.rank * n : (buffer.rank + 1) * n]

@@ -130,7 +130,7 @@ class FlatBuffer:
     def fill(self) -> None:
         """Copy the parameters' present values into `whole`. Init only, while whole has its storage."""
         for index, member in enumerate(self.members):
-            self.view(index).copy_(member.parameter.data)
+            self.view(index).copy_(member.parameter.detach())
 
     def adopt(self) -> None:
         """Make every parameter a view of `whole`, for good."""

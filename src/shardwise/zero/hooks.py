@@ -60,32 +60,59 @@ class Hooks:
         self._following = False  # whether it packs the weights that autograd keeps
         self.saved = SavedWeights(schedule.units, _weakly_recalled(self), main=schedule.ranks.rank == 0)
         self._handles: list[RemovableHandle] = []
-        self._install(root)
+        self._entries: dict[nn.Module, tuple[list[Unit], list[Unit]]] = {root: ([], [])}
+        self._heard: set[Unit] = set()  # those whose gradients are counted
+        self._listen(root)
+        self.renew()
 
-    def _install(self, root: nn.Module) -> None:
-        entries: dict[nn.Module, list[Unit]] = {root: []}
+    def renew(self) -> None:
+        """The schedule may have other units. Not inside a forward.
+
+        A module that has hooks keeps them, so that they stay in their order among the script's own.
+        """
+        for units, ending in self._entries.values():
+            units.clear()
+            ending.clear()
         for unit in self.schedule.units:
             for module in unit.entries if unit.leaves else ():
-                entries.setdefault(module, []).append(unit)
-            if unit.gradients is not None:
+                if module not in self._entries:
+                    self._entries[module] = [], []
+                    self._listen(module)
+                units, ending = self._entries[module]
+                units.append(unit)
+                # Of blocks in turn the first one's backward is the last that reads their unit.
+                if not unit.in_turn or module is unit.entries[0]:
+                    ending.append(unit)
+            if unit.gradients is not None and unit not in self._heard:
+                self._heard.add(unit)
                 for index, member in enumerate(unit.gradients.buffer.members):
                     hook = _weakly(self, unit, index)
                     parameter: Any = member.parameter  # torch does not annotate its hooks
+                    trained = parameter.requires_grad
+                    parameter.requires_grad_(True)  # torch takes hooks of no other, and keeps them when it is frozen again
                     self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
-        for kind, (module, units) in enumerate(entries.items()):
-            # Of blocks in turn the first one's backward is the last that reads their unit.
-            ending = [unit for unit in units if not unit.in_turn or module is unit.entries[0]]
-            before = partial(self._before_forward, kind, units, ending)
-            after = partial(self._after_forward, units)
-            self._handles += [
-                module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
-                module.register_forward_hook(after, always_call=True),
-            ]
+                    parameter.requires_grad_(trained)
+        self._active.clear()
+        self.saved.renew(self.schedule.units)
+
+    def _listen(self, module: nn.Module) -> None:
+        kind = list(self._entries).index(module)
+        before = partial(self._before_forward, kind, *self._entries[module])
+        after = partial(self._after_forward, self._entries[module][0])
+        self._handles += [
+            module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+            module.register_forward_hook(after, always_call=True),
+        ]
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    @property
+    def in_forward(self) -> bool:
+        """Whether a forward of the model is running, one whose backward runs inside of it included."""
+        return Phase.FORWARD in self._stack
 
     # Forward.
 
@@ -130,7 +157,7 @@ class Hooks:
             if schedule.phase is not Phase.BACKWARD:
                 self._begin_backward()
         else:
-            outermost = Phase.FORWARD not in self._stack
+            outermost = not self.in_forward
             self._stack.append(Phase.FORWARD)
             for unit in units:
                 self._active[unit] += 1
@@ -175,7 +202,7 @@ class Hooks:
             self._active[unit] -= 1
             if not self._active[unit]:  # the encoder has ended, but the model around it needs the root unit still
                 schedule.done(unit)
-        if Phase.FORWARD not in self._stack:
+        if not self.in_forward:
             if self._following:
                 self._following = False
                 self.saved.end()
@@ -221,9 +248,7 @@ class Hooks:
         self.schedule.end_backward()
         self.saved.backward_ended()
         self._after(boundary)
-        if (
-            Phase.FORWARD in self._stack
-        ):  # a forward that takes gradients by itself, such as forces of an energy, goes on
+        if self.in_forward:  # it takes gradients by itself, such as forces of an energy, and goes on
             self.schedule.resume_forward(self._recording, [unit for unit, times in self._active.items() if times])
 
 

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import logging
 import types
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakMethod, WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ..errors import NonFiniteError, OptimizerError, PrepareError
@@ -31,20 +31,19 @@ from .clipping import clip_factor, global_norm, power_sum
 from .collectives import Ranks
 from .elementwise import check_elementwise, steps_in_parts
 from .gradients import Gradients, squared_norm
+from .groups import Groups
 from .optimizer_dict import OptimizerDict
-from .optimizer_state import OptimizerState
+from .optimizer_state import OptimizerState, has_stepped
 from .plan import Tier
 from .portions import Role
 from .precision import LossScaler
 from .residency import Residency
+from .running import holding, run_step
 from .sharded import ShardedModel
 from .shards import Shard, Visits
 from .unit import Unit
 
 log = logging.getLogger("shardwise")
-
-# Those whose fused kernels take a gradient scale, on GPU and CPU.
-_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 # id(optimizer) -> what drives it, which the optimizer's own `step` keeps alive: when the optimizer goes, both go.
 _steppers: WeakValueDictionary[int, ShardedOptimizer] = WeakValueDictionary()
@@ -87,81 +86,39 @@ class ShardedOptimizer:
         self._bad_loss: Tensor | None = None
         self._check: tuple[int, Tensor, torch.Event] | None = None
         self.ranks.together(self._refuse_what_cannot_work)
-        self._shards: list[Shard] = []
-        self.states = OptimizerState(optimizer, self.models, self._shards)
-        self._members: dict[int, tuple[Gradients, list[int]]] = {}
-        self._take_over()
-        # Gradients that no other optimizer reads: what a step does to them in place is nobody else's matter.
-        self._sole = {id(g) for g, indices in self._members.values() if len(indices) == len(g.buffer.members)}
-        self._residencies = [
-            Residency(model, model.gpu_memory_budget, self._sole)
-            for model in models
-            if model.gpu_memory_budget is not None
-        ]
+        self.groups = Groups(optimizer, self.models)
+        self._visits = Visits(optimizer)
+        thawed = self.ranks.together(self._to_thaw)
+        for model in self.models:
+            model.thawing.thaw(p for p in thawed if model.thawing.holds(p))
+        self.groups.take_over()
+        self.states = OptimizerState(optimizer, self.models, self.groups)
+        self.states.adopt()
+        self._residencies: list[Residency] = []
+        self._fill_budgets()
+        self._install()
         _steppers[id(optimizer)] = self
 
     # Taking over.
-
-    def _homes(self) -> dict[int, tuple[Gradients, int]]:
-        """id(parameter) -> its gradients and its place among them."""
-        return {
-            id(member.parameter): (unit.gradients, index)
-            for model in self.models
-            for unit in model.units
-            if unit.gradients is not None
-            for index, member in enumerate(unit.gradients.buffer.members)
-        }
 
     def _refuse_what_cannot_work(self) -> None:
         optimizer, name = self.optimizer, type(self.optimizer).__name__
         if find_sharded_optimizer(optimizer) is not None:
             raise PrepareError(f"this {name} has been prepared already. Prepare each optimizer once.")
-        check_elementwise(optimizer, visits=any(not g.in_place for g, _ in self._homes().values()))
-        homes = self._homes()
-        known = {id(p) for model in self.models for p in model.model.parameters()}
-        for number, group in enumerate(optimizer.param_groups):
-            for place, parameter in enumerate(group["params"]):
-                if id(parameter) not in known:
-                    raise OptimizerError(
-                        f"parameter {place} of group {number} of this {name}, of shape {tuple(parameter.shape)}, belongs to "
-                        "no prepared model. Make the optimizer from the parameters of the model that you prepare, after "
-                        "adapters have been added to it."
-                    )
-                if parameter.requires_grad and id(parameter) not in homes and parameter.numel():
-                    raise OptimizerError(
-                        f"parameter {place} of group {number} of this {name} was frozen when its model was prepared. Set "
-                        "requires_grad before prepare."
-                    )
+        check_elementwise(optimizer, visits=any(not g.in_place for model in self.models for g in model.gradients()))
 
-    def _take_over(self) -> None:
-        homes = self._homes()
-        pieces: dict[int, list[Shard]] = {}
-        self._visits = Visits(self.optimizer)
-        parameters = [list(group["params"]) for group in self.optimizer.param_groups]
-        as_set: list[dict[str, Any]] = []
-        for gradients in {id(g): g for g, _ in homes.values()}.values():
-            for piece in gradients.pieces():
-                shard = Shard(gradients, piece.slot, piece.in_slot, piece.in_shard, piece.numel)
-                pieces.setdefault(id(gradients.buffer.members[piece.slot].parameter), []).append(shard)
-        for number, group in enumerate(self.optimizer.param_groups):
-            mine = []
-            for parameter in group["params"]:
-                if id(parameter) in homes:
-                    gradients, index = homes[id(parameter)]
-                    self._members.setdefault(id(gradients), (gradients, []))[1].append(index)
-                    mine += pieces.get(id(parameter), [])
-            for shard in mine:
-                shard.group = number
-            group["params"] = [shard.tensor for shard in mine]
-            self._shards += mine
-            as_set.append({})
-            if isinstance(self.optimizer, _FUSED) and group.get("fused") is None and not group.get("foreach"):
-                # One kernel over all shards, which also takes the clip factor; torch's default is a loop on the CPU.
-                as_set[-1]["fused"] = group.get("fused")
-                group["fused"] = not (group.get("capturable") or group.get("differentiable"))
-        self._fused = isinstance(self.optimizer, _FUSED) and all(g.get("fused") for g in self.optimizer.param_groups)
-        self.states.adopt(parameters)
-        OptimizerDict(self.states, parameters, as_set).install()
+    def _to_thaw(self) -> list[Parameter]:
+        """What the optimizer shall train, or has states for, and was frozen when its model was prepared."""
+        self.groups.check(self.optimizer.param_groups)
+        return [
+            parameter
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad or has_stepped(self.optimizer.state.get(parameter, {}))
+        ]
+
+    def _install(self) -> None:
+        """Set this one's verbs on the optimizer, as methods: LR schedulers take them apart to count the steps."""
 
         def step(_: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
             return self.step(closure)
@@ -169,17 +126,60 @@ class ShardedOptimizer:
         def zero_grad(_: Optimizer, set_to_none: bool = True) -> None:
             self.zero_grad(set_to_none)
 
+        def add_param_group(_: Optimizer, param_group: dict[str, Any]) -> None:
+            self.add_group(param_group)
+
         # LR schedulers mark the step that they wrap, and warn when it was replaced; this one sets _opt_called as theirs does.
         step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-        # Methods, not plain functions: LR schedulers take them apart to count the steps.
-        driven: Any = self.optimizer
-        driven.step = types.MethodType(step, self.optimizer)
-        driven.zero_grad = types.MethodType(zero_grad, self.optimizer)
+        for verb in (step, zero_grad, add_param_group):
+            setattr(self.optimizer, verb.__name__, types.MethodType(verb, self.optimizer))
+        OptimizerDict(self.states, self.groups).install()
+        for model in self.models:
+            model.thawing.then.append(WeakMethod(self._take_thawed))
+
+    def _fill_budgets(self) -> None:
+        """Measure a step, and fill what a budget leaves free."""
+        self._residencies = [
+            Residency(model, model.gpu_memory_budget, self.groups.sole)
+            for model in self.models
+            if model.gpu_memory_budget is not None
+        ]
+
+    def _take_thawed(self, thawed: set[int]) -> None:
+        """A model has thawed weights: those that are in the groups are stepped from now on. Collective."""
+        self.groups.take_thawed(thawed)
+        self.states.adopt_thawed(thawed)
+        self._fill_budgets()
+
+    def add_group(self, group: dict[str, Any]) -> None:
+        """torch's `add_param_group` for the user's parameters. Collective.
+
+        Weights that were frozen when their model was prepared are trained from now on if they require gradients.
+        Raises, on every rank, OptimizerError for what belongs to no prepared model, and what torch raises for a group.
+        """
+        self.states.refuse_released()
+        self.ranks.assemble("optimizer.add_param_group()")
+        groups = self.optimizer.param_groups
+
+        def made() -> dict[str, Any]:
+            with self.groups.as_given():
+                type(self.optimizer).add_param_group(self.optimizer, dict(group))
+            found = groups.pop()
+            self.groups.check([found], len(groups))
+            return found
+
+        new = self.ranks.together(made)
+        wanted = [parameter for parameter in new["params"] if parameter.requires_grad]
+        for model in self.models:
+            model.thawing.thaw((p for p in wanted if model.thawing.holds(p)), boundary=not model.accumulating)
+        groups.append(new)
+        self.groups.take_over()
+        self._take_thawed({id(parameter) for parameter in new["params"]})
 
     @property
     def shards(self) -> list[Shard]:
         """What the optimizer holds on this rank."""
-        return self._shards
+        return self.groups.shards
 
     def resume(self, steps: int, step_was_skipped: bool) -> None:
         """Another run's states have been loaded: forget what was under way for a step, and count from there."""
@@ -207,7 +207,7 @@ class ShardedOptimizer:
 
     def _held(self) -> list[Gradients]:
         """Those that hold a gradient at this moment."""
-        return [gradients for gradients, _ in self._members.values() if gradients.at_rest is not None]
+        return [gradients for gradients, _ in self.groups.members.values() if gradients.at_rest is not None]
 
     def _outstanding(self) -> tuple[Tensor | None, float]:
         """(the factor, the loss scale) that all gradients alike still wait for. Where they differ, they are multiplied now."""
@@ -243,10 +243,10 @@ class ShardedOptimizer:
         """
         self.look()
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        shards = self._chosen(parameters)
+        shards = self.groups.chosen(parameters)
         sharded = self.models[0].plan.optimizer.sharded
         earlier, scale = self._outstanding()
-        if norm_type == 2 and self._is_all(parameters):
+        if norm_type == 2 and self.groups.is_all(parameters):
             total = self._square()
             if sharded:
                 self.ranks.all_reduce(total, "sum")
@@ -258,11 +258,11 @@ class ShardedOptimizer:
             norm = norm * earlier
         factor = clip_factor(norm, float(max_norm))
         later = factor if earlier is None else earlier * factor
-        everything = self._is_all(parameters)
-        apart = [s for s in shards if not everything or id(s.gradients) not in self._sole]
+        everything = self.groups.is_all(parameters)
+        apart = [s for s in shards if not everything or id(s.gradients) not in self.groups.sole]
         if everything:  # the step multiplies, in its own pass
             for gradients in self._held():
-                if id(gradients) in self._sole:
+                if id(gradients) in self.groups.sole:
                     gradients.factor = later
         if apart:
             self._wait_for_host()
@@ -276,7 +276,7 @@ class ShardedOptimizer:
         What left for host memory was measured before it went; only sums of several micro-batches are read there. On the device
         nothing is measured before somebody has clipped once.
         """
-        whole = [g for g, indices in self._members.values() if len(indices) == len(g.buffer.members)]
+        whole = [g for g, indices in self.groups.members.values() if len(indices) == len(g.buffer.members)]
         sums = [g for g in whole if g.square is None and g.at_rest is not None]
         if any(g.host is not None for g in sums):
             self._wait_for_host()
@@ -284,7 +284,7 @@ class ShardedOptimizer:
         known |= {id(g): squared_norm(g.at_rest).to(self.ranks.device) for g in sums}
         for gradients in whole:
             gradients.measured = True  # of the next backward, while it goes on
-        rest = [shard for shard in self._shards if id(shard.gradients) not in known]
+        rest = [shard for shard in self.groups.shards if id(shard.gradients) not in known]
         if any(shard.gradients.host is not None for shard in rest):
             self._wait_for_host()
         total = power_sum(self._gradients(rest), 2.0, self.ranks.device)
@@ -308,8 +308,10 @@ class ShardedOptimizer:
         for gradients in self._held():
             gradients.apply_factor()
         _, scale = self._outstanding()
-        self._changed(self._shards)
-        grads = self._gradients(self._chosen(parameters))
+        self._changed(self.groups.shards)
+        grads = self._gradients(
+            self.groups.chosen([parameters] if isinstance(parameters, Tensor) else list(parameters))
+        )
         limit = float(value) * scale
         if grads:
             torch._foreach_clamp_min_(grads, -limit)
@@ -318,36 +320,20 @@ class ShardedOptimizer:
     def ledger(self) -> dict[tuple[Role, Tier], int]:
         """Bytes of the optimizer's states (moments and step counts) on this rank; the masters are in the model's ledger."""
         found: dict[tuple[Role, Tier], int] = {}
-        for shard in self._shards:
+        for shard in self.groups.shards:
             tier = shard.gradients.master.tier
             for value in self.optimizer.state.get(shard.tensor, {}).values():
                 if isinstance(value, Tensor) and (shard.gradients.in_place or not value.ndim):
                     found["optimizer", tier] = found.get(("optimizer", tier), 0) + value.nbytes
-        for gradients, _ in self._members.values():
+        for gradients, _ in self.groups.members.values():
             for slab in gradients.states.values():
                 found["optimizer", slab.tier] = found.get(("optimizer", slab.tier), 0) + slab.nbytes
         return found
 
-    def _is_all(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether these are all that the optimizer drives: asked of parameters, for this rank's shards may all be theirs."""
-        given = {id(p) for p in parameters}
-        return self._driven() <= given or {id(shard.tensor) for shard in self._shards} <= given != set()
-
     def holds(self, parameters: Iterable[Tensor]) -> bool:
         """Whether any of `parameters` is driven by this optimizer."""
-        mine = self._driven()
+        mine = {id(parameter) for parameter in self.groups.driven()}
         return any(id(p) in mine for p in parameters)
-
-    def _driven(self) -> set[int]:
-        """The ids of the model's parameters that this optimizer changes, on this rank or another."""
-        return {id(g.buffer.members[i].parameter) for g, indices in self._members.values() for i in indices}
-
-    def _chosen(self, parameters: Iterable[Tensor]) -> list[Shard]:
-        wanted = {id(p) for p in ([parameters] if isinstance(parameters, Tensor) else parameters)}
-        return [
-            shard for shard in self._shards
-            if id(shard.gradients.buffer.members[shard.index].parameter) in wanted or id(shard.tensor) in wanted
-        ]  # fmt: skip
 
     # The step.
 
@@ -377,7 +363,7 @@ class ShardedOptimizer:
             self._apply(norm)
         if not self.step_was_skipped:
             for residency in self._residencies:
-                residency.after_step(self.optimizer, self._shards)
+                residency.after_step(self.optimizer, self.groups.shards)
             for model in self.models:
                 for call in model.after_step:
                     call()
@@ -393,7 +379,7 @@ class ShardedOptimizer:
         self._bad_loss = None
         if not set_to_none:
             self.look()
-        for gradients, indices in self._members.values():
+        for gradients, indices in self.groups.members.values():
             if set_to_none:
                 gradients.forget(indices)
             else:
@@ -409,7 +395,7 @@ class ShardedOptimizer:
             assert norm is not None
             clip = clip_factor(norm, self.gradient_clipping)
             factor = clip if factor is None else factor * clip
-        here = [shard for shard in self._shards if shard.gradients.in_place]
+        here = [shard for shard in self.groups.shards if shard.gradients.in_place]
         if any(shard.gradients.host is not None for shard in here):
             self._wait_for_host()
         grads = []
@@ -417,12 +403,12 @@ class ShardedOptimizer:
             gradient = shard.gradient()
             if gradient is not None:
                 # In place, unless another optimizer reads the same buffer, and counts on its own factor and scale.
-                shared = id(shard.gradients) not in self._sole
+                shared = id(shard.gradients) not in self.groups.sole
                 shard.tensor.grad = gradient.to(shard.tensor.dtype, copy=shared)
                 grads.append(shard.tensor.grad)
         driven: Any = self.optimizer
         if factor is not None and grads:
-            if self._fused:
+            if self.groups.fused:
                 driven.grad_scale = factor.reciprocal().to(grads[0].device, torch.float32)
                 driven.found_inf = torch.zeros((), device=grads[0].device)
             else:
@@ -441,13 +427,13 @@ class ShardedOptimizer:
                 for shard in here:
                     shard.tensor.grad = None
                 for gradients in {id(shard.gradients): shard.gradients for shard in here}.values():
-                    if id(gradients) in self._sole and gradients.dtype_at_rest == gradients.master.dtype:
+                    if id(gradients) in self.groups.sole and gradients.dtype_at_rest == gradients.master.dtype:
                         gradients.stepped()
             for model in self.models:
                 visiting = [unit for unit in self._units(model) if not unit.gradients.in_place]
                 if visiting:
-                    shards = [shard for shard in self._shards if not shard.gradients.in_place]
-                    self._visits.step(model, visiting, shards, factor, fused=self._fused)
+                    shards = [shard for shard in self.groups.shards if not shard.gradients.in_place]
+                    self._visits.step(model, visiting, shards, factor, fused=self.groups.fused)
                 if model.engine.stores.uses_disk:
                     model.drain()
         finally:
@@ -460,36 +446,18 @@ class ShardedOptimizer:
         groups = publishing.in_groups(units)
         apart = len(groups) > 1 and steps_in_parts(self.optimizer)
         if not apart:
-            self._call()
+            run_step(self.optimizer)
         for group in groups:
             if apart:
                 mine = {id(unit.gradients) for unit in group}
-                with self._holding({id(shard.tensor) for shard in shards if id(shard.gradients) in mine}):
-                    self._call()
+                with holding(self.optimizer, {id(shard.tensor) for shard in shards if id(shard.gradients) in mine}):
+                    run_step(self.optimizer)
             for unit in group:
                 unit.cast()
             publishing.send(group)
 
-    def _call(self) -> None:
-        """Let the user's optimizer step what it holds and has a gradient."""
-        with torch.enable_grad():
-            type(self.optimizer).step(self.optimizer)
-
-    @contextmanager
-    def _holding(self, tensors: Collection[int]) -> Iterator[None]:
-        """Inside, the optimizer's groups hold only these, given by their ids."""
-        groups = self.optimizer.param_groups
-        everything = [group["params"] for group in groups]
-        for group in groups:
-            group["params"] = [tensor for tensor in group["params"] if id(tensor) in tensors]
-        try:
-            yield
-        finally:
-            for group, params in zip(groups, everything, strict=True):
-                group["params"] = params
-
     def _units(self, model: ShardedModel) -> list[Any]:
-        return [u for u in model.units if u.gradients is not None and id(u.gradients) in self._members]
+        return [u for u in model.units if u.gradients is not None and id(u.gradients) in self.groups.members]
 
     def _wait_for_host(self) -> None:
         """Gradients that rest in host memory are there only when the copies are done."""

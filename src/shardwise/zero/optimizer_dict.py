@@ -10,8 +10,7 @@ into an optimizer that was never prepared, and comes from one.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -22,16 +21,31 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ..errors import OptimizerError
-from .optimizer_state import MACHINE, Key, OptimizerState, Parts, comparable, digest, told_apart
+from .groups import Groups
+from .optimizer_state import (
+    MACHINE,
+    Key,
+    OptimizerState,
+    Parts,
+    comparable,
+    digest,
+    has_stepped,
+    in_little_memory,
+    told_apart,
+)
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A dictionary that was read and found to fit. groups: their new settings. besides: under keys that are no parameters."""
+    """A dictionary that was read and found to fit.
+
+    groups: their new settings. besides: under keys that are no parameters. frozen: the states of weights that are not trained.
+    """
 
     groups: Sequence[Mapping[str, Any]]
     states: Mapping[Key, Parts]
     besides: Mapping[Any, Any]
+    frozen: Mapping[Parameter, Mapping[str, Any]]
 
     def digest(self) -> int:
         settings = [
@@ -44,19 +58,12 @@ class _Loaded:
 class OptimizerDict:
     """The dictionary of one prepared optimizer.
 
-    states:     the optimizer's. parameters: the user's, group by group, as they were before prepare.
-    as_set:     of each group, the settings that prepare has changed, as the user had set them.
+    states, groups: the optimizer's.
     """
 
-    def __init__(
-        self,
-        states: OptimizerState,
-        parameters: Sequence[Sequence[Parameter]],
-        as_set: Sequence[Mapping[str, Any]],
-    ) -> None:
+    def __init__(self, states: OptimizerState, groups: Groups) -> None:
         self._states = states
-        self._parameters = parameters
-        self._as_set = as_set
+        self._groups = groups
 
     def install(self) -> None:
         """Set both verbs on the optimizer, as methods of this one object; its class and other optimizers keep torch's."""
@@ -84,12 +91,15 @@ class OptimizerDict:
         states.settle()
         whole = states.whole()
         state: defaultdict[Any, Any] = defaultdict(dict)
-        for parameter in _flat(self._parameters):
+        for parameter in _flat(self._groups.parameters):
             key = states.keys.get(id(parameter))
             if key in whole:
                 state[parameter] = whole[key]
+            elif id(parameter) in states.dormant:
+                kept = states.dormant[id(parameter)]
+                state[parameter] = {n: v.contiguous() if isinstance(v, Tensor) else v for n, v in kept.items()}
         state.update(states.besides)
-        with self._before_prepare(self._parameters, state):
+        with self._groups.as_given(state=state):
             found: dict[str, Any] = type(optimizer).state_dict(optimizer)
         return found
 
@@ -104,6 +114,10 @@ class OptimizerDict:
         states.refuse_released()
         ranks.assemble("optimizer.load_state_dict()")
         loaded = ranks.together(lambda: self._read(state_dict))
+        for model in states.models:  # what has stepped needs a place for its states
+            model.thawing.thaw(p for p in loaded.frozen if model.thawing.holds(p) and has_stepped(loaded.frozen[p]))
+        if any(id(parameter) in states.keys for parameter in loaded.frozen):
+            loaded = ranks.together(lambda: self._read(state_dict))
         sums = ranks.gather_numbers(loaded.digest())
         other = next((rank for rank, found in enumerate(sums) if found != sums[0]), None)
         if other is not None:
@@ -112,6 +126,7 @@ class OptimizerDict:
                 "step counts or kinds of states differ. Nothing was loaded. Load the same one on every rank."
             )
         ranks.together(lambda: states.replace(loaded.states, loaded.besides))
+        states.dormant = {id(parameter): in_little_memory(state) for parameter, state in loaded.frozen.items()}
         for group, new in zip(states.optimizer.param_groups, loaded.groups, strict=True):
             kept = {name: group[name] for name in (*MACHINE, "params") if name in group}
             group.clear()
@@ -122,15 +137,15 @@ class OptimizerDict:
         states, optimizer = self._states, self._states.optimizer
         states.settle_here()
         # torch casts states to their parameter's dtype and moves them to its device: here the master's, and the CPU.
-        stand_ins = [[self._stand_in(parameter) for parameter in own] for own in self._parameters]
-        with self._before_prepare(stand_ins, defaultdict(dict)):
+        stand_ins = [[self._stand_in(parameter) for parameter in own] for own in self._groups.parameters]
+        with self._groups.as_given(stand_ins, defaultdict(dict)):
             try:
                 type(optimizer).load_state_dict(optimizer, state_dict)
             except ValueError as error:
                 raise OptimizerError(f"{self._fault(error)} {self._count()}") from error
             groups, found = optimizer.param_groups, optimizer.state
         numbers = {id(stand_in): index for index, stand_in in enumerate(_flat(stand_ins))}
-        given = _flat(self._parameters)
+        given = _flat(self._groups.parameters)
         by_number = {numbers[id(key)]: value for key, value in found.items() if id(key) in numbers and value}
         without = next(
             (n for n, s in by_number.items() for v in s.values() if isinstance(v, Tensor) and v.is_meta), None
@@ -153,36 +168,23 @@ class OptimizerDict:
             ) from error
         keys = {number: key for number in apart if (key := states.keys.get(id(given[number]))) is not None}
         besides = {key: value for key, value in found.items() if id(key) not in numbers}
-        return _Loaded(groups, {key: apart[number] for number, key in keys.items()}, besides)
+        frozen = {given[number]: by_number[number] for number in apart if number not in keys}
+        return _Loaded(groups, {key: apart[number] for number, key in keys.items()}, besides, frozen)
 
     def _fault(self, error: object) -> str:
         name, words = type(self._states.optimizer).__name__, str(error).rstrip(".")
         return f"optimizer.load_state_dict(): this {name} cannot take the dictionary: {words}. Nothing was loaded."
 
     def _count(self) -> str:
-        counts = ", ".join(str(len(own)) for own in self._parameters)
-        return f"It has {len(self._parameters)} parameter group(s), of {counts} parameters, frozen ones included."
+        counts = ", ".join(str(len(own)) for own in self._groups.parameters)
+        return (
+            f"It has {len(self._groups.parameters)} parameter group(s), of {counts} parameters, frozen ones included."
+        )
 
     def _stand_in(self, parameter: Parameter) -> Parameter:
         key = self._states.keys.get(id(parameter))
         dtype = parameter.dtype if key is None else self._states.dtypes[key]
         return Parameter(torch.zeros((), dtype=dtype).expand(parameter.shape), requires_grad=False)
-
-    @contextmanager
-    def _before_prepare(self, parameters: Sequence[Sequence[Parameter]], state: Mapping[Any, Any]) -> Iterator[None]:
-        """Inside, the optimizer has `parameters` in its groups, `state`, and its groups' settings as the user had set them."""
-        optimizer: Any = self._states.optimizer
-        groups, held = optimizer.param_groups, optimizer.state
-        now = [dict(group) for group in groups]
-        for group, own, as_set in zip(groups, parameters, self._as_set, strict=False):  # a group may have been added
-            group.update(as_set, params=list(own))
-        optimizer.state = state
-        try:
-            yield
-        finally:
-            optimizer.param_groups, optimizer.state = groups, held
-            for group, before, as_set in zip(groups, now, self._as_set, strict=False):
-                group.update({name: before[name] for name in ("params", *as_set)})
 
 
 def _flat(parameters: Sequence[Sequence[Parameter]]) -> list[Parameter]:

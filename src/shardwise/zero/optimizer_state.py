@@ -11,7 +11,7 @@ with every piece. `intervals` is the one walk over the states: checkpoints write
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from ..errors import OptimizerError
 from .exchange import exchange
+from .groups import Groups
 from .intervals import Interval, Rest
 from .intervals import settle as settle_model
 from .sharded import ShardedModel
@@ -60,25 +61,33 @@ class OptimizerState:
     """The states of one optimizer on this rank.
 
     optimizer: its dictionary `state` holds numbers, tensors that are changed in place, and stand-ins for what rests elsewhere.
-    models:    whose parameters it drives. shards: what it holds of them on this rank; the caller may still add to the list.
+    models:    whose parameters it drives. groups: what it holds of them on this rank.
     keys:      id(parameter) -> key, of what is trained. shapes, dtypes: by key, the parameter's and its master's.
+    dormant:   id(parameter) -> what a constructor made for one that is frozen.
     """
 
-    def __init__(self, optimizer: Optimizer, models: Sequence[ShardedModel], shards: list[Shard]) -> None:
+    def __init__(self, optimizer: Optimizer, models: Sequence[ShardedModel], groups: Groups) -> None:
         self.optimizer = optimizer
         self.models = models
-        self.shards = shards
+        self.groups = groups
         self.ranks = models[0].ranks
+        self.dormant: dict[int, dict[str, Any]] = {}
+        self.keys: dict[int, Key] = {}
+        self.shapes: dict[Key, tuple[int, ...]] = {}
+        self.dtypes: dict[Key, torch.dtype] = {}
+        self._look()
+
+    def _look(self) -> None:
         trained = [
             ((number, slot.name), slot.shape, member.parameter, unit.gradients.master.dtype)
-            for number, model in enumerate(models)
+            for number, model in enumerate(self.models)
             for unit in model.units
             if unit.gradients is not None
             for slot, member in zip(unit.gradients.buffer.layout.slots, unit.gradients.buffer.members, strict=True)
         ]
-        self.keys: dict[int, Key] = {id(parameter): key for key, _, parameter, _ in trained}
-        self.shapes: dict[Key, tuple[int, ...]] = {key: shape for key, shape, _, _ in trained}
-        self.dtypes: dict[Key, torch.dtype] = {key: dtype for key, _, _, dtype in trained}
+        self.keys = {id(parameter): key for key, _, parameter, _ in trained}
+        self.shapes = {key: shape for key, shape, _, _ in trained}
+        self.dtypes = {key: dtype for key, _, _, dtype in trained}
 
     @property
     def sharded(self) -> bool:
@@ -105,7 +114,7 @@ class OptimizerState:
     def _held(self) -> Iterator[tuple[Key, tuple[int, ...], int, bool, Shard]]:
         """(key, shape, begin, copied, what the optimizer holds) of each interval on this rank."""
         owners = {id(u.gradients): n for n, model in enumerate(self.models) for u in model.units if u.gradients}
-        for shard in self.shards:
+        for shard in self.groups.shards:
             gradients = shard.gradients
             slot = gradients.buffer.layout.slots[shard.index]
             copied = not gradients.plan.optimizer.sharded and self.ranks.world_size > 1
@@ -142,11 +151,21 @@ class OptimizerState:
 
         elementwise, numbers: what a parameter has, by its key. Both empty: it has taken no step.
         """
-        groups = {id(tensor): group for group in self.optimizer.param_groups for tensor in group["params"]}
         self.optimizer.state.clear()
         self.optimizer.state.update(besides)
         self._clear_slabs(elementwise)
+        self._make_for(set(self.shapes), elementwise, numbers)
+
+    def _make_for(
+        self,
+        keys: Collection[Key],
+        elementwise: Callable[[Key], Mapping[str, torch.dtype]],
+        numbers: Callable[[Key], Mapping[str, Any]],
+    ) -> None:
+        groups = {id(tensor): group for group in self.optimizer.param_groups for tensor in group["params"]}
         for key, _, _, _, shard in self._held():
+            if key not in keys:
+                continue
             tensor = shard.tensor
             group = groups[id(tensor)]
             on_device = any(group.get(flag) for flag in ("fused", "capturable"))
@@ -179,7 +198,7 @@ class OptimizerState:
                 kept = wanted[id(gradients)]
                 gradients.states = {n: slab for n, slab in gradients.states.items() if (n, slab.dtype) in kept}
 
-    def groups(self) -> list[tuple[dict[str, Any], set[Key]]]:
+    def settings(self) -> list[tuple[dict[str, Any], set[Key]]]:
         """Each parameter group: its settings, and the keys of what this rank holds of it."""
         keys = {id(shard.tensor): key for key, _, _, _, shard in self._held()}
         return [
@@ -197,35 +216,22 @@ class OptimizerState:
 
         Raises StoreError where a drive fails.
         """
-        none = Parts({}, {})
-        self.make(
-            lambda key: {name: value.dtype for name, value in whole.get(key, none).elementwise.items()},
-            lambda key: whole.get(key, none).numbers,
-            besides,
-        )
+        self.make(*_kinds(whole), besides)
+        self._write(whole)
+
+    def _write(self, whole: Mapping[Key, Parts]) -> None:
         for state in self.intervals():
-            for name, interval in state.elementwise.items():
+            for name, interval in state.elementwise.items() if state.key in whole else ():
                 flat = whole[state.key].elementwise[name]
                 interval.write(flat[interval.begin : interval.begin + interval.numel])
 
-    def adopt(self, parameters: Sequence[Sequence[Parameter]]) -> None:
-        """Take over the states that the optimizer has for `parameters`, the user's, group by group. Collective.
+    def adopt(self) -> None:
+        """Take over the states that the optimizer has for the user's parameters. Collective.
 
-        They are its constructor's, or those that it has loaded or made in steps before prepare. Of weights that are not trained
-        nothing is kept. Raises OptimizerError for states that cannot be cut, and if those of the ranks differ.
+        They are its constructor's, or those that it has loaded or made in steps before prepare.
+        Raises OptimizerError for states that cannot be cut, and if those of the ranks differ.
         """
-
-        def taken() -> dict[Key, Parts]:
-            found: dict[Key, dict[str, Any]] = {}
-            for group, own in zip(self.optimizer.param_groups, parameters, strict=True):
-                for parameter in own:
-                    state = self.optimizer.state.pop(parameter, None)
-                    key = self.keys.get(id(parameter))
-                    if state and key is not None:
-                        found[key] = self._with_memory(state, key, group)
-            return told_apart(found, self.shapes, lambda key: key[1])
-
-        apart = self.ranks.together(taken)
+        apart = self.ranks.together(lambda: self._taken(self.groups.parameters))
         sums = self.ranks.gather_numbers(digest(apart))
         other = next((rank for rank, found in enumerate(sums) if found != sums[0]), None)
         if other is not None:
@@ -235,6 +241,30 @@ class OptimizerState:
             )
         if any(sums):
             self.ranks.together(lambda: self.replace(apart, self.besides))
+
+    def adopt_thawed(self, thawed: Collection[int]) -> None:
+        """These parameters are trained from now on, some of them by this optimizer. Collective where a drive is used."""
+        self._look()
+        for parameter in self.groups.driven():
+            if id(parameter) in thawed and id(parameter) in self.dormant:
+                self.optimizer.state[parameter] = self.dormant.pop(id(parameter))
+        apart = self._taken(self.groups.parameters)
+        if apart:
+            self._make_for(set(apart), *_kinds(apart))
+            self._write(apart)
+
+    def _taken(self, parameters: Sequence[Sequence[Parameter]]) -> dict[Key, Parts]:
+        """What the optimizer's dictionary holds under the user's own parameters, which is taken out of it."""
+        found: dict[Key, dict[str, Any]] = {}
+        for group, own in zip(self.optimizer.param_groups, parameters, strict=True):
+            for parameter in own:
+                state = self.optimizer.state.pop(parameter, None)
+                key = self.keys.get(id(parameter))
+                if state and key is None:
+                    self.dormant[id(parameter)] = in_little_memory(state)
+                elif state and key is not None:
+                    found[key] = self._with_memory(state, key, group)
+        return told_apart(found, self.shapes, lambda key: key[1])
 
     def _with_memory(self, state: Mapping[str, Any], key: Key, group: Mapping[str, Any]) -> dict[str, Any]:
         """What the constructor made of a parameter, in the master's dtype; made anew of one that had no memory then."""
@@ -293,6 +323,38 @@ class OptimizerState:
         for model in self.models:
             model.synchronize()
             model.engine.stores.drain()
+
+
+def has_stepped(state: Mapping[str, Any]) -> bool:
+    """Whether these are states that steps have made: a constructor counts none, and makes all elements alike."""
+    if float(state.get("step", 0)) > 0:
+        return True
+    return any(isinstance(v, Tensor) and not v.is_meta and v.numel() > 1 and not _is_even(v) for v in state.values())
+
+
+def in_little_memory(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The same states, of which those with equal elements take the memory of one."""
+    return {
+        name: value.reshape(-1)[:1].clone().view((1,) * value.ndim).expand(value.shape)
+        if isinstance(value, Tensor) and not value.is_meta and value.numel() > 1 and _is_even(value)
+        else value
+        for name, value in state.items()
+    }
+
+
+def _is_even(value: Tensor) -> bool:
+    return bool((value == value.reshape(-1)[0]).all())
+
+
+def _kinds(
+    whole: Mapping[Key, Parts],
+) -> tuple[Callable[[Key], Mapping[str, torch.dtype]], Callable[[Key], Mapping[str, Any]]]:
+    """The dtypes of elementwise states, and the numbers, by key."""
+    none = Parts({}, {})
+    return (
+        lambda key: {name: value.dtype for name, value in whole.get(key, none).elementwise.items()},
+        lambda key: whole.get(key, none).numbers,
+    )
 
 
 def told_apart(

@@ -64,8 +64,12 @@ class SavedWeights:
     def __init__(self, units: Sequence[Unit], recall: Callable[[Unit], bool], *, main: bool) -> None:
         self._recall = recall
         self._main = main
-        self._owners = {part.whole.untyped_storage()._cdata: unit for unit in units for part in unit.parts}
         self._surprised = False
+        self.renew(units)
+
+    def renew(self, units: Sequence[Unit]) -> None:
+        """These are the model's units from now on; what earlier forwards have packed keeps its own."""
+        self._owners = {part.whole.untyped_storage()._cdata: unit for unit in units for part in unit.parts}
         self._backwards = 0
 
     @property

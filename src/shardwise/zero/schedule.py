@@ -69,12 +69,16 @@ class Schedule:
         prefetch: int = 1,
         faults: Faults | None = None,
     ) -> None:
-        self.units = list(units)
         self.ranks = ranks
         self.lanes = lanes
         self.prefetch = prefetch
         self.reductions = reductions
         self.faults = faults or Faults(ranks)
+        self.renew(units)
+
+    def renew(self, units: Sequence[Unit]) -> None:
+        """These are the model's units from now on, and the ranks learn the order of the passes anew. Not inside a pass."""
+        self.units = list(units)
         self.phase = Phase.IDLE
         self.index = {id(unit): i for i, unit in enumerate(self.units)}
         self._gatherable = [i for i, unit in enumerate(self.units) if unit.leaves]
@@ -91,14 +95,14 @@ class Schedule:
         self._finished: list[Unit] = []  # used, not yet released
         self._idle: dict[int, None] = {}  # gathered on the way to another unit, kept until the pass ends
         self._held = 0
-        self.rounds = Rounds(self.units, ranks, self._negotiate)
+        self.rounds = Rounds(self.units, self.ranks, self._negotiate)
         self._in_round = False
         self._kind = 0
         self._generating = 0
         self._lingers = False  # what is gathered stays beyond the pass: a backward recorded a graph that keeps weights
         self._until_forward = False  # and no longer than until the next forward
         self._records = False  # whether the running backward records a graph
-        self.reducing = Reducing(self.units, ranks)
+        self.reducing = Reducing(self.units, self.ranks)
         self._rounds = 0  # how often this pass began its sequence anew
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
 from typing import Literal
 from weakref import WeakValueDictionary
 
@@ -24,6 +25,7 @@ from .checks import check_model, paths_of
 from .collectives import Ranks
 from .engine import Doubts, Engine, Faults, Kind, ReductionsInFlight, Stores
 from .generation import room_for_weights, units_that_fit
+from .gradients import Gradients
 from .hooks import Hooks
 from .peers import GatherWith, PeerMemory
 from .plan import Plan, Tier
@@ -35,6 +37,7 @@ from .schedule import Schedule
 from .shown import Norms
 from .sources import Makers, Sources, choose_makers
 from .streams import Lanes
+from .thawing import Thawing
 from .unit import Unit
 from .units import UnitSpec, find_units
 from .writing import follow, has_strayed, write_back
@@ -138,6 +141,7 @@ class ShardedModel:
             after=self._after_backward,
             compute_dtype=dtype,
         )
+        self.thawing = Thawing(self.units, self._builder, self._engine, self.schedule, self._hooks, self.drain)
         _sharded[id(model)] = self
 
     @staticmethod
@@ -189,23 +193,27 @@ class ShardedModel:
 
     def _after_backward(self, boundary: bool) -> None:
         self.accumulating = not boundary
-        gradients = [unit.gradients for unit in self.units if unit.gradients is not None]
         if boundary:
             self.schedule.reducing.settle()
+            gradients = self.gradients()
             # A parameter that no rank used keeps no gradient, as in one process: the optimizer must not touch it.
-            used = self.ranks.any_of([flag for g in gradients for flag in g.used])
-            start = 0
+            used, thaws = self.thawing.vote([flag for g in gradients for flag in g.used])
+            flags = iter(used)
             for g in gradients:
-                g.used = used[start : start + len(g.used)]
-                start += len(g.used)
-        for g in gradients:
+                g.used = list(islice(flags, len(g.used)))
+            if thaws:
+                self.thawing.thaw()
+        for g in self.gradients():
             g.shown.show()
 
     def look_at_gradients(self) -> None:
         """Take over what a script has done to `grad` of the parameters since a backward: dropped, assigned or changed it."""
-        for unit in self.units:
-            if unit.gradients is not None:
-                unit.gradients.shown.look()
+        for gradients in self.gradients():
+            gradients.shown.look()
+
+    def gradients(self) -> list[Gradients]:
+        """Of every unit that is trained."""
+        return [unit.gradients for unit in self.units if unit.gradients is not None]
 
     def in_forward_order(self, units: Sequence[Unit]) -> list[Unit]:
         """`units` as the next forward will need them, as far as that is known; those without modules last."""
@@ -215,9 +223,8 @@ class ShardedModel:
 
     def drop_gradients(self) -> None:
         """Forget every gradient since the last step, reduced or not."""
-        for unit in self.units:
-            if unit.gradients is not None:
-                unit.gradients.drop()
+        for gradients in self.gradients():
+            gradients.drop()
 
     def meet(self) -> None:
         """`synchronize`, and where ranks read each other's shards, wait until all have. Collective."""

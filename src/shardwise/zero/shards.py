@@ -28,6 +28,7 @@ from ..errors import StoreError
 from ..offload.store import Arrival, Slab
 from . import publishing
 from .gradients import Gradients
+from .running import run_step
 from .sharded import ShardedModel
 from .unit import Unit
 
@@ -225,8 +226,7 @@ class Visits:
                 }
             trial.param_groups[shard.group]["params"].append(piece)
             pieces.append((shard, piece, where))
-        with torch.enable_grad():
-            type(self.optimizer).step(trial)
+        run_step(trial)
         stepped = []
         for shard, piece, where in pieces:
             state = trial.state[piece]
