@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -52,6 +53,30 @@ def _groups(timeout: datetime.timedelta) -> tuple[dist.ProcessGroup, dist.Proces
     return data, control
 
 
+class _Places:
+    """Of this process: how often all ranks have exchanged facts, and the places named since, by topic."""
+
+    def __init__(self) -> None:
+        self.exchanges = 0
+        self.counts: Counter[str] = Counter()
+
+    def exchanged(self) -> None:
+        self.exchanges += 1
+        self.counts.clear()
+
+    def name(self, topic: str) -> str:
+        self.counts[topic] += 1
+        return f"shardwise/{topic}/{self.exchanges}.{self.counts[topic]}"
+
+
+_places = _Places()
+
+
+def _store() -> Any:
+    """What the ranks found each other by."""
+    return dist.distributed_c10d._get_default_store()
+
+
 class Ranks:
     """This process, its device, and the collectives over all processes of the run.
 
@@ -76,6 +101,7 @@ class Ranks:
         self._reduce: dist.ProcessGroup | None = None
         self._control: dist.ProcessGroup | None = None
         self._told: dist.Work | None = None  # a vote whose outcome this rank knew
+        self._is_aside = False
         if self.world_size > 1:
             self._data, self._control = _groups(timeout)
             self._reduce = dist.group.WORLD
@@ -126,6 +152,7 @@ class Ranks:
         other = copy.copy(self)
         other.counts = Counter()
         other._owns_group = False
+        other._is_aside = True
         other._data = other._reduce = other._told = None
         if self._control is not None:
             other._control = dist.new_group(backend="gloo", timeout=self._timeout)
@@ -238,18 +265,24 @@ class Ranks:
 
     # Facts, between host processes, over the control group.
 
+    def _exchange(self) -> dist.ProcessGroup | None:
+        """The control group, for an exchange among all ranks, which is counted: see `place`."""
+        if self._control is not None and not self._is_aside:
+            _places.exchanged()
+        return self._control
+
     def barrier(self) -> None:
         """Return once every rank has called it."""
-        if self._control is not None:
-            dist.all_reduce(torch.zeros(1), group=self._control)
+        if (control := self._exchange()) is not None:
+            dist.all_reduce(torch.zeros(1), group=control)
 
     def gather_numbers(self, number: int) -> list[int]:
         """Every rank's whole number, in rank order. About 0.1 ms between processes of one machine."""
         self.counts["gather_numbers"] += 1
-        if self._control is None:
+        if (control := self._exchange()) is None:
             return [number]
         numbers = torch.empty(self.world_size, dtype=torch.int64)
-        _all_gather(numbers, torch.tensor([number]), group=self._control)
+        _all_gather(numbers, torch.tensor([number]), group=control)
         return [int(n) for n in numbers]
 
     def any_of(self, flags: list[bool]) -> list[bool]:
@@ -258,13 +291,13 @@ class Ranks:
         A rank whose flags are all set knows the answer: it tells the others and does not wait for them until the next call.
         """
         self.counts["any_of"] += 1
-        if self._control is None or not flags:
+        if not flags or (control := self._exchange()) is None:
             return flags
         if self._told is not None:
             self._told.wait()
             self._told = None
         votes = torch.tensor(flags, dtype=torch.uint8)
-        sent = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._control, async_op=True)
+        sent = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=control, async_op=True)
         if all(flags):
             self._told = sent
             return flags
@@ -273,19 +306,45 @@ class Ranks:
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's `value`, in rank order, on every rank. The values are pickled."""
-        if self._control is None:
+        if (control := self._exchange()) is None:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._control)
+        dist.all_gather_object(values, value, group=control)
         return values
 
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
         """Rank `source`'s `value`, on every rank."""
-        if self._control is None:
+        if (control := self._exchange()) is None:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=source, group=self._control)
+        dist.broadcast_object_list(box, src=source, group=control)
         return box[0]
+
+    def place(self, topic: str) -> str:
+        """A name for this place of the program, the same on every rank: the n-th of `topic` since all last exchanged facts.
+
+        So what one rank did there alone is not taken for what all do later.
+        """
+        return _places.name(topic)
+
+    def say(self, place: str, word: str) -> None:
+        """Leave a word for the other ranks, who may ask for it; nobody waits."""
+        if self._control is not None:
+            _store().set(f"{place}/{self.rank}", word)
+
+    def heard(self, place: str, ranks: Sequence[int]) -> list[str]:
+        """What these ranks say at that place. Waits for them; raises RankError if one does not come."""
+        keys = [f"{place}/{rank}" for rank in ranks]
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        pause_s = 1e-4
+        # Not the store's `wait`, which would hold its lock for all threads of the process.
+        while keys and not _store().check(keys):
+            if time.monotonic() > deadline:
+                absent = next(rank for rank, key in zip(ranks, keys, strict=True) if not _store().check([key]))
+                raise RankError(f"rank {absent} has not come to {place.split('/')[1]} within {self._timeout}.")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.05)
+        return [word.decode() for word in _store().multi_get(keys)] if keys else []
 
     def agree(self, error: Exception | None) -> None:
         """Raise on every rank if any rank met an error, so that none waits for a rank that has left.
