@@ -103,7 +103,7 @@ def _sums_of(model: ShardedModel, ranks: Ranks) -> dict[str, str]:
     """Name -> dtype and fingerprint of each frozen weight. Collective."""
     if model not in _sums:
         held = intervals.share(intervals.frozen(model), ranks.rank, ranks.world_size)
-        dtypes = {m.name: str(m.dtype).removeprefix("torch.") for m in intervals.members(model) if not m.trained}
+        dtypes = {m.name: str(m.dtype).removeprefix("torch.") for m in model.whole.members() if not m.trained}
         _sums[model] = {name: f"{dtypes[name]} {total}" for name, total in fingerprints(held, ranks).items()}
     return _sums[model]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from .checkpoint.tensor_file import dtype_name
-from .zero import intervals
 from .zero.sharded import ShardedModel
 
 
@@ -31,7 +30,7 @@ def facts_of(sharded: ShardedModel) -> dict[str, Any]:
             name: _plain(adapter.to_dict())
             for name, adapter in (adapters if isinstance(adapters, dict) else {}).items()
         },
-        "dtypes": {m.name: dtype_name(m.dtype) for m in intervals.members(sharded) if m.trained},
+        "dtypes": {m.name: dtype_name(m.dtype) for m in sharded.whole.members() if m.trained},
         "aliases": {name: first for name, first in every if name != first},
         "ignored": sorted(getattr(model, "_keys_to_ignore_on_save", None) or ()),
     }

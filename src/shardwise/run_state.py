@@ -64,7 +64,7 @@ class RunState:
     def settle(self) -> None:
         """Finish what is under way on the device. Collective."""
         for model in self.models:
-            intervals.settle(model)
+            model.settle()
         for stepper in self.steppers:
             stepper.raise_if_bad()
 
@@ -187,7 +187,7 @@ class RunState:
                     "in the same order before load_state."
                 )
         for number, model in enumerate(self.models):
-            expected = {f"model{number}/trained/{m.name}": m.shape for m in intervals.members(model) if m.trained}
+            expected = {f"model{number}/trained/{m.name}": m.shape for m in model.whole.members() if m.trained}
             known = set(checkpoint.addresses(f"model{number}/trained/"))
             missing, unknown = sorted(expected.keys() - known), sorted(known - expected.keys())
             if missing or unknown:

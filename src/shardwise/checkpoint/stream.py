@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..zero import intervals
 from ..zero.collectives import attempt
 from ..zero.sharded import ShardedModel
 from .export import WeightFiles
@@ -45,7 +44,7 @@ def save_streamed(
     def open_files() -> WeightFiles:
         specs = [
             Spec(names[0], _cast(member.dtype, dtype), member.shape)
-            for member in intervals.members(model)
+            for member in model.whole.members()
             if (names := named.get(member.name))
         ]
         buffers = [Spec(name, _cast(b.dtype, dtype), tuple(b.shape)) for name, b in _buffers(model, rename)]
@@ -63,7 +62,7 @@ def save_streamed(
         tensor = give().to("cpu")
         weights.write(name, tensor.to(_cast(tensor.dtype, dtype)))
 
-    for name, give in intervals.whole_tensors(model, lambda name: bool(named.get(name))):
+    for name, give in model.whole.stream(lambda name: bool(named.get(name))):
         if main and error is None and give is not None:
             _, error = attempt(lambda: write(named[name][0], give))  # noqa: B023 - called at once
 
