@@ -1,7 +1,8 @@
 """Everything that a run needs to go on bit for bit: taken into a draft of a checkpoint, and brought back from one.
 
     model0/trained/<name>                 fp32 masters             each rank its intervals
-    model0/frozen/<name>                  only where asked for     each rank its intervals
+    model0/frozen/<name>                  an adapter's; all only where asked for     each rank its intervals
+    model0/adapter/<adapter>/<name>       what peft computes of an adapter           rank 0's
     model0/buffer/<name>                  rank 0's
     optimizer0/<state>/model0/<name>      moments                  each rank its intervals
     state of each rank                    generators, loaders, step counts, names in parameter groups
@@ -17,7 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ from .checkpoint.write import Draft, Piece, whole_pieces
 from .data_loader import PreparedLoader
 from .errors import CheckpointError
 from .generators import generator_states, set_generator_states
+from .model_facts import KeptAdapters
 from .zero import intervals
 from .zero.collectives import Ranks, attempt
 from .zero.intervals import Interval
@@ -68,9 +70,10 @@ class RunState:
         for stepper in self.steppers:
             stepper.raise_if_bad()
 
-    def draft(self, counters: dict[str, Any], *, with_frozen: bool) -> Draft:
+    def draft(self, counters: dict[str, Any], adapters: Sequence[KeptAdapters], *, with_frozen: bool) -> Draft:
         """This rank's part of a checkpoint. Reads nothing yet: pieces are read when they are written, or copied.
 
+        adapters: of each model, what is kept of them. with_frozen: all frozen weights are kept.
         Raises CheckpointError for state that a checkpoint cannot hold. Collective.
         """
         rank = self.ranks.rank
@@ -81,7 +84,9 @@ class RunState:
         state["generators"] = generator_states(self.ranks.device)
         for number, model in enumerate(self.models):
             pieces += self._pieces(f"model{number}/trained", intervals.trained(model))
-        pieces += self.frozen_pieces() if with_frozen else []
+        pieces += self.frozen_pieces(None if with_frozen else [kept.frozen for kept in adapters])
+        for number, kept in enumerate(adapters):
+            pieces += whole_pieces({f"model{number}/adapter/{name}": tensor for name, tensor in kept.computed.items()})
         state["optimizers"] = [self._optimizer(number, pieces) for number in range(len(self.steppers))]
         state["loaders"] = [_position(loader) for loader in self.loaders]
         if rank == 0:
@@ -92,12 +97,15 @@ class RunState:
         encoded = {**encode(state, tensors, "state"), "objects": objects}
         return Draft([*pieces, *whole_pieces(tensors)], encoded)
 
-    def frozen_pieces(self) -> list[Piece]:
-        """This rank's part of the frozen weights."""
+    def frozen_pieces(self, only: Sequence[Container[str]] | None = None) -> list[Piece]:
+        """This rank's part of the frozen weights. only: for each model, the names that are wanted."""
         return [
             piece
             for number, model in enumerate(self.models)
-            for piece in self._pieces(f"model{number}/frozen", intervals.frozen(model))
+            for piece in self._pieces(
+                f"model{number}/frozen",
+                [held for held in intervals.frozen(model) if only is None or held.name in only[number]],
+            )
         ]
 
     def _pieces(self, prefix: str, held: Sequence[Interval]) -> Iterator[Piece]:
@@ -201,15 +209,19 @@ class RunState:
                         f"{where}: {address} has shape {checkpoint.shape(address)}, but this model's is {shape}."
                     )
 
-    def restore_tensors(self, checkpoint: Checkpoint, states: Sequence[dict[str, Any]], frozen: Sequence[int]) -> None:
-        """Read this rank's intervals, of weights and optimizer states. frozen: models whose frozen weights are read too.
+    def restore_tensors(
+        self, checkpoint: Checkpoint, states: Sequence[dict[str, Any]], frozen: Mapping[int, Container[str]]
+    ) -> None:
+        """Read this rank's intervals, of weights and optimizer states. frozen: the names that are read too, by model.
 
         No communication: the caller agrees on how it went, and then calls `publish`.
         """
         for number, model in enumerate(self.models):
             _fill(checkpoint, f"model{number}/trained", intervals.trained(model))
-            if number in frozen:
-                _fill(checkpoint, f"model{number}/frozen", intervals.frozen(model))
+            wanted = frozen.get(number, ())
+            _fill(
+                checkpoint, f"model{number}/frozen", [held for held in intervals.frozen(model) if held.name in wanted]
+            )
         own = states[self.ranks.rank]["buffers"] if self.ranks.rank < len(states) else {}
         with torch.no_grad():
             for address, buffer in self._persistent_buffers():

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .codec import decode
-from .manifest import Index, Manifest, Part, read_index, read_manifest
+from .manifest import MANIFEST, Index, Manifest, Part, read_index, read_manifest
+from .names import beside
 from .tensor_file import read_part
 
 
@@ -33,6 +34,8 @@ class Checkpoint:
         self._parts: dict[str, list[tuple[Path, Part]]] = {}
         self._own: list[dict[str, tuple[Path, Part]]] = []
         for entry in self.manifest.entries:
+            for name in filter(None, (entry.index, entry.tensors)):
+                beside(directory / MANIFEST, name)
             index = read_index(directory, entry)
             self._states.append(index.state)
             self._own.append(self._add(directory, entry.tensors, index))
@@ -112,3 +115,8 @@ class Checkpoint:
         for parts in self._parts.values():
             for path, part in parts:
                 read_part(path, part.place, 0, torch.empty(part.numel, dtype=part.place.dtype))
+
+
+def shared_by(checkpoint: Checkpoint) -> Checkpoint:
+    """The frozen weights that `checkpoint` shares with others, in a directory beside it. Raises CheckpointError."""
+    return Checkpoint(beside(checkpoint.directory, checkpoint.manifest.frozen["kept"]))

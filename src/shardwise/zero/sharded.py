@@ -68,6 +68,7 @@ class ShardedModel:
                     takes the first where it is possible.
     after_step:     called after every step of an optimizer on this model, on every rank.
     generation_memory_budget: bytes of gathered weights while generating; "auto" for what is free, None for the fewest.
+    writes:         how often a script has written into its weights.
     whole:          the weights whole, one unit at a time.
     sync_gradients: set False before a backward whose gradients are accumulated only. accumulating: the last one was so.
     Collective: every rank calls it with an equally built model; rank 0's weights are everybody's afterwards.
@@ -99,6 +100,7 @@ class ShardedModel:
         self.accumulating = False
         self.gpu_memory_budget = gpu_memory_budget
         self.after_step: list[Callable[[], None]] = []
+        self.writes = 0
         self.generation_memory_budget = generation_memory_budget
         self._whole_adapters = whole_adapters
         self._sources: dict[int, Source] = dict(sources or {})
@@ -370,13 +372,14 @@ class ShardedModel:
     @contextmanager
     def _modified(self, units: Sequence[Unit]) -> Iterator[None]:
         with self.schedule.hold(units):
-            before = weights_before(units)
+            before = self.ranks.together(lambda: weights_before(units))
             error: Exception | None = None
             try:
                 yield
             except Exception as caught:
                 error = caught
             self.ranks.agree(error)
+            self.writes += 1
             self.meet()
             write_back(units, before, self.ranks, self.fetched, self.put_to_rest)
             self.meet()
