@@ -294,9 +294,13 @@ class ShardedOptimizer:
         return found
 
     def _is_all(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether these are all that the optimizer drives: asked of parameters, for this rank's shards may all be theirs."""
+        """Whether these are all that the optimizer drives: the same on every rank.
+
+        Asked of parameters, for this rank's shards may all be theirs; of shards only where there is one group that they can be.
+        """
         given = {id(p) for p in parameters}
-        return self._driven() <= given or {id(shard.tensor) for shard in self._shards} <= given != set()
+        one = len(self.optimizer.param_groups) == 1
+        return self._driven() <= given or (one and {id(shard.tensor) for shard in self._shards} <= given)
 
     def holds(self, parameters: Iterable[Tensor]) -> bool:
         """Whether any of `parameters` is driven by this optimizer."""
