@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError
 from .zero.sharded import ShardedModel
-from .zero.stand_ins import Reads, blank, standing_in
+from .zero.stand_ins import Reads, blank
+from .zero.whole import persistent_buffers
 
 T = TypeVar("T")
 
@@ -71,17 +72,15 @@ def contents_of(
     model: the prepared one or a part of it. embeddings: peft's save_embedding_layers.
     """
     blanks = _blanks(sharded)
-    parameters = {id(p): name for name, p in sharded.model.named_parameters()}
-    named = {name: blanks[key] for key, name in parameters.items() if key in blanks}
-    named.update(persistent_buffers(sharded.model))
+    named = {**blanks, **persistent_buffers(sharded.model)}
     found = {}
     for adapter in adapters:
         reads = Reads(named)
-        with undisturbed(model), standing_in(sharded.model, blanks), reads:
+        with undisturbed(model), sharded.whole.standing_in(blanks), reads:
             state = state_of(sharded, model, adapter, embeddings)
         weights = {name: source for name, value in state.items() if (source := reads.source_of(value)) is not None}
         computed = tuple(name for name in state if name not in weights)
-        found[adapter] = Contents(weights, computed, frozenset(reads.read & set(parameters.values())))
+        found[adapter] = Contents(weights, computed, frozenset(reads.read & blanks.keys()))
     return found
 
 
@@ -128,44 +127,30 @@ def written_config(model: Any, adapter: str) -> dict[str, Any]:
     return content
 
 
-def on_whole(sharded: ShardedModel, values: Mapping[int, Tensor], action: Callable[[], T], missing: str) -> T:
-    """What `action` gives while `values`, by the id of their parameter, stand in for parameters, and blanks for the others.
+def on_whole(sharded: ShardedModel, values: Mapping[str, Tensor], action: Callable[[], T], missing: str) -> T:
+    """What `action` gives while `values`, by the engine's names, stand in for parameters, and blanks for the others.
 
     Raises CheckpointError if it computes with a blank: the weight's name and `missing`.
     """
-    blanks = {key: value for key, value in _blanks(sharded).items() if key not in values}
-    named = {name: blanks[id(p)] for name, p in sharded.model.named_parameters() if id(p) in blanks}
-    with (
-        standing_in(sharded.model, {**blanks, **values}),
-        Reads(named, lambda name: CheckpointError(f"{name} {missing}")),
-    ):
+    blanks = {name: value for name, value in _blanks(sharded).items() if name not in values}
+    reads = Reads(blanks, refuse=lambda name: CheckpointError(f"{name} {missing}"))
+    with sharded.whole.standing_in({**blanks, **values}), reads:
         return action()
 
 
-def persistent_buffers(model: nn.Module, *, every_name: bool = False) -> dict[str, Tensor]:
-    """The buffers that are saved, by name; one that several modules share once, or under every name."""
-    found: dict[str, Tensor] = {}
-    for prefix, module in model.named_modules(remove_duplicate=not every_name):
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                found[f"{prefix}.{name}" if prefix else name] = buffer
-    return found
-
-
-def _blanks(sharded: ShardedModel) -> dict[int, Tensor]:
-    """A blank for each parameter, by its id, in the dtype that it is saved in."""
-    parameters = dict(sharded.model.named_parameters())
-    members = sharded.whole.members()
-    return {
-        id(parameters[m.name]): blank(m.shape, m.dtype) for m in members if m.name in parameters and 0 not in m.shape
-    }
+def _blanks(sharded: ShardedModel) -> dict[str, Tensor]:
+    """A blank for each parameter, by its name, in the dtype that it is saved in."""
+    return {m.name: blank(m.shape, m.dtype) for m in sharded.whole.members()}
 
 
 @contextmanager
 def undisturbed(model: Any) -> Iterator[None]:
-    """Inside, peft may note things in its configurations, draw random numbers and warn: nothing of it stays."""
+    """Inside, peft may note things in its configurations, draw random numbers and warn: nothing of it stays.
+
+    Gradients stay on: without them torch computes an LSTM in another way, with other last digits.
+    """
     earlier = {name: dict(vars(config)) for name, config in model.peft_config.items()}
-    with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         try:
             yield

@@ -121,8 +121,6 @@ def _compute(
     sharded: ShardedModel, contents: dict[str, Contents | str], tensors: dict[str, Tensor], out: dict[str, Tensor]
 ) -> None:
     """Put what peft computes into `out`; an adapter for which it fails is an error in `contents`."""
-    parameters = dict(sharded.model.named_parameters())
-    values = {id(parameters[name]): tensor for name, tensor in tensors.items()}
     embeddings = _asked[sharded][2]
     for adapter, entry in contents.items():
         if isinstance(entry, str) or not entry.computed:
@@ -131,7 +129,7 @@ def _compute(
             with undisturbed(sharded.model):
                 state = on_whole(
                     sharded,
-                    values,
+                    tensors,
                     lambda: state_of(sharded, sharded.model, adapter, embeddings[adapter]),  # noqa: B023 - called at once
                     "was not gathered.",
                 )

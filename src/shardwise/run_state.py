@@ -40,6 +40,7 @@ from .zero.intervals import Interval
 from .zero.optimizer import ShardedOptimizer
 from .zero.precision import LossScaler
 from .zero.sharded import ShardedModel
+from .zero.whole import persistent_buffers
 
 logger = logging.getLogger("shardwise")
 
@@ -140,13 +141,8 @@ class RunState:
 
     def _persistent_buffers(self) -> Iterator[tuple[str, Tensor]]:
         for number, model in enumerate(self.models):
-            for prefix, module in model.model.named_modules():
-                for name, buffer in module._buffers.items():
-                    if buffer is not None and name not in module._non_persistent_buffers_set:
-                        yield (
-                            f"model{number}/buffer/{prefix}.{name}" if prefix else f"model{number}/buffer/{name}",
-                            buffer,
-                        )
+            for name, buffer in persistent_buffers(model.model).items():
+                yield f"model{number}/buffer/{name}", buffer
 
     def _optimizer(self, number: int, pieces: list[Piece]) -> dict[str, Any]:
         stepper = self.steppers[number]

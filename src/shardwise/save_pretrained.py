@@ -144,20 +144,21 @@ def _save_given(
 ) -> None:
     """Write `state` on this rank, without communication."""
     state = _part(sharded, model, state)
-    own = dict(model.named_parameters(remove_duplicate=False))
-    values = {id(own[name]): value for name, value in state.items() if name in own and value.shape == own[name].shape}
+    own = {id(member.parameter): member for member in sharded.whole.members()}
+    values: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        member = own.get(id(parameter))
+        if member is not None and name in state and tuple(state[name].shape) == member.shape:
+            values[member.name] = state[name]
     missing = "is needed to save this model, and is not in the state_dict that was given."
 
-    def write() -> None:
-        if has_adapters(model):
-            _check_adapters(sharded, model, named, contents, state)
-        elif not state:
-            raise CheckpointError(f"save_pretrained: the state_dict for {named['save_directory']} is empty.")
-        refuse_empty({name: value for name, value in state.items() if isinstance(value, Tensor)})
-        original(state_dict=state, **named)
-
-    contents = _ask(sharded, model, named) if has_adapters(model) else {}
-    on_whole(sharded, values, write, missing)
+    if has_adapters(model):
+        contents = _ask(sharded, model, named)
+        on_whole(sharded, values, lambda: _check_adapters(sharded, model, named, contents, state), missing)
+    elif not state:
+        raise CheckpointError(f"save_pretrained: the state_dict for {named['save_directory']} is empty.")
+    refuse_empty({name: value for name, value in state.items() if isinstance(value, Tensor)})
+    on_whole(sharded, values, lambda: original(state_dict=state, **named), missing)
 
 
 def _check_adapters(
@@ -211,10 +212,8 @@ def _save_adapters(sharded: ShardedModel, original: Callable[..., Any], model: A
 
     def write() -> Any:
         refuse_empty(tensors)
-        parameters = dict(sharded.model.named_parameters())
-        values = {id(parameters[name]): tensor for name, tensor in tensors.items()}
         return on_whole(
-            sharded, values, save, "was not gathered for this save: a fault of shardwise; please report it."
+            sharded, tensors, save, "was not gathered for this save: a fault of shardwise; please report it."
         )
 
     def save() -> Any:

@@ -1,4 +1,4 @@
-"""Verbs of an Accelerator in which one rank meets something that the others do not: what it meets is everybody's, nobody waits."""
+"""Verbs in which one rank meets something that the others do not: what it meets is everybody's, and nobody waits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ranks.test_front_training import fresh
-from shardwise.errors import CheckpointError, PrepareError, RankError, ShardwiseError
+from shardwise.errors import PrepareError
 
 
 class Heads(nn.Module):

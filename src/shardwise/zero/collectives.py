@@ -333,18 +333,24 @@ class Ranks:
             _store().set(f"{place}/{self.rank}", word)
 
     def heard(self, place: str, ranks: Sequence[int]) -> list[str]:
-        """What these ranks say at that place. Waits for them; raises RankError if one does not come."""
+        """What these ranks say at that place. Waits for them; raises RankError if one does not come, or rank 0 has ended."""
         keys = [f"{place}/{rank}" for rank in ranks]
+        verb = place.split("/")[1]
         deadline = time.monotonic() + self._timeout.total_seconds()
         pause_s = 1e-4
-        # Not the store's `wait`, which would hold its lock for all threads of the process.
-        while keys and not _store().check(keys):
-            if time.monotonic() > deadline:
-                absent = next(rank for rank, key in zip(ranks, keys, strict=True) if not _store().check([key]))
-                raise RankError(f"rank {absent} has not come to {place.split('/')[1]} within {self._timeout}.")
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, 0.05)
-        return [word.decode() for word in _store().multi_get(keys)] if keys else []
+        try:
+            # Not the store's `wait`, which would hold its lock for all threads of the process.
+            while keys and not _store().check(keys):
+                if time.monotonic() > deadline:
+                    absent = next(rank for rank, key in zip(ranks, keys, strict=True) if not _store().check([key]))
+                    raise RankError(f"{verb}: rank {absent} has not come to it within {self._timeout}.")
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, 0.05)
+            return [word.decode() for word in _store().multi_get(keys)] if keys else []
+        except dist.DistError as error:
+            raise RankError(
+                f"{verb}: the process by which the ranks met, rank 0's or the launcher's, has ended."
+            ) from error
 
     def agree(self, error: Exception | None) -> None:
         """Raise on every rank if any rank met an error, so that none waits for a rank that has left.

@@ -12,7 +12,7 @@ shapes over a single zero, so that a model of any size costs nothing. `Reads` no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,9 +34,10 @@ def is_standing_in(model: nn.Module) -> bool:
 
 
 @contextmanager
-def standing_in(model: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None]:
+def standing_in(model: nn.Module, tensors: Mapping[int, Tensor], modules: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Inside, each parameter of `model` is the tensor under its id, in every module that has it; others stay as they are.
 
+    modules: others that have such parameters, without being in the model now.
     Nothing is copied, and nothing that is written into them is kept. Not around a forward: the engine's hooks would not
     know the tensors.
     """
@@ -44,7 +45,7 @@ def standing_in(model: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[Non
     made: dict[int, nn.Parameter] = {}
     _inside.add(id(model))
     try:
-        for module in list(model.modules()):
+        for module in dict.fromkeys((*modules, *model.modules())):
             for name, parameter in list(module._parameters.items()):
                 if parameter is None or id(parameter) not in tensors:
                     continue

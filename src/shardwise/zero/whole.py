@@ -11,6 +11,7 @@ every rank's, so that none is left waiting in a gather.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +28,14 @@ from .unit import Unit
 
 @dataclass(frozen=True)
 class WholeMember:
-    """A parameter of a prepared model. dtype: in which it leaves: the user's if trained, else that it computes in."""
+    """A parameter of a prepared model, by the name that it had then.
+
+    parameter: the user's own object, or what a library keeps of a quantised weight beside it.
+    dtype:     in which it leaves: the user's if trained, else that it computes in.
+    """
 
     name: str
+    parameter: Tensor
     shape: tuple[int, ...]
     dtype: torch.dtype
     trained: bool
@@ -54,6 +60,7 @@ class WholeTensors:
         fetched: Callable[[Slab], Tensor],
     ) -> None:
         self._model = model
+        self._modules = list(model.modules())  # a library may take some out of the model, and put them in again
         self._units = units
         self._schedule = schedule
         self._ranks = ranks
@@ -69,7 +76,7 @@ class WholeTensors:
                 for member, slot in zip(buffer.members, buffer.layout.slots, strict=True) if buffer is not None else ():
                     trained = buffer is not unit.frozen
                     dtype = self._dtypes[member.name] if trained else member.dtype
-                    found.append(WholeMember(member.name, slot.shape, dtype, trained))
+                    found.append(WholeMember(member.name, member.parameter, slot.shape, dtype, trained))
         return found
 
     def stream(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Callable[[], Tensor] | None]]:
@@ -120,21 +127,38 @@ class WholeTensors:
         self._ranks.agree(error)
         return found
 
+    def standing_in(self, tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Inside, parameters are these tensors, by the names of `members`: see `stand_ins.py`."""
+        by_id = {id(m.parameter): tensors[m.name] for m in self.members() if m.name in tensors}
+        return standing_in(self._model, by_id, self._modules)
+
     def state_dict(self) -> dict[str, Any]:
         """What the plain model's own `state_dict()` gives, on the CPU of rank 0; an empty dict on the others. Collective."""
         found = self.on_first(lambda name: True)
 
         def read() -> dict[str, Any]:
-            parameters = dict(self._model.named_parameters(remove_duplicate=False))
-            with standing_in(self._model, {id(parameters[name]): tensor for name, tensor in found.items()}):
+            with self.standing_in(found):
                 state = self._model.state_dict()
-            # Buffers are the model's own, and go on changing.
+            taken = {tensor.untyped_storage().data_ptr() for tensor in found.values()}
+            # Buffers, and what is no part of the engine, are the model's own and go on changing.
             return {
-                name: value.to("cpu", copy=name not in parameters) if isinstance(value, Tensor) else value
+                name: value.to("cpu", copy=value.untyped_storage().data_ptr() not in taken)
+                if isinstance(value, Tensor)
+                else value
                 for name, value in state.items()
             }
 
         return self._ranks.together(lambda: read() if self._ranks.rank == 0 else {})
+
+
+def persistent_buffers(model: nn.Module, *, every_name: bool = False) -> dict[str, Tensor]:
+    """The buffers that are saved, by name; those of a module with several names under the first, or under every name."""
+    found: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=not every_name):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found[f"{prefix}.{name}" if prefix else name] = buffer
+    return found
 
 
 def _frozen_reader(buffer: FlatBuffer, index: int) -> Callable[[], Tensor]:
