@@ -49,6 +49,7 @@ def save_pretrained(
 ) -> Any:
     """What `model.save_pretrained(*args, **kwargs)` does, `model` being the prepared one or a part of it."""
     named = _by_name(original, args, kwargs)
+    said = "state_dict" in named
     state = named.pop("state_dict", None)
     if _pushing.get(id(model)) == "before":
         _pushing[id(model)] = "saving"
@@ -57,13 +58,13 @@ def save_pretrained(
         result = _save_collectively(sharded, original, model, named)
         _pushing[id(model)] = "saved"
         return result
-    place = sharded.ranks.place("save_pretrained")
+    folder = os.path.abspath(named["save_directory"])
     if isinstance(state, Mapping):
-        sharded.ranks.say(place, _GIVEN)
+        sharded.ranks.say(sharded.ranks.place(_VERB), f"{_GIVEN}{folder}")
         if _writes_given(sharded, state, named):
             _save_given(sharded, original, model, state, named)
         return None
-    if _first_was_given(sharded.ranks, place):
+    if not _is_for_all(sharded.ranks, folder, said=said):
         return None
     return _save_collectively(sharded, original, model, named)
 
@@ -109,27 +110,40 @@ def _by_name(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 
 # With a state dict.
 
-_GIVEN, _NOT_GIVEN = "given", "not given"
+_VERB = "save_pretrained"
+_GIVEN, _NOT_GIVEN = "given for ", "not given"
 
 
-def _first_was_given(ranks: Ranks, place: str) -> bool:
-    """On a rank without a state dict: whether rank 0 has one, so that there is nothing to do here.
+def _is_for_all(ranks: Ranks, folder: str, *, said: bool) -> bool:
+    """On a rank without a state dict: whether this is a save of all ranks. Else rank 0 has one, and there is nothing to do.
 
+    said: the script passed state_dict, as None. One that did not means rank 0's next save without a state dict, unless rank 0
+    was given one for this very directory.
     Raises ConfigError if another rank has one and rank 0 has not.
     """
+    if ranks.world_size == 1:
+        return True
+    place = ranks.place(_VERB)
     if ranks.rank == 0:
-        words = ranks.heard(place, range(1, ranks.world_size))
-        word = next((f"rank {rank}" for rank, said in enumerate(words, start=1) if said == _GIVEN), _NOT_GIVEN)
-        ranks.say(place, word)
-    else:
         ranks.say(place, _NOT_GIVEN)
+        words = ranks.heard(place, range(1, ranks.world_size))
+        verdict = next((str(rank) for rank, word in enumerate(words, start=1) if word != _NOT_GIVEN), "")
+        ranks.say(f"{place}/verdict", verdict)
+    else:
         word = ranks.heard(place, [0])[0]
-    if word not in (_GIVEN, _NOT_GIVEN):
+        while not said and word not in (_NOT_GIVEN, f"{_GIVEN}{folder}"):
+            place = ranks.place(_VERB)
+            word = ranks.heard(place, [0])[0]
+        if word != _NOT_GIVEN:
+            return False
+        ranks.say(place, _NOT_GIVEN)
+        verdict = ranks.heard(f"{place}/verdict", [0])[0]
+    if verdict:
         raise ConfigError(
-            f"save_pretrained: {word} was given a state_dict, and rank 0 none. Rank 0 writes: give it the one of "
+            f"save_pretrained: rank {verdict} was given a state_dict, and rank 0 none. Rank 0 writes: give it the one of "
             "accelerator.get_state_dict, or leave state_dict out on every rank."
         )
-    return word == _GIVEN
+    return True
 
 
 def _writes_given(sharded: ShardedModel, state: Mapping[str, Any], named: Mapping[str, Any]) -> bool:
