@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import itertools
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+import shardwise
 from ranks.test_front_training import fresh
-from shardwise.errors import PrepareError
+from shardwise import Accelerator
+from shardwise.checkpoint import files
+from shardwise.errors import CheckpointError, PrepareError, RankError, ShardwiseError
+from shardwise.zero import sharded, whole
 
 
 class Heads(nn.Module):
@@ -90,3 +99,71 @@ def _clip_nothing(ranks):
 
 def test_parameters_of_no_optimizer_are_an_error_on_every_rank(world):
     world(2).run(_clip_nothing, timeout_s=60)
+
+
+# Saving.
+
+
+def _fails_on_first(accelerator: Accelerator, verb: Callable[[], object], words: str) -> None:
+    """The verb raises on every rank, what rank 0 met; and the model is whole afterwards."""
+    with pytest.raises((OSError, MemoryError, ShardwiseError), match=words) as caught:
+        verb()
+    assert accelerator.is_main_process or isinstance(caught.value, (RankError, CheckpointError))
+
+
+def _saves(ranks, folder):
+    path = Path(folder)
+    accelerator, model = fresh(3), Heads()
+    model.body.weight.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    accelerator.prepare(model, optimizer)
+    (path / "file").write_text("") if ranks.rank == 0 else None
+
+    def full(operation: str, where: Path) -> None:
+        if operation == "write":
+            raise OSError(errno.ENOSPC, "no space left")
+
+    def no_memory(*_: object, **__: object) -> None:
+        raise MemoryError("no memory")
+
+    _fails_on_first(accelerator, lambda: accelerator.save_model(model, path / "file"), "it is a file")
+    _fails_on_first(accelerator, lambda: accelerator.save_model(model, path, max_shard_size="a lot"), "a lot")
+    for safe in (True, False):
+        with files.watched(full) if ranks.rank == 0 and safe else pytest.MonkeyPatch.context() as patched:
+            if not safe and ranks.rank == 0:
+                patched.setattr(torch, "save", no_memory)
+            words = "no space left" if safe else "no memory"
+            verb = functools.partial(accelerator.save_model, model, path / "full", safe_serialization=safe)
+            _fails_on_first(accelerator, verb, words)
+    with pytest.MonkeyPatch.context() as patched:
+        if ranks.rank == 0:
+            patched.setattr(whole, "_frozen_reader", lambda *_: no_memory)
+        _fails_on_first(accelerator, lambda: accelerator.get_state_dict(model), "no memory")
+        _fails_on_first(accelerator, lambda: accelerator.save_model(model, path / "full"), "no memory")
+    assert not list((path / "full").glob("*.safetensors*")), "nothing of a save that failed stays"
+    # What one rank meets, be it another one than the first.
+    with pytest.raises(CheckpointError, match="rank 1: ValueError"):
+        accelerator.save_state(path / "state", metric="high" if ranks.rank == 1 else 0.5)
+    with pytest.MonkeyPatch.context() as patched:
+        if ranks.rank == 1:
+            patched.setattr(sharded, "weights_before", no_memory)
+        with pytest.raises((MemoryError, RankError), match="no memory"), shardwise.gathered(model, modify=True):
+            pass
+    handle = accelerator.register_save_state_pre_hook(lambda *_: 1 / ranks.rank)
+    with pytest.raises(CheckpointError, match="rank 0: ZeroDivisionError"):
+        accelerator.save_state(path / "state")
+    handle.remove()
+    # And all of it goes on.
+    accelerator.backward(model(INPUT).mean())
+    optimizer.step()
+    accelerator.save_model(model, path / "good")
+    state = accelerator.get_state_dict(model)
+    if state:
+        found = load_file(path / "good" / "model.safetensors")
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[name], value) for name, value in state.items())
+    accelerator.free_memory()
+
+
+def test_an_error_of_one_rank_in_a_save_is_every_ranks_and_training_goes_on(world, tmp_path):
+    world(2).run(_saves, str(tmp_path), timeout_s=60)
