@@ -142,7 +142,7 @@ def _saves(ranks, folder):
         _fails_on_first(accelerator, lambda: accelerator.save_model(model, path / "full"), "no memory")
     assert not list((path / "full").glob("*.safetensors*")), "nothing of a save that failed stays"
     # What one rank meets, be it another one than the first.
-    with pytest.raises(CheckpointError, match="rank 1: ValueError"):
+    with pytest.raises(CheckpointError, match=r"rank 1: (Value|Type)Error"):
         accelerator.save_state(path / "state", metric="high" if ranks.rank == 1 else 0.5)
     with pytest.MonkeyPatch.context() as patched:
         if ranks.rank == 1:

@@ -313,15 +313,16 @@ def _adapters(content: dict[str, Any]) -> dict[str, Any]:
 
 
 FORGED: dict[str, tuple[Any, str]] = {
-    "index": (lambda c: c["ranks"][0].update(index="../state/rank-00000.json"), "called by its name alone"),
-    "tensors": (lambda c: c["ranks"][1].update(tensors="/dev/null", tensors_nbytes=0), "called by its name alone"),
     "missing": (lambda c: _adapters(c)["ref"]["weights"].update(more="not there"), "holds 8 of the 9 tensors"),
     "error": (lambda c: _adapters(c).update(ref={"error": "a reason."}), "peft could not save .* a reason"),
+    "no record": (lambda c: _adapters(c).update(ref=[1]), "does not say what the adapter 'ref' consists of"),
+    "no names": (lambda c: _adapters(c)["ref"].update(weights={"a": 3}), "does not say what the adapter 'ref'"),
+    "no list": (lambda c: _adapters(c)["ref"].update(computed={}), "does not say what the adapter 'ref'"),
 }
 
 
 @pytest.mark.parametrize(("change", "words"), FORGED.values(), ids=list(FORGED))
-def test_what_a_manifest_says_of_files_and_tensors_is_held_against_the_checkpoint(checkpoint, tmp_path, change, words):
+def test_what_a_manifest_says_of_an_adapter_is_held_against_the_checkpoint(checkpoint, tmp_path, change, words):
     state = Path(shutil.copytree(checkpoint / "state", tmp_path / "state"))
     _forge(state, change)
     with pytest.raises(CheckpointError, match=words):

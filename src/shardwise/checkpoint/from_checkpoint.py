@@ -137,15 +137,24 @@ def _write_adapter(
         files.remove(partial)
 
 
-def _where_by_record(checkpoint: Checkpoint, record: dict[str, Any], model: str, adapter: str) -> dict[str, str]:
+def _where_by_record(checkpoint: Checkpoint, record: Any, model: str, adapter: str) -> dict[str, str]:
     """Name in the adapter's file -> address, as peft itself said when the checkpoint was saved."""
-    if "error" in record:
-        raise CheckpointError(
-            f"peft could not save the adapter {adapter!r} when {checkpoint.directory} was saved: {record['error']} Load the "
-            "checkpoint in the script and call model.save_pretrained."
-        )
-    where = {name: f"{model}/adapter/{adapter}/{name}" for name in record["computed"]}
-    for name, source in record["weights"].items():
+    match record:
+        case {"error": reason}:
+            raise CheckpointError(
+                f"peft could not save the adapter {adapter!r} when {checkpoint.directory} was saved: {reason} Load the "
+                "checkpoint in the script and call model.save_pretrained."
+            )
+        case {"weights": dict() as weights, "computed": list() as computed} if all(
+            isinstance(name, str) for name in (*weights.values(), *computed)
+        ):
+            pass
+        case _:
+            raise CheckpointError(
+                f"{checkpoint.directory} does not say what the adapter {adapter!r} consists of: damaged."
+            )
+    where = {name: f"{model}/adapter/{adapter}/{name}" for name in computed}
+    for name, source in weights.items():
         addresses = [f"{model}/{kind}/{source}" for kind in ("trained", "frozen", "buffer")]
         where[name] = next((a for a in addresses if a in checkpoint), addresses[0])
     absent = [name for name, address in where.items() if address not in checkpoint]

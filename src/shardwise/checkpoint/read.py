@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .codec import decode
-from .manifest import MANIFEST, Index, Manifest, Part, read_index, read_manifest
+from .manifest import Index, Manifest, Part, read_index, read_manifest
 from .names import beside
 from .tensor_file import read_part
 
@@ -34,8 +34,6 @@ class Checkpoint:
         self._parts: dict[str, list[tuple[Path, Part]]] = {}
         self._own: list[dict[str, tuple[Path, Part]]] = []
         for entry in self.manifest.entries:
-            for name in filter(None, (entry.index, entry.tensors)):
-                beside(directory / MANIFEST, name)
             index = read_index(directory, entry)
             self._states.append(index.state)
             self._own.append(self._add(directory, entry.tensors, index))
