@@ -57,11 +57,18 @@ class Contents:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether peft would save `model` as adapters: its own model, or one of transformers' with adapters in it."""
-    peft = sys.modules.get("peft")
-    if peft is None or not isinstance(getattr(model, "peft_config", None), dict):
-        return False
-    return isinstance(model, peft.PeftModel) or bool(getattr(model, "_hf_peft_config_loaded", False))
+    """Whether peft has put adapters into `model`."""
+    return sys.modules.get("peft") is not None and isinstance(getattr(model, "peft_config", None), dict)
+
+
+def is_saved_as_adapters(model: nn.Module) -> bool:
+    """Whether its save_pretrained saves adapters: peft's own models, and transformers' that were given some."""
+    peft: Any = sys.modules.get("peft")
+    return has_adapters(model) and (isinstance(model, peft.PeftModel) or _is_of_transformers(model))
+
+
+def _is_of_transformers(model: nn.Module) -> bool:
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def contents_of(
@@ -99,7 +106,7 @@ def state_of(
         adapter_name=adapter,
         save_embedding_layers=embeddings,
     )
-    return state if isinstance(model, peft.PeftModel) else {_PREFIX + name: value for name, value in state.items()}
+    return {_PREFIX + name: value for name, value in state.items()} if _is_of_transformers(model) else state
 
 
 def readable_state(sharded: ShardedModel, model: nn.Module) -> dict[str, Tensor] | None:

@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from .checkpoint import directory
 from .checkpoint.agree import first_failure, on_first, together
 from .checkpoint.background import Background
-from .checkpoint.manifest import Entry, Manifest, describer
+from .checkpoint.manifest import describer
 from .checkpoint.read import Checkpoint
 from .checkpoint.write import open_staging, write_checkpoint
 from .config.schema import Config
@@ -35,7 +35,7 @@ from .data import DataLoaderConfiguration
 from .data_loader import PreparedLoader
 from .errors import CheckpointError, ConfigError, PrepareError
 from .frozen import compare_frozen, forget_sums, frozen_record
-from .model_facts import adapters_of, facts_of
+from .model_facts import KeptAdapters, adapters_of, facts_of
 from .plugins import ProjectConfiguration
 from .preparing import PreparedModel, PreparedOptimizer
 from .process import PartialState
@@ -153,12 +153,11 @@ class Checkpointing(PartialState):
             models = [prepared.model for prepared in self._models]
             for hook in list(self._save_hooks.values()):
                 together(self._ranks, lambda: hook(list(models), [{} for _ in models], str(staging)))  # noqa: B023
-
-        def describe() -> Callable[[Sequence[Entry]], Manifest]:
-            facts = {f"model{n}": {**_facts_about(m), **kept[n].facts} for n, m in enumerate(run.models)}
-            return describer(self._ranks.world_size, run.step, order, metric, frozen, facts)
-
-        manifest = together(self._ranks, describe, what=f"{target} was not saved: ")
+        manifest = together(
+            self._ranks,
+            lambda: describer(self._ranks.world_size, run.step, order, metric, frozen, _facts_of(run.models, kept)),
+            what=f"{target} was not saved: ",
+        )
         assert manifest is not None
         if not async_:
             write_checkpoint(staging, target, draft, self._ranks, manifest)
@@ -356,7 +355,8 @@ def _register(hooks: OrderedDict[int, Callable[..., Any]], hook: Callable[..., A
     return handle
 
 
-def _facts_about(model: ShardedModel) -> dict[str, Any]:
-    if model not in _facts:
-        _facts[model] = facts_of(model)
-    return _facts[model]
+def _facts_of(models: Sequence[ShardedModel], adapters: Sequence[KeptAdapters]) -> dict[str, Any]:
+    for model in models:
+        if model not in _facts:
+            _facts[model] = facts_of(model)
+    return {f"model{n}": {**_facts[m], **adapters[n].facts} for n, m in enumerate(models)}

@@ -10,7 +10,7 @@ With a state dict there is nothing to gather, and a rank that is given one, be i
     model.save_pretrained(folder, is_main_process=accelerator.is_main_process, state_dict=state)
 
 and in the same below `if accelerator.is_main_process:`. A rank that is given None cannot know what the first rank was given, so
-it asks (see `Ranks.say`): where that was a state dict, there is nothing to do.
+it asks (see `zero/words.py`): where that was a state dict, there is nothing to do.
 
     rank 0   others      what happens
     given    given       rank 0 writes its own, nobody waits          also where the others do not come
@@ -29,7 +29,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapters import Contents, contents_of, has_adapters, on_whole, readable_state, state_of, undisturbed
+from .adapters import Contents, contents_of, is_saved_as_adapters, on_whole, readable_state, state_of, undisturbed
 from .checkpoint.export import refuse_empty
 from .checkpoint.names import below
 from .checkpoint.stream import save_streamed
@@ -60,7 +60,7 @@ def save_pretrained(
         return result
     folder = os.path.abspath(named["save_directory"])
     if isinstance(state, Mapping):
-        sharded.ranks.say(sharded.ranks.place(_VERB), f"{_GIVEN}{folder}")
+        sharded.ranks.words.say(sharded.ranks.words.place(_VERB), f"{_GIVEN}{folder}")
         if _writes_given(sharded, state, named):
             _save_given(sharded, original, model, state, named)
         return None
@@ -123,21 +123,22 @@ def _is_for_all(ranks: Ranks, folder: str, *, said: bool) -> bool:
     """
     if ranks.world_size == 1:
         return True
-    place = ranks.place(_VERB)
+    words = ranks.words
+    place = words.place(_VERB)
     if ranks.rank == 0:
-        ranks.say(place, _NOT_GIVEN)
-        words = ranks.heard(place, range(1, ranks.world_size))
-        verdict = next((str(rank) for rank, word in enumerate(words, start=1) if word != _NOT_GIVEN), "")
-        ranks.say(f"{place}/verdict", verdict)
+        words.say(place, _NOT_GIVEN)
+        others = words.heard(place, range(1, ranks.world_size))
+        verdict = next((str(rank) for rank, word in enumerate(others, start=1) if word != _NOT_GIVEN), "")
+        words.say(f"{place}/verdict", verdict)
     else:
-        word = ranks.heard(place, [0])[0]
+        word = words.heard(place, [0])[0]
         while not said and word not in (_NOT_GIVEN, f"{_GIVEN}{folder}"):
-            place = ranks.place(_VERB)
-            word = ranks.heard(place, [0])[0]
+            place = words.place(_VERB)
+            word = words.heard(place, [0])[0]
         if word != _NOT_GIVEN:
             return False
-        ranks.say(place, _NOT_GIVEN)
-        verdict = ranks.heard(f"{place}/verdict", [0])[0]
+        words.say(place, _NOT_GIVEN)
+        verdict = words.heard(f"{place}/verdict", [0])[0]
     if verdict:
         raise ConfigError(
             f"save_pretrained: rank {verdict} was given a state_dict, and rank 0 none. Rank 0 writes: give it the one of "
@@ -166,7 +167,7 @@ def _save_given(
             values[member.name] = state[name]
     missing = "is needed to save this model, and is not in the state_dict that was given."
 
-    if has_adapters(model):
+    if is_saved_as_adapters(model):
         contents = _ask(sharded, model, named)
         on_whole(sharded, values, lambda: _check_adapters(sharded, model, named, contents, state), missing)
     elif not state:
@@ -204,7 +205,7 @@ def _check_adapters(
 
 
 def _save_collectively(sharded: ShardedModel, original: Callable[..., Any], model: Any, named: dict[str, Any]) -> Any:
-    if has_adapters(model):
+    if is_saved_as_adapters(model):
         return _save_adapters(sharded, original, model, named)
     if _is_plain(model, named):
         return _stream(sharded, model, **{key: value for key, value in named.items() if key != "save_function"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
 import warnings
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -122,8 +124,7 @@ def _late(ranks: Ranks, folder: str) -> None:
     model = tiny_base()
     accelerator = prepared(3, model)
     if ranks.rank:
-        ranks_of = accelerator._ranks
-        ranks_of._timeout = ranks_of._timeout.__class__(seconds=0.2)
+        accelerator._ranks.words.timeout = datetime.timedelta(seconds=0.2)
         with pytest.raises(RankError, match="save_pretrained: rank 0 has not come to it"):
             model.save_pretrained(folder)
     ranks.barrier()
@@ -246,3 +247,35 @@ def _parts(ranks: Ranks, folder: str) -> None:
 
 def test_models_inside_others_and_adapters_inside_transformers_models_are_saved(world, tmp_path):
     world(2).run(_parts, str(tmp_path), timeout_s=60)
+
+
+class Twins(nn.Module):
+    """Two modules with one buffer, which is not contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.one, self.other = nn.Module(), nn.Module()
+        shared = torch.arange(12.0).reshape(3, 4).T
+        self.one.register_buffer("table", shared)
+        self.other.register_buffer("table", shared)
+
+
+@quietly
+def _shared(ranks: Ranks, folder: str) -> None:
+    model = Twins()
+    accelerator = prepared(3, model)
+    assert model.one.table is model.other.table
+    accelerator.save_model(model, folder)
+    state = accelerator.get_state_dict(model)
+    accelerator.free_memory()
+    if state:
+        with safe_open(Path(folder) / "model.safetensors", "pt") as file:
+            assert set(file.keys()) == {*state} - {"other.table"}
+            assert file.metadata()["other.table"] == "one.table"
+            assert torch.equal(file.get_tensor("one.table"), state["other.table"])
+        assert torch.equal(state["one.table"], torch.arange(12.0).reshape(3, 4).T)
+
+
+def test_a_buffer_of_two_modules_stays_one_and_is_written_once(world, tmp_path):
+    world(2).run(_shared, str(tmp_path), timeout_s=60)

@@ -78,6 +78,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "zero.collectives",
         "zero.streams",
         "zero.units",
+        "zero.words",
         "zero.elementwise",
         "zero.portions",
         "zero.scratch",

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import datetime
-import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from ..config.environment import RankEnvironment, without_multicast
 from ..errors import ConfigError, LayoutError, RankError
+from .words import Words, exchanged
 
 ReduceOp = Literal["sum", "mean", "max", "min"]
 T = TypeVar("T")
@@ -53,25 +53,6 @@ def _groups(timeout: datetime.timedelta) -> tuple[dist.ProcessGroup, dist.Proces
     return data, control
 
 
-class _Places:
-    """Of this process: how often all ranks have exchanged facts, and the places named since, by topic."""
-
-    def __init__(self) -> None:
-        self.exchanges = 0
-        self.counts: Counter[str] = Counter()
-
-    def exchanged(self) -> None:
-        self.exchanges += 1
-        self.counts.clear()
-
-    def name(self, topic: str) -> str:
-        self.counts[topic] += 1
-        return f"shardwise/{topic}/{self.exchanges}.{self.counts[topic]}"
-
-
-_places = _Places()
-
-
 def _store() -> Any:
     """What the ranks found each other by."""
     return dist.distributed_c10d._get_default_store()
@@ -83,6 +64,7 @@ class Ranks:
     rank, world_size:             over all machines.
     local_rank, local_world_size: on this machine.
     device:                       cuda:local_rank or cpu.
+    words:                        what a rank leaves for others without waiting for them.
     counts:                       how often each collective ran on this rank, by name; tests hold it against the design.
     """
 
@@ -102,6 +84,7 @@ class Ranks:
         self._control: dist.ProcessGroup | None = None
         self._told: dist.Work | None = None  # a vote whose outcome this rank knew
         self._is_aside = False
+        self.words = Words(place.rank, _store if place.world_size > 1 else None, timeout)
         if self.world_size > 1:
             self._data, self._control = _groups(timeout)
             self._reduce = dist.group.WORLD
@@ -266,9 +249,9 @@ class Ranks:
     # Facts, between host processes, over the control group.
 
     def _exchange(self) -> dist.ProcessGroup | None:
-        """The control group, for an exchange among all ranks, which is counted: see `place`."""
+        """The control group, for an exchange among all ranks, which is counted: see `words.py`."""
         if self._control is not None and not self._is_aside:
-            _places.exchanged()
+            exchanged()
         return self._control
 
     def barrier(self) -> None:
@@ -319,38 +302,6 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=source, group=control)
         return box[0]
-
-    def place(self, topic: str) -> str:
-        """A name for this place of the program, the same on every rank: the n-th of `topic` since all last exchanged facts.
-
-        So what one rank did there alone is not taken for what all do later.
-        """
-        return _places.name(topic)
-
-    def say(self, place: str, word: str) -> None:
-        """Leave a word for the other ranks, who may ask for it; nobody waits."""
-        if self._control is not None:
-            _store().set(f"{place}/{self.rank}", word)
-
-    def heard(self, place: str, ranks: Sequence[int]) -> list[str]:
-        """What these ranks say at that place. Waits for them; raises RankError if one does not come, or rank 0 has ended."""
-        keys = [f"{place}/{rank}" for rank in ranks]
-        verb = place.split("/")[1]
-        deadline = time.monotonic() + self._timeout.total_seconds()
-        pause_s = 1e-4
-        try:
-            # Not the store's `wait`, which would hold its lock for all threads of the process.
-            while keys and not _store().check(keys):
-                if time.monotonic() > deadline:
-                    absent = next(rank for rank, key in zip(ranks, keys, strict=True) if not _store().check([key]))
-                    raise RankError(f"{verb}: rank {absent} has not come to it within {self._timeout}.")
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, 0.05)
-            return [word.decode() for word in _store().multi_get(keys)] if keys else []
-        except dist.DistError as error:
-            raise RankError(
-                f"{verb}: the process by which the ranks met, rank 0's or the launcher's, has ended."
-            ) from error
 
     def agree(self, error: Exception | None) -> None:
         """Raise on every rank if any rank met an error, so that none waits for a rank that has left.

@@ -179,14 +179,20 @@ class ShardedModel:
         self.ranks.agree(error)
 
     def _place_buffers(self) -> None:
+        done: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # one that several modules share stays one; held, so that ids are not used again
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
-                if buffer is not None:
+                if buffer is None:
+                    continue
+                if id(buffer) not in done:
                     placed = buffer.to(self.ranks.device)
                     if self.ranks.world_size > 1 and placed.numel():
                         placed = placed.contiguous()
                         self.ranks.broadcast(placed)
-                    module._buffers[name] = placed
+                    done[id(buffer)] = buffer, placed
+                module._buffers[name] = done[id(buffer)][1]
 
     def _build(self, specs: Sequence[UnitSpec]) -> list[Unit]:
         """The units of all specs, and behind them the buckets of what is trained and stays whole.
