@@ -33,7 +33,7 @@ from .adapters import Contents, contents_of, is_saved_as_adapters, on_whole, rea
 from .checkpoint.export import refuse_empty
 from .checkpoint.names import below
 from .checkpoint.stream import save_streamed
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, RankError
 from .zero.collectives import Ranks, attempt
 from .zero.sharded import ShardedModel
 
@@ -119,16 +119,33 @@ def _is_for_all(ranks: Ranks, folder: str, *, said: bool) -> bool:
 
     said: the script passed state_dict, as None. One that did not means rank 0's next save without a state dict, unless rank 0
     was given one for this very directory.
-    Raises ConfigError if another rank has one and rank 0 has not.
+    Raises ConfigError if another rank has one and rank 0 has not, RankError if a rank does not come.
     """
     if ranks.world_size == 1:
         return True
+    try:
+        verdict = _verdict(ranks, folder, said=said)
+    except RankError as error:
+        raise RankError(
+            f"{error} Without a state_dict every rank has to call it. To save on one alone, pass the state_dict that "
+            "accelerator.get_state_dict gives, which every rank has to call."
+        ) from error
+    if verdict is not None and verdict >= 0:
+        raise ConfigError(
+            f"save_pretrained: rank {verdict} was given a state_dict, and rank 0 none. Rank 0 writes: give it the one of "
+            "accelerator.get_state_dict, or leave state_dict out on every rank."
+        )
+    return verdict is not None
+
+
+def _verdict(ranks: Ranks, folder: str, *, said: bool) -> int | None:
+    """None if rank 0 was given a state dict, else another rank that was, or -1."""
     words = ranks.words
     place = words.place(_VERB)
     if ranks.rank == 0:
         words.say(place, _NOT_GIVEN)
         others = words.heard(place, range(1, ranks.world_size))
-        verdict = next((str(rank) for rank, word in enumerate(others, start=1) if word != _NOT_GIVEN), "")
+        verdict = str(next((rank for rank, word in enumerate(others, start=1) if word != _NOT_GIVEN), -1))
         words.say(f"{place}/verdict", verdict)
     else:
         word = words.heard(place, [0])[0]
@@ -136,15 +153,10 @@ def _is_for_all(ranks: Ranks, folder: str, *, said: bool) -> bool:
             place = words.place(_VERB)
             word = words.heard(place, [0])[0]
         if word != _NOT_GIVEN:
-            return False
+            return None
         words.say(place, _NOT_GIVEN)
         verdict = words.heard(f"{place}/verdict", [0])[0]
-    if verdict:
-        raise ConfigError(
-            f"save_pretrained: rank {verdict} was given a state_dict, and rank 0 none. Rank 0 writes: give it the one of "
-            "accelerator.get_state_dict, or leave state_dict out on every rank."
-        )
-    return True
+    return int(verdict)
 
 
 def _writes_given(sharded: ShardedModel, state: Mapping[str, Any], named: Mapping[str, Any]) -> bool:

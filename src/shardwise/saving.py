@@ -49,7 +49,10 @@ class Saving(PartialState):
         return self._precision.compute if zero.zero3_save_16bit_model and zero.zero_stage == 3 else None
 
     def save(self, obj: Any, f: Any, safe_serialization: bool = False) -> None:
-        """Write `obj` to `f` on the main process (on one process per machine with save_on_each_node)."""
+        """Write `obj` to `f` on the main process (on one process per machine with save_on_each_node).
+
+        Not collective, so it may be called on that process alone; an error is that process's own.
+        """
         if self.project_configuration.save_on_each_node:
             here = self.is_local_main_process
         else:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import shardwise
 from ranks.test_front_training import fresh
 from ranks.test_save_idioms import assert_equal, prepared, quietly
-from rig.adapters import QV, adapted, stir, tiny_base
+from rig.adapters import QV, Normed, adapted, stir, tiny_base
 from shardwise.checkpoint.from_checkpoint import export
 from shardwise.errors import CheckpointError, RankError
 from shardwise.zero.collectives import Ranks
@@ -379,3 +379,24 @@ def _teacher(ranks: Ranks, folder: str, offload: str) -> None:
 @pytest.mark.parametrize("offload", ["none", "cpu"])
 def test_a_frozen_adapter_that_a_script_has_written_comes_back(world, tmp_path, offload):
     world(2).run(_teacher, str(tmp_path), offload, timeout_s=60)
+
+
+@quietly
+def _injected(ranks: Ranks, folder: str) -> None:
+    """Adapters in a module that is no model of peft, as diffusers has them."""
+    from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+
+    model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["first"]), Normed())
+    stir(model)
+    accelerator = prepared(3, model)
+    accelerator.save_state(f"{folder}/state")
+    accelerator.free_memory()
+    if accelerator.is_main_process:
+        export(f"{folder}/state", f"{folder}/out")
+        found, wanted = load_file(f"{folder}/out/adapter_model.safetensors"), get_peft_model_state_dict(model)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def test_adapters_that_were_injected_are_exported_by_pefts_names(world, tmp_path):
+    world(2).run(_injected, str(tmp_path), timeout_s=60)
