@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from .layout import ALIGNMENT, Layout
 from .peers import PeerMemory
 from .plan import Placement, Tier
 from .sources import give_memory
+
+# torch's own attribute, whatever a Parameter's class makes of it.
+_DATA: Any = Tensor.data
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ class FlatBuffer:
         self.whole.data = torch.empty_like(self.whole)
         with unasked():
             for index, member in enumerate(self.members):
-                give_memory(member.parameter, self.view(index))
+                _DATA.__set__(member.parameter, self.view(index))
         return self.whole.untyped_storage()
 
     def fix(self) -> None:
