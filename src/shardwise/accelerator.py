@@ -340,8 +340,14 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
             raise told from error
 
     def _stepper_of(self, parameters: Iterable[Tensor] | Tensor, verb: str) -> tuple[ShardedOptimizer, list[Tensor]]:
+        """The optimizer that these parameters belong to: the same one on every rank, or PrepareError on every rank.
+
+        A rank may hold no element of an optimizer, and then finds no parameter in its groups: the ranks say together which is
+        meant. With one optimizer nobody waits for that but such a rank.
+        """
         items = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        owners = [entry for entry in self._optimizers if entry.holds(items)]
+        owned = self._ranks.any_of([entry.holds(items) for entry in self._optimizers])
+        owners = [entry for entry, meant in zip(self._optimizers, owned, strict=True) if meant]
         if not owners:
             raise PrepareError(
                 f"{verb}: none of these parameters belongs to a prepared optimizer. Prepare the model and its "

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -35,7 +35,7 @@ from .data import DataLoaderConfiguration
 from .data_loader import PreparedLoader
 from .errors import CheckpointError, ConfigError, PrepareError
 from .frozen import compare_frozen, forget_sums, frozen_record
-from .model_facts import facts_of
+from .model_facts import KeptAdapters, adapters_of, facts_of
 from .plugins import ProjectConfiguration
 from .preparing import PreparedModel, PreparedOptimizer
 from .process import PartialState
@@ -143,7 +143,8 @@ class Checkpointing(PartialState):
                 "saved. Save where accelerator.sync_gradients is true."
             )
         frozen = frozen_record([prepared.model for prepared in self._models], run, include_frozen, target)
-        draft, error = attempt(lambda: run.draft({"step": self.step}, with_frozen=include_frozen is True))
+        kept = [adapters_of(model) for model in run.models]
+        draft, error = attempt(lambda: run.draft({"step": self.step}, kept, with_frozen=include_frozen is True))
         text = first_failure(self._ranks, error)
         if text is not None or draft is None:
             raise CheckpointError(f"{target} was not saved: {text}") from error
@@ -152,8 +153,12 @@ class Checkpointing(PartialState):
             models = [prepared.model for prepared in self._models]
             for hook in list(self._save_hooks.values()):
                 together(self._ranks, lambda: hook(list(models), [{} for _ in models], str(staging)))  # noqa: B023
-        facts = {f"model{number}": _facts_about(model) for number, model in enumerate(run.models)}
-        manifest = describer(self._ranks.world_size, run.step, order, metric, frozen, facts)
+        manifest = together(
+            self._ranks,
+            lambda: describer(self._ranks.world_size, run.step, order, metric, frozen, _facts_of(run.models, kept)),
+            what=f"{target} was not saved: ",
+        )
+        assert manifest is not None
         if not async_:
             write_checkpoint(staging, target, draft, self._ranks, manifest)
             together(self._ranks, lambda: self._prune(target, output_dir is None), on=0)
@@ -304,7 +309,7 @@ class Checkpointing(PartialState):
         counters = together(self._ranks, lambda: run.restore_rest(states, groups), what=what)
         assert counters is not None
         self.step = counters["step"]
-        forget_sums([run.models[number] for number in frozen])
+        forget_sums(run.models[number] for number in frozen)
         if self.is_main_process:
             saved = checkpoint.manifest
             if saved.world_size != self.num_processes and self._schedulers and self._schedules_count_processes:
@@ -350,7 +355,8 @@ def _register(hooks: OrderedDict[int, Callable[..., Any]], hook: Callable[..., A
     return handle
 
 
-def _facts_about(model: ShardedModel) -> dict[str, Any]:
-    if model not in _facts:
-        _facts[model] = facts_of(model)
-    return _facts[model]
+def _facts_of(models: Sequence[ShardedModel], adapters: Sequence[KeptAdapters]) -> dict[str, Any]:
+    for model in models:
+        if model not in _facts:
+            _facts[model] = facts_of(model)
+    return {f"model{n}": {**_facts[m], **adapters[n].facts} for n, m in enumerate(models)}

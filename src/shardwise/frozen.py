@@ -20,7 +20,7 @@ from .checkpoint import directory
 from .checkpoint.agree import on_first, together
 from .checkpoint.fingerprint import fingerprints
 from .checkpoint.manifest import describer
-from .checkpoint.read import Checkpoint
+from .checkpoint.read import Checkpoint, shared_by
 from .checkpoint.write import Draft, open_staging, write_checkpoint
 from .errors import CheckpointError
 from .run_state import RunState
@@ -30,8 +30,8 @@ from .zero.sharded import ShardedModel
 
 logger = logging.getLogger("shardwise")
 
-# Each model is summed up once.
-_sums: WeakKeyDictionary[ShardedModel, dict[str, str]] = WeakKeyDictionary()
+# Each model is summed up once, and again after a script has written into it: (writes, sums).
+_sums: WeakKeyDictionary[ShardedModel, tuple[int, dict[str, str]]] = WeakKeyDictionary()
 
 
 def frozen_record(
@@ -57,39 +57,40 @@ def frozen_record(
     return record
 
 
-def compare_frozen(run: RunState, checkpoint: Checkpoint) -> list[int]:
-    """The models whose frozen weights are not those of the checkpoint, but are kept by it. Collective.
+def compare_frozen(run: RunState, checkpoint: Checkpoint) -> dict[int, set[str]]:
+    """Model -> its frozen weights that are not those of the checkpoint, but are kept by it. Collective.
 
     Raises CheckpointError if they differ and are not kept.
     """
     record = checkpoint.manifest.frozen
-    differing: list[int] = []
+    differing: dict[int, set[str]] = {}
     for number, model in enumerate(run.models):
         saved = record["models"].get(f"model{number}", {"source": None, "sums": {}})
         sums = _sums_of(model, run.ranks)
-        wrong = sorted(name for name in {*sums, *saved["sums"]} if sums.get(name) != saved["sums"].get(name))
+        wrong = {name for name in {*sums, *saved["sums"]} if sums.get(name) != saved["sums"].get(name)}
+        if set(sums) == set(saved["sums"]):
+            # What the checkpoint holds it gives back: frozen weights of adapters in any case, all where that was asked for.
+            inside = {n for n in wrong if record["kept"] != "outside" or f"model{number}/frozen/{n}" in checkpoint}
+            other_dtype = {n for n in wrong if _dtype(sums[n]) != _dtype(saved["sums"][n])}
+            differing[number] = inside - other_dtype
+            wrong -= differing[number]
+            if other_dtype and record["kept"] == "outside":
+                if run.ranks.rank == 0:
+                    logger.warning(
+                        "The frozen weights rest in another dtype than when %s was saved: they cannot be compared.",
+                        checkpoint.directory,
+                    )
+                continue
         if not wrong:
-            continue
-        same_names = set(sums) == set(saved["sums"])
-        same_dtypes = same_names and all(_dtype(text) == _dtype(saved["sums"][name]) for name, text in sums.items())
-        if same_dtypes and record["kept"] != "outside":
-            differing.append(number)
-            continue
-        if same_names and not same_dtypes and record["kept"] == "outside":
-            if run.ranks.rank == 0:
-                logger.warning(
-                    "The frozen weights rest in another dtype than when %s was saved: they cannot be compared.",
-                    checkpoint.directory,
-                )
             continue
         source = f" It was saved with those of {saved['source']}." if saved["source"] else ""
         raise CheckpointError(
             f"{checkpoint.directory}: {len(wrong)} frozen weight(s) of this model are not those that it was saved with, "
-            f"the first is {wrong[0]}.{source} Load the same base model, or save with include_frozen=True."
+            f"the first is {min(wrong)}.{source} Load the same base model, or save with include_frozen=True."
         )
-    if differing and record["kept"] != "inside":
-        store = checkpoint.directory.parent / record["kept"]
-        together(run.ranks, lambda: checkpoint.add(Checkpoint(store), "model"), what="frozen weights: ")
+    differing = {number: names for number, names in differing.items() if names}
+    if differing and record["kept"] not in ("inside", "outside"):
+        together(run.ranks, lambda: checkpoint.add(shared_by(checkpoint), "model"), what="frozen weights: ")
     return differing
 
 
@@ -101,11 +102,12 @@ def forget_sums(models: Iterable[ShardedModel]) -> None:
 
 def _sums_of(model: ShardedModel, ranks: Ranks) -> dict[str, str]:
     """Name -> dtype and fingerprint of each frozen weight. Collective."""
-    if model not in _sums:
+    if model not in _sums or _sums[model][0] != model.writes:
         held = intervals.share(intervals.frozen(model), ranks.rank, ranks.world_size)
-        dtypes = {m.name: str(m.dtype).removeprefix("torch.") for m in intervals.members(model) if not m.trained}
-        _sums[model] = {name: f"{dtypes[name]} {total}" for name, total in fingerprints(held, ranks).items()}
-    return _sums[model]
+        dtypes = {m.name: str(m.dtype).removeprefix("torch.") for m in model.whole.members() if not m.trained}
+        sums = {name: f"{dtypes[name]} {total}" for name, total in fingerprints(held, ranks).items()}
+        _sums[model] = (model.writes, sums)
+    return _sums[model][1]
 
 
 def _dtype(text: str) -> str:

@@ -3,8 +3,8 @@
 Their methods stay theirs. When the first transformers or peft model is prepared, methods of the libraries' classes are
 wrapped; for a model that is not sharded the wrapper does nothing but call on.
 
-    PeftModel.save_pretrained        full adapter tensors, written by rank 0 alone, also when every rank calls it
-    PreTrainedModel.save_pretrained  the same for a whole model
+    PeftModel.save_pretrained        full tensors, written by rank 0 alone, also when every rank calls it: `save_pretrained.py`
+    PreTrainedModel.save_pretrained  the same for a whole model; and push_to_hub of both
     GenerationMixin.generate         ranks may stop at different lengths
     PeftModel's generate             with virtual tokens the embeddings stay gathered meanwhile
 
@@ -14,31 +14,31 @@ Nothing of theirs is imported here unless the user's model has imported it alrea
 from __future__ import annotations
 
 import functools
-import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
 
-from .checkpoint.export import refuse_empty
-from .checkpoint.stream import save_streamed
+from .save_pretrained import push_to_hub, save_pretrained
 from .zero.sharded import ShardedModel, find_sharded
-
-_READ_BY_PEFT = ("prompt_encoder.", ".modules_to_save.", ".token_adapter.")
+from .zero.stand_ins import is_standing_in
 
 
 def connect(model: nn.Module) -> None:
     """Wrap the methods of the libraries that `model` comes from. Once per process and class."""
-    peft = sys.modules.get("peft")
-    if peft is not None and isinstance(model, peft.PeftModel):
-        _wrap(peft.PeftModel, "save_pretrained", _save_adapter)
-        if "generate" in vars(type(model)):
-            _wrap(type(model), "generate", _generate_with_adapter)
+    peft: Any = sys.modules.get("peft")
+    adapted = [] if peft is None else [m for m in model.modules() if isinstance(m, peft.PeftModel)]
+    if adapted:
+        _wrap(peft.PeftModel, "save_pretrained", save_pretrained)
+        _wrap(peft.PeftModel, "push_to_hub", push_to_hub)
+    for cls in {type(module) for module in adapted if "generate" in vars(type(module))}:
+        _wrap(cls, "generate", _generate_with_adapter)
     transformers = sys.modules.get("transformers")
     if transformers is not None:
-        _wrap(transformers.PreTrainedModel, "save_pretrained", _save_model)
+        _wrap(transformers.PreTrainedModel, "save_pretrained", save_pretrained)
+        _wrap(transformers.PreTrainedModel, "push_to_hub", push_to_hub)
         _wrap(transformers.GenerationMixin, "generate", _generate)
 
 
@@ -50,7 +50,7 @@ def _wrap(cls: type, name: str, around: Callable[..., Any]) -> None:
     @functools.wraps(original)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         sharded = _holder(self)
-        if sharded is None:
+        if sharded is None or is_standing_in(sharded.model):
             return original(self, *args, **kwargs)
         return around(sharded, functools.partial(original, self), self, args, kwargs)
 
@@ -73,100 +73,6 @@ def _holder(model: nn.Module) -> ShardedModel | None:
         ),
         None,
     )
-
-
-def _on_main(sharded: ShardedModel, kwargs: dict[str, Any], write: Callable[[], Any]) -> Any:
-    """Run `write` on rank 0 (on every rank whose caller says it is a main process) and agree on how it went."""
-    here = sharded.ranks.rank == 0 and kwargs.get("is_main_process", True)
-    return sharded.ranks.together(lambda: write() if here else None)
-
-
-def _save_adapter(
-    sharded: ShardedModel, original: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    # PEFT reads some weights itself: a prompt encoder's output, the keys of modules that it saves whole.
-    read_by_peft = [p for n, p in model.named_parameters() if any(part in n for part in _READ_BY_PEFT)]
-    state = kwargs.pop("state_dict", None)
-    with sharded.gathered(read_by_peft):
-        if not isinstance(state, Mapping) or not state:
-            # With the adapter PEFT may want the embeddings, which are frozen unless they were resized and trained.
-            named = sharded.model.named_parameters(remove_duplicate=False)
-            names = [n for n, _ in named if "embed" in n or "lm_head" in n]
-            state = sharded.state_dict(trainable_only=True, names=names)
-
-        def write() -> Any:
-            refuse_empty(state)
-            return original(*args, state_dict=state, **kwargs)
-
-        return _on_main(sharded, kwargs, write)
-
-
-def _save_model(
-    sharded: ShardedModel, original: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    state = kwargs.pop("state_dict", None)
-    if not (isinstance(state, Mapping) and state) and _is_plain(model, args, kwargs):
-        return _stream_model(sharded, model, **_named(("save_directory", "is_main_process"), args, kwargs))
-    if not isinstance(state, Mapping) or not state:
-        state = sharded.state_dict()
-    if model is not sharded.model:
-        prefix = next(name for name, module in sharded.model.named_modules() if module is model) + "."
-        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    return _on_main(sharded, kwargs, lambda: original(*args, state_dict=state, **kwargs))
-
-
-def _is_plain(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether transformers would write the weights as they are: nothing quantized, converted, renamed or uploaded."""
-    if len(args) > 2 or set(kwargs) - {"save_directory", "is_main_process", "max_shard_size", "safe_serialization"}:
-        return False
-    if not kwargs.get("safe_serialization", True) or getattr(model, "hf_quantizer", None) is not None:
-        return False
-    if getattr(model, "_hf_peft_config_loaded", False) or getattr(model, "_auto_class", None) is not None:
-        return False
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions is None:
-        try:
-            from transformers.conversion_mapping import get_model_conversion_mapping
-        except ImportError:  # before transformers 5 there are none
-            return True
-        conversions = get_model_conversion_mapping(model, add_legacy=False)
-    return not conversions
-
-
-def _named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _stream_model(
-    sharded: ShardedModel,
-    model: Any,
-    *,
-    save_directory: Any,
-    is_main_process: bool = True,
-    max_shard_size: int | str = "50GB",
-    safe_serialization: bool = True,
-) -> None:
-    """What `PreTrainedModel.save_pretrained` writes, with the weights unit by unit."""
-    main = sharded.ranks.rank == 0 and is_main_process
-
-    def write_configurations() -> None:
-        os.makedirs(save_directory, exist_ok=True)
-        model.config.dtype = str(model.dtype).removeprefix("torch.")
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(save_directory)
-        if model.can_generate():
-            model.generation_config.save_pretrained(save_directory)
-
-    sharded.ranks.together(lambda: write_configurations() if main else None)
-    prefix = next(name for name, module in sharded.model.named_modules() if module is model)
-    prefix = f"{prefix}." if prefix else ""
-    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-
-    def rename(name: str) -> str | None:
-        short = name.removeprefix(prefix)
-        return short if name.startswith(prefix) and short not in ignored else None
-
-    save_streamed(sharded, save_directory, max_shard_size=max_shard_size, rename=rename, here=main)
 
 
 def _generate(

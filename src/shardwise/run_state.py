@@ -1,7 +1,8 @@
 """Everything that a run needs to go on bit for bit: taken into a draft of a checkpoint, and brought back from one.
 
     model0/trained/<name>                 fp32 masters             each rank its intervals
-    model0/frozen/<name>                  only where asked for     each rank its intervals
+    model0/frozen/<name>                  an adapter's; all only where asked for     each rank its intervals
+    model0/adapter/<adapter>/<name>       what peft computes of an adapter           rank 0's
     model0/buffer/<name>                  rank 0's
     optimizer0/<state>/model0/<name>      moments                  each rank its intervals
     state of each rank                    generators, loaders, step counts, names in parameter groups
@@ -17,7 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ from .checkpoint.write import Draft, Piece, whole_pieces
 from .data_loader import PreparedLoader
 from .errors import CheckpointError
 from .generators import generator_states, set_generator_states
+from .model_facts import KeptAdapters
 from .zero import intervals
 from .zero.buffers import bytes_of, named_buffers, packed, parts_of, replace_buffers, unpacked, written
 from .zero.collectives import Ranks, attempt
@@ -65,13 +67,14 @@ class RunState:
     def settle(self) -> None:
         """Finish what is under way on the device. Collective."""
         for model in self.models:
-            intervals.settle(model)
+            model.settle()
         for stepper in self.steppers:
             stepper.raise_if_bad()
 
-    def draft(self, counters: dict[str, Any], *, with_frozen: bool) -> Draft:
+    def draft(self, counters: dict[str, Any], adapters: Sequence[KeptAdapters], *, with_frozen: bool) -> Draft:
         """This rank's part of a checkpoint. Reads nothing yet: pieces are read when they are written, or copied.
 
+        adapters: of each model, what is kept of them. with_frozen: all frozen weights are kept.
         Raises CheckpointError for state that a checkpoint cannot hold. Collective.
         """
         rank = self.ranks.rank
@@ -82,7 +85,9 @@ class RunState:
         state["generators"] = generator_states(self.ranks.device)
         for number, model in enumerate(self.models):
             pieces += self._pieces(f"model{number}/trained", intervals.trained(model))
-        pieces += self.frozen_pieces() if with_frozen else []
+        pieces += self.frozen_pieces(None if with_frozen else [kept.frozen for kept in adapters])
+        for number, kept in enumerate(adapters):
+            pieces += whole_pieces({f"model{number}/adapter/{name}": tensor for name, tensor in kept.computed.items()})
         state["optimizers"] = [self._optimizer(number, pieces) for number in range(len(self.steppers))]
         state["loaders"] = [_position(loader) for loader in self.loaders]
         if rank == 0:
@@ -93,12 +98,15 @@ class RunState:
         encoded = {**encode(state, tensors, "state"), "objects": objects}
         return Draft([*pieces, *whole_pieces(tensors)], encoded)
 
-    def frozen_pieces(self) -> list[Piece]:
-        """This rank's part of the frozen weights."""
+    def frozen_pieces(self, only: Sequence[Container[str]] | None = None) -> list[Piece]:
+        """This rank's part of the frozen weights. only: for each model, the names that are wanted."""
         return [
             piece
             for number, model in enumerate(self.models)
-            for piece in self._pieces(f"model{number}/frozen", intervals.frozen(model))
+            for piece in self._pieces(
+                f"model{number}/frozen",
+                [held for held in intervals.frozen(model) if only is None or held.name in only[number]],
+            )
         ]
 
     def _pieces(self, prefix: str, held: Sequence[Interval]) -> Iterator[Piece]:
@@ -197,7 +205,7 @@ class RunState:
                     "in the same order before load_state."
                 )
         for number, model in enumerate(self.models):
-            expected = {f"model{number}/trained/{m.name}": m.shape for m in intervals.members(model) if m.trained}
+            expected = {f"model{number}/trained/{m.name}": m.shape for m in model.whole.members() if m.trained}
             known = set(checkpoint.addresses(f"model{number}/trained/"))
             missing, unknown = sorted(expected.keys() - known), sorted(known - expected.keys())
             if missing or unknown:
@@ -220,15 +228,19 @@ class RunState:
                     f"{where}: {address} has shape {shape}, but this model's is {tuple(buffer.shape)}."
                 )
 
-    def restore_tensors(self, checkpoint: Checkpoint, states: Sequence[dict[str, Any]], frozen: Sequence[int]) -> None:
-        """Read this rank's intervals, of weights and optimizer states. frozen: models whose frozen weights are read too.
+    def restore_tensors(
+        self, checkpoint: Checkpoint, states: Sequence[dict[str, Any]], frozen: Mapping[int, Container[str]]
+    ) -> None:
+        """Read this rank's intervals, of weights and optimizer states. frozen: the names that are read too, by model.
 
         No communication: the caller agrees on how it went, and then calls `publish`.
         """
         for number, model in enumerate(self.models):
             _fill(checkpoint, f"model{number}/trained", intervals.trained(model))
-            if number in frozen:
-                _fill(checkpoint, f"model{number}/frozen", intervals.frozen(model))
+            wanted = frozen.get(number, ())
+            _fill(
+                checkpoint, f"model{number}/frozen", [held for held in intervals.frozen(model) if held.name in wanted]
+            )
         self._restore_buffers(checkpoint, states)
         for number, stepper in enumerate(self.steppers):
             self._restore_states(checkpoint, number, stepper, states)

@@ -32,14 +32,15 @@ class Saving(PartialState):
         return model
 
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
-        """The whole state dict, on the CPU of rank 0; {} on the other ranks. Collective.
+        """The whole state dict, on the CPU of rank 0; {} on the other ranks. Collective; an error is every rank's.
 
         Works under every stage; `zero3_save_16bit_model` is not needed for it, but makes its floating weights 16-bit.
         """
         sharded = find_sharded(self.unwrap_model(model, keep_torch_compile=False))
         if sharded is None:
             return dict(model.state_dict()) if self.is_main_process else {}
-        return {name: _cast(value, self._export_dtype) for name, value in sharded.state_dict().items()}
+        state = sharded.state_dict()
+        return self._ranks.together(lambda: {name: _cast(value, self._export_dtype) for name, value in state.items()})
 
     @property
     def _export_dtype(self) -> torch.dtype | None:
@@ -48,7 +49,10 @@ class Saving(PartialState):
         return self._precision.compute if zero.zero3_save_16bit_model and zero.zero_stage == 3 else None
 
     def save(self, obj: Any, f: Any, safe_serialization: bool = False) -> None:
-        """Write `obj` to `f` on the main process (on one process per machine with save_on_each_node)."""
+        """Write `obj` to `f` on the main process (on one process per machine with save_on_each_node).
+
+        Not collective, so it may be called on that process alone; an error is that process's own.
+        """
         if self.project_configuration.save_on_each_node:
             here = self.is_local_main_process
         else:

@@ -25,7 +25,6 @@ from shardwise.checkpoint.merge import merge
 from shardwise.checkpoint.stream import save_streamed
 from shardwise.checkpoint.tensor_file import Spec, TensorFile
 from shardwise.errors import CheckpointError, ShardwiseError
-from shardwise.zero import intervals
 
 # transformers and peft call functions of their own that they deprecate.
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
@@ -85,7 +84,7 @@ def _peak(ranks: Any, folder: str) -> tuple[int, int]:
     save_streamed(warm, f"{folder}/warm")
     warm.release()
     sharded = shard(ranks, _large(), "3", units=["Linear"])
-    for _ in intervals.whole_tensors(sharded, lambda name: True):
+    for _ in sharded.whole.stream(lambda name: True):
         pass
 
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew

@@ -70,7 +70,7 @@ def _whole_weights(sharded):
     """By name, what every rank's master says: gathered from the masters, not from the weights that compute."""
     found = {}
     for unit in sharded.units:
-        whole = sharded._whole_master(unit)
+        whole = sharded.whole.master(unit)
         for index, member in enumerate(unit.trainable.members):
             found[member.name] = unit.trainable.view(index, whole).to(unit.trainable.dtype)
     return found

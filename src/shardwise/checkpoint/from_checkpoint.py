@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
+from . import files
 from .directory import resolve
 from .export import WeightFiles
-from .read import Checkpoint
+from .names import below
+from .read import Checkpoint, shared_by
 from .tensor_file import Spec, TensorFile, dtype_named
-
-_ENCODERS = ("P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
 
 
 def export(
@@ -40,9 +40,9 @@ def export(
     if facts is None:
         raise CheckpointError(f"{checkpoint.directory} has no model {model}.")
     target = Path(output)
-    target.mkdir(parents=True, exist_ok=True)
     if facts["peft"]:
-        return [_export_adapter(checkpoint, facts, target, f"model{model}", name, dtype) for name in facts["peft"]]
+        return _export_adapters(checkpoint, facts, target, f"model{model}", dtype)
+    target.mkdir(parents=True, exist_ok=True)
     return _export_model(checkpoint, facts, target, f"model{model}", dtype, max_shard_size)
 
 
@@ -63,7 +63,7 @@ def _export_model(
     record = checkpoint.manifest.frozen
     names = [name for name in record["models"][model]["sums"] if f"{model}/frozen/{name}" not in checkpoint]
     if names and record["kept"] not in ("inside", "outside"):
-        checkpoint.add(Checkpoint(checkpoint.directory.parent / record["kept"]), f"{model}/frozen/")
+        checkpoint.add(shared_by(checkpoint), f"{model}/frozen/")
     elif names:
         raise CheckpointError(
             f"{checkpoint.directory} does not hold the frozen weights of the model ({names[0]}, ...). Save with "
@@ -96,18 +96,89 @@ def _export_model(
     return written
 
 
-def _export_adapter(
-    checkpoint: Checkpoint, facts: dict[str, Any], target: Path, model: str, adapter: str, dtype: torch.dtype | None
-) -> Path:
+def _export_adapters(
+    checkpoint: Checkpoint, facts: dict[str, Any], target: Path, model: str, dtype: torch.dtype | None
+) -> list[Path]:
     """PEFT's adapter_config.json and adapter_model.safetensors; adapters but the default one in a directory each."""
-    config = facts["peft"][adapter]
-    if config["peft_type"] in _ENCODERS:
+    found = []
+    for adapter, config in facts["peft"].items():
+        folder = target if adapter == "default" else below(target, adapter, "the adapter")
+        record = facts.get("adapters", {}).get(adapter)
+        if record is None:
+            found.append(
+                (folder, _where_by_rule(checkpoint, facts, model, adapter), {**config, "inference_mode": True})
+            )
+        else:
+            found.append((folder, _where_by_record(checkpoint, record, model, adapter), config))
+    written = []
+    for folder, where, config in found:
+        folder.mkdir(parents=True, exist_ok=True)
+        written.append(folder / "adapter_model.safetensors")
+        _write_adapter(checkpoint, facts, where, written[-1], dtype)
+        text = json.dumps(config, indent=2, sort_keys=True)
+        (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    return written
+
+
+def _write_adapter(
+    checkpoint: Checkpoint, facts: dict[str, Any], where: dict[str, str], path: Path, dtype: torch.dtype | None
+) -> None:
+    specs = [
+        Spec(name, _wanted(a.split("/", 2)[2], checkpoint.dtype(a), facts, dtype), checkpoint.shape(a))
+        for name, a in where.items()
+    ]
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with TensorFile(partial, specs) as file:
+            for spec in specs:
+                file.write(spec.name, checkpoint.read_whole(where[spec.name]).to(spec.dtype))
+        files.move_over(partial, path)
+    finally:
+        files.remove(partial)
+
+
+def _where_by_record(checkpoint: Checkpoint, record: Any, model: str, adapter: str) -> dict[str, str]:
+    """Name in the adapter's file -> address, as peft itself said when the checkpoint was saved."""
+    match record:
+        case {"error": reason}:
+            raise CheckpointError(
+                f"peft could not save the adapter {adapter!r} when {checkpoint.directory} was saved: {reason} Load the "
+                "checkpoint in the script and call model.save_pretrained."
+            )
+        case {"weights": dict() as weights, "computed": list() as computed} if all(
+            isinstance(name, str) for name in (*weights.values(), *computed)
+        ):
+            pass
+        case _:
+            raise CheckpointError(
+                f"{checkpoint.directory} does not say what the adapter {adapter!r} consists of: damaged."
+            )
+    where = {name: f"{model}/adapter/{adapter}/{name}" for name in computed}
+    for name, source in weights.items():
+        addresses = [f"{model}/{kind}/{source}" for kind in ("trained", "frozen", "buffer")]
+        where[name] = next((a for a in addresses if a in checkpoint), addresses[0])
+    absent = [name for name, address in where.items() if address not in checkpoint]
+    if absent or not where:
         raise CheckpointError(
-            f"an adapter of type {config['peft_type']} is what its encoder computes, which a checkpoint does not hold. "
-            "Load the checkpoint in the script and call model.save_pretrained."
+            f"{checkpoint.directory} holds {len(where) - len(absent)} of the {len(where)} tensors of the adapter {adapter!r}"
+            + (f"; {absent[0]} is missing." if absent else ".")
         )
-    folder = target if adapter == "default" else target / adapter
-    folder.mkdir(parents=True, exist_ok=True)
+    return where
+
+
+# Checkpoints of before peft was asked.
+
+_ENCODERS = ("P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
+
+
+def _where_by_rule(checkpoint: Checkpoint, facts: dict[str, Any], model: str, adapter: str) -> dict[str, str]:
+    """Name in the adapter's file -> address, for what that run trained."""
+    kind = facts["peft"][adapter]["peft_type"]
+    if kind in _ENCODERS:
+        raise CheckpointError(
+            f"an adapter of type {kind} is what its encoder computes, which a checkpoint of this age does not hold. Load the "
+            "checkpoint in the script and call model.save_pretrained."
+        )
     where: dict[str, str] = {}
     for address in checkpoint.addresses(f"{model}/trained/"):
         name = _peft_name(address.split("/", 2)[2], adapter, [other for other in facts["peft"] if other != adapter])
@@ -115,19 +186,7 @@ def _export_adapter(
             where[name] = address
     if not where:
         raise CheckpointError(f"{checkpoint.directory} holds no trained weight of the adapter {adapter!r}.")
-    specs = [
-        Spec(name, _wanted(a.split("/", 2)[2], checkpoint.dtype(a), facts, dtype), checkpoint.shape(a))
-        for name, a in where.items()
-    ]
-    path = folder / "adapter_model.safetensors"
-    partial = path.with_name(path.name + ".partial")
-    with TensorFile(partial, specs) as file:
-        for spec in specs:
-            file.write(spec.name, checkpoint.read_whole(where[spec.name]).to(spec.dtype))
-    partial.replace(path)
-    text = json.dumps({**config, "inference_mode": True}, indent=2, sort_keys=True)
-    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
-    return path
+    return where
 
 
 def _peft_name(name: str, adapter: str, others: list[str]) -> str | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .codec import decode
 from .manifest import Index, Manifest, Part, read_index, read_manifest
+from .names import beside
 from .tensor_file import read_part
 
 
@@ -112,3 +113,8 @@ class Checkpoint:
         for parts in self._parts.values():
             for path, part in parts:
                 read_part(path, part.place, 0, torch.empty(part.numel, dtype=part.place.dtype))
+
+
+def shared_by(checkpoint: Checkpoint) -> Checkpoint:
+    """The frozen weights that `checkpoint` shares with others, in a directory beside it. Raises CheckpointError."""
+    return Checkpoint(beside(checkpoint.directory, checkpoint.manifest.frozen["kept"]))

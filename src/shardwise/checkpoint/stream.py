@@ -7,15 +7,15 @@ through all units, whatever happens on rank 0: an error there waits for the end 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..zero import intervals
 from ..zero.collectives import attempt
 from ..zero.sharded import ShardedModel
+from ..zero.whole import persistent_buffers
 from .export import WeightFiles
 from .tensor_file import Spec
 
@@ -40,17 +40,19 @@ def save_streamed(
     model.refuse_whole_state()
     error: Exception | None = None
     weights: WeightFiles | None = None
-    named = _names(model, rename)
+    named, others = _names(model, rename)
+    buffers, shared = _buffers(model, rename)
+    local = {**others, **buffers}
 
     def open_files() -> WeightFiles:
         specs = [
             Spec(names[0], _cast(member.dtype, dtype), member.shape)
-            for member in intervals.members(model)
+            for member in model.whole.members()
             if (names := named.get(member.name))
         ]
-        buffers = [Spec(name, _cast(b.dtype, dtype), tuple(b.shape)) for name, b in _buffers(model, rename)]
-        aliases = {other: names[0] for names in named.values() for other in names[1:]}
-        return WeightFiles(folder, [*specs, *buffers], max_shard_size=max_shard_size, aliases=aliases)
+        specs += [Spec(name, _cast(b.dtype, dtype), tuple(b.shape)) for name, b in local.items()]
+        aliases = {**shared, **{other: names[0] for names in named.values() for other in names[1:]}}
+        return WeightFiles(folder, specs, max_shard_size=max_shard_size, aliases=aliases)
 
     main = model.ranks.rank == 0 and here
     if main:
@@ -63,14 +65,14 @@ def save_streamed(
         tensor = give().to("cpu")
         weights.write(name, tensor.to(_cast(tensor.dtype, dtype)))
 
-    for name, give in intervals.whole_tensors(model, lambda name: bool(named.get(name))):
+    for name, give in model.whole.stream(lambda name: bool(named.get(name))):
         if main and error is None and give is not None:
             _, error = attempt(lambda: write(named[name][0], give))  # noqa: B023 - called at once
 
     def finish() -> list[Path]:
         assert weights is not None
-        for name, buffer in _buffers(model, rename):
-            write(name, buffer.detach)
+        for name, tensor in local.items():
+            write(name, tensor.detach)
         return weights.finish()
 
     written: list[Path] | None = []
@@ -86,21 +88,36 @@ def _cast(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return wanted if wanted is not None and own.is_floating_point and own.itemsize > 1 else own
 
 
-def _names(model: ShardedModel, rename: Callable[[str], str | None]) -> dict[str, list[str]]:
-    """The engine's name of each parameter -> the names in the files, the one it is written under first."""
-    firsts = {id(p): name for name, p in model.model.named_parameters()}
+def _names(model: ShardedModel, rename: Callable[[str], str | None]) -> tuple[dict[str, list[str]], dict[str, Tensor]]:
+    """The engine's name of each parameter -> the names in the files, the one it is written under first.
+
+    And by name in the files those that came after the model was prepared: they are whole.
+    """
+    members = {id(member.parameter): member.name for member in model.whole.members()}
     found: dict[str, list[str]] = {}
+    others: dict[str, Tensor] = {}
     for name, parameter in model.model.named_parameters(remove_duplicate=False):
         new = rename(name)
-        if new is not None:
-            found.setdefault(firsts[id(parameter)], []).append(new)
-    return found
+        if new is None:
+            continue
+        if id(parameter) in members:
+            found.setdefault(members[id(parameter)], []).append(new)
+        elif parameter.numel():
+            others[new] = parameter
+    return found, others
 
 
-def _buffers(model: ShardedModel, rename: Callable[[str], str | None]) -> Iterator[tuple[str, Tensor]]:
-    for prefix, module in model.model.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                new = rename(f"{prefix}.{name}" if prefix else name)
-                if new is not None:
-                    yield new, buffer
+def _buffers(model: ShardedModel, rename: Callable[[str], str | None]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The buffers by their names in the files, each tensor once, and {other name of one: the name it is written under}."""
+    found: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, buffer in persistent_buffers(model.model, every_name=True).items():
+        new = rename(name)
+        if new is None:
+            continue
+        if first.setdefault(id(buffer), new) == new:
+            found[new] = buffer
+        else:
+            aliases[new] = first[id(buffer)]
+    return found, aliases

@@ -7,6 +7,7 @@ byte that it uses and reads at most two blocks more than it wants. The file is p
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -172,9 +173,16 @@ class TensorFile:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's bytes on the CPU; a view of it where it is there and contiguous."""
-    raw: Any = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(raw)
+    """The tensor's bytes on the CPU; a view of it where it is there and contiguous.
+
+    Not through numpy: torch never again shrinks a storage that `.numpy()` has seen, and a gathered weight's must shrink.
+    """
+    held = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
+    if not held.nbytes:
+        return memoryview(b"")
+    raw: Any = (ctypes.c_ubyte * held.nbytes).from_address(held.data_ptr())
+    raw.tensor = held  # the memory lives as long as the view of it
+    return memoryview(raw).cast("B")
 
 
 def read_part(path: Path, place: Place, begin: int, out: Tensor) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..config.environment import RankEnvironment, without_multicast
 from ..errors import ConfigError, LayoutError, RankError
+from .words import Words, exchanged
 
 log = logging.getLogger("shardwise")
 
@@ -59,12 +60,18 @@ def _groups(timeout: datetime.timedelta) -> tuple[dist.ProcessGroup, dist.Proces
     return data, control
 
 
+def _store() -> Any:
+    """What the ranks found each other by."""
+    return dist.distributed_c10d._get_default_store()
+
+
 class Ranks:
     """This process, its device, and the collectives over all processes of the run.
 
     rank, world_size:             over all machines.
     local_rank, local_world_size: on this machine.
     device:                       cuda:local_rank or cpu.
+    words:                        what a rank leaves for others without waiting for them.
     counts:                       how often each collective ran on this rank, by name; tests hold it against the design.
     """
 
@@ -83,6 +90,8 @@ class Ranks:
         self._reduce: dist.ProcessGroup | None = None
         self._control: dist.ProcessGroup | None = None
         self._told: dist.Work | None = None  # a vote whose outcome this rank knew
+        self._is_aside = False
+        self.words = Words(place.rank, _store if place.world_size > 1 else None, timeout)
         if self.world_size > 1:
             self._data, self._control = _groups(timeout)
             self._reduce = dist.group.WORLD
@@ -138,6 +147,7 @@ class Ranks:
         other = copy.copy(self)
         other.counts = Counter()
         other._owns_group = False
+        other._is_aside = True
         other._data = other._reduce = other._told = None
         if self._control is not None:
             other._control = dist.new_group(backend="gloo", timeout=self._timeout)
@@ -250,10 +260,16 @@ class Ranks:
 
     # Facts, between host processes, over the control group.
 
+    def _exchange(self) -> dist.ProcessGroup | None:
+        """The control group, for an exchange among all ranks, which is counted: see `words.py`."""
+        if self._control is not None and not self._is_aside:
+            exchanged()
+        return self._control
+
     def barrier(self) -> None:
         """Return once every rank has called it."""
-        if self._control is not None:
-            dist.all_reduce(torch.zeros(1), group=self._control)
+        if (control := self._exchange()) is not None:
+            dist.all_reduce(torch.zeros(1), group=control)
 
     def assemble(self, call: str, where: str = "", *, say_after_s: float = 5.0) -> None:
         """Return once every rank is in `call`: for a verb that scripts write under `if is_main_process`. Collective.
@@ -296,10 +312,10 @@ class Ranks:
     def gather_numbers(self, number: int) -> list[int]:
         """Every rank's whole number, in rank order. About 0.1 ms between processes of one machine."""
         self.counts["gather_numbers"] += 1
-        if self._control is None:
+        if (control := self._exchange()) is None:
             return [number]
         numbers = torch.empty(self.world_size, dtype=torch.int64)
-        _all_gather(numbers, torch.tensor([number]), group=self._control)
+        _all_gather(numbers, torch.tensor([number]), group=control)
         return [int(n) for n in numbers]
 
     def any_of(self, flags: list[bool]) -> list[bool]:
@@ -308,13 +324,13 @@ class Ranks:
         A rank whose flags are all set knows the answer: it tells the others and does not wait for them until the next call.
         """
         self.counts["any_of"] += 1
-        if self._control is None or not flags:
+        if not flags or (control := self._exchange()) is None:
             return flags
         if self._told is not None:
             self._told.wait()
             self._told = None
         votes = torch.tensor(flags, dtype=torch.uint8)
-        sent = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._control, async_op=True)
+        sent = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=control, async_op=True)
         if all(flags):
             self._told = sent
             return flags
@@ -323,18 +339,18 @@ class Ranks:
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's `value`, in rank order, on every rank. The values are pickled."""
-        if self._control is None:
+        if (control := self._exchange()) is None:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._control)
+        dist.all_gather_object(values, value, group=control)
         return values
 
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
         """Rank `source`'s `value`, on every rank."""
-        if self._control is None:
+        if (control := self._exchange()) is None:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=source, group=self._control)
+        dist.broadcast_object_list(box, src=source, group=control)
         return box[0]
 
     def agree(self, error: Exception | None) -> None:

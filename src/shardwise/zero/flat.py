@@ -14,17 +14,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from ..offload.store import MemoryStore, Slab, Store
-from .guard import Guard
+from .guard import Guard, unasked
 from .layout import ALIGNMENT, Layout
 from .peers import PeerMemory
 from .plan import Placement, Tier
 from .sources import give_memory
+
+# torch's own attribute, whatever a Parameter's class makes of it.
+_DATA: Any = Tensor.data
 
 
 @dataclass(frozen=True)
@@ -159,12 +163,27 @@ class FlatBuffer:
     def expand(self) -> None:
         """Give `whole` its storage, of unspecified content, on the current lane."""
         if not (self._fixed and self.whole.untyped_storage().nbytes()):
-            self.whole.untyped_storage().resize_(self._nbytes)
+            self._storage().resize_(self._nbytes)
 
     def collapse(self) -> None:
         """Take the storage of `whole` away. The current lane must have waited for whoever reads it."""
         if not self._fixed:
-            self.whole.untyped_storage().resize_(0)
+            self._storage().resize_(0)
+
+    def _storage(self) -> torch.UntypedStorage:
+        """The storage of `whole`; a new one if somebody outside of torch has seen the present one.
+
+        On a CPU torch refuses for good to resize a storage after `.numpy()`. It goes to whoever still has a view of it, with
+        what is in it: arrays of numpy, and what autograd saved of views of the parameters.
+        """
+        storage = self.whole.untyped_storage()
+        if storage.resizable():
+            return storage
+        self.whole.data = torch.empty_like(self.whole)
+        with unasked():
+            for index, member in enumerate(self.members):
+                _DATA.__set__(member.parameter, self.view(index))
+        return self.whole.untyped_storage()
 
     def fix(self) -> None:
         """From now on `whole` keeps its storage and its address, also while what is in it is out of date."""

@@ -123,9 +123,13 @@ class Groups:
         ]  # fmt: skip
 
     def is_all(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether these are all that the optimizer drives: asked of parameters, for this rank's shards may all be theirs."""
+        """Whether these are all that the optimizer drives: the same on every rank.
+
+        Asked of parameters, for this rank's shards may all be theirs; of shards only where there is one group that they can be.
+        """
         given = {id(p) for p in parameters}
-        return {id(p) for p in self.driven()} <= given or {id(shard.tensor) for shard in self.shards} <= given != set()
+        one = len(self.optimizer.param_groups) == 1
+        return {id(p) for p in self.driven()} <= given or (one and {id(shard.tensor) for shard in self.shards} <= given)
 
     def _homes(self) -> dict[int, tuple[Gradients, int]]:
         """id(parameter) -> its gradients and its place among them."""

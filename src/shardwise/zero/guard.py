@@ -141,7 +141,7 @@ class Released:
 
 
 def unasked() -> AbstractContextManager[None]:
-    """Inside, released parameters answer without a call into Python each time, which costs 1 us. For their gradients only."""
+    """Inside, released parameters answer without a call into Python each time, which costs 1 us. For what reads no value."""
     context: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
     return context
 

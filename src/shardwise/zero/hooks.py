@@ -89,7 +89,9 @@ class Hooks:
                     hook = _weakly(self, unit, index)
                     parameter: Any = member.parameter  # torch does not annotate its hooks
                     trained = parameter.requires_grad
-                    parameter.requires_grad_(True)  # torch takes hooks of no other, and keeps them when it is frozen again
+                    parameter.requires_grad_(
+                        True
+                    )  # torch takes hooks of no other, and keeps them when it is frozen again
                     self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
                     parameter.requires_grad_(trained)
         self._active.clear()

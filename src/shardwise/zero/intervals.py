@@ -13,7 +13,7 @@ the stage, the tier and the number of ranks:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,9 +22,7 @@ from torch import Tensor
 from ..offload.nvme import fetch_part, put_part
 from ..offload.store import Slab
 from . import publishing
-from .flat import FlatBuffer
 from .sharded import ShardedModel
-from .unit import Unit
 
 # Numbers of elements at which `share` may cut: bytes stay in words of 8, whatever the dtype.
 _CUT = 64
@@ -145,16 +143,7 @@ def _cut(bound: int, numel: int) -> int:
     return min(numel, max(0, -(-bound // _CUT) * _CUT))
 
 
-# Before and after.
-
-
-def settle(model: ShardedModel) -> None:
-    """Finish what is under way, so that what rests is what counts. Collective, like the end of a pass."""
-    model.schedule.abandon_open_pass()
-    model.schedule.stop_lingering()
-    model.follow_weights()
-    model.meet()
-    model.drain()
+# After.
 
 
 def publish(model: ShardedModel) -> None:
@@ -171,68 +160,4 @@ def publish(model: ShardedModel) -> None:
         for group in publishing.in_groups(model.units):
             publishing.send(group)
         publishing.arrive(model.units)
-    settle(model)
-
-
-# Whole tensors, for export.
-
-
-def whole_tensors(
-    model: ShardedModel, wanted: Callable[[str], bool]
-) -> Iterator[tuple[str, Callable[[], Tensor] | None]]:
-    """Every parameter of `wanted` in the engine's order: (name, a function that gives it whole).
-
-    The function is None on every rank but 0, and works until the next item is asked for: one unit is whole at a time.
-    Trained weights come from their masters, in the user's dtype. Collective: every rank goes through all items, and none
-    may leave early.
-    """
-    settle(model)
-    main = model.ranks.rank == 0
-    for unit in model.units:
-        names = [m.name for m in unit.frozen.members] if unit.frozen is not None else []
-        if unit.frozen is not None and any(map(wanted, names)):
-            with model.schedule.hold([unit]):
-                for index, member in enumerate(unit.frozen.members):
-                    if wanted(member.name):
-                        give = _frozen_reader(unit.frozen, index) if main else None
-                        yield member.name, give
-        if unit.trainable is not None and any(wanted(m.name) for m in unit.trainable.members):
-            whole = model._whole_master(unit)
-            for index, member in enumerate(unit.trainable.members):
-                if wanted(member.name):
-                    dtype = model._dtypes[member.name]
-                    give = _trained_reader(unit, index, whole, dtype) if main else None
-                    yield member.name, give
-            del whole
-
-
-def _frozen_reader(buffer: FlatBuffer, index: int) -> Callable[[], Tensor]:
-    return lambda: buffer.view(index).detach()
-
-
-def _trained_reader(unit: Unit, index: int, whole: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
-    assert unit.trainable is not None
-    buffer = unit.trainable
-    return lambda: buffer.view(index, whole).to(dtype)
-
-
-@dataclass(frozen=True)
-class Member:
-    """A parameter of a prepared model. dtype: in which it is exported."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    trained: bool
-
-
-def members(model: ShardedModel) -> list[Member]:
-    """Every parameter, each once, in the order of `whole_tensors`; the same on every rank, and nothing is gathered."""
-    found = []
-    for unit in model.units:
-        for buffer in (unit.frozen, unit.trainable):
-            for member, slot in zip(buffer.members, buffer.layout.slots, strict=True) if buffer is not None else ():
-                trained = buffer is not unit.frozen
-                dtype = model._dtypes[member.name] if trained else member.dtype
-                found.append(Member(member.name, slot.shape, dtype, trained))
-    return found
+    model.settle()

@@ -24,7 +24,6 @@ from ..errors import OptimizerError
 from .exchange import exchange
 from .groups import Groups
 from .intervals import Interval, Rest
-from .intervals import settle as settle_model
 from .sharded import ShardedModel
 from .shards import Shard, resting_place
 
@@ -316,7 +315,7 @@ class OptimizerState:
             self.settle_here()
             return
         for model in self.models:
-            settle_model(model)
+            model.settle()
 
     def settle_here(self) -> None:
         """`settle` for this rank alone. Raises StoreError for a write of a drive that failed."""

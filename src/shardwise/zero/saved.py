@@ -69,13 +69,14 @@ class SavedWeights:
 
     def renew(self, units: Sequence[Unit]) -> None:
         """These are the model's units from now on; what earlier forwards have packed keeps its own."""
-        self._owners = {part.whole.untyped_storage()._cdata: unit for unit in units for part in unit.parts}
+        self._units = units
+        self._any = any(unit.leaves for unit in units)
         self._backwards = 0
 
     @property
     def follows(self) -> bool:
         """Whether forwards that record a graph are to run inside `following`."""
-        return bool(self._owners) and (self._surprised or self._backwards < _LEARNED_IN)
+        return self._any and (self._surprised or self._backwards < _LEARNED_IN)
 
     def backward_ended(self) -> None:
         """A whole backward has passed: if it asked for every unit by the hooks on outputs, later ones will."""
@@ -94,7 +95,7 @@ class SavedWeights:
     def begin(self, *, in_forward: bool = True) -> bool:
         """Pack from now on, on this thread. False where torch allows no hooks, as inside of torch.func's transforms."""
         autograd: Any = torch._C._autograd
-        if not self._owners or not autograd._saved_tensors_hooks_is_enabled():
+        if not self._any or not autograd._saved_tensors_hooks_is_enabled():
             return False
         theirs = autograd._top_saved_tensors_default_hooks(False)
         autograd._push_saved_tensors_default_hooks(self._packer(theirs, in_forward), self._unpack)
@@ -107,7 +108,8 @@ class SavedWeights:
     def _packer(
         self, theirs: tuple[Callable[..., Any], Callable[..., Any]] | None, in_forward: bool
     ) -> Callable[[Tensor], Any]:
-        owners = self._owners
+        # Asked each time: what a script has seen outside of torch gets another storage when it is released.
+        owners = {part.whole.untyped_storage()._cdata: unit for unit in self._units for part in unit.parts}
 
         def pack(tensor: Tensor) -> Any:
             if tensor.grad_fn is not None:

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 import torch
@@ -40,6 +40,7 @@ from .streams import Lanes
 from .thawing import Thawing
 from .unit import Unit
 from .units import UnitSpec, find_units
+from .whole import WholeTensors
 from .writing import follow, has_strayed, write_back
 
 # Small blocks share a unit of at most this on a GPU: to gather and release one costs the host some 0.3 ms, in which NVLink
@@ -71,6 +72,8 @@ class ShardedModel:
                     takes the first where it is possible.
     after_step:     called after every step of an optimizer on this model, on every rank.
     generation_memory_budget: bytes of gathered weights while generating; "auto" for what is free, None for the fewest.
+    writes:         how often a script has written into its weights.
+    whole:          the weights whole, one unit at a time.
     sync_gradients: set False before a backward whose gradients are accumulated only. accumulating: the last one was so.
     Collective: every rank calls it with an equally built model; rank 0's weights are everybody's afterwards.
     Raises PrepareError for a model that is prepared already, has weights on the meta device, or fits no unit name.
@@ -102,6 +105,7 @@ class ShardedModel:
         self.released = False
         self.gpu_memory_budget = gpu_memory_budget
         self.after_step: list[Callable[[], None]] = []
+        self.writes = 0
         self.generation_memory_budget = generation_memory_budget
         self._quantised = QuantisedWeights(model)
         own_sources = dict(sources or {})
@@ -132,6 +136,9 @@ class ShardedModel:
         if peers is not None:
             peers.meet()
         self.schedule = Schedule(self.units, ranks, lanes, reductions, prefetch, faults)
+        self.whole = WholeTensors(
+            model, self.units, self.schedule, ranks, dtypes=self._dtypes, settle=self.settle, fetched=self.fetched
+        )
         dtype = precision.compute
         self._hooks = Hooks(
             self.schedule,
@@ -180,6 +187,14 @@ class ShardedModel:
     def put_to_rest(self, values: Tensor, slab: Slab) -> None:
         """See `Engine.put_to_rest`."""
         self._engine.put_to_rest(values, slab)
+
+    def settle(self) -> None:
+        """Finish what is under way, so that what rests is what counts. Collective, like the end of a pass."""
+        self.schedule.abandon_open_pass()
+        self.schedule.stop_lingering()
+        self.follow_weights()
+        self.meet()
+        self.drain()
 
     def drain(self) -> None:
         """What was put is where it rests. Collective where a drive is used; raises StoreError."""
@@ -273,6 +288,7 @@ class ShardedModel:
                     error = caught
                 if modify:
                     self.ranks.agree(error)
+                    self.writes += 1
                     self.meet()
                     write_back(units, self.ranks, self.fetched, self.put_to_rest)
                     self.meet()
@@ -297,6 +313,7 @@ class ShardedModel:
                 "modify=True), which takes rank 0's."
             )
         if any(said):
+            self.writes += 1
             self.meet()
             for unit in units:
                 unit.put_own()
@@ -329,45 +346,23 @@ class ShardedModel:
         window = 1 + schedule.prefetch + any(unit.travels for unit in self.units)
         return units_that_fit(sizes, order, here, window, room)
 
-    def state_dict(self, *, trainable_only: bool = False, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    def state_dict(self, *, trainable_only: bool = False) -> dict[str, Any]:
         """Full tensors by the model's own names, on the CPU of rank 0; an empty dict on the others.
 
-        trainable_only: leave frozen weights and buffers out. names: only these besides.
-        Trained weights come from their masters, in the dtype the user gave them; frozen ones in the dtype they compute in.
-        Unit by unit: no device holds more than one whole unit. Collective.
+        trainable_only: leave frozen weights and buffers out. Trained weights come from their masters, in the dtype the user
+        gave them; frozen ones in the dtype they compute in. Unit by unit: no device holds more than one whole unit. Collective.
         Raises PrepareError for all of a model whose base is quantised.
         """
         if not trainable_only:
             self.refuse_whole_state()
-        self.schedule.abandon_open_pass()
-        main = self.ranks.rank == 0
-        found: dict[int, Tensor] = {}
-        keep = set(names) if names is not None else set()
-        for unit in self.units:
-            if unit.frozen is not None:
-                wanted = [i for i, m in enumerate(unit.frozen.members) if not trainable_only or m.name in keep]
-                if wanted:
-                    with self.schedule.hold([unit]):
-                        for i in wanted if main else ():
-                            found[id(unit.frozen.members[i].parameter)] = unit.frozen.view(i).to("cpu", copy=True)
-            if unit.trainable is not None and unit.gradients is not None:
-                whole = self._whole_master(unit)
-                for i, member in enumerate(unit.trainable.members) if main else ():
-                    value = unit.trainable.view(i, whole).to("cpu", self._dtypes[member.name], copy=True)
-                    found[id(member.parameter)] = value
-        if not main:
-            return {}
-        state: dict[str, Tensor] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            if id(parameter) in found:
-                state[name] = found[id(parameter)]
-            elif parameter.numel() == 0 and not trainable_only:
-                state[name] = parameter.detach().cpu()
-        if not trainable_only:
-            state.update(self._persistent_buffers())
-            order = self._native_order()
-            state = dict(sorted(state.items(), key=lambda item: order.get(item[0], len(order))))
-        return state
+            return self.whole.state_dict()
+        trained = {member.name for member in self.whole.members() if member.trained}
+        return self.whole.on_first(trained.__contains__)
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether frozen weights are codes with scales beside them."""
+        return bool(self._quantised)
 
     def refuse_whole_state(self) -> None:
         """Raise PrepareError, on every rank, if the model cannot be saved whole: the library's tables would be missing."""
@@ -377,36 +372,12 @@ class ShardedModel:
                 "it came. Save the adapter (save_pretrained of the PEFT model), or all with save_state."
             )
 
-    def _whole_master(self, unit: Unit) -> Tensor:
-        assert unit.gradients is not None
-        assert unit.trainable is not None
-        own = self.fetched(unit.gradients.master)
-        if not unit.plan.optimizer.sharded:
-            return own
-        whole = torch.empty(unit.trainable.layout.numel, dtype=own.dtype, device=self.ranks.device)
-        self.ranks.all_gather(whole, own)
-        return whole
-
     def fetched(self, slab: Slab) -> Tensor:
         """What rests in `slab`, on the device; the computation waits for it. Collective where a drive is used."""
         out = self._engine.look_at(slab)
         if slab.tier is not Tier.GPU:
             self._engine.faults.agree()
         return out
-
-    def _persistent_buffers(self) -> dict[str, Tensor]:
-        found = {}
-        for prefix, module in self.model.named_modules(remove_duplicate=False):
-            for name, buffer in module._buffers.items():
-                if buffer is not None and name not in module._non_persistent_buffers_set:
-                    found[f"{prefix}.{name}" if prefix else name] = buffer.to("cpu", copy=True)
-        return found
-
-    def _native_order(self) -> dict[str, int]:
-        names = []
-        for prefix, module in self.model.named_modules(remove_duplicate=False):
-            names += [f"{prefix}.{n}" if prefix else n for n in (*module._parameters, *module._buffers)]
-        return {name: i for i, name in enumerate(names)}
 
     def ledger(self) -> dict[tuple[Role, Tier], int]:
         """Bytes on this rank by role and tier, now. The optimizer's moments are the ShardedOptimizer's to count."""
@@ -443,7 +414,7 @@ class ShardedModel:
         self.drop_gradients()
         self._hooks.remove()
         self._engine.lanes.gather.wait(self._engine.lanes.mark_compute())
-        rounded = dissolve(self.units, self._dtypes, self._whole_master, parted=self.ranks.parted)
+        rounded = dissolve(self.units, self._dtypes, self.whole.master, parted=self.ranks.parted)
         self._quantised.unsettle()
         if not self.ranks.parted:
             self.meet()

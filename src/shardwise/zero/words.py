@@ -1,0 +1,83 @@
+"""Words that one rank leaves for others, who may ask for them or not: nobody waits who does not ask.
+
+A collective needs every rank. Whether a rank should come to one it may have to learn from another that will not: rank 0, which
+was given a state dict, saves it alone. Its word lies in the store by which the ranks met, under the place in the program:
+
+    rank 0   exchange 41 | save_pretrained: "given"       | exchange 42
+    rank 1   exchange 41 | save_pretrained: what of rank 0? | exchange 42        the first one behind exchange 41, on both
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..errors import RankError
+
+
+class _Program:
+    """How far this process is, whatever Ranks it has: exchanges of facts among all ranks, and places named since the last."""
+
+    def __init__(self) -> None:
+        self.exchanges = 0
+        self.places: Counter[str] = Counter()
+
+
+_program = _Program()
+
+
+def exchanged() -> None:
+    """All ranks exchange facts now: each counts it, so that the count is the same on all at one place of the program."""
+    _program.exchanges += 1
+    _program.places.clear()
+
+
+class Words:
+    """One rank's.
+
+    store: gives the store by which the ranks met; None for a run of one rank. timeout: how long to wait for a word.
+    """
+
+    def __init__(self, rank: int, store: Callable[[], Any] | None, timeout: datetime.timedelta) -> None:
+        self._rank = rank
+        self._store = store
+        self.timeout = timeout
+
+    def place(self, verb: str) -> str:
+        """A name for this place of the program, the same on every rank: the n-th `verb` since all last exchanged facts.
+
+        So what one rank did there alone is not taken for what all do later.
+        """
+        _program.places[verb] += 1
+        return f"shardwise/{verb}/{_program.exchanges}.{_program.places[verb]}"
+
+    def say(self, place: str, word: str) -> None:
+        """Leave a word; nobody waits."""
+        if self._store is not None:
+            self._store().set(f"{place}/{self._rank}", word)
+
+    def heard(self, place: str, ranks: Sequence[int]) -> list[str]:
+        """What these ranks say at that place. Waits for them; raises RankError if one does not come, or rank 0 has ended."""
+        if self._store is None or not ranks:
+            return []
+        keys, verb = [f"{place}/{rank}" for rank in ranks], place.split("/")[1]
+        deadline = time.monotonic() + self.timeout.total_seconds()
+        pause_s = 1e-4
+        try:
+            # Not the store's `wait`, which would hold its lock for all threads of the process.
+            while not self._store().check(keys):
+                if time.monotonic() > deadline:
+                    absent = next(rank for rank, key in zip(ranks, keys, strict=True) if not self._store().check([key]))
+                    raise RankError(f"{verb}: rank {absent} has not come to it within {self.timeout}.")
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, 0.05)
+            return [word.decode() for word in self._store().multi_get(keys)]
+        except RankError:
+            raise
+        except RuntimeError as error:  # torch's, of the connection
+            raise RankError(
+                f"{verb}: the process by which the ranks met, rank 0's or the launcher's, has ended."
+            ) from error
