@@ -23,9 +23,11 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import ShardwiseError
+
+T = TypeVar("T")
 
 SETTINGS_NBYTES = 256 << 10  # what a person writes by hand
 RECORD_NBYTES = 64 << 20  # what a program writes: an index of some 300,000 tensors
@@ -46,6 +48,7 @@ _QUOTED = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _LONG_NUMBER = re.compile(rf"(?<![0-9])[0-9]{{{_DIGITS + 1}}}")
 _BRACKETS = re.compile(r"[^\[\]{}]+")
 
+_LONGEST_NAME = 4096  # of a path
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 100
 _short.maxlevel = 2
@@ -56,15 +59,18 @@ def shown(value: Any) -> str:
     return _short.repr(value)
 
 
+def printed(text: object) -> str:
+    """A path or a name as an error prints it: as it is, but in quotes where it has characters that no terminal should get."""
+    plain = str(text)
+    return plain if plain.isprintable() and len(plain) < _LONGEST_NAME else shown(plain)
+
+
 @contextmanager
 def opened(path: str | os.PathLike[str], raises: type[ShardwiseError]) -> Iterator[tuple[int, int]]:
     """A descriptor for reading the regular file `path`, and its size in bytes. Links are followed; closed at the end."""
-    try:
-        # Opening a device may already act on it, so its kind is asked for before, and again of what was opened.
-        _refuse_kind(path, os.stat(path).st_mode, raises)
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    except (OSError, ValueError) as error:
-        raise raises(f"{path}: {_reason(error)}") from error
+    # Opening a device may already act on it, so its kind is asked for before, and again of what was opened.
+    _refuse_kind(path, _ask(path, raises, lambda: os.stat(path)).st_mode, raises)
+    descriptor = _ask(path, raises, lambda: os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC))
     try:
         found = os.fstat(descriptor)
         _refuse_kind(path, found.st_mode, raises)
@@ -76,33 +82,35 @@ def opened(path: str | os.PathLike[str], raises: type[ShardwiseError]) -> Iterat
 def _refuse_kind(path: str | os.PathLike[str], mode: int, raises: type[ShardwiseError]) -> None:
     if not stat.S_ISREG(mode):
         kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "of an unknown kind")
-        raise raises(f"{path}: is {kind}, not a file")
+        raise raises(f"{printed(path)}: is {kind}, not a file")
 
 
-def _reason(error: OSError | ValueError) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "there is no such file"
-    return f"cannot be read: {error.strerror if isinstance(error, OSError) else error}"
+def _ask(path: str | os.PathLike[str], raises: type[ShardwiseError], question: Callable[[], T]) -> T:
+    try:
+        return question()
+    except FileNotFoundError:
+        raise raises(f"{printed(path)}: there is no such file") from None
+    except (OSError, ValueError) as error:  # a ValueError where the path is none
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise raises(f"{printed(path)}: cannot be read: {reason}") from error
 
 
 def read_text(path: str | os.PathLike[str], raises: type[ShardwiseError], limit: int = RECORD_NBYTES) -> str:
     """The text of a regular file of at most `limit` bytes."""
+    name = printed(path)
     with opened(path, raises) as (descriptor, size):
         if size > limit:
-            raise raises(f"{path}: has {size} bytes; such a file has at most {limit}")
+            raise raises(f"{name}: has {size} bytes; such a file has at most {limit}")
         data = bytearray()
-        try:
-            # Some files of the kernel have no size; none may bring more than the limit.
-            while len(data) <= limit and (block := os.read(descriptor, 1 << 20)):
-                data += block
-        except OSError as error:
-            raise raises(f"{path}: {_reason(error)}") from error
+        # Some files of the kernel have no size; none may bring more than the limit.
+        while len(data) <= limit and (block := _ask(path, raises, lambda: os.read(descriptor, 1 << 20))):
+            data += block
     if len(data) > limit:
-        raise raises(f"{path}: has more than {limit} bytes, which is the most that such a file has")
+        raise raises(f"{name}: has more than {limit} bytes, which is the most that such a file has")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
-        raise raises(f"{path}: is not a text file in UTF-8") from None
+        raise raises(f"{name}: is not a text file in UTF-8") from None
 
 
 def check_json(text: str, name: str, raises: type[ShardwiseError], limit: int = RECORD_NBYTES) -> None:
@@ -129,22 +137,23 @@ def parse_json(
     raises: type[ShardwiseError],
     *,
     limit: int = RECORD_NBYTES,
-    lenient: bool = False,
+    infinities: bool = False,
+    repeated_keys: bool = False,
     whole_number: Callable[[str], Any] | None = None,
 ) -> Any:
     """The value of a JSON text. name: what errors call it.
 
-    lenient:      of two equal keys the last one counts, and NaN and Infinity are numbers: as other libraries, whose file it is,
-                  read it. Else both are errors.
-    whole_number: makes a value of a number without point and exponent; None makes an int.
+    infinities:    NaN, Infinity and numbers that no float can hold are taken, as Python and other libraries write them.
+    repeated_keys: of two equal keys the last one counts, as other libraries read their files; else they are an error.
+    whole_number:  makes a value of a number without point and exponent; None makes an int.
     """
     check_json(text, name, raises, limit)
     try:
         return json.loads(
             text,
-            object_pairs_hook=None if lenient else _each_key_once,
-            parse_constant=None if lenient else _no_number,
-            parse_float=None if lenient else _finite,
+            object_pairs_hook=None if repeated_keys else _each_key_once,
+            parse_constant=None if infinities else _no_number,
+            parse_float=None if infinities else _finite,
             parse_int=whole_number,
         )
     except json.JSONDecodeError as error:
@@ -153,21 +162,23 @@ def parse_json(
         raise raises(f"{name}: {error}") from None
 
 
-def read_json(
-    path: str | os.PathLike[str], raises: type[ShardwiseError], *, limit: int = RECORD_NBYTES, lenient: bool = False
-) -> Any:
-    """The value of a file of JSON, see `read_text` and `parse_json`."""
-    return parse_json(read_text(path, raises, limit), str(path), raises, limit=limit, lenient=lenient)
+def read_json(path: str | os.PathLike[str], raises: type[ShardwiseError], **options: Any) -> Any:
+    """The value of a file of JSON. options: see `parse_json`; the limit is the file's too."""
+    text = read_text(path, raises, options.get("limit", RECORD_NBYTES))
+    return parse_json(text, printed(path), raises, **options)
 
 
-def read_json_object(
-    path: str | os.PathLike[str], raises: type[ShardwiseError], *, limit: int = RECORD_NBYTES, lenient: bool = False
-) -> dict[str, Any]:
+def read_json_object(path: str | os.PathLike[str], raises: type[ShardwiseError], **options: Any) -> dict[str, Any]:
     """`read_json` of a file that has to hold an object."""
-    value = read_json(path, raises, limit=limit, lenient=lenient)
+    value = read_json(path, raises, **options)
     if not isinstance(value, dict):
-        raise raises(f"{path}: is not a JSON object")
+        raise raises(f"{printed(path)}: is not a JSON object")
     return value
+
+
+def read_configuration(path: str | os.PathLike[str], raises: type[ShardwiseError]) -> dict[str, Any]:
+    """A config.json of transformers, read as they read it: Mamba's has an Infinity."""
+    return read_json_object(path, raises, infinities=True, repeated_keys=True)
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

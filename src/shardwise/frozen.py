@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from .checkpoint import directory
 from .checkpoint.agree import on_first, together
 from .checkpoint.fingerprint import fingerprints
 from .checkpoint.manifest import describer
+from .checkpoint.places import refuse_foreign
 from .checkpoint.read import Checkpoint
 from .checkpoint.write import Draft, open_staging, write_checkpoint
 from .errors import CheckpointError
@@ -51,7 +53,7 @@ def frozen_record(
         digest = hashlib.sha256(json.dumps([entry["sums"] for entry in found.values()]).encode()).hexdigest()[:16]
         store = target.parent / f"frozen-{digest}"
         record["kept"] = store.name
-        if not on_first(ranks, lambda: attempt(lambda: directory.resolve(store))[1] is None):
+        if not on_first(ranks, lambda: _is_there(store)):
             staging = open_staging(store, ranks)
             write_checkpoint(staging, store, Draft(run.frozen_pieces()), ranks, describer(ranks.world_size, 0, -1))
     return record
@@ -88,9 +90,26 @@ def compare_frozen(run: RunState, checkpoint: Checkpoint) -> list[int]:
             f"the first is {wrong[0]}.{source} Load the same base model, or save with include_frozen=True."
         )
     if differing and record["kept"] != "inside":
-        store = checkpoint.directory.parent / record["kept"]
-        together(run.ranks, lambda: checkpoint.add(Checkpoint(store), "model"), what="frozen weights: ")
+        together(
+            run.ranks,
+            lambda: checkpoint.add(Checkpoint(_store_of(checkpoint.directory, record["kept"])), "model"),
+            what="frozen weights: ",
+        )
     return differing
+
+
+def _is_there(store: Path) -> bool:
+    """Whether the frozen weights are kept already. Raises CheckpointError where something else has their name."""
+    found, _ = attempt(lambda: directory.resolve(store))
+    if found is None:
+        refuse_foreign(store)
+    return found is not None
+
+
+def _store_of(checkpoint: Path, name: str) -> Path:
+    """The frozen weights of a checkpoint: beside it, also where it was moved to another disk with a link in its place."""
+    beside = checkpoint.parent / name
+    return beside if beside.exists() else Path(os.path.realpath(checkpoint)).parent / name
 
 
 def forget_sums(models: Iterable[ShardedModel]) -> None:

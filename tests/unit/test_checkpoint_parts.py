@@ -18,7 +18,7 @@ from shardwise.checkpoint import tensor_file
 from shardwise.checkpoint.codec import decode, encode
 from shardwise.checkpoint.directory import next_number, prune, survey
 from shardwise.checkpoint.fingerprint import part_sums
-from shardwise.checkpoint.manifest import Manifest
+from shardwise.checkpoint.manifest import Entry, Index, Manifest, Origin, text_checksum
 from shardwise.checkpoint.tensor_file import Spec, TensorFile, read_part
 from shardwise.errors import CheckpointError
 from shardwise.zero.intervals import Interval, Rest, share
@@ -173,10 +173,19 @@ def test_shares_of_copied_intervals_hold_each_element_once(world_size):
     assert set(seen.values()) == {1}
 
 
-def _empty(folder: Path, number: int, metric: float | None) -> None:
+RUN = "a" * 32
+
+
+def _empty(folder: Path, number: int, metric: float | None, made: Origin | None = None) -> Path:
+    """A checkpoint that automatic naming made, without a tensor."""
     path = folder / f"checkpoint_{number}"
     path.mkdir(parents=True)
-    (path / "manifest.json").write_text(Manifest(1, number, number, (), metric).to_text())
+    text = Index().to_text()
+    (path / "rank-00000.json").write_text(text)
+    entry = Entry("rank-00000.json", text_checksum(text), None, 0)
+    made = made or Origin(RUN, path.name)
+    (path / "manifest.json").write_text(Manifest(1, number, number, (entry,), metric, made=made).to_text())
+    return path
 
 
 def test_the_directory_is_counted_and_pruned(tmp_path):
@@ -187,6 +196,6 @@ def test_the_directory_is_counted_and_pruned(tmp_path):
     found = survey(tmp_path)
     assert [f.manifest.order for f in found.complete] == [5, 4, 3, 2, 1, 0]
     assert "no manifest.json" in found.skipped[0][1]
-    prune(tmp_path, newest=1, best=1, smaller_is_better=False)
+    prune(tmp_path, {RUN}, newest=1, best=1, smaller_is_better=False)
     assert [f.manifest.order for f in survey(tmp_path).complete] == [5, 2]
-    assert prune(tmp_path, newest=None) == []
+    assert prune(tmp_path, {RUN}, newest=None) == []

@@ -12,7 +12,7 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -125,8 +125,11 @@ class TensorFile:
         self._descriptor = files.create(path, self.nbytes)
         files.write(self._descriptor, memoryview(struct.pack("<Q", len(text)) + text), 0, path)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write `tensor`, on any device, as the spec of that name. Raises CheckpointError if it is not what was announced."""
+    def write(self, name: str, tensor: Tensor, advance: Callable[[int], None] = lambda nbytes: None) -> None:
+        """Write `tensor`, on any device, as the spec of that name. Raises CheckpointError if it is not what was announced.
+
+        advance: called with the number of bytes after each block that is written.
+        """
         spec = self._specs.pop(name, None)
         if spec is None:
             raise CheckpointError(f"{name} was not announced for {self.path.name}, or is written twice.")
@@ -142,6 +145,7 @@ class TensorFile:
             block = data[begin : begin + BLOCK_NBYTES]
             sums.append(zlib.crc32(block))
             files.write(self._descriptor, block, offset + begin, self.path)
+            advance(block.nbytes)
         self.places[name] = Place(spec.dtype, offset, spec.nbytes, tuple(sums))
 
     def close(self) -> None:
