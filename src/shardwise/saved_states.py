@@ -33,7 +33,7 @@ def check_states(states: Sequence[Any], objects_of: Sequence[int]) -> None:
                 raise CheckpointError(f"{where}: {key} is {shown(found)}, which is not what a save writes.")
         if not all(isinstance(buffer, Tensor) for buffer in state["buffers"].values()):
             raise CheckpointError(f"{where}: buffers holds something else than tensors.")
-        if rank and rank in objects_of and not isinstance(state.get("objects"), list | None):
+        if rank and rank in objects_of and not isinstance(state.get("objects", ...), list | None):
             raise CheckpointError(
                 f"{where}: objects is {shown(state.get('objects'))}, which is not what a save writes."
             )
@@ -61,7 +61,11 @@ def _check_optimizer(saved: Any, where: str, *, first: bool) -> None:
     )
     if fits and first:
         groups = saved.get("groups")
-        fits = isinstance(groups, list) and len(groups) == len(names or ()) and all(isinstance(g, dict) for g in groups)
+        fits = (
+            isinstance(groups, list)
+            and len(groups) == len(names or ())
+            and all(isinstance(group, dict) and "params" not in group for group in groups)
+        )
         fits = fits and is_count(saved.get("steps")) and isinstance(saved.get("step_was_skipped"), bool)
     if not fits:
         raise CheckpointError(f"{where}: an optimizer is {shown(saved)}, which is not what a save writes.")

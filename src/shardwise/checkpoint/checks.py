@@ -22,6 +22,9 @@ from .tensor_file import BLOCK_NBYTES, DTYPES, Place
 # 64 bits, as in the files of tensors.
 _LARGEST = 1 << 63
 STORE = re.compile(r"frozen-[0-9a-f]{16}")
+_ADDRESS = re.compile(
+    r"model[0-9]+/(trained|frozen|buffer)/.+|optimizer[0-9]+/[^/]+/model[0-9]+/.+|(state|objects)(/.*)?", re.DOTALL
+)
 _RUN = re.compile(r"[0-9a-f]{32}")
 _NAME = re.compile(r"checkpoint_[0-9]{1,18}")
 
@@ -208,6 +211,10 @@ def check_together(parts: Mapping[str, list[Part]], directory: object) -> None:
     """
     for address, found in parts.items():
         where = f"{directory} is damaged: {printed(address)}"
+        if _ADDRESS.fullmatch(address) is None:
+            raise CheckpointError(
+                f"{where} is not the name of a weight, an optimizer state or anything else that is saved."
+            )
         role, *rest = address.split("/", 1)
         if role in ("state", "objects"):  # each rank has its own
             for part in found:
@@ -219,6 +226,12 @@ def check_together(parts: Mapping[str, list[Part]], directory: object) -> None:
         ends = [0, *(part.begin + part.numel for part in found)]
         if any(part.begin < end for part, end in zip(found, ends, strict=False)):
             raise CheckpointError(f"{where} has elements that two ranks have written.")
+        if (
+            not rest[0].startswith("buffer/")
+            and not found[0].place.dtype.is_floating_point
+            and rest[0].startswith("trained/")
+        ):
+            raise CheckpointError(f"{where} is of {found[0].place.dtype}, which is not trained.")
         if role.startswith("model"):
             _check_whole(found, ends, where)
         else:
@@ -240,5 +253,5 @@ def _check_whole(found: list[Part], ends: Iterable[int], where: str) -> None:
 
 def _weight_of(state: str) -> str:
     """`exp_avg/model0/q.weight` -> `model0/trained/q.weight`."""
-    _, model, name = (*state.split("/", 2), "", "")[:3]
+    _, model, name = state.split("/", 2)
     return f"{model}/trained/{name}"

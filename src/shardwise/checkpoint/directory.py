@@ -91,7 +91,9 @@ def _judge(path: Path) -> Found | None:
     elif not stat.S_ISDIR(path.lstat().st_mode):
         return None
     manifest = read_manifest(path)
-    if manifest.order < 0 or (replaced and _is_complete(path.with_name(path.name.removeprefix(REPLACED)))):
+    if manifest.order < 0:
+        raise CheckpointError(f"{printed(path)} holds frozen weights alone, which checkpoints share.")
+    if replaced and _is_complete(path.with_name(path.name.removeprefix(REPLACED))):
         return None
     return Found(path, manifest)
 

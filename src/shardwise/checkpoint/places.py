@@ -32,8 +32,13 @@ _OF_A_RANK = re.compile(r"rank-[0-9]{5,}\.(json|safetensors)")
 
 def followed(path: Path) -> Path:
     """The directory that `path` stands for: itself, or where it leads to as a link. Raises CheckpointError."""
-    if not path.is_symlink():
-        return path
+    real = _real(path) if path.is_symlink() else path
+    if not real.name:
+        raise CheckpointError(f"{printed(path)} is the root of the file system, which is no checkpoint.")
+    return real
+
+
+def _real(path: Path) -> Path:
     try:
         return Path(os.path.realpath(path, strict=True))
     except FileNotFoundError:
