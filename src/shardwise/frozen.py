@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -92,7 +91,7 @@ def compare_frozen(run: RunState, checkpoint: Checkpoint) -> list[int]:
     if differing and record["kept"] != "inside":
         together(
             run.ranks,
-            lambda: checkpoint.add(Checkpoint(_store_of(checkpoint.directory, record["kept"])), "model"),
+            lambda: checkpoint.add(Checkpoint(checkpoint.beside(record["kept"])), "model"),
             what="frozen weights: ",
         )
     return differing
@@ -104,12 +103,6 @@ def _is_there(store: Path) -> bool:
     if found is None:
         refuse_foreign(store)
     return found is not None
-
-
-def _store_of(checkpoint: Path, name: str) -> Path:
-    """The frozen weights of a checkpoint: beside it, also where it was moved to another disk with a link in its place."""
-    beside = checkpoint.parent / name
-    return beside if beside.exists() else Path(os.path.realpath(checkpoint)).parent / name
 
 
 def forget_sums(models: Iterable[ShardedModel]) -> None:

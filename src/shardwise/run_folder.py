@@ -58,8 +58,8 @@ class RunFolder:
             return Place(target, str(target), directory.next_order(folder), self.lineage.origin(target.name))
         given = Path(os.path.abspath(output_dir))
         target = followed(given)
-        self._claim(target.with_name(f".lock-{target.name}"))
         refuse_foreign(target)
+        self._claim(target.with_name(f".lock-{target.name}"))
         return Place(target, str(given), directory.next_order(target.parent), self.lineage.origin(None))
 
     def choose_to_load(

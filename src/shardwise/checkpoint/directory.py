@@ -107,11 +107,11 @@ def resolve(path: Path) -> Path:
 
     Raises CheckpointError with the reason why there is none.
     """
-    path = followed(path)
+    real = followed(path)
     try:
         read_manifest(path)
     except CheckpointError:
-        replaced = path.with_name(REPLACED + path.name)
+        replaced = real.with_name(REPLACED + real.name)
         if _is_complete(replaced):
             return replaced
         raise

@@ -105,24 +105,34 @@ def put_in_place(staging: Path, target: Path) -> None:
     At every moment one of them is complete under a name that is looked for.
     """
     refuse_foreign(target)
-    if target.is_dir() and any(target.iterdir()):
-        aside = target.with_name(REPLACED + target.name)
-        if os.path.lexists(aside):  # both are there after a kill
-            refuse_foreign(aside)
-            if attempt(lambda: read_manifest(target))[1] is None:
-                discard(aside)
-            else:
-                aside = target.with_name(REMOVED + target.name)
-                files.remove(aside)
-        files.move(target, aside)
-    files.move(staging, target)
+    aside = _set_aside(target) if target.is_dir() and any(target.iterdir()) else None
+    try:
+        files.move(staging, target)
+    except OSError:
+        if aside is not None:
+            attempt(lambda: files.move(aside, target))  # the first error is the one to tell
+        raise
     files.sync_directory(target.parent)
+
+
+def _set_aside(target: Path) -> Path:
+    aside = target.with_name(REPLACED + target.name)
+    if os.path.lexists(aside):  # both are there after a kill
+        refuse_foreign(aside)
+        if attempt(lambda: read_manifest(target))[1] is None:
+            discard(aside)
+        else:
+            aside = target.with_name(REMOVED + target.name)
+            files.remove(aside)
+    files.move(target, aside)
+    return aside
 
 
 def left_behind(target: Path) -> list[Path]:
     """What earlier checkpoints at `target` have left beside it: to be discarded once the new one is in its place."""
-    names = (REPLACED + target.name, REMOVED + target.name)
-    return [path for path in map(target.with_name, names) if path.is_dir() and not path.is_symlink()]
+    replaced, removed = target.with_name(REPLACED + target.name), target.with_name(REMOVED + target.name)
+    mine = [path for path in (replaced, removed) if path.is_dir() and not path.is_symlink()]
+    return [path for path in mine if path == removed or holds_checkpoint(path)]
 
 
 def discard(path: Path) -> None:

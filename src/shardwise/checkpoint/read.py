@@ -120,6 +120,13 @@ class Checkpoint:
             if address.startswith(prefix):
                 self._parts[address] = parts
 
+    def beside(self, name: str) -> Path:
+        """What lies beside the checkpoint under `name`: where a link to it lies, or what the link leads to."""
+        place = self.directory
+        while not (place.parent / name).exists() and place.is_symlink():
+            place = place.parent / os.readlink(place)
+        return place.parent / name
+
     def __contains__(self, address: str) -> bool:
         return address in self._parts
 

@@ -114,12 +114,14 @@ def write_checkpoint(
         entry = patiently(
             ranks, lambda: _write_rank(staging, draft, ranks.rank, writing), writing, what=what, failed=failed
         )
+        entries = [found for found in ranks.gather_objects(entry) if found is not None]
+        patiently(
+            ranks, lambda: _publish(staging, target, describe(entries)), publishing, what=what, on=0, failed=failed
+        )
     except CheckpointError:
         if ranks.rank == 0:
             attempt(lambda: files.remove(staging))  # else the next save begins by removing it
         raise
-    entries = [found for found in ranks.gather_objects(entry) if found is not None]
-    patiently(ranks, lambda: _publish(staging, target, describe(entries)), publishing, what=what, on=0, failed=failed)
 
 
 def _write_rank(staging: Path, draft: Draft, rank: int, progress: Progress) -> Entry:
