@@ -32,10 +32,11 @@ class Place:
 
 @dataclass
 class RunFolder:
-    """What this process has claimed, and the runs that it goes on with."""
+    """What this process has claimed, and the runs that it goes on with. looked_at: folders of which others were told."""
 
     lineage: Lineage = field(default_factory=Lineage)
     locks: dict[Path, directory.Lock] = field(default_factory=dict)
+    looked_at: set[Path] = field(default_factory=set)
 
     def numbered(self, project: ProjectConfiguration) -> Path:
         """Where automatic naming puts checkpoints. Raises CheckpointError without it."""
@@ -75,9 +76,20 @@ class RunFolder:
 
     def prune(self, project: ProjectConfiguration, place: Place) -> None:
         """Keep to the limits. What cannot be removed is a warning: the save itself is done."""
+        folder = place.target.parent
+        if folder not in self.looked_at:
+            self.looked_at.add(folder)
+            others, _ = attempt(lambda: directory.not_counted(folder, self.lineage.runs))
+            if others:
+                logger.warning(
+                    "%s: total_limit leaves %s%s alone: this run, and those that it goes on with, have not made them.",
+                    folder,
+                    ", ".join(others[:3]),
+                    f" and {len(others) - 3} more" if len(others) > 3 else "",
+                )
         _, error = attempt(
             lambda: directory.prune(
-                place.target.parent,
+                folder,
                 self.lineage.runs,
                 newest=project.total_limit,
                 best=project.keep_best,

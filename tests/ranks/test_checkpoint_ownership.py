@@ -84,8 +84,8 @@ def _save_some(folder: str, count: int, resume: str | None, limit: int | None = 
     run.close()
 
 
-def _runs(ranks: Any, folder: str) -> list[list[str]]:
-    place, found = Path(folder) / "checkpoints", []
+def _runs(ranks: Any, folder: str) -> tuple[list[list[str]], list[str]]:
+    place, found, said_of_others = Path(folder) / "checkpoints", [], []
     for count, resume, limit in (
         (2, None, None),  # A: 0, 1
         (2, f"{place}/checkpoint_1", None),  # B goes on with A: 2, 3
@@ -93,17 +93,29 @@ def _runs(ranks: Any, folder: str) -> list[list[str]]:
         (1, None, 1),  # D begins anew: 5; all others stay
         (1, f"{place}/checkpoint_3", 1),  # E goes on with B, and so with A: 6; B's go
     ):
-        _save_some(folder, count, resume, limit)
+        with said() as lines:
+            _save_some(folder, count, resume, limit)
         ranks.barrier()
         found.append(names(place))
+        said_of_others += lines
         ranks.barrier()
-    return found
+    return found, said_of_others
 
 
 def test_a_run_removes_its_own_and_those_of_the_runs_that_it_goes_on_with(world, tmp_path):
-    found = world(2).run(_runs, str(tmp_path))[0]
+    (found, lines), (_, silent) = world(2).run(_runs, str(tmp_path))
     assert found == [
         [f"checkpoint_{n}" for n in numbers] for numbers in ((0, 1), (0, 1, 2, 3), (2, 3, 4), (2, 3, 4, 5), (4, 5, 6))
+    ]
+    assert silent == []
+    place = tmp_path / "checkpoints"
+    assert [line.split(" alone: ")[0] for line in lines] == [
+        f"{place}: total_limit leaves {others}"
+        for others in (
+            "checkpoint_3, checkpoint_2",
+            "checkpoint_4, checkpoint_3, checkpoint_2",
+            "checkpoint_5, checkpoint_4",
+        )
     ]
 
 

@@ -155,6 +155,12 @@ def prune(
     return removed
 
 
+def not_counted(folder: Path, runs: Collection[str]) -> list[str]:
+    """The names of checkpoints that look as if automatic naming had made them, and that `prune` leaves alone."""
+    found = [one for one in survey(folder).complete if not _made_by(one, runs)]
+    return [one.path.name for one in found if _NUMBERED.fullmatch(one.path.name) is not None]
+
+
 def _made_by(found: Found, runs: Collection[str]) -> bool:
     made = found.manifest.made
     return made is not None and made.run in runs and made.name == found.path.name and not found.path.is_symlink()

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..documents import opened
 from ..errors import CheckpointError
 from . import files
 
@@ -123,7 +124,11 @@ class TensorFile:
         self._start = 8 + len(text)
         self.nbytes = self._start + end
         self._descriptor = files.create(path, self.nbytes)
-        files.write(self._descriptor, memoryview(struct.pack("<Q", len(text)) + text), 0, path)
+        try:
+            files.write(self._descriptor, memoryview(struct.pack("<Q", len(text)) + text), 0, path)
+        except BaseException:
+            self.discard()
+            raise
 
     def write(self, name: str, tensor: Tensor, advance: Callable[[int], None] = lambda nbytes: None) -> None:
         """Write `tensor`, on any device, as the spec of that name. Raises CheckpointError if it is not what was announced.
@@ -189,12 +194,12 @@ def read_part(path: Path, place: Place, begin: int, out: Tensor) -> None:
     """
     target = as_bytes(out)
     first, last = begin * place.dtype.itemsize, begin * place.dtype.itemsize + target.nbytes
-    with path.open("rb", buffering=0) as file:
+    with opened(path, CheckpointError) as (descriptor, _):
         for number in range(first // BLOCK_NBYTES, -(-last // BLOCK_NBYTES)):
             start = number * BLOCK_NBYTES
             size = min(BLOCK_NBYTES, place.nbytes - start)
             block = memoryview(bytearray(size))
-            found = read_into(file.fileno(), block, place.offset + start)
+            found = read_into(descriptor, block, place.offset + start)
             if found < size:
                 raise CheckpointError(f"{path} is cut off: it ends within byte {place.offset + start + found}.")
             if zlib.crc32(block) != place.blocks[number]:
