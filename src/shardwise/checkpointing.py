@@ -14,7 +14,6 @@ holds where they came from and a fingerprint of them, which `load_state` compare
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -130,7 +129,7 @@ class Checkpointing(PartialState):
                         raise what went wrong.
         include_frozen: False keeps a fingerprint of frozen weights; True keeps them; "shared" keeps them once, beside the
                         checkpoints, for all that are saved there.
-        metric:         what the best checkpoints are chosen by, see ProjectConfiguration.
+        metric:         what the best checkpoints are chosen by, see ProjectConfiguration; rank 0's counts.
         Raises CheckpointError with the same words on every rank; checkpoints that were there are then unharmed.
         """
         if kwargs:
@@ -138,7 +137,7 @@ class Checkpointing(PartialState):
         if not safe_serialization and self.is_main_process:
             logger.warning("save_state: safe_serialization=False has no effect; checkpoints are safetensors and JSON.")
         self.finish_saving()
-        place = self._agree_on_place(output_dir)
+        place = self._agree_on_place(output_dir, metric)
         target = place.target
         run = self._run_state()
         run.settle()
@@ -156,8 +155,7 @@ class Checkpointing(PartialState):
         staging = open_staging(target, self._ranks)
         self._call_save_hooks(staging)
         facts = {f"model{number}": _facts_about(model) for number, model in enumerate(run.models)}
-        score = self._finite(metric)
-        manifest = describer(self._ranks.world_size, run.step, place.order, score, frozen, facts, place.made)
+        manifest = describer(self._ranks.world_size, run.step, place.order, place.metric, frozen, facts, place.made)
         if not async_:
             write_checkpoint(staging, target, draft, self._ranks, manifest)
             self._prune(self._ranks, place)
@@ -195,12 +193,12 @@ class Checkpointing(PartialState):
             scaler=self._scaler,
         )
 
-    def _agree_on_place(self, output_dir: str | os.PathLike[str] | None) -> Place:
+    def _agree_on_place(self, output_dir: str | os.PathLike[str] | None, metric: float | None) -> Place:
         looking = Progress("looks at the directory")
         failed = "nothing was saved: "
         chosen = patiently(
             self._ranks,
-            lambda: self._run_folder.choose(self.project_configuration, output_dir),
+            lambda: self._run_folder.choose(self.project_configuration, output_dir, metric),
             looking,
             what="Saving",
             on=0,
@@ -218,14 +216,6 @@ class Checkpointing(PartialState):
                 if self.is_main_process:
                     attempt(lambda: files.remove(staging))  # the first error is the one to tell
                 raise
-
-    def _finite(self, metric: float | None) -> float | None:
-        """A metric that checkpoints can be compared by; None, and said, where it is none."""
-        if metric is None or math.isfinite(metric):
-            return metric
-        if self.is_main_process:
-            logger.warning("save_state: metric is %s; this checkpoint has no place among the best.", metric)
-        return None
 
     def _release_locks(self) -> None:
         self._run_folder.release()

@@ -5,6 +5,7 @@ limits remove. Every judgement here is rank 0's; the callers tell the others.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from .checkpoint import directory
 from .checkpoint.lineage import Lineage
 from .checkpoint.manifest import Origin
 from .checkpoint.places import followed, refuse_foreign
+from .documents import shown
 from .errors import CheckpointError
 from .plugins import ProjectConfiguration
 from .zero.collectives import attempt
@@ -22,12 +24,13 @@ logger = logging.getLogger("shardwise")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a save goes. named: as the script knows it, where that is a link. order, made: see `Manifest`."""
+    """Where a save goes. named: as the script knows it, where that is a link. order, made, metric: see `Manifest`."""
 
     target: Path
     named: str
     order: int
     made: Origin
+    metric: float | None
 
 
 @dataclass
@@ -47,8 +50,11 @@ class RunFolder:
             )
         return Path(project.project_dir) / "checkpoints"
 
-    def choose(self, project: ProjectConfiguration, output_dir: str | os.PathLike[str] | None) -> Place:
+    def choose(
+        self, project: ProjectConfiguration, output_dir: str | os.PathLike[str] | None, metric: float | None
+    ) -> Place:
         """Where the coming save goes and its place in the order, with the directory claimed for this run."""
+        score = _score(metric)
         if output_dir is None:
             folder = self.numbered(project)
             self._claim(folder / ".lock")
@@ -56,12 +62,12 @@ class RunFolder:
             number = directory.next_number(folder, project.iteration)
             project.iteration = number + 1
             target = folder / f"checkpoint_{number}"
-            return Place(target, str(target), directory.next_order(folder), self.lineage.origin(target.name))
+            return Place(target, str(target), directory.next_order(folder), self.lineage.origin(target.name), score)
         given = Path(os.path.abspath(output_dir))
         target = followed(given)
         refuse_foreign(target)
         self._claim(target.with_name(f".lock-{target.name}"))
-        return Place(target, str(given), directory.next_order(target.parent), self.lineage.origin(None))
+        return Place(target, str(given), directory.next_order(target.parent), self.lineage.origin(None), score)
 
     def choose_to_load(
         self, project: ProjectConfiguration, input_dir: str | os.PathLike[str] | None
@@ -112,3 +118,15 @@ class RunFolder:
         for lock in self.locks.values():
             lock.release()
         self.locks.clear()
+
+
+def _score(metric: float | None) -> float | None:
+    """A metric that checkpoints can be compared by; None, and said, where it is no finite number."""
+    try:
+        value = None if metric is None else float(metric)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"save_state: metric is {shown(metric)}, which is not a number.") from error
+    if value is None or math.isfinite(value):
+        return value
+    logger.warning("save_state: metric is %s; this checkpoint has no place among the best.", value)
+    return None

@@ -264,7 +264,7 @@ def _forge_part(checkpoint: Path, older: Path, chance: random.Random) -> None:
         row["dtype"] = chance.choice(["F64", "I32", "U8", "BOOL", "F4", "x", "C64", "BF16", "U32"])
     elif kind == 5:
         row["shape"] = chance.choice(
-            [[], [0], [-1], [1 << 50], [*row["shape"], 2], [True], [2.0], [*row["shape"][::-1], 1]]
+            [[], [0], [-1], [1 << 50], [1 << 62] * 100_000, [*row["shape"], 2], [True], [2.0], [*row["shape"][::-1], 1]]
         )
     elif kind == 6:
         row["blocks"] = chance.choice([[], [0], row["blocks"] * 2, [1 << 40], ["x"], [-1]])
@@ -296,6 +296,13 @@ def _forge_nesting(checkpoint: Path, older: Path, chance: random.Random) -> None
     for _ in range(chance.choice([60, 150, 400])):
         deep = [deep] if chance.random() < 0.5 else {"a": deep}
     index["state"][chance.choice([*index["state"], "more"])] = deep
+    _seal_index(checkpoint, path, index)
+
+
+def _forge_references(checkpoint: Path, older: Path, chance: random.Random) -> None:
+    path, index = _index_of(checkpoint, chance)
+    one = index["state"]["generators"]["torch"]
+    index["state"][chance.choice(["buffers", "more", "optimizers"])] = [one] * chance.choice([2, 200_000])
     _seal_index(checkpoint, path, index)
 
 
@@ -336,6 +343,7 @@ KINDS: list[tuple[str, int, Callable[[Path, Path, random.Random], None]]] = [
     ("forged state", 16, _forge_state),
     ("forged nesting", 2, _forge_nesting),
     ("forged index", 2, _forge_index),
+    ("forged references", 2, _forge_references),
 ]
 OTHERS = [
     ("others' directory", 2, _of_others("it", 0o700)),

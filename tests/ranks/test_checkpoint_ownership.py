@@ -447,6 +447,8 @@ def _metric(ranks: Any, folder: str) -> list[str]:
         for metric in (2.0, float("nan"), float("inf"), 3.0):
             run.train()
             run.accelerator.save_state(metric=metric)
+    with pytest.raises(CheckpointError, match="metric is 'good', which is not a number"):
+        run.accelerator.save_state(metric="good" if ranks.rank == 0 else None)
     ranks.barrier()
     run.close()
     return [*lines, *names(Path(folder) / "checkpoints")]

@@ -21,6 +21,7 @@ from .tensor_file import BLOCK_NBYTES, DTYPES, Place
 
 # 64 bits, as in the files of tensors.
 _LARGEST = 1 << 63
+_DIMENSIONS = 64  # torch's own limit
 STORE = re.compile(r"frozen-[0-9a-f]{16}")
 _ADDRESS = re.compile(
     r"model[0-9]+/(trained|frozen|buffer)/.+|optimizer[0-9]+/[^/]+/model[0-9]+/.+|(state|objects)(/.*)?", re.DOTALL
@@ -187,6 +188,8 @@ def index_from(content: Any, where: str, entry: Entry) -> Index:
 
 def _part(address: str, fields: Fields, entry: Entry) -> Part:
     shape, begin, numel = fields.counts("shape"), fields.count("begin"), fields.count("numel", 1)
+    if len(shape) > _DIMENSIONS:
+        raise CheckpointError(f"{fields.where}: shape has {len(shape)} dimensions.")
     dtype = DTYPES[fields.text("dtype", lambda name: name in DTYPES, "a dtype")]
     offset, nbytes, blocks = fields.count("offset"), fields.count("nbytes"), fields.counts("blocks", 1 << 32)
     if begin + numel > math.prod(shape):

@@ -22,6 +22,7 @@ from ..documents import shown
 from ..errors import CheckpointError
 
 _KIND = "!"
+_KINDS = "biufc"  # of numpy's dtypes: numbers
 _INT_BITS = 996  # 10^300, beyond which no number of a JSON file is read back
 
 
@@ -63,7 +64,7 @@ def encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
 
 def _encode_tensor(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     if isinstance(value, numpy.ndarray):
-        if value.dtype == object or value.dtype.kind not in "biufc":
+        if value.dtype == object or value.dtype.kind not in _KINDS:
             raise CheckpointError(f"{path} is an array of {value.dtype}, which a checkpoint cannot hold.")
         found = {_KIND: "array", "dtype": str(value.dtype), "shape": list(value.shape)}
         tensor = torch.from_numpy(numpy.frombuffer(numpy.ascontiguousarray(value).tobytes(), numpy.uint8).copy())
@@ -120,12 +121,12 @@ def _decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
     if kind == "bytes":
         return base64.b64decode(value["value"])
     if kind == "number":
-        return numpy.dtype(value["dtype"]).type(_decode(value["value"], tensor))
+        return _plain(value["dtype"]).type(_decode(value["value"], tensor))
     if kind == "scalar":
         return torch.tensor(_decode(value["value"], tensor), dtype=_dtype(value["dtype"]))
     if kind == "array":
         raw = tensor(value["name"]).numpy().tobytes() if "name" in value else b""
-        kept = numpy.dtype(value["dtype"])
+        kept = _plain(value["dtype"])
         array: Any = numpy.frombuffer(raw, kept) if raw else numpy.empty((0,), kept)
         return array.reshape(value["shape"]).copy()
     if kind == "tensor":
@@ -151,6 +152,13 @@ def _dtype(name: str) -> torch.dtype:
     found = getattr(torch, name)
     if not isinstance(found, torch.dtype):
         raise TypeError(f"{name} is no dtype")
+    return found
+
+
+def _plain(name: str) -> numpy.dtype[Any]:
+    found = numpy.dtype(name)
+    if found.kind not in _KINDS:
+        raise TypeError(f"{name} is no dtype of numbers")
     return found
 
 

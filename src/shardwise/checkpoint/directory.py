@@ -179,8 +179,12 @@ class Lock:
         files.make_directory(path.parent)
         self.path = path
         self._descriptor = self._take()
-        os.ftruncate(self._descriptor, 0)
-        os.write(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.write(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except OSError:  # a full disk
+            os.close(self._descriptor)
+            raise
 
     def _take(self) -> int:
         while True:
@@ -211,6 +215,8 @@ class Lock:
             # A record lock: unlike flock's it is not inherited by forked loader workers, which may outlive the run.
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise CheckpointError(f"{printed(self.path)} cannot be locked: {error.strerror}.") from error
             holder = os.read(descriptor, 200).decode(errors="replace").strip()
             raise CheckpointError(
                 f"{printed(self.path.parent)} is in use by another run ({printed(holder or error)}). Two runs would remove "

@@ -171,12 +171,13 @@ class Checkpoint:
 
     def state(self, rank: int, without: Container[str] = ()) -> Any:
         """What rank `rank` of the saving run kept, decoded, but for the entries `without`."""
-        own = self._own[rank]
+        own = dict(self._own[rank])
 
         def tensor(name: str) -> Tensor:
+            # Each is referred to once. A state that names one a million times would be a million copies.
             if name not in own:
                 raise CheckpointError(f"it refers to a tensor {shown(name)}, which is not there.")
-            path, part = own[name]
+            path, part = own.pop(name)
             out = torch.empty(part.numel, dtype=part.place.dtype)
             read_part(path, part.place, 0, out)
             return out
