@@ -148,10 +148,9 @@ class Checkpointing(PartialState):
             )
         frozen = frozen_record([prepared.model for prepared in self._models], run, include_frozen, target)
         failed = f"{target} was not saved: "
-        draft, error = attempt(lambda: run.draft({"step": self.step}, with_frozen=include_frozen is True))
-        text = first_failure(self._ranks, error)
-        if text is not None or draft is None:
-            raise CheckpointError(failed + (text or "")) from error
+        counters, whole = {"step": self.step}, include_frozen is True
+        draft = together(self._ranks, lambda: run.draft(counters, with_frozen=whole), what=failed)
+        assert draft is not None
         staging = open_staging(target, self._ranks)
         self._call_save_hooks(staging)
         facts = {f"model{number}": _facts_about(model) for number, model in enumerate(run.models)}
