@@ -260,7 +260,7 @@ class Checkpointing(PartialState):
             except _DamagedError as error:
                 reasons.append(str(error))
                 self._say(reasons[-1:], "Skipped: %s")
-        words = " ".join(reasons) if reasons else "There is nothing in it."
+        words = " ".join(f"{reason.rstrip('.')}." for reason in reasons) if reasons else "There is nothing in it."
         raise CheckpointError(f"{folder} holds no complete checkpoint. {words}")
 
     def has_checkpoint(self, folder: str | os.PathLike[str] | None = None) -> bool:
