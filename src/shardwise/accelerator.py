@@ -45,6 +45,7 @@ from .process import AcceleratorState, DistributedType, join_run, leave_run, rem
 from .resolve import handlers_by_type, loss_scaler, resolve
 from .saving import Saving
 from .tracking import Tracking, check_trackers
+from .zero.collectives import attempt
 from .zero.guard import explain
 from .zero.optimizer import ShardedOptimizer, find_sharded_optimizer
 from .zero.plan import Plan
@@ -444,15 +445,22 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
     def end_training(self) -> None:
         """Wait for saves, close the trackers and leave the run. Nothing that needs the other ranks works afterwards.
 
-        Raises CheckpointError if a save in the background failed.
+        Raises CheckpointError if a save in the background failed, and what a tracker raised, once all else is done: no rank
+        leaves the others waiting. A disk that takes nothing more is a warning then, for the training is finished.
         """
-        self.finish_saving()
+        _, error = attempt(self.finish_saving)
         self._release_locks()
         for tracker in self.trackers:
-            if callable(getattr(tracker, "finish", None)):
-                tracker.finish()
-        self.wait_for_everyone()
-        leave_run()
+            _, broken = attempt(getattr(tracker, "finish", lambda: None))
+            if isinstance(broken, OSError):
+                logger.warning("The tracker %s could not be closed: %s.", getattr(tracker, "name", tracker), broken)
+            else:
+                error = error or broken
+        _, later = attempt(self.wait_for_everyone)
+        if later is None:
+            leave_run()
+        if error or later:
+            raise error or later  # type: ignore[misc]
 
 
 def _listener(accelerator: Accelerator) -> Callable[[], None]:

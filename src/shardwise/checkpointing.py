@@ -24,10 +24,11 @@ from weakref import WeakKeyDictionary
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
-from .checkpoint import directory
+from .checkpoint import directory, files
 from .checkpoint.agree import first_failure, on_first, together
 from .checkpoint.background import Background
 from .checkpoint.manifest import describer
+from .checkpoint.patience import Progress, patiently
 from .checkpoint.read import Checkpoint
 from .checkpoint.write import open_staging, write_checkpoint
 from .config.schema import Config
@@ -39,7 +40,9 @@ from .model_facts import KeptAdapters, adapters_of, facts_of
 from .plugins import ProjectConfiguration
 from .preparing import PreparedModel, PreparedOptimizer
 from .process import PartialState
+from .run_folder import Place, RunFolder
 from .run_state import RunState
+from .saved_states import check_states
 from .stopping import StopSignals
 from .zero.collectives import Ranks, attempt
 from .zero.precision import LossScaler
@@ -66,7 +69,7 @@ class Checkpointing(PartialState):
     _custom_objects: list[Any]
     _background: Background
     _aside: Ranks | None
-    _locks: dict[Path, directory.Lock]
+    _run_folder: RunFolder
     _stop_signals: StopSignals
     _save_hooks: OrderedDict[int, Callable[..., Any]]
     _load_hooks: OrderedDict[int, Callable[..., Any]]
@@ -75,7 +78,7 @@ class Checkpointing(PartialState):
         self._custom_objects = []
         self._background = Background()
         self._aside = None
-        self._locks = {}
+        self._run_folder = RunFolder()
         self._stop_signals = StopSignals()
         self._save_hooks, self._load_hooks = OrderedDict(), OrderedDict()
 
@@ -126,7 +129,7 @@ class Checkpointing(PartialState):
                         raise what went wrong.
         include_frozen: False keeps a fingerprint of frozen weights; True keeps them; "shared" keeps them once, beside the
                         checkpoints, for all that are saved there.
-        metric:         what the best checkpoints are chosen by, see ProjectConfiguration.
+        metric:         what the best checkpoints are chosen by, see ProjectConfiguration; rank 0's counts.
         Raises CheckpointError with the same words on every rank; checkpoints that were there are then unharmed.
         """
         if kwargs:
@@ -134,7 +137,8 @@ class Checkpointing(PartialState):
         if not safe_serialization and self.is_main_process:
             logger.warning("save_state: safe_serialization=False has no effect; checkpoints are safetensors and JSON.")
         self.finish_saving()
-        target, order = on_first(self._ranks, lambda: self._choose(output_dir), "nothing was saved: ")
+        place = self._agree_on_place(output_dir, metric)
+        target = place.target
         run = self._run_state()
         run.settle()
         if any(model.accumulating for model in run.models) and self.is_main_process:
@@ -144,39 +148,31 @@ class Checkpointing(PartialState):
             )
         frozen = frozen_record([prepared.model for prepared in self._models], run, include_frozen, target)
         kept = [adapters_of(model) for model in run.models]
-        draft, error = attempt(lambda: run.draft({"step": self.step}, kept, with_frozen=include_frozen is True))
-        text = first_failure(self._ranks, error)
-        if text is not None or draft is None:
-            raise CheckpointError(f"{target} was not saved: {text}") from error
+        failed = f"{target} was not saved: "
+        counters, whole = {"step": self.step}, include_frozen is True
+        draft = together(self._ranks, lambda: run.draft(counters, kept, with_frozen=whole), what=failed)
+        assert draft is not None
         staging = open_staging(target, self._ranks)
-        if self._save_hooks:
-            models = [prepared.model for prepared in self._models]
-            for hook in list(self._save_hooks.values()):
-                together(self._ranks, lambda: hook(list(models), [{} for _ in models], str(staging)))  # noqa: B023
-        manifest = together(
-            self._ranks,
-            lambda: describer(self._ranks.world_size, run.step, order, metric, frozen, _facts_of(run.models, kept)),
-            what=f"{target} was not saved: ",
-        )
-        assert manifest is not None
+        self._call_save_hooks(staging)
+        facts = _facts_of(run.models, kept)
+        manifest = describer(self._ranks.world_size, run.step, place.order, place.metric, frozen, facts, place.made)
         if not async_:
             write_checkpoint(staging, target, draft, self._ranks, manifest)
-            together(self._ranks, lambda: self._prune(target, output_dir is None), on=0)
-            return str(target)
+            self._prune(self._ranks, place)
+            return place.named
         if self._aside is None:
             self._aside = self._ranks.aside()
         aside = self._aside
-        copied, error = attempt(draft.copied)
-        text = first_failure(self._ranks, error)
-        if copied is None:
-            raise CheckpointError(f"{target} was not saved: {text}") from error
+        copying = Progress("copies its part to the host")
+        copied = patiently(self._ranks, draft.copied, copying, what=f"Saving {target}", failed=failed)
+        assert copied is not None
 
         def write() -> None:
             write_checkpoint(staging, target, copied, aside, manifest)
-            together(aside, lambda: self._prune(target, output_dir is None), on=0)
+            self._prune(aside, place)
 
         self._background.start(write)
-        return str(target)
+        return place.named
 
     def finish_saving(self) -> None:
         """Wait for a save in the background. Raises CheckpointError, on every rank, if it failed. Collective."""
@@ -197,47 +193,39 @@ class Checkpointing(PartialState):
             scaler=self._scaler,
         )
 
-    def _folder(self) -> Path:
-        project = self.project_configuration
-        if project.project_dir is None or not project.automatic_checkpoint_naming:
-            raise CheckpointError(
-                "no directory was given. Name one, or make the Accelerator with "
-                "ProjectConfiguration(project_dir=..., automatic_checkpoint_naming=True)."
-            )
-        return Path(project.project_dir) / "checkpoints"
+    def _agree_on_place(self, output_dir: str | os.PathLike[str] | None, metric: float | None) -> Place:
+        looking = Progress("looks at the directory")
+        failed = "nothing was saved: "
+        chosen = patiently(
+            self._ranks,
+            lambda: self._run_folder.choose(self.project_configuration, output_dir, metric),
+            looking,
+            what="Saving",
+            on=0,
+            failed=failed,
+        )
+        place: Place = self._ranks.broadcast_object(chosen)
+        return place
 
-    def _choose(self, output_dir: str | os.PathLike[str] | None) -> tuple[Path, int]:
-        """On rank 0: where the coming save goes and its place in the order, with the directory claimed for this run."""
-        if output_dir is None:
-            folder = self._folder()
-            self._claim(folder / ".lock")
-            directory.sweep(folder)
-            number = directory.next_number(folder, self.project_configuration.iteration)
-            self.project_configuration.iteration = number + 1
-            target = folder / f"checkpoint_{number}"
-        else:
-            target = Path(os.path.abspath(output_dir))
-            self._claim(target.with_name(f".lock-{target.name}"))
-            directory.refuse_foreign(target)
-        return target, directory.next_order(target.parent)
-
-    def _claim(self, path: Path) -> None:
-        if path not in self._locks:
-            self._locks[path] = directory.Lock(path)
+    def _call_save_hooks(self, staging: Path) -> None:
+        models = [prepared.model for prepared in self._models]
+        for hook in list(self._save_hooks.values()):
+            try:
+                together(self._ranks, lambda: hook(list(models), [{} for _ in models], str(staging)))  # noqa: B023
+            except CheckpointError:
+                if self.is_main_process:
+                    attempt(lambda: files.remove(staging))  # the first error is the one to tell
+                raise
 
     def _release_locks(self) -> None:
-        for lock in self._locks.values():
-            lock.release()
-        self._locks.clear()
+        self._run_folder.release()
 
-    def _prune(self, target: Path, numbered: bool) -> None:
+    def _prune(self, ranks: Ranks, place: Place) -> None:
         project = self.project_configuration
-        if numbered:
-            directory.prune(
-                target.parent,
-                newest=project.total_limit,
-                best=project.keep_best,
-                smaller_is_better=project.smaller_is_better,
+        if place.made.name is not None and project.total_limit is not None:
+            removing = Progress("removes older checkpoints")
+            patiently(
+                ranks, lambda: self._run_folder.prune(project, place), removing, what=f"Saving {place.target}", on=0
             )
 
     # Loading.
@@ -257,37 +245,52 @@ class Checkpointing(PartialState):
         if kwargs or load_kwargs:
             raise ConfigError("load_state takes a directory and no other argument.")
         self.finish_saving()
-        given = Path(os.path.abspath(input_dir)) if input_dir is not None else None
-        if given is not None and (given.name != "latest" or given.exists()):
-            path = on_first(self._ranks, lambda: directory.resolve(given))
+        folder, path = on_first(
+            self._ranks, lambda: self._run_folder.choose_to_load(self.project_configuration, input_dir)
+        )
+        if path is not None:
             try:
                 return self._load(path)
             except _DamagedError as error:
                 raise CheckpointError(str(error)) from error
-        folder = given.parent if given is not None else together(self._ranks, self._folder)
-        assert folder is not None
-        found = directory.survey(folder) if self.is_main_process else None
-        complete, skipped = on_first(
-            self._ranks, lambda: ([f.path for f in found.complete], found.skipped) if found else ([], ())
-        )
-        reasons = [reason for _, reason in skipped]
-        for reason in reasons if self.is_main_process else ():
-            logger.warning("Skipped: %s", reason)
-        for path in complete:
+        complete, reasons = self._survey(folder)
+        self._say(reasons, "Skipped: %s")
+        for found in complete:
             try:
-                return self._load(path)
+                return self._load(found)
             except _DamagedError as error:
                 reasons.append(str(error))
-                if self.is_main_process:
-                    logger.warning("Skipped: %s", error)
-        words = " ".join(reasons) if reasons else "There is nothing in it."
+                self._say(reasons[-1:], "Skipped: %s")
+        words = " ".join(f"{reason.rstrip('.')}." for reason in reasons) if reasons else "There is nothing in it."
         raise CheckpointError(f"{folder} holds no complete checkpoint. {words}")
 
     def has_checkpoint(self, folder: str | os.PathLike[str] | None = None) -> bool:
-        """Whether `load_state(folder / "latest")` (None: `load_state()`) would find a complete checkpoint. Collective."""
-        where = together(self._ranks, lambda: Path(folder) if folder is not None else self._folder())
-        assert where is not None
-        return on_first(self._ranks, lambda: bool(directory.survey(where).complete))
+        """Whether `load_state(folder / "latest")` (None: `load_state()`) would find a complete checkpoint. Collective.
+
+        Where there is none, what is there and why it does not count is logged as a warning. Raises CheckpointError if the
+        directory cannot be read.
+        """
+        numbered = self._run_folder.numbered
+        where = on_first(
+            self._ranks, lambda: Path(folder) if folder is not None else numbered(self.project_configuration)
+        )
+        complete, reasons = self._survey(where)
+        if not complete:
+            self._say(reasons, "There is no complete checkpoint: %s")
+        return bool(complete)
+
+    def _survey(self, folder: Path) -> tuple[list[Path], list[str]]:
+        """The complete checkpoints, the newest first, and why others are none. Collective."""
+
+        def look() -> tuple[list[Path], list[str]]:
+            found = directory.survey(folder)
+            return [one.path for one in found.complete], [reason for _, reason in found.skipped]
+
+        return on_first(self._ranks, look)
+
+    def _say(self, reasons: Sequence[str], words: str) -> None:
+        for reason in reasons if self.is_main_process else ():
+            logger.warning(words, reason)
 
     def _load(self, path: Path) -> str:
         run = self._run_state()
@@ -300,15 +303,19 @@ class Checkpointing(PartialState):
         frozen = compare_frozen(run, checkpoint)
         for model in run.models:
             model.drop_gradients()
-        _, error = attempt(lambda: run.restore_tensors(checkpoint, states, frozen))
-        text = first_failure(self._ranks, error)
-        if text is not None:
-            raise _DamagedError(what + text) from error
+        reading = Progress("reads its part")
+        try:
+            patiently(
+                self._ranks, lambda: run.restore_tensors(checkpoint, states, frozen), reading, what=f"Loading {path}"
+            )
+        except CheckpointError as error:
+            raise _DamagedError(what + str(error)) from error
         run.publish()
         groups = run.group_names()
         counters = together(self._ranks, lambda: run.restore_rest(states, groups), what=what)
         assert counters is not None
         self.step = counters["step"]
+        self._run_folder.lineage.resume(checkpoint.manifest.made)
         forget_sums(run.models[number] for number in frozen)
         if self.is_main_process:
             saved = checkpoint.manifest
@@ -333,15 +340,18 @@ class Checkpointing(PartialState):
             checkpoint = Checkpoint(path)
             # Registered objects may be large, and those of other ranks are theirs.
             mine = (0, self._ranks.rank)
-            return checkpoint, [
+            states = [
                 checkpoint.state(rank, () if rank in mine else ("objects",))
                 for rank in range(checkpoint.manifest.world_size)
             ]
+            check_states(states, [rank for rank in mine if rank < len(states)])
+            return checkpoint, states
 
-        found, error = attempt(read)
-        text = first_failure(self._ranks, error)
-        if text is not None or found is None:
-            raise _DamagedError(f"{path} could not be loaded: {text}") from error
+        try:
+            found = patiently(self._ranks, read, Progress("reads the indexes"), what=f"Loading {path}")
+        except CheckpointError as error:
+            raise _DamagedError(f"{path} could not be loaded: {error}") from error
+        assert found is not None
         return found
 
 

@@ -20,6 +20,7 @@ from .checkpoint import directory
 from .checkpoint.agree import on_first, together
 from .checkpoint.fingerprint import fingerprints
 from .checkpoint.manifest import describer
+from .checkpoint.places import refuse_foreign
 from .checkpoint.read import Checkpoint, shared_by
 from .checkpoint.write import Draft, open_staging, write_checkpoint
 from .errors import CheckpointError
@@ -51,7 +52,7 @@ def frozen_record(
         digest = hashlib.sha256(json.dumps([entry["sums"] for entry in found.values()]).encode()).hexdigest()[:16]
         store = target.parent / f"frozen-{digest}"
         record["kept"] = store.name
-        if not on_first(ranks, lambda: attempt(lambda: directory.resolve(store))[1] is None):
+        if not on_first(ranks, lambda: _is_there(store)):
             staging = open_staging(store, ranks)
             write_checkpoint(staging, store, Draft(run.frozen_pieces()), ranks, describer(ranks.world_size, 0, -1))
     return record
@@ -92,6 +93,14 @@ def compare_frozen(run: RunState, checkpoint: Checkpoint) -> dict[int, set[str]]
     if differing and record["kept"] not in ("inside", "outside"):
         together(run.ranks, lambda: checkpoint.add(shared_by(checkpoint), "model"), what="frozen weights: ")
     return differing
+
+
+def _is_there(store: Path) -> bool:
+    """Whether the frozen weights are kept already. Raises CheckpointError where something else has their name."""
+    found, _ = attempt(lambda: directory.resolve(store))
+    if found is None:
+        refuse_foreign(store)
+    return found is not None
 
 
 def forget_sums(models: Iterable[ShardedModel]) -> None:

@@ -24,6 +24,13 @@ def generator_states(device: torch.device) -> dict[str, Any]:
     return found
 
 
+def check_generator_states(saved: dict[str, Any]) -> None:
+    """Raise what Python, numpy or torch raise for a state that they cannot take; the generators stay as they are."""
+    random.Random().setstate(saved["python"])
+    numpy.random.RandomState().set_state(saved["numpy"])
+    torch.Generator().set_state(saved["torch"])
+
+
 def set_generator_states(saved: Sequence[dict[str, Any]], ranks: Ranks) -> None:
     """Give this rank the states that it had.
 

@@ -6,7 +6,6 @@ model that a script would train: PEFT itself adds the adapters, and quantised we
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
+from .documents import printed, read_configuration
 from .errors import ConfigError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -111,19 +111,28 @@ def _config(name: str) -> Any:
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ConfigError(f"{name}: this directory has no config.json")
-    if path.is_file():
+    if path.exists() and not path.is_dir():
+        values = read_configuration(path, ConfigError)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
             return transformers.AutoConfig.for_model(values.pop("model_type"), **values)
-        except (KeyError, ValueError, AttributeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{name}: not the configuration of a model: {error}") from None
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        except Exception as error:  # of whatever kind transformers has for a value of a wrong type
+            raise ConfigError(f"{name}: not the configuration of a model: {_one_line(error)}") from error
+    if path.is_dir():
+        read_configuration(path / "config.json", ConfigError)  # with limits, which transformers has not
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError(f"{name}: there is no such file or directory")
     try:
         return transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"{name}: no configuration can be read: {first}") from None
+    except Exception as error:  # as above
+        raise ConfigError(f"{name}: no configuration can be read: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    """What it says: all of a short text, the first line of a long one, in front of it the kind where that is needed."""
+    lines = str(error).strip().splitlines()
+    whole = " ".join(" ".join(lines).split())
+    text = whole if len(whole) < 200 or not lines else lines[0]
+    return printed(text if isinstance(error, (ValueError, OSError)) and text else f"{type(error).__name__}: {text}")
 
 
 def _model(name: str, config: Any, dtype: torch.dtype) -> nn.Module:
@@ -139,8 +148,8 @@ def _model(name: str, config: Any, dtype: torch.dtype) -> nn.Module:
             if type(config) in chosen._model_mapping:
                 model = chosen.from_config(config, dtype=dtype)
                 return model.train()
-    except (ValueError, TypeError, AssertionError, IndexError, RuntimeError) as error:
-        raise ConfigError(f"{name}: transformers cannot build the model: {error}") from None
+    except Exception as error:  # as in _config
+        raise ConfigError(f"{name}: transformers cannot build the model: {_one_line(error)}") from error
     raise ConfigError(f"{name}: transformers knows no model for a {type(config).__name__}")
 
 

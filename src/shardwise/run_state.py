@@ -19,6 +19,7 @@ import json
 import logging
 import zlib
 from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -298,14 +299,20 @@ class RunState:
         first = states[0]
         for number, stepper in enumerate(self.steppers):
             self._restore_groups(number, stepper, states, groups[number])
-        for scheduler, saved in zip(self.schedulers, first["schedulers"], strict=False):
-            scheduler.load_state_dict(saved)
-        self.scaler.load_state_dict(first["scaler"])
+        for number, (scheduler, saved) in enumerate(zip(self.schedulers, first["schedulers"], strict=False)):
+            with _taking(f"scheduler {number}", scheduler):
+                scheduler.load_state_dict(saved)
+        with _taking("the loss scale", self.scaler):
+            self.scaler.load_state_dict(first["scaler"])
         own = states[self.ranks.rank]["objects"] if self.ranks.rank < len(states) else None
-        for item, saved in zip(self.objects, first["objects"] if own is None else own, strict=False):
-            item.load_state_dict(saved)
-        for loader, saved in zip(self.loaders, first["loaders"], strict=False):
-            _go_to(loader, saved, len(states), self.ranks)
+        for number, (item, saved) in enumerate(
+            zip(self.objects, first["objects"] if own is None else own, strict=False)
+        ):
+            with _taking(f"registered object {number}", item):
+                item.load_state_dict(saved)
+        for number, (loader, saved) in enumerate(zip(self.loaders, first["loaders"], strict=False)):
+            with _taking(f"data loader {number}", loader):
+                _go_to(loader, saved, len(states), self.ranks)
         set_generator_states([state["generators"] for state in states], self.ranks)
         counters: dict[str, Any] = first["counters"]
         return counters
@@ -335,6 +342,19 @@ def _update(group: dict[str, Any], saved: dict[str, Any]) -> None:
             own.detach().copy_(value)
         else:
             group[name] = value
+
+
+@contextmanager
+def _taking(what: str, item: Any) -> Iterator[None]:
+    """An error of something that takes its state says whose it is."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{what} (a {type(item).__name__}) cannot take its state: {type(error).__name__}: {error}."
+        ) from error
 
 
 def _united(rows: Sequence[Sequence[Sequence[str]]]) -> list[set[str]]:

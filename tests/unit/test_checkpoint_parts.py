@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 
 from shardwise.checkpoint import tensor_file
 from shardwise.checkpoint.codec import decode, encode
-from shardwise.checkpoint.directory import next_number, prune, survey
+from shardwise.checkpoint.directory import next_number, not_counted, prune, survey
 from shardwise.checkpoint.fingerprint import part_sums
-from shardwise.checkpoint.manifest import Manifest
+from shardwise.checkpoint.lineage import Lineage
+from shardwise.checkpoint.manifest import Entry, Index, Manifest, Origin, text_checksum
 from shardwise.checkpoint.tensor_file import Spec, TensorFile, read_part
 from shardwise.errors import CheckpointError
 from shardwise.zero.intervals import Interval, Rest, share
@@ -65,7 +66,42 @@ def test_tensors_come_back_with_dtype_and_shape():
     assert state["step"] == 7
 
 
+def test_an_array_without_elements_comes_back():
+    again = through({"a": numpy.zeros((0, 3), numpy.float32)})
+    assert again["a"].shape == (0, 3)
+    assert again["a"].dtype == numpy.float32
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        *(
+            {"!": kind}
+            for kind in ("float", "bytes", "number", "scalar", "array", "tensor", "dict", "tuple", "set", "x", [], 1)
+        ),
+        *({"!": "scalar", "dtype": name, "value": 1} for name in ("load", "nothing", "hub", "", "float32\0")),
+        *({"!": "number", "dtype": name, "value": 10**12} for name in ("V8", "O", "U9", "x")),
+        *({"!": "tensor", "dtype": "uint8", "shape": shape} for shape in ([1 << 60], [-2], "x", [[]], None)),
+        {"!": "tensor", "dtype": "uint8", "shape": [1], "name": "elsewhere"},
+        {"!": "array", "dtype": "O", "shape": [0]},
+        {"!": "dict", "items": [1, 2]},
+        {"!": "dict", "items": [[{}, 1]]},
+        {"!": "set", "items": [{}]},
+        {"!": "range", "items": []},
+        {"!": "bytes", "value": "ä"},
+        {"!": "float", "value": []},
+    ],
+    ids=str,
+)
+def test_a_state_that_no_save_writes_is_one_error(forged):
+    with pytest.raises(CheckpointError) as error:
+        decode({"a": [forged]}, {}.__getitem__)
+    assert "\n" not in str(error.value)
+
+
 def test_what_cannot_be_held_is_named_with_its_path():
+    with pytest.raises(CheckpointError, match="state/a is a number of more than 300 digits"):
+        encode({"a": 10**301}, {}, "state")
     with pytest.raises(CheckpointError, match=r"state/a/1 is a builtins\.object"):
         encode({"a": [1, object()]}, {}, "state")
     with pytest.raises(CheckpointError, match="array of object"):
@@ -173,10 +209,19 @@ def test_shares_of_copied_intervals_hold_each_element_once(world_size):
     assert set(seen.values()) == {1}
 
 
-def _empty(folder: Path, number: int, metric: float | None) -> None:
+RUN = "a" * 32
+
+
+def _empty(folder: Path, number: int, metric: float | None, made: Origin | None = None) -> Path:
+    """A checkpoint that automatic naming made, without a tensor."""
     path = folder / f"checkpoint_{number}"
     path.mkdir(parents=True)
-    (path / "manifest.json").write_text(Manifest(1, number, number, (), metric).to_text())
+    text = Index().to_text()
+    (path / "rank-00000.json").write_text(text)
+    entry = Entry("rank-00000.json", text_checksum(text), None, 0)
+    made = made or Origin(RUN, path.name)
+    (path / "manifest.json").write_text(Manifest(1, number, number, (entry,), metric, made=made).to_text())
+    return path
 
 
 def test_the_directory_is_counted_and_pruned(tmp_path):
@@ -187,6 +232,41 @@ def test_the_directory_is_counted_and_pruned(tmp_path):
     found = survey(tmp_path)
     assert [f.manifest.order for f in found.complete] == [5, 4, 3, 2, 1, 0]
     assert "no manifest.json" in found.skipped[0][1]
-    prune(tmp_path, newest=1, best=1, smaller_is_better=False)
+    prune(tmp_path, {RUN}, newest=1, best=1, smaller_is_better=False)
     assert [f.manifest.order for f in survey(tmp_path).complete] == [5, 2]
-    assert prune(tmp_path, newest=None) == []
+    assert prune(tmp_path, {RUN}, newest=None) == []
+
+
+def test_only_what_its_own_runs_have_numbered_is_pruned(tmp_path):
+    other, copied, named = "b" * 32, "checkpoint_1", None
+    for number, made in enumerate(
+        (
+            None,
+            Origin(RUN, copied),
+            Origin(RUN, named),
+            Origin(other, "checkpoint_3"),
+            None,
+            Origin(RUN, "checkpoint_50"),
+        )
+    ):
+        _empty(tmp_path, number, None, made)
+    removed = prune(tmp_path, {RUN}, newest=1)
+    # 0 and 4 carry their own names, of this run; 5 says another name than it has, 2 none, 3 is another run's.
+    assert [path.name for path in removed] == ["checkpoint_0", "checkpoint_1"]
+    assert not_counted(tmp_path, {RUN}) == ["checkpoint_5", "checkpoint_3", "checkpoint_2"]
+    assert [path.name for path in prune(tmp_path, {RUN, other}, newest=1)] == ["checkpoint_3"]
+
+
+def test_a_run_goes_on_with_those_that_it_has_resumed():
+    first = Lineage()
+    second = Lineage()
+    second.resume(first.origin("checkpoint_1"))
+    third = Lineage()
+    third.resume(second.origin("checkpoint_2"))
+    third.resume(second.origin("checkpoint_2"))
+    assert third.origin(None).after == (first.own, second.own)
+    assert third.runs == {first.own, second.own, third.own}
+    second.resume(second.origin("checkpoint_2"))
+    assert second.after == (first.own,)
+    first.resume(None)
+    assert first.runs == {first.own}

@@ -1,6 +1,6 @@
 """The directions in which the tree depends on itself, read from its source and never by importing it.
 
-    errors, version
+    errors, version, documents
       <- plan, layout, config                 facts: no processes; config also no torch
       <- flat, guard, precision, collectives, peers, streams, offload
       <- engine, gradients, unit  <- schedule, hooks  <- sharded  <- intervals  <- optimizer, shards, clipping
@@ -57,8 +57,10 @@ FRONT_END = (
     "recomputing",
     "recording",
     "resolve",
+    "run_folder",
     "run_state",
     "save_pretrained",
+    "saved_states",
     "saving",
     "scheduler",
     "stopping",
@@ -67,7 +69,7 @@ FRONT_END = (
 
 # First match wins; a name that is nowhere here fails test_every_module_has_a_level, so that it is put on a level.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "version"),
+    ("errors", "version", "documents"),
     ("zero.plan", "zero.layout", "zero.order", "config"),
     (
         "zero.precision",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from ..errors import CheckpointError
@@ -13,7 +13,20 @@ T = TypeVar("T")
 
 def first_failure(ranks: Ranks, error: Exception | None) -> str | None:
     """The words of the first rank that failed, on every rank; None if none did. Collective."""
-    texts = ranks.gather_objects(None if error is None else _words(error))
+    return _first(ranks, ranks.gather_objects(agreed_words(error)))
+
+
+def raise_first(ranks: Ranks, texts: Sequence[str | None], error: Exception | None, what: str = "") -> None:
+    """CheckpointError with the words of the first rank that failed, if any did. No communication.
+
+    texts: of every rank, from `agreed_words`. error: this rank's own. what: how the error's text begins.
+    """
+    text = _first(ranks, texts)
+    if text is not None:
+        raise CheckpointError(f"{what}{text}") from error
+
+
+def _first(ranks: Ranks, texts: Sequence[str | None]) -> str | None:
     for rank, text in enumerate(texts):
         if text is not None:
             return text if ranks.world_size == 1 else f"rank {rank}: {text}"
@@ -26,9 +39,7 @@ def together(ranks: Ranks, action: Callable[[], T], *, on: int | None = None, wh
     on: the only rank that runs it; the others give None. what: how the error's text begins.
     """
     result, error = attempt(action) if on is None or ranks.rank == on else (None, None)
-    text = first_failure(ranks, error)
-    if text is not None:
-        raise CheckpointError(f"{what}{text}") from error
+    raise_first(ranks, ranks.gather_objects(agreed_words(error)), error, what)
     return result
 
 
@@ -39,5 +50,8 @@ def on_first(ranks: Ranks, action: Callable[[], T], what: str = "") -> T:
     return found
 
 
-def _words(error: Exception) -> str:
+def agreed_words(error: Exception | None) -> str | None:
+    """How one rank tells its error to the others."""
+    if error is None:
+        return None
     return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"

@@ -18,9 +18,12 @@ import numpy
 import torch
 from torch import Tensor
 
+from ..documents import shown
 from ..errors import CheckpointError
 
 _KIND = "!"
+_KINDS = "biufc"  # of numpy's dtypes: numbers
+_INT_BITS = 996  # 10^300, beyond which no number of a JSON file is read back
 
 
 def encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
@@ -35,6 +38,8 @@ def encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     if isinstance(value, numpy.generic):
         return {_KIND: "number", "dtype": str(value.dtype), "value": encode(value.item(), tensors, path)}
     if isinstance(value, int):
+        if value.bit_length() > _INT_BITS:
+            raise CheckpointError(f"{path} is a number of more than 300 digits, which a checkpoint cannot hold.")
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else {_KIND: "float", "value": repr(value)}
@@ -59,7 +64,7 @@ def encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
 
 def _encode_tensor(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     if isinstance(value, numpy.ndarray):
-        if value.dtype == object or value.dtype.kind not in "biufc":
+        if value.dtype == object or value.dtype.kind not in _KINDS:
             raise CheckpointError(f"{path} is an array of {value.dtype}, which a checkpoint cannot hold.")
         found = {_KIND: "array", "dtype": str(value.dtype), "shape": list(value.shape)}
         tensor = torch.from_numpy(numpy.frombuffer(numpy.ascontiguousarray(value).tobytes(), numpy.uint8).copy())
@@ -88,30 +93,47 @@ def _encode_mapping(value: Mapping[Any, Any], tensors: dict[str, Tensor], path: 
 
 
 def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
-    """What was encoded. tensor: gives the 1-d tensor of a name; it becomes the result's own."""
+    """What was encoded. tensor: gives the 1-d tensor of a name; it becomes the result's own.
+
+    Raises CheckpointError for JSON that `encode` does not make.
+    """
+    try:
+        return _decode(value, tensor)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a field that is not there, of another kind, or out of range
+        raise CheckpointError(
+            f"the state holds something that no save writes ({type(error).__name__}: {shown(str(error))}): the file was "
+            "changed by hand, or by a fault."
+        ) from error
+
+
+def _decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
     if isinstance(value, list):
-        return [decode(item, tensor) for item in value]
+        return [_decode(item, tensor) for item in value]
     if not isinstance(value, dict):
         return value
     kind = value.get(_KIND)
     if kind is None:
-        return {key: decode(item, tensor) for key, item in value.items()}
+        return {key: _decode(item, tensor) for key, item in value.items()}
     if kind == "float":
         return float(value["value"])
     if kind == "bytes":
         return base64.b64decode(value["value"])
     if kind == "number":
-        return numpy.dtype(value["dtype"]).type(decode(value["value"], tensor))
+        return _plain(value["dtype"]).type(_decode(value["value"], tensor))
     if kind == "scalar":
-        return torch.tensor(decode(value["value"], tensor), dtype=getattr(torch, value["dtype"]))
+        return torch.tensor(_decode(value["value"], tensor), dtype=_dtype(value["dtype"]))
     if kind == "array":
         raw = tensor(value["name"]).numpy().tobytes() if "name" in value else b""
-        return numpy.frombuffer(raw, numpy.dtype(value["dtype"])).reshape(value["shape"]).copy()
+        kept = _plain(value["dtype"])
+        array: Any = numpy.frombuffer(raw, kept) if raw else numpy.empty((0,), kept)
+        return array.reshape(value["shape"]).copy()
     if kind == "tensor":
-        dtype = getattr(torch, value["dtype"])
+        dtype = _dtype(value["dtype"])
         flat = tensor(value["name"]) if "name" in value else torch.empty(0, dtype=dtype)
         return flat.reshape(value["shape"])
-    items = [decode(item, tensor) for item in value["items"]]
+    items = [_decode(item, tensor) for item in value["items"]]
     if kind in ("dict", "ordered", "counter"):
         pairs = [(_hashable(key), item) for key, item in items]
         return Counter(dict(pairs)) if kind == "counter" else OrderedDict(pairs) if kind == "ordered" else dict(pairs)
@@ -124,6 +146,20 @@ def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
     if kind not in makers:
         raise CheckpointError(f"the state holds something of the unknown kind {kind!r}: a newer version wrote it.")
     return makers[kind](items)
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name)
+    if not isinstance(found, torch.dtype):
+        raise TypeError(f"{name} is no dtype")
+    return found
+
+
+def _plain(name: str) -> numpy.dtype[Any]:
+    found = numpy.dtype(name)
+    if found.kind not in _KINDS:
+        raise TypeError(f"{name} is no dtype of numbers")
+    return found
 
 
 def _hashable(key: Any) -> Any:

@@ -6,20 +6,30 @@ when the process ends, however it ends, keeps a second run from mixing its check
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 import os
 import re
 import socket
-from collections.abc import Sequence
+import stat
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..documents import printed
 from ..errors import CheckpointError
+from ..zero.collectives import attempt
 from . import files
-from .manifest import Manifest, read_manifest
-from .write import REPLACED, STAGING
+from .checks import STORE
+from .manifest import Manifest
+from .places import REPLACED, STAGING, discard, followed
+from .read import read_manifest
 
-_NUMBERED = re.compile(r"checkpoint_(\d+)")
+logger = logging.getLogger("shardwise")
+
+_NUMBERED = re.compile(r"checkpoint_([0-9]{1,18})")
+_LEFT_OVER = re.compile(rf"{re.escape(STAGING)}(removed-)?checkpoint_[0-9]{{1,18}}")
 
 
 @dataclass(frozen=True)
@@ -39,45 +49,69 @@ class Survey:
 
 
 def survey(folder: Path) -> Survey:
-    """Judge everything in `folder`. A directory that is not there holds nothing."""
+    """Judge everything in `folder`. A directory that is not there holds nothing.
+
+    Raises CheckpointError if `folder` itself cannot be read. What is wrong with one entry concerns that one alone.
+    """
     complete: list[Found] = []
     skipped: list[tuple[Path, str]] = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.name.startswith(STAGING):
-            skipped.append((path, f"{path} is a save that was cut short."))
-            continue
-        replaced = path.name.startswith(REPLACED)
-        if not path.is_dir() or (path.name.startswith(".") and not replaced) or path.name.startswith("frozen-"):
-            continue
-        try:
-            manifest = read_manifest(path)
-        except CheckpointError as error:
-            skipped.append((path, str(error)))
-            continue
-        if replaced and _is_complete(path.with_name(path.name.removeprefix(REPLACED))):
-            continue
-        complete.append(Found(path, manifest))
+    for path in _entries(folder):
+        found, error = attempt(lambda: _judge(path))  # noqa: B023 - called at once
+        if error is not None:
+            words = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+            skipped.append((path, words))
+        elif found is not None:
+            complete.append(found)
     complete.sort(key=lambda found: (found.manifest.order, found.path.name), reverse=True)
     return Survey(tuple(complete), tuple(skipped))
 
 
-def _is_complete(path: Path) -> bool:
+def _entries(folder: Path) -> list[Path]:
     try:
-        read_manifest(path)
-    except CheckpointError:
-        return False
-    return True
+        return sorted(folder.iterdir()) if os.path.lexists(folder) else []
+    except NotADirectoryError:
+        raise CheckpointError(f"{printed(folder)} is a file, not a directory.") from None
+    except OSError as error:
+        raise CheckpointError(f"{printed(folder)} cannot be read: {error.strerror}.") from error
+
+
+def _judge(path: Path) -> Found | None:
+    """The checkpoint at `path`; None for what is not meant as one. Raises CheckpointError with what is wrong with it."""
+    replaced = path.name.startswith(REPLACED)
+    if path.name.startswith(STAGING):
+        raise CheckpointError(f"{printed(path)} is a save that was cut short.")
+    if STORE.fullmatch(path.name) or (path.name.startswith(".") and not replaced):
+        return None
+    if path.is_symlink():
+        real = followed(path)
+        if not real.is_dir():
+            raise CheckpointError(f"{printed(path)} is a link to {printed(real)}, which is no directory.")
+        if real.parent == Path(os.path.realpath(path.parent)):
+            return None  # another name of one that is found by its own
+    elif not stat.S_ISDIR(path.lstat().st_mode):
+        return None
+    manifest = read_manifest(path)
+    if manifest.order < 0:
+        raise CheckpointError(f"{printed(path)} holds frozen weights alone, which checkpoints share.")
+    if replaced and _is_complete(path.with_name(path.name.removeprefix(REPLACED))):
+        return None
+    return Found(path, manifest)
+
+
+def _is_complete(path: Path) -> bool:
+    return attempt(lambda: read_manifest(path))[1] is None
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint at `path`; if it was being replaced when a run was killed, the one that it was.
+    """The checkpoint at `path`; if it was being replaced when a run was killed, the one that it was. Links are followed.
 
     Raises CheckpointError with the reason why there is none.
     """
+    real = followed(path)
     try:
         read_manifest(path)
     except CheckpointError:
-        replaced = path.with_name(REPLACED + path.name)
+        replaced = real.with_name(REPLACED + real.name)
         if _is_complete(replaced):
             return replaced
         raise
@@ -86,52 +120,50 @@ def resolve(path: Path) -> Path:
 
 def next_number(folder: Path, at_least: int) -> int:
     """The number of the next `checkpoint_N` in `folder`: above every one that is there, complete or not."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    numbers = [int(match[1]) for name in names if (match := _NUMBERED.fullmatch(name)) is not None]
+    numbers = [int(match[1]) for path in _entries(folder) if (match := _NUMBERED.fullmatch(path.name)) is not None]
     return max([at_least, *(number + 1 for number in numbers)])
 
 
 def sweep(folder: Path) -> None:
-    """Remove what saves that were cut short have left. For the run that has claimed `folder`, with no save under way."""
-    for path in list(folder.glob(f"{STAGING}*")):
-        files.remove(path)
+    """Remove what automatic saves that were cut short have left. For the run that has claimed `folder`, with none under way."""
+    for path in _entries(folder):
+        if _LEFT_OVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            files.remove(path)
 
 
 def next_order(folder: Path) -> int:
     return 1 + max((found.manifest.order for found in survey(folder).complete), default=-1)
 
 
-def refuse_foreign(target: Path) -> None:
-    """CheckpointError if saving to `target` would replace something that is not a checkpoint."""
-    if target.is_dir() and not any(target.iterdir()):
-        files.remove(target)
-    elif target.is_dir() and not (target / "manifest.json").exists():
-        raise CheckpointError(
-            f"{target} holds files that are not a checkpoint; saving there would remove them. Save to a directory of its "
-            f"own, such as {target / 'state'}."
-        )
-    elif target.exists() and not target.is_dir():
-        raise CheckpointError(f"{target} is a file, not a directory.")
+def prune(
+    folder: Path, runs: Collection[str], *, newest: int | None, best: int = 0, smaller_is_better: bool = True
+) -> list[Path]:
+    """Remove complete checkpoints of `runs` but the `newest` so many and the `best` so many by their metric; those removed.
 
-
-def prune(folder: Path, *, newest: int | None, best: int = 0, smaller_is_better: bool = True) -> list[Path]:
-    """Remove complete checkpoints but the `newest` so many and the `best` so many by their metric; those removed.
-
+    runs: the numbers of this run and of those that it goes on with, see `Origin`. Only what automatic naming made in them
+    counts and is removed: not what a script has named itself, not a copy under another name, not what another run has made.
     newest: None keeps all.
     """
     if newest is None:
         return []
-    complete = survey(folder).complete
+    complete = [found for found in survey(folder).complete if _made_by(found, runs)]
     kept = {found.path for found in complete[: max(newest, 1)]}
     kept |= {found.path for found in _best_first(complete, smaller_is_better)[:best]}
     removed = [found.path for found in reversed(complete) if found.path not in kept]
     for path in removed:
-        # Under a name that nobody takes for a checkpoint first: a kill must not leave half of one under its own.
-        doomed = path.with_name(STAGING + "removed-" + path.name.lstrip("."))
-        files.remove(doomed)
-        files.move(path, doomed)
-        files.remove(doomed)
+        discard(path)
     return removed
+
+
+def not_counted(folder: Path, runs: Collection[str]) -> list[str]:
+    """The names of checkpoints that look as if automatic naming had made them, and that `prune` leaves alone."""
+    found = [one for one in survey(folder).complete if not _made_by(one, runs)]
+    return [one.path.name for one in found if _NUMBERED.fullmatch(one.path.name) is not None]
+
+
+def _made_by(found: Found, runs: Collection[str]) -> bool:
+    made = found.manifest.made
+    return made is not None and made.run in runs and made.name == found.path.name and not found.path.is_symlink()
 
 
 def _best_first(complete: Sequence[Found], smaller_is_better: bool) -> list[Found]:
@@ -146,20 +178,62 @@ class Lock:
     def __init__(self, path: Path) -> None:
         files.make_directory(path.parent)
         self.path = path
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._descriptor = self._take()
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.write(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except OSError:  # a full disk
+            os.close(self._descriptor)
+            raise
+
+    def _take(self) -> int:
+        while True:
+            try:
+                # A link is not followed: behind it is somebody's file, which the next lines would empty.
+                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+                descriptor = os.open(self.path, flags, 0o644)
+            except OSError as error:
+                words = "it is a link" if error.errno == errno.ELOOP else error.strerror
+                raise CheckpointError(
+                    f"{printed(self.path)} cannot be opened, to claim the directory: {words}."
+                ) from error
+            try:
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise CheckpointError(
+                        f"{printed(self.path)} is not a file. Move it away; a run claims the directory by it."
+                    )
+                self._lock(descriptor)
+                if self._is_at_path(descriptor):
+                    return descriptor
+                os.close(descriptor)  # its holder has just released it, and removed it
+            except BaseException:
+                os.close(descriptor)
+                raise
+
+    def _lock(self, descriptor: int) -> None:
         try:
             # A record lock: unlike flock's it is not inherited by forked loader workers, which may outlive the run.
-            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = os.read(self._descriptor, 200).decode(errors="replace").strip()
-            os.close(self._descriptor)
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise CheckpointError(f"{printed(self.path)} cannot be locked: {error.strerror}.") from error
+            holder = os.read(descriptor, 200).decode(errors="replace").strip()
             raise CheckpointError(
-                f"{path.parent} is in use by another run ({holder or error}). Two runs would remove each other's "
-                "checkpoints: give this one another directory, or end the other."
+                f"{printed(self.path.parent)} is in use by another run ({printed(holder or error)}). Two runs would remove "
+                "each other's checkpoints: give this one another directory, or end the other."
             ) from None
-        os.ftruncate(self._descriptor, 0)
-        os.write(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+    def _is_at_path(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.lstat(self.path))
+        except FileNotFoundError:
+            return False
 
     def release(self) -> None:
-        self.path.unlink(missing_ok=True)
-        os.close(self._descriptor)
+        """Give the claim back. A file that cannot be removed is harmless, the kernel's lock is gone: that is a warning."""
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("%s could not be removed: %s. It claims nothing any more.", self.path, error.strerror)
+        finally:
+            os.close(self._descriptor)

@@ -7,6 +7,7 @@ on disk holds after `sync` of a file and `sync_directory` of the directory that 
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -36,15 +37,29 @@ def _watch(operation: str, path: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Make `path` and its parents; nothing if it is there."""
+    """Make `path` and its parents; nothing if it is there. Links are followed, but not to what is not there."""
     _watch("make directory", path)
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        if path.is_symlink():
+            words = f"it is a link to {os.readlink(path)}, which is not there"
+            raise OSError(errno.ENOENT, words, str(path)) from error
+        raise
 
 
 def create(path: Path, nbytes: int) -> int:
-    """A descriptor of a new file of `nbytes`, for writing. A disk without so much room says so now, where it can."""
+    """A descriptor of a new file of `nbytes`, for writing. A disk without so much room says so now, where it can.
+
+    What has the name goes, unopened: behind a link there is somebody's file, behind a pipe nobody may read.
+    """
     _watch("create", path)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o644)
+    except FileExistsError:
+        path.unlink()
+        descriptor = os.open(path, flags, 0o644)
     try:
         if nbytes:
             _reserve(descriptor, nbytes)
@@ -59,7 +74,7 @@ def _reserve(descriptor: int, nbytes: int) -> None:
         os.posix_fallocate(descriptor, 0, nbytes)
     except OSError as error:
         # Some file systems cannot reserve; there a full disk is met while writing.
-        if error.errno not in (38, 95, 22):  # ENOSYS, EOPNOTSUPP, EINVAL
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
             raise
         os.ftruncate(descriptor, nbytes)
 
@@ -112,9 +127,9 @@ def move_over(source: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a directory with all that is in it. Nothing if it is not there."""
+    """Remove a file, a link, or a directory with all that is in it. Nothing if it is not there."""
     _watch("remove", path)
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

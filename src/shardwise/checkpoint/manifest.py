@@ -1,4 +1,4 @@
-"""What a checkpoint consists of, as it is written on disk, and how a directory is judged without reading its tensors.
+"""What a checkpoint consists of, as it is written on disk.
 
     checkpoint_3/
       manifest.json             format, world size, step; size and sum of every index; its own sum. Written last.
@@ -6,7 +6,8 @@
       rank-00000.safetensors    the tensors, each a flat interval
       rank-00001.json ...
 
-An index part is one rank's interval of one tensor. All of it is JSON and safetensors: nothing in it can run code.
+An index part is one rank's interval of one tensor. All of it is JSON and safetensors: nothing in it can run code. What is read
+back is checked field by field, see `checks.py`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,9 @@ import json
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
-from .tensor_file import Place, dtype_name, dtype_named
+from .tensor_file import Place, dtype_name
 
 FORMAT = "shardwise-checkpoint"
 VERSION = 1
@@ -59,22 +58,6 @@ class Index:
         }
         return json.dumps({"tensors": rows, "state": self.state}, separators=(",", ":")) + "\n"
 
-    @classmethod
-    def from_text(cls, text: str) -> Index:
-        """Raises KeyError, TypeError or ValueError for a text that is no index."""
-        content = json.loads(text)
-        parts = [
-            Part(
-                address,
-                tuple(row["shape"]),
-                int(row["begin"]),
-                int(row["numel"]),
-                Place(dtype_named(row["dtype"]), int(row["offset"]), int(row["nbytes"]), tuple(row["blocks"])),
-            )
-            for address, row in content["tensors"].items()
-        ]
-        return cls(parts, content["state"])
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -87,11 +70,27 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Who made a checkpoint: only what automatic naming has made is ever removed, and only by its own run.
+
+    run:   the number of the run.
+    name:  the name that automatic naming gave; None where the script named the directory.
+    after: the numbers of the runs that it went on with, the first one first.
+    """
+
+    run: str
+    name: str | None
+    after: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The checkpoint as a whole.
 
-    step:    optimizer steps taken. order: counts up over the saves of a directory; the newest has the highest.
-    metric:  what `save_state(metric=)` said, for keeping the best. frozen: where frozen weights are, see `save`.
+    step:    optimizer steps taken. order: counts up over the saves of a directory; the newest has the highest, and frozen
+             weights that checkpoints share have -1.
+    metric:  what `save_state(metric=)` said, for keeping the best. frozen: where frozen weights are, see `frozen_record`.
+    facts:   of each model, see `facts_of`. made: None in checkpoints of versions that did not note it.
     """
 
     world_size: int
@@ -101,6 +100,7 @@ class Manifest:
     metric: float | None = None
     frozen: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    made: Origin | None = None
 
     def to_text(self) -> str:
         content: dict[str, Any] = {
@@ -112,9 +112,10 @@ class Manifest:
             "metric": self.metric,
             "frozen": self.frozen,
             "facts": self.facts,
+            "made": None if self.made is None else {**vars(self.made), "after": list(self.made.after)},
             "ranks": [vars(entry) for entry in self.entries],
         }
-        content["checksum"] = _checksum(content)
+        content["checksum"] = checksum_of(content)
         return json.dumps(content, indent=1) + "\n"
 
 
@@ -125,70 +126,18 @@ def describer(
     metric: float | None = None,
     frozen: dict[str, Any] | None = None,
     facts: dict[str, Any] | None = None,
+    made: Origin | None = None,
 ) -> Callable[[Sequence[Entry]], Manifest]:
     """What makes the manifest once every rank's files are known."""
     value = None if metric is None else float(metric)
-    return lambda entries: Manifest(world_size, step, order, tuple(entries), value, frozen or {}, facts or {})
+    return lambda entries: Manifest(world_size, step, order, tuple(entries), value, frozen or {}, facts or {}, made)
 
 
-def _checksum(content: dict[str, Any]) -> int:
+def checksum_of(content: dict[str, Any]) -> int:
+    """The sum of a manifest's JSON object, but for the sum itself."""
     kept = {key: value for key, value in content.items() if key != "checksum"}
     return zlib.crc32(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode())
 
 
 def text_checksum(text: str) -> int:
     return zlib.crc32(text.encode())
-
-
-def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a complete checkpoint: every file is there and has its size. Contents are checked when they are read.
-
-    Raises CheckpointError with the reason why `directory` is not a complete checkpoint.
-    """
-    path = directory / MANIFEST
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: there is no such directory.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{directory} is not a checkpoint of shardwise, or one whose save was cut short: it has no {MANIFEST}."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{directory} is not a checkpoint of shardwise: {MANIFEST} does not say {FORMAT!r}.")
-    if content.get("version") != VERSION:
-        raise CheckpointError(
-            f"{directory} has version {content.get('version')} of the format; this shardwise reads {VERSION}."
-        )
-    if content.get("checksum") != _checksum(content):
-        raise CheckpointError(f"{path} is damaged: its checksum differs.")
-    entries = tuple(Entry(**row) for row in content["ranks"])
-    for entry in entries:
-        for name, nbytes in ((entry.index, None), (entry.tensors, entry.tensors_nbytes)):
-            if name is None:
-                continue
-            try:
-                size = (directory / name).stat().st_size
-            except OSError:
-                raise CheckpointError(f"{directory} is incomplete: {name} is missing.") from None
-            if nbytes is not None and size != nbytes:
-                raise CheckpointError(f"{directory} is damaged: {name} has {size} bytes instead of {nbytes}.")
-    fields = ("world_size", "step", "order")
-    numbers = {name: int(content[name]) for name in fields}
-    return Manifest(
-        **numbers, entries=entries, metric=content["metric"], frozen=content["frozen"], facts=content["facts"]
-    )
-
-
-def read_index(directory: Path, entry: Entry) -> Index:
-    """One rank's index, its sum checked. Raises CheckpointError."""
-    path = directory / entry.index
-    try:
-        text = path.read_text(encoding="utf-8")
-        if text_checksum(text) != entry.index_crc:
-            raise CheckpointError(f"{path} is damaged: its checksum differs.")
-        return Index.from_text(text)
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}.") from None

@@ -21,8 +21,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..documents import printed, read_configuration, read_json_object, shown
 from ..errors import CheckpointError
+from ..zero.collectives import attempt
+from . import files
 from .export import WeightFiles
+from .safetensors_header import read_header
 from .tensor_file import Spec, dtype_named
 
 _PREFIX = "base_model.model."
@@ -52,10 +56,15 @@ class Base:
     def open(cls, folder: Path) -> Base:
         """Raises CheckpointError if there are no safetensors files."""
         base = cls(folder)
-        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
-        for path in files:
-            with safe_open(path, "pt") as file:
-                base.homes.update(dict.fromkeys(file.keys(), path))
+        found = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+        for path in found:
+            for name in _checked(path):
+                if name in base.homes:
+                    raise CheckpointError(
+                        f"{folder}: {shown(name)} is in {base.homes[name].name} and in {path.name}. Remove the files of an "
+                        "earlier save."
+                    )
+                base.homes[name] = path
         if not base.homes:
             raise CheckpointError(
                 f"{folder} holds no safetensors files. Give the directory of the base model (for a model of the hub, its "
@@ -74,6 +83,11 @@ class Base:
                 "weight is stored under its first name only and cannot be merged into."
             )
         return found[0]
+
+
+def _checked(path: Path) -> list[str]:
+    """The names in a safetensors file that is fit to be opened. Raises CheckpointError."""
+    return list(read_header(str(path), CheckpointError).tensors)
 
 
 @dataclass
@@ -104,6 +118,9 @@ def merge(
         raise CheckpointError(f"{target}: write the merged model to a directory of its own.")
     config = _read_config(folder)
     base = Base.open(Path(base_folder))
+    described = base.folder / "config.json"
+    description = read_configuration(described, CheckpointError) if described.is_file() else None
+    _checked(folder / "adapter_model.safetensors")
     with safe_open(folder / "adapter_model.safetensors", "pt") as adapter:
         changes = _changes(list(adapter.keys()), base)
         specs = _specs(base, changes, adapter, dtype)
@@ -123,28 +140,47 @@ def merge(
                 weights.write(name, tensor.to(_cast(tensor.dtype, dtype)))
             written = weights.finish()
         except BaseException:
-            weights.abandon()
+            attempt(weights.abandon)  # the first error is the one to tell
             raise
-    _copy_the_rest(base.folder, target, dtype, untied=bool(added))
+    _copy_the_rest(base.folder, target)
+    if description is not None and (dtype is not None or added):
+        _write_description(description, target / "config.json", dtype, untied=bool(added))
     return written
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is not an adapter of PEFT: adapter_config.json: {error}.") from None
+    if not (folder / "adapter_config.json").exists():
+        raise CheckpointError(f"{folder} is not an adapter of PEFT: it has no adapter_config.json.")
+    config = read_json_object(folder / "adapter_config.json", CheckpointError)
     if not (folder / "adapter_model.safetensors").is_file():
         raise CheckpointError(f"{folder} is not an adapter of PEFT: it has no adapter_model.safetensors.")
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise CheckpointError(f"{folder} is an adapter of type {kind}; only LORA can be merged here.")
+        raise CheckpointError(f"{folder} is an adapter of type {printed(kind)}; only LORA can be merged here.")
     odd = [name for name in _REFUSED if config.get(name)]
     if odd:
         raise CheckpointError(
             f"{folder} was made with {odd[0]}, which cannot be merged here. Use PEFT's merge_and_unload."
         )
+    _check_scaling(config, folder)
     return config
+
+
+def _check_scaling(config: Mapping[str, Any], folder: Path) -> None:
+    """The settings that numbers of the merged model depend on are of their kind."""
+    patterns = config.get("alpha_pattern") or {}
+    values = [config.get("lora_alpha"), *(patterns.values() if isinstance(patterns, dict) else [None])]
+    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+        raise CheckpointError(
+            f"{folder}/adapter_config.json: lora_alpha or alpha_pattern has something else than numbers."
+        )
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise CheckpointError(
+                f"{folder}/adapter_config.json: alpha_pattern has {shown(pattern)}, which is no pattern: {error}."
+            ) from None
 
 
 def _changes(names: list[str], base: Base) -> dict[str, Change]:
@@ -212,8 +248,14 @@ def _merged(weight: Tensor, name: str, change: Change, adapter: Any, config: dic
     low = {key: adapter.get_tensor(part).float() for key, part in change.parts.items() if key != "whole"}
     if weight.dtype == torch.float64:
         low = {key: adapter.get_tensor(part) for key, part in change.parts.items() if key != "whole"}
+    rank = low["A"].shape[0] if low["A"].ndim == 2 else 0
+    if not rank or low["B"].ndim != 2 or low["B"].shape[1] != rank:
+        raise CheckpointError(
+            f"{name}: the adapter's A has shape {tuple(low['A'].shape)} and its B {tuple(low['B'].shape)}, which have no "
+            "product. Save the adapter again."
+        )
     turned = bool(config.get("fan_in_fan_out")) or change.embedding
-    delta = _turn(low["B"] @ low["A"], turned) * _scaling(change.module, low["A"].shape[0], config)
+    delta = _turn(low["B"] @ low["A"], turned) * _scaling(change.module, rank, config)
     if delta.shape != weight.shape:
         raise CheckpointError(
             f"{name} has shape {tuple(weight.shape)}, but the adapter's change has {tuple(delta.shape)}."
@@ -248,18 +290,22 @@ def _cast(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return wanted if wanted is not None and own.is_floating_point and own.itemsize > 1 else own
 
 
-def _copy_the_rest(base: Path, target: Path, dtype: torch.dtype | None, *, untied: bool) -> None:
+def _copy_the_rest(base: Path, target: Path) -> None:
     """Configuration, tokenizer and what else lies beside the weights."""
     for path in base.iterdir():
         if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt", ".pth") and ".index." not in path.name:
-            shutil.copyfile(path, target / path.name)
-    config = target / "config.json"
-    if config.is_file() and (dtype is not None or untied):
-        content = json.loads(config.read_text(encoding="utf-8"))
-        if dtype is not None:
-            for key in ("dtype", "torch_dtype"):
-                if key in content:
-                    content[key] = str(dtype).removeprefix("torch.")
-        if untied:  # the adapter brought a head of its own
-            content["tie_word_embeddings"] = False
-        config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            copy = target / path.name
+            if copy.is_symlink():  # writing through it would change a file elsewhere
+                files.remove(copy)
+            shutil.copyfile(path, copy)
+
+
+def _write_description(content: dict[str, Any], path: Path, dtype: torch.dtype | None, *, untied: bool) -> None:
+    """The base's config.json as it is true of the merged model."""
+    if dtype is not None:
+        for key in ("dtype", "torch_dtype"):
+            if key in content:
+                content[key] = str(dtype).removeprefix("torch.")
+    if untied:  # the adapter brought a head of its own
+        content["tie_word_embeddings"] = False
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,20 +1,10 @@
-"""Names that come from files: of tensors, adapters and other files. They are names, never ways out of a directory."""
+"""Names that come from files: of adapters, for one. They are names, never ways out of a directory."""
 
 from __future__ import annotations
 
 from pathlib import Path, PurePath
 
 from ..errors import CheckpointError
-
-
-def beside(file: Path, name: object) -> Path:
-    """The file called `name` in the directory of `file`, which says so. Raises CheckpointError if it is a path."""
-    if not isinstance(name, str) or not name or PurePath(name).name != name or "\\" in name or "\0" in name:
-        raise CheckpointError(
-            f"{file} names a file {name!r}. A file is called by its name alone, in the same directory: this one was made by "
-            "hand, or is damaged."
-        )
-    return file.with_name(name)
 
 
 def below(folder: Path, name: str, what: str) -> Path:

@@ -13,7 +13,7 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..documents import opened
 from ..errors import CheckpointError
 from . import files
 
@@ -124,10 +125,17 @@ class TensorFile:
         self._start = 8 + len(text)
         self.nbytes = self._start + end
         self._descriptor = files.create(path, self.nbytes)
-        files.write(self._descriptor, memoryview(struct.pack("<Q", len(text)) + text), 0, path)
+        try:
+            files.write(self._descriptor, memoryview(struct.pack("<Q", len(text)) + text), 0, path)
+        except BaseException:
+            self.discard()
+            raise
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write `tensor`, on any device, as the spec of that name. Raises CheckpointError if it is not what was announced."""
+    def write(self, name: str, tensor: Tensor, advance: Callable[[int], None] = lambda nbytes: None) -> None:
+        """Write `tensor`, on any device, as the spec of that name. Raises CheckpointError if it is not what was announced.
+
+        advance: called with the number of bytes after each block that is written.
+        """
         spec = self._specs.pop(name, None)
         if spec is None:
             raise CheckpointError(f"{name} was not announced for {self.path.name}, or is written twice.")
@@ -143,6 +151,7 @@ class TensorFile:
             block = data[begin : begin + BLOCK_NBYTES]
             sums.append(zlib.crc32(block))
             files.write(self._descriptor, block, offset + begin, self.path)
+            advance(block.nbytes)
         self.places[name] = Place(spec.dtype, offset, spec.nbytes, tuple(sums))
 
     def close(self) -> None:
@@ -193,12 +202,12 @@ def read_part(path: Path, place: Place, begin: int, out: Tensor) -> None:
     """
     target = as_bytes(out)
     first, last = begin * place.dtype.itemsize, begin * place.dtype.itemsize + target.nbytes
-    with path.open("rb", buffering=0) as file:
+    with opened(path, CheckpointError) as (descriptor, _):
         for number in range(first // BLOCK_NBYTES, -(-last // BLOCK_NBYTES)):
             start = number * BLOCK_NBYTES
             size = min(BLOCK_NBYTES, place.nbytes - start)
             block = memoryview(bytearray(size))
-            found = read_into(file.fileno(), block, place.offset + start)
+            found = read_into(descriptor, block, place.offset + start)
             if found < size:
                 raise CheckpointError(f"{path} is cut off: it ends within byte {place.offset + start + found}.")
             if zlib.crc32(block) != place.blocks[number]:

@@ -21,12 +21,14 @@ from typing import Any, BinaryIO
 import torch
 from torch._weights_only_unpickler import Unpickler
 
+from ..documents import opened, shown
 from ..errors import LoadingError
 from .stretches import FileStretch
 
 # torch.serialization's, which has been the same in every release.
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 _PROTOCOL_VERSION = 1001
+_PICKLE_LIMIT = 256 << 20  # bytes: of a million tensors
 
 
 class OtherFormatError(Exception):
@@ -46,14 +48,14 @@ class TorchFile:
         self._least_numel = least_numel
         self._found: dict[str, tuple[torch.UntypedStorage, torch.dtype]] = {}
         self._parts: list[tuple[torch.UntypedStorage, str, int]] = []  # legacy: cut from another, at a byte
-        with open(self.path, "rb") as file:
+        with opened(self.path, LoadingError) as (descriptor, size), open(descriptor, "rb", closefd=False) as file:
+            self._size = size
             try:
-                self.content, places = self._zip() if zipfile.is_zipfile(file) else self._legacy(file)
+                self.content, places = self._zip(file) if zipfile.is_zipfile(file) else self._legacy(file)
             except LoadingError:
                 raise
             except Exception as error:  # of the unpickler, on whatever the bytes happen to be
                 raise OtherFormatError(str(error)) from error
-            size = os.fstat(file.fileno()).st_size
         self.storages: list[tuple[torch.UntypedStorage, FileStretch]] = []
         for key, (storage, _) in self._found.items():
             self._place(storage, FileStretch(self.path, places[key], storage.nbytes(), f"storage {key}"), size)
@@ -71,7 +73,14 @@ class TorchFile:
         elif stretch.nbytes:
             storage.copy_(stretch.read(0, stretch.nbytes).untyped_storage())
 
-    def _zip(self) -> tuple[Any, dict[str, int]]:
+    def _zip(self, file: BinaryIO) -> tuple[Any, dict[str, int]]:
+        # Below the archive's own name. A compressed record does not lie in the file as it is, and its size is anything.
+        with zipfile.ZipFile(file) as archive:
+            records = {record.filename.split("/", 1)[-1]: record for record in archive.infolist()}
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records.values()):
+            raise OtherFormatError("a compressed archive")
+        if records["data.pkl"].file_size > _PICKLE_LIMIT:
+            raise OtherFormatError("a pickle that holds more than the structure")
         reader: Any = torch._C.PyTorchFileReader(self.path)
         if not reader.has_record("data.pkl") or reader.has_record("constants.pkl"):
             raise OtherFormatError("a TorchScript archive")
@@ -82,6 +91,13 @@ class TorchFile:
             return self._storage(storage_type, key, numel)
 
         content = _load(io.BytesIO(reader.get_record("data.pkl")), resolve)
+        for key, (storage, _) in self._found.items():
+            held = records[f"data/{key}"].file_size
+            if held < storage.nbytes():
+                raise LoadingError(
+                    f"{self.path}: storage {key} has {held} bytes, but {storage.nbytes()} by its description. Download or copy "
+                    "the file again."
+                )
         return content, {key: reader.get_record_offset(f"data/{key}") for key in self._found}
 
     def _legacy(self, file: BinaryIO) -> tuple[Any, dict[str, int]]:
@@ -96,6 +112,10 @@ class TorchFile:
             if part is None:
                 return whole
             _, begin, length = part
+            if not (_is_count(begin) and _is_count(length) and begin + length <= numel):
+                raise LoadingError(
+                    f"{self.path}: a view of storage {key} reaches beyond it. Download or copy the file again."
+                )
             itemsize = whole.dtype.itemsize
             cut = _storage_of(length * itemsize, whole._untyped_storage.device.type)
             self._parts.append((cut, key, begin * itemsize))
@@ -111,9 +131,18 @@ class TorchFile:
     def _storage(self, storage_type: Any, key: str, numel: int) -> Any:
         if key not in self._found:
             dtype = torch.uint8 if storage_type is torch.UntypedStorage else storage_type.dtype
+            if not _is_count(numel) or numel * dtype.itemsize > self._size:
+                raise LoadingError(
+                    f"{self.path} is cut off: storage {key} is described with {shown(numel)} elements of {dtype}, the file has "
+                    f"{self._size} bytes. Download or copy it again."
+                )
             large = dtype.is_floating_point and numel >= self._least_numel
             self._found[key] = _storage_of(numel * dtype.itemsize, "meta" if large else "cpu"), dtype
         return _with_dtype(*self._found[key])
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _storage_of(nbytes: int, device: str) -> torch.UntypedStorage:

@@ -5,12 +5,15 @@
     rank 0      manifest.json, sync the directory, rename it, sync its parent
     agree
 
+Each agreement waits as long as the disks take (`patience.py`).
+
 A kill before the rename leaves a hidden directory, which nobody takes for a checkpoint; after it, a complete one. What is
 written is a `Draft`: its tensors are read one at a time (a save that waits), or were all copied before (one that does not).
 """
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,15 +22,17 @@ from typing import Any
 
 from torch import Tensor
 
+from ..documents import check_json, printed
 from ..errors import CheckpointError
 from ..zero.collectives import Ranks, attempt
 from . import files
 from .agree import together
 from .manifest import MANIFEST, Entry, Index, Manifest, Part, text_checksum
+from .patience import Progress, patiently
+from .places import MARK, STAGING, discard, left_behind, make_staging, put_in_place
 from .tensor_file import Spec, TensorFile
 
-STAGING = ".staging-"
-REPLACED = ".replaced-"
+logger = logging.getLogger("shardwise")
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,8 @@ def open_staging(target: Path, ranks: Ranks) -> Path:
                 "share."
             )
 
-    together(ranks, lambda: _open(staging), on=0, what=_failed(target))
+    making = Progress("makes the directory")
+    patiently(ranks, lambda: make_staging(staging), making, what=f"Saving {target}", on=0, failed=_failed(target))
     together(ranks, look, what=_failed(target))
     return staging
 
@@ -102,47 +108,52 @@ def write_checkpoint(
     staging:  from `open_staging`.
     describe: on rank 0, the manifest for the files of all ranks. An earlier checkpoint at `target` is replaced.
     """
-    failed = _failed(target)
+    failed, what = _failed(target), f"Saving {target}"
+    writing, publishing = Progress("writes"), Progress("gives the checkpoint its name")
     try:
-        entry = together(ranks, lambda: _write_rank(staging, draft, ranks.rank), what=failed)
+        entry = patiently(
+            ranks, lambda: _write_rank(staging, draft, ranks.rank, writing), writing, what=what, failed=failed
+        )
+        entries = [found for found in ranks.gather_objects(entry) if found is not None]
+        patiently(
+            ranks, lambda: _publish(staging, target, describe(entries)), publishing, what=what, on=0, failed=failed
+        )
     except CheckpointError:
         if ranks.rank == 0:
             attempt(lambda: files.remove(staging))  # else the next save begins by removing it
         raise
-    entries = [found for found in ranks.gather_objects(entry) if found is not None]
-    together(ranks, lambda: _publish(staging, target, describe(entries)), on=0, what=failed)
 
 
-def _open(staging: Path) -> None:
-    files.make_directory(staging.parent)
-    files.remove(staging)  # what a save that was killed has left
-    files.make_directory(staging)
-
-
-def _write_rank(staging: Path, draft: Draft, rank: int) -> Entry:
+def _write_rank(staging: Path, draft: Draft, rank: int, progress: Progress) -> Entry:
     name = f"rank-{rank:05d}"
     index = Index(state=draft.state)
     nbytes, tensors = 0, None
     if draft.pieces:
         tensors = f"{name}.safetensors"
+        progress.start(draft.nbytes, "writes")
         with TensorFile(staging / tensors, [piece.spec for piece in draft.pieces]) as file:
             for piece in draft.pieces:
-                file.write(piece.address, piece.read())
+                file.write(piece.address, piece.read(), progress.advance)
             nbytes = file.nbytes
+            progress.start(0, "waits for the disk to take what was written")
         index.parts = [Part(p.address, p.shape, p.begin, p.spec.shape[0], file.places[p.address]) for p in draft.pieces]
     text = index.to_text()
+    # What could not be read back must not be written: nobody would know before the run is to go on.
+    check_json(text, f"{name}.json, which keeps the state of the run besides its tensors,", CheckpointError)
     files.write_text(staging / f"{name}.json", text)
     return Entry(f"{name}.json", text_checksum(text), tensors, nbytes)
 
 
 def _publish(staging: Path, target: Path, manifest: Manifest) -> None:
-    files.write_text(staging / MANIFEST, manifest.to_text())
+    text = manifest.to_text()
+    check_json(text, f"{printed(target)}: {MANIFEST}", CheckpointError)
+    files.write_text(staging / MANIFEST, text)
+    files.remove(staging / MARK)
     files.sync_directory(staging)
-    replaced = target.with_name(REPLACED + target.name)
-    if target.exists():
-        # The old one keeps a name under which `find` looks for it, until the new one has its place.
-        files.remove(replaced)
-        files.move(target, replaced)
-    files.move(staging, target)
-    files.sync_directory(target.parent)
-    files.remove(replaced)
+    put_in_place(staging, target)
+    for path in left_behind(target):
+        _, error = attempt(lambda: discard(path))  # noqa: B023 - called at once
+        if error is not None:
+            logger.warning(
+                "%s was saved, but the earlier one could not be removed: %s. Remove %s.", target, error, path
+            )

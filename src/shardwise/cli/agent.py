@@ -8,7 +8,6 @@ the launcher, no process of a rank stays behind.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from ..config.machine import environment_value, export, host_memory_bytes, memory_limit_bytes, oom_kills
 from ..config.resolve import Resolution
 from ..config.schema import Config
+from ..documents import read_json
 from ..errors import LaunchError
 from . import worker
 from .launch_plan import LaunchPlan, check_devices, free_port, make_plan
@@ -300,8 +300,8 @@ def _read_record(directory: Path, rank: int, attempt: int) -> dict[str, Any] | N
     """The last attempt's record; an earlier one's says nothing about how the run ended."""
     for count in range(attempt, -1, -1):
         try:
-            found = json.loads((directory / f"failure-{count}-{rank}").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = read_json(directory / f"failure-{count}-{rank}", LaunchError)
+        except LaunchError:
             continue
         return found if isinstance(found, dict) else None
     return None

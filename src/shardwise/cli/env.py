@@ -17,7 +17,9 @@ from ..config.machine import (
     usable_cores,
     visible_gpus,
 )
-from ..config.yaml_file import default_file, read_text
+from ..config.yaml_file import default_file
+from ..documents import SETTINGS_NBYTES, read_text
+from ..errors import ConfigError
 from ..version import __version__
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "numpy", "pydantic", "typer")
@@ -29,7 +31,7 @@ def run_env(config_file: str | None = None) -> None:
     text: str | None = None
     path = Path(config_file) if config_file is not None else default_file()
     if config_file is not None or path.is_file():
-        text = read_text(path)
+        text = read_text(path, ConfigError, SETTINGS_NBYTES)
     print("\n".join(describe_environment()))
     print(f"\nconfiguration: {path}" + ("" if text is not None else " (there is none)"))
     if text is not None:

@@ -9,14 +9,14 @@ decides.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..documents import SETTINGS_NBYTES, parse_json, read_text, shown
 from ..errors import ConfigError
 from .rules import Key, Problem, nearest
-from .yaml_file import SettingsFile, parse_yaml, read_text
+from .yaml_file import SettingsFile, parse_yaml
 
 _SCRIPT = "give it in the script instead (a torch optimizer or scheduler, through prepare)"
 _REFUSED: dict[str, str] = {
@@ -77,6 +77,7 @@ _FP16 = {  # DeepSpeed's name -> ours, in shardwise_config.loss_scale
     "loss_scale_window": "growth_interval",
     "min_loss_scale": "minimum",
 }
+_LARGEST_POWER = 1000
 _PRECISION_TUNING = {"auto_cast", "consecutive_hysteresis", "fp16_master_weights_and_grads", "immediate_grad_update"}
 _OUR_KEYS = {
     *("zero_optimization", "bf16", "bfloat16", "fp16", "gradient_clipping", "gradient_accumulation_steps"),
@@ -112,11 +113,8 @@ def find_json(path: str, beside: str | None) -> Path:
 
 def read_deepspeed_json(path: str | Path) -> DeepSpeedFile:
     """Raises ConfigError if there is no such file or it is not JSON; wrong contents are in `problems`."""
-    text = read_text(path)
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: is not JSON: {error.msg} (column {error.colno})") from None
+    text = read_text(path, ConfigError, SETTINGS_NBYTES)
+    values = parse_json(text, str(path), ConfigError, repeated_keys=True)  # keys that occur twice have their line below
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: is not a JSON object")
     # JSON is YAML but for tabs between tokens, so the YAML reader can tell the lines (and keys that occur twice).
@@ -190,7 +188,7 @@ class _Reader:
         if value is None:
             return
         if not isinstance(value, dict):
-            self.problem(path, f"{value!r} is not an object with the key device")
+            self.problem(path, f"{shown(value)} is not an object with the key device")
             return
         for name, inner in value.items():
             if name == "device":
@@ -213,7 +211,7 @@ class _Reader:
                         chosen.append(ours)
                         self.put(("mixed_precision",), ours, path)
                     elif value not in (False, "auto"):
-                        self.problem(path, f"{value!r} is not true, false or 'auto'")
+                        self.problem(path, f"{shown(value)} is not true, false or 'auto'")
                 elif theirs == "fp16" and name == "hysteresis":
                     if section.get("enabled") is not False and value != 1:
                         self.found.notes.append(
@@ -239,6 +237,9 @@ class _Reader:
 
     def loss_scale(self, name: str, value: Any, path: Key) -> None:
         if name == "initial_scale_power" and isinstance(value, (int, float)) and not isinstance(value, bool):
+            if not abs(value) <= _LARGEST_POWER:
+                self.problem(path, f"{shown(value)} is out of range: 2 to that power is no number")
+                return
             value = 2.0**value
         self.put(("shardwise_config", "loss_scale", _FP16[name]), value, path)
 
@@ -246,7 +247,7 @@ class _Reader:
         value = self.file.values.get(key, {})
         if not isinstance(value, dict):
             if key == "zero_optimization" or value is not None:
-                self.problem((key,), f"{value!r} is not an object")
+                self.problem((key,), f"{shown(value)} is not an object")
                 self.file.values[key] = {}
             return {}
         return value

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
+from ..documents import parse_json
 from ..errors import ConfigError
 from .compiling import BACKENDS, CompileConfig, section, word
 from .environment import RankEnvironment
@@ -278,10 +279,7 @@ class Config(_Model):
         text = (os.environ if environ is None else environ).get(ENVIRONMENT_KEY)
         if not text:
             return cls()
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{ENVIRONMENT_KEY} in the environment is not JSON: {error}. Unset it.") from None
+        values = parse_json(text, f"{ENVIRONMENT_KEY} in the environment (unset it)", ConfigError, infinities=True)
         if not isinstance(values, dict):
             raise ConfigError(f"{ENVIRONMENT_KEY} in the environment is not a JSON object. Unset it.")
         return cls.checked(values, lambda key: f"{ENVIRONMENT_KEY} in the environment: {'.'.join(key)}")

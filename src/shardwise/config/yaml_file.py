@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ..documents import SETTINGS_NBYTES, read_text
 from ..errors import ConfigError
 from .schema import Config
+from .yaml_loader import Loader, check_expansion
 
 Key = tuple[str, ...]
 
@@ -34,34 +37,21 @@ class SettingsFile:
         return None if line is None else f"{self.path}:{line}"
 
 
-def read_text(path: str | Path) -> str:
-    """The file's text; ConfigError where there is none to read."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: is a directory, not a file") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not a text file in UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-
-
 def read_yaml(path: str | Path) -> SettingsFile:
     """Raises ConfigError: no file, broken YAML (one line), not a mapping, or keys that occur twice (all of them)."""
-    return parse_yaml(read_text(path), str(path))
+    return parse_yaml(read_text(path, ConfigError, SETTINGS_NBYTES), str(path))
 
 
 def parse_yaml(text: str, path: str) -> SettingsFile:
     """`read_yaml` of a text; `path` is what the errors call it."""
     try:
-        loader = yaml.SafeLoader(text)
+        loader = Loader(text)
         node = loader.get_single_node()
         if node is None:
             raise ConfigError(f"{path}: is empty")
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}:{node.start_mark.line + 1}: the file is not a mapping of keys to values")
+        check_expansion(node)
         lines: dict[Key, int] = {}
         twice: list[str] = []
         for key, line in _keys(node, ()):
@@ -181,7 +171,8 @@ def write_yaml(config: Config, path: str | Path) -> None:
         part.write_text(to_yaml(config), encoding="utf-8")
         part.replace(target)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error is the one to tell
+            part.unlink(missing_ok=True)
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
 

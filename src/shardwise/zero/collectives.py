@@ -154,6 +154,11 @@ class Ranks:
         return other
 
     @property
+    def timeout_s(self) -> float:
+        """How long a collective waits for the other ranks before it raises."""
+        return self._timeout.total_seconds()
+
+    @property
     def blocking(self) -> bool:
         """Whether a collective holds the host until every rank has come: gloo does, NCCL holds only its stream."""
         return self.world_size > 1 and self.device.type == "cpu"

@@ -1,0 +1,80 @@
+"""What ranks have kept in a checkpoint, checked for its form before anything of a run is changed.
+
+The state of a rank is what `RunState.draft` puts into its index: decoded, it may still be anything, if the file was changed by
+hand. A field that is missing or of another kind makes the checkpoint a damaged one, which a search for the newest passes over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .checkpoint.checks import is_count
+from .documents import shown
+from .errors import CheckpointError
+from .generators import check_generator_states
+
+_OF_EACH = {"buffers": dict, "generators": dict, "optimizers": list, "loaders": list}
+_OF_THE_FIRST = {"models": int, "schedulers": list, "scaler": dict, "counters": dict, "objects": list}
+
+
+def check_states(states: Sequence[Any], objects_of: Sequence[int]) -> None:
+    """Raise CheckpointError unless `states` are those of the ranks of one run, as `RunState` takes them.
+
+    objects_of: the ranks whose registered objects were decoded.
+    """
+    for rank, state in enumerate(states):
+        where = f"the state of rank {rank}"
+        for key, kind in (_OF_EACH | (_OF_THE_FIRST if rank == 0 else {})).items():
+            found = state.get(key) if key != "objects" or rank in objects_of else []
+            if not isinstance(found, kind) or isinstance(found, bool):
+                raise CheckpointError(f"{where}: {key} is {shown(found)}, which is not what a save writes.")
+        if not all(isinstance(buffer, Tensor) for buffer in state["buffers"].values()):
+            raise CheckpointError(f"{where}: buffers holds something else than tensors.")
+        if rank and rank in objects_of and not isinstance(state.get("objects", ...), list | None):
+            raise CheckpointError(
+                f"{where}: objects is {shown(state.get('objects'))}, which is not what a save writes."
+            )
+        if len(state["optimizers"]) != len(states[0]["optimizers"]):
+            raise CheckpointError(f"{where}: has other optimizers than rank 0.")
+        for saved in state["optimizers"]:
+            _check_optimizer(saved, where, first=rank == 0)
+        _check_generators(state["generators"], where)
+    first = states[0]
+    if not is_count(first["counters"].get("step")):
+        raise CheckpointError(f"the state of rank 0: counters is {shown(first['counters'])}, which has no step.")
+    for saved in first["loaders"]:
+        together = saved.get("samples_at_a_time") if isinstance(saved, dict) else -1
+        if not (together is None or is_count(together)) or not is_count(saved.get("batches")):
+            raise CheckpointError(f"the state of rank 0: a loader is at {shown(saved)}, which is no place in an epoch.")
+
+
+def _check_optimizer(saved: Any, where: str, *, first: bool) -> None:
+    names = saved.get("names") if isinstance(saved, dict) else None
+    fits = (
+        isinstance(names, list)
+        and all(isinstance(group, list) and all(isinstance(name, str) for name in group) for group in names)
+        and isinstance(saved.get("numbers"), dict)
+        and all(isinstance(numbers, dict) for numbers in saved["numbers"].values())
+    )
+    if fits and first:
+        groups = saved.get("groups")
+        fits = (
+            isinstance(groups, list)
+            and len(groups) == len(names or ())
+            and all(isinstance(group, dict) and "params" not in group for group in groups)
+        )
+        fits = fits and is_count(saved.get("steps")) and isinstance(saved.get("step_was_skipped"), bool)
+    if not fits:
+        raise CheckpointError(f"{where}: an optimizer is {shown(saved)}, which is not what a save writes.")
+
+
+def _check_generators(saved: dict[str, Any], where: str) -> None:
+    try:
+        check_generator_states(saved)
+    except Exception as error:  # of three libraries
+        raise CheckpointError(
+            f"{where}: a random generator cannot take its state ({type(error).__name__}: {shown(str(error))})."
+        ) from error
