@@ -22,7 +22,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ..errors import OptimizerError
-from .optimizer_state import MACHINE, Key, OptimizerState, Parts, comparable, digest, told_apart
+from .optimizer_state import MACHINE, Key, OptimizerState, WholeState, comparable, digest, split_states
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class _Loaded:
     """A dictionary that was read and found to fit. groups: their new settings. besides: under keys that are no parameters."""
 
     groups: Sequence[Mapping[str, Any]]
-    states: Mapping[Key, Parts]
+    states: Mapping[Key, WholeState]
     besides: Mapping[Any, Any]
 
     def digest(self) -> int:
@@ -62,9 +62,18 @@ class OptimizerDict:
         """Set both verbs on the optimizer, as methods of this one object; its class and other optimizers keep torch's."""
 
         def state_dict(_: Optimizer) -> dict[str, Any]:
+            """torch's `state_dict` of the optimizer as it was before prepare: whole states, copied to the CPU of every rank.
+
+            Collective where states are sharded (zero_stage 1 to 3 on several ranks): call it on every rank, not only on the
+            main process. For states that a host cannot hold once for each rank, use accelerator.save_state.
+            """
             return self.give()
 
         def load_state_dict(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            """torch's `load_state_dict`: each rank keeps its part of a whole `state_dict`. Collective: the same on every rank.
+
+            Raises OptimizerError, before anything is changed, if the dictionary does not fit.
+            """
             self.take(state_dict)
 
         for verb in (state_dict, load_state_dict):
@@ -146,7 +155,7 @@ class OptimizerDict:
             return f"parameter {number}" if key is None else f"parameter {number} ({key[1]})"
 
         try:
-            apart = told_apart(by_number, shapes, name_of)
+            apart = split_states(by_number, shapes, name_of)
         except OptimizerError as error:
             raise OptimizerError(
                 f"{self._fault(error)} The dictionary is of another model, or a part of one that was saved on one rank."

@@ -25,7 +25,7 @@ from .exchange import exchange
 from .intervals import Interval, Rest
 from .intervals import settle as settle_model
 from .sharded import ShardedModel
-from .shards import Shard, resting_place
+from .shards import OFFLOADED, Shard, resting_place
 
 # Which of the optimizer's models, and a parameter's name in it.
 Key = tuple[int, str]
@@ -49,7 +49,7 @@ class StateOf:
 
 
 @dataclass(frozen=True)
-class Parts:
+class WholeState:
     """A whole parameter's states, told apart. elementwise: flat tensors of all its elements, on any device."""
 
     elementwise: dict[str, Tensor]
@@ -120,7 +120,7 @@ class OptimizerState:
                 continue
             elementwise, numbers = {}, {}
             for name, value in state.items():
-                if name in shard.gradients.states:
+                if name in shard.gradients.states and (isinstance(value, Tensor) or value is OFFLOADED):
                     slab = shard.gradients.states[name]
                     rest = Rest(slab, shard.begin)
                     elementwise[name] = Interval(key[1], shape, begin, shard.numel, slab.dtype, copied, rest)
@@ -192,12 +192,12 @@ class OptimizerState:
 
     # Whole.
 
-    def replace(self, whole: Mapping[Key, Parts], besides: Mapping[Any, Any]) -> None:
+    def replace(self, whole: Mapping[Key, WholeState], besides: Mapping[Any, Any]) -> None:
         """Let these be all states: this rank keeps its intervals of them. No communication; the device must be idle.
 
         Raises StoreError where a drive fails.
         """
-        none = Parts({}, {})
+        none = WholeState({}, {})
         self.make(
             lambda key: {name: value.dtype for name, value in whole.get(key, none).elementwise.items()},
             lambda key: whole.get(key, none).numbers,
@@ -215,7 +215,7 @@ class OptimizerState:
         nothing is kept. Raises OptimizerError for states that cannot be cut, and if those of the ranks differ.
         """
 
-        def taken() -> dict[Key, Parts]:
+        def taken() -> dict[Key, WholeState]:
             found: dict[Key, dict[str, Any]] = {}
             for group, own in zip(self.optimizer.param_groups, parameters, strict=True):
                 for parameter in own:
@@ -223,7 +223,7 @@ class OptimizerState:
                     key = self.keys.get(id(parameter))
                     if state and key is not None:
                         found[key] = self._with_memory(state, key, group)
-            return told_apart(found, self.shapes, lambda key: key[1])
+            return split_states(found, self.shapes, lambda key: key[1])
 
         apart = self.ranks.together(taken)
         sums = self.ranks.gather_numbers(digest(apart))
@@ -295,9 +295,9 @@ class OptimizerState:
             model.engine.stores.drain()
 
 
-def told_apart(
+def split_states(
     states: Mapping[K, Mapping[str, Any]], shapes: Mapping[K, tuple[int, ...]], name_of: Callable[[K], str]
-) -> dict[K, Parts]:
+) -> dict[K, WholeState]:
     """Whole states by parameter, each with its elementwise ones and its numbers.
 
     Elementwise states of a parameter without dimensions have the shape of numbers. They are those that are elementwise for a
@@ -312,9 +312,9 @@ def told_apart(
                 elementwise.add(name)
             elif isinstance(value, Tensor) and not value.ndim:
                 numbers.add(name)
-    found: dict[K, Parts] = {}
+    found: dict[K, WholeState] = {}
     for key, state in states.items():
-        parts = found[key] = Parts({}, {})
+        parts = found[key] = WholeState({}, {})
         for name, value in state.items():
             if isinstance(value, Tensor) and (value.ndim or not shapes[key]) and not _is_like(value, shapes[key]):
                 raise OptimizerError(
@@ -327,7 +327,7 @@ def told_apart(
     return found
 
 
-def digest(states: Mapping[Key, Parts], *more: Any) -> int:
+def digest(states: Mapping[Key, WholeState], *more: Any) -> int:
     """A sum over step counts, kinds of states and `more`: ranks that were given the same have the same; 0 of nothing."""
     kinds = [
         (key, sorted((name, comparable(value)) for name, value in parts.numbers.items()), sorted(parts.elementwise))

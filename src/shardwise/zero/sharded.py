@@ -30,7 +30,7 @@ from .plan import Plan, Tier
 from .portions import Role, divide
 from .precision import Precision
 from .quantised import QuantisedWeights
-from .releasing import dissolve, say
+from .releasing import dissolve, log_rounded
 from .schedule import Schedule
 from .sources import Makers, Source, Sources, choose_makers, fill_region
 from .streams import Lanes
@@ -513,4 +513,4 @@ class ShardedModel:
         self.released = True
         _sharded.pop(id(self.model), None)
         if self.ranks.rank == 0:
-            say(rounded, self.model)
+            log_rounded(rounded, self.model)
