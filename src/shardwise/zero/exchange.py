@@ -40,33 +40,33 @@ def exchange(held: Sequence[tuple[Label, Interval]], ranks: Ranks) -> dict[Label
         if label not in found:
             found[label] = torch.empty(shape, dtype=dtype)
     streams = [list(_rounds([(dtype.itemsize, numel) for _, _, dtype, _, numel in rows])) for rows in table]
-    size = max((part.end for stream in streams for one in stream for part in one), default=0)
+    size = max((segment.end for stream in streams for one in stream for segment in one), default=0)
     sent = torch.zeros(size, dtype=torch.uint8, device=ranks.device)
     got = torch.empty(size * ranks.world_size, dtype=torch.uint8, device=ranks.device)
     error: StoreError | None = None
     for number in range(max(map(len, streams))):
-        for part in _of(streams[ranks.rank], number):
-            interval = mine[part.interval]
+        for segment in _of(streams[ranks.rank], number):
+            interval = mine[segment.interval]
             try:
-                values = interval.part(interval.begin + part.first, part.numel).look()
+                values = interval.part(interval.begin + segment.first, segment.numel).look()
             except StoreError as caught:
                 error = caught  # the others are on their way into the collective
                 break
-            sent[part.begin : part.end].copy_(values.contiguous().view(torch.uint8))
+            sent[segment.begin : segment.end].copy_(values.contiguous().view(torch.uint8))
         ranks.all_gather(got, sent)
         here = got.to("cpu")
         for rank, stream in enumerate(streams):
-            for part in _of(stream, number):
-                label, _, _, begin, _ = table[rank][part.interval]
-                first = begin + part.first
-                target = found[label].view(-1)[first : first + part.numel].view(torch.uint8)
-                target.copy_(here[rank * size + part.begin : rank * size + part.end])
+            for segment in _of(stream, number):
+                label, _, _, begin, _ = table[rank][segment.interval]
+                first = begin + segment.first
+                target = found[label].view(-1)[first : first + segment.numel].view(torch.uint8)
+                target.copy_(here[rank * size + segment.begin : rank * size + segment.end])
     ranks.agree(error)
     return found
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Segment:
     """`numel` elements of a rank's interval of that number, from its element `first` on; bytes [begin, end) of a round."""
 
     interval: int
@@ -76,23 +76,23 @@ class _Part:
     end: int
 
 
-def _rounds(intervals: Sequence[tuple[int, int]]) -> Iterator[list[_Part]]:
+def _rounds(intervals: Sequence[tuple[int, int]]) -> Iterator[list[_Segment]]:
     """A rank's intervals, given by (bytes of an element, elements), in portions that fit a round, cut between elements."""
-    parts: list[_Part] = []
+    segments: list[_Segment] = []
     at = 0
     for index, (itemsize, numel) in enumerate(intervals):
         first = 0
         while first < numel:
             count = min((ROUND_NBYTES - at) // itemsize, numel - first)
             if not count:
-                yield parts
-                parts, at = [], 0
+                yield segments
+                segments, at = [], 0
                 continue
-            parts.append(_Part(index, first, count, at, at + count * itemsize))
+            segments.append(_Segment(index, first, count, at, at + count * itemsize))
             first, at = first + count, at + count * itemsize
-    if parts:
-        yield parts
+    if segments:
+        yield segments
 
 
-def _of(stream: Sequence[list[_Part]], number: int) -> Sequence[_Part]:
+def _of(stream: Sequence[list[_Segment]], number: int) -> Sequence[_Segment]:
     return stream[number] if number < len(stream) else ()

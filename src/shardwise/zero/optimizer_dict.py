@@ -26,12 +26,12 @@ from .optimizer_state import (
     MACHINE,
     Key,
     OptimizerState,
-    Parts,
+    WholeState,
     comparable,
     digest,
     has_stepped,
     in_little_memory,
-    told_apart,
+    split_states,
 )
 
 
@@ -43,7 +43,7 @@ class _Loaded:
     """
 
     groups: Sequence[Mapping[str, Any]]
-    states: Mapping[Key, Parts]
+    states: Mapping[Key, WholeState]
     besides: Mapping[Any, Any]
     frozen: Mapping[Parameter, Mapping[str, Any]]
 
@@ -69,9 +69,18 @@ class OptimizerDict:
         """Set both verbs on the optimizer, as methods of this one object; its class and other optimizers keep torch's."""
 
         def state_dict(_: Optimizer) -> dict[str, Any]:
+            """torch's `state_dict` of the optimizer as it was before prepare: whole states, copied to the CPU of every rank.
+
+            Collective where states are sharded (zero_stage 1 to 3 on several ranks): call it on every rank, not only on the
+            main process. For states that a host cannot hold once for each rank, use accelerator.save_state.
+            """
             return self.give()
 
         def load_state_dict(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            """torch's `load_state_dict`: each rank keeps its part of a whole `state_dict`. Collective: the same on every rank.
+
+            Raises OptimizerError, before anything is changed, if the dictionary does not fit.
+            """
             self.take(state_dict)
 
         for verb in (state_dict, load_state_dict):
@@ -161,7 +170,7 @@ class OptimizerDict:
             return f"parameter {number}" if key is None else f"parameter {number} ({key[1]})"
 
         try:
-            apart = told_apart(by_number, shapes, name_of)
+            apart = split_states(by_number, shapes, name_of)
         except OptimizerError as error:
             raise OptimizerError(
                 f"{self._fault(error)} The dictionary is of another model, or a part of one that was saved on one rank."

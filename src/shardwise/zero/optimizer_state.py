@@ -25,7 +25,7 @@ from .exchange import exchange
 from .groups import Groups
 from .intervals import Interval, Rest
 from .sharded import ShardedModel
-from .shards import Shard, resting_place
+from .shards import OFFLOADED, Shard, resting_place
 
 # Which of the optimizer's models, and a parameter's name in it.
 Key = tuple[int, str]
@@ -49,7 +49,7 @@ class StateOf:
 
 
 @dataclass(frozen=True)
-class Parts:
+class WholeState:
     """A whole parameter's states, told apart. elementwise: flat tensors of all its elements, on any device."""
 
     elementwise: dict[str, Tensor]
@@ -128,7 +128,7 @@ class OptimizerState:
                 continue
             elementwise, numbers = {}, {}
             for name, value in state.items():
-                if name in shard.gradients.states:
+                if name in shard.gradients.states and (isinstance(value, Tensor) or value is OFFLOADED):
                     slab = shard.gradients.states[name]
                     rest = Rest(slab, shard.begin)
                     elementwise[name] = Interval(key[1], shape, begin, shard.numel, slab.dtype, copied, rest)
@@ -210,7 +210,7 @@ class OptimizerState:
 
     # Whole.
 
-    def replace(self, whole: Mapping[Key, Parts], besides: Mapping[Any, Any]) -> None:
+    def replace(self, whole: Mapping[Key, WholeState], besides: Mapping[Any, Any]) -> None:
         """Let these be all states: this rank keeps its intervals of them. No communication; the device must be idle.
 
         Raises StoreError where a drive fails.
@@ -218,7 +218,7 @@ class OptimizerState:
         self.make(*_kinds(whole), besides)
         self._write(whole)
 
-    def _write(self, whole: Mapping[Key, Parts]) -> None:
+    def _write(self, whole: Mapping[Key, WholeState]) -> None:
         for state in self.intervals():
             for name, interval in state.elementwise.items() if state.key in whole else ():
                 flat = whole[state.key].elementwise[name]
@@ -252,7 +252,7 @@ class OptimizerState:
             self._make_for(set(apart), *_kinds(apart))
             self._write(apart)
 
-    def _taken(self, parameters: Sequence[Sequence[Parameter]]) -> dict[Key, Parts]:
+    def _taken(self, parameters: Sequence[Sequence[Parameter]]) -> dict[Key, WholeState]:
         """What the optimizer's dictionary holds under the user's own parameters, which is taken out of it."""
         found: dict[Key, dict[str, Any]] = {}
         for group, own in zip(self.optimizer.param_groups, parameters, strict=True):
@@ -263,7 +263,7 @@ class OptimizerState:
                     self.dormant[id(parameter)] = in_little_memory(state)
                 elif state and key is not None:
                     found[key] = self._with_memory(state, key, group)
-        return told_apart(found, self.shapes, lambda key: key[1])
+        return split_states(found, self.shapes, lambda key: key[1])
 
     def _with_memory(self, state: Mapping[str, Any], key: Key, group: Mapping[str, Any]) -> dict[str, Any]:
         """What the constructor made of a parameter, in the master's dtype; made anew of one that had no memory then."""
@@ -346,19 +346,19 @@ def _is_even(value: Tensor) -> bool:
 
 
 def _kinds(
-    whole: Mapping[Key, Parts],
+    whole: Mapping[Key, WholeState],
 ) -> tuple[Callable[[Key], Mapping[str, torch.dtype]], Callable[[Key], Mapping[str, Any]]]:
     """The dtypes of elementwise states, and the numbers, by key."""
-    none = Parts({}, {})
+    none = WholeState({}, {})
     return (
         lambda key: {name: value.dtype for name, value in whole.get(key, none).elementwise.items()},
         lambda key: whole.get(key, none).numbers,
     )
 
 
-def told_apart(
+def split_states(
     states: Mapping[K, Mapping[str, Any]], shapes: Mapping[K, tuple[int, ...]], name_of: Callable[[K], str]
-) -> dict[K, Parts]:
+) -> dict[K, WholeState]:
     """Whole states by parameter, each with its elementwise ones and its numbers.
 
     Elementwise states of a parameter without dimensions have the shape of numbers. They are those that are elementwise for a
@@ -373,9 +373,9 @@ def told_apart(
                 elementwise.add(name)
             elif isinstance(value, Tensor) and not value.ndim:
                 numbers.add(name)
-    found: dict[K, Parts] = {}
+    found: dict[K, WholeState] = {}
     for key, state in states.items():
-        parts = found[key] = Parts({}, {})
+        parts = found[key] = WholeState({}, {})
         for name, value in state.items():
             if isinstance(value, Tensor) and (value.ndim or not shapes[key]) and not _is_like(value, shapes[key]):
                 raise OptimizerError(
@@ -388,7 +388,7 @@ def told_apart(
     return found
 
 
-def digest(states: Mapping[Key, Parts], *more: Any) -> int:
+def digest(states: Mapping[Key, WholeState], *more: Any) -> int:
     """A sum over step counts, kinds of states and `more`: ranks that were given the same have the same; 0 of nothing."""
     kinds = [
         (key, sorted((name, comparable(value)) for name, value in parts.numbers.items()), sorted(parts.elementwise))

@@ -68,7 +68,7 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-def say(rounded: Sequence[Member], model: torch.nn.Module) -> None:
+def log_rounded(rounded: Sequence[Member], model: torch.nn.Module) -> None:
     """Log that these parameters of `model` do not have all the bits that they came with or were trained in."""
     if rounded:
         log.warning(

@@ -32,7 +32,7 @@ from .plan import Plan, Tier
 from .portions import Role
 from .precision import Precision
 from .quantised import QuantisedWeights
-from .releasing import dissolve, say
+from .releasing import dissolve, log_rounded
 from .schedule import Schedule
 from .shown import Norms
 from .sources import Makers, Sources, choose_makers
@@ -422,4 +422,4 @@ class ShardedModel:
         self.released = True
         _sharded.pop(id(self.model), None)
         if self.ranks.rank == 0:
-            say(rounded, self.model)
+            log_rounded(rounded, self.model)
