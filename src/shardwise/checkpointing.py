@@ -36,12 +36,12 @@ from .data import DataLoaderConfiguration
 from .data_loader import PreparedLoader
 from .errors import CheckpointError, ConfigError, PrepareError
 from .frozen import compare_frozen, forget_sums, frozen_record
-from .model_facts import KeptAdapters, adapters_of, facts_of
+from .model_facts import KeptAdapters, adapters_of, dtypes_of, facts_of
 from .plugins import ProjectConfiguration
 from .preparing import PreparedModel, PreparedOptimizer
 from .process import PartialState
 from .run_folder import Place, RunFolder
-from .run_state import RunState
+from .run_state import Changed, RunState
 from .saved_states import check_states
 from .stopping import StopSignals
 from .zero.collectives import Ranks, attempt
@@ -297,10 +297,15 @@ class Checkpointing(PartialState):
         run.settle()
         what = f"{path} could not be loaded: "
         checkpoint, states = self._open(path)
-        together(self._ranks, lambda: run.check(checkpoint, states[0]), what="")
+        changed = together(self._ranks, lambda: run.check(checkpoint, states[0]), what="")
+        assert changed is not None
+        self._thaw(run, changed, path)
+        since = {f"model{number}/{name}" for number, found in enumerate(changed) for name in found.since}
+        groups = run.group_names()
+        together(self._ranks, lambda: run.check_groups(states, groups, since), what=what)
         for hook in list(self._load_hooks.values()):
             together(self._ranks, lambda: hook([p.model for p in self._models], str(path)), what=what)  # noqa: B023
-        frozen = compare_frozen(run, checkpoint)
+        frozen = compare_frozen(run, checkpoint, [found.since for found in changed])
         for model in run.models:
             model.drop_gradients()
         reading = Progress("reads its part")
@@ -311,8 +316,7 @@ class Checkpointing(PartialState):
         except CheckpointError as error:
             raise _DamagedError(what + str(error)) from error
         run.publish()
-        groups = run.group_names()
-        counters = together(self._ranks, lambda: run.restore_rest(states, groups), what=what)
+        counters = together(self._ranks, lambda: run.restore_rest(states, groups, since), what=what)
         assert counters is not None
         self.step = counters["step"]
         self._run_folder.lineage.resume(checkpoint.manifest.made)
@@ -329,6 +333,19 @@ class Checkpointing(PartialState):
                 )
             logger.info("Resumed %s: step %d, saved by %d rank(s).", path, saved.step, saved.world_size)
         return str(path)
+
+    def _thaw(self, run: RunState, changed: Sequence[Changed], path: Path) -> None:
+        """Weights that the checkpoint has trained get a place for what was trained, also while they are frozen here."""
+        for model, found in zip(run.models, changed, strict=True):
+            model.thawing.thaw_names(found.thawed)
+            if found.thawed and self.is_main_process:
+                logger.warning(
+                    "%s holds %d trained weight(s) that are frozen here, the first is %s. They take its values, and are "
+                    "trained once they require gradients.",
+                    path,
+                    len(found.thawed),
+                    min(found.thawed),
+                )
 
     @property
     def _schedules_count_processes(self) -> bool:
@@ -369,4 +386,5 @@ def _facts_of(models: Sequence[ShardedModel], adapters: Sequence[KeptAdapters]) 
     for model in models:
         if model not in _facts:
             _facts[model] = facts_of(model)
-    return {f"model{n}": {**_facts[m], **adapters[n].facts} for n, m in enumerate(models)}
+    # What is trained may change from one save to the next.
+    return {f"model{n}": {**_facts[m], "dtypes": dtypes_of(m), **adapters[n].facts} for n, m in enumerate(models)}

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from .checkpoint import directory
@@ -58,16 +60,17 @@ def frozen_record(
     return record
 
 
-def compare_frozen(run: RunState, checkpoint: Checkpoint) -> dict[int, set[str]]:
+def compare_frozen(run: RunState, checkpoint: Checkpoint, since: Sequence[set[str]]) -> dict[int, set[str]]:
     """Model -> its frozen weights that are not those of the checkpoint, but are kept by it. Collective.
 
+    since: of each model the weights that it trains now, and the checkpoint had frozen. They are compared and given too.
     Raises CheckpointError if they differ and are not kept.
     """
     record = checkpoint.manifest.frozen
     differing: dict[int, set[str]] = {}
     for number, model in enumerate(run.models):
         saved = record["models"].get(f"model{number}", {"source": None, "sums": {}})
-        sums = _sums_of(model, run.ranks)
+        sums = _sums_of(model, run.ranks) | _sums_of_trained(model, since[number], saved["sums"], run.ranks)
         wrong = {name for name in {*sums, *saved["sums"]} if sums.get(name) != saved["sums"].get(name)}
         if set(sums) == set(saved["sums"]):
             # What the checkpoint holds it gives back: frozen weights of adapters in any case, all where that was asked for.
@@ -107,6 +110,19 @@ def forget_sums(models: Iterable[ShardedModel]) -> None:
     """The frozen weights of these models were written: sum them up anew when it is asked for."""
     for model in models:
         _sums.pop(model, None)
+
+
+def _sums_of_trained(model: ShardedModel, names: set[str], saved: Mapping[str, str], ranks: Ranks) -> dict[str, str]:
+    """What `_sums_of` would say of these if they were frozen: in the dtype that they had when they were saved. Collective."""
+    if not names:
+        return {}
+    held = [
+        replace(one, dtype=getattr(torch, _dtype(saved[one.name])))
+        for one in intervals.share(intervals.trained(model), ranks.rank, ranks.world_size)
+        if one.name in names
+    ]
+    found = fingerprints(held, ranks)
+    return {name: f"{_dtype(saved[name])} {total}" for name, total in found.items()}
 
 
 def _sums_of(model: ShardedModel, ranks: Ranks) -> dict[str, str]:

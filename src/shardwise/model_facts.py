@@ -22,7 +22,7 @@ def facts_of(sharded: ShardedModel) -> dict[str, Any]:
     """JSON of one model.
 
     config, generation_config: transformers', or None.
-    dtypes: those that the user gave to trained weights. aliases: {other name of a tied weight: its name}.
+    aliases: {other name of a tied weight: its name}.
     ignored: names that transformers does not save.
     """
     model: Any = sharded.model
@@ -35,10 +35,14 @@ def facts_of(sharded: ShardedModel) -> dict[str, Any]:
         "class": type(model).__name__,
         "config": content,
         "generation_config": _configuration(model, "generation_config"),
-        "dtypes": {m.name: dtype_name(m.dtype) for m in sharded.whole.members() if m.trained},
         "aliases": {name: first for name, first in every if name != first},
         "ignored": sorted(getattr(model, "_keys_to_ignore_on_save", None) or ()),
     }
+
+
+def dtypes_of(sharded: ShardedModel) -> dict[str, str]:
+    """The dtypes that the user gave to trained weights, by name."""
+    return {m.name: dtype_name(m.dtype) for m in sharded.whole.members() if m.trained}
 
 
 @dataclass

@@ -46,6 +46,18 @@ from .zero.sharded import ShardedModel
 logger = logging.getLogger("shardwise")
 
 
+@dataclass(frozen=True)
+class Changed:
+    """What of a model is trained in one of two and not in the other.
+
+    thawed: names that the checkpoint has trained, and this run has frozen. since: that this run trains, and the checkpoint
+    had frozen.
+    """
+
+    thawed: set[str]
+    since: set[str]
+
+
 @dataclass
 class RunState:
     """The objects of a run whose state counts. counters: plain numbers that come back from `restore`."""
@@ -187,10 +199,11 @@ class RunState:
 
     # Bringing back.
 
-    def check(self, checkpoint: Checkpoint, first: dict[str, Any]) -> None:
+    def check(self, checkpoint: Checkpoint, first: dict[str, Any]) -> list[Changed]:
         """Raise CheckpointError, before anything is changed, if the checkpoint is of another model or another script.
 
-        first: the saved state of rank 0. Every rank finds the same, without communication.
+        first: the saved state of rank 0. Every rank finds the same, without communication. Gives for each model which weights
+        the checkpoint has trained and this run has not, and the other way round.
         """
         where = checkpoint.directory
         for kind, have, count in (
@@ -205,20 +218,7 @@ class RunState:
                     f"{where} was saved with {count} {kind}(s), but this run has prepared {have}. Prepare the same objects "
                     "in the same order before load_state."
                 )
-        for number, model in enumerate(self.models):
-            expected = {f"model{number}/trained/{m.name}": m.shape for m in model.whole.members() if m.trained}
-            known = set(checkpoint.addresses(f"model{number}/trained/"))
-            missing, unknown = sorted(expected.keys() - known), sorted(known - expected.keys())
-            if missing or unknown:
-                raise CheckpointError(
-                    f"{where} does not fit this model: {_some('it has no', missing)}{_some('this model trains no', unknown)}"
-                    "build the model and its adapter as they were when it was saved."
-                )
-            for address, shape in expected.items():
-                if checkpoint.shape(address) != shape:
-                    raise CheckpointError(
-                        f"{where}: {address} has shape {checkpoint.shape(address)}, but this model's is {shape}."
-                    )
+        changed = [self._changed(checkpoint, number) for number in range(len(self.models))]
         for address, _, buffer in self._persistent_buffers():
             saved = first["buffers"].get(address)
             if saved is None and address not in checkpoint:
@@ -229,6 +229,49 @@ class RunState:
                     f"{where}: {address} has shape {shape}, but this model's is {tuple(buffer.shape)}."
                 )
 
+        return changed
+
+    def _changed(self, checkpoint: Checkpoint, number: int) -> Changed:
+        members = {member.name: member for member in self.models[number].whole.members()}
+        trained = {name for name, member in members.items() if member.trained}
+        prefix = f"model{number}/trained/"
+        known = {address.removeprefix(prefix) for address in checkpoint.addresses(prefix)}
+        frozen = checkpoint.manifest.frozen["models"].get(f"model{number}", {}).get("sums", {})
+        missing, unknown = sorted(trained - known - frozen.keys()), sorted(known - members.keys())
+        if missing or unknown:
+            raise CheckpointError(
+                f"{checkpoint.directory} does not fit this model: {_some('it has no', missing)}"
+                f"{_some('this model has no', unknown)}build the model and its adapter as they were when it was saved."
+            )
+        for name in sorted(known):
+            if checkpoint.shape(prefix + name) != members[name].shape:
+                raise CheckpointError(
+                    f"{checkpoint.directory}: {prefix}{name} has shape {checkpoint.shape(prefix + name)}, but this model's is "
+                    f"{members[name].shape}."
+                )
+        return Changed(thawed=known - trained, since=trained - known)
+
+    def check_groups(
+        self, states: Sequence[dict[str, Any]], now: Sequence[Sequence[set[str]]], since: set[str]
+    ) -> None:
+        """Raise CheckpointError, before anything is changed, if the parameter groups are not those that were saved.
+
+        now: what `group_names` gave. since: addresses of weights that were not trained when it was saved.
+        """
+        for number, groups in enumerate(now):
+            then = _united([state["optimizers"][number]["names"] for state in states])
+            mine = [names - since for names in groups]
+            odd = next((names for names in mine if names and names not in then), None)
+            gone = next((names for names in then if names and names not in mine), None)
+            if odd is not None or gone is not None:
+                which = odd if odd is not None else gone
+                assert which is not None
+                raise CheckpointError(
+                    f"the parameter groups of optimizer {number} are not those that were saved: there, as here, should be one "
+                    f"of exactly the {len(which)} parameters with {min(which)}. Build the groups as they were, those that "
+                    "add_param_group has added included, before load_state."
+                )
+
     def restore_tensors(
         self, checkpoint: Checkpoint, states: Sequence[dict[str, Any]], frozen: Mapping[int, Container[str]]
     ) -> None:
@@ -237,8 +280,12 @@ class RunState:
         No communication: the caller agrees on how it went, and then calls `publish`.
         """
         for number, model in enumerate(self.models):
-            _fill(checkpoint, f"model{number}/trained", intervals.trained(model))
             wanted = frozen.get(number, ())
+            trained = intervals.trained(model)
+            known = [held for held in trained if f"model{number}/trained/{held.name}" in checkpoint]
+            _fill(checkpoint, f"model{number}/trained", known)
+            since = [held for held in trained if held not in known and held.name in wanted]
+            _fill(checkpoint, f"model{number}/frozen", since)
             _fill(
                 checkpoint, f"model{number}/frozen", [held for held in intervals.frozen(model) if held.name in wanted]
             )
@@ -291,14 +338,16 @@ class RunState:
         rows = self.ranks.gather_objects(mine)
         return [_united([row[number] for row in rows]) for number in range(len(self.steppers))]
 
-    def restore_rest(self, states: Sequence[dict[str, Any]], groups: Sequence[Sequence[set[str]]]) -> dict[str, Any]:
+    def restore_rest(
+        self, states: Sequence[dict[str, Any]], groups: Sequence[Sequence[set[str]]], since: set[str]
+    ) -> dict[str, Any]:
         """Group settings, schedulers, scale, objects, loaders, generators; gives the counters.
 
-        groups: what `group_names` gave. Raises CheckpointError if they are not those that were saved.
+        groups, since: as `check_groups` has seen them.
         """
         first = states[0]
         for number, stepper in enumerate(self.steppers):
-            self._restore_groups(number, stepper, states, groups[number])
+            self._restore_groups(number, stepper, states, groups[number], since)
         for number, (scheduler, saved) in enumerate(zip(self.schedulers, first["schedulers"], strict=False)):
             with _taking(f"scheduler {number}", scheduler):
                 scheduler.load_state_dict(saved)
@@ -318,19 +367,19 @@ class RunState:
         return counters
 
     def _restore_groups(
-        self, number: int, stepper: ShardedOptimizer, states: Sequence[dict[str, Any]], now: Sequence[set[str]]
+        self,
+        number: int,
+        stepper: ShardedOptimizer,
+        states: Sequence[dict[str, Any]],
+        now: Sequence[set[str]],
+        since: set[str],
     ) -> None:
         saved = states[0]["optimizers"][number]
         then = _united([state["optimizers"][number]["names"] for state in states])
         for group, names in zip(stepper.optimizer.param_groups, now, strict=True):
-            found = next((index for index, other in enumerate(then) if other == names), None)
-            if found is None:
-                raise CheckpointError(
-                    f"the parameter groups of optimizer {number} are not those that were saved: no saved group has exactly "
-                    f"the {len(names)} parameters of the one with {min(names, default='nothing')}. Build the groups as they "
-                    "were."
-                )
-            _update(group, saved["groups"][found])
+            found = next((index for index, other in enumerate(then) if other == names - since), None)
+            if found is not None:  # else it was added since
+                _update(group, saved["groups"][found])
         stepper.resume(saved["steps"], saved["step_was_skipped"])
 
 
@@ -371,7 +420,7 @@ def _some(words: str, names: Sequence[str]) -> str:
     if not names:
         return ""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{words} {names[0].split('/', 2)[2]}{more}; "
+    return f"{words} {names[0]}{more}; "
 
 
 def _position(loader: PreparedLoader) -> dict[str, Any]:

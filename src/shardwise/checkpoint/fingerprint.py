@@ -60,7 +60,7 @@ def fingerprints(intervals: Iterable[Interval], ranks: Ranks) -> dict[str, str]:
     """
     mine: dict[str, tuple[int, int]] = {}
     for interval in intervals:
-        first, second = part_sums(interval.look(), interval.begin * interval.dtype.itemsize)
+        first, second = part_sums(interval.look().to(interval.dtype), interval.begin * interval.dtype.itemsize)
         before = mine.get(interval.name, (0, 0))
         mine[interval.name] = (before[0] + first, before[1] + second)
     totals: dict[str, tuple[int, int]] = {}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice
 
 from torch.nn import Parameter
@@ -59,6 +59,11 @@ class Thawing:
     def _look_for_frozen(self) -> None:
         buffers = [unit.frozen for unit in self._units if unit.frozen is not None]
         self._frozen = [(m.name, m.parameter) for b in buffers for m in b.members if m.dtype.is_floating_point]
+
+    def thaw_names(self, names: Collection[str]) -> None:
+        """`thaw` of these frozen weights: the same on every rank."""
+        if names:
+            self.thaw([parameter for name, parameter in self._frozen if name in names])
 
     def holds(self, parameter: Parameter) -> bool:
         """Whether this is a frozen weight of the model."""
