@@ -24,8 +24,9 @@ from torch import Tensor
 
 from . import nested
 from .accumulation import GradientState
+from .config.schema import Config
 from .errors import ConfigError, DataError
-from .zero.collectives import Ranks
+from .zero.collectives import Ranks, attempt
 
 if TYPE_CHECKING:
     from .accelerator import Accelerator
@@ -61,26 +62,42 @@ class _Run:
 
 
 def join_run(*, use_cpu: bool | None = None, timeout_s: float | None = None) -> Ranks:
-    """The ranks of this process's run; joins it at the first call.
+    """The ranks of this process's run; joins it at the first call, which is collective.
 
     use_cpu:   None takes the configuration's answer.
     timeout_s: how long a collective may wait, in seconds; None takes the configuration's.
-    Raises ConfigError if the run was already joined on a GPU and `use_cpu` is asked for now.
+    Raises ConfigError if the run was already joined on a GPU and `use_cpu` is asked for now, and what `Ranks.join` raises.
     """
-    if _Run.ranks is None:
-        from .config.schema import Config
+    if _Run.ranks is not None:
+        check_device(_Run.ranks, use_cpu)
+        return _Run.ranks
+    config, problem = attempt(Config.from_environment)
+    ranks = join_first(config or Config(), use_cpu=use_cpu, timeout_s=timeout_s, problem=problem)
+    if problem is not None:
+        raise problem
+    return ranks
 
-        config = Config.from_environment()
+
+def join_first(
+    config: Config, *, use_cpu: bool | None = None, timeout_s: float | None = None, problem: Exception | None = None
+) -> Ranks:
+    """The ranks of the run; joins it, by these settings, if this process has not. problem: see `Ranks.join`."""
+    if _Run.ranks is None:
         _Run.ranks = Ranks.join(
             use_cpu=config.use_cpu if use_cpu is None else use_cpu,
-            timeout_s=config.shardwise_config.collective_timeout_s if timeout_s is None else timeout_s,
-        )
-    elif use_cpu and _Run.ranks.device.type != "cpu":
-        raise ConfigError(
-            f"this process already joined the run on {_Run.ranks.device}; ask for the CPU where the first "
-            "state or Accelerator is made."
+            timeout_s=config.engine.collective_timeout_s if timeout_s is None else timeout_s,
+            problem=problem,
         )
     return _Run.ranks
+
+
+def check_device(ranks: Ranks, use_cpu: bool | None) -> None:
+    """ConfigError if the run was joined on a GPU, and the CPU is asked for now."""
+    if use_cpu and ranks.device.type != "cpu":
+        raise ConfigError(
+            f"this process already joined the run on {ranks.device}; ask for the CPU where the first state or Accelerator is "
+            "made."
+        )
 
 
 def leave_run() -> None:

@@ -72,6 +72,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "zero.flat",
         "zero.peers",
         "zero.guard",
+        "zero.meeting",
+        "zero.joining",
         "zero.collectives",
         "zero.streams",
         "zero.units",
@@ -216,9 +218,9 @@ def test_no_module_imports_from_a_level_below_it_in_the_drawing(module):
 ELASTIC = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run")
 
 
-def test_only_collectives_imports_torch_distributed():
+def test_only_joining_and_collectives_import_torch_distributed():
     for module in modules():
-        allowed = module == "zero.collectives"
+        allowed = module in ("zero.joining", "zero.collectives")
         for found in imports_of(module):
             # The launcher starts processes through torch's elastic agent, which lives in torch.distributed too.
             if is_under(module, "cli") and is_under(found.name, *ELASTIC):
