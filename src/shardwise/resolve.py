@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .accumulation import GradientAccumulationPlugin
-from .config.agreement import disagreement, settings_of
+from .config.agreement import SAME_EVERYWHERE, disagreement, settings_of
 from .config.environment import RankEnvironment, torch_debug
 from .config.schema import Config
 from .data import DataLoaderConfiguration
@@ -174,7 +174,7 @@ def join_with(checked: Callable[[], Settings]) -> tuple[Ranks, Settings]:
 
     differing = ranks.compare(facts, "`Accelerator()`")
     if differing:
-        raise ConfigError(disagreement("the ranks of this run have different settings", differing))
+        raise ConfigError(disagreement("{ranks} have different settings", differing, SAME_EVERYWHERE))
     assert settings is not None
     return ranks, settings
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
@@ -94,15 +95,18 @@ AGREED: tuple[str, ...] = (
     "dynamo_config.dynamo_use_regional_compilation",
 )
 
-# Where these differ, other keys differ with them: they are told alone.
 VERSIONS = ("shardwise version", "torch version")
+OBJECTS = "the list of objects"
+# Where one of these differs, other facts differ with it: they are told alone.
+_ALONE = (VERSIONS[0], OBJECTS)
 _SECTIONS: dict[str, type[BaseModel]] = {
     "deepspeed_config": ZeroConfig,
     "shardwise_config": EngineConfig,
     "dynamo_config": CompileConfig,
     "shardwise_config.loss_scale": LossScaleConfig,
 }
-_MOST = 12  # differences that one error lists
+SAME_EVERYWHERE = "Give every machine the same configuration, flags and packages, and every rank the same script."
+_MOST = 8  # differences that one error lists
 
 
 def keys_of_schema() -> list[str]:
@@ -132,28 +136,49 @@ def settings_of(config: Config) -> dict[str, Any]:
     return found
 
 
-def differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is not the same in all rows, one for each rank: `zero_stage is 3 on ranks 0-2, 2 on rank 3`. [] for nothing."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    found: dict[str, str] = {}
-    for key in keys:
-        ranks_by_value: dict[str, list[int]] = {}
+@dataclass(frozen=True)
+class Difference:
+    """A fact that not all ranks have alike. ranks: by its value, as text, in the order of the ranks."""
+
+    key: str
+    ranks: dict[str, list[int]]
+
+    def __str__(self) -> str:
+        """`zero_stage is 3 on ranks 0-2 and 2 on rank 3`."""
+        return f"{self.key} is " + " and ".join(
+            f"{value} on {ranks_said(ranks)}" for value, ranks in self.ranks.items()
+        )
+
+    @property
+    def first_other(self) -> int:
+        """The first rank that differs from rank 0."""
+        return min(ranks[0] for ranks in list(self.ranks.values())[1:])
+
+
+def differences(rows: Sequence[Mapping[str, Any]]) -> list[Difference]:
+    """What is not the same in all rows, one for each rank."""
+    found: dict[str, Difference] = {}
+    for key in dict.fromkeys(key for row in rows for key in row):
+        ranks: dict[str, list[int]] = {}
         for rank, row in enumerate(rows):
-            ranks_by_value.setdefault(said(row[key]) if key in row else "not there", []).append(rank)
-        if len(ranks_by_value) > 1:
-            found[key] = f"{key} is " + ", ".join(f"{v} on {ranks_said(ranks)}" for v, ranks in ranks_by_value.items())
-    if VERSIONS[0] in found:
-        return [found[key] for key in VERSIONS if key in found]
-    texts = list(found.values())
-    return texts if len(texts) <= _MOST else [*texts[:_MOST], f"and {len(texts) - _MOST} more"]
+            ranks.setdefault(said(row[key]) if key in row else "not there", []).append(rank)
+        if len(ranks) > 1:
+            found[key] = Difference(key, ranks)
+    if any(key in found for key in _ALONE):
+        return [found[key] for key in (*VERSIONS, OBJECTS) if key in found]
+    return list(found.values())
 
 
-def disagreement(what: str, differing: Sequence[str]) -> str:
-    """The error's text for what `differences` found."""
-    return (
-        f"{what}: {'; '.join(differing)}. Give every machine the same configuration and flags, and every rank the same script "
-        "and packages."
-    )
+def disagreement(what: str, differing: Sequence[Difference], remedy: str) -> str:
+    """An error's text for what `differences` found: `the settings of ranks 0 and 1 differ: ...`.
+
+    what: with `{ranks}` where the first two are named that differ.
+    """
+    first = min(difference.first_other for difference in differing)
+    texts = [str(difference) for difference in differing[:_MOST]]
+    if len(differing) > _MOST:
+        texts.append(f"and {len(differing) - _MOST} more")
+    return f"{what.format(ranks=f'ranks 0 and {first}')}: {'; '.join(texts)}. {remedy}"
 
 
 def ranks_said(ranks: Iterable[int]) -> str:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config.agreement import differences
+from ..config.agreement import Difference, differences
 from ..config.environment import without_multicast
 from ..errors import LayoutError, RankError
 from .joining import Joined, join_groups
@@ -268,8 +268,8 @@ class Ranks:
         self.agree(error)
         return cast(T, result)
 
-    def compare(self, facts: Callable[[], Mapping[str, Any]], where: str) -> list[str]:
-        """What differs between the ranks' facts, a sentence for each, the same list on every rank; [] for nothing. Collective.
+    def compare(self, facts: Callable[[], Mapping[str, Any]], where: str) -> list[Difference]:
+        """What differs between the ranks' facts, the same list on every rank; [] for nothing. Collective.
 
         facts: plain JSON values by name. If it raises on any rank, an error on every rank, as `agree` raises it.
         where: the call that all ranks make, for a RankError if one does not.
@@ -285,7 +285,7 @@ class Ranks:
         if len({digest for digest, _ in said}) == 1:
             return []
         # A model has thousands of facts: only those that differ from rank 0's go around.
-        mine = json.loads(text)
+        mine = dict(found or {})
         first = self.broadcast_object(mine)
         absent = object()
         own = [key for key in {**first, **mine} if first.get(key, absent) != mine.get(key, absent)]

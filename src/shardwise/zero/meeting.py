@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import torch
 
 from .. import version
-from ..config.agreement import VERSIONS, differences, disagreement, ranks_said
+from ..config.agreement import SAME_EVERYWHERE, VERSIONS, differences, disagreement, ranks_said
 from ..config.environment import RankEnvironment, torch_debug
 from ..errors import ConfigError, RankError
 
@@ -141,7 +141,7 @@ def judge(said: Sequence[Introduction]) -> Verdict:
     """What follows from what the ranks said, in rank order."""
     differing = differences([rank.facts for rank in said])
     if differing:
-        return Verdict(problem=disagreement("the ranks of this run differ", differing))
+        return Verdict(problem=disagreement("{ranks} of this run differ", differing, SAME_EVERYWHERE))
     by_host: dict[str, list[int]] = {}
     for rank, one in enumerate(said):
         by_host.setdefault(one.host, []).append(rank)
