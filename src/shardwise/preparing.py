@@ -17,6 +17,7 @@ from .accumulation import GradientState
 from .blocks import ReplacedForwards
 from .compiling import CompiledBlocks, CompiledLoss, blocks_to_compile
 from .config.agreement import disagreement
+from .config.foreign import note_prepared
 from .config.schema import Config
 from .data import DataLoaderConfiguration, PreparedLoader, check_data_loader, prepare_data_loader
 from .errors import PrepareError
@@ -309,6 +310,7 @@ class Preparing(PartialState):
         else:
             changes.append(CompiledLoss(model, self._config.compiling))
         self._models.append(PreparedModel(model, sharded, changes, parameters))
+        note_prepared(type(model).__name__)
         self._push_sync()
 
     def _blocks_to_recompute(self, model: nn.Module) -> list[nn.Module]:

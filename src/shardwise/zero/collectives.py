@@ -26,6 +26,7 @@ from ..config.agreement import Difference, differences
 from ..config.environment import without_multicast
 from ..errors import LayoutError, RankError
 from .joining import Joined, join_groups
+from .meeting import missed
 
 ReduceOp = Literal["sum", "mean", "max", "min"]
 T = TypeVar("T")
@@ -279,8 +280,7 @@ class Ranks:
         try:
             said = self.gather_objects((hashlib.sha256(text.encode()).hexdigest(), _words(error)))
         except RuntimeError as lost:  # of gloo: a rank that is gone, or did not come in time
-            within = f"{self._timeout.total_seconds():g} s"
-            raise RankError(f"not every rank came to {where} within {within}, or one has ended: {lost}") from lost
+            raise missed(where, self._timeout, lost) from lost
         _raise_first(error, [words for _, words in said])
         if len({digest for digest, _ in said}) == 1:
             return []

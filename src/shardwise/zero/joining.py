@@ -17,9 +17,8 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from ..config.environment import RankEnvironment, forgotten_tasks
-from ..config.launchers import REMEDY
 from ..errors import ConfigError, RankError
-from .meeting import Introduction, Place, Verdict, device_index, host_name, judge, meet, not_here, visible_gpus
+from .meeting import Introduction, Place, Verdict, device_index, host_name, judge, meet, missed, not_here, visible_gpus
 
 logger = logging.getLogger("shardwise")
 
@@ -125,7 +124,8 @@ def _meet(
     if place.address is None or place.port is None:
         missing = "MASTER_ADDR" if place.address is None else "MASTER_PORT"
         raise ConfigError(
-            f"{missing} is not set, and nothing else says where rank 0 of these {place.world_size} listens. {REMEDY}"
+            f"{missing} is not set, and nothing else says where rank 0 of these {place.world_size} processes listens. Set "
+            "MASTER_ADDR to its machine and MASTER_PORT to a free port there, the same for every process."
         )
     place.export()
     timeout_s = timeout.total_seconds()
@@ -159,10 +159,14 @@ def _groups(
         data, control = held.data(), held.control()
         if data is not None and control is not None:
             return data, control, held.places
-    data, control = dist.new_group(timeout=timeout), dist.new_group(backend="gloo", timeout=timeout)
-    if places is None:
+    try:
+        data, control = dist.new_group(timeout=timeout), dist.new_group(backend="gloo", timeout=timeout)
         said: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(said, mine, group=control)
+        if places is None:
+            dist.all_gather_object(said, mine, group=control)
+    except RuntimeError as error:
+        raise missed("its first `Accelerator()` or `PartialState()`", timeout, error) from error
+    if places is None:
         verdict = judge(said)
         verdict.raise_for(dist.get_rank())
         places = verdict.places

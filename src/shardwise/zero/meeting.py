@@ -198,7 +198,7 @@ def meet(store: Store, rank: int, mine: Introduction, *, timeout_s: float, probl
     said = json.loads(store.get("verdict"))
     verdict = Verdict(**{name: said[name] for name in Verdict.__dataclass_fields__ if name in said})
     if not verdict.good:
-        _part(store, rank, world_size)
+        _part(store, rank, world_size, all_will_come=verdict.failed is not None)
     return verdict
 
 
@@ -208,6 +208,12 @@ def not_here(ranks: Sequence[int], timeout_s: float) -> str:
         f"{ranks_said(ranks)} did not join the run within {timeout_s:g} s. Perhaps it has ended, was never started, runs "
         "another version of shardwise, or its script makes no Accelerator. A slow start needs a larger collective_timeout_s."
     )
+
+
+def missed(where: str, timeout: timedelta, error: Exception) -> RankError:
+    """For an error of torch's in a message that all ranks send at `where`: one has not come in time, or is gone."""
+    within = f"{timeout.total_seconds():g} s"
+    return RankError(f"not every rank came to {where} within {within}, or one has ended: {error}")
 
 
 def _decide(store: Store, verdict: Verdict) -> None:
@@ -235,10 +241,11 @@ def _collect(store: Store, world_size: int, timeout_s: float) -> Verdict:
     return judge([Introduction.read(store.get(key)) for key in keys])
 
 
-def _part(store: Store, rank: int, world_size: int) -> None:
-    """The store may end with rank 0's process: it stays until the others have read the verdict."""
+def _part(store: Store, rank: int, world_size: int, *, all_will_come: bool) -> None:
+    """The store may end with rank 0's process: it stays until those have read the verdict who have come, or soon will."""
     if rank != 0:
         store.set(f"read/{rank}", "1")
         return
-    with suppress(Exception):  # a rank that never came reads nothing
-        store.wait([f"read/{other}" for other in range(1, world_size)], timedelta(seconds=_LET_THE_OTHERS_READ_S))
+    others = [other for other in range(1, world_size) if all_will_come or store.check([f"rank/{other}"])]
+    with suppress(Exception):  # one that has ended reads nothing
+        store.wait([f"read/{other}" for other in others], timedelta(seconds=_LET_THE_OTHERS_READ_S))
