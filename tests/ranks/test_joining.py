@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import socket
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -262,6 +264,21 @@ def test_a_state_before_and_several_accelerators_share_one_run():
     first, second = ended(fresh_ranks(_state_first, torchrun(2)))
     assert first == ((0, 2), TOGETHER, TOGETHER)
     assert second[0] == (1, 2)
+
+
+def _at_exit() -> Any:
+    first, second = Accelerator(cpu=True)._ranks, Accelerator(cpu=True)._ranks.aside()
+    groups = [weakref.ref(group) for group in (first._control, first._data, second._control)]
+    first.any_of([True])  # is under way until the others have answered
+    first.barrier()
+    held = [group() is not None for group in groups]
+    atexit._run_exitfuncs()
+    return held, [group() is not None for group in groups], dist.is_initialized()
+
+
+def test_gloos_threads_end_before_the_interpreter_does():
+    """Else a process that ends by an error may end by SIGABRT."""
+    assert ended(fresh_ranks(_at_exit, torchrun(2))) == [([True] * 3, [False] * 3, False)] * 2
 
 
 def _joins_again() -> Any:

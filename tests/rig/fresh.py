@@ -44,7 +44,6 @@ def fresh_ranks(
 ) -> list[Outcome]:
     """Call `function(*args)` in a new process for each environment, all at once. Importable by name, as for a pool."""
     context = _fork_server()
-    began = time.monotonic()
     running = []
     for environment in environments:
         ours, theirs = context.Pipe(duplex=False)
@@ -53,6 +52,7 @@ def fresh_ranks(
         process.start()
         theirs.close()
         running.append((process, ours))
+    began = time.monotonic()  # the first start may have waited for the server's imports
     found = []
     for process, pipe in running:
         reply: tuple[Any, str | None] = (None, None)

@@ -104,6 +104,11 @@ def forgotten_tasks() -> int | None:
     return launchers.forgotten_tasks(os.environ)
 
 
+def task_of_srun() -> Said | None:
+    """This process as a task of srun, or None if it is none: for a launcher, which starts ranks of its own."""
+    return launchers.slurm(os.environ)
+
+
 def torch_debug() -> str:
     """torch's own setting of this name: under DETAIL every collective sends more than without."""
     return os.environ.get("TORCH_DISTRIBUTED_DEBUG", "OFF").upper()

@@ -49,8 +49,10 @@ class _Groups:
 
 
 _made: dict[timedelta, _Groups] = {}
-# How often this process has met the others in a store: a launcher's store outlives a run that is left.
+# How often this process has met the others in a store, which outlives a run that is left.
 _meetings = itertools.count()
+# Kept: a rank that joins again sooner than rank 0 would else reach the store that is about to end with rank 0's last run.
+_last_store: list[Store] = []
 
 
 def join_groups(use_cpu: bool, timeout_s: float, problem: Exception | None) -> Joined:
@@ -140,9 +142,9 @@ def _meet(
         raise RankError(
             f"at {place.address}:{place.port} (MASTER_ADDR, MASTER_PORT): {not_here(others, timeout_s)}"
         ) from error
-    count = next(_meetings)
-    verdict = meet(PrefixStore(f"shardwise/{count}", store), place.rank, mine, timeout_s=timeout_s, problem=problem)
-    return PrefixStore(f"default_pg/{count}" if count else "default_pg", store), verdict
+    _last_store[:] = [store]
+    store = PrefixStore(f"shardwise/{next(_meetings)}", store)
+    return store, meet(store, place.rank, mine, timeout_s=timeout_s, problem=problem)
 
 
 def _groups(
