@@ -382,7 +382,7 @@ def test_settings_that_a_script_changes_are_compared_in_prepare(world):
     assert "DataLoaderConfiguration.even_batches is true on rank 0 and false on rank 1" in found[0]
 
 
-def _clipped(ranks: Any, verb: str) -> str:
+def _differing_in(ranks: Any, what: str) -> str:
     forget_run()
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(0)
@@ -390,7 +390,12 @@ def _clipped(ranks: Any, verb: str) -> str:
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     before = model.head.weight.detach().clone()
     accelerator.backward(model(torch.ones(2, 8)).square().mean())
-    getattr(accelerator, verb)(model.parameters(), 0.5 + ranks.rank)
+    if what == "lr":
+        optimizer.param_groups[0]["lr"] = 0.1 + ranks.rank
+    elif what == "norm_type":
+        accelerator.clip_grad_norm_(model.parameters(), 1.0, norm_type=2.0 + ranks.rank)
+    else:
+        getattr(accelerator, what)(model.parameters(), 0.5 + ranks.rank)
     with pytest.raises(ConfigError) as caught:
         optimizer.step()
     assert torch.equal(before, model.head.weight)
@@ -399,13 +404,15 @@ def _clipped(ranks: Any, verb: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("verb", "words"),
+    ("what", "words"),
     [
+        ("lr", "the sum of the groups' learning rates is 0.1 on rank 0 and 1.1 on rank 1"),
+        ("norm_type", "norm_type of clip_grad_norm_ is 2 on rank 0 and 3 on rank 1"),
         ("clip_grad_norm_", "max_norm of clip_grad_norm_ is 0.5 on rank 0 and 1.5 on rank 1"),
         ("clip_grad_value_", "clip_value of clip_grad_value_ is 0.5 on rank 0 and 1.5 on rank 1"),
     ],
 )
-def test_ranks_that_clip_differently_do_not_step(world, verb, words):
-    found = world(2).run(_clipped, verb)
+def test_ranks_that_would_step_differently_do_not_step(world, what, words):
+    found = world(2).run(_differing_in, what)
     assert found[0] == found[1]
     assert words in found[0]

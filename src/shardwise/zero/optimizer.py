@@ -211,7 +211,7 @@ class ShardedOptimizer:
         The gradients are those of the whole batch, averaged over ranks, loss scale removed. Collective.
         """
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        self._verdicts.note_clipping(max_norm=float(max_norm))
+        self._verdicts.note_clipping(max_norm=float(max_norm), norm_type=float(norm_type))
         shards = self._chosen(parameters)
         sharded = self.models[0].plan.optimizer.sharded
         if norm_type == 2 and self._is_all(parameters):
@@ -452,7 +452,7 @@ class ShardedOptimizer:
     def _agree(self) -> Tensor | None:
         """The gradients' global 2-norm as the step will see it before clipping, if anything needs it. One all_reduce.
 
-        It carries each rank's verdict on its loss and its clipping as well: a NaN on one rank is an error on all.
+        It carries each rank's verdict on its loss, and its rate and clipping: a NaN on one rank is an error on all.
         """
         ranks = self.ranks
         wants_norm = self.scaler.enabled or self.gradient_clipping is not None
@@ -460,7 +460,7 @@ class ShardedOptimizer:
         if wants_norm:
             total = self._square()
             facts[0] = total if self.models[0].plan.optimizer.sharded else total / ranks.world_size
-        self._verdicts.write(facts[1:])
+        self._verdicts.write(facts[1:], self.optimizer.param_groups)
         if ranks.world_size > 1:
             ranks.all_reduce(facts)
         self._verdicts.read(self.steps, facts[1:])
@@ -470,7 +470,7 @@ class ShardedOptimizer:
         return norm if self._factor is None else norm * self._factor
 
     def raise_if_bad(self) -> None:
-        """Raise NonFiniteError or ConfigError if an earlier step's loss or clipping was bad on any rank; every rank does."""
+        """Raise what an earlier step's message said: NonFiniteError, or ConfigError if ranks differ; every rank does."""
         self._verdicts.raise_if_bad()
 
 
