@@ -8,19 +8,29 @@ dtypes and who is trained, a library module's own numbers, an optimizer's groups
 from __future__ import annotations
 
 import functools
+import logging
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
-from .config.agreement import OBJECTS
+from .config.agreement import OBJECTS, Difference, disagreement
 from .data import DataLoaderConfiguration
+from .errors import PrepareError
 from .prepare_checks import batch_size_of
+
+logger = logging.getLogger("shardwise")
+
+# How the name of a fact begins that is worth a warning only: ranks may draw data of their own on purpose.
+CONTENTS = "the contents of the data set of "
+_MOST_NBYTES, _MOST_ITEMS = 1 << 20, 10_000
 
 
 def facts_of(
@@ -42,6 +52,20 @@ def facts_of(
         elif isinstance(item, LRScheduler):
             found |= {f"{name} of {label}": value for name, value in _of_scheduler(item).items()}
     return found
+
+
+def refuse_or_warn(differing: Sequence[Difference], *, say: bool) -> None:
+    """Raise PrepareError for what would let ranks wait or train apart; log, if this rank is to `say` it, what may be meant."""
+    hard = [difference for difference in differing if not difference.key.startswith(CONTENTS)]
+    if hard:
+        remedy = "Build the same model in the same way on every rank, and the same optimizer; `prepare` divides them."
+        raise PrepareError(disagreement("`prepare` got different objects on {ranks}", hard, remedy))
+    if differing and say:
+        logger.warning(
+            "%s. `prepare` divides one data set: some of its samples will be read twice, others never. Draw and split data "
+            "with the same seed on every rank.",
+            "; ".join(map(str, differing)),
+        )
 
 
 def _kind(item: Any) -> str:
@@ -132,12 +156,38 @@ def _of_loader(loader: DataLoader[Any], label: str, settings: DataLoaderConfigur
     if settings.dispatch_batches or isinstance(loader.dataset, IterableDataset):
         return {}  # only rank 0's is read
     try:
-        found = {
-            f"the length of {label}": f"{len(loader)} batches of a data set of {len(loader.dataset)}"  # type: ignore[arg-type]
-        }
+        length = f"{len(loader)} batches of a data set of {len(loader.dataset)}"  # type: ignore[arg-type]
     except TypeError:
         return {}
-    return found | {f"the batch size of {label}": batch_size_of(loader), f"drop_last of {label}": loader.drop_last}
+    found = {
+        f"the length of {label}": length,
+        f"the batch size of {label}": batch_size_of(loader),
+        f"drop_last of {label}": loader.drop_last,
+    }
+    contents = _contents(loader.dataset)
+    return found if contents is None else found | {f"{CONTENTS}{label}": f"{contents:08x}"}
+
+
+def _contents(data: Any) -> int | None:
+    """A checksum of data that lies in memory; None for any other, of which an item may be read from a disk, or drawn."""
+    if isinstance(data, Tensor) and data.device.type == "cpu" and data.layout == torch.strided:
+        start = data.detach().reshape(-1)[: _MOST_NBYTES // max(1, data.element_size())]
+        # A copy: a storage that numpy has seen keeps its size for good.
+        return zlib.crc32(start.clone().view(torch.uint8).numpy().tobytes())
+    if isinstance(data, TensorDataset):
+        return _together(_contents(tensor) for tensor in data.tensors)
+    if isinstance(data, Subset):
+        return _together((_contents(data.indices), _contents(data.dataset) or 0))
+    if isinstance(data, (list, tuple, range)) and all(
+        isinstance(item, (int, float, str)) for item in data[:_MOST_ITEMS]
+    ):
+        return zlib.crc32(repr(list(data[:_MOST_ITEMS])).encode())
+    return None
+
+
+def _together(sums: Iterable[int | None]) -> int | None:
+    given = list(sums)
+    return None if None in given else zlib.crc32(repr(given).encode())
 
 
 def plain(value: Any) -> Any:

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 from .accumulation import GradientState
 from .blocks import ReplacedForwards
 from .compiling import CompiledBlocks, CompiledLoss, blocks_to_compile
-from .config.agreement import disagreement
 from .config.foreign import note_prepared
 from .config.schema import Config
 from .data import DataLoaderConfiguration, PreparedLoader, check_data_loader, prepare_data_loader
@@ -27,7 +26,7 @@ from .integrations import generation as keep_for_generation
 from .loading import build_without_memory, building
 from .lora import FastLora
 from .losses import LeanLoss, LogitsLoss
-from .object_facts import facts_of
+from .object_facts import facts_of, refuse_or_warn
 from .prepare_checks import batch_size_of, check_model, check_optimizer
 from .process import PartialState
 from .recomputing import RecomputedBlocks, blocks_to_recompute
@@ -126,12 +125,7 @@ class Preparing(PartialState):
             self._check(objects)
             return self._facts(objects)
 
-        differing = self._ranks.compare(facts, "`prepare`")
-        if differing:
-            remedy = (
-                "Build the same model in the same way on every rank, and the same optimizer; `prepare` divides them."
-            )
-            raise PrepareError(disagreement("`prepare` got different objects on {ranks}", differing, remedy))
+        refuse_or_warn(self._ranks.compare(facts, "`prepare`"), say=self.is_main_process)
         result = list(objects)
         for item in objects:
             if isinstance(item, nn.Module):

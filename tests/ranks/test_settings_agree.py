@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from datetime import timedelta
@@ -362,6 +363,37 @@ def test_one_ranks_other_object_is_an_error_on_all_before_anything_moves(world, 
     assert text.startswith("`prepare` got different objects on ranks 0 and 1: ")
     assert SCRIPTS[what] in text
     assert moved == 0
+
+
+def _draws(ranks: Any, kind: str) -> tuple[list[str], int]:
+    forget_run()
+    accelerator = Accelerator(cpu=True)
+    own = torch.Generator().manual_seed(ranks.rank)
+    whole = data()
+    sets: dict[str, Any] = {
+        "tensors": TensorDataset(torch.randn(16, 8, generator=own)),
+        "split": torch.utils.data.random_split(whole, [12, 4], generator=own)[0],
+        "items": [ranks.rank] * 16,
+        "same": torch.utils.data.random_split(whole, [12, 4], generator=torch.Generator().manual_seed(3))[0],
+        "drawn": [whole, ranks.rank],  # of other items nothing is known
+    }
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("shardwise").addHandler(handler)
+    try:
+        loader = accelerator.prepare(DataLoader(sets[kind], batch_size=2))
+    finally:
+        logging.getLogger("shardwise").removeHandler(handler)
+    return said, len(loader)
+
+
+@pytest.mark.parametrize(("kind", "warned"), [("tensors", 1), ("split", 1), ("items", 1), ("same", 0), ("drawn", 0)])
+def test_ranks_that_drew_data_of_their_own_are_told_once(world, kind, warned):
+    (first, _), (other, _) = world(2).run(_draws, kind)
+    assert len(first) == warned
+    assert not other
+    assert all("the contents of the data set of DataLoader is " in text and "on rank 1" in text for text in first)
 
 
 def _changed_between(ranks: Any) -> str:
