@@ -3,7 +3,6 @@ torch.distributed."""
 
 from __future__ import annotations
 
-import itertools
 import logging
 import weakref
 from collections.abc import Sequence
@@ -49,8 +48,6 @@ class _Groups:
 
 
 _made: dict[timedelta, _Groups] = {}
-# How often this process has met the others in a store, which outlives a run that is left.
-_meetings = itertools.count()
 # Kept: a rank that joins again sooner than rank 0 would else reach the store that is about to end with rank 0's last run.
 _last_store: list[Store] = []
 
@@ -143,8 +140,10 @@ def _meet(
             f"at {place.address}:{place.port} (MASTER_ADDR, MASTER_PORT): {not_here(others, timeout_s)}"
         ) from error
     _last_store[:] = [store]
-    store = PrefixStore(f"shardwise/{next(_meetings)}", store)
-    return store, meet(store, place.rank, mine, timeout_s=timeout_s, problem=problem)
+    name, verdict = meet(
+        PrefixStore("shardwise", store), place.rank, place.world_size, mine, timeout_s=timeout_s, problem=problem
+    )
+    return PrefixStore(f"shardwise/{name}", store), verdict
 
 
 def _groups(
