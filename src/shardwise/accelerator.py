@@ -30,6 +30,7 @@ from .checkpointing import Checkpointing
 from .data import DataLoaderConfiguration, PreparedLoader
 from .data import skip_first_batches as skip_batches_of
 from .errors import PrepareError, ShardwiseError
+from .joined import leave_run, remember_accelerator
 from .loading import build_without_memory
 from .metrics import Metrics
 from .plugins import (
@@ -39,7 +40,7 @@ from .plugins import (
     ProjectConfiguration,
 )
 from .preparing import PreparedModel, PreparedOptimizer, Preparing
-from .process import AcceleratorState, DistributedType, leave_run, remember_accelerator
+from .process import AcceleratorState, DistributedType
 from .resolve import Settings, join_with, refuse_others, resolve
 from .saving import Saving
 from .tracking import Tracking, check_trackers

@@ -15,6 +15,7 @@ from .config.environment import RankEnvironment, torch_debug
 from .config.schema import Config
 from .data import DataLoaderConfiguration
 from .errors import ConfigError
+from .joined import check_device, join_first
 from .plugins import (
     AutocastKwargs,
     DeepSpeedPlugin,
@@ -23,7 +24,6 @@ from .plugins import (
     InitProcessGroupKwargs,
     ProfileKwargs,
 )
-from .process import check_device, join_first
 from .zero.collectives import Ranks, attempt
 from .zero.meeting import versions
 from .zero.plan import Plan

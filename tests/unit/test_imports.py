@@ -39,6 +39,7 @@ FRONT_END = (
     "generators",
     "initialising",
     "integrations",
+    "joined",
     "loading",
     "logging",
     "lora",
