@@ -8,14 +8,13 @@ the standard library is there: nothing else may be imported here at module level
 from __future__ import annotations
 
 import functools
-import importlib.abc
 import importlib.machinery
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 # The module that defines what a library trains with: the class, and what a script takes in its place.
 TRAINERS: dict[str, tuple[str, str]] = {
@@ -70,8 +69,11 @@ def unused() -> str | None:
     )
 
 
-class _Watch(importlib.abc.MetaPathFinder):
-    """Finds the modules of TRAINERS through the other finders, and changes their class once they are loaded."""
+class _Watch:
+    """Finds the modules of TRAINERS through the other finders, and changes their class once they are loaded.
+
+    Not of importlib.abc's classes: importing those takes longer than all that is done here.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -82,12 +84,12 @@ class _Watch(importlib.abc.MetaPathFinder):
             spec = None if finder is self else finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader)
+                    spec.loader = cast(Any, _Loader(spec.loader))
                 return spec
         return None
 
 
-class _Loader(importlib.abc.Loader):
+class _Loader:
     """Loads through the module's own loader, which it then leaves in its place."""
 
     def __init__(self, own: Any) -> None:
