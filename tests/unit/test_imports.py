@@ -40,6 +40,7 @@ FRONT_END = (
     "generators",
     "initialising",
     "integrations",
+    "joined",
     "loading",
     "logging",
     "lora",
@@ -50,6 +51,7 @@ FRONT_END = (
     "metrics",
     "model_facts",
     "nested",
+    "object_facts",
     "plugins",
     "prepare_checks",
     "preparing",
@@ -79,6 +81,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "zero.handed",
         "zero.buffers",
         "zero.stand_ins",
+        "zero.meeting",
+        "zero.joining",
         "zero.collectives",
         "zero.streams",
         "zero.units",
@@ -102,6 +106,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "zero.publishing",
         "zero.releasing",
         "zero.whole",
+        "zero.verdicts",
         "zero.writing",
     ),
     ("zero.thawing",),
@@ -239,9 +244,9 @@ def test_no_module_imports_from_a_level_below_it_in_the_drawing(module):
 ELASTIC = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run")
 
 
-def test_only_collectives_imports_torch_distributed():
+def test_only_joining_and_collectives_import_torch_distributed():
     for module in modules():
-        allowed = module == "zero.collectives"
+        allowed = module in ("zero.joining", "zero.collectives")
         for found in imports_of(module):
             # The launcher starts processes through torch's elastic agent, which lives in torch.distributed too.
             if is_under(module, "cli") and is_under(found.name, *ELASTIC):

@@ -1,4 +1,4 @@
-"""The ranks of a run and what they do together: the only file that calls torch.distributed.
+"""The ranks of a run and what they do together: with `joining.py` the only file that calls torch.distributed.
 
 There are three groups. The data group moves tensors on the device (NCCL on CUDA, gloo on CPU). The reduce group does the
 same for gradients alone: a communicator needs its operations in the same order on every rank, and ranks that take
@@ -11,27 +11,35 @@ With one rank no process group is made and every collective is a copy or nothing
 
 from __future__ import annotations
 
+import atexit
 import copy
-import datetime
+import hashlib
+import json
 import logging
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config.environment import RankEnvironment, without_multicast
-from ..errors import ConfigError, LayoutError, RankError
+from ..config.agreement import Difference, differences
+from ..config.environment import without_multicast
+from ..errors import LayoutError, RankError
+from .joining import Joined, join_groups
+from .meeting import missed
 from .words import Words, exchanged
 
 log = logging.getLogger("shardwise")
 
 ReduceOp = Literal["sum", "mean", "max", "min"]
 T = TypeVar("T")
+
+_MOST_COMPARED = 256  # facts of a rank that differ from rank 0's and go around
 
 # torch 2.13 renamed both and warns on the old names; torch 2.9 to 2.12 have only the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -41,23 +49,19 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 # How often all ranks have come together in each call, see `Ranks.assemble`.
 _assembled: Counter[str] = Counter()
 
-# By timeout: the WORLD that they belong to, the data group and the control group. Weakly, so that they end with WORLD.
-_made: dict[datetime.timedelta, tuple[weakref.ref[Any], ...]] = {}
+_living: weakref.WeakSet[Ranks] = weakref.WeakSet()
 
 
-def _groups(timeout: datetime.timedelta) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """The data and the control group of this process. Collective where they do not exist yet.
+# Registered when this is imported, so that it runs after what scripts register.
+@atexit.register
+def _end_gloo() -> None:
+    """End gloo's threads before the interpreter ends.
 
-    A group of gloo has three threads, one of which wakes up a hundred times a second, and torch keeps it until WORLD ends. A
-    process that makes many Accelerators would be busy with nothing else: with 450 groups a test suite took twice its time.
+    One that then lets go of the last message's tensors asks for the interpreter, which aborts the process: the exit code of a
+    script that raised was SIGABRT's in 2 of 16 runs on a busy machine.
     """
-    world = dist.group.WORLD
-    held = [ref() for ref in _made.get(timeout, ())]
-    if held and held[0] is world and held[1] is not None and held[2] is not None:
-        return held[1], held[2]
-    data, control = dist.new_group(timeout=timeout), dist.new_group(backend="gloo", timeout=timeout)
-    _made[timeout] = tuple(weakref.ref(group) for group in (world, data, control))
-    return data, control
+    for ranks in list(_living):
+        ranks._end_gloo()
 
 
 def _store() -> Any:
@@ -75,62 +79,40 @@ class Ranks:
     counts:                       how often each collective ran on this rank, by name; tests hold it against the design.
     """
 
-    def __init__(
-        self, place: RankEnvironment, device: torch.device, owns_group: bool, timeout: datetime.timedelta
-    ) -> None:
-        self.rank = place.rank
-        self.world_size = place.world_size
-        self.local_rank = place.local_rank
-        self.local_world_size = place.local_world_size
-        self.device = device
+    def __init__(self, joined: Joined) -> None:
+        self.rank = joined.rank
+        self.world_size = joined.world_size
+        self.local_rank = joined.local_rank
+        self.local_world_size = joined.local_world_size
+        self.device = joined.device
         self.counts: Counter[str] = Counter()
-        self._owns_group = owns_group
-        self._timeout = timeout
-        self._data: dist.ProcessGroup | None = None
-        self._reduce: dist.ProcessGroup | None = None
-        self._control: dist.ProcessGroup | None = None
+        self._owns_group = joined.owned
+        self._timeout = joined.timeout
+        self._data, self._control = joined.data, joined.control
+        self._reduce = None if joined.data is None else dist.group.WORLD
         self._told: dist.Work | None = None  # a vote whose outcome this rank knew
         self._is_aside = False
-        self.words = Words(place.rank, _store if place.world_size > 1 else None, timeout)
-        if self.world_size > 1:
-            self._data, self._control = _groups(timeout)
-            self._reduce = dist.group.WORLD
+        self.words = Words(joined.rank, _store if joined.world_size > 1 else None, joined.timeout)
+        _living.add(self)
 
     @classmethod
-    def join(cls, *, use_cpu: bool = False, timeout_s: float = 600.0) -> Ranks:
-        """Join the run that the environment describes; a process that no launcher started is a run of one rank.
+    def join(cls, *, use_cpu: bool = False, timeout_s: float = 600.0, problem: Exception | None = None) -> Ranks:
+        """Join the run that the environment describes; a process that no launcher started is a run of one rank. Collective.
 
+        Where the script has made torch's process group by itself, its ranks are the run.
         use_cpu:   take gloo and the CPU even where CUDA devices are visible.
         timeout_s: how long a collective may wait for the other ranks before it raises.
-        Raises ConfigError if this machine has fewer CUDA devices than ranks.
+        problem:   why this rank cannot join: raised here, and told to the others, who raise RankError. With a group that the
+                   script made nobody is told: that is for whoever compares next.
+        Raises ConfigError on every rank if ranks differ in what a process group needs, or a machine has fewer CUDA devices than
+        ranks; RankError if a rank does not come in time.
         """
-        place = RankEnvironment.read()
-        cuda = torch.cuda.is_available() and not use_cpu
-        if cuda and place.local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"rank {place.rank} wants cuda:{place.local_rank}, but this machine shows "
-                f"{torch.cuda.device_count()} CUDA device(s). Start at most one process per device, or "
-                "add --use_cpu."
-            )
-        device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
-        if cuda:
-            torch.cuda.set_device(device)
-        owns = False
-        timeout = datetime.timedelta(seconds=timeout_s)
-        if place.world_size > 1 and not dist.is_initialized():
-            if cuda:
-                dist.init_process_group("nccl", timeout=timeout, device_id=device)
-            else:
-                dist.init_process_group("gloo", timeout=timeout)
-            owns = True
-        return cls(place, device, owns, timeout)
+        return cls(join_groups(use_cpu, timeout_s, problem))
 
     def leave(self) -> None:
         """Take the process group down, if `join` made it."""
         if self._owns_group and dist.is_initialized():
-            # A group that Python still holds keeps its threads, and one that asks for the interpreter while that ends aborts
-            # the process: seen in 1 to 3 of 16 exits.
-            self._data = self._reduce = self._control = self._told = None
+            self._let_go()  # a group that Python still holds keeps its threads
             dist.destroy_process_group()
         self._owns_group = False
 
@@ -138,6 +120,23 @@ class Ranks:
     def parted(self) -> bool:
         """Whether this process has left the run: nothing that needs the other ranks works any more."""
         return self.world_size > 1 and self._data is None
+
+    def _let_go(self) -> None:
+        self._data = self._reduce = self._control = self._told = None
+
+    def _end_gloo(self) -> None:
+        """End the groups of gloo that this process made, unless one is still waiting for the others."""
+        if self._told is not None and not self._told.is_completed():
+            return
+        on_cpu = self.device.type == "cpu"
+        groups = [self._control, self._data] if on_cpu else [self._control]
+        self._let_go()
+        if self._owns_group and on_cpu:
+            groups = [dist.group.WORLD]
+        for group in groups:
+            with suppress(ValueError, AssertionError):  # ended already, by another Ranks or the script
+                if group is not None and dist.is_initialized():
+                    dist.destroy_process_group(group)
 
     def aside(self) -> Ranks:
         """The same ranks with a control group of their own, for facts that another thread exchanges. Collective.
@@ -151,6 +150,7 @@ class Ranks:
         other._data = other._reduce = other._told = None
         if self._control is not None:
             other._control = dist.new_group(backend="gloo", timeout=self._timeout)
+        _living.add(other)
         return other
 
     @property
@@ -364,12 +364,7 @@ class Ranks:
         A rank raises its own error; the others raise RankError, which names the first rank that failed and repeats its
         words. When every rank met the same one, each raises its own.
         """
-        errors = self.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        for rank, text in enumerate(errors):
-            if text is not None:
-                raise RankError(f"rank {rank} failed: {text}")
+        _raise_first(error, self.gather_objects(_words(error)))
 
     def together(self, action: Callable[[], T]) -> T:
         """What `action` gives on this rank; if it raises on any rank, an error on every rank, as `agree` raises it. Collective.
@@ -380,6 +375,31 @@ class Ranks:
         self.agree(error)
         return cast(T, result)
 
+    def compare(self, facts: Callable[[], Mapping[str, Any]], where: str) -> list[Difference]:
+        """What differs between the ranks' facts, the same list on every rank; [] for nothing. Collective.
+
+        facts: plain JSON values by name. If it raises on any rank, an error on every rank, as `agree` raises it.
+        where: the call that all ranks make, for a RankError if one does not.
+        """
+        found, error = attempt(facts)
+        text = json.dumps(found, sort_keys=True)
+        try:
+            said = self.gather_objects((hashlib.sha256(text.encode()).hexdigest(), _words(error)))
+        except RuntimeError as lost:  # of gloo: a rank that is gone, or did not come in time
+            raise missed(where, self._timeout, lost) from lost
+        _raise_first(error, [words for _, words in said])
+        if len({digest for digest, _ in said}) == 1:
+            return []
+        # A model has thousands of facts: only those that differ from rank 0's go around.
+        mine = dict(found or {})
+        first = self.broadcast_object(mine)
+        absent = object()
+        own = [key for key in {**first, **mine} if first.get(key, absent) != mine.get(key, absent)]
+        rows = self.gather_objects({key: [mine[key]] if key in mine else [] for key in own[:_MOST_COMPARED]})
+        keys = list(dict.fromkeys(key for row in rows for key in row))
+        theirs = {key: [first[key]] if key in first else [] for key in keys}
+        return differences([{key: entry[0] for key in keys if (entry := row.get(key, theirs[key]))} for row in rows])
+
 
 def attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
     """What `action` gave, or what it raised."""
@@ -387,3 +407,16 @@ def attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return action(), None
     except Exception as error:
         return None, error
+
+
+def _words(error: Exception | None) -> str | None:
+    return None if error is None else f"{type(error).__name__}: {error}"
+
+
+def _raise_first(error: Exception | None, words: Sequence[str | None]) -> None:
+    """Raise this rank's own error, or that of the first rank that met one."""
+    if error is not None:
+        raise error
+    for rank, text in enumerate(words):
+        if text is not None:
+            raise RankError(f"rank {rank} failed: {text}")

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from ..errors import NonFiniteError, OptimizerError, PrepareError
+from ..errors import OptimizerError, PrepareError
 from . import publishing
 from .clipping import clip_factor, global_norm, power_sum
 from .collectives import Ranks
@@ -42,6 +42,7 @@ from .running import holding, run_step
 from .sharded import ShardedModel
 from .shards import Shard, Visits
 from .unit import Unit
+from .verdicts import Verdicts
 
 log = logging.getLogger("shardwise")
 
@@ -83,8 +84,7 @@ class ShardedOptimizer:
         self.gradient_clipping = gradient_clipping
         self.step_was_skipped = False
         self.steps = 0
-        self._bad_loss: Tensor | None = None
-        self._check: tuple[int, Tensor, torch.Event] | None = None
+        self._verdicts = Verdicts(self.ranks, models[0].engine.lanes)
         self.ranks.together(self._refuse_what_cannot_work)
         self.groups = Groups(optimizer, self.models)
         self._visits = Visits(optimizer)
@@ -185,7 +185,7 @@ class ShardedOptimizer:
         """Another run's states have been loaded: forget what was under way for a step, and count from there."""
         self.steps = steps
         self.step_was_skipped = step_was_skipped
-        self._bad_loss = self._check = None
+        self._verdicts.begin_anew()
 
     # The loss.
 
@@ -194,14 +194,13 @@ class ShardedOptimizer:
 
         No synchronisation.
         """
-        if self.scaler.enabled:
+        if self.scaler.enabled:  # fp16 overflows by design; the scaler deals with it
             for gradients in self._held():  # to be added to
                 if not gradients.scaled:
                     gradients.multiply(torch.tensor(self.scaler.value))
                     gradients.scaled = True
-            return  # fp16 overflows by design; the scaler deals with it
-        bad = ~torch.isfinite(loss.detach()).all()
-        self._bad_loss = bad if self._bad_loss is None else self._bad_loss | bad
+        else:
+            self._verdicts.note_loss(loss)
 
     # Clipping.
 
@@ -243,6 +242,7 @@ class ShardedOptimizer:
         """
         self.look()
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        self._verdicts.note_clipping(max_norm=float(max_norm), norm_type=float(norm_type))
         shards = self.groups.chosen(parameters)
         sharded = self.models[0].plan.optimizer.sharded
         earlier, scale = self._outstanding()
@@ -303,6 +303,7 @@ class ShardedOptimizer:
 
     def clip_value(self, parameters: Iterable[Tensor], value: float) -> None:
         """Clamp every element of the gradients of `parameters` to [-value, value]."""
+        self._verdicts.note_clipping(clip_value=float(value))
         self.look()
         self._wait_for_host()
         for gradients in self._held():
@@ -376,7 +377,7 @@ class ShardedOptimizer:
         """
         if any(model.accumulating and not model.sync_gradients for model in self.models):
             return
-        self._bad_loss = None
+        self._verdicts.forget()
         if not set_to_none:
             self.look()
         for gradients, indices in self.groups.members.values():
@@ -468,56 +469,28 @@ class ShardedOptimizer:
     def _agree(self) -> Tensor | None:
         """The gradients' global 2-norm as the step will see it before clipping, if anything needs it. One all_reduce.
 
-        It carries each rank's verdict on its loss as well, so that a NaN on one rank is an error on all.
+        It carries each rank's verdict on its loss, and its rate and clipping: a NaN on one rank is an error on all.
         """
         ranks = self.ranks
         wants_norm = self.scaler.enabled or self.gradient_clipping is not None
-        # power sum, then one flag per rank
-        facts = torch.zeros(1 + ranks.world_size, device=ranks.device)
+        facts = torch.zeros(1 + self._verdicts.numel, device=ranks.device)
         if wants_norm:
             self._outstanding()
             total = self._square()
             facts[0] = total if self.models[0].plan.optimizer.sharded else total / ranks.world_size
-        if self._bad_loss is not None:
-            facts[1 + ranks.rank] = self._bad_loss
-            self._bad_loss = None
+        self._verdicts.write(facts[1:], self.optimizer.param_groups)
         if ranks.world_size > 1:
             ranks.all_reduce(facts)
-        self._look_at(facts[1:])
+        self._verdicts.read(self.steps, facts[1:])
         if not wants_norm:
             return None
         factor, scale = self._outstanding()
         norm = facts[0].sqrt() / scale
         return norm if factor is None else norm * factor
 
-    # A loss that is not finite.
-
-    def _look_at(self, flags: Tensor) -> None:
-        if flags.device.type == "cpu":
-            self._raise_for(self.steps, flags)
-            return
-        # Reading them now would stall the host until the GPU has caught up: read them at the next step.
-        copy = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
-        copy.copy_(flags, non_blocking=True)
-        event = self.models[0].engine.lanes.mark_compute()
-        assert event is not None
-        self._check = (self.steps, copy, event)
-
     def raise_if_bad(self) -> None:
-        """Raise NonFiniteError if the loss of an earlier step was NaN or infinite on any rank; every rank raises it."""
-        if self._check is not None:
-            (step, flags, event), self._check = self._check, None
-            event.synchronize()
-            self._raise_for(step, flags)
-
-    def _raise_for(self, step: int, flags: Tensor) -> None:
-        bad = [rank for rank, flag in enumerate(flags.tolist()) if flag]
-        if bad:
-            where = ", ".join(map(str, bad))
-            raise NonFiniteError(
-                f"the loss is NaN or infinite at step {step} on rank {where}. Look at that rank's batch, lower the learning "
-                "rate, or clip gradients (gradient_clipping: 1.0)."
-            )
+        """Raise what an earlier step's message said: NonFiniteError, or ConfigError if ranks differ; every rank does."""
+        self._verdicts.raise_if_bad()
 
 
 def _multiply(grads: Sequence[Tensor], factor: Tensor) -> None:
