@@ -103,7 +103,9 @@ def _of_model(model: nn.Module, label: str) -> dict[str, Any]:
 
 def _form(tensor: Tensor) -> str:
     memory = " without memory" if tensor.is_meta else ""
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}{memory}"
+    # A nested tensor has no shape; whether it can be prepared is for others to say.
+    shape = "nested" if tensor.is_nested else tuple(tensor.shape)
+    return f"{shape} {str(tensor.dtype).removeprefix('torch.')}{memory}"
 
 
 def _floats(key: str, value: Any) -> dict[str, float]:

@@ -223,7 +223,7 @@ class RunState:
             saved = first["buffers"].get(address)
             if saved is None and address not in checkpoint:
                 continue
-            shape = tuple(saved["shape"]) if saved is not None else checkpoint.shape(address)
+            shape = tuple(unpacked(saved).shape) if saved is not None else checkpoint.shape(address)
             if shape != tuple(buffer.shape):
                 raise CheckpointError(
                     f"{where}: {address} has shape {shape}, but this model's is {tuple(buffer.shape)}."

@@ -142,9 +142,7 @@ class WholeTensors:
             taken = {tensor.untyped_storage().data_ptr() for tensor in found.values()}
             # Buffers, and what is no part of the engine, are the model's own and go on changing.
             return {
-                name: value.to("cpu", copy=value.untyped_storage().data_ptr() not in taken)
-                if isinstance(value, Tensor)
-                else value
+                name: value.to("cpu", copy=not _lies_in(value, taken)) if isinstance(value, Tensor) else value
                 for name, value in state.items()
             }
 
@@ -159,6 +157,10 @@ def persistent_buffers(model: nn.Module, *, every_name: bool = False) -> dict[st
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 found[f"{prefix}.{name}" if prefix else name] = buffer
     return found
+
+
+def _lies_in(tensor: Tensor, storages: set[int]) -> bool:
+    return tensor.layout == torch.strided and tensor.untyped_storage().data_ptr() in storages
 
 
 def _frozen_reader(buffer: FlatBuffer, index: int) -> Callable[[], Tensor]:
