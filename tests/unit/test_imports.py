@@ -31,14 +31,17 @@ FRONT_END = (
     "checkpointing",
     "compiling",
     "data",
+    "data_course",
     "data_dispatch",
     "data_loader",
     "data_order",
+    "data_workers",
     "estimate",
     "frozen",
     "generators",
     "initialising",
     "integrations",
+    "loader_positions",
     "loading",
     "logging",
     "lora",
@@ -73,6 +76,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "zero.peers",
         "zero.guard",
         "zero.collectives",
+        "zero.leaving",
         "zero.streams",
         "zero.units",
         "zero.elementwise",
@@ -218,7 +222,7 @@ ELASTIC = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.dis
 
 def test_only_collectives_imports_torch_distributed():
     for module in modules():
-        allowed = module == "zero.collectives"
+        allowed = module in ("zero.collectives", "zero.leaving")
         for found in imports_of(module):
             # The launcher starts processes through torch's elastic agent, which lives in torch.distributed too.
             if is_under(module, "cli") and is_under(found.name, *ELASTIC):

@@ -56,10 +56,12 @@ def main() -> None:
             message = end.code if isinstance(end.code, str) else f"sys.exit({code})"
             _record(reports, kind="exit", message=message, text="", code=code)
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        _show_at_exit(error)
         signal.alarm(LEAVE_WITHIN_S)
         sys.exit(128 + signal.SIGINT)
     except BaseException as error:
+        _show_at_exit(error)
         kind = type(error)
         # The frames of this file are not the user's.
         trace = error.__traceback__
@@ -77,6 +79,11 @@ def main() -> None:
         elif not reports:
             sys.stderr.write(text)
         sys.exit(1)
+
+
+def _show_at_exit(error: BaseException) -> None:
+    """What the interpreter does with an error that nobody catches: whoever tidies up at the exit sees it."""
+    sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__
 
 
 def _rank() -> int:

@@ -1,4 +1,4 @@
-"""The ranks of a run and what they do together: the only file that calls torch.distributed.
+"""The ranks of a run and what they do together: with `leaving.py` the only file that calls torch.distributed.
 
 There are three groups. The data group moves tensors on the device (NCCL on CUDA, gloo on CPU). The reduce group does the
 same for gradients alone: a communicator needs its operations in the same order on every rank, and ranks that take
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..config.environment import RankEnvironment, without_multicast
 from ..errors import ConfigError, LayoutError, RankError
+from . import leaving
 
 ReduceOp = Literal["sum", "mean", "max", "min"]
 T = TypeVar("T")
@@ -76,9 +77,11 @@ class Ranks:
         self._reduce: dist.ProcessGroup | None = None
         self._control: dist.ProcessGroup | None = None
         self._told: dist.Work | None = None  # a vote whose outcome this rank knew
+        self._asides: list[Ranks] = []
         if self.world_size > 1:
             self._data, self._control = _groups(timeout)
             self._reduce = dist.group.WORLD
+            leaving.remember(self, made_world=owns_group)
 
     @classmethod
     def join(cls, *, use_cpu: bool = False, timeout_s: float = 600.0) -> Ranks:
@@ -110,13 +113,18 @@ class Ranks:
         return cls(place, device, owns, timeout)
 
     def leave(self) -> None:
-        """Take the process group down, if `join` made it."""
+        """Take the process groups down, if `join` made them. A script that ends without it does so at its end."""
         if self._owns_group and dist.is_initialized():
-            # A group that Python still holds keeps its threads, and one that asks for the interpreter while that ends aborts
-            # the process: seen in 1 to 3 of 16 exits.
-            self._data = self._reduce = self._control = self._told = None
-            dist.destroy_process_group()
+            leaving.take_down(self.let_go()[0], world=True)
         self._owns_group = False
+
+    def let_go(self) -> tuple[list[dist.ProcessGroup], dist.Work | None]:
+        """Forget the process groups, those aside too; gives them, and a vote under way in the last. For `leaving` alone."""
+        groups = [group for other in self._asides for group in other.let_go()[0]]
+        groups += [group for group in (self._data, self._reduce, self._control) if group is not None]
+        told = self._told
+        self._data = self._reduce = self._control = self._told = None
+        return groups, told
 
     def aside(self) -> Ranks:
         """The same ranks with a control group of their own, for facts that another thread exchanges. Collective.
@@ -127,6 +135,8 @@ class Ranks:
         other.counts = Counter()
         other._owns_group = False
         other._data = other._reduce = other._told = None
+        other._asides = []
+        self._asides.append(other)
         if self._control is not None:
             other._control = dist.new_group(backend="gloo", timeout=self._timeout)
         return other
