@@ -326,6 +326,9 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
         if not self._by_script and self.gradient_accumulation_steps > 1:
             self._count_micro_batch()
         self._push_sync()
+        loader = self.gradient_state.active_dataloader
+        if loader is not None:
+            loader.trains()
         for entry in self._optimizers:
             entry.stepper.note_loss(loss)
         if self.gradient_accumulation_steps > 1:

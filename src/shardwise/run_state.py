@@ -15,7 +15,6 @@ optimizer in an evaluation) is left out.
 from __future__ import annotations
 
 import json
-import logging
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,14 +31,13 @@ from .checkpoint.write import Draft, Piece, whole_pieces
 from .data_loader import PreparedLoader
 from .errors import CheckpointError
 from .generators import generator_states, set_generator_states
+from .loader_positions import go_to, match, position
 from .zero import intervals
 from .zero.collectives import Ranks, attempt
 from .zero.intervals import Interval
 from .zero.optimizer import ShardedOptimizer
 from .zero.precision import LossScaler
 from .zero.sharded import ShardedModel
-
-logger = logging.getLogger("shardwise")
 
 
 @dataclass
@@ -83,7 +81,7 @@ class RunState:
             pieces += self._pieces(f"model{number}/trained", intervals.trained(model))
         pieces += self.frozen_pieces() if with_frozen else []
         state["optimizers"] = [self._optimizer(number, pieces) for number in range(len(self.steppers))]
-        state["loaders"] = [_position(loader) for loader in self.loaders]
+        state["loaders"] = [position(loader) for loader in self.loaders]
         if rank == 0:
             state["models"] = len(self.models)
             state["schedulers"] = [scheduler.state_dict() for scheduler in self.schedulers]
@@ -178,7 +176,6 @@ class RunState:
             ("model", len(self.models), first["models"]),
             ("optimizer", len(self.steppers), len(first["optimizers"])),
             ("scheduler", len(self.schedulers), len(first["schedulers"])),
-            ("data loader", len(self.loaders), len(first["loaders"])),
             ("registered object", len(self.objects), len(first["objects"])),
         ):
             if have and have != count:
@@ -186,6 +183,10 @@ class RunState:
                     f"{where} was saved with {count} {kind}(s), but this run has prepared {have}. Prepare the same objects "
                     "in the same order before load_state."
                 )
+        try:
+            match(first["loaders"], checkpoint.manifest.world_size, self.loaders, self.ranks.world_size)
+        except CheckpointError as error:
+            raise CheckpointError(f"{where} {error}") from error
         for number, model in enumerate(self.models):
             expected = {f"model{number}/trained/{m.name}": m.shape for m in intervals.members(model) if m.trained}
             known = set(checkpoint.addresses(f"model{number}/trained/"))
@@ -266,8 +267,11 @@ class RunState:
         own = states[self.ranks.rank]["objects"] if self.ranks.rank < len(states) else None
         for item, saved in zip(self.objects, first["objects"] if own is None else own, strict=False):
             item.load_state_dict(saved)
-        for loader, saved in zip(self.loaders, first["loaders"], strict=False):
-            _go_to(loader, saved, len(states), self.ranks)
+        matched = match(first["loaders"], len(states), self.loaders, self.ranks.world_size)
+        for loader, saved in matched.pairs:
+            go_to(loader, saved, len(states), self.ranks)
+        if self.ranks.rank == 0:
+            matched.say()
         set_generator_states([state["generators"] for state in states], self.ranks)
         counters: dict[str, Any] = first["counters"]
         return counters
@@ -305,22 +309,3 @@ def _some(words: str, names: Sequence[str]) -> str:
         return ""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{words} {names[0].split('/', 2)[2]}{more}; "
-
-
-def _position(loader: PreparedLoader) -> dict[str, Any]:
-    return {**loader.state_dict(), "samples_at_a_time": loader.total_batch_size}
-
-
-def _go_to(loader: PreparedLoader, saved: dict[str, Any], saved_world: int, ranks: Ranks) -> None:
-    """Put a loader where it was. With another number of ranks its batches are other ones, of the same samples."""
-    then, now = saved["samples_at_a_time"] or saved_world, loader.total_batch_size or ranks.world_size
-    batches, left = divmod(saved["batches"] * then, now)
-    if left and ranks.rank == 0:
-        logger.warning(
-            "The run was saved after %d samples of an epoch, which is no whole number of this run's batches of %d: the "
-            "last %d of them are read again.",
-            saved["batches"] * then,
-            now,
-            left,
-        )
-    loader.load_state_dict({**saved, "batches": batches})
