@@ -312,6 +312,9 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
         if not self._by_script and self.gradient_accumulation_steps > 1:
             self._count_micro_batch()
         self._push_sync()
+        loader = self.gradient_state.active_dataloader
+        if loader is not None:
+            loader.trains()
         share = loss / self.gradient_accumulation_steps if self.gradient_accumulation_steps > 1 else loss
         scaled = self._scaler.scale(share)
         for entry in self._optimizers:

@@ -32,15 +32,18 @@ FRONT_END = (
     "checkpointing",
     "compiling",
     "data",
+    "data_course",
     "data_dispatch",
     "data_loader",
     "data_order",
+    "data_workers",
     "estimate",
     "frozen",
     "generators",
     "initialising",
     "integrations",
     "joined",
+    "loader_positions",
     "loading",
     "logging",
     "lora",
@@ -84,6 +87,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "zero.meeting",
         "zero.joining",
         "zero.collectives",
+        "zero.leaving",
         "zero.streams",
         "zero.units",
         "zero.words",
@@ -246,7 +250,7 @@ ELASTIC = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.dis
 
 def test_only_joining_and_collectives_import_torch_distributed():
     for module in modules():
-        allowed = module in ("zero.joining", "zero.collectives")
+        allowed = module in ("zero.joining", "zero.collectives", "zero.leaving")
         for found in imports_of(module):
             # The launcher starts processes through torch's elastic agent, which lives in torch.distributed too.
             if is_under(module, "cli") and is_under(found.name, *ELASTIC):

@@ -62,10 +62,12 @@ def main() -> None:
         else:
             _tell_if_unused(foreign)
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        _show_at_exit(error)
         signal.alarm(LEAVE_WITHIN_S)
         sys.exit(128 + signal.SIGINT)
     except BaseException as error:
+        _show_at_exit(error)
         kind = type(error)
         # The frames of this file are not the user's.
         trace = error.__traceback__
@@ -103,6 +105,11 @@ def _tell_if_unused(foreign: types.ModuleType) -> None:
     text = foreign.unused() if _rank() == 0 else None
     if text is not None:
         sys.stderr.write(f"shardwise: warning: {text}\n")
+
+
+def _show_at_exit(error: BaseException) -> None:
+    """What the interpreter does with an error that nobody catches: whoever tidies up at the exit sees it."""
+    sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__
 
 
 def _rank() -> int:

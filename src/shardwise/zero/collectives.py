@@ -1,4 +1,4 @@
-"""The ranks of a run and what they do together: with `joining.py` the only file that calls torch.distributed.
+"""The ranks of a run and what they do together. Beside `joining.py` and `leaving.py` nothing else calls torch.distributed.
 
 There are three groups. The data group moves tensors on the device (NCCL on CUDA, gloo on CPU). The reduce group does the
 same for gradients alone: a communicator needs its operations in the same order on every rank, and ranks that take
@@ -11,16 +11,13 @@ With one rank no process group is made and every collective is a copy or nothing
 
 from __future__ import annotations
 
-import atexit
 import copy
 import hashlib
 import json
 import logging
 import time
-import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -30,6 +27,7 @@ from torch import Tensor
 from ..config.agreement import Difference, differences
 from ..config.environment import without_multicast
 from ..errors import LayoutError, RankError
+from . import leaving
 from .joining import Joined, join_groups
 from .meeting import missed
 from .words import Words, exchanged
@@ -48,20 +46,6 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 # How often all ranks have come together in each call, see `Ranks.assemble`.
 _assembled: Counter[str] = Counter()
-
-_living: weakref.WeakSet[Ranks] = weakref.WeakSet()
-
-
-# Registered when this is imported, so that it runs after what scripts register.
-@atexit.register
-def _end_gloo() -> None:
-    """End gloo's threads before the interpreter ends.
-
-    One that then lets go of the last message's tensors asks for the interpreter, which aborts the process: the exit code of a
-    script that raised was SIGABRT's in 2 of 16 runs on a busy machine.
-    """
-    for ranks in list(_living):
-        ranks._end_gloo()
 
 
 def _store() -> Any:
@@ -92,8 +76,10 @@ class Ranks:
         self._reduce = None if joined.data is None else dist.group.WORLD
         self._told: dist.Work | None = None  # a vote whose outcome this rank knew
         self._is_aside = False
+        self._asides: list[Ranks] = []
         self.words = Words(joined.rank, _store if joined.world_size > 1 else None, joined.timeout)
-        _living.add(self)
+        if self.world_size > 1:
+            leaving.remember(self, made_world=joined.owned)
 
     @classmethod
     def join(cls, *, use_cpu: bool = False, timeout_s: float = 600.0, problem: Exception | None = None) -> Ranks:
@@ -110,10 +96,9 @@ class Ranks:
         return cls(join_groups(use_cpu, timeout_s, problem))
 
     def leave(self) -> None:
-        """Take the process group down, if `join` made it."""
+        """Take the process groups down, if `join` made them. A script that ends without it does so at its end."""
         if self._owns_group and dist.is_initialized():
-            self._let_go()  # a group that Python still holds keeps its threads
-            dist.destroy_process_group()
+            leaving.take_down(self.let_go()[0], world=True)
         self._owns_group = False
 
     @property
@@ -121,22 +106,13 @@ class Ranks:
         """Whether this process has left the run: nothing that needs the other ranks works any more."""
         return self.world_size > 1 and self._data is None
 
-    def _let_go(self) -> None:
+    def let_go(self) -> tuple[list[dist.ProcessGroup], dist.Work | None]:
+        """Forget the process groups, those aside too; gives them, and a vote under way in the last. For `leaving` alone."""
+        groups = [group for other in self._asides for group in other.let_go()[0]]
+        groups += [group for group in (self._data, self._reduce, self._control) if group is not None]
+        told = self._told
         self._data = self._reduce = self._control = self._told = None
-
-    def _end_gloo(self) -> None:
-        """End the groups of gloo that this process made, unless one is still waiting for the others."""
-        if self._told is not None and not self._told.is_completed():
-            return
-        on_cpu = self.device.type == "cpu"
-        groups = [self._control, self._data] if on_cpu else [self._control]
-        self._let_go()
-        if self._owns_group and on_cpu:
-            groups = [dist.group.WORLD]
-        for group in groups:
-            with suppress(ValueError, AssertionError):  # ended already, by another Ranks or the script
-                if group is not None and dist.is_initialized():
-                    dist.destroy_process_group(group)
+        return groups, told
 
     def aside(self) -> Ranks:
         """The same ranks with a control group of their own, for facts that another thread exchanges. Collective.
@@ -148,9 +124,10 @@ class Ranks:
         other._owns_group = False
         other._is_aside = True
         other._data = other._reduce = other._told = None
+        other._asides = []
+        self._asides.append(other)
         if self._control is not None:
             other._control = dist.new_group(backend="gloo", timeout=self._timeout)
-        _living.add(other)
         return other
 
     @property

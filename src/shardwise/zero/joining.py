@@ -17,6 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ..config.environment import RankEnvironment, forgotten_tasks
 from ..errors import ConfigError, RankError
+from . import leaving
 from .meeting import Introduction, Place, Verdict, device_index, host_name, judge, meet, missed, not_here, visible_gpus
 
 logger = logging.getLogger("shardwise")
@@ -48,8 +49,6 @@ class _Groups:
 
 
 _made: dict[timedelta, _Groups] = {}
-# Kept: a rank that joins again sooner than rank 0 would else reach the store that is about to end with rank 0's last run.
-_last_store: list[Store] = []
 
 
 def join_groups(use_cpu: bool, timeout_s: float, problem: Exception | None) -> Joined:
@@ -139,7 +138,7 @@ def _meet(
         raise RankError(
             f"at {place.address}:{place.port} (MASTER_ADDR, MASTER_PORT): {not_here(others, timeout_s)}"
         ) from error
-    _last_store[:] = [store]
+    leaving.keep(store)
     name, verdict = meet(
         PrefixStore("shardwise", store), place.rank, place.world_size, mine, timeout_s=timeout_s, problem=problem
     )

@@ -124,7 +124,7 @@ class ShardedModel:
         lanes = Lanes(ranks.device, serial=serial)
         stores = ranks.together(lambda: Stores.make(lanes, ranks.rank, paths_of(plan, nvme_paths or {})))
         reductions = ReductionsInFlight(lanes)
-        faults = Faults(ranks, active=stores.uses_disk)
+        faults = Faults(ranks, stores.drives)
         peers = PeerMemory.open(ranks, lanes, gather_with) if plan.frozen.sharded or plan.parameter.sharded else None
         self._engine = Engine(ranks, lanes, stores, precision.reduce, reductions, faults, Norms(ranks), Doubts(), peers)
         self._dtypes = {name: p.dtype for name, p in model.named_parameters()}
