@@ -24,9 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config.agreement import Difference, differences
+from ..config.agreement import Difference, differences, disagreement
 from ..config.environment import without_multicast
-from ..errors import LayoutError, RankError
+from ..errors import ConfigError, LayoutError, RankError
 from . import leaving
 from .joining import Joined, join_groups
 from .meeting import missed
@@ -376,6 +376,13 @@ class Ranks:
         keys = list(dict.fromkeys(key for row in rows for key in row))
         theirs = {key: [first[key]] if key in first else [] for key in keys}
         return differences([{key: entry[0] for key in keys if (entry := row.get(key, theirs[key]))} for row in rows])
+
+    def require_same(self, call: str, arguments: Mapping[str, Any]) -> None:
+        """Raise ConfigError on every rank unless all ranks make `call` with these arguments, plain JSON values. Collective."""
+        differing = self.compare(lambda: arguments, call)
+        if differing:
+            remedy = "Call it in the same way on every rank."
+            raise ConfigError(disagreement(f"{call} is called in another way on {{ranks}}", differing, remedy))
 
 
 def attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:

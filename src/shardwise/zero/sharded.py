@@ -275,6 +275,9 @@ class ShardedModel:
 
     @contextmanager
     def _read(self, units: Sequence[Unit], *, modify: bool) -> Iterator[None]:
+        self.ranks.require_same(
+            "gathered", {"modify": modify, "what is gathered": ", ".join(unit.name for unit in units)}
+        )
         with self.schedule.hold(units):
             error: Exception | None = None
             try:
