@@ -101,11 +101,11 @@ class Preparing(PartialState):
         seed. A safetensors checkpoint is read in prepare, by each rank its own bytes.
         An error inside is every rank's: a rank whose own block went well raises RankError.
         """
-        problem: Exception | None = None
+        problem: BaseException | None = None
         try:
             with building():
                 yield
-        except Exception as error:
+        except BaseException as error:
             problem = error
         self._ranks.agree(problem)
 

@@ -37,7 +37,7 @@ from .loader_positions import go_to, match, position
 from .model_facts import KeptAdapters
 from .zero import intervals
 from .zero.buffers import bytes_of, named_buffers, packed, parts_of, replace_buffers, unpacked, written
-from .zero.collectives import Ranks, attempt
+from .zero.collectives import Ranks, attempt_or_interrupt
 from .zero.intervals import Interval
 from .zero.optimizer import ShardedOptimizer
 from .zero.precision import LossScaler
@@ -129,7 +129,9 @@ class RunState:
     def _objects(self) -> tuple[Any, dict[str, Tensor]]:
         """The registered objects' states, encoded, and their tensors; None and nothing where they are equal to rank 0's."""
         tensors: dict[str, Tensor] = {}
-        encoded, error = attempt(lambda: encode([item.state_dict() for item in self.objects], tensors, "objects"))
+        encoded, error = attempt_or_interrupt(
+            lambda: encode([item.state_dict() for item in self.objects], tensors, "objects")
+        )
         mine = zlib.crc32(json.dumps(encoded).encode())
         for tensor in tensors.values():
             mine = zlib.crc32(as_bytes(tensor), mine)

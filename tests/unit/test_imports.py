@@ -101,6 +101,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     (
         "zero.build",
         "zero.checks",
+        "zero.forwards",
         "zero.generation",
         "zero.quantised",
         "zero.reducing",

@@ -12,13 +12,15 @@ With one rank no process group is made and every collective is a copy or nothing
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import logging
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -36,6 +38,7 @@ log = logging.getLogger("shardwise")
 
 ReduceOp = Literal["sum", "mean", "max", "min"]
 T = TypeVar("T")
+P = ParamSpec("P")
 
 _MOST_COMPARED = 256  # facts of a rank that differ from rank 0's and go around
 
@@ -46,6 +49,38 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 # How often all ranks have come together in each call, see `Ranks.assemble`.
 _assembled: Counter[str] = Counter()
+
+
+# What gloo and the store say when another rank is not there.
+_MISSING = re.compile(r"timed? ?out|connection|pair closure|broken pipe|socket", re.IGNORECASE)
+
+
+def _waiting(collective: Callable[P, T]) -> Callable[P, T]:
+    """A collective that says in a sentence, RankError, that another rank did not come; and at once from then on.
+
+    Of NCCL's, which only enqueue, torch's watchdog tells.
+    """
+
+    @functools.wraps(collective)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        ranks = cast("Ranks", args[0])
+        if ranks.lost is not None:
+            raise RankError(ranks.lost)
+        try:
+            return collective(*args, **kwargs)
+        except RankError:
+            raise
+        except RuntimeError as error:
+            if _MISSING.search(str(error)) is None:
+                raise
+            ranks.lost = (
+                f"rank {ranks.rank} waited for the other ranks in {collective.__name__}, and at least one did not come: it "
+                f"was interrupted, has ended, or does something else. ({' '.join(str(error).split())[:200]}) Nothing that "
+                "needs all ranks works any more: end this one too, and resume from a checkpoint."
+            )
+            raise RankError(ranks.lost) from error
+
+    return call
 
 
 def _store() -> Any:
@@ -60,6 +95,7 @@ class Ranks:
     local_rank, local_world_size: on this machine.
     device:                       cuda:local_rank or cpu.
     words:                        what a rank leaves for others without waiting for them.
+    lost:                         what a collective said that another rank did not come to; None while all are there.
     counts:                       how often each collective ran on this rank, by name; tests hold it against the design.
     """
 
@@ -77,6 +113,7 @@ class Ranks:
         self._told: dist.Work | None = None  # a vote whose outcome this rank knew
         self._is_aside = False
         self._asides: list[Ranks] = []
+        self.lost: str | None = None
         self.words = Words(joined.rank, _store if joined.world_size > 1 else None, joined.timeout)
         if self.world_size > 1:
             leaving.remember(self, made_world=joined.owned)
@@ -142,6 +179,7 @@ class Ranks:
 
     # Tensors, on the device, over the data group. Each runs on the current stream; the caller orders streams.
 
+    @_waiting
     def all_gather(self, whole: Tensor, shard: Tensor) -> None:
         """Concatenate every rank's `shard` into `whole`, in rank order.
 
@@ -160,6 +198,7 @@ class Ranks:
             return
         _all_gather(whole, shard, group=self._data)
 
+    @_waiting
     def all_gather_together(self, wholes: Sequence[Tensor], shards: Sequence[Tensor]) -> None:
         """`all_gather` of several buffers, of any dtypes, as one collective: NCCL runs them in one kernel.
 
@@ -176,6 +215,7 @@ class Ranks:
             _all_gather(whole, shard, group=self._data, async_op=True)
         self._data._end_coalescing(self.device).wait()
 
+    @_waiting
     def reduce_scatter(self, partial: Tensor, out: Tensor) -> None:
         """Average `partial` over the ranks, leaving this rank's slice in `out`.
 
@@ -195,6 +235,7 @@ class Ranks:
             return
         _reduce_scatter(out, partial, op=dist.ReduceOp.AVG, group=self._reduce)
 
+    @_waiting
     def fence(self) -> None:
         """Hold the current stream until every rank's has come to its own call. Over the data group."""
         self.counts["fence"] += 1
@@ -220,12 +261,14 @@ class Ranks:
         handle = symmetric.rendezvous(own, self._data)
         return [own if r == self.rank else handle.get_buffer(r, (numel,), dtype) for r in range(self.world_size)]
 
+    @_waiting
     def all_reduce_gradient(self, gradient: Tensor) -> None:
         """Average a whole gradient over the ranks, in place: what reduce_scatter is for a plan that keeps it whole."""
         self.counts["all_reduce_gradient"] += 1
         if self._reduce is not None:
             dist.all_reduce(gradient, op=dist.ReduceOp.AVG, group=self._reduce)
 
+    @_waiting
     def all_reduce(self, tensor: Tensor, op: ReduceOp = "sum") -> None:
         """Combine `tensor` over the ranks, in place, on every rank."""
         self.counts["all_reduce"] += 1
@@ -234,6 +277,7 @@ class Ranks:
         ops = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.AVG, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
         dist.all_reduce(tensor, op=ops[op], group=self._data)
 
+    @_waiting
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         """Overwrite `tensor`, which is contiguous, with rank `source`'s on every rank. As bytes: backends lack some dtypes."""
         self.counts["broadcast"] += 1
@@ -248,6 +292,7 @@ class Ranks:
             exchanged()
         return self._control
 
+    @_waiting
     def barrier(self) -> None:
         """Return once every rank has called it."""
         if (control := self._exchange()) is not None:
@@ -291,6 +336,7 @@ class Ranks:
             store.delete_key(f"shardwise/{call}/{_assembled[call] - 1}/{self.rank}")
         _assembled[call] += 1
 
+    @_waiting
     def gather_numbers(self, number: int) -> list[int]:
         """Every rank's whole number, in rank order. About 0.1 ms between processes of one machine."""
         self.counts["gather_numbers"] += 1
@@ -300,6 +346,7 @@ class Ranks:
         _all_gather(numbers, torch.tensor([number]), group=control)
         return [int(n) for n in numbers]
 
+    @_waiting
     def any_of(self, flags: list[bool]) -> list[bool]:
         """Element by element, whether the flag is set on any rank. Every rank passes as many flags.
 
@@ -319,6 +366,7 @@ class Ranks:
         sent.wait()
         return [bool(v) for v in votes.tolist()]
 
+    @_waiting
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's `value`, in rank order, on every rank. The values are pickled."""
         if (control := self._exchange()) is None:
@@ -327,6 +375,7 @@ class Ranks:
         dist.all_gather_object(values, value, group=control)
         return values
 
+    @_waiting
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
         """Rank `source`'s `value`, on every rank."""
         if (control := self._exchange()) is None:
@@ -335,7 +384,7 @@ class Ranks:
         dist.broadcast_object_list(box, src=source, group=control)
         return box[0]
 
-    def agree(self, error: Exception | None) -> None:
+    def agree(self, error: BaseException | None) -> None:
         """Raise on every rank if any rank met an error, so that none waits for a rank that has left.
 
         A rank raises its own error; the others raise RankError, which names the first rank that failed and repeats its
@@ -346,9 +395,10 @@ class Ranks:
     def together(self, action: Callable[[], T]) -> T:
         """What `action` gives on this rank; if it raises on any rank, an error on every rank, as `agree` raises it. Collective.
 
-        `action` is without communication of its own: a rank that left it early would not be there for the others.
+        `action` is without communication of its own: a rank that left it early would not be there for the others. An interrupt
+        of one rank is told to the others too.
         """
-        result, error = attempt(action)
+        result, error = attempt_or_interrupt(action)
         self.agree(error)
         return cast(T, result)
 
@@ -362,8 +412,8 @@ class Ranks:
         text = json.dumps(found, sort_keys=True)
         try:
             said = self.gather_objects((hashlib.sha256(text.encode()).hexdigest(), _words(error)))
-        except RuntimeError as lost:  # of gloo: a rank that is gone, or did not come in time
-            raise missed(where, self._timeout, lost) from lost
+        except RuntimeError as lost:  # a rank that is gone, or did not come in time
+            raise missed(where, self._timeout, lost.__cause__ or lost) from lost
         _raise_first(error, [words for _, words in said])
         if len({digest for digest, _ in said}) == 1:
             return []
@@ -393,11 +443,21 @@ def attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
-def _words(error: Exception | None) -> str | None:
-    return None if error is None else f"{type(error).__name__}: {error}"
+def attempt_or_interrupt(action: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    """As `attempt`, for an action whose outcome the ranks agree on next: Ctrl-C or an exit inside is an outcome too."""
+    try:
+        return action(), None
+    except BaseException as error:
+        return None, error
 
 
-def _raise_first(error: Exception | None, words: Sequence[str | None]) -> None:
+def _words(error: BaseException | None) -> str | None:
+    if error is None:
+        return None
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _raise_first(error: BaseException | None, words: Sequence[str | None]) -> None:
     """Raise this rank's own error, or that of the first rank that met one."""
     if error is not None:
         raise error

@@ -340,7 +340,7 @@ def not_here(ranks: Sequence[int], timeout_s: float) -> str:
     )
 
 
-def missed(where: str, timeout: timedelta, error: Exception) -> RankError:
+def missed(where: str, timeout: timedelta, error: BaseException) -> RankError:
     """For an error of torch's in a message that all ranks send at `where`: one has not come in time, or is gone."""
     within = f"{timeout.total_seconds():g} s"
     return RankError(f"not every rank came to {where} within {within}, or one has ended: {error}")

@@ -408,12 +408,16 @@ class ShardedOptimizer:
                 shard.tensor.grad = gradient.to(shard.tensor.dtype, copy=shared)
                 grads.append(shard.tensor.grad)
         driven: Any = self.optimizer
-        if factor is not None and grads:
-            if self.groups.fused:
-                driven.grad_scale = factor.reciprocal().to(grads[0].device, torch.float32)
-                driven.found_inf = torch.zeros((), device=grads[0].device)
-            else:
+        own = {id(s.gradients): s.gradients for s in here}.values()
+        multiplied = [g for g in own if id(g) in self.groups.sole and g.dtype_at_rest == g.master.dtype]
+        if factor is not None and grads and self.groups.fused:  # it multiplies in its own pass
+            driven.grad_scale = factor.reciprocal().to(grads[0].device, torch.float32)
+            driven.found_inf = torch.zeros((), device=grads[0].device)
+        else:
+            if factor is not None:
                 _multiply(grads, factor)
+            for gradients in multiplied:
+                gradients.stepped()
         fences = [model.engine.peers for model in self.models if model.engine.peers is not None]
         for peers in fences:
             peers.before_step()
@@ -427,9 +431,8 @@ class ShardedOptimizer:
                 driven._opt_called = True  # LR schedulers check that the step came before theirs
                 for shard in here:
                     shard.tensor.grad = None
-                for gradients in {id(shard.gradients): shard.gradients for shard in here}.values():
-                    if id(gradients) in self.groups.sole and gradients.dtype_at_rest == gradients.master.dtype:
-                        gradients.stepped()
+            for gradients in multiplied:
+                gradients.stepped()
             for model in self.models:
                 visiting = [unit for unit in self._units(model) if not unit.gradients.in_place]
                 if visiting:

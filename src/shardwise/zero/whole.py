@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..offload.store import Slab
-from .collectives import Ranks, attempt
+from .collectives import Ranks, attempt_or_interrupt
 from .flat import FlatBuffer
 from .schedule import Schedule
 from .stand_ins import standing_in
@@ -118,10 +118,10 @@ class WholeTensors:
         Collective. Raises on every rank what went wrong on rank 0.
         """
         found: dict[str, Tensor] = {}
-        error: Exception | None = None
+        error: BaseException | None = None
         for name, give in self.stream(wanted):
             if give is not None and error is None:
-                tensor, error = attempt(lambda: give().to("cpu", copy=True))  # noqa: B023 - called at once
+                tensor, error = attempt_or_interrupt(lambda: give().to("cpu", copy=True))  # noqa: B023 - called at once
                 if tensor is not None:
                     found[name] = tensor
         self._ranks.agree(error)
