@@ -222,7 +222,11 @@ class ShardedModel:
             g.shown.show()
 
     def look_at_gradients(self) -> None:
-        """Take over what a script has done to `grad` of the parameters since a backward: dropped, assigned or changed it."""
+        """Take over what a script has done to `grad` of the parameters since a backward: dropped, assigned or changed it.
+
+        A backward that an exception has left open is over, and its gradients with it.
+        """
+        self.schedule.abandon_open_pass()
         for gradients in self.gradients():
             gradients.shown.look()
 
