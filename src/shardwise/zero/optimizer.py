@@ -226,6 +226,7 @@ class ShardedOptimizer:
     def look(self) -> None:
         """Take over what the script has done to gradients."""
         for model in self.models:
+            model.thawing.catch_up()
             model.look_at_gradients()
 
     def unscale(self) -> None:
