@@ -239,7 +239,8 @@ class NvmeStore:
                     f"rank {self.rank} read {got} of {wanted} bytes of {slab.name} from {file.path}: the file is "
                     "shorter than it was. Something else truncated it; go on from the last checkpoint."
                 )
-            with self._enqueue, self.lanes.up.on():
+            # The target may be of torch.inference_mode, as in an evaluation, or not: inside of it both may be written.
+            with self._enqueue, self.lanes.up.on(), torch.inference_mode():
                 self.bytes_read += got
                 out.copy_(block.memory[skip:wanted], non_blocking=True)
                 block.event = reading.event = self.lanes.up.mark()
