@@ -108,7 +108,10 @@ class Drawing:
             (0.4, lambda: [("zero_model", pick([True, False]))]),
             (0.4, lambda: [("zero", self.number(), pick([True, False]))]),
             (2, lambda: [("clip", self.part(), pick(["2.0", "1.0", "inf", "value"]), pick([0.05, 0.01, 5.0]))]),
-            (2, lambda: [("clip_by_torch", self.part(), pick(["2.0", "1.0", "inf", "value"]), pick([0.05, 0.01, 5.0]))]),
+            (
+                2,
+                lambda: [("clip_by_torch", self.part(), pick(["2.0", "1.0", "inf", "value"]), pick([0.05, 0.01, 5.0]))],
+            ),
             (0.5, self._write),
             (0.3, lambda: [("evaluate", self.batch(), False)]),
             (0.3, lambda: [("look", self.part())]),

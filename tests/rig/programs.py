@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import tempfile
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rig import Worlds
 from rig.drawing import Program
 from rig.refused import is_refused
 from rig.scripts import Plain, Prepared, Script
@@ -17,6 +18,16 @@ from rig.settings import Setting
 from rig.verbs import VERBS
 from shardwise.errors import ShardwiseError
 from shardwise.zero.collectives import attempt
+
+
+def problem_of(world: Worlds, setting: Setting, program: Program) -> str | None:
+    """How a program goes wrong, in words; None if it does not. A rank that dies or hangs is wrong too."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = world(setting.ranks).run(play, setting, program, folder, timeout_s=60)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}\n" + "\n".join(getattr(error, "__notes__", []))
+    return next((text for text in found if text), None)
 
 
 def play(ranks: Any, setting: Setting, program: Program, folder: str) -> str | None:
@@ -49,12 +60,14 @@ class _Play:
         problem = self._weights_differ() or self._states_differ()
         return next((f"at the end: {text}" for text in self.ranks.gather_objects(problem) if text), None)
 
-    def _line(self, name: str, args: Sequence[Any]) -> str | None:
+    def _line(self, name: str, args: list[Any]) -> str | None:
         """What is wrong with one verb."""
         self.prepared.seen, self.plain.seen = [], []
         _, error = attempt(lambda: VERBS[name](self.prepared, *args))
         if isinstance(error, ShardwiseError):
             if is_refused(name, args, error, self.plain):
+                if name == "backward":
+                    self.plain.count(quiet=args[2:] == [True])
                 for script in (self.prepared, self.plain):  # a script that meets an error throws its batch away
                     script.model.zero_grad()
                 return None

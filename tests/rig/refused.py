@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rig.scripts import Script
-from shardwise.errors import ReleasedParameterError, ShardwiseError
+from shardwise.errors import CheckpointError, ReleasedParameterError, ShardwiseError
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,18 @@ class Refusal:
 
 REFUSED = (
     Refusal(
-        "zero_stage 3: the loss of a backward comes through an output of the model, or of the blocks that steps before it used.",
+        "zero_stage 3: a loss comes through an output of the model, or of a block, or by a way that the first steps took.",
         "backward",
         ReleasedParameterError,
         "a backward needs .*which is released",
         lambda script, args: script.setting.stage == 3 and args[1] in ("caught", "caught_alone"),
+    ),
+    Refusal(
+        "A checkpoint without the frozen weights is loaded where those have the values that they were saved with.",
+        "load",
+        CheckpointError,
+        r"frozen weight\(s\) of this model are not those",
+        lambda script, args: not script.is_base_of(args[0]),
     ),
 )
 

@@ -148,6 +148,7 @@ class Plain(Script):
 
     def build(self) -> None:
         super().build()
+        self.ever_frozen = [name for name, p in self.model.named_parameters() if not p.requires_grad]
         self._synced = True
         self._count = 0
 
@@ -155,13 +156,14 @@ class Plain(Script):
     def synced(self) -> bool:
         return self._synced
 
+    def count(self, *, quiet: bool = False) -> None:
+        """A micro-batch begins."""
+        self._count += 1
+        self._synced = self._count % self.setting.accumulate == 0 and not quiet
+
     def backward(self, kind: Kind, number: int, *, quiet: bool) -> None:
+        self.count(quiet=quiet)
         times = self.setting.accumulate
-        if times > 1:
-            self._count += 1
-            self._synced = self._count % times == 0
-        else:
-            self._synced = not quiet
         for rank in range(self.ranks):
             part = mine(self.setting.batch(number), rank, self.ranks)
             before = len(self.seen)
@@ -227,20 +229,28 @@ class Plain(Script):
             self.rank = rank
 
     def save(self, name: str, include_frozen: bool) -> None:
-        scheduler = None if self.scheduler is None else copy.deepcopy(self.scheduler.state_dict())
+        # One that was not prepared is the script's own affair.
+        own = self.scheduler is None or self.setting.scheduler == "own"
+        scheduler = None if own else copy.deepcopy(self.scheduler.state_dict())
         weights = {n: v.detach().clone() for n, v in self.model.state_dict().items()}
-        self.kept[f"saved {name}"] = (weights, copy.deepcopy(self.states()), scheduler, self._count)
+        self.kept[f"saved {name}"] = (weights, copy.deepcopy(self.states()), scheduler, self._count, include_frozen)
+
+    def is_base_of(self, name: str) -> bool:
+        """Whether weights that may have been frozen when a checkpoint was saved have its values, or are in it."""
+        weights, *_, include_frozen = self.kept[f"saved {name}"]
+        own = self.model.state_dict()
+        return include_frozen or all(torch.equal(own[n], weights[n]) for n in self.ever_frozen)
 
     def load(self, name: str, new: bool) -> None:
         if f"saved {name}" not in self.kept:
             return
-        weights, states, scheduler, count = self.kept[f"saved {name}"]
+        weights, states, scheduler, count, _ = self.kept[f"saved {name}"]
         if new:
             rebuild(self)
         self.model.load_state_dict(weights)
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(copy.deepcopy(state))
-        if self.scheduler is not None:
+        if scheduler is not None:
             self.scheduler.load_state_dict(copy.deepcopy(scheduler))
         self._count, self._synced = count, True
         self.model.zero_grad()
@@ -260,7 +270,7 @@ class Prepared(Script):
         setting = self.setting
         self.accelerator = Accelerator(
             cpu=True,
-            deepspeed_plugin=DeepSpeedPlugin(**setting.plugin()),
+            deepspeed_plugin=DeepSpeedPlugin(**setting.plugin(f"{self._folder}/drive")),
             gradient_accumulation_steps=setting.accumulate,
         )
         schedulers = [self.scheduler] if setting.scheduler == "prepared" else []

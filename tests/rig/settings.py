@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -88,14 +87,16 @@ class Setting:
             weight_tier,
             ranks,
             model,
-            optimizers=(source.choice(kinds), source.choice(kinds)) if source.random() < 0.15 else (source.choice(kinds),),
+            optimizers=(source.choice(kinds), source.choice(kinds))
+            if source.random() < 0.15
+            else (source.choice(kinds),),
             second_part="lora_B" if model == "lora" else source.choice(["blocks.1", "head", "bias"]),
             frozen=tuple(source.sample(few, source.choice([0, 1, 2]))) if model != "lora" else (),
             knows=source.random() < 0.6,
             clipping=source.choice([None, None, None, 0.05]),
             accumulate=source.choice([1, 1, 1, 2, 3]),
             scheduler=source.choice(["none", "none", "prepared", "own"]),
-            double=source.random() < 0.3,
+            double=source.random() < 0.3 and model != "lora",  # Llama computes norms in fp32, whatever its dtype
             looks=source.random() < 0.7,
         )
 
@@ -138,8 +139,8 @@ class Setting:
     def _may_train(self, name: str) -> bool:
         return self.model != "lora" or "lora_" in name
 
-    def plugin(self) -> dict[str, Any]:
-        """The arguments of a DeepSpeedPlugin."""
+    def plugin(self, folder: str) -> dict[str, Any]:
+        """The arguments of a DeepSpeedPlugin. folder: where a drive's files lie."""
         given: dict[str, Any] = {"zero_stage": self.stage, "gradient_clipping": self.clipping}
         if self.stage:
             given["offload_optimizer_device"] = self.optimizer_tier
@@ -147,7 +148,7 @@ class Setting:
             given["offload_param_device"] = self.weight_tier
         for role, tier in (("optimizer", self.optimizer_tier), ("param", self.weight_tier)):
             if tier == "nvme":
-                given[f"offload_{role}_nvme_path"] = tempfile.gettempdir()
+                given[f"offload_{role}_nvme_path"] = folder
         return given
 
     def batch(self, number: int) -> Tensor:

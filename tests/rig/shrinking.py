@@ -23,6 +23,6 @@ def shrunk(lines: Sequence[T], fails: Callable[[list[T]], bool], *, seconds: flo
                 kept, changed = fewer, True
             else:
                 begin += size
-        if size == 1 and not changed or time.monotonic() >= deadline:
+        if (size == 1 and not changed) or time.monotonic() >= deadline:
             return kept
         size = max(1, size // 2)

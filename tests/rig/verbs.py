@@ -1,6 +1,6 @@
 """The verbs of random programs: what scripts do to a model, its gradients, its optimizers and their files.
 
-Each takes a Script and plain arguments, and is written as a script would have it, without asking whether it runs under shardwise.
+Each takes a Script and plain arguments, and is written as a script would have it, without asking what it runs under.
 A verb that has nothing to act on, as one on gradients that are not there, does nothing: so verbs may be left out of a program.
 """
 
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import shardwise
 from rig.scripts import Kind, Script
 
 Verb = Callable[..., None]
@@ -313,17 +312,20 @@ def zero(script: Script, number: int, set_to_none: bool = True) -> None:
 
 @verb
 def clip(script: Script, part: str, how: str, largest: float) -> None:
-    """By the Accelerator, for one optimizer each."""
-    for known in script.known:
-        found = [p for n, p in script.chosen(part) if n in known]
-        if found:
+    """By the Accelerator: all that were chosen, or those of each optimizer where there are two."""
+    named = script.chosen(part)
+    for others in script.known[::-1] if len(script.known) > 1 else [set()]:
+        found = [p for n, p in named if n not in others]
+        ended = script.synced or script.setting.accumulate > 1  # nobody clips what is summed up in `no_sync`
+        # torch's clipping of values fails where there is no gradient.
+        if ended and found and (how != "value" or any(p.grad is not None for p in found)):
             script.clip(found, how, largest)
 
 
 @verb
 def clip_by_torch(script: Script, part: str, how: str, largest: float) -> None:
     found = [p for _, p in script.chosen(part)]
-    if not script.synced or not found:
+    if not script.synced or (how == "value" and all(p.grad is None for p in found)):
         return
     if how == "value":
         nn.utils.clip_grad_value_(found, largest)
@@ -429,7 +431,9 @@ def keep_states(script: Script, number: int) -> None:
     number %= len(script.optimizers)
     state = script.optimizers[number].state_dict()
     script.kept[f"states {number}"] = {
-        "state": {k: {n: v.clone() if isinstance(v, Tensor) else v for n, v in s.items()} for k, s in state["state"].items()},
+        "state": {
+            k: {n: v.clone() if isinstance(v, Tensor) else v for n, v in s.items()} for k, s in state["state"].items()
+        },
         "param_groups": [dict(group) for group in state["param_groups"]],
     }
 
