@@ -331,15 +331,17 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
         """The optimizer that these parameters belong to: the same one on every rank, or PrepareError on every rank.
 
         A rank may hold no element of an optimizer, and then finds no parameter in its groups: the ranks say together which is
-        meant. With one optimizer nobody waits for that but such a rank.
+        meant. With one optimizer nobody waits for that but such a rank. Parameters that no optimizer steps are clipped beside
+        those of any that has their model.
         """
         items = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         owned = self._ranks.any_of([entry.holds(items) for entry in self._optimizers])
         owners = [entry for entry, meant in zip(self._optimizers, owned, strict=True) if meant]
+        owners = owners or [entry for entry in self._optimizers if items and entry.stepper.knows(items)][:1]
         if not owners:
             raise PrepareError(
-                f"{verb}: none of these parameters belongs to a prepared optimizer. Prepare the model and its "
-                "optimizer, and pass model.parameters()."
+                f"{verb}: none of these parameters belongs to a prepared optimizer, or to its model. Prepare the model "
+                "and its optimizer, and pass model.parameters()."
             )
         if len(owners) > 1:
             raise PrepareError(

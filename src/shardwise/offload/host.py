@@ -116,7 +116,8 @@ class Ring:
                 block = self._free.popleft()
             else:
                 self._made += 1
-                block = Block(host_tensor(BLOCK, torch.uint8, pinned=self._pinned))
+                with torch.inference_mode(False):  # it outlives the script's
+                    block = Block(host_tensor(BLOCK, torch.uint8, pinned=self._pinned))
         if block.event is not None:
             block.event.synchronize()
             block.event = None

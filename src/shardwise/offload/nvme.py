@@ -227,7 +227,8 @@ class NvmeStore:
             if got < wanted:
                 lost = OSError(errno.EIO, f"it ends after {got:,} of them and is shorter than it was")
                 raise self._failed(f"read {wanted:,} bytes of {slab.name} in", lost)
-            with self._enqueue, self.lanes.up.on():
+            # The target may be of torch.inference_mode, as in an evaluation, or not: inside of it both may be written.
+            with self._enqueue, self.lanes.up.on(), torch.inference_mode():
                 self.bytes_read += got
                 out.copy_(block.memory[skip:wanted], non_blocking=True)
                 block.event = reading.event = self.lanes.up.mark()

@@ -225,6 +225,7 @@ class ShardedOptimizer:
     def look(self) -> None:
         """Take over what the script has done to gradients."""
         for model in self.models:
+            model.thawing.catch_up()
             model.look_at_gradients()
 
     def unscale(self) -> None:
@@ -253,22 +254,25 @@ class ShardedOptimizer:
             norm = total.sqrt() / scale
         else:
             self._wait_for_host()
-            norm = global_norm(self._gradients(shards), float(norm_type), self.ranks, sharded=sharded) / scale
+            held, dtype = self._gradients(shards), self.groups.norm_dtype
+            norm = global_norm(held, float(norm_type), self.ranks, dtype, sharded=sharded) / scale
         if earlier is not None:
             norm = norm * earlier
-        factor = clip_factor(norm, float(max_norm))
-        later = factor if earlier is None else earlier * factor
-        everything = self.groups.is_all(parameters)
+        self._scale(shards, clip_factor(norm, float(max_norm)), everything=self.groups.is_all(parameters))
+        return norm
+
+    def _scale(self, shards: Sequence[Shard], factor: Tensor, *, everything: bool) -> None:
+        """Multiply the gradients of `shards`. everything: these are all, and the step does it in its own pass."""
+        earlier, _ = self._outstanding()
         apart = [s for s in shards if not everything or id(s.gradients) not in self.groups.sole]
-        if everything:  # the step multiplies, in its own pass
+        if everything:
             for gradients in self._held():
                 if id(gradients) in self.groups.sole:
-                    gradients.factor = later
+                    gradients.factor = factor if earlier is None else earlier * factor
         if apart:
             self._wait_for_host()
             _multiply(self._gradients(apart), factor)
             self._changed(apart)
-        return norm
 
     def _square(self) -> Tensor:
         """The squared 2-norm of this rank's part of the gradients of all parameters, on the device.
@@ -287,7 +291,7 @@ class ShardedOptimizer:
         rest = [shard for shard in self.groups.shards if id(shard.gradients) not in known]
         if any(shard.gradients.host is not None for shard in rest):
             self._wait_for_host()
-        total = power_sum(self._gradients(rest), 2.0, self.ranks.device)
+        total = power_sum(self._gradients(rest), 2.0, self.ranks.device, self.groups.norm_dtype)
         for square in known.values():
             total = total + square
         return total
@@ -309,10 +313,9 @@ class ShardedOptimizer:
         for gradients in self._held():
             gradients.apply_factor()
         _, scale = self._outstanding()
-        self._changed(self.groups.shards)
-        grads = self._gradients(
-            self.groups.chosen([parameters] if isinstance(parameters, Tensor) else list(parameters))
-        )
+        shards = self.groups.chosen([parameters] if isinstance(parameters, Tensor) else list(parameters))
+        self._changed(shards)
+        grads = self._gradients(shards)
         limit = float(value) * scale
         if grads:
             torch._foreach_clamp_min_(grads, -limit)
@@ -332,9 +335,14 @@ class ShardedOptimizer:
         return found
 
     def holds(self, parameters: Iterable[Tensor]) -> bool:
-        """Whether any of `parameters` is driven by this optimizer."""
-        mine = {id(parameter) for parameter in self.groups.driven()}
+        """Whether any of `parameters` is in the optimizer's groups, frozen or not."""
+        mine = {id(parameter) for own in self.groups.parameters for parameter in own}
         return any(id(p) in mine for p in parameters)
+
+    def knows(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether all of `parameters` are its models'."""
+        mine = {id(parameter) for model in self.models for parameter in model.model.parameters()}
+        return all(id(p) in mine for p in parameters)
 
     # The step.
 
@@ -388,14 +396,13 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def _apply(self, norm: Tensor | None) -> None:
+        if self.gradient_clipping is not None:  # for good, as by torch's function: the next step may see them again
+            assert norm is not None
+            self._scale(self.groups.shards, clip_factor(norm, self.gradient_clipping), everything=True)
         factor, scale = self._outstanding()
         if scale != 1.0:
-            unscale = torch.full((), 1.0 / scale, device=self.ranks.device)
+            unscale = torch.full((), 1.0 / scale, dtype=self.groups.norm_dtype, device=self.ranks.device)
             factor = unscale if factor is None else factor * unscale
-        if self.gradient_clipping is not None:
-            assert norm is not None
-            clip = clip_factor(norm, self.gradient_clipping)
-            factor = clip if factor is None else factor * clip
         here = [shard for shard in self.groups.shards if shard.gradients.in_place]
         if any(shard.gradients.host is not None for shard in here):
             self._wait_for_host()
@@ -476,7 +483,8 @@ class ShardedOptimizer:
         """
         ranks = self.ranks
         wants_norm = self.scaler.enabled or self.gradient_clipping is not None
-        facts = torch.zeros(1 + self._verdicts.numel, device=ranks.device)
+        # power sum, then the ranks' verdicts
+        facts = torch.zeros(1 + self._verdicts.numel, dtype=self.groups.norm_dtype, device=ranks.device)
         if wants_norm:
             self._outstanding()
             total = self._square()

@@ -113,6 +113,11 @@ class Schedule:
         return self._held > 0
 
     @property
+    def lingers(self) -> bool:
+        """Whether a graph that is still to be used keeps weights of passes that are over."""
+        return self._lingers
+
+    @property
     def forward_sequence(self) -> list[int]:
         """Unit indices in the order of a forward; empty until the ranks have agreed."""
         return self._forward.sequence or []
