@@ -124,6 +124,12 @@ def source_of(tensor: Tensor) -> RecordedSource:
     return RecordedSource(_records.ref(tensor))
 
 
+def last_write(tensor: Tensor) -> object:
+    """Something that is another object once a deferred tensor's storage has been written again; None for one never written."""
+    record = _records.find(tensor)
+    return record.entries[-1] if record is not None and record.entries else None
+
+
 def value_of(tensor: Tensor) -> Tensor:
     """The values of a deferred tensor, in memory of their own."""
     ref = _records.ref(tensor)

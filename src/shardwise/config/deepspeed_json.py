@@ -9,6 +9,7 @@ decides.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,12 @@ def read_deepspeed_json(path: str | Path) -> DeepSpeedFile:
     # JSON is YAML but for tabs between tokens, so the YAML reader can tell the lines (and keys that occur twice).
     lines = parse_yaml(text.replace("\t", " "), str(path)).lines if values else {}
     return _Reader(SettingsFile(str(path), values, lines)).read()
+
+
+def read_deepspeed_values(values: dict[str, Any], name: str, *, aside: Collection[str] = ()) -> DeepSpeedFile:
+    """The same of a configuration that is no file. name: what problems call it. aside: keys that the caller reads itself."""
+    rest = {key: value for key, value in values.items() if key not in aside}
+    return _Reader(SettingsFile(name, rest, {})).read()
 
 
 class _Reader:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -261,6 +262,30 @@ class Hooks:
         if unit.gradients.note(index):
             with torch.no_grad():  # of a backward that records one for itself
                 self.schedule.reducing.complete(unit)
+
+    @contextmanager
+    def asking(self, units: Sequence[Unit]) -> Iterator[None]:
+        """Inside, `units` are gathered as for a module that reads them: in the forward or the backward that is running."""
+        mine = []
+        for unit in units if not self.schedule.holds else ():
+            here = unit.state is Weights.GATHERED
+            if _in_backward():
+                self.recall(unit)
+            else:
+                self.schedule.need(unit)
+            if not here:  # else whoever asked before says when it is done
+                mine.append(unit)
+        try:
+            yield
+        finally:
+            for unit in mine:
+                if not self._active.get(unit):
+                    self.schedule.done(unit)
+
+    @property
+    def in_pass(self) -> bool:
+        """Whether a forward or a backward is running: `hold` would end it."""
+        return bool(self._forwards) or (self.schedule.phase is Phase.BACKWARD and _in_backward())
 
     def recall(self, unit: Unit) -> bool:
         """A backward is about to read the weights of `unit`, wherever it comes from. Whether they were asked for already."""

@@ -1,0 +1,104 @@
+"""What `initialize` returns as the optimizer: the torch optimizer that steps on shards, under DeepSpeed's names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ...zero.optimizer import ShardedOptimizer
+from ...zero.precision import LossScaler
+
+
+class ParameterOffload:
+    """module: the model. The lists of hooks are empty."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.forward_hooks: list[Any] = []
+        self.backward_hooks: list[Any] = []
+
+    def _register_deepspeed_module(self, module: nn.Module) -> None:
+        pass
+
+
+class ZeroOptimizer(Optimizer):
+    """A view of `optimizer`: its groups are the live ones, and what is unknown here is asked of it.
+
+    optimizer: the torch optimizer, which `stepper` drives. engine_step: what `step()` does: the engine's.
+    """
+
+    def __init__(self, optimizer: Optimizer, stepper: ShardedOptimizer, scaler: LossScaler) -> None:
+        # Not torch's constructor: the groups are those of `optimizer`.
+        self.optimizer = optimizer
+        self.stepper = stepper
+        self.scaler = scaler
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.optimizer.defaults
+
+    @property
+    def overflow(self) -> bool:
+        """Whether the last step was skipped because fp16 gradients overflowed."""
+        return self.stepper.step_was_skipped
+
+    @property
+    def loss_scale(self) -> float:
+        return self.scaler.value
+
+    @property
+    def cur_scale(self) -> float:
+        return self.scaler.value
+
+    @property
+    def dynamic_loss_scale(self) -> bool:
+        return self.scaler.enabled and self.scaler.dynamic
+
+    @property
+    def parameter_offload(self) -> ParameterOffload:
+        """Where TRL takes DeepSpeed's hooks off a model before it generates. There are none: the engine's own know of it."""
+        return ParameterOffload(self.stepper.models[0].model)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """A step of the shards, clipped as the engine clips."""
+        return self.stepper.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.stepper.zero_grad(set_to_none)
+
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
+        """Backward of the loss times the loss scale."""
+        self.stepper.note_loss(loss)
+        self.scaler.scale(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole dictionary that plain torch would give. Collective."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state_dict)
+
+    def __repr__(self) -> str:
+        return f"ZeroOptimizer of shardwise over {self.optimizer!r}"
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("optimizer", "stepper", "scaler"):  # not made yet
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"state": self.optimizer.state, "param_groups": self.optimizer.param_groups}
