@@ -1,0 +1,107 @@
+"""`gathered` inside a running forward or backward: a fused head enters it in both, as TRL's does."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import shardwise
+from rig.engine import Tower, inputs, largest_difference, mine, prepare, weights_of
+from shardwise.errors import WriteError
+
+
+class _FusedHead(torch.autograd.Function):
+    """The mean square of x @ weight.T, without keeping the weight: it is read again in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: nn.Parameter) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight = weight
+        with shardwise.gathered(weight):
+            ctx.out = x @ weight.detach().T
+        return ctx.out.square().mean()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        own = gradients[0] * 2 * ctx.out / ctx.out.numel()
+        with shardwise.gathered(ctx.weight):
+            into = own @ ctx.weight.detach()
+        return into, own.T @ x
+
+
+class FusedTower(Tower):
+    """Its head is a unit of its own, which no module's forward ever asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 3, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return _FusedHead.apply(x, self.head.weight)
+
+
+def _fused() -> FusedTower:
+    torch.manual_seed(5)
+    return FusedTower()
+
+
+def _train(ranks: Any, plan: str) -> None:
+    model = _fused()
+    reference = copy.deepcopy(model)
+    sharded, _, stepping = prepare(ranks, model, plan, units=["Block", "head"])
+    plain = torch.optim.AdamW(reference.parameters(), lr=3e-3, eps=1e-4)
+    for batch in inputs(5):
+        for rank in range(ranks.world_size):
+            x = mine(batch, rank, ranks.world_size)
+            for block in (reference.first, *reference.blocks):
+                x = block(x)
+            ((x @ reference.head.weight.T).square().mean() / ranks.world_size).backward()
+        plain.step()
+        plain.zero_grad()
+        model(mine(batch, ranks.rank, ranks.world_size)).backward()
+        with torch.no_grad():
+            model(mine(batch, ranks.rank, ranks.world_size))
+        stepping.step()
+        stepping.zero_grad()
+    assert largest_difference(weights_of(sharded), reference) <= 1e-6
+
+
+@pytest.mark.parametrize("plan", ["2", "3", "3-all"])
+def test_a_fused_head_reads_its_weight_in_both_passes(world, plan):
+    world(2).run(_train, plan)
+
+
+def _write(ranks: Any) -> None:
+    model = _fused()
+    _, _, _ = prepare(ranks, model, "3", units=["Block", "head"])
+
+    def wrong(module: nn.Module, args: Any) -> None:
+        with shardwise.gathered(model.head, modify=True):
+            pass
+
+    handle = model.blocks[1].register_forward_pre_hook(wrong)
+    with pytest.raises(WriteError, match="inside a forward or a backward"):
+        model(inputs(1)[0])
+    handle.remove()
+
+    def lost(module: nn.Module, args: Any) -> None:
+        with shardwise.gathered(model.head), torch.no_grad():
+            model.head.weight.add_(1)
+
+    handle = model.blocks[1].register_forward_pre_hook(lost)
+    with pytest.raises(WriteError, match=r"head\.weight was written inside a forward"):
+        model(inputs(1)[0])
+    handle.remove()
+    model(inputs(1)[0]).backward()
+
+
+def test_writing_inside_a_pass_is_an_error(world):
+    world(2).run(_write)
