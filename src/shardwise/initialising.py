@@ -143,7 +143,7 @@ def deferring(*, gpu: bool = False) -> Iterator[None]:
     gpu: those that would be made on a GPU too; without it they are made there as always.
     Inside another such block it does nothing.
     """
-    if _is_deferring():
+    if is_deferring():
         yield
         return
     with warnings.catch_warnings(), _initialisers_recorded(), _Deferring(gpu):
@@ -201,7 +201,8 @@ def shapes_only() -> Iterator[None]:
         _shapes_only.pop()
 
 
-def _is_deferring() -> bool:
+def is_deferring() -> bool:
+    """Whether what is done now is recorded."""
     return any(isinstance(mode, _Deferring) for mode in _get_current_dispatch_mode_stack())
 
 

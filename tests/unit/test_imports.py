@@ -37,6 +37,7 @@ FRONT_END = (
     "data_loader",
     "data_order",
     "data_workers",
+    "deferred_values",
     "entering",
     "estimate",
     "frozen",

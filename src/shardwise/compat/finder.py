@@ -49,8 +49,8 @@ def as_deepspeed() -> None:
     if late:
         raise ConfigError(
             f"{late[0]} has been imported already, and has found no DeepSpeed for good. Call "
-            f"shardwise.compat.as_deepspeed() at "
-            "the top of the script, before transformers, accelerate or peft are imported."
+            "shardwise.compat.as_deepspeed() at the top of the script, before transformers, accelerate or peft are "
+            "imported."
         )
     installed = _installed()
     sys.meta_path.insert(0, _Finder())

@@ -1,9 +1,7 @@
-"""A loop with accelerate, as its users write it: `loop.py OUT CASE...`, each case with or without DeepSpeed."""
+"""A loop with accelerate, as its users write it; each case has another DeepSpeedPlugin, or none."""
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 import torch
@@ -51,6 +49,7 @@ def batches() -> list[dict[str, torch.Tensor]]:
 
 
 def train(case: str, folder: str) -> dict[str, Any]:
+    """Two epochs with a checkpoint between them, to which the run goes back; then whole weights, files and tokens."""
     lora, zero = case.endswith("-lora"), ZERO[case.removesuffix("-lora")]
     plugin = None
     if zero is not None:
@@ -103,15 +102,3 @@ def train(case: str, folder: str) -> dict[str, Any]:
     AcceleratorState._reset_state()
     GradientState._reset_state()
     return found
-
-
-def main() -> None:
-    folder, *cases = sys.argv[1:]
-    for case in cases:
-        found = train(case, folder)
-        if torch.distributed.get_rank() == 0:
-            with open(f"{folder}/{case}.json", "w") as file:
-                json.dump(found, file)
-
-
-main()

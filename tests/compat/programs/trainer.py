@@ -1,12 +1,10 @@
-"""transformers' Trainer, as its users write it: `trainer.py OUT CASE...`; a case is a configuration and what is trained.
+"""transformers' Trainer, as its users write it; a case is a configuration and what is trained.
 
-Without `deepspeed=` it is DDP. The "plain" case says nothing of DeepSpeed either: it has what the launcher says.
+The cases "ddp" and "plain" say nothing of DeepSpeed: the first is DDP, the second has what the launcher says.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +62,7 @@ DECAY = {
 
 CASES: dict[str, dict[str, Any] | None] = {
     "ddp": None,
+    "plain": None,
     "z1": configuration(1),
     "z2": configuration(2),
     "z3": configuration(3),
@@ -88,9 +87,11 @@ class Tokens(Dataset):  # type: ignore[type-arg]
 def make_model(kind: str, folder: str) -> Any:
     set_seed(7)
     if kind == "pretrained":
-        where = Path(folder) / "base"
-        return LlamaForCausalLM.from_pretrained(where)
-    model: Any = LlamaForCausalLM(LlamaConfig(**SIZES))
+        model: Any = LlamaForCausalLM.from_pretrained(Path(folder) / "base")
+        set_seed(8)
+        model.resize_token_embeddings(70, mean_resizing=False)
+        return model
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
     if kind == "lora":
         model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     return model
@@ -119,13 +120,18 @@ def arguments(case: str, out: str, **more: Any) -> TrainingArguments:
 
 
 def train(name: str, folder: str) -> dict[str, Any]:
+    """Train, save, and go on from the checkpoint in the middle with new objects."""
     case, _, kind = name.partition("-")
     out = f"{folder}/{name}"
     made = arguments(case, out)
     model = make_model(kind or "full", folder)
     trainer = Trainer(model=model, args=made, train_dataset=Tokens(48, 1), eval_dataset=Tokens(16, 2))
+    deferred = sum(p.is_meta for p in model.parameters())
     trainer.train()
     found: dict[str, Any] = {"log": [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]}
+    found["deferred"] = deferred
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    found["stage"] = None if plugin is None else plugin.zero_stage
     trainer.save_model(f"{out}/final")
 
     forget(trainer)
@@ -151,14 +157,3 @@ def forget(trainer: Trainer) -> None:
     PartialState._reset_state()
     GradientState._reset_state()
     unset_hf_deepspeed_config()
-
-
-def main() -> None:
-    folder, *cases = sys.argv[1:]
-    for name in cases:
-        found = train(name, folder)
-        if torch.distributed.get_rank() == 0:
-            Path(f"{folder}/{name}.json").write_text(json.dumps(found))
-
-
-main()

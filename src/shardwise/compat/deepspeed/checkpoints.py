@@ -133,9 +133,8 @@ def find(folder: str | Path, tag: str | None) -> Path | None:
     theirs = sorted([*path.glob("*_model_states.pt"), *path.glob("*_optim_states.pt")])
     if theirs:
         raise CheckpointError(
-            f"{path} was written by DeepSpeed itself ({theirs[0].name}): shardwise, which stands for it here, "
-            f"has a format of its "
-            "own. `shardwise import` brings such a checkpoint over."
+            f"{path} was written by DeepSpeed itself ({theirs[0].name}): shardwise, which stands for it here, has a format "
+            "of its own. `shardwise import` brings such a checkpoint over."
         )
     return resolve(path)
 

@@ -112,9 +112,8 @@ class DeepSpeedEngine(nn.Module):
         """The gradients of a scalar loss, divided by the accumulation steps unless scale_wrt_gas is False. Gives the loss."""
         if kwargs or not allreduce_gradients:
             raise NotImplementedError(
-                f"engine.backward: {next(iter(kwargs), 'allreduce_gradients=False')} is not taken: use no_sync "
-                f"for backwards that "
-                "are not reduced."
+                f"engine.backward: {next(iter(kwargs), 'allreduce_gradients=False')} is not taken: use no_sync for "
+                "backwards that are not reduced."
             )
         if self.optimizer is None:
             raise PrepareError("engine.backward: this engine has no optimizer: it was made to evaluate.")
@@ -175,9 +174,8 @@ class DeepSpeedEngine(nn.Module):
         """Backwards inside only accumulate on this rank. Raises ConfigError where gradients are sharded, as DeepSpeed does."""
         if self.settings.stage >= 2:
             raise ConfigError(
-                f"no_sync: gradients are sharded at stage {self.settings.stage}, and reduced in every backward. "
-                f"Leave it out, or "
-                "train at stage 0 or 1."
+                f"no_sync: gradients are sharded at stage {self.settings.stage}, and reduced in every backward. Leave it "
+                "out, or train at stage 0 or 1."
             )
         if self._quiet:
             raise ConfigError("no_sync: it cannot be entered again inside of itself.")

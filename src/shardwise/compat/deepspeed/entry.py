@@ -105,15 +105,14 @@ def _announce(settings: reading.Settings, ranks: Ranks) -> None:
         return
     if settings.clips_unsaid:
         libraries.say_once(
-            f"the DeepSpeed configuration has no gradient_clipping: gradients are clipped at "
-            f"{reading.CLIPPING}, DeepSpeed's own "
-            "default. Write gradient_clipping: 0 for none."
+            f"the DeepSpeed configuration has no gradient_clipping: gradients are clipped at {reading.CLIPPING}, "
+            "DeepSpeed's own default. Write gradient_clipping: 0 for none."
         )
     if settings.precision.compute is not None:
         libraries.say_once(
-            "a loss that is NaN or infinite ends the run with NonFiniteError, where DeepSpeed goes on; in fp16 "
-            "an overflow skips "
-            "the step and halves the loss scale at once. Checkpoints are shardwise's own: see docs/design/deepspeed.md."
+            "a loss that is NaN or infinite ends the run with NonFiniteError, where DeepSpeed goes on; in fp16 an overflow "
+            "skips the step and halves the loss scale at once. Checkpoints are shardwise's own: see "
+            "docs/design/deepspeed.md."
         )
     for note in settings.notes:
         logger.info(note)
@@ -166,9 +165,8 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
 
 def init_inference(*args: Any, **kwargs: Any) -> NoReturn:
     raise NotImplementedError(
-        "init_inference: shardwise has no inference engine. initialize(model=...) without an optimizer "
-        "evaluates and generates, "
-        "sharded."
+        "init_inference: shardwise has no inference engine. initialize(model=...) without an optimizer evaluates and "
+        "generates, sharded."
     )
 
 

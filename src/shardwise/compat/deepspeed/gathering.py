@@ -1,13 +1,11 @@
 """GatheredParameters, and the attributes that programs read on sharded parameters.
 
-    params         one parameter, or any iterable of them; None among them, repetitions and parameters of no engine are
-    passed over modifier_rank  None: what is written counts only where every rank writes the same, else WriteError, where
-                                     DeepSpeed drops it
+    params         one parameter, or any iterable; None among them, repetitions and parameters of no engine are passed over
+    modifier_rank  None: what is written counts where every rank writes the same, else WriteError; DeepSpeed drops it
                    r: at the end rank r's values become everybody's, masters included
     in a pass      gathered as for a module of the model; nothing can be written there
 
-A parameter that has no memory yet (`building.py`) is read from its record, and what is written is recorded, on every rank
-the same.
+A parameter that has no memory yet (`building.py`) has it inside, and what is written is recorded: `deferred_values.py`.
 """
 
 from __future__ import annotations
@@ -22,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from ...deferred_values import in_memory
 from ...errors import ConfigError
-from ...initialising import deferring, last_write, value_of
+from ...initialising import is_deferring, last_write, value_of
 from ...zero.access import gathered
 from ...zero.collectives import Ranks
 from ...zero.sharded import ShardedModel
@@ -85,13 +84,15 @@ class GatheredParameters:
         self.params: list[Any] = list(found.values())
         self.modifier_rank = modifier_rank
         self._stack = ExitStack()
+        self._recorded: list[Any] = []  # those whose record is read and written as it is
         self._written: list[Any] = []
 
     def __enter__(self) -> None:
         deferred, held = self._deferred(), self._held()
-        self._written = [last_write(parameter) for parameter in deferred]
-        if deferred:
-            self._stack.enter_context(deferring())
+        self._recorded = deferred if is_deferring() else []
+        self._written = [last_write(parameter) for parameter in self._recorded]
+        if deferred and not self._recorded:
+            self._stack.enter_context(in_memory(deferred, joined(), self.modifier_rank))
         if held:
             in_pass = any(owner.in_pass for owner in ShardedModel.all())
             self._stack.enter_context(gathered(held, modify=self.modifier_rank == 0 and not in_pass))
@@ -129,9 +130,9 @@ class GatheredParameters:
                     parameter.copy_(values)
 
     def _share_deferred(self, ranks: Ranks, source: int) -> None:
-        deferred = self._deferred()
-        changed = [last_write(p) is not before for p, before in zip(deferred, self._written, strict=True)]
-        for parameter, written in zip(deferred, ranks.any_of(changed), strict=True):
+        recorded = self._recorded
+        changed = [last_write(p) is not before for p, before in zip(recorded, self._written, strict=True)]
+        for parameter, written in zip(recorded, ranks.any_of(changed), strict=True):
             if written:
                 values = value_of(parameter).to(ranks.device)
                 ranks.broadcast(values, source)

@@ -7,8 +7,8 @@
     LRRangeTest     low * (1 + rate * (i + 1) / size), the quotient rounded down for a staircase
     OneCycle        up over the first half of a cycle and down over the second, momentum the other way; then both decay
 
-Source: https://deepspeed.readthedocs.io/en/latest/schedulers.html. The engine steps them behind every step that was not
-        skipped.
+Source: https://deepspeed.readthedocs.io/en/latest/schedulers.html. The engine steps them behind every
+step that was not skipped.
 """
 
 from __future__ import annotations

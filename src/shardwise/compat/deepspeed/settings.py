@@ -1,8 +1,7 @@
 """A DeepSpeed configuration, read as the settings of an engine.
 
-    path, dict or urlsafe base64 of JSON   ->   Settings: shardwise's Config, plan, precision, loss scale, and what only
-    DeepSpeed
-                                                has: its batch sizes, its default of clipping, its optimizer and scheduler
+    a path, a dict, or urlsafe base64 of JSON   ->   Settings: shardwise's Config, plan, precision and loss scale, and what
+                                                     DeepSpeed alone has: batch sizes, a default of clipping
 
 A value that is still "auto" says nothing, as in DeepSpeed: accelerate and Trainer fill in theirs before. Below the settings
 of the file lie those of the launcher, so that `shardwise_config` of a YAML counts for these programs too; over them the
@@ -113,7 +112,7 @@ def read(source: Any, world_size: int, *, base: Config | None = None) -> Setting
     if found.problems:
         raise ConfigError("\n".join(found.problems))
     _drop_ignored(found.values.get("deepspeed_config", {}), found.notes)
-    values = _merged(base, found.values, said.get("shardwise") or {}, name)
+    values = _merged(base, found.values, raw.get("shardwise") or {}, name)  # where "auto" is a setting
     config = Config.checked(values, lambda key: found.places.get(key) or f"{name}: {'.'.join(key)}")
     precision = Precision.named(config.mixed_precision, config.engine.reduce_dtype)
     zero = config.zero
@@ -207,9 +206,8 @@ def batch_sizes(said: Mapping[str, Any], world_size: int, name: str) -> tuple[in
     steps = steps or 1
     if train is not None and micro is not None and train != micro * steps * world_size:
         raise ConfigError(
-            f"{name}: train_batch_size is not equal to micro_batch_per_gpu * gradient_acc_step * world_size: "
-            f"{train} != {micro} * "
-            f"{steps} * {world_size}. Leave one of them out."
+            f"{name}: train_batch_size is not equal to micro_batch_per_gpu * gradient_acc_step * world_size: {train} != "
+            f"{micro} * {steps} * {world_size}. Leave one of them out."
         )
     return train, micro, steps
 
