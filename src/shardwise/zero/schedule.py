@@ -131,7 +131,7 @@ class Schedule:
         No pass may be open.
         """
         if stay:
-            self._lingers = self._until_forward = True
+            self.linger()
         elif self._until_forward:
             self.stop_lingering()
         if trains and self._generating and not self._held:
@@ -192,6 +192,10 @@ class Schedule:
         self._open(self._forward if trains else None)
         for unit in units:
             self.need(unit)
+
+    def linger(self) -> None:
+        """What is gathered stays until the next forward: a graph keeps weights and does not say which."""
+        self._lingers = self._until_forward = True
 
     def stop_lingering(self) -> None:
         """Release what stayed beyond a pass. For whoever is about to change weights, or to count memory."""
