@@ -109,7 +109,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("zero.intervals", "zero.exchange"),
     (
         "zero.access",
+        "zero.finite",
         "zero.groups",
+        "zero.held",
         "zero.optimizer",
         "zero.optimizer_dict",
         "zero.optimizer_state",

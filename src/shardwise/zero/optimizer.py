@@ -25,13 +25,14 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from ..errors import NonFiniteError, OptimizerError, PrepareError
+from ..errors import OptimizerError, PrepareError
 from . import publishing
-from .clipping import clip_factor, global_norm, power_sum
+from .clipping import clip_factor
 from .collectives import Ranks
 from .elementwise import check_elementwise, steps_in_parts
-from .gradients import Gradients, squared_norm
+from .finite import LossCheck
 from .groups import Groups
+from .held import HeldGradients, multiply
 from .optimizer_dict import OptimizerDict
 from .optimizer_state import OptimizerState, has_stepped
 from .plan import Tier
@@ -83,10 +84,10 @@ class ShardedOptimizer:
         self.gradient_clipping = gradient_clipping
         self.step_was_skipped = False
         self.steps = 0
-        self._bad_loss: Tensor | None = None
-        self._check: tuple[int, Tensor, torch.Event] | None = None
+        self._losses = LossCheck(self.ranks, models[0].engine.lanes)
         self.ranks.together(self._refuse_what_cannot_work)
         self.groups = Groups(optimizer, self.models)
+        self.held = HeldGradients(self.groups, self.models, self.scaler)
         self._visits = Visits(optimizer)
         thawed = self.ranks.together(self._to_thaw)
         for model in self.models:
@@ -185,9 +186,13 @@ class ShardedOptimizer:
         """Another run's states have been loaded: forget what was under way for a step, and count from there."""
         self.steps = steps
         self.step_was_skipped = step_was_skipped
-        self._bad_loss = self._check = None
+        self._losses.reset()
 
     # The loss.
+
+    def raise_if_bad(self) -> None:
+        """Raise NonFiniteError if the loss of an earlier step was NaN or infinite on any rank; every rank raises it."""
+        self._losses.raise_if_bad()
 
     def note_loss(self, loss: Tensor) -> None:
         """A micro-batch's backward is about to begin. Remember whether its loss is finite; the step reports it.
@@ -195,127 +200,27 @@ class ShardedOptimizer:
         No synchronisation.
         """
         if self.scaler.enabled:
-            for gradients in self._held():  # to be added to
-                if not gradients.scaled:
-                    gradients.multiply(torch.tensor(self.scaler.value))
-                    gradients.scaled = True
+            self.held.carry_scale()
             return  # fp16 overflows by design; the scaler deals with it
-        bad = ~torch.isfinite(loss.detach()).all()
-        self._bad_loss = bad if self._bad_loss is None else self._bad_loss | bad
+        self._losses.note(loss)
 
     # Clipping.
 
-    def _held(self) -> list[Gradients]:
-        """Those that hold a gradient at this moment."""
-        return [gradients for gradients, _ in self.groups.members.values() if gradients.at_rest is not None]
-
-    def _outstanding(self) -> tuple[Tensor | None, float]:
-        """(the factor, the loss scale) that all gradients alike still wait for. Where they differ, they are multiplied now."""
-        held = self._held()
-        scale = self.scaler.value
-        if len({gradients.scaled for gradients in held}) > 1:
-            for gradients in held:
-                if gradients.scaled:
-                    gradients.multiply(torch.tensor(1.0 / scale))
-                    gradients.scaled = False
-        if len({id(gradients.factor) for gradients in held}) > 1:
-            for gradients in held:
-                gradients.apply_factor()
-        return (held[0].factor, scale if held[0].scaled else 1.0) if held else (None, scale)
-
     def look(self) -> None:
         """Take over what the script has done to gradients."""
-        for model in self.models:
-            model.look_at_gradients()
+        self.held.look()
 
     def unscale(self) -> None:
         """Take the loss scale off the gradients, for scripts that look at them before the step."""
-        self.look()
-        for gradients in self._held():
-            if gradients.scaled and self.scaler.enabled:
-                gradients.scaled = False
-                gradients.multiply(torch.tensor(1.0 / self.scaler.value))
+        self.held.unscale()
 
     def clip_norm(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Clip the gradients of `parameters` together to `max_norm` and return their true global norm before it.
-
-        The gradients are those of the whole batch, averaged over ranks, loss scale removed. Collective.
-        """
-        self.look()
-        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        shards = self.groups.chosen(parameters)
-        sharded = self.models[0].plan.optimizer.sharded
-        earlier, scale = self._outstanding()
-        if norm_type == 2 and self.groups.is_all(parameters):
-            total = self._square()
-            if sharded:
-                self.ranks.all_reduce(total, "sum")
-            norm = total.sqrt() / scale
-        else:
-            self._wait_for_host()
-            norm = global_norm(self._gradients(shards), float(norm_type), self.ranks, sharded=sharded) / scale
-        if earlier is not None:
-            norm = norm * earlier
-        factor = clip_factor(norm, float(max_norm))
-        later = factor if earlier is None else earlier * factor
-        everything = self.groups.is_all(parameters)
-        apart = [s for s in shards if not everything or id(s.gradients) not in self.groups.sole]
-        if everything:  # the step multiplies, in its own pass
-            for gradients in self._held():
-                if id(gradients) in self.groups.sole:
-                    gradients.factor = later
-        if apart:
-            self._wait_for_host()
-            _multiply(self._gradients(apart), factor)
-            self._changed(apart)
-        return norm
-
-    def _square(self) -> Tensor:
-        """The squared 2-norm of this rank's part of the gradients of all parameters, on the device.
-
-        What left for host memory was measured before it went; only sums of several micro-batches are read there. On the device
-        nothing is measured before somebody has clipped once.
-        """
-        whole = [g for g, indices in self.groups.members.values() if len(indices) == len(g.buffer.members)]
-        sums = [g for g in whole if g.square is None and g.at_rest is not None]
-        if any(g.host is not None for g in sums):
-            self._wait_for_host()
-        known = {id(g): g.square for g in whole if g.square is not None}
-        known |= {id(g): squared_norm(g.at_rest).to(self.ranks.device) for g in sums}
-        for gradients in whole:
-            gradients.measured = True  # of the next backward, while it goes on
-        rest = [shard for shard in self.groups.shards if id(shard.gradients) not in known]
-        if any(shard.gradients.host is not None for shard in rest):
-            self._wait_for_host()
-        total = power_sum(self._gradients(rest), 2.0, self.ranks.device)
-        for square in known.values():
-            total = total + square
-        return total
-
-    @staticmethod
-    def _gradients(shards: Iterable[Shard]) -> list[Tensor]:
-        return [gradient for shard in shards if (gradient := shard.gradient()) is not None]
-
-    @staticmethod
-    def _changed(shards: Iterable[Shard]) -> None:
-        for gradients in {id(shard.gradients): shard.gradients for shard in shards}.values():
-            gradients.changed()
+        """See `HeldGradients.clip_norm`. Collective."""
+        return self.held.clip_norm(parameters, max_norm, norm_type)
 
     def clip_value(self, parameters: Iterable[Tensor], value: float) -> None:
-        """Clamp every element of the gradients of `parameters` to [-value, value]."""
-        self.look()
-        self._wait_for_host()
-        for gradients in self._held():
-            gradients.apply_factor()
-        _, scale = self._outstanding()
-        self._changed(self.groups.shards)
-        grads = self._gradients(
-            self.groups.chosen([parameters] if isinstance(parameters, Tensor) else list(parameters))
-        )
-        limit = float(value) * scale
-        if grads:
-            torch._foreach_clamp_min_(grads, -limit)
-            torch._foreach_clamp_max_(grads, limit)
+        """See `HeldGradients.clip_value`."""
+        self.held.clip_value(parameters, value)
 
     def ledger(self) -> dict[tuple[Role, Tier], int]:
         """Bytes of the optimizer's states (moments and step counts) on this rank; the masters are in the model's ledger."""
@@ -344,9 +249,9 @@ class ShardedOptimizer:
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        self.raise_if_bad()
+        self._losses.raise_if_bad()
         self.look()
-        if not self._held():
+        if not self.held.present():
             return result
         self.steps += 1
         for model in self.models:
@@ -376,7 +281,7 @@ class ShardedOptimizer:
         """
         if any(model.accumulating and not model.sync_gradients for model in self.models):
             return
-        self._bad_loss = None
+        self._losses.forget()
         if not set_to_none:
             self.look()
         for gradients, indices in self.groups.members.values():
@@ -387,7 +292,7 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def _apply(self, norm: Tensor | None) -> None:
-        factor, scale = self._outstanding()
+        factor, scale = self.held.outstanding()
         if scale != 1.0:
             unscale = torch.full((), 1.0 / scale, device=self.ranks.device)
             factor = unscale if factor is None else factor * unscale
@@ -397,7 +302,7 @@ class ShardedOptimizer:
             factor = clip if factor is None else factor * clip
         here = [shard for shard in self.groups.shards if shard.gradients.in_place]
         if any(shard.gradients.host is not None for shard in here):
-            self._wait_for_host()
+            self.held.wait_for_host()
         grads = []
         for shard in here:
             gradient = shard.gradient()
@@ -412,7 +317,7 @@ class ShardedOptimizer:
                 driven.grad_scale = factor.reciprocal().to(grads[0].device, torch.float32)
                 driven.found_inf = torch.zeros((), device=grads[0].device)
             else:
-                _multiply(grads, factor)
+                multiply(grads, factor)
         fences = [model.engine.peers for model in self.models if model.engine.peers is not None]
         for peers in fences:
             peers.before_step()
@@ -459,12 +364,6 @@ class ShardedOptimizer:
     def _units(self, model: ShardedModel) -> list[Any]:
         return [u for u in model.units if u.gradients is not None and id(u.gradients) in self.groups.members]
 
-    def _wait_for_host(self) -> None:
-        """Gradients that rest in host memory are there only when the copies are done."""
-        for model in self.models:
-            if model.plan.optimizer.tier is not Tier.GPU:
-                model.synchronize()
-
     def _agree(self) -> Tensor | None:
         """The gradients' global 2-norm as the step will see it before clipping, if anything needs it. One all_reduce.
 
@@ -475,54 +374,16 @@ class ShardedOptimizer:
         # power sum, then one flag per rank
         facts = torch.zeros(1 + ranks.world_size, device=ranks.device)
         if wants_norm:
-            self._outstanding()
-            total = self._square()
+            self.held.outstanding()
+            total = self.held.square()
             facts[0] = total if self.models[0].plan.optimizer.sharded else total / ranks.world_size
-        if self._bad_loss is not None:
-            facts[1 + ranks.rank] = self._bad_loss
-            self._bad_loss = None
+        if (bad := self._losses.taken()) is not None:
+            facts[1 + ranks.rank] = bad
         if ranks.world_size > 1:
             ranks.all_reduce(facts)
-        self._look_at(facts[1:])
+        self._losses.look_at(facts[1:], self.steps)
         if not wants_norm:
             return None
-        factor, scale = self._outstanding()
+        factor, scale = self.held.outstanding()
         norm = facts[0].sqrt() / scale
         return norm if factor is None else norm * factor
-
-    # A loss that is not finite.
-
-    def _look_at(self, flags: Tensor) -> None:
-        if flags.device.type == "cpu":
-            self._raise_for(self.steps, flags)
-            return
-        # Reading them now would stall the host until the GPU has caught up: read them at the next step.
-        copy = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
-        copy.copy_(flags, non_blocking=True)
-        event = self.models[0].engine.lanes.mark_compute()
-        assert event is not None
-        self._check = (self.steps, copy, event)
-
-    def raise_if_bad(self) -> None:
-        """Raise NonFiniteError if the loss of an earlier step was NaN or infinite on any rank; every rank raises it."""
-        if self._check is not None:
-            (step, flags, event), self._check = self._check, None
-            event.synchronize()
-            self._raise_for(step, flags)
-
-    def _raise_for(self, step: int, flags: Tensor) -> None:
-        bad = [rank for rank, flag in enumerate(flags.tolist()) if flag]
-        if bad:
-            where = ", ".join(map(str, bad))
-            raise NonFiniteError(
-                f"the loss is NaN or infinite at step {step} on rank {where}. Look at that rank's batch, lower the learning "
-                "rate, or clip gradients (gradient_clipping: 1.0)."
-            )
-
-
-def _multiply(grads: Sequence[Tensor], factor: Tensor) -> None:
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for grad in grads:
-        by_device.setdefault(grad.device, []).append(grad)
-    for device, group in by_device.items():
-        torch._foreach_mul_(group, factor.to(device))
