@@ -23,6 +23,25 @@ def check_model(model: nn.Module) -> None:
             )
 
 
+def check_other(item: Any) -> None:
+    """Raise OptimizerError for what looks like an optimizer and is none of torch's: it would pass through, and step nothing."""
+    groups = getattr(item, "param_groups", None)
+    known = (Optimizer, nn.Module, DataLoader, LRScheduler)
+    if isinstance(item, (*known, type)) or not isinstance(groups, (list, tuple)):
+        return
+    if any(isinstance(group, dict) and "params" in group for group in groups):
+        name = type(item).__name__
+        inside = [f"its .{n}, a {type(v).__name__}" for n, v in _attributes(item) if isinstance(v, Optimizer)]
+        raise OptimizerError(
+            f"this {name} has parameter groups, but is no torch.optim.Optimizer: shardwise cannot step it. Give prepare the "
+            f"optimizer that it wraps{f' ({inside[0]})' if inside else ''}, or make {name} a subclass of torch.optim.Optimizer."
+        )
+
+
+def _attributes(item: Any) -> list[tuple[str, Any]]:
+    return list(getattr(item, "__dict__", {}).items())
+
+
 def check_optimizer(optimizer: Optimizer, known: set[int], any_model: bool) -> None:
     if not any_model:
         raise PrepareError(

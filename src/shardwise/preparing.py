@@ -24,7 +24,7 @@ from .integrations import generation as keep_for_generation
 from .loading import build_without_memory, building
 from .lora import FastLora
 from .losses import LeanLoss, LogitsLoss
-from .prepare_checks import batch_size_of, check_model, check_optimizer, describe
+from .prepare_checks import batch_size_of, check_model, check_optimizer, check_other, describe
 from .process import PartialState
 from .recomputing import RecomputedBlocks, blocks_to_recompute
 from .scheduler import Rhythm, is_prepared, prepare_scheduler
@@ -195,6 +195,8 @@ class Preparing(PartialState):
 
     def _check(self, objects: Sequence[Any]) -> None:
         """Everything that this rank can know to be wrong by itself."""
+        for item in objects:
+            check_other(item)
         models = [item for item in objects if isinstance(item, nn.Module)]
         for index, model in enumerate(models):
             check_model(model)

@@ -6,7 +6,8 @@ the pass that it makes anyway. Where buffers are shared, the parts that are clip
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -70,6 +71,28 @@ class HeldGradients:
             if gradients.scaled and self.scaler.enabled:
                 gradients.scaled = False
                 gradients.multiply(torch.tensor(1.0 / self.scaler.value))
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Inside, the optimizer's tensors have their gradients, unscaled and clipped; what is written there counts."""
+        self.unscale()
+        for gradients in self.present():
+            gradients.apply_factor()
+        self.wait_for_host()
+        lent = [(s, g, g.to(s.tensor.dtype)) for s in self.groups.shards if (g := s.gradient()) is not None]
+        for shard, _, given in lent:
+            shard.tensor.grad = given
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for shard, gradient, _ in lent:
+                    now, shard.tensor.grad = shard.tensor.grad, None
+                    if now is None:
+                        gradient.zero_()
+                    elif now.data_ptr() != gradient.data_ptr():
+                        gradient.copy_(now)
+            self._changed(shard for shard, _, _ in lent)
 
     def clip_norm(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clip the gradients of `parameters` together to `max_norm` and return their true global norm before it.

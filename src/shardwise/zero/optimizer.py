@@ -6,7 +6,7 @@ instead of the model's parameters, the pieces of them that lie in this rank's ma
     group 0: [q.lora_A (8, 512), q.lora_B (512, 8)]   ->   rank 0: [q.lora_A[0:4096], q.lora_B[0:1024]]
                                                            rank 1: [q.lora_B[1024:4096]]
 
-An elementwise optimizer cannot tell the difference. One that looks at whole rows, matrices or gradients can, and is refused.
+An elementwise optimizer cannot tell the difference. One that looks at whole rows, matrices or gradients can: see trial.py.
 `step` and `zero_grad` are set on the instance, as torch's LR schedulers do with `step`, because a step must first clip,
 check for overflow and attach the gradients, and afterwards publish the weights. `state_dict` and `load_state_dict` are too, see
 optimizer_dict.py.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import types
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 from weakref import WeakMethod, WeakValueDictionary
 
@@ -35,6 +36,7 @@ from .groups import Groups
 from .held import HeldGradients, multiply
 from .optimizer_dict import OptimizerDict
 from .optimizer_state import OptimizerState, has_stepped
+from .optimizer_verbs import OwnVerbs
 from .plan import Tier
 from .portions import Role
 from .precision import LossScaler
@@ -42,6 +44,7 @@ from .residency import Residency
 from .running import holding, run_step
 from .sharded import ShardedModel
 from .shards import Shard, Visits
+from .trial import Handling, Trial
 from .unit import Unit
 
 log = logging.getLogger("shardwise")
@@ -85,10 +88,11 @@ class ShardedOptimizer:
         self.step_was_skipped = False
         self.steps = 0
         self._losses = LossCheck(self.ranks, models[0].engine.lanes)
-        self.ranks.together(self._refuse_what_cannot_work)
+        self._trial = self.ranks.together(self._tried)
         self.groups = Groups(optimizer, self.models)
         self.held = HeldGradients(self.groups, self.models, self.scaler)
         self._visits = Visits(optimizer)
+        self._verbs: OwnVerbs | None = None
         thawed = self.ranks.together(self._to_thaw)
         for model in self.models:
             model.thawing.thaw(p for p in thawed if model.thawing.holds(p))
@@ -102,11 +106,20 @@ class ShardedOptimizer:
 
     # Taking over.
 
-    def _refuse_what_cannot_work(self) -> None:
-        optimizer, name = self.optimizer, type(self.optimizer).__name__
+    def _tried(self) -> Trial | None:
+        optimizer, models = self.optimizer, self.models
         if find_sharded_optimizer(optimizer) is not None:
-            raise PrepareError(f"this {name} has been prepared already. Prepare each optimizer once.")
-        check_elementwise(optimizer, visits=any(not g.in_place for model in self.models for g in model.gradients()))
+            raise PrepareError(
+                f"this {type(optimizer).__name__} has been prepared already. Prepare each optimizer once."
+            )
+        on_disk = any(model.plan.optimizer.tier is Tier.NVME for model in models)
+        handling = Handling(
+            parted=self.ranks.world_size > 1 and any(model.plan.optimizer.sharded for model in models),
+            visits=on_disk or any(not g.in_place for model in models for g in model.gradients()),
+            ranks=self.ranks.world_size,
+        )
+        groups = [group["params"] for group in optimizer.param_groups]
+        return check_elementwise(optimizer, groups, handling, self.ranks.device)
 
     def _to_thaw(self) -> list[Parameter]:
         """What the optimizer shall train, or has states for, and was frozen when its model was prepared."""
@@ -135,6 +148,9 @@ class ShardedOptimizer:
         for verb in (step, zero_grad, add_param_group):
             setattr(self.optimizer, verb.__name__, types.MethodType(verb, self.optimizer))
         OptimizerDict(self.states, self.groups).install()
+        if self._trial is not None:
+            self._verbs = OwnVerbs(self.states, self.held, self._trial)
+            self._verbs.install()
         for model in self.models:
             model.thawing.then.append(WeakMethod(self._take_thawed))
 
@@ -165,8 +181,12 @@ class ShardedOptimizer:
         def made() -> dict[str, Any]:
             with self.groups.as_given():
                 type(self.optimizer).add_param_group(self.optimizer, dict(group))
-            found = groups.pop()
-            self.groups.check([found], len(groups))
+                try:
+                    self.groups.check(groups[-1:], len(groups) - 1)
+                    if self._trial is not None:
+                        self._trial.run([*self.groups.parameters, groups[-1]["params"]])
+                finally:
+                    found = groups.pop()
             return found
 
         new = self.ranks.together(made)
@@ -247,11 +267,18 @@ class ShardedOptimizer:
         self.states.refuse_released()
         result = None
         if closure is not None:
+            if self._trial is not None:
+                self._trial.try_closure()
             with torch.enable_grad():
                 result = closure()
         self._losses.raise_if_bad()
         self.look()
+        accumulating = any(model.accumulating for model in self.models)
+        if self._trial is not None and not accumulating:
+            self._trial.look()
         if not self.held.present():
+            if self._trial is not None and not accumulating:
+                self._run()  # it may count its steps, as in plain torch
             return result
         self.steps += 1
         for model in self.models:
@@ -318,40 +345,40 @@ class ShardedOptimizer:
                 driven.found_inf = torch.zeros((), device=grads[0].device)
             else:
                 multiply(grads, factor)
-        fences = [model.engine.peers for model in self.models if model.engine.peers is not None]
-        for peers in fences:
-            peers.before_step()
-        units = [unit for model in self.models for unit in self._units(model)]
-        resting = [unit for unit in units if unit.gradients.in_place]
-        try:
+        units = [unit for model in self.models for unit in self.groups.units(model)]
+        with publishing.fenced([model.engine for model in self.models]):
             try:
-                self._step_in_place(resting, here)
+                try:
+                    self._step_in_place([unit for unit in units if _in_place(unit)], here)
+                finally:
+                    driven.grad_scale = driven.found_inf = None
+                    driven._opt_called = True  # LR schedulers check that the step came before theirs
+                    for shard in here:
+                        shard.tensor.grad = None
+                    for gradients in {id(shard.gradients): shard.gradients for shard in here}.values():
+                        if id(gradients) in self.groups.sole and gradients.dtype_at_rest == gradients.master.dtype:
+                            gradients.stepped()
+                for model in self.models:
+                    visiting = [unit for unit in self.groups.units(model) if not _in_place(unit)]
+                    if visiting:
+                        shards = [shard for shard in self.groups.shards if not shard.gradients.in_place]
+                        self._visits.step(model, visiting, shards, factor, fused=self.groups.fused)
+                    if model.engine.stores.uses_disk:
+                        model.drain()
             finally:
-                driven.grad_scale = driven.found_inf = None
-                driven._opt_called = True  # LR schedulers check that the step came before theirs
-                for shard in here:
-                    shard.tensor.grad = None
-                for gradients in {id(shard.gradients): shard.gradients for shard in here}.values():
-                    if id(gradients) in self.groups.sole and gradients.dtype_at_rest == gradients.master.dtype:
-                        gradients.stepped()
-            for model in self.models:
-                visiting = [unit for unit in self._units(model) if not unit.gradients.in_place]
-                if visiting:
-                    shards = [shard for shard in self.groups.shards if not shard.gradients.in_place]
-                    self._visits.step(model, visiting, shards, factor, fused=self.groups.fused)
-                if model.engine.stores.uses_disk:
-                    model.drain()
-        finally:
-            publishing.arrive(units)
-            for peers in fences:
-                peers.after_step()
+                publishing.arrive(units)
+
+    def _run(self) -> None:
+        """The class's step, on what is in place."""
+        with self._verbs.as_in_the_class() if self._verbs is not None else nullcontext():
+            run_step(self.optimizer)
 
     def _step_in_place(self, units: Sequence[Unit], shards: Sequence[Shard]) -> None:
         """Step `shards`, which have their gradients, and send the weights of `units` as soon as they are there."""
         groups = publishing.in_groups(units)
         apart = len(groups) > 1 and steps_in_parts(self.optimizer)
         if not apart:
-            run_step(self.optimizer)
+            self._run()
         for group in groups:
             if apart:
                 mine = {id(unit.gradients) for unit in group}
@@ -360,9 +387,6 @@ class ShardedOptimizer:
             for unit in group:
                 unit.cast()
             publishing.send(group)
-
-    def _units(self, model: ShardedModel) -> list[Any]:
-        return [u for u in model.units if u.gradients is not None and id(u.gradients) in self.groups.members]
 
     def _agree(self) -> Tensor | None:
         """The gradients' global 2-norm as the step will see it before clipping, if anything needs it. One all_reduce.
@@ -387,3 +411,7 @@ class ShardedOptimizer:
         factor, scale = self.held.outstanding()
         norm = facts[0].sqrt() / scale
         return norm if factor is None else norm * factor
+
+
+def _in_place(unit: Unit) -> bool:
+    return unit.gradients is not None and unit.gradients.in_place
