@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,10 @@ from torch import Tensor
 from ..errors import StoreError
 from ..zero.plan import Tier
 from ..zero.streams import Lanes
+from .files import PAGE
 from .store import Arrival, Done, MemoryStore, Slab
+from .threads import DeviceThreads
 
-PAGE = 4096
 BLOCK = 8 << 20  # bytes; smaller ones do not saturate a drive
 
 
@@ -35,7 +36,7 @@ class HostStore(MemoryStore):
     def __init__(self, lanes: Lanes) -> None:
         super().__init__(lanes)
         self._ring = Ring(pinned=True)
-        self._pool: ThreadPoolExecutor | None = None
+        self._threads = DeviceThreads(1, "shardwise-add", lanes.device)
         self._adding: list[Future[None]] = []
 
     def allocate(self, numel: int, dtype: torch.dtype, name: str) -> Slab:
@@ -49,8 +50,6 @@ class HostStore(MemoryStore):
         if self.lanes.device.type == "cpu":
             slab.tensor.add_(source)
             return Done(None)
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="shardwise-add")
         step = BLOCK // source.element_size()
         before = [event for event in slab.writes.values() if event is not None]
         event = None
@@ -61,11 +60,12 @@ class HostStore(MemoryStore):
                 landing = block.memory[: part.nbytes].view(part.dtype)
                 landing.copy_(part, non_blocking=True)
                 event = block.event = self.lanes.down.mark()
-            self._adding.append(self._pool.submit(self._add, slab, begin, landing, block, before))
+            self._adding.append(self._threads.submit(self._add, slab, begin, landing, block, before))
         return Done(event)
 
     def _add(self, slab: Slab, begin: int, landing: Tensor, block: Block, before: Sequence[torch.Event]) -> None:
         try:
+            self._threads.take_device()
             for event in (*before, block.event):
                 if event is not None:
                     event.synchronize()
@@ -74,10 +74,11 @@ class HostStore(MemoryStore):
             self._ring.give(block)
 
     def drain(self) -> None:
-        """Return once everything that was added is in its slab."""
-        for future in self._adding:
-            future.result()
-        self._adding.clear()
+        """Return once everything that was added is in its slab. Raises StoreError for the first that is not."""
+        adding, self._adding = self._adding, []
+        failed = [error for future in adding if (error := future.exception()) is not None]
+        if failed:
+            raise failed[0]
 
     @property
     def staging_nbytes(self) -> int:
@@ -85,8 +86,7 @@ class HostStore(MemoryStore):
         return self._ring.nbytes
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
+        self._threads.close()
 
 
 @dataclass
@@ -116,7 +116,8 @@ class Ring:
                 block = self._free.popleft()
             else:
                 self._made += 1
-                block = Block(host_tensor(BLOCK, torch.uint8, pinned=self._pinned))
+                with torch.inference_mode(False):  # it outlives the script's
+                    block = Block(host_tensor(BLOCK, torch.uint8, pinned=self._pinned))
         if block.event is not None:
             block.event.synchronize()
             block.event = None

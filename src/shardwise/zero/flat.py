@@ -179,8 +179,8 @@ class FlatBuffer:
         storage = self.whole.untyped_storage()
         if storage.resizable():
             return storage
-        self.whole.data = torch.empty_like(self.whole)
-        with unasked():
+        with torch.inference_mode(False), unasked():  # it outlives the script's
+            self.whole.data = torch.empty_like(self.whole)
             for index, member in enumerate(self.members):
                 _DATA.__set__(member.parameter, self.view(index))
         return self.whole.untyped_storage()

@@ -62,6 +62,7 @@ class HeldGradients:
     def look(self) -> None:
         """Take over what the script has done to gradients."""
         for model in self.models:
+            model.thawing.catch_up()
             model.look_at_gradients()
 
     def unscale(self) -> None:
@@ -111,22 +112,25 @@ class HeldGradients:
             norm = total.sqrt() / scale
         else:
             self.wait_for_host()
-            norm = global_norm(self._gradients(shards), float(norm_type), self.ranks, sharded=sharded) / scale
+            held, dtype = self._gradients(shards), self.groups.norm_dtype
+            norm = global_norm(held, float(norm_type), self.ranks, dtype, sharded=sharded) / scale
         if earlier is not None:
             norm = norm * earlier
-        factor = clip_factor(norm, float(max_norm))
-        later = factor if earlier is None else earlier * factor
-        everything = self.groups.is_all(parameters)
+        self.scale(shards, clip_factor(norm, float(max_norm)), everything=self.groups.is_all(parameters))
+        return norm
+
+    def scale(self, shards: Sequence[Shard], factor: Tensor, *, everything: bool) -> None:
+        """Multiply the gradients of `shards`. everything: these are all, and the step does it in its own pass."""
+        earlier, _ = self.outstanding()
         apart = [s for s in shards if not everything or id(s.gradients) not in self.groups.sole]
-        if everything:  # the step multiplies, in its own pass
+        if everything:
             for gradients in self.present():
                 if id(gradients) in self.groups.sole:
-                    gradients.factor = later
+                    gradients.factor = factor if earlier is None else earlier * factor
         if apart:
             self.wait_for_host()
             multiply(self._gradients(apart), factor)
             self._changed(apart)
-        return norm
 
     def square(self) -> Tensor:
         """The squared 2-norm of this rank's part of the gradients of all parameters, on the device.
@@ -145,7 +149,7 @@ class HeldGradients:
         rest = [shard for shard in self.groups.shards if id(shard.gradients) not in known]
         if any(shard.gradients.host is not None for shard in rest):
             self.wait_for_host()
-        total = power_sum(self._gradients(rest), 2.0, self.ranks.device)
+        total = power_sum(self._gradients(rest), 2.0, self.ranks.device, self.groups.norm_dtype)
         for square in known.values():
             total = total + square
         return total
@@ -166,10 +170,9 @@ class HeldGradients:
         for gradients in self.present():
             gradients.apply_factor()
         _, scale = self.outstanding()
-        self._changed(self.groups.shards)
-        grads = self._gradients(
-            self.groups.chosen([parameters] if isinstance(parameters, Tensor) else list(parameters))
-        )
+        shards = self.groups.chosen([parameters] if isinstance(parameters, Tensor) else list(parameters))
+        self._changed(shards)
+        grads = self._gradients(shards)
         limit = float(value) * scale
         if grads:
             torch._foreach_clamp_min_(grads, -limit)

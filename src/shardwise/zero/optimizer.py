@@ -31,7 +31,6 @@ from . import publishing
 from .clipping import clip_factor
 from .collectives import Ranks
 from .elementwise import check_elementwise, steps_in_parts
-from .finite import LossCheck
 from .groups import Groups
 from .held import HeldGradients, multiply
 from .optimizer_dict import OptimizerDict
@@ -46,6 +45,7 @@ from .sharded import ShardedModel
 from .shards import Shard, Visits
 from .trial import Handling, Trial
 from .unit import Unit
+from .verdicts import Verdicts
 
 log = logging.getLogger("shardwise")
 
@@ -87,7 +87,7 @@ class ShardedOptimizer:
         self.gradient_clipping = gradient_clipping
         self.step_was_skipped = False
         self.steps = 0
-        self._losses = LossCheck(self.ranks, models[0].engine.lanes)
+        self._verdicts = Verdicts(self.ranks, models[0].engine.lanes)
         self._trial = self.ranks.together(self._tried)
         self.groups = Groups(optimizer, self.models)
         self.held = HeldGradients(self.groups, self.models, self.scaler)
@@ -206,13 +206,13 @@ class ShardedOptimizer:
         """Another run's states have been loaded: forget what was under way for a step, and count from there."""
         self.steps = steps
         self.step_was_skipped = step_was_skipped
-        self._losses.reset()
+        self._verdicts.begin_anew()
 
     # The loss.
 
     def raise_if_bad(self) -> None:
-        """Raise NonFiniteError if the loss of an earlier step was NaN or infinite on any rank; every rank raises it."""
-        self._losses.raise_if_bad()
+        """Raise what an earlier step's message said: NonFiniteError, or ConfigError if ranks differ; every rank does."""
+        self._verdicts.raise_if_bad()
 
     def note_loss(self, loss: Tensor) -> None:
         """A micro-batch's backward is about to begin. Remember whether its loss is finite; the step reports it.
@@ -220,9 +220,9 @@ class ShardedOptimizer:
         No synchronisation.
         """
         if self.scaler.enabled:
-            self.held.carry_scale()
-            return  # fp16 overflows by design; the scaler deals with it
-        self._losses.note(loss)
+            self.held.carry_scale()  # fp16 overflows by design; the scaler deals with it
+        else:
+            self._verdicts.note_loss(loss)
 
     # Clipping.
 
@@ -236,10 +236,12 @@ class ShardedOptimizer:
 
     def clip_norm(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
         """See `HeldGradients.clip_norm`. Collective."""
+        self._verdicts.note_clipping(max_norm=float(max_norm), norm_type=float(norm_type))
         return self.held.clip_norm(parameters, max_norm, norm_type)
 
     def clip_value(self, parameters: Iterable[Tensor], value: float) -> None:
         """See `HeldGradients.clip_value`."""
+        self._verdicts.note_clipping(clip_value=float(value))
         self.held.clip_value(parameters, value)
 
     def ledger(self) -> dict[tuple[Role, Tier], int]:
@@ -256,9 +258,14 @@ class ShardedOptimizer:
         return found
 
     def holds(self, parameters: Iterable[Tensor]) -> bool:
-        """Whether any of `parameters` is driven by this optimizer."""
-        mine = {id(parameter) for parameter in self.groups.driven()}
+        """Whether any of `parameters` is in the optimizer's groups, frozen or not."""
+        mine = {id(parameter) for own in self.groups.parameters for parameter in own}
         return any(id(p) in mine for p in parameters)
+
+    def knows(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether all of `parameters` are its models'."""
+        mine = {id(parameter) for model in self.models for parameter in model.model.parameters()}
+        return all(id(p) in mine for p in parameters)
 
     # The step.
 
@@ -271,7 +278,7 @@ class ShardedOptimizer:
                 self._trial.try_closure()
             with torch.enable_grad():
                 result = closure()
-        self._losses.raise_if_bad()
+        self._verdicts.raise_if_bad()
         self.look()
         accumulating = any(model.accumulating for model in self.models)
         if self._trial is not None and not accumulating:
@@ -308,7 +315,7 @@ class ShardedOptimizer:
         """
         if any(model.accumulating and not model.sync_gradients for model in self.models):
             return
-        self._losses.forget()
+        self._verdicts.forget()
         if not set_to_none:
             self.look()
         for gradients, indices in self.groups.members.values():
@@ -319,14 +326,13 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def _apply(self, norm: Tensor | None) -> None:
+        if self.gradient_clipping is not None:  # for good, as by torch's function: the next step may see them again
+            assert norm is not None
+            self.held.scale(self.groups.shards, clip_factor(norm, self.gradient_clipping), everything=True)
         factor, scale = self.held.outstanding()
         if scale != 1.0:
-            unscale = torch.full((), 1.0 / scale, device=self.ranks.device)
+            unscale = torch.full((), 1.0 / scale, dtype=self.groups.norm_dtype, device=self.ranks.device)
             factor = unscale if factor is None else factor * unscale
-        if self.gradient_clipping is not None:
-            assert norm is not None
-            clip = clip_factor(norm, self.gradient_clipping)
-            factor = clip if factor is None else factor * clip
         here = [shard for shard in self.groups.shards if shard.gradients.in_place]
         if any(shard.gradients.host is not None for shard in here):
             self.held.wait_for_host()
@@ -339,12 +345,16 @@ class ShardedOptimizer:
                 shard.tensor.grad = gradient.to(shard.tensor.dtype, copy=shared)
                 grads.append(shard.tensor.grad)
         driven: Any = self.optimizer
-        if factor is not None and grads:
-            if self.groups.fused:
-                driven.grad_scale = factor.reciprocal().to(grads[0].device, torch.float32)
-                driven.found_inf = torch.zeros((), device=grads[0].device)
-            else:
+        own = {id(s.gradients): s.gradients for s in here}.values()
+        multiplied = [g for g in own if id(g) in self.groups.sole and g.dtype_at_rest == g.master.dtype]
+        if factor is not None and grads and self.groups.fused:  # it multiplies in its own pass
+            driven.grad_scale = factor.reciprocal().to(grads[0].device, torch.float32)
+            driven.found_inf = torch.zeros((), device=grads[0].device)
+        else:
+            if factor is not None:
                 multiply(grads, factor)
+            for gradients in multiplied:
+                gradients.stepped()
         units = [unit for model in self.models for unit in self.groups.units(model)]
         with publishing.fenced([model.engine for model in self.models]):
             try:
@@ -355,9 +365,8 @@ class ShardedOptimizer:
                     driven._opt_called = True  # LR schedulers check that the step came before theirs
                     for shard in here:
                         shard.tensor.grad = None
-                    for gradients in {id(shard.gradients): shard.gradients for shard in here}.values():
-                        if id(gradients) in self.groups.sole and gradients.dtype_at_rest == gradients.master.dtype:
-                            gradients.stepped()
+                for gradients in multiplied:
+                    gradients.stepped()
                 for model in self.models:
                     visiting = [unit for unit in self.groups.units(model) if not _in_place(unit)]
                     if visiting:
@@ -391,21 +400,20 @@ class ShardedOptimizer:
     def _agree(self) -> Tensor | None:
         """The gradients' global 2-norm as the step will see it before clipping, if anything needs it. One all_reduce.
 
-        It carries each rank's verdict on its loss as well, so that a NaN on one rank is an error on all.
+        It carries each rank's verdict on its loss, and its rate and clipping: a NaN on one rank is an error on all.
         """
         ranks = self.ranks
         wants_norm = self.scaler.enabled or self.gradient_clipping is not None
-        # power sum, then one flag per rank
-        facts = torch.zeros(1 + ranks.world_size, device=ranks.device)
+        # power sum, then the ranks' verdicts
+        facts = torch.zeros(1 + self._verdicts.numel, dtype=self.groups.norm_dtype, device=ranks.device)
         if wants_norm:
             self.held.outstanding()
             total = self.held.square()
             facts[0] = total if self.models[0].plan.optimizer.sharded else total / ranks.world_size
-        if (bad := self._losses.taken()) is not None:
-            facts[1 + ranks.rank] = bad
+        self._verdicts.write(facts[1:], self.optimizer.param_groups)
         if ranks.world_size > 1:
             ranks.all_reduce(facts)
-        self._losses.look_at(facts[1:], self.steps)
+        self._verdicts.read(self.steps, facts[1:])
         if not wants_norm:
             return None
         factor, scale = self.held.outstanding()
