@@ -39,11 +39,15 @@ class HeldGradients:
         return [gradients for gradients, _ in self.groups.members.values() if gradients.at_rest is not None]
 
     def carry_scale(self) -> None:
-        """A backward is about to add to what is there: let that carry the loss scale too."""
-        for gradients in self.present():
-            if not gradients.scaled:
-                gradients.multiply(torch.tensor(self.scaler.value))
+        """A backward is about to add to what is there: let that carry its loss scale too."""
+        scale = self.scaler.value
+        for gradients, _ in self.groups.members.values():
+            if gradients.at_rest is not None:
+                carried = gradients.loss_scale if gradients.scaled else 1.0
+                if carried != scale:  # the step of another optimizer may have moved the scale
+                    gradients.multiply(torch.tensor(scale / carried))
                 gradients.scaled = True
+            gradients.loss_scale = scale
 
     def outstanding(self) -> tuple[Tensor | None, float]:
         """(the factor, the loss scale) that all gradients alike still wait for. Where they differ, they are multiplied now."""
