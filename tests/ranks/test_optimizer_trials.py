@@ -2,110 +2,35 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import time
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from rig.engine import inputs, largest_difference, loss_of, mine, plain_step, prepare, weights_of
+from rig.engine import inputs, largest_difference, loss_of, plain_step, prepare
 from rig.optimizers import (
     COUNT_FOR_ALL,
     NOWHERE,
     SHARDED,
     WHOLE,
-    AdamWOneCounter,
     Galore,
     Lamb,
     LambClips,
     Lion,
-    Lookahead,
     Loop,
     Noisy,
     Prodigy,
     RowNorm,
-    Sam,
-    ScheduleFree,
-    Sophia,
     StateInConstructor,
 )
+from rig.trials import groups, net, prepared, refusal, step
 
 EVERY = SHARDED | WHOLE | NOWHERE
 # "2-opt" rests on the CPU, which on a CPU is in place; "3-disk" visits.
 PLANS = ("0", "1", "2", "3", "2-opt", "3-disk")
-
-
-class Net(nn.Module):
-    """Parameters of no, one, two and four dimensions, and one of more than 512 elements."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(5, 16)
-        self.conv = nn.Conv2d(1, 2, 3, padding=1)
-        self.wide = nn.Linear(32, 40)
-        self.head = nn.Linear(40, 3)
-        self.scale = nn.Parameter(torch.tensor(0.3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.first(x)).view(-1, 1, 4, 4)
-        x = torch.tanh(self.wide(self.conv(x).flatten(1)))
-        return self.head(x) * self.scale.exp()
-
-
-def net() -> Net:
-    torch.manual_seed(5)
-    return Net()
-
-
-def groups(parameters: Any, **settings: Any) -> list[dict[str, Any]]:
-    """The group without weight decay first, as timm has it."""
-    held = list(parameters)
-    return [
-        {"params": [p for p in held if p.ndim < 2], "weight_decay": 0.0, "lr": 2e-2, **settings},
-        {"params": [p for p in held if p.ndim > 1], "weight_decay": 0.1, **settings},
-    ]
-
-
-def refusal(ranks: Any, kind: Any, plan: str, make: Any = None) -> str | None:
-    """Train with a `kind` under `plan` beside plain torch; the words of the refusal, if it is refused."""
-    from shardwise.errors import OptimizerError
-
-    model = net()
-    reference = copy.deepcopy(model)
-    build = make or (lambda parameters: kind(groups(parameters)))
-    plain = build(reference.parameters())
-    try:
-        sharded, _, stepping = prepare(ranks, model, plan, optimizer=build)
-    except OptimizerError as error:
-        return str(error)
-    modes = hasattr(kind, "train")
-    for step, batch in enumerate(inputs(5)):
-        if modes:
-            plain.train()
-            stepping.train()
-        expected = plain_step(reference, batch, ranks.world_size, step, loss_of)[ranks.rank]
-        loss = loss_of(model, mine(batch, ranks.rank, ranks.world_size))
-        loss.backward()
-        assert abs(loss.item() - expected) <= 1e-5, (step, loss.item(), expected)
-        if kind is Sophia and step % 2 == 0:
-            plain.update_hessian()
-            try:
-                stepping.update_hessian()
-            except OptimizerError as error:
-                return str(error)
-        for optimizer in (plain, stepping):
-            optimizer.step()
-            optimizer.zero_grad()
-        if modes:
-            plain.eval()
-            stepping.eval()
-            if plan != "3":  # readable at rest: the averages are published
-                assert largest_difference({n: p.detach() for n, p in model.named_parameters()}, reference) <= 2e-6
-    assert largest_difference(weights_of(sharded), reference) <= 2e-6
-    return None
 
 
 def _trains_or_is_refused(ranks: Any, name: str, plan: str) -> str | None:
@@ -127,24 +52,6 @@ def test_it_has_torchs_numbers_or_is_refused_by_name(world, name, plan):
         assert text == texts[0]
 
 
-def _prepared(ranks: Any, make: Any, plan: str = "2", model: nn.Module | None = None) -> Any:
-    """(model, the optimizer) under a plan, or the words of the refusal."""
-    from shardwise.errors import OptimizerError
-
-    model = net() if model is None else model
-    try:
-        _, _, stepping = prepare(ranks, model, plan, optimizer=make)
-    except OptimizerError as error:
-        return str(error)
-    return model, stepping
-
-
-def _step(ranks: Any, model: nn.Module, stepping: Any, batch: Tensor) -> None:
-    loss_of(model, mine(batch, ranks.rank, ranks.world_size)).backward()
-    stepping.step()
-    stepping.zero_grad()
-
-
 def _warmed_up(ranks: Any, kind: Any, tensors: bool, plan: str) -> str | None:
     """A scheduler that begins at 0 was made before prepare: in the trial nothing would move."""
 
@@ -154,7 +61,7 @@ def _warmed_up(ranks: Any, kind: Any, tensors: bool, plan: str) -> str | None:
         assert all(float(group["lr"]) == 0 for group in found.param_groups)
         return found
 
-    found = _prepared(ranks, make, plan)
+    found = prepared(ranks, make, plan)
     if isinstance(found, str):
         return found
     assert all(float(group["lr"]) == 0 for group in found[1].param_groups)
@@ -183,7 +90,7 @@ KNOWN = {
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("name", KNOWN)
 def test_torchs_own_that_see_shapes_are_refused_at_stage_0_too(world, name, n):
-    for text in world(n).run(_prepared, KNOWN[name], "0"):
+    for text in world(n).run(prepared, KNOWN[name], "0"):
         assert name in text
         assert "every zero_stage" in text
 
@@ -247,7 +154,7 @@ def _left_alone(ranks: Any) -> None:
     assert seen() == before
     assert generators() == drawn
     assert calls == []
-    _step(ranks, model, stepping, inputs(1)[0])
+    step(ranks, model, stepping, inputs(1)[0])
     assert (stepping.count, stepping.seen, float(stepping.numbers["last"])) == (1, [0, 1], 1.0)
     assert calls == ["before", "after"]
     assert stepping.chosen.__self__ is stepping
@@ -263,7 +170,7 @@ def _noise(ranks: Any) -> str | None:
     def make(parameters: Any) -> Any:
         return Noisy(parameters)
 
-    found = _prepared(ranks, make, "0")
+    found = prepared(ranks, make, "0")
     if isinstance(found, str):
         return found
     model, stepping = found
@@ -275,7 +182,7 @@ def _noise(ranks: Any) -> str | None:
         plain.step()
         plain.zero_grad()
         torch.set_rng_state(state)
-        _step(ranks, model, stepping, batch)
+        step(ranks, model, stepping, batch)
     assert largest_difference({n: p.detach() for n, p in model.named_parameters()}, reference) <= 1e-6
     return None
 
@@ -289,23 +196,23 @@ def _changed_later(ranks: Any, plan: str) -> tuple[bool, str]:
     """Without weight decay this Lamb works element by element; with it, it does not."""
     from shardwise.errors import OptimizerError
 
-    model, stepping = _prepared(ranks, lambda p: Lamb(p, weight_decay=0.0), plan)
+    model, stepping = prepared(ranks, lambda p: Lamb(p, weight_decay=0.0), plan)
     batches = inputs(4)
-    _step(ranks, model, stepping, batches[0])
+    step(ranks, model, stepping, batches[0])
     stepping.param_groups[0]["lr"] = 0.5  # a schedule
-    _step(ranks, model, stepping, batches[1])
+    step(ranks, model, stepping, batches[1])
     stepping.param_groups[0]["weight_decay"] = 0.1
     before = [p.clone() for group in stepping.param_groups for p in group["params"]]
     text = ""
     try:
-        _step(ranks, model, stepping, batches[2])
+        step(ranks, model, stepping, batches[2])
     except OptimizerError as error:
         text = str(error)
     after = [p for group in stepping.param_groups for p in group["params"]]
     moved = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
     stepping.param_groups[0]["weight_decay"] = 0.0
     stepping.zero_grad()
-    _step(ranks, model, stepping, batches[3])
+    step(ranks, model, stepping, batches[3])
     return moved, text
 
 
@@ -321,7 +228,7 @@ def _added(ranks: Any, decay: float) -> str:
 
     model = net()
     model.head.requires_grad_(False)
-    _, stepping = _prepared(ranks, lambda p: Lamb(p, weight_decay=0.0), "2", model)
+    _, stepping = prepared(ranks, lambda p: Lamb(p, weight_decay=0.0), "2", model)
     groups_before = len(stepping.param_groups)
     model.head.requires_grad_(True)
     text = ""
@@ -332,7 +239,7 @@ def _added(ranks: Any, decay: float) -> str:
     assert len(stepping.param_groups) == groups_before + (not text)
     if text:
         model.head.requires_grad_(False)
-    _step(ranks, model, stepping, inputs(1)[0])
+    step(ranks, model, stepping, inputs(1)[0])
     return text
 
 
@@ -346,7 +253,7 @@ def _vectors(ranks: Any, kind: Any, plan: str, frozen: bool) -> str | None:
     model = net()
     for p in model.parameters():
         p.requires_grad_(p.ndim == 1)  # without dimensions it would have no row at all
-    found = _prepared(ranks, lambda p: kind(model.parameters() if frozen else p), plan, model)
+    found = prepared(ranks, lambda p: kind(model.parameters() if frozen else p), plan, model)
     return found if isinstance(found, str) else None
 
 
@@ -357,179 +264,6 @@ def test_what_matters_is_what_the_groups_hold(world):
     assert pool.run(_vectors, RowNorm, "0", False) == [None] * 2  # a vector is its own row
     assert all("RowNorm" in text for text in pool.run(_vectors, RowNorm, "2", False))
     assert all("RowNorm" in text for text in pool.run(_vectors, RowNorm, "0", True))
-
-
-class Still(Loop):
-    own: ClassVar[dict[str, Any]] = {"gate": 0.0}
-
-    def one(self, p: Tensor, grad: Tensor, group: Any, state: Any) -> None:
-        p.sub_(grad, alpha=group["lr"] * group["gate"])
-
-
-class HoldsModule(Lion):
-    def __init__(self, params: Any, model: Any) -> None:
-        super().__init__(params)
-        self.model = model
-
-
-class HoldsModuleInClosure(Lion):
-    def __init__(self, params: Any, model: Any) -> None:
-        super().__init__(params)
-        self.look = lambda x: model(x) + 0
-
-
-class HoldsLock(Lion):
-    def __init__(self, params: Any) -> None:
-        import threading
-
-        super().__init__(params)
-        self.lock = threading.Lock()
-
-
-class HoldsMasters(Lion):
-    def __init__(self, params: Any) -> None:
-        super().__init__(params)
-        self.masters = torch.zeros(2 << 20)
-
-
-class FirstParameter(Loop):
-    """Keeps a number for all with the first parameter, which a rank may not have."""
-
-    def begin(self) -> None:
-        first = self.state[self.param_groups[0]["params"][0]]
-        first["n"] = first.get("n", 0) + 1
-
-    def one(self, p: Tensor, grad: Tensor, group: Any, state: Any) -> None:
-        p.sub_(grad, alpha=group["lr"])
-
-
-def _why(ranks: Any, name: str) -> str | None:
-    model = net()
-    makes = {
-        "did not move": Still,
-        "HoldsModule": lambda p: HoldsModule(p, model),
-        "'look'": lambda p: HoldsModuleInClosure(p, model),
-        "'lock'": HoldsLock,
-        "'masters'": HoldsMasters,
-        "FirstParameter": FirstParameter,
-        "the AdamW": lambda p: Lookahead(torch.optim.AdamW(p)),
-        "closure": Sam,
-    }
-    found = _prepared(ranks, makes[name], "2", model)
-    return found if isinstance(found, str) else None
-
-
-@pytest.mark.parametrize(
-    "words",
-    ["did not move", "HoldsModule", "'look'", "'lock'", "'masters'", "FirstParameter", "the AdamW", "closure"],
-)
-def test_what_cannot_be_judged_is_refused_in_words(world, words):
-    for text in world(3).run(_why, words):
-        assert words in text
-
-
-def _replaced(ranks: Any, how: str) -> str | None:
-    def make(parameters: Any) -> Any:
-        found = torch.optim.SGD(parameters, lr=1e-2)
-        if how == "scheduled":
-            torch.optim.lr_scheduler.StepLR(found, 1)
-        elif how == "compiled":
-            found.step = torch.compile(found.step, backend="eager")  # type: ignore[method-assign]
-        else:
-            found.step = lambda closure=None: None  # type: ignore[method-assign]
-        return found
-
-    found = _prepared(ranks, make, "2")
-    return found if isinstance(found, str) else None
-
-
-def test_a_step_that_was_replaced_on_the_object_is_refused(world):
-    assert world(1).run(_replaced, "scheduled") == [None]
-    assert world(1).run(_replaced, "compiled") == [None]
-    assert "was replaced on the object" in world(1).run(_replaced, "own")[0]
-
-
-class Sloppy(Loop):
-    """Looks at the gradient of everything, and has a helper that a step calls."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            self.move(group, 1.0)
-
-    def move(self, group: Any, share: float) -> None:
-        for p in group["params"]:
-            p.data.add_(p.grad.data, alpha=-group["lr"] * share)
-
-    def parameters_in_all(self) -> int:
-        return sum(1 for group in self.param_groups for _ in group["params"])
-
-
-def _sloppy(ranks: Any, plan: str) -> str | None:
-    return refusal(ranks, Sloppy, plan)
-
-
-@pytest.mark.parametrize("plan", ["0", "2", "3"])
-def test_one_that_calls_its_own_methods_in_a_step_works(world, plan):
-    assert world(3).run(_sloppy, plan) == [None] * 3
-
-
-class Twice(Lion):
-    """Calls a closure twice."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        if closure is not None:
-            with torch.enable_grad():
-                closure()
-        return super().step(closure)
-
-
-def _closure(ranks: Any, kind: Any) -> str:
-    from shardwise.errors import OptimizerError
-
-    model, stepping = _prepared(ranks, kind, "2")
-    calls = []
-
-    def closure() -> Tensor:
-        calls.append(1)
-        stepping.zero_grad()
-        loss = loss_of(model, mine(inputs(1)[0], ranks.rank, ranks.world_size))
-        loss.backward()
-        return loss
-
-    try:
-        first, second = stepping.step(closure), stepping.step(closure)
-    except OptimizerError as error:
-        assert not calls
-        return str(error)
-    assert len(calls) == 2
-    assert second.item() < first.item()
-    return ""
-
-
-def test_a_closure_is_called_once_or_refused(world):
-    assert world(2).run(_closure, Lion) == ["", ""]
-    assert all("calls its closure 2 times" in text for text in world(2).run(_closure, Twice))
-
-
-def _without_gradients(ranks: Any) -> None:
-    """A step without any gradient counts, as in plain torch; one in the middle of an accumulation does not."""
-    model = net()
-    sharded, _, stepping = prepare(ranks, model, "2", optimizer=AdamWOneCounter)
-    stepping.step()
-    assert stepping.param_groups[0]["step"] == 1
-    sharded.sync_gradients = False
-    loss_of(model, inputs(1)[0]).backward()
-    stepping.step()
-    assert stepping.param_groups[0]["step"] == 1
-    sharded.sync_gradients = True
-    _step(ranks, model, stepping, inputs(1)[0])
-    assert stepping.param_groups[0]["step"] == 2
-
-
-def test_a_step_without_gradients_counts_as_in_torch(world):
-    world(2).run(_without_gradients)
 
 
 def _stepped_before(ranks: Any, kind: Any, plan: str) -> str | None:
@@ -554,75 +288,6 @@ def test_states_from_before_prepare_go_on(world, kind, plan):
     assert world(3).run(_stepped_before, kind, plan) == [None] * 3
 
 
-def _in_16_bit(ranks: Any, plan: str) -> None:
-    """What `eval` makes of the masters is what every rank computes with."""
-    model = net()
-    sharded, _, stepping = prepare(ranks, model, plan, optimizer=ScheduleFree, precision="bf16")
-    stepping.train()
-    for batch in inputs(3):
-        loss_of(model, mine(batch, ranks.rank, ranks.world_size)).backward()
-        stepping.step()
-        stepping.zero_grad()
-    ways = []
-    for verb in (stepping.eval, stepping.train):
-        verb()
-        with sharded.gathered():
-            computing = {n: p.detach().clone() for n, p in model.named_parameters()}
-        masters = sharded.whole.state_dict()
-        everybody = ranks.gather_objects(computing)
-        for name, value in (masters or {}).items():
-            assert all(torch.equal(other[name], value.to(other[name].dtype)) for other in everybody), name
-        ways.append(computing)
-    assert any(not torch.equal(ways[0][name], ways[1][name]) for name in ways[0])
-
-
-@pytest.mark.parametrize("plan", ["0", "1", "2", "3"])
-def test_a_mode_of_its_own_reaches_every_rank_in_16_bit(world, plan):
-    world(3).run(_in_16_bit, plan)
-
-
-def _alone(ranks: Any) -> str:
-    from shardwise.errors import OptimizerError
-
-    model, stepping = _prepared(ranks, Sophia, "2")
-    loss_of(model, inputs(1)[0]).backward()
-    try:
-        stepping.update_hessian(beta=0.5)  # no such argument
-    except OptimizerError as error:
-        return str(error)
-    return ""
-
-
-def test_a_method_that_fails_in_its_trial_changes_nothing(world):
-    assert all("Sophia.update_hessian()" in text for text in world(2).run(_alone))
-
-
-class RowHessian(Sophia):
-    @torch.no_grad()
-    def update_hessian(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and p.ndim:
-                    mean = p.grad.square().mean(-1, keepdim=True).expand_as(p)
-                    self.state[p]["hessian"] = mean.clone()
-
-
-def _rows(ranks: Any) -> str:
-    from shardwise.errors import OptimizerError
-
-    model, stepping = _prepared(ranks, RowHessian, "2")
-    _step(ranks, model, stepping, inputs(1)[0])
-    try:
-        stepping.update_hessian()
-    except OptimizerError as error:
-        return str(error)
-    return ""
-
-
-def test_a_method_of_its_own_is_tried_before_it_works(world):
-    assert all("RowHessian.update_hessian() cannot work on shards" in text for text in world(2).run(_rows))
-
-
 def _many_groups(ranks: Any) -> float:
     model = nn.Sequential(*(nn.Linear(30, 30) for _ in range(100)))
     began = time.perf_counter()
@@ -637,7 +302,7 @@ def test_many_groups_are_tried_quickly(world):
 
 def _double_precision(ranks: Any, plan: str) -> str | None:
     model = nn.Linear(5, 3).double()
-    found = _prepared(ranks, Lion, plan, model)
+    found = prepared(ranks, Lion, plan, model)
     if isinstance(found, str):
         return found
     for batch in inputs(2):
@@ -649,53 +314,3 @@ def _double_precision(ranks: Any, plan: str) -> str | None:
 
 def test_weights_of_64_bits_are_tried_in_64(world):
     assert world(2).run(_double_precision, "2") == [None, None]
-
-
-class Shell:
-    """An optimizer in the manner of apex: with groups, and no torch optimizer."""
-
-    def __init__(self, inner: Any) -> None:
-        self.optimizer = inner
-
-    @property
-    def param_groups(self) -> Any:
-        return self.optimizer.param_groups
-
-    def step(self) -> None:
-        self.optimizer.step()
-
-
-def _wrapped(ranks: Any, how: str) -> str:
-    from accelerate.optimizer import AcceleratedOptimizer
-    from accelerate.state import AcceleratorState
-
-    from shardwise import Accelerator
-    from shardwise.errors import OptimizerError
-    from shardwise.process import forget_run
-
-    forget_run()
-    model = net()
-    inner = torch.optim.AdamW(model.parameters())
-    try:
-        accelerator = Accelerator(cpu=True)
-        if how == "accelerate":
-            AcceleratorState(cpu=True, _from_accelerator=True)
-            outer: Any = AcceleratedOptimizer(inner)
-        else:
-            outer = Shell(inner)
-        accelerator.prepare(model, outer)
-    except OptimizerError as error:
-        return str(error)
-    finally:
-        AcceleratorState._reset_state(True)
-        forget_run()
-    return ""
-
-
-def test_objects_around_an_optimizer_are_refused_with_the_one_inside(world):
-    text = world(1).run(_wrapped, "shell")[0]
-    assert "Shell" in text
-    assert ".optimizer, a AdamW" in text
-    text = world(1).run(_wrapped, "accelerate")[0]
-    assert "AcceleratedOptimizer" in text
-    assert "AdamW" in text
