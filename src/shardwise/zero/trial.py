@@ -34,7 +34,6 @@ from .rehearsal import Cuts, Outcome, StandIn, Verb, Way, is_like, leaves, rehea
 # like one before it takes few.
 _ROOM, _LITTLE_ROOM = 20_000, 60
 _STEPS = 4
-_TOLERANCE = 1e-5  # of the way that a weight has gone
 INSTEAD = (
     "Take an optimizer that works element by element, as torch's Adam, AdamW, SGD, Adagrad, RMSprop and their like."
 )
