@@ -16,6 +16,7 @@ from rig.optimizers import (
     NOWHERE,
     SHARDED,
     WHOLE,
+    Blockwise,
     Galore,
     Lamb,
     LambClips,
@@ -314,3 +315,18 @@ def _double_precision(ranks: Any, plan: str) -> str | None:
 
 def test_weights_of_64_bits_are_tried_in_64(world):
     assert world(2).run(_double_precision, "2") == [None, None]
+
+
+def _large_in_the_second(ranks: Any) -> str | None:
+    """Moments in 8 bits are for large parameters: here only the second of two groups that are alike has one."""
+    model = nn.Sequential(nn.Linear(5, 5, bias=False), nn.Linear(5, 300, bias=False))
+
+    def make(parameters: Any) -> Any:
+        return Blockwise([{"params": [p]} for p in parameters])
+
+    found = prepared(ranks, make, "2", model)
+    return found if isinstance(found, str) else None
+
+
+def test_groups_that_are_alike_are_tried_with_parameters_of_their_sizes(world):
+    assert all("Blockwise" in text for text in world(2).run(_large_in_the_second))

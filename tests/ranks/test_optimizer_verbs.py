@@ -169,3 +169,34 @@ def _rows(ranks: Any) -> str:
 
 def test_a_method_of_its_own_is_tried_before_it_works(world):
     assert all("RowHessian.update_hessian() cannot work on shards" in text for text in world(2).run(_rows))
+
+
+class Measures(Lion):
+    """Has a look at its parameters, and says what it saw."""
+
+    @torch.no_grad()
+    def norm(self) -> float:
+        return float(torch.stack([p.norm() for group in self.param_groups for p in group["params"]]).norm())
+
+    @torch.no_grad()
+    def rates(self) -> list[float]:
+        return [group["lr"] for group in self.param_groups if group["params"] is not None]
+
+
+def _measured(ranks: Any) -> tuple[str, list[float]]:
+    from shardwise.errors import OptimizerError
+
+    model, stepping = prepared(ranks, Measures, "2")
+    step(ranks, model, stepping, inputs(1)[0])
+    try:
+        stepping.norm()
+    except OptimizerError as error:
+        return str(error), stepping.rates()
+    return "", []
+
+
+def test_what_a_method_returns_is_of_the_whole_or_refused(world):
+    for text, rates in world(2).run(_measured):
+        assert "Measures.norm()" in text
+        assert "what it returned was of this rank's own parts" in text
+        assert rates == [1e-2]

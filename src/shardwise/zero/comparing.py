@@ -33,6 +33,10 @@ def difference(stand_ins: Sequence[StandIn], reference: Outcome, found: Outcome)
                 continue  # no more than a mark of what was done already; it is not saved either
             if not is_same(one, other):
                 return f"{words} was {_shown(other)} on a rank, and not {_shown(one)},"
+    for given in found.returned:
+        for words in sorted(reference.returned[0].keys() | given.keys()):
+            if not is_same(reference.returned[0].get(words), given.get(words)):
+                return f"{words} was of this rank's own parts"
     return None
 
 

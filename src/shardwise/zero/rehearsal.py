@@ -75,6 +75,7 @@ class Outcome:
 
     before, kept: what the first twin had, and each has, beside states of parameters, by words for it.
     holding: which of them have parts. moved_away: stand-ins whose memory was replaced. draws: whether random numbers were.
+    returned: what the last verb gave each.
     """
 
     weights: list[list[Tensor]] = field(default_factory=list)
@@ -83,6 +84,7 @@ class Outcome:
     kept: list[dict[str, Any]] = field(default_factory=list)
     holding: list[bool] = field(default_factory=list)
     moved_away: list[int] = field(default_factory=list)
+    returned: list[dict[str, Any]] = field(default_factory=list)
     draws: bool = False
 
 
@@ -111,9 +113,10 @@ def rehearse(
         for place, verb in enumerate(verbs):
             size = _SIZES[place % len(_SIZES)]
             gradients = [(torch.randn(s.start.shape, generator=source) * size).to(s.start) for s in stand_ins]
+            found.returned = []
             for made, parts in twins:
                 play = _play_visiting if way.visits and verb.name == "step" else _play
-                play(made, parts, gradients, verb)
+                found.returned.append(dict(leaves(play(made, parts, gradients, verb), "what it returned")))
             found.weights.append(_weights(stand_ins, [part for _, parts in twins for part in parts]))
         found.draws = have_drawn()
     found.states = [[] for _ in stand_ins]
@@ -229,17 +232,18 @@ def _gradient(part: _Part, gradients: Sequence[Tensor]) -> Tensor:
     return gradients[part.number].reshape(-1)[part.begin : part.end].clone().view(part.values.shape)
 
 
-def _play(made: Any, parts: Sequence[_Part], gradients: Sequence[Tensor], verb: Verb) -> None:
+def _play(made: Any, parts: Sequence[_Part], gradients: Sequence[Tensor], verb: Verb) -> Any:
     for part in parts:
         part.tensor.grad = _gradient(part, gradients)
-    call(made, verb)
+    result = call(made, verb)
     for part in parts:
         part.tensor.grad = None
+    return result
 
 
-def _play_visiting(made: Any, parts: Sequence[_Part], gradients: Sequence[Tensor], verb: Verb) -> None:
+def _play_visiting(made: Any, parts: Sequence[_Part], gradients: Sequence[Tensor], verb: Verb) -> Any:
     """As `Visits` does: the optimizer steps what is in place, here nothing, and a double each part."""
-    call(made, verb)
+    result = call(made, verb)
     for part in parts:
         one = double(made)
         piece = Parameter(part.values)
@@ -250,6 +254,7 @@ def _play_visiting(made: Any, parts: Sequence[_Part], gradients: Sequence[Tensor
             one.state[piece] = made.state[part.tensor]
         call(one, verb)
         made.state[part.tensor] = one.state[piece]
+    return result
 
 
 def _weights(stand_ins: Sequence[StandIn], parts: Sequence[_Part]) -> list[Tensor]:

@@ -31,7 +31,7 @@ from .precision import Precision
 from .rehearsal import Cuts, Outcome, StandIn, Verb, Way, is_like, leaves, rehearse, setting
 
 # Elements of a stand-in: more than what optimizers of 8 bits leave in 32 (4,096, or 16,384), and some blocks of them. A group
-# like one before it takes few.
+# like one before it, with parameters of such sizes, takes few.
 _ROOM, _LITTLE_ROOM = 20_000, 60
 _STEPS = 4
 INSTEAD = (
@@ -88,7 +88,7 @@ class Trial:
         self._stand_ins = []
         for number, parameters in enumerate(groups):
             signs = tuple(sign for _, sign in self._kind(number))
-            kind = signs, frozenset(p.ndim for p in parameters)
+            kind = signs, frozenset((p.ndim, min(p.numel(), _ROOM).bit_length()) for p in _chosen(parameters))
             room = _LITTLE_ROOM if kind in known else _ROOM
             known.add(kind)
             self._stand_ins += [self._stand_in(number, p, room) for p in _chosen(parameters)]
