@@ -245,6 +245,7 @@ def _added(ranks: Any, decay: float) -> str:
     assert len(stepping.param_groups) == groups_before + (not text)
     if text:
         model.head.requires_grad_(False)
+        stepping.param_groups[0]["beta"] = 0.9  # which is tried, without the group that was refused
     step(ranks, model, stepping, inputs(1)[0])
     return text
 

@@ -34,6 +34,7 @@ from .rehearsal import Cuts, Outcome, StandIn, Verb, Way, is_like, leaves, rehea
 # like one before it, with parameters of such sizes, takes few.
 _ROOM, _LITTLE_ROOM = 20_000, 60
 _STEPS = 4
+_CLOSURE = "step(closure)"
 INSTEAD = (
     "Take an optimizer that works element by element, as torch's Adam, AdamW, SGD, Adagrad, RMSprop and their like."
 )
@@ -84,16 +85,21 @@ class Trial:
     def run(self, groups: Sequence[Sequence[Tensor]]) -> None:
         """Try it with these parameters in its groups, the user's. Raises OptimizerError if it cannot work on shards."""
         refuse_what_it_reaches(self.optimizer)
+        before = self._stand_ins, self._others
         known: set[Any] = set()
         self._stand_ins = []
-        for number, parameters in enumerate(groups):
-            signs = tuple(sign for _, sign in self._kind(number))
-            kind = signs, frozenset((p.ndim, min(p.numel(), _ROOM).bit_length()) for p in _chosen(parameters))
-            room = _LITTLE_ROOM if kind in known else _ROOM
-            known.add(kind)
-            self._stand_ins += [self._stand_in(number, p, room) for p in _chosen(parameters)]
         self._others = [id(p) for parameters in groups for p in parameters]
-        self._try_all()
+        try:
+            for number, parameters in enumerate(groups):
+                signs = tuple(sign for _, sign in self._kind(number))
+                kind = signs, frozenset((p.ndim, min(p.numel(), _ROOM).bit_length()) for p in _chosen(parameters))
+                room = _LITTLE_ROOM if kind in known else _ROOM
+                known.add(kind)
+                self._stand_ins += [self._stand_in(number, p, room) for p in _chosen(parameters)]
+            self._try_all()
+        except OptimizerError:  # a group that is not added after all
+            self._stand_ins, self._others = before
+            raise
 
     def look(self) -> None:
         """Try it once more if settings have become others than those that were tried. Raises OptimizerError.
@@ -113,7 +119,9 @@ class Trial:
         self._verbs.add(name)
 
     def try_closure(self) -> None:
-        """Raise OptimizerError unless `step(closure)` calls the closure once and then does what `step()` does."""
+        """Raise OptimizerError unless `step(closure)` calls the closure once and then does what `step()` does. Tried once."""
+        if _CLOSURE in self._verbs:
+            return
         calls = 0
 
         def closure() -> Tensor:
@@ -123,13 +131,14 @@ class Trial:
 
         begin = [Verb("train")] if self._has_modes() else []
         plain = self._rehearse(self._whole(), [*begin, Verb()], "step()")
-        given = self._rehearse(self._whole(), [*begin, Verb("step", (closure,))], "step(closure)")
+        given = self._rehearse(self._whole(), [*begin, Verb("step", (closure,))], _CLOSURE)
         same = all(torch.equal(a, b) for a, b in zip(plain.weights[-1], given.weights[-1], strict=True))
         if calls != 1 or not same:
             raise OptimizerError(
                 f"{self._name}.step(closure) calls its closure {calls} times in a step, or uses what it gives; a prepared "
                 "optimizer calls it once and then steps. Compute the loss and its backward before step(), without a closure."
             )
+        self._verbs.add(_CLOSURE)
 
     # Stand-ins.
 
