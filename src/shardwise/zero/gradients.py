@@ -76,9 +76,10 @@ class Gradients:
         self._square: Tensor | None = None
         # Whether the step will ask for `square`: set by the optimizer that clips.
         self.measured = self._leaves
-        # By which the step multiplies what is at rest; and whether that carries the loss scale.
+        # By which the step multiplies what is at rest; whether that carries the loss scale; and that of the last backward.
         self.factor: Tensor | None = None
         self.scaled = True
+        self.loss_scale = 1.0
         self._changes = 0
         self.shown = Shown(self, engine.norms)
         engine.norms.count(self)
