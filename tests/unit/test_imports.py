@@ -106,6 +106,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "zero.quantised",
         "zero.reducing",
         "zero.saved",
+        "zero.statistics",
         "zero.schedule",
         "zero.hooks",
         "zero.publishing",

@@ -209,7 +209,7 @@ _reduce = Parameter.__reduce_ex__
 
 
 def _reduced(parameter: Parameter, protocol: Any) -> Any:
-    """What pickle takes of any Parameter; of a guarded one its own elements, where torch would take the whole unit's storage."""
+    """What pickle takes of any Parameter; of a guarded one its own elements, where torch takes the whole unit's storage."""
     found = _reduce(parameter, protocol)  # type: ignore[no-untyped-call]
     if name_of(parameter) is None:
         return found

@@ -36,6 +36,7 @@ from .releasing import dissolve, log_rounded
 from .schedule import Schedule
 from .shown import Norms
 from .sources import Makers, Sources, choose_makers
+from .statistics import RunningBuffers
 from .streams import Lanes
 from .thawing import Thawing
 from .unit import Unit
@@ -74,6 +75,7 @@ class ShardedModel:
     generation_memory_budget: bytes of gathered weights while generating; "auto" for what is free, None for the fewest.
     writes:         how often a script has written into its weights.
     whole:          the weights whole, one unit at a time.
+    running_buffers: those that forwards change.
     sync_gradients: set False before a backward whose gradients are accumulated only. accumulating: the last one was so.
     Collective: every rank calls it with an equally built model; rank 0's weights are everybody's afterwards.
     Raises PrepareError for a model that is prepared already, has weights on the meta device, or fits no unit name.
@@ -131,6 +133,7 @@ class ShardedModel:
         self._builder = Builder(self._engine, plan, precision, whole_adapters, self._quantised, own_sources, makers)
         with torch.no_grad():
             place_buffers(model, ranks)
+            self.running_buffers = RunningBuffers(model, ranks)
             self.units = self._builder.units(specs)
         self.drain()
         if peers is not None:
@@ -219,6 +222,7 @@ class ShardedModel:
                 g.used = list(islice(flags, len(g.used)))
             if thaws:
                 self.thawing.thaw()
+            self.running_buffers.step_ends()
         for g in self.gradients():
             g.shown.show()
 
