@@ -6,9 +6,9 @@ together anyway, so that whatever comes in between (an evaluation of one rank, a
     step     rank 0 mean 0.1 -> 0.3     rank 1 mean 0.1 -> 0.7      each of its own batch
     then     rank 0 mean 0.3            rank 1 mean 0.3
 
-Nothing is sent for modules whose buffers never change. Normalisations of torch that track statistics are known to change theirs.
-Of other modules the ranks tell each other, in the first two steps, which have done so. A module's buffers count together: kernels
-write statistics without raising a version, but a count beside them has one.
+Nothing is sent for modules whose buffers never change. Normalisations of torch that track statistics are known to change them.
+Of other modules the ranks tell each other, in the first two steps, which have done so. A module's buffers count together:
+kernels write statistics without raising a version, but a count beside them has one.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class RunningBuffers:
             return
         counts = torch.tensor(sizes[1:], device=device)
         kept = sent[: len(places)].repeat_interleave(counts, output_size=sum(sizes[1:])).bool()
-        found = torch.where(kept, sent[sizes[0] :], own[sizes[0] :]).split(sizes[1:])
+        found = torch.split(torch.where(kept, sent[sizes[0] :], own[sizes[0] :]), sizes[1:])
         for place, part, buffer in zip(places, found, there, strict=True):
             if buffer is not None:
                 # Through `data`: kernels write statistics without raising a version, so no graph minds.
