@@ -120,6 +120,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("zero.intervals", "zero.exchange"),
     (
         "zero.access",
+        "zero.averaging",
         "zero.groups",
         "zero.optimizer",
         "zero.optimizer_dict",

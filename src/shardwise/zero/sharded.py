@@ -75,7 +75,7 @@ class ShardedModel:
     generation_memory_budget: bytes of gathered weights while generating; "auto" for what is free, None for the fewest.
     writes:         how often a script has written into its weights.
     whole:          the weights whole, one unit at a time.
-    running_buffers: those that forwards change.
+    running_buffers: those that forwards change. swapped: its weights are averages now, see `averaging.py`.
     sync_gradients: set False before a backward whose gradients are accumulated only. accumulating: the last one was so.
     Collective: every rank calls it with an equally built model; rank 0's weights are everybody's afterwards.
     Raises PrepareError for a model that is prepared already, has weights on the meta device, or fits no unit name.
@@ -105,6 +105,7 @@ class ShardedModel:
         self.sync_gradients = True
         self.accumulating = False
         self.released = False
+        self.swapped = False
         self.gpu_memory_budget = gpu_memory_budget
         self.after_step: list[Callable[[], None]] = []
         self.writes = 0
