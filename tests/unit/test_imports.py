@@ -84,6 +84,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "zero.handed",
         "zero.buffers",
         "zero.stand_ins",
+        "zero.structure",
         "zero.meeting",
         "zero.joining",
         "zero.collectives",

@@ -38,6 +38,7 @@ from .shown import Norms
 from .sources import Makers, Sources, choose_makers
 from .statistics import RunningBuffers
 from .streams import Lanes
+from .structure import Structure
 from .thawing import Thawing
 from .unit import Unit
 from .units import UnitSpec, find_units
@@ -147,12 +148,13 @@ class ShardedModel:
         self._hooks = Hooks(
             self.schedule,
             root=model,
-            before=self.look_at_gradients,
+            before=self._before_training,
             boundary=lambda: self.sync_gradients,
             after=self._after_backward,
             compute_dtype=dtype,
         )
         self.thawing = Thawing(self.units, self._builder, self._engine, self.schedule, self._hooks, self.drain)
+        self._structure = Structure(model, lambda: {id(p) for p in self._parameters()})
         _sharded[id(model)] = self
 
     @staticmethod
@@ -162,8 +164,12 @@ class ShardedModel:
 
     def holds(self, parameter: Parameter) -> bool:
         """Whether this object is one of the model's weights, as it was prepared; an empty one is in no buffer."""
+        return parameter.numel() == 0 or any(parameter is held for held in self._parameters())
+
+    def _parameters(self) -> Iterator[Parameter]:
+        """Every weight that is in a buffer."""
         buffers = (b for unit in self.units for b in (unit.frozen, unit.trainable) if b is not None)
-        return parameter.numel() == 0 or any(parameter is m.parameter for b in buffers for m in b.members)
+        return (m.parameter for b in buffers for m in b.members)
 
     @property
     def engine(self) -> Engine:
@@ -226,6 +232,11 @@ class ShardedModel:
             self.running_buffers.step_ends()
         for g in self.gradients():
             g.shown.show()
+
+    def _before_training(self) -> None:
+        """A forward begins that records gradients."""
+        self._structure.check()
+        self.look_at_gradients()
 
     def look_at_gradients(self) -> None:
         """Take over what a script has done to `grad` of the parameters since a backward: dropped, assigned or changed it."""
