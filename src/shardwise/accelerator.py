@@ -413,7 +413,7 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
             for change in reversed(prepared.changes):
                 change.undo()
             prepared.sharded.release()
-        for known in (self._models, self._optimizers, self._schedulers, self._dataloaders):
+        for known in (self._models, self._optimizers, self._schedulers, self._dataloaders, self._averages):
             known.clear()
         self.step = 0
         gc.collect()

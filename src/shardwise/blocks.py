@@ -11,7 +11,7 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -51,6 +51,25 @@ def without_cache(kwargs: dict[str, Any], otherwise: str) -> bool:
     return True
 
 
+class Replacement(functools.partial[Any]):
+    """What a module has on the instance in place of a method. A copy of the module, or a file of it, has what was there before:
+
+    a closure would run on the weights of the module that was copied, and a copy is nobody's.
+    """
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str, function: Callable[..., Any], before: Any) -> Replacement:
+        """before: what the module itself had under that name; None where it was its class's."""
+        found = cls(function)
+        found._before = (module, name) if before is None else (SimpleNamespace(before=before), "before")
+        return found
+
+    _before: tuple[Any, str]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, self._before
+
+
 class ReplacedForwards:
     """The `forward` of modules, replaced on the instances until `undo`. The one thing that is hung on a user's module."""
 
@@ -58,9 +77,10 @@ class ReplacedForwards:
         self._before: list[tuple[nn.Module, Any]] = []
 
     def replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        """forward: takes the module first, so that a copy of the module runs on the copy's weights."""
-        self._before.append((module, vars(module).get("forward")))
-        module.forward = MethodType(forward, module)
+        """forward: takes the module first."""
+        own = vars(module).get("forward")
+        self._before.append((module, own))
+        module.forward = Replacement.of(module, "forward", functools.partial(forward, module), own)
 
     def undo(self) -> None:
         """Give every module the `forward` back that it had."""
@@ -80,6 +100,8 @@ def forward_of(module: nn.Module) -> Callable[..., Any]:
         return function
     if isinstance(own, MethodType):
         return own.__func__
+    if isinstance(own, Replacement) and own.args[:1] == (module,):
+        return own.func
 
     @functools.wraps(own)  # a script has put another function in its place
     def forward(_: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .blocks import Replacement
 from .errors import LossError, PrepareError, ShardwiseError
 
 CHUNK_TOKENS = 1024
@@ -155,7 +156,7 @@ class ReplacedLoss:
     def __init__(self, model: Any, loss: Callable[..., Tensor]) -> None:
         self._model = model
         self._before = vars(model).get("_loss_function")
-        model.loss_function = loss
+        model.loss_function = Replacement.of(model, "loss_function", loss, model.loss_function)
 
     def undo(self) -> None:
         """Give the model its own loss back."""
@@ -213,9 +214,14 @@ class LeanLoss(_LossInChunks):
         self._original: Callable[..., Any] = self._model.forward
         self._head_forward: Callable[..., Tensor] = self._head.forward
         self._plain = self._model.loss_function
-        self._model.forward = _in_place_of(self._original, self._forward)
-        self._head.forward = _in_place_of(self._head_forward, self._pass_or_compute)
-        self._model.loss_function = self._loss
+        own = {(id(module), name): value for module, name, value in self._before}
+        for module, forward, original in (
+            (self._model, self._forward, self._original),
+            (self._head, self._pass_or_compute, self._head_forward),
+        ):
+            with_name = _in_place_of(original, forward)
+            module.forward = Replacement.of(module, "forward", with_name, own[id(module), "forward"])
+        self._model.loss_function = Replacement.of(self._model, "loss_function", self._loss, self._plain)
 
     def _changed(self) -> tuple[tuple[Any, str], ...]:
         return (self._model, "forward"), (self._head, "forward"), (self._model, "_loss_function")

@@ -84,6 +84,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "zero.handed",
         "zero.buffers",
         "zero.stand_ins",
+        "zero.structure",
         "zero.meeting",
         "zero.joining",
         "zero.collectives",
@@ -110,6 +111,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "zero.quantised",
         "zero.reducing",
         "zero.saved",
+        "zero.statistics",
         "zero.schedule",
         "zero.hooks",
         "zero.publishing",
@@ -123,6 +125,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("zero.intervals", "zero.exchange"),
     (
         "zero.access",
+        "zero.averaging",
         "zero.groups",
         "zero.held",
         "zero.optimizer",

@@ -190,6 +190,7 @@ class Guard:
         self._closed_versions = tuple(next(_released_versions) for _ in parameters)
         self.handed = Handed(parameters, names)
         self.on_read: Callable[[str], bool] | None = None
+        Parameter.__reduce_ex__ = _reduced  # type: ignore[assignment, method-assign]
         entries = {
             key: Known(ref(parameter), name, ref(self))
             for parameter, name, version in zip(parameters, names, self._closed_versions, strict=True)
@@ -221,6 +222,19 @@ class Guard:
         """The parameters are no longer guarded; they must be open."""
         self._forget()
         self.handed.stop()
+
+
+# torch's own, which knows nothing of this file.
+_reduce = Parameter.__reduce_ex__
+
+
+def _reduced(parameter: Parameter, protocol: Any) -> Any:
+    """What pickle takes of any Parameter; of a guarded one its own elements, where torch takes the whole unit's storage."""
+    found = _reduce(parameter, protocol)  # type: ignore[no-untyped-call]
+    if name_of(parameter) is None:
+        return found
+    rebuild, (value, *more) = found
+    return rebuild, (value.clone(), *more)
 
 
 def _unknow(entries: Mapping[int, Known]) -> None:

@@ -112,8 +112,8 @@ class Hooks:
 
     def _listen(self, module: nn.Module) -> None:
         kind = list(self._entries).index(module)
-        before = partial(self._before_forward, kind, *self._entries[module])
-        after = partial(self._after_forward, self._entries[module][0])
+        before = _ModuleHook(self._before_forward, kind, *self._entries[module])
+        after = _ModuleHook(self._after_forward, self._entries[module][0])
         self._handles += [
             module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
             module.register_forward_hook(after, always_call=True),
@@ -324,6 +324,16 @@ class Hooks:
         self._after(boundary)
         if self.in_forward:  # it takes gradients by itself, such as forces of an energy, and goes on
             self.schedule.resume_forward(self._recording, [unit for unit, times in self._active.items() if times])
+
+
+class _ModuleHook(partial[Any]):
+    """A hook on a module. In a copy of the module, or in a file of it, there is one that does nothing, of Python's own.
+
+    So a copy is nobody's: it knows no engine, and who loads the file need not have this library.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")  # takes any arguments and gives None
 
 
 def _weakly(hooks: Hooks, unit: Unit, index: int) -> Callable[[Tensor], None]:

@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 from ..errors import OptimizerError, PrepareError
 from . import publishing
+from .averaging import refuse_swapped
 from .clipping import clip_factor
 from .collectives import Ranks
 from .elementwise import check_elementwise, steps_in_parts
@@ -272,6 +273,7 @@ class ShardedOptimizer:
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, if gradients are complete; nothing while they are only accumulated. Collective."""
         self.states.refuse_released()
+        refuse_swapped(self.models, "optimizer.step()")
         result = None
         if closure is not None:
             if self._trial is not None:

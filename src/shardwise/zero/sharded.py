@@ -36,7 +36,9 @@ from .releasing import dissolve, log_rounded
 from .schedule import Schedule
 from .shown import Norms
 from .sources import Makers, Sources, choose_makers
+from .statistics import RunningBuffers
 from .streams import Lanes
+from .structure import Structure
 from .thawing import Thawing
 from .unit import Unit
 from .units import UnitSpec, find_units
@@ -74,6 +76,7 @@ class ShardedModel:
     generation_memory_budget: bytes of gathered weights while generating; "auto" for what is free, None for the fewest.
     writes:         how often a script has written into its weights.
     whole:          the weights whole, one unit at a time.
+    running_buffers: those that forwards change. swapped: its weights are averages now, see `averaging.py`.
     sync_gradients: set False before a backward whose gradients are accumulated only. accumulating: the last one was so.
     Collective: every rank calls it with an equally built model; rank 0's weights are everybody's afterwards.
     Raises PrepareError for a model that is prepared already, has weights on the meta device, or fits no unit name.
@@ -103,6 +106,7 @@ class ShardedModel:
         self.sync_gradients = True
         self.accumulating = False
         self.released = False
+        self.swapped = False
         self.gpu_memory_budget = gpu_memory_budget
         self.after_step: list[Callable[[], None]] = []
         self.writes = 0
@@ -131,6 +135,7 @@ class ShardedModel:
         self._builder = Builder(self._engine, plan, precision, whole_adapters, self._quantised, own_sources, makers)
         with torch.no_grad():
             place_buffers(model, ranks)
+            self.running_buffers = RunningBuffers(model, ranks)
             self.units = self._builder.units(specs)
         self.drain()
         if peers is not None:
@@ -143,12 +148,13 @@ class ShardedModel:
         self._hooks = Hooks(
             self.schedule,
             root=model,
-            before=self.look_at_gradients,
+            before=self._before_training,
             boundary=lambda: self.sync_gradients,
             after=self._after_backward,
             compute_dtype=dtype,
         )
         self.thawing = Thawing(self.units, self._builder, self._engine, self.schedule, self._hooks, self.drain)
+        self._structure = Structure(model, lambda: {id(p) for p in self._parameters()})
         _sharded[id(model)] = self
 
     @staticmethod
@@ -158,8 +164,12 @@ class ShardedModel:
 
     def holds(self, parameter: Parameter) -> bool:
         """Whether this object is one of the model's weights, as it was prepared; an empty one is in no buffer."""
+        return parameter.numel() == 0 or any(parameter is held for held in self._parameters())
+
+    def _parameters(self) -> Iterator[Parameter]:
+        """Every weight that is in a buffer."""
         buffers = (b for unit in self.units for b in (unit.frozen, unit.trainable) if b is not None)
-        return parameter.numel() == 0 or any(parameter is m.parameter for b in buffers for m in b.members)
+        return (m.parameter for b in buffers for m in b.members)
 
     @property
     def engine(self) -> Engine:
@@ -219,8 +229,14 @@ class ShardedModel:
                 g.used = list(islice(flags, len(g.used)))
             if thaws:
                 self.thawing.thaw()
+            self.running_buffers.step_ends()
         for g in self.gradients():
             g.shown.show()
+
+    def _before_training(self) -> None:
+        """A forward begins that records gradients."""
+        self._structure.check()
+        self.look_at_gradients()
 
     def look_at_gradients(self) -> None:
         """Take over what a script has done to `grad` of the parameters since a backward: dropped, assigned or changed it."""
