@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 
+from shardwise.offload.store import Done
 from shardwise.zero.collectives import Ranks
 from shardwise.zero.engine import ReductionsInFlight
 from shardwise.zero.schedule import Schedule
@@ -23,7 +24,7 @@ class RecordingLanes:
 def fill(window: ReductionsInFlight, count: int, nbytes: int) -> None:
     for number in range(count):
         window.make_room(nbytes)
-        window.add(cast(Any, f"reduction {number}"), torch.empty(nbytes, dtype=torch.uint8, device="meta"))
+        window.add(Done(cast(Any, f"reduction {number}")), torch.empty(nbytes, dtype=torch.uint8, device="meta"))
 
 
 def test_large_reductions_hold_the_budget_and_the_computation_waits_for_the_oldest() -> None:
@@ -60,7 +61,7 @@ def test_nothing_waits_while_ranks_are_on_different_branches() -> None:
 
 def test_reductions_of_a_cpu_hold_nothing() -> None:
     window = ReductionsInFlight(cast(Lanes, RecordingLanes()))
-    window.add(None, torch.zeros(1))
+    window.add(Done(None), torch.zeros(1))
     assert window.nbytes == 0
 
 

@@ -1,17 +1,27 @@
 """Shards that rest in host memory, page-locked where there is a GPU.
 
 torch rounds pinned allocations up to a power of two, which can double a slab of many gigabytes. So a slab is ordinary
-page-aligned memory of the exact size that is registered with CUDA, and unregistered when it is freed.
+page-aligned memory of the exact size that is registered with CUDA, and unregistered when it is freed: by whoever lets go of it
+last, at any moment, so the memory itself waits for the copies that still use it.
+
+What is added to a slab comes down in blocks, by two threads:
+
+    backward --source--> one takes blocks and enqueues copies --> one waits for a copy, adds, gives the block back
+
+The backward itself never waits for a block. A block is free when a reduction is over, which may need ranks that need a gather
+first that this rank has not issued.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,11 +30,38 @@ from torch import Tensor
 
 from ..errors import StoreError
 from ..zero.plan import Tier
-from ..zero.streams import Lanes
+from ..zero.streams import Lanes, workers
 from .store import Arrival, Done, MemoryStore, Slab
 
 PAGE = 4096
 BLOCK = 8 << 20  # bytes; smaller ones do not saturate a drive
+
+# Of copies that use some memory, by whatever tells them apart: the slab's or the block's own, so that it is always up to date.
+Copies = Mapping[Any, torch.Event | None]
+
+
+class HostSlab(Slab):
+    """A slab in host memory. adding: what is on its way to be added to it."""
+
+    def __init__(self, store: HostStore, numel: int, dtype: torch.dtype, *, pinned: bool) -> None:
+        super().__init__(store, Tier.CPU, numel, dtype)
+        self._tensor = host_tensor(numel, dtype, pinned=pinned, copies=(self.reads, self.writes))
+        self.adding: list[Adding] = []
+
+
+@dataclass
+class Adding:
+    """An Arrival of what is added. brought: the event of its last copy, and the additions that follow the copies."""
+
+    brought: Future[tuple[torch.Event | None, list[Future[None]]]]
+
+    def enqueued(self) -> torch.Event | None:
+        return self.brought.result()[0]
+
+    def finish(self) -> None:
+        """Return once it is added."""
+        for future in self.brought.result()[1]:
+            future.result()
 
 
 class HostStore(MemoryStore):
@@ -34,26 +71,48 @@ class HostStore(MemoryStore):
 
     def __init__(self, lanes: Lanes) -> None:
         super().__init__(lanes)
-        self._ring = Ring(pinned=True)
-        self._pool: ThreadPoolExecutor | None = None
-        self._adding: list[Future[None]] = []
+        self._pinned = lanes.device.type == "cuda"
+        self._ring = Ring(self._pinned)
+        self._threads: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None
+        self._busy: dict[int, HostSlab] = {}  # slabs to which something is added, by id
 
     def allocate(self, numel: int, dtype: torch.dtype, name: str) -> Slab:
-        return Slab(self, self.tier, numel, dtype, host_tensor(numel, dtype, pinned=self.lanes.device.type == "cuda"))
+        return HostSlab(self, numel, dtype, pinned=self._pinned)
 
-    def add(self, source: Tensor, slab: Slab) -> Arrival:
-        """Add `source`, a device tensor, to the whole slab; `drain` waits for it. The event is the source's, as in `put`.
+    def fetch(self, slab: Slab, out: Tensor, begin: int = 0) -> Arrival:
+        self._finish(slab)
+        return super().fetch(slab, out, begin)
 
-        A thread adds on the host what came down block by block: the slab itself never goes up again.
+    def put(self, source: Tensor, slab: Slab, begin: int = 0) -> Arrival:
+        self._finish(slab)
+        return super().put(source, slab, begin)
+
+    def add(self, source: Tensor, slab: Slab, after: torch.Event | None) -> Arrival:
+        """Add `source`, a device tensor that is written when `after` is done, to the whole slab; `drain` waits for it.
+
+        The event is the source's, as in `put`. Returns at once; the Arrival's `enqueued` waits until all but the last blocks
+        have come. The slab itself never goes up again: a thread adds on the host.
         """
+        assert isinstance(slab, HostSlab)
         if self.lanes.device.type == "cpu":
             slab.tensor.add_(source)
             return Done(None)
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="shardwise-add")
-        step = BLOCK // source.element_size()
+        if self._threads is None:
+            names = "shardwise-down", "shardwise-add"
+            self._threads = workers(self.lanes.device, 1, names[0]), workers(self.lanes.device, 1, names[1])
         before = [event for event in slab.writes.values() if event is not None]
-        event = None
+        adding = Adding(self._threads[0].submit(self._bring, source, slab, after, before))
+        slab.adding.append(adding)
+        self._busy[id(slab)] = slab
+        return adding
+
+    def _bring(
+        self, source: Tensor, slab: Slab, after: torch.Event | None, before: Sequence[torch.Event]
+    ) -> tuple[torch.Event | None, list[Future[None]]]:
+        assert self._threads is not None
+        step = BLOCK // source.element_size()
+        event, adding = after, []
+        self.lanes.down.wait(after)  # here, where the copies follow: others put by the same lane meanwhile
         for begin in range(0, slab.numel, step):
             part = source[begin : begin + step]
             block = self._ring.take()
@@ -61,8 +120,8 @@ class HostStore(MemoryStore):
                 landing = block.memory[: part.nbytes].view(part.dtype)
                 landing.copy_(part, non_blocking=True)
                 event = block.event = self.lanes.down.mark()
-            self._adding.append(self._pool.submit(self._add, slab, begin, landing, block, before))
-        return Done(event)
+            adding.append(self._threads[1].submit(self._add, slab, begin, landing, block, before))
+        return event, adding
 
     def _add(self, slab: Slab, begin: int, landing: Tensor, block: Block, before: Sequence[torch.Event]) -> None:
         try:
@@ -73,11 +132,18 @@ class HostStore(MemoryStore):
         finally:
             self._ring.give(block)
 
+    def _finish(self, slab: Slab) -> None:
+        """Return once everything that was added to this slab is in it."""
+        assert isinstance(slab, HostSlab)
+        for adding in slab.adding:
+            adding.finish()
+        slab.adding.clear()
+        self._busy.pop(id(slab), None)
+
     def drain(self) -> None:
         """Return once everything that was added is in its slab."""
-        for future in self._adding:
-            future.result()
-        self._adding.clear()
+        for slab in list(self._busy.values()):
+            self._finish(slab)
 
     @property
     def staging_nbytes(self) -> int:
@@ -85,16 +151,24 @@ class HostStore(MemoryStore):
         return self._ring.nbytes
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
+        for pool in self._threads or ():
+            pool.shutdown()
 
 
-@dataclass
 class Block:
     """One pinned buffer of a ring, and the event of the copy that still uses it."""
 
-    memory: Tensor
-    event: torch.Event | None = None
+    def __init__(self, pinned: bool) -> None:
+        self._copies: dict[str, torch.Event | None] = {}
+        self.memory = host_tensor(BLOCK, torch.uint8, pinned=pinned, copies=(self._copies,))
+
+    @property
+    def event(self) -> torch.Event | None:
+        return self._copies.get("last")
+
+    @event.setter
+    def event(self, event: torch.Event | None) -> None:
+        self._copies["last"] = event
 
 
 class Ring:
@@ -115,8 +189,8 @@ class Ring:
             if self._free:
                 block = self._free.popleft()
             else:
+                block = Block(self._pinned)
                 self._made += 1
-                block = Block(host_tensor(BLOCK, torch.uint8, pinned=self._pinned))
         if block.event is not None:
             block.event.synchronize()
             block.event = None
@@ -133,8 +207,11 @@ class Ring:
             self._changed.notify()
 
 
-def host_tensor(numel: int, dtype: torch.dtype, *, pinned: bool) -> Tensor:
-    """(numel,) zeros in host memory of the exact size, on a page boundary. Raises StoreError if it cannot be pinned."""
+def host_tensor(numel: int, dtype: torch.dtype, *, pinned: bool, copies: Iterable[Copies] = ()) -> Tensor:
+    """(numel,) zeros in host memory of the exact size, on a page boundary. Raises StoreError if it cannot be pinned.
+
+    copies: of the device from and to it; when its last view goes, it is given back once all of them are done.
+    """
     nbytes = numel * dtype.itemsize
     # One page more than needed, so that the range starts on a page and no other allocation shares a registered one.
     memory = np.zeros(-(-nbytes // PAGE) * PAGE + PAGE, dtype=np.uint8)
@@ -148,10 +225,16 @@ def host_tensor(numel: int, dtype: torch.dtype, *, pinned: bool) -> Tensor:
                 f"{nbytes / 2**20:.0f} MiB of host memory could not be pinned (CUDA error {code}). Raise the limit of "
                 "locked memory (`ulimit -l`, or --ulimit memlock=-1 in a container), or offload less."
             )
-        weakref.finalize(memory, _unregister, address)
+        # Not at exit: the driver does it then, and a copy behind a collective whose other ranks are gone never ends.
+        weakref.finalize(memory, _unregister, address, torch.cuda.current_device(), tuple(copies)).atexit = False
     return torch.from_numpy(memory[skip : skip + nbytes]).view(dtype)
 
 
-def _unregister(address: int) -> None:
+def _unregister(address: int, device: int, copies: Iterable[Copies]) -> None:
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+        with torch.cuda.device(device):  # on whatever thread this runs
+            with contextlib.suppress(RuntimeError):  # of a device that has failed: it copies nothing any more
+                for event in chain.from_iterable(found.values() for found in copies):
+                    if event is not None:
+                        event.synchronize()
+            torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]

@@ -24,7 +24,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..errors import StoreError
 from ..zero.plan import Tier
-from ..zero.streams import Lanes
+from ..zero.streams import Lanes, workers
 from .host import BLOCK, PAGE, Block, Ring
 from .store import Arrival, Done, Slab
 
@@ -86,6 +86,7 @@ class _Reading:
     event: torch.Event | None = None
 
     def enqueued(self) -> torch.Event | None:
+        wait(self.futures)  # all of them, also where one fails: afterwards no thread tells the device of another copy
         for future in self.futures:
             future.result()
         return self.event
@@ -123,13 +124,7 @@ class NvmeStore:
             fcntl.flock(self._lock, fcntl.LOCK_EX)
         except OSError as error:
             raise self._error("make a directory for", base, error) from error
-        device = lanes.device
-
-        def start() -> None:
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="shardwise-nvme", initializer=start)
+        self._pool = workers(lanes.device, THREADS, "shardwise-nvme")
         self._open: list[int] = [self._lock]
         self._finalizer = weakref.finalize(self, _remove, self._pool, self._open, self.folder)
 

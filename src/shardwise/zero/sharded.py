@@ -323,7 +323,8 @@ class ShardedModel:
         """Let masters follow what a script has written into trained weights. Raises WriteError for what cannot count."""
         self._engine.doubts.settle()
         for unit in self.units:
-            if unit.gradients is not None and has_strayed(unit):
+            if has_strayed(unit) and unit.gradients is not None:
+                self._engine.lanes.join()  # what was written inside of a pass goes into the shards on a lane
                 follow(unit, self._engine.look_at, self.put_to_rest)
 
     def generation(self, pinned: Sequence[Parameter] = ()) -> AbstractContextManager[None]:

@@ -9,6 +9,7 @@ tensor needs record_stream. On a CPU device every lane is the calling thread and
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -18,6 +19,20 @@ class _Previous(threading.local):
 
     def __init__(self) -> None:
         self.streams: list[torch.Stream] = []
+
+
+def workers(device: torch.device, count: int, name: str) -> ThreadPoolExecutor:
+    """Threads whose current device is `device`.
+
+    The first call of a thread that has chosen none, waiting for an event too, may make a context on GPU 0: some 500 MB there
+    for every other rank.
+    """
+
+    def start() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+
+    return ThreadPoolExecutor(count, thread_name_prefix=name, initializer=start)
 
 
 class Lane:
