@@ -59,8 +59,9 @@ def plain(folder: Path, nbytes: int) -> dict[str, Callable[[], None]]:
 
 
 def tier(folder: Path, nbytes: int) -> tuple[NvmeStore, dict[str, Callable[[], None]]]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    store = NvmeStore(folder, Lanes(device), 0)
+    lanes = Lanes(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = lanes.device
+    store = NvmeStore(folder, lanes, 0)
     slab = store.allocate(nbytes, torch.uint8, "benchmark")
     tensor = torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device=device)
 

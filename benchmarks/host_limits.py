@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from shardwise.offload.host import HostStore
+from shardwise.zero.streams import Lanes
 
 GB = 1e9
 
@@ -51,8 +52,8 @@ def say(question: str, **answer: object) -> None:
 
 def link(nbytes: int) -> None:
     """Pinned copies: up, down, and both at once."""
-    store = HostStore(torch.device("cuda"))
-    host = [store.allocate(nbytes, torch.uint8) for _ in range(2)]
+    store = HostStore(Lanes(torch.device("cuda")))
+    host = [store.allocate(nbytes, torch.uint8, "link").tensor for _ in range(2)]
     device = [torch.empty(nbytes, dtype=torch.uint8, device="cuda") for _ in range(2)]
     up, down = torch.cuda.Stream(), torch.cuda.Stream()
 
@@ -84,8 +85,8 @@ def host_copy(nbytes: int) -> None:
 
 def states(numel: int, pinned: bool) -> list[Tensor]:
     """master, first moment, second moment, gradient."""
-    store = HostStore(torch.device("cuda" if pinned else "cpu"))
-    found = [store.allocate(numel, torch.float32) for _ in range(4)]
+    store = HostStore(Lanes(torch.device("cuda" if pinned else "cpu")))
+    found = [store.allocate(numel, torch.float32, "state").tensor for _ in range(4)]
     for tensor in found:
         tensor.fill_(0.5)
     return found

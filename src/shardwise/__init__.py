@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from .config.foreign import watch
 from .version import __version__
 
 _HOMES = {
@@ -48,6 +49,8 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = ["__version__", *sorted(_HOME_OF)]  # noqa: PLE0604 - the names are texts
+
+watch()
 
 
 def __getattr__(name: str) -> Any:

@@ -29,33 +29,31 @@ from .accumulation import GradientAccumulationPlugin, GradientState
 from .checkpointing import Checkpointing
 from .data import DataLoaderConfiguration, PreparedLoader
 from .data import skip_first_batches as skip_batches_of
-from .errors import ConfigError, PrepareError, ShardwiseError
+from .errors import PrepareError, ShardwiseError
+from .joined import leave_run, remember_accelerator
 from .loading import build_without_memory
 from .metrics import Metrics
 from .plugins import (
     AutocastKwargs,
     DeepSpeedPlugin,
-    GradScalerKwargs,
-    InitProcessGroupKwargs,
     ProfileKwargs,
     ProjectConfiguration,
 )
 from .preparing import PreparedModel, PreparedOptimizer, Preparing
-from .process import AcceleratorState, DistributedType, join_run, leave_run, remember_accelerator
-from .resolve import handlers_by_type, loss_scaler, resolve
+from .process import AcceleratorState, DistributedType
+from .resolve import Settings, join_with, refuse_others, resolve
 from .saving import Saving
 from .tracking import Tracking, check_trackers
 from .zero.collectives import attempt
 from .zero.guard import explain
 from .zero.optimizer import ShardedOptimizer, find_sharded_optimizer
-from .zero.plan import Plan
-from .zero.precision import LossScaler, Precision
+from .zero.precision import LossScaler
 
 logger = logging.getLogger("shardwise")
 
 
 class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
-    """Prepares a script's objects for the run that it was launched in.
+    """Prepares a script's objects for the run that it was launched in. Making one is collective: the ranks compare settings.
 
     The arguments are accelerate's. What the launcher's configuration says holds; a keyword given here overrules it,
     except gradient_accumulation_steps, where the configuration wins. fsdp, megatron, tensor-parallel and dynamo plugins
@@ -64,7 +62,8 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
     step_scheduler_with_optimizer: False makes a prepared scheduler step whenever its `step` is called.
     rng_types: generators that take rank 0's state when an epoch starts: "generator" (a sampler's own), "torch", "cuda".
     log_with:  trackers; see `tracking.py`.
-    Raises ConfigError.
+    Raises ConfigError: on every rank if the ranks have different settings, of which config/agreement.py has the list. A rank
+    whose own settings are wrong raises what is wrong, the others RankError.
     """
 
     def __init__(
@@ -91,70 +90,55 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
         deepspeed_plugins: DeepSpeedPlugin | dict[str, DeepSpeedPlugin] | None = None,
         parallelism_config: Any = None,
     ) -> None:
-        for name, value in (
-            ("fsdp_plugin", fsdp_plugin),
-            ("torch_tp_plugin", torch_tp_plugin),
-            ("megatron_lm_plugin", megatron_lm_plugin),
-            ("parallelism_config", parallelism_config),
-        ):
-            if value is not None:
-                raise ConfigError(
-                    f"Accelerator: {name} is for another way to shard. Use zero_stage (0 to 3) in the "
-                    "configuration, or deepspeed_plugin=DeepSpeedPlugin(zero_stage=3)."
-                )
-        if dynamo_plugin is not None:
-            raise ConfigError(
-                "Accelerator: dynamo_plugin is accelerate's object. Use dynamo_backend, and dynamo_config in the "
-                "configuration for the rest."
+        project = project_config or ProjectConfiguration(project_dir=project_dir)
+        if project_dir is not None and project.project_dir is None:
+            project.set_directories(project_dir)
+        loading = dataloader_config or DataLoaderConfiguration()
+        if split_batches is not None:
+            loading.split_batches = split_batches
+
+        def checked() -> Settings:
+            refuse_others(
+                fsdp_plugin=fsdp_plugin,
+                torch_tp_plugin=torch_tp_plugin,
+                megatron_lm_plugin=megatron_lm_plugin,
+                parallelism_config=parallelism_config,
+                dynamo_plugin=dynamo_plugin,
             )
-        handlers = handlers_by_type(kwargs_handlers)
-        self._config, steps = resolve(
-            mixed_precision,
-            cpu,
-            deepspeed_plugins or deepspeed_plugin,
-            gradient_accumulation_steps,
-            gradient_accumulation_plugin,
-        )
-        backend = getattr(dynamo_backend, "value", dynamo_backend)
-        self._config = self._config.merged(dynamo_backend=backend)
-        group: InitProcessGroupKwargs | None = handlers.get(InitProcessGroupKwargs)
-        timeout = None if group is None or group.timeout is None else group.timeout.total_seconds()
-        engine = self._config.engine
-        # Both before the first collective: `Ranks.join` is one.
-        self._ranks = join_run(
-            use_cpu=self._config.use_cpu, timeout_s=engine.collective_timeout_s if timeout is None else timeout
-        )
+            self._log_with = check_trackers(log_with, project.logging_dir)
+            return resolve(
+                mixed_precision=mixed_precision,
+                cpu=cpu,
+                dynamo_backend=dynamo_backend,
+                plugins=deepspeed_plugins or deepspeed_plugin,
+                steps=gradient_accumulation_steps,
+                accumulation=gradient_accumulation_plugin,
+                kwargs_handlers=kwargs_handlers,
+                loading=loading,
+                rng_types=rng_types,
+                device_placement=device_placement,
+                step_scheduler_with_optimizer=step_scheduler_with_optimizer,
+            )
+
+        self._ranks, settings = join_with(checked)
+        self._config = settings.config
+        engine, zero = self._config.engine, self._config.zero
         if engine.threads_per_rank is not None:
             torch.set_num_threads(engine.threads_per_rank)
-        self._plugin = DeepSpeedPlugin.in_force(self._config)
-        self._precision = Precision.named(self._config.mixed_precision, engine.reduce_dtype)
-        self._scaler = loss_scaler(self._config, self._precision, handlers.get(GradScalerKwargs))
-        zero = self._config.zero
-        self._plan = Plan.from_stage(
-            zero.zero_stage,
-            offload_optimizer=zero.offload_optimizer_device,
-            offload_param=zero.offload_param_device,
-        )
         build_without_memory(zero.zero3_init_flag and zero.zero_stage == 3)
+        self._plugin = DeepSpeedPlugin.in_force(self._config)
+        self._precision, self._scaler, self._plan = settings.precision, settings.scaler, settings.plan
         self.device_placement = device_placement
-        self.dataloader_config = dataloader_config or DataLoaderConfiguration()
-        if split_batches is not None:
-            self.dataloader_config.split_batches = split_batches
-        self.rng_types = list(rng_types) if rng_types is not None else ["generator"]
-        if set(self.rng_types) - {"generator", "torch", "cuda"}:
-            raise ConfigError(f"rng_types is {self.rng_types}; it can hold 'generator', 'torch' and 'cuda'.")
-        self.project_configuration = project_config or ProjectConfiguration(project_dir=project_dir)
-        if project_dir is not None and self.project_configuration.project_dir is None:
-            self.project_configuration.set_directories(project_dir)
+        self.dataloader_config = loading
+        self.rng_types = settings.rng_types
+        self.project_configuration = project
         self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
-        self._autocast = handlers.get(AutocastKwargs) or AutocastKwargs()
-        self._profile = handlers.get(ProfileKwargs) or ProfileKwargs()
-        self._log_with = check_trackers(log_with, self.logging_dir)
+        self._autocast = settings.handlers.get(AutocastKwargs) or AutocastKwargs()
+        self._profile = settings.handlers.get(ProfileKwargs) or ProfileKwargs()
         self.trackers: list[Any] = []
-        plugin = gradient_accumulation_plugin or GradientAccumulationPlugin()
-        plugin.num_steps = steps
+        settings.accumulation.num_steps = settings.steps
         self.gradient_state = GradientState()
-        GradientState.configure(plugin, _listener(self))
+        GradientState.configure(settings.accumulation, _listener(self))
         self._models: list[PreparedModel] = []
         self._optimizers: list[PreparedOptimizer] = []
         self._schedulers: list[LRScheduler] = []
@@ -328,6 +312,9 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
         if not self._by_script and self.gradient_accumulation_steps > 1:
             self._count_micro_batch()
         self._push_sync()
+        loader = self.gradient_state.active_dataloader
+        if loader is not None:
+            loader.trains()
         share = loss / self.gradient_accumulation_steps if self.gradient_accumulation_steps > 1 else loss
         scaled = self._scaler.scale(share)
         for entry in self._optimizers:
@@ -344,15 +331,17 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
         """The optimizer that these parameters belong to: the same one on every rank, or PrepareError on every rank.
 
         A rank may hold no element of an optimizer, and then finds no parameter in its groups: the ranks say together which is
-        meant. With one optimizer nobody waits for that but such a rank.
+        meant. With one optimizer nobody waits for that but such a rank. Parameters that no optimizer steps are clipped beside
+        those of any that has their model.
         """
         items = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         owned = self._ranks.any_of([entry.holds(items) for entry in self._optimizers])
         owners = [entry for entry, meant in zip(self._optimizers, owned, strict=True) if meant]
+        owners = owners or [entry for entry in self._optimizers if items and entry.stepper.knows(items)][:1]
         if not owners:
             raise PrepareError(
-                f"{verb}: none of these parameters belongs to a prepared optimizer. Prepare the model and its "
-                "optimizer, and pass model.parameters()."
+                f"{verb}: none of these parameters belongs to a prepared optimizer, or to its model. Prepare the model "
+                "and its optimizer, and pass model.parameters()."
             )
         if len(owners) > 1:
             raise PrepareError(

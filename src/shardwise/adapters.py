@@ -13,7 +13,6 @@ weights are gathered then, and peft is run again on them.
 from __future__ import annotations
 
 import copy
-import json
 import sys
 import tempfile
 import warnings
@@ -26,6 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .documents import read_configuration
 from .errors import CheckpointError
 from .zero.sharded import ShardedModel
 from .zero.stand_ins import Reads, blank
@@ -130,8 +130,7 @@ def written_config(model: Any, adapter: str) -> dict[str, Any]:
             auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder, auto_mapping_dict=auto_mapping)
-        content: dict[str, Any] = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-    return content
+        return read_configuration(Path(folder) / "adapter_config.json", CheckpointError)
 
 
 def on_whole(sharded: ShardedModel, values: Mapping[str, Tensor], action: Callable[[], T], missing: str) -> T:

@@ -137,6 +137,8 @@ class Checkpointing(PartialState):
         if not safe_serialization and self.is_main_process:
             logger.warning("save_state: safe_serialization=False has no effect; checkpoints are safetensors and JSON.")
         self.finish_saving()
+        way = {"async_": async_, "include_frozen": include_frozen, "the number of save hooks": len(self._save_hooks)}
+        self._ranks.require_same("save_state", way)
         place = self._agree_on_place(output_dir, metric)
         target = place.target
         run = self._run_state()

@@ -14,7 +14,8 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from .data_loader import Course, PreparedLoader, copy_loader, skip_first_batches, subclass
+from .data_course import Course
+from .data_loader import PreparedLoader, copy_loader, skip_first_batches, subclass
 from .data_order import (
     FirstOfEach,
     RankBatches,
@@ -158,13 +159,15 @@ def _order_of(
         parts: list[Any] = [loader.dataset] if not hasattr(loader.dataset, "set_epoch") else []
     else:
         parts = list(samplers_inside(loader.batch_sampler if loader.batch_sampler is not None else loader.sampler))
-    parts = [part for part in parts if hasattr(part, "generator")]
+    # Whatever else is called so (numpy's, a method) is the user's own affair.
+    parts = [part for part in parts if isinstance(getattr(part, "generator", ""), torch.Generator | None)]
     if settings.use_seedable_sampler and any(isinstance(part, RandomSampler) for part in parts):
         seed = torch.initial_seed() if settings.data_seed is None else settings.data_seed
         return ranks.broadcast_object(seed), tuple(parts), None
     own = next((part.generator for part in parts if isinstance(part.generator, torch.Generator)), None)
     if own is not None or not parts:
         return None, (), own
+    parts = [part for part in parts if part.generator is None]
     draw = int(torch.empty((), dtype=torch.int64).random_().item())
     return ranks.broadcast_object(draw), tuple(parts), None
 

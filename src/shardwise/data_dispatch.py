@@ -106,12 +106,12 @@ class DispatchedLoader(PreparedLoader):
         joined = self._inner_iterator() if reader is None and isinstance(self.dataset, IterDataPipe) else None
         count = 0
         while True:
-            error: Exception | None = None
+            error: BaseException | None = None
             batch, message = None, _Message()
             if reader is not None:
                 try:
                     batch, message = next(reader)
-                except Exception as caught:
+                except BaseException as caught:  # Ctrl-C too: the others wait for this batch
                     error, message = caught, _Message(error=f"{type(caught).__name__}: {caught}")
             message = ranks.broadcast_object(message)
             if error is not None:

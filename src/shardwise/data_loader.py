@@ -14,15 +14,17 @@ user's keeps it: the ranks take rank 0's state at the start of an epoch, and the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, IterDataPipe, MapDataPipe
 
 from .accumulation import GradientState
+from .data_course import Course
 from .data_order import LaterBatches, RankBatches, RankSamples, Round, fresh_generator, samplers_inside
+from .data_workers import Note, WorkerStart, own_dataset, share_sockets, with_note
 from .errors import DataError
 from .nested import send_to_device
 from .process import synchronize_rng_states
@@ -30,31 +32,7 @@ from .zero.collectives import Ranks
 
 T = TypeVar("T")
 
-
-@dataclass
-class Course:
-    """Where a loader is in its epochs; a loader and the ones made from it by `skip_first_batches` share one.
-
-    seed:     the order's seed, or None where a generator of the user's makes the order.
-    next:     the epoch that the next iteration will be.
-    begun:    the epoch of an iteration that has begun and not ended, else None.
-    given:    batches given out in the epoch `begun`, skipped ones included.
-    resume:   batches to skip at the next iteration, from `load_state_dict`.
-    generator_state: the user's generator as it was when the epoch `begun` started.
-    """
-
-    seed: int | None
-    next: int = 0
-    begun: int | None = None
-    given: int = 0
-    resume: int = 0
-    generator_state: torch.Tensor | None = None
-    restored_generator: torch.Tensor | None = field(default=None, repr=False)
-
-    @property
-    def epoch(self) -> int:
-        """The epoch under way, or else the next one."""
-        return self.next if self.begun is None else self.begun
+logger = logging.getLogger("shardwise")
 
 
 class PreparedLoader(DataLoader[Any]):
@@ -124,15 +102,22 @@ class PreparedLoader(DataLoader[Any]):
             self._course.resume = 0
         self._course.next, self._course.begun, self._course.given = epoch, None, 0
 
+    def trains(self) -> None:
+        """The batch that was given out last goes into a gradient."""
+        self._course.trained = True
+
     def state_dict(self) -> dict[str, Any]:
         """Seed, epoch and the batches given out in it so far (not those read ahead)."""
         course = self._course
-        state: dict[str, Any] = {"seed": course.seed, "epoch": course.epoch, "batches": 0}
+        state: dict[str, Any] = {"seed": course.seed, "epoch": course.epoch, "batches": 0, "trained": course.trained}
         if course.begun is not None:
             state["batches"] = course.given
         if self._own_generator is not None:
             begun = course.begun is not None and course.generator_state is not None
             state["generator"] = course.generator_state if begun else self._own_generator.get_state()
+        if self._keeps_workers:
+            state["staffed"] = course.staffed if course.begun is not None else course.made
+            state["workers"] = self._states_of_workers(ended=course.begun is None)
         return state
 
     def load_state_dict(self, state: dict[str, Any], *, position: bool = True) -> None:
@@ -153,6 +138,12 @@ class PreparedLoader(DataLoader[Any]):
         # After set_epoch, which forgets a position in another epoch.
         self._course.resume = state["batches"] if position else 0
         self._course.restored_generator = state.get("generator")
+        self._course.trained = state.get("trained", False)
+        # Living workers are at another place of their own history: the next iteration makes new ones, as a new process would.
+        self.__dict__["_iterator"] = self._course.note = None
+        self._course.made = self._keeps_workers and state.get("staffed", state["epoch"] > 0)
+        if self._runs_on_in_workers and (state["epoch"] or state["batches"]):
+            self._restore_workers(state.get("workers"))
 
     def _start_epoch(self) -> int:
         """Put generators and epochs in step for one iteration, and say how many batches a resume leaves out."""
@@ -160,6 +151,7 @@ class PreparedLoader(DataLoader[Any]):
         epoch = course.next
         if course.begun is not None and self._skip + self._skip_sampler:
             epoch = course.begun  # the rest of an epoch that was broken off
+        again = epoch == course.begun
         resume, course.resume = course.resume, 0
         if self._skip + self._skip_sampler:
             resume = 0  # the script says itself what of the epoch is left
@@ -168,19 +160,23 @@ class PreparedLoader(DataLoader[Any]):
             if course.restored_generator is not None:
                 own.set_state(course.restored_generator)
                 course.restored_generator = None
-            elif epoch == course.begun and course.generator_state is not None:
+            elif again and course.generator_state is not None:
                 own.set_state(course.generator_state)
         if self._ranks.world_size > 1:
             kinds = [kind for kind in self._rng_types if kind != "generator" or own is not None]
             synchronize_rng_states(kinds, own)
         course.generator_state = None if own is None else own.get_state()
-        if course.seed is not None:
+        if course.seed is not None and not self._seeds_workers:
             for part in self._seeded:
                 part.generator = fresh_generator(course.seed + epoch)
         dataset: Any = self.dataset
         for part in (*samplers_inside(self._index_sampler), dataset):
             if hasattr(part, "set_epoch") and not isinstance(part, (RankBatches, LaterBatches)):
                 part.set_epoch(epoch)
+        if not again:
+            course.staffed = course.made
+        if self._keeps_workers or self._seeds_workers:
+            self._tell_workers(epoch, again)
         course.next, course.begun = epoch + 1, epoch
         course.given = self._skip + self._skip_sampler + resume
         return resume
@@ -218,15 +214,83 @@ class PreparedLoader(DataLoader[Any]):
 
     def _inner_iterator(self) -> Iterator[Any]:
         """The user's own iteration, over this rank's samplers."""
-        if not self._resumed:
-            return super().__iter__()
-        # torch draws a seed for workers when an iteration begins. In the run that began this epoch that has been drawn, and
-        # the generator that was restored comes after it.
-        state = torch.get_rng_state()
+        return super().__iter__()
+
+    # Workers; see `data_workers`.
+
+    @property
+    def _keeps_workers(self) -> bool:
+        return self.num_workers > 0 and self.persistent_workers
+
+    @property
+    def _streams(self) -> bool:
+        """Whether a data set in workers makes the order by itself. A data pipe is told by torch."""
+        return isinstance(self.dataset, IterableDataset) and not isinstance(self.dataset, IterDataPipe)
+
+    @property
+    def _seeds_workers(self) -> bool:
+        """Whether it takes its order from a generator of ours, which workers make: torch cannot pickle one."""
+        return self.num_workers > 0 and self._streams and bool(self._seeded)
+
+    @property
+    def _runs_on_in_workers(self) -> bool:
+        """Whether each worker has a generator of the data set's own, which only it knows the state of."""
+        return self._keeps_workers and self._streams and self._own_generator is not None
+
+    def _states_of_workers(self, *, ended: bool) -> torch.Tensor | None:
+        note = self._course.note
+        return note.states(ended=ended) if note is not None and self._runs_on_in_workers else None
+
+    def _restore_workers(self, states: torch.Tensor | None) -> None:
+        known = states is not None and len(states) == self.num_workers
+        self._course.restored_workers = states if known else None
+        if not known and self._ranks.rank == 0:
+            logger.warning(
+                "The data set %s has a generator of its own in each of %d workers, which live longer than an epoch. It was "
+                "saved %s: it goes on in another order. Load with as many workers, or give the data set a set_epoch.",
+                type(own_dataset(self.dataset)).__name__,
+                self.num_workers,
+                "without their states" if states is None else f"with {len(states)}",
+            )
+
+    def _tell_workers(self, epoch: int, again: bool) -> None:
+        """Have living workers, and those to come, begin epoch `epoch` as new ones would. again: it has begun before."""
+        course, dataset, seeded = self._course, self.dataset, self._seeds_workers
+        pipe = isinstance(dataset, (IterDataPipe, MapDataPipe))
+        if pipe or not (seeded or self._runs_on_in_workers or hasattr(own_dataset(dataset), "set_epoch")):
+            return
+        states, course.restored_workers = course.restored_workers, None
+        if course.note is None:
+            course.note = Note(self.num_workers, self._own_generator if self._runs_on_in_workers else None)
+        elif states is None and self._runs_on_in_workers and (again or self._iterator is None):
+            states = course.note.states(ended=not again)
+        seed = course.seed + epoch if seeded and course.seed is not None else None
+        course.note.begin(epoch, seed, states)
+
+    def _get_iterator(self) -> Any:
+        """torch's own, over what workers are to have: see `data_workers`.
+
+        torch draws a seed for workers. Where the run that goes on here had drawn it before what was restored, or had living
+        workers and drew none, nothing is drawn here either.
+        """
+        course, shown = self._course, {key: self.__dict__[key] for key in ("dataset", "worker_init_fn", "generator")}
+        living = self._keeps_workers and course.staffed
+        state = torch.get_rng_state() if self._resumed or living else None
+        if living and self.generator is not None:
+            self.__dict__["generator"] = torch.Generator()
+            self.generator.set_state(shown["generator"].get_state())
+        if self.num_workers:
+            share_sockets()
+            self.__dict__["worker_init_fn"] = WorkerStart(self.worker_init_fn)
+        if course.note is not None:
+            self.__dict__["dataset"] = with_note(self.dataset, course.note)
         try:
-            return super().__iter__()
+            return super()._get_iterator()
         finally:
-            torch.set_rng_state(state)
+            course.made = course.made or self._keeps_workers
+            self.__dict__.update(shown)
+            if state is not None:
+                torch.set_rng_state(state)
 
     def _read(self) -> Iterator[tuple[Any, bool, Round | None]]:
         """The rank's batches on its device, whether each is the last, and the last's round; one is read ahead."""

@@ -48,6 +48,7 @@ from .recording import (
 )
 from .zero.scratch import scratch
 from .zero.sources import Source, give_memory
+from .zero.streams import whole_device
 
 aten = torch.ops.aten
 
@@ -236,7 +237,7 @@ class _Deferring(TorchDispatchMode):  # type: ignore[no-untyped-call]
         device = kwargs.get("device")
         if device is None and like is not None:
             device = record.device if record is not None else CPU if touches else like.device
-        wanted = _with_index(torch.device(device or "cpu"))
+        wanted = whole_device(torch.device(device or "cpu"))
         # Someone who works on recorded tensors makes new ones where they are: C++ does for `w[0] = 1.0`, PEFT for adapters.
         explicit = wanted.type == "meta"
         if explicit:
@@ -266,13 +267,6 @@ class _Deferring(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in unknown:
             _records.add(tensor)
         return bool(unknown)
-
-
-def _with_index(device: torch.device) -> torch.device:
-    """The very device: which one is current may differ later, and on another thread."""
-    if device == torch.device("cuda"):
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 def _changed(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:

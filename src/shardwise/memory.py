@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from .zero.collectives import Ranks
+from .zero.streams import whole_device
 
 SAMPLE_INTERVAL_S = 0.05  # a reading with its wake-up takes 60 to 200 us: under 0.4% of one core
 
@@ -176,9 +177,7 @@ def _cuda_device(device: Any) -> torch.device | None:
     if not torch.cuda.is_available():
         return None
     chosen = torch.device("cuda" if device is None else device)
-    if chosen.type != "cuda":
-        return None
-    return chosen if chosen.index is not None else torch.device("cuda", torch.cuda.current_device())
+    return whole_device(chosen) if chosen.type == "cuda" else None
 
 
 def _megabytes(count: int) -> int:

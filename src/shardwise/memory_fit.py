@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .errors import ConfigError
-from .process import join_run
+from .joined import join_run
 
 logger = logging.getLogger("shardwise")
 

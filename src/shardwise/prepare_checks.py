@@ -1,15 +1,15 @@
-"""What `prepare` can know to be wrong before the ranks wait for each other, and what they must have in common."""
+"""What `prepare` can know to be wrong before the ranks wait for each other; `object_facts.py` has what they must share."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-from .data import DataLoaderConfiguration, PreparedLoader
+from .data import PreparedLoader
 from .errors import OptimizerError, PrepareError
 
 
@@ -21,6 +21,13 @@ def check_model(model: nn.Module) -> None:
                 f"this {type(model).__name__} was loaded with a device_map over {sorted(map(str, spread.values()))}. "
                 "Load it without device_map: zero_stage 3 divides it over the ranks."
             )
+
+    lazy = next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None)
+    if lazy is not None:
+        raise PrepareError(
+            f"{lazy} of this {type(model).__name__} has no shape yet: its module is lazy. Run one batch through the model "
+            "before `prepare`, and make the optimizer after that."
+        )
 
 
 def check_optimizer(optimizer: Optimizer, known: set[int], any_model: bool) -> None:
@@ -44,24 +51,3 @@ def batch_size_of(loader: DataLoader[Any]) -> int | None:
         return None
     size = loader.batch_size if loader.batch_size is not None else getattr(loader.batch_sampler, "batch_size", None)
     return size if isinstance(size, int) else None
-
-
-def describe(item: Any, settings: DataLoaderConfiguration) -> str:
-    """What all ranks must have in common of an object, in words."""
-    name = type(item).__name__
-    if isinstance(item, nn.Module):
-        shapes = [tuple(parameter.shape) for parameter in item.parameters()]
-        elements = sum(parameter.numel() for parameter in item.parameters())
-        trained = sum(parameter.requires_grad for parameter in item.parameters())
-        return f"a {name} with {len(shapes)} parameters of {elements} elements, {trained} of them trained"
-    if isinstance(item, Optimizer):
-        counts = [len(group["params"]) for group in item.param_groups]
-        return f"a {name} with groups of {counts} parameters"
-    if isinstance(item, DataLoader):
-        if settings.dispatch_batches or isinstance(item.dataset, IterableDataset):
-            return "a DataLoader"
-        try:
-            return f"a DataLoader with {len(item)} batches of a data set of {len(item.dataset)}"  # type: ignore[arg-type]
-        except TypeError:
-            return "a DataLoader"
-    return "a scheduler" if isinstance(item, LRScheduler) else "another object"

@@ -13,8 +13,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from .accumulation import GradientState
 from .blocks import ReplacedForwards
 from .compiling import CompiledBlocks, CompiledLoss, blocks_to_compile
+from .config.foreign import note_prepared
 from .config.schema import Config
 from .data import DataLoaderConfiguration, PreparedLoader, check_data_loader, prepare_data_loader
 from .errors import PrepareError
@@ -24,9 +26,11 @@ from .integrations import generation as keep_for_generation
 from .loading import build_without_memory, building
 from .lora import FastLora
 from .losses import LeanLoss, LogitsLoss
-from .prepare_checks import batch_size_of, check_model, check_optimizer, describe
+from .object_facts import facts_of, refuse_or_warn
+from .prepare_checks import batch_size_of, check_model, check_optimizer
 from .process import PartialState
 from .recomputing import RecomputedBlocks, blocks_to_recompute
+from .resolve import facts_of_loading, facts_of_steps
 from .scheduler import Rhythm, is_prepared, prepare_scheduler
 from .zero.engine import Kind
 from .zero.optimizer import ShardedOptimizer, find_sharded_optimizer
@@ -97,11 +101,11 @@ class Preparing(PartialState):
         seed. A safetensors checkpoint is read in prepare, by each rank its own bytes.
         An error inside is every rank's: a rank whose own block went well raises RankError.
         """
-        problem: Exception | None = None
+        problem: BaseException | None = None
         try:
             with building():
                 yield
-        except Exception as error:
+        except BaseException as error:
             problem = error
         self._ranks.agree(problem)
 
@@ -114,13 +118,14 @@ class Preparing(PartialState):
         Raises PrepareError, OptimizerError or DataError on every rank, before any of them waits for another.
         """
 
-        def checked() -> list[bool]:
-            found = self._placements(objects, device_placement)
-            self._check(objects)
-            return found
+        placements: list[bool] = []
 
-        placements = self._ranks.together(checked)
-        self._agree_on_objects(objects)
+        def facts() -> dict[str, Any]:
+            placements.extend(self._placements(objects, device_placement))
+            self._check(objects)
+            return self._facts(objects)
+
+        refuse_or_warn(self._ranks.compare(facts, "`prepare`"), say=self.is_main_process)
         result = list(objects)
         for item in objects:
             if isinstance(item, nn.Module):
@@ -233,21 +238,14 @@ class Preparing(PartialState):
             micro = min(sizes) // (self.num_processes if self.dataloader_config.split_batches else 1)
             self._config.check_batch_sizes(micro, self.num_processes)
 
-    def _agree_on_objects(self, objects: Sequence[Any]) -> None:
-        """Raise PrepareError on every rank if the ranks prepare different things: they would wait for each other."""
-        rows = self._ranks.gather_objects([describe(item, self.dataloader_config) for item in objects])
-        for rank, row in enumerate(rows):
-            if row != rows[0]:
-                differing = [(a, b) for a, b in zip(rows[0], row, strict=False) if a != b]
-                first = (
-                    f"{differing[0][0]} and {differing[0][1]}"
-                    if differing
-                    else f"{len(rows[0])} and {len(row)} objects"
-                )
-                raise PrepareError(
-                    f"`prepare` got different objects on ranks 0 and {rank}: {first}. Build the same model and "
-                    "data on every rank; `prepare` divides them."
-                )
+    def _facts(self, objects: Sequence[Any]) -> dict[str, Any]:
+        """What all ranks must have in common: they would wait for each other, or train different things."""
+        plugin = GradientState().plugin
+        return {
+            **facts_of_steps(plugin.num_steps or 1, plugin, self.step_scheduler_with_optimizer),
+            **facts_of_loading(self.dataloader_config, self.rng_types, self.device_placement),
+            **facts_of(objects, [prepared.model for prepared in self._models], self.dataloader_config),
+        }
 
     def _prepare_model(self, model: nn.Module) -> None:
         engine, zero = self._config.engine, self._config.zero
@@ -306,6 +304,7 @@ class Preparing(PartialState):
         else:
             changes.append(CompiledLoss(model, self._config.compiling))
         self._models.append(PreparedModel(model, sharded, changes, parameters))
+        note_prepared(type(model).__name__)
         self._push_sync()
 
     def _blocks_to_recompute(self, model: nn.Module) -> list[nn.Module]:

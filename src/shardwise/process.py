@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import random
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -23,9 +22,8 @@ import torch
 from torch import Tensor
 
 from . import nested
-from .accumulation import GradientState
 from .errors import ConfigError, DataError
-from .zero.collectives import Ranks
+from .joined import Run, forget_run, join_run, leave_run
 
 if TYPE_CHECKING:
     from .accelerator import Accelerator
@@ -53,50 +51,6 @@ class DistributedType(StrEnum):
     MULTI_NEURON = "MULTI_NEURON"
 
 
-class _Run:
-    """What this process has joined. Class attributes, because there is one run per process."""
-
-    ranks: Ranks | None = None
-    accelerator: weakref.ref[Accelerator] | None = None
-
-
-def join_run(*, use_cpu: bool | None = None, timeout_s: float | None = None) -> Ranks:
-    """The ranks of this process's run; joins it at the first call.
-
-    use_cpu:   None takes the configuration's answer.
-    timeout_s: how long a collective may wait, in seconds; None takes the configuration's.
-    Raises ConfigError if the run was already joined on a GPU and `use_cpu` is asked for now.
-    """
-    if _Run.ranks is None:
-        from .config.schema import Config
-
-        config = Config.from_environment()
-        _Run.ranks = Ranks.join(
-            use_cpu=config.use_cpu if use_cpu is None else use_cpu,
-            timeout_s=config.shardwise_config.collective_timeout_s if timeout_s is None else timeout_s,
-        )
-    elif use_cpu and _Run.ranks.device.type != "cpu":
-        raise ConfigError(
-            f"this process already joined the run on {_Run.ranks.device}; ask for the CPU where the first "
-            "state or Accelerator is made."
-        )
-    return _Run.ranks
-
-
-def leave_run() -> None:
-    """Leave the run: after this the process may join another one."""
-    if _Run.ranks is not None:
-        _Run.ranks.leave()
-    forget_run()
-
-
-def forget_run() -> None:
-    """Drop the views of the run without taking the process group down; for whoever owns the group."""
-    _Run.ranks = None
-    _Run.accelerator = None
-    GradientState._reset_state()
-
-
 class PartialState:
     """This process's place in the run, and what the processes do together without a model.
 
@@ -122,7 +76,7 @@ class PartialState:
 
     @property
     def initialized(self) -> bool:
-        return _Run.ranks is not None
+        return Run.ranks is not None
 
     @property
     def num_processes(self) -> int:
@@ -304,8 +258,8 @@ class AcceleratorState(PartialState):
     @property
     def _accelerator(self) -> Accelerator:
         accelerator = self._given
-        if accelerator is None and _Run.accelerator is not None:
-            accelerator = _Run.accelerator()
+        if accelerator is None and Run.accelerator is not None:
+            accelerator = Run.accelerator()
         if accelerator is None:
             raise ConfigError("AcceleratorState: no Accelerator has been made in this process yet.")
         return accelerator
@@ -326,11 +280,6 @@ class AcceleratorState(PartialState):
     @property
     def distributed_type(self) -> DistributedType:
         return DistributedType.DEEPSPEED if self.deepspeed_plugin is not None else super().distributed_type
-
-
-def remember_accelerator(accelerator: Accelerator) -> None:
-    """Make `accelerator` the one that AcceleratorState speaks of."""
-    _Run.accelerator = weakref.ref(accelerator)
 
 
 # The collectives as plain functions, over the run's ranks. Their rules: `nested.py`.

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from .accumulation import GradientAccumulationPlugin
-from .config.environment import RankEnvironment
+from .config.agreement import SAME_EVERYWHERE, disagreement, settings_of
+from .config.environment import RankEnvironment, torch_debug
 from .config.schema import Config
+from .data import DataLoaderConfiguration
 from .errors import ConfigError
+from .joined import check_device, join_first
 from .plugins import (
     AutocastKwargs,
     DeepSpeedPlugin,
@@ -20,6 +24,9 @@ from .plugins import (
     InitProcessGroupKwargs,
     ProfileKwargs,
 )
+from .zero.collectives import Ranks, attempt
+from .zero.meeting import versions
+from .zero.plan import Plan
 from .zero.precision import LossScaler, Precision
 
 logger = logging.getLogger("shardwise")
@@ -47,7 +54,148 @@ def handlers_by_type(handlers: Sequence[Any] | None) -> dict[type, Any]:
     return found
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What an Accelerator works by: its arguments over the launcher's configuration, checked.
+
+    steps:   micro-batches per optimizer step. accumulation: the rest about them.
+    loading: how data loaders are prepared.
+    """
+
+    config: Config
+    steps: int
+    accumulation: GradientAccumulationPlugin
+    handlers: dict[type, Any]
+    timeout_s: float
+    precision: Precision
+    scaler: LossScaler
+    plan: Plan
+    loading: DataLoaderConfiguration
+    rng_types: list[str]
+    device_placement: bool
+    step_scheduler_with_optimizer: bool
+
+    def facts(self) -> dict[str, Any]:
+        """What all ranks must have in common, as plain JSON values by the name that an error gives them."""
+        found = {**versions(), **settings_of(self.config)}
+        # The configuration's or the script's: what counts is what is in force.
+        del found["deepspeed_config.gradient_accumulation_steps"]
+        found["shardwise_config.collective_timeout_s"] = self.timeout_s
+        found["TORCH_DISTRIBUTED_DEBUG"] = torch_debug()
+        found |= facts_of_steps(self.steps, self.accumulation, self.step_scheduler_with_optimizer)
+        found |= facts_of_loading(self.loading, self.rng_types, self.device_placement)
+        for kind in (GradScalerKwargs, AutocastKwargs):
+            for name, value in asdict(self.handlers.get(kind) or kind()).items():
+                found[f"{kind.__name__}.{name}"] = value
+        return found
+
+
+def facts_of_steps(steps: int, accumulation: GradientAccumulationPlugin, with_optimizer: bool) -> dict[str, Any]:
+    return {
+        "gradient_accumulation_steps": steps,
+        "GradientAccumulationPlugin.adjust_scheduler": accumulation.adjust_scheduler,
+        "GradientAccumulationPlugin.sync_with_dataloader": accumulation.sync_with_dataloader,
+        "Accelerator.step_scheduler_with_optimizer": with_optimizer,
+    }
+
+
+def facts_of_loading(loading: DataLoaderConfiguration, rng_types: Sequence[str], placed: bool) -> dict[str, Any]:
+    # How copies to the device are made is each rank's own.
+    given = {name: value for name, value in asdict(loading).items() if name != "non_blocking"}
+    return {
+        **{f"DataLoaderConfiguration.{name}": value for name, value in given.items()},
+        "Accelerator.rng_types": list(rng_types),
+        "Accelerator.device_placement": placed,
+    }
+
+
 def resolve(
+    *,
+    mixed_precision: Any,
+    cpu: bool,
+    dynamo_backend: Any,
+    plugins: DeepSpeedPlugin | dict[str, DeepSpeedPlugin] | None,
+    steps: int,
+    accumulation: GradientAccumulationPlugin | None,
+    kwargs_handlers: Sequence[Any] | None,
+    loading: DataLoaderConfiguration,
+    rng_types: Sequence[str] | None,
+    device_placement: bool,
+    step_scheduler_with_optimizer: bool,
+) -> Settings:
+    """The settings in force. The arguments are the Accelerator's. Raises ConfigError."""
+    handlers = handlers_by_type(kwargs_handlers)
+    config, steps = _configured(mixed_precision, cpu, plugins, steps, accumulation)
+    config = config.merged(dynamo_backend=getattr(dynamo_backend, "value", dynamo_backend))
+    types = ["generator"] if rng_types is None else list(rng_types)
+    if set(types) - {"generator", "torch", "cuda"}:
+        raise ConfigError(f"rng_types is {types}; it can hold 'generator', 'torch' and 'cuda'.")
+    engine, zero = config.engine, config.zero
+    group: InitProcessGroupKwargs | None = handlers.get(InitProcessGroupKwargs)
+    given = None if group is None or group.timeout is None else group.timeout.total_seconds()
+    precision = Precision.named(config.mixed_precision, engine.reduce_dtype)
+    return Settings(
+        config=config,
+        steps=steps,
+        accumulation=accumulation or GradientAccumulationPlugin(),
+        handlers=handlers,
+        timeout_s=engine.collective_timeout_s if given is None else given,
+        precision=precision,
+        scaler=loss_scaler(config, precision, handlers.get(GradScalerKwargs)),
+        plan=Plan.from_stage(
+            zero.zero_stage,
+            offload_optimizer=zero.offload_optimizer_device,
+            offload_param=zero.offload_param_device,
+        ),
+        loading=loading,
+        rng_types=types,
+        device_placement=device_placement,
+        step_scheduler_with_optimizer=step_scheduler_with_optimizer,
+    )
+
+
+def join_with(checked: Callable[[], Settings]) -> tuple[Ranks, Settings]:
+    """The run's ranks and the settings that `checked` gives, once all ranks are known to have the same. Collective.
+
+    Raises ConfigError on every rank if they differ; what `checked` raises on one rank, and RankError on the others.
+    """
+    settings, problem = attempt(checked)
+    if settings is None:
+        ranks = join_first(Config(), problem=problem)
+    else:
+        ranks = join_first(settings.config, timeout_s=settings.timeout_s)
+
+    def facts() -> dict[str, Any]:
+        if problem is not None:
+            raise problem
+        assert settings is not None
+        check_device(ranks, settings.config.use_cpu)
+        return settings.facts()
+
+    differing = ranks.compare(facts, "`Accelerator()`")
+    if differing:
+        raise ConfigError(disagreement("{ranks} have different settings", differing, SAME_EVERYWHERE))
+    assert settings is not None
+    return ranks, settings
+
+
+def refuse_others(**arguments: Any) -> None:
+    """ConfigError for an argument of the Accelerator that belongs to another way to shard, if it is given."""
+    for name, value in arguments.items():
+        if value is None:
+            continue
+        if name == "dynamo_plugin":
+            raise ConfigError(
+                "Accelerator: dynamo_plugin is accelerate's object. Use dynamo_backend, and dynamo_config in the "
+                "configuration for the rest."
+            )
+        raise ConfigError(
+            f"Accelerator: {name} is for another way to shard. Use zero_stage (0 to 3) in the configuration, or "
+            "deepspeed_plugin=DeepSpeedPlugin(zero_stage=3)."
+        )
+
+
+def _configured(
     mixed_precision: Any,
     cpu: bool,
     plugins: DeepSpeedPlugin | dict[str, DeepSpeedPlugin] | None,

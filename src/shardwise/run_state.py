@@ -16,7 +16,6 @@ optimizer in an evaluation) is left out.
 from __future__ import annotations
 
 import json
-import logging
 import zlib
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,16 +33,15 @@ from .checkpoint.write import Draft, Piece, whole_pieces
 from .data_loader import PreparedLoader
 from .errors import CheckpointError
 from .generators import generator_states, set_generator_states
+from .loader_positions import go_to, match, position
 from .model_facts import KeptAdapters
 from .zero import intervals
 from .zero.buffers import bytes_of, named_buffers, packed, parts_of, replace_buffers, unpacked, written
-from .zero.collectives import Ranks, attempt
+from .zero.collectives import Ranks, attempt_or_interrupt
 from .zero.intervals import Interval
 from .zero.optimizer import ShardedOptimizer
 from .zero.precision import LossScaler
 from .zero.sharded import ShardedModel
-
-logger = logging.getLogger("shardwise")
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ class RunState:
         for number, kept in enumerate(adapters):
             pieces += whole_pieces({f"model{number}/adapter/{name}": tensor for name, tensor in kept.computed.items()})
         state["optimizers"] = [self._optimizer(number, pieces) for number in range(len(self.steppers))]
-        state["loaders"] = [_position(loader) for loader in self.loaders]
+        state["loaders"] = [position(loader) for loader in self.loaders]
         if rank == 0:
             state["models"] = len(self.models)
             state["schedulers"] = [scheduler.state_dict() for scheduler in self.schedulers]
@@ -131,7 +129,9 @@ class RunState:
     def _objects(self) -> tuple[Any, dict[str, Tensor]]:
         """The registered objects' states, encoded, and their tensors; None and nothing where they are equal to rank 0's."""
         tensors: dict[str, Tensor] = {}
-        encoded, error = attempt(lambda: encode([item.state_dict() for item in self.objects], tensors, "objects"))
+        encoded, error = attempt_or_interrupt(
+            lambda: encode([item.state_dict() for item in self.objects], tensors, "objects")
+        )
         mine = zlib.crc32(json.dumps(encoded).encode())
         for tensor in tensors.values():
             mine = zlib.crc32(as_bytes(tensor), mine)
@@ -210,7 +210,6 @@ class RunState:
             ("model", len(self.models), first["models"]),
             ("optimizer", len(self.steppers), len(first["optimizers"])),
             ("scheduler", len(self.schedulers), len(first["schedulers"])),
-            ("data loader", len(self.loaders), len(first["loaders"])),
             ("registered object", len(self.objects), len(first["objects"])),
         ):
             if have and have != count:
@@ -218,12 +217,16 @@ class RunState:
                     f"{where} was saved with {count} {kind}(s), but this run has prepared {have}. Prepare the same objects "
                     "in the same order before load_state."
                 )
+        try:
+            match(first["loaders"], checkpoint.manifest.world_size, self.loaders, self.ranks.world_size)
+        except CheckpointError as error:
+            raise CheckpointError(f"{where} {error}") from error
         changed = [self._changed(checkpoint, number) for number in range(len(self.models))]
         for address, _, buffer in self._persistent_buffers():
             saved = first["buffers"].get(address)
             if saved is None and address not in checkpoint:
                 continue
-            shape = tuple(saved["shape"]) if saved is not None else checkpoint.shape(address)
+            shape = tuple(unpacked(saved).shape) if saved is not None else checkpoint.shape(address)
             if shape != tuple(buffer.shape):
                 raise CheckpointError(
                     f"{where}: {address} has shape {shape}, but this model's is {tuple(buffer.shape)}."
@@ -359,9 +362,12 @@ class RunState:
         ):
             with _taking(f"registered object {number}", item):
                 item.load_state_dict(saved)
-        for number, (loader, saved) in enumerate(zip(self.loaders, first["loaders"], strict=False)):
+        matched = match(first["loaders"], len(states), self.loaders, self.ranks.world_size)
+        for number, (loader, saved) in enumerate(matched.pairs):
             with _taking(f"data loader {number}", loader):
-                _go_to(loader, saved, len(states), self.ranks)
+                go_to(loader, saved, len(states), self.ranks)
+        if self.ranks.rank == 0:
+            matched.say()
         set_generator_states([state["generators"] for state in states], self.ranks)
         counters: dict[str, Any] = first["counters"]
         return counters
@@ -421,22 +427,3 @@ def _some(words: str, names: Sequence[str]) -> str:
         return ""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{words} {names[0]}{more}; "
-
-
-def _position(loader: PreparedLoader) -> dict[str, Any]:
-    return {**loader.state_dict(), "samples_at_a_time": loader.total_batch_size}
-
-
-def _go_to(loader: PreparedLoader, saved: dict[str, Any], saved_world: int, ranks: Ranks) -> None:
-    """Put a loader where it was. With another number of ranks its batches are other ones, of the same samples."""
-    then, now = saved["samples_at_a_time"] or saved_world, loader.total_batch_size or ranks.world_size
-    batches, left = divmod(saved["batches"] * then, now)
-    if left and ranks.rank == 0:
-        logger.warning(
-            "The run was saved after %d samples of an epoch, which is no whole number of this run's batches of %d: the "
-            "last %d of them are read again.",
-            saved["batches"] * then,
-            now,
-            left,
-        )
-    loader.load_state_dict({**saved, "batches": batches})

@@ -34,7 +34,7 @@ from .checkpoint.export import refuse_empty
 from .checkpoint.names import below
 from .checkpoint.stream import save_streamed
 from .errors import CheckpointError, ConfigError, RankError
-from .zero.collectives import Ranks, attempt
+from .zero.collectives import Ranks, attempt_or_interrupt
 from .zero.sharded import ShardedModel
 
 # Arguments of save_pretrained under which transformers writes the weights as they are; it ignores the last.
@@ -85,7 +85,7 @@ def push_to_hub(
         return None
     _pushing[id(model)] = "before"
     try:
-        result, error = attempt(lambda: original(*args, **kwargs))
+        result, error = attempt_or_interrupt(lambda: original(*args, **kwargs))
     finally:
         reached = _pushing.pop(id(model))
     if error is not None and reached == "saving":

@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from .checkpoint.checks import is_count
-from .documents import shown
+from .documents import printed, shown
 from .errors import CheckpointError
 from .generators import check_generator_states
+from .zero.buffers import unpacked
 
 _OF_EACH = {"buffers": dict, "generators": dict, "optimizers": list, "loaders": list}
 _OF_THE_FIRST = {"models": int, "schedulers": list, "scaler": dict, "counters": dict, "objects": list}
@@ -31,8 +32,8 @@ def check_states(states: Sequence[Any], objects_of: Sequence[int]) -> None:
             found = state.get(key) if key != "objects" or rank in objects_of else []
             if not isinstance(found, kind) or isinstance(found, bool):
                 raise CheckpointError(f"{where}: {key} is {shown(found)}, which is not what a save writes.")
-        if not all(isinstance(buffer, Tensor) for buffer in state["buffers"].values()):
-            raise CheckpointError(f"{where}: buffers holds something else than tensors.")
+        for address, buffer in state["buffers"].items():
+            _check_buffer(buffer, f"{where}: {printed(address)}")
         if rank and rank in objects_of and not isinstance(state.get("objects", ...), list | None):
             raise CheckpointError(
                 f"{where}: objects is {shown(state.get('objects'))}, which is not what a save writes."
@@ -49,6 +50,16 @@ def check_states(states: Sequence[Any], objects_of: Sequence[int]) -> None:
         together = saved.get("samples_at_a_time") if isinstance(saved, dict) else -1
         if not (together is None or is_count(together)) or not is_count(saved.get("batches")):
             raise CheckpointError(f"the state of rank 0: a loader is at {shown(saved)}, which is no place in an epoch.")
+
+
+def _check_buffer(saved: Any, where: str) -> None:
+    try:
+        shape = tuple(unpacked(saved).shape)
+        fits = isinstance(saved, Tensor) or shape == tuple(saved["shape"])
+    except Exception:  # whatever torch says of parts that do not fit
+        fits = False
+    if not fits:
+        raise CheckpointError(f"{where} is {shown(saved)}, which is no buffer.")
 
 
 def _check_optimizer(saved: Any, where: str, *, first: bool) -> None:

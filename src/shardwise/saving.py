@@ -83,6 +83,8 @@ class Saving(PartialState):
         """
         sharded = find_sharded(self.unwrap_model(model, keep_torch_compile=False))
         dtype = dtype or self._export_dtype
+        way = {"max_shard_size": max_shard_size, "safe_serialization": safe_serialization, "dtype": str(dtype)}
+        self._ranks.require_same("save_model", way)
         if sharded is not None and safe_serialization:
             save_streamed(sharded, save_directory, max_shard_size=max_shard_size, dtype=dtype)
             return

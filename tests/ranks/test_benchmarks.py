@@ -239,3 +239,20 @@ def test_the_model_of_scaling_is_near_what_two_ranks_were_measured_to_take(scali
         row = scaling.predict(case, 2, scaling.rate_of(case, 0.4845), scaling.Terms())
     assert row["step_ms"] == pytest.approx(516.7, rel=0.03)  # docs/log.md, 2026-11-22
     assert row["parts_ms"]["compute"] == pytest.approx(484.5, abs=0.1)
+
+
+@pytest.mark.parametrize("script", ["drive.py", "host_limits.py"])
+def test_a_drive_and_a_host_are_measured(script, tmp_path) -> None:
+    more = ["--rounds", "1"] if script == "drive.py" else []
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), "--folder", str(tmp_path), "--mib", "16", *more],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    if script == "drive.py":
+        assert [line["way"] for line in lines] == ["write", "read"]
+        assert all(line["tier_gb_per_s"] > 0 for line in lines)
+    else:
+        assert {line["question"] for line in lines} >= {"AdamW on the host", "disk, write", "disk, read"}
+    assert list(tmp_path.iterdir()) == []

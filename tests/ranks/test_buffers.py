@@ -171,7 +171,7 @@ def _nested(rank: int) -> Tensor:
 
 @pytest.mark.parametrize(
     ("make", "words"),
-    [(_longer, "odd (4,)"), (_wider, "float64"), (_nested, "the buffer odd cannot be sent to the other ranks")],
+    [(_longer, "(4,)"), (_wider, "float64"), (_nested, "the buffer odd cannot be sent to the other ranks")],
 )
 def test_buffers_that_cannot_be_one_on_all_ranks_are_refused_on_each(world, make, words):
     for text in world(2).run(_refused, make):

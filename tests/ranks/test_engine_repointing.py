@@ -215,7 +215,9 @@ NORMS = {
 
 def _normalised(ranks, plan, how, assigned):
     torch.manual_seed(5)
-    model = Normalised(NORMS[how]).eval()  # in training spectral_norm counts its forwards, of which one process runs more
+    model = Normalised(
+        NORMS[how]
+    ).eval()  # in training spectral_norm counts its forwards, of which one process runs more
     if not assigned:
         train_both(ranks, model, plan, steps=4, tolerance=3e-6)
         return

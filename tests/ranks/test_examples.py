@@ -160,7 +160,8 @@ def test_a_resumed_example_ends_with_the_adapter_of_the_straight_run(
 ) -> None:
     flags = ["--num-epochs", "2", "--max-train-samples", "12", "--batch-size", "4", "--max-new-tokens", "1"]
     flags += ["--save-every", "1", "--keep-checkpoints", "20", "--resume", "latest"]
-    run_here(script, monkeypatch, *flags, "--output-dir", str(tmp_path / "straight"))
+    # With the messages to predict: a loader more, which the resumed run does without.
+    run_here(script, monkeypatch, *flags, "--do-test", "--output-dir", str(tmp_path / "straight"))
     assert "resumed: nothing" in capsys.readouterr().out
     # As if the run had been stopped after its fifth step, in the middle of the second epoch.
     (tmp_path / "resumed" / "checkpoints").mkdir(parents=True)

@@ -345,7 +345,7 @@ def _caught(ranks, what):
     [
         ("empty", "is empty"),
         ("empty on one", "is empty"),
-        ("lengths", "data set of 6 and a DataLoader"),
+        ("lengths", "data set of 6 on rank 0 and 4 batches of a data set of 7 on rank 1"),
         ("empty stream", "gave no sample"),
         ("split", "cannot be cut into 2"),
         ("stream breaks", "disk gone"),

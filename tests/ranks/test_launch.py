@@ -85,6 +85,22 @@ SCRIPTS = {
         print(f"rank {dist.get_rank()} sum {total.item():.0f}", flush=True)
         dist.destroy_process_group()
     """,
+    "foreign.py": """
+        import torch
+        from accelerate import Accelerator, init_empty_weights
+        from accelerate.utils import set_seed
+        from transformers import Trainer, TrainingArguments
+
+        set_seed(1)
+        with init_empty_weights():
+            model = torch.nn.Linear(2, 2)
+        arguments = TrainingArguments(output_dir="out", use_cpu=True, report_to=[])
+        try:
+            Accelerator(cpu=True)
+        except ValueError as error:
+            print(error, flush=True)
+        Trainer(model=model, args=arguments)
+    """,
     "spawns.py": """
         import multiprocessing
 
@@ -297,3 +313,43 @@ def test_a_module_and_spawned_workers_find_the_main_module(scripts: Path) -> Non
         done = launch(*arguments)
         assert done.returncode == 0, done.stderr
         assert done.stdout == "[42]\n"
+
+
+@pytest.mark.timeout(120)
+def test_other_libraries_train_on_no_rank_of_a_run_that_asked_for_zero(scripts: Path) -> None:
+    """Their helpers and arguments stay as they were: the script gets as far as its Trainer."""
+    done = launch("--num_processes", "2", "--zero_stage", "3", "foreign.py", timeout_s=100)
+    assert done.returncode == 1
+    assert done.stdout.count("this run asked for zero_stage 3, but accelerate's Accelerator was made, ") == 2
+    assert (
+        "ConfigError: this run asked for zero_stage 3, but accelerate's Accelerator was made by transformers' Trainer"
+        in (done.stderr)
+    )
+    assert "from shardwise import Accelerator" in done.stdout
+
+
+SRUN = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "a,b"}
+MACHINES = ("--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", "29999")
+
+
+def test_a_launcher_for_each_machine_finds_its_rank_under_srun(scripts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SRUN.items():
+        monkeypatch.setenv(name, value)
+    many = ("--num_processes", "4", "--dry_run")
+    found = launch(*many, *MACHINES, "exits.py").stdout
+    assert "machine_rank" in found
+    assert "rank 2  cpu" in found
+    assert "SLURM_PROCID" in found
+    assert "rank 0  cpu" in launch(*many, *MACHINES, "--machine_rank", "0", "exits.py").stdout
+    assert "srun starts 2 launchers" not in launch(*many, "exits.py").stderr  # said by the first
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert "note: srun starts 2 launchers, and num_machines is 1: each makes a run of its own" in (
+        launch(*many, "exits.py").stderr
+    )
+
+
+def test_a_machine_that_is_not_machine_0_is_told_so(scripts: Path) -> None:
+    elsewhere = ("--num_machines", "2", "--main_process_ip", "192.0.2.1", "--main_process_port", "29999")
+    done = launch("--num_processes", "4", "--dry_run", *elsewhere, "exits.py")
+    assert "note: machine_rank is 0, but main_process_ip 192.0.2.1 is no address of this machine." in done.stderr
+    assert "note" not in launch("--num_processes", "4", "--dry_run", *MACHINES, "exits.py").stderr

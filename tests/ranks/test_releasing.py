@@ -44,7 +44,7 @@ def _released(ranks, plan, precision, dtype):
     masters = {}
     for unit in sharded.units:
         if unit.trainable is not None:
-            whole = sharded._whole_master(unit)
+            whole = sharded.whole.master(unit)
             masters |= {m.name: unit.trainable.view(i, whole).clone() for i, m in enumerate(unit.trainable.members)}
     heard = _Lines()
     log = logging.getLogger("shardwise")

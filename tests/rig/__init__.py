@@ -16,6 +16,7 @@ A rank that raises gives its own exception here, with its traceback as a note. A
 every rank. The pool that failed is thrown away and the next `world(n)` starts a fresh one.
 """
 
+from .fresh import Outcome, fresh_ranks, torchrun
 from .pool import RankCrashedError, RanksHungError, World, Worlds
 
-__all__ = ["RankCrashedError", "RanksHungError", "World", "Worlds"]
+__all__ = ["Outcome", "RankCrashedError", "RanksHungError", "World", "Worlds", "fresh_ranks", "torchrun"]

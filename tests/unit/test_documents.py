@@ -413,8 +413,14 @@ def test_an_archive_of_torch_whose_records_are_too_short_or_compressed_is_not_re
 
 # Every reader comes through here.
 
-# Files of the kernel, which are what they are.
-ALLOWED = {"config.machine": {"read_text"}, "cli.agent": {"read_text"}, "documents": {"loads"}}
+# Files of the kernel, and what this run's own processes tell each other, which are what they are.
+ALLOWED = {
+    "config.machine": {"read_text"},
+    "cli.agent": {"read_text"},
+    "documents": {"loads"},
+    "zero.meeting": {"loads", "read_text"},
+    "config.foreign": {"loads"},
+}
 READERS = {"load", "loads", "read_text", "read_bytes", "safe_load"}
 
 

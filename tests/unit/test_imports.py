@@ -32,14 +32,18 @@ FRONT_END = (
     "checkpointing",
     "compiling",
     "data",
+    "data_course",
     "data_dispatch",
     "data_loader",
     "data_order",
+    "data_workers",
     "estimate",
     "frozen",
     "generators",
     "initialising",
     "integrations",
+    "joined",
+    "loader_positions",
     "loading",
     "logging",
     "lora",
@@ -50,6 +54,7 @@ FRONT_END = (
     "metrics",
     "model_facts",
     "nested",
+    "object_facts",
     "plugins",
     "prepare_checks",
     "preparing",
@@ -79,7 +84,10 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "zero.handed",
         "zero.buffers",
         "zero.stand_ins",
+        "zero.meeting",
+        "zero.joining",
         "zero.collectives",
+        "zero.leaving",
         "zero.streams",
         "zero.units",
         "zero.words",
@@ -93,6 +101,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     (
         "zero.build",
         "zero.checks",
+        "zero.forwards",
         "zero.generation",
         "zero.quantised",
         "zero.reducing",
@@ -102,6 +111,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "zero.publishing",
         "zero.releasing",
         "zero.whole",
+        "zero.verdicts",
         "zero.writing",
     ),
     ("zero.thawing",),
@@ -239,9 +249,9 @@ def test_no_module_imports_from_a_level_below_it_in_the_drawing(module):
 ELASTIC = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run")
 
 
-def test_only_collectives_imports_torch_distributed():
+def test_only_joining_and_collectives_import_torch_distributed():
     for module in modules():
-        allowed = module == "zero.collectives"
+        allowed = module in ("zero.joining", "zero.collectives", "zero.leaving")
         for found in imports_of(module):
             # The launcher starts processes through torch's elastic agent, which lives in torch.distributed too.
             if is_under(module, "cli") and is_under(found.name, *ELASTIC):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from ..errors import CheckpointError
-from ..zero.collectives import Ranks, attempt
+from ..zero.collectives import Ranks, attempt_or_interrupt
 
 T = TypeVar("T")
 
@@ -37,9 +37,13 @@ def together(ranks: Ranks, action: Callable[[], T], *, on: int | None = None, wh
     """What `action` gives on this rank; if it raises anywhere, a CheckpointError with the same words on every rank.
 
     on: the only rank that runs it; the others give None. what: how the error's text begins.
+    An interrupt (Ctrl-C, an exit) stays what it is on its own rank.
     """
-    result, error = attempt(action) if on is None or ranks.rank == on else (None, None)
-    raise_first(ranks, ranks.gather_objects(agreed_words(error)), error, what)
+    result, error = attempt_or_interrupt(action) if on is None or ranks.rank == on else (None, None)
+    texts = ranks.gather_objects(agreed_words(error))
+    if error is not None and not isinstance(error, Exception):
+        raise error
+    raise_first(ranks, texts, error, what)
     return result
 
 
@@ -50,8 +54,10 @@ def on_first(ranks: Ranks, action: Callable[[], T], what: str = "") -> T:
     return found
 
 
-def agreed_words(error: Exception | None) -> str | None:
+def agreed_words(error: BaseException | None) -> str | None:
     """How one rank tells its error to the others."""
     if error is None:
         return None
+    if not isinstance(error, Exception):
+        return f"{type(error).__name__} interrupted it"
     return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"

@@ -124,7 +124,7 @@ def patiently(
         result, error = attempt(action) if on is None or ranks.rank == on else (None, None)
         beats.last = _Beat(True, "done", agreed_words(error))
     except BaseException as interrupt:  # Ctrl-C: the others hear it at once, and this rank goes
-        beats.last = _Beat(True, "gone", f"{type(interrupt).__name__} interrupted it", left=True)
+        beats.last = _Beat(True, "gone", agreed_words(interrupt), left=True)
         raise
     finally:
         beats.ended.set()

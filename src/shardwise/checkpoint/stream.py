@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..zero.collectives import attempt
+from ..zero.collectives import attempt_or_interrupt
 from ..zero.sharded import ShardedModel
 from ..zero.whole import persistent_buffers
 from .export import WeightFiles
@@ -38,7 +38,7 @@ def save_streamed(
     Tied weights are written once. Collective; an error is raised on every rank. Raises PrepareError for a quantised base.
     """
     model.refuse_whole_state()
-    error: Exception | None = None
+    error: BaseException | None = None
     weights: WeightFiles | None = None
     named, others = _names(model, rename)
     buffers, shared = _buffers(model, rename)
@@ -56,7 +56,7 @@ def save_streamed(
 
     main = model.ranks.rank == 0 and here
     if main:
-        weights, error = attempt(open_files)
+        weights, error = attempt_or_interrupt(open_files)
     # Nobody gathers a model for files that cannot be opened.
     model.ranks.agree(error)
 
@@ -67,7 +67,7 @@ def save_streamed(
 
     for name, give in model.whole.stream(lambda name: bool(named.get(name))):
         if main and error is None and give is not None:
-            _, error = attempt(lambda: write(named[name][0], give))  # noqa: B023 - called at once
+            _, error = attempt_or_interrupt(lambda: write(named[name][0], give))  # noqa: B023 - called at once
 
     def finish() -> list[Path]:
         assert weights is not None
@@ -77,7 +77,7 @@ def save_streamed(
 
     written: list[Path] | None = []
     if main and error is None:
-        written, error = attempt(finish)
+        written, error = attempt_or_interrupt(finish)
     if error is not None and weights is not None:
         weights.abandon()
     model.ranks.agree(error)

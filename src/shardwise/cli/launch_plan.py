@@ -16,14 +16,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..config.environment import task_of_srun
+from ..config.launchers import LOOPBACK
 from ..config.machine import environment_value, physical_gpus, usable_cores, visible_gpus
 from ..config.resolve import Resolution
 from ..config.rules import Key
 from ..config.schema import Config
 from ..errors import ConfigError, LaunchError
 from . import worker
-
-LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def make_plan(
     check_script(script, is_module)
     if devices is None and devices_known and not resolution.config.use_cpu:
         devices = visible_gpus(resolution.config.gpu_ids)
-    resolution = fill_processes(resolution, devices)
+    resolution = fill_processes(_under_srun(resolution), devices)
     config, origins, notes = resolution.config, dict(resolution.origins), list(resolution.notes)
     _check_gpu_ids(config, origins)
     check_devices(config, origins, devices)
@@ -186,6 +186,11 @@ def make_plan(
         origin = origins.get(("main_process_port",), "default")
         raise LaunchError(
             f"{origin}: main_process_port: {port} is in use on this machine; take another one on all machines"
+        )
+    if config.num_machines > 1 and config.machine_rank == 0 and not is_of_this_machine(address):
+        notes.append(
+            f"machine_rank is 0, but main_process_ip {address} is no address of this machine. If another one is machine 0, "
+            "give this one its own --machine_rank: two machines of one rank wait for each other."
         )
     return LaunchPlan(
         config=config,
@@ -222,6 +227,37 @@ def rank_environment(config: Config, local_processes: int) -> dict[str, str]:
         # A crash in C++ then shows the Python line that led to it.
         variables["PYTHONFAULTHANDLER"] = "1"
     return variables
+
+
+def _under_srun(resolution: Resolution) -> Resolution:
+    """The resolution of a launcher that srun started, one of several: its task is its machine's rank unless one was given."""
+    task = task_of_srun()
+    if task is None or task.world_size == 1:
+        return resolution
+    config, origins = resolution.config, dict(resolution.origins)
+    if config.num_machines == 1:
+        note = (
+            f"srun starts {task.world_size} launchers, and num_machines is 1: each makes a run of its own. For one run give "
+            f"--num_machines {task.world_size} --main_process_ip ADDRESS --main_process_port PORT; else srun --ntasks 1."
+        )
+        return replace(resolution, notes=[*resolution.notes, *([note] if task.rank == 0 else [])])
+    if ("machine_rank",) in origins or config.num_machines != task.world_size:
+        return resolution
+    origins[("machine_rank",)] = "SLURM_PROCID, because srun starts one launcher for each machine"
+    return replace(
+        resolution, config=Config.checked({**config.to_values(), "machine_rank": task.rank}), origins=origins
+    )
+
+
+def is_of_this_machine(address: str) -> bool:
+    """Can this machine listen at that address or name?"""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
 
 
 def port_is_free(address: str, port: int) -> bool:

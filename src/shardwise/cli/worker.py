@@ -6,6 +6,7 @@ added:
   - the process dies with the launcher, even when that is killed with SIGKILL;
   - an exception is written to a record instead of the terminal, with the time in nanoseconds, so that the launcher can
     show the first failing rank's traceback and not every rank's at once;
+  - in a run that asked for ZeRO, other libraries' training objects are refused (`config/foreign.py`);
   - a process that cannot leave after a failure (a thread that waits for a dead peer) is ended after a while.
 This file imports the standard library only, and reads the environment that the launcher wrote for it.
 """
@@ -13,6 +14,7 @@ This file imports the standard library only, and reads the environment that the 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import runpy
@@ -44,22 +46,28 @@ def main() -> None:
     signal.signal(signal.SIGUSR1, lambda *_: None)
     reports = os.environ.get(REPORTS, "")
     _write(reports, f"pid-{os.getpid()}", {"rank": _rank()})
+    foreign = _watch_foreign_trainers()
     try:
         if sys.argv[0] == "-m":
             del sys.argv[0]
             _run_module(sys.argv[0])
         else:
             _run_script(sys.argv[0])
+        _tell_if_unused(foreign)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if code != 0:
             message = end.code if isinstance(end.code, str) else f"sys.exit({code})"
             _record(reports, kind="exit", message=message, text="", code=code)
+        else:
+            _tell_if_unused(foreign)
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        _show_at_exit(error)
         signal.alarm(LEAVE_WITHIN_S)
         sys.exit(128 + signal.SIGINT)
     except BaseException as error:
+        _show_at_exit(error)
         kind = type(error)
         # The frames of this file are not the user's.
         trace = error.__traceback__
@@ -77,6 +85,31 @@ def main() -> None:
         elif not reports:
             sys.stderr.write(text)
         sys.exit(1)
+
+
+def _watch_foreign_trainers() -> types.ModuleType:
+    """`config/foreign.py`, watching. Loaded by its path, under the name by which shardwise will find this very one."""
+    name = "shardwise.config.foreign"
+    path = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "config", "foreign.py")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    module.watch()
+    return module
+
+
+def _tell_if_unused(foreign: types.ModuleType) -> None:
+    text = foreign.unused() if _rank() == 0 else None
+    if text is not None:
+        sys.stderr.write(f"shardwise: warning: {text}\n")
+
+
+def _show_at_exit(error: BaseException) -> None:
+    """What the interpreter does with an error that nobody catches: whoever tidies up at the exit sees it."""
+    sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__
 
 
 def _rank() -> int:

@@ -19,7 +19,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -30,10 +30,11 @@ from torch import Tensor
 
 from ..errors import StoreError
 from ..zero.plan import Tier
-from ..zero.streams import Lanes, workers
+from ..zero.streams import Lanes
+from .files import PAGE
 from .store import Arrival, Done, MemoryStore, Slab
+from .threads import DeviceThreads
 
-PAGE = 4096
 BLOCK = 8 << 20  # bytes; smaller ones do not saturate a drive
 
 # Of copies that use some memory, by whatever tells them apart: the slab's or the block's own, so that it is always up to date.
@@ -51,17 +52,19 @@ class HostSlab(Slab):
 
 @dataclass
 class Adding:
-    """An Arrival of what is added. brought: the event of its last copy, and the additions that follow the copies."""
+    """An Arrival of what is added. brought: the event of its last copy. additions: of what has been copied so far."""
 
-    brought: Future[tuple[torch.Event | None, list[Future[None]]]]
+    brought: Future[torch.Event | None]
+    additions: list[Future[None]]
 
     def enqueued(self) -> torch.Event | None:
-        return self.brought.result()[0]
+        return self.brought.result()
 
-    def finish(self) -> None:
-        """Return once it is added."""
-        for future in self.brought.result()[1]:
-            future.result()
+    def failure(self) -> BaseException | None:
+        """What kept it from being added, or None; once it is over."""
+        failed = self.brought.exception()  # first: afterwards nothing joins the additions
+        found = [failed, *(future.exception() for future in self.additions)]
+        return next((error for error in found if error is not None), None)
 
 
 class HostStore(MemoryStore):
@@ -73,19 +76,25 @@ class HostStore(MemoryStore):
         super().__init__(lanes)
         self._pinned = lanes.device.type == "cuda"
         self._ring = Ring(self._pinned)
-        self._threads: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None
+        self._bringing = DeviceThreads(1, "shardwise-down", lanes.device)
+        self._adding = DeviceThreads(1, "shardwise-add", lanes.device)
         self._busy: dict[int, HostSlab] = {}  # slabs to which something is added, by id
 
     def allocate(self, numel: int, dtype: torch.dtype, name: str) -> Slab:
         return HostSlab(self, numel, dtype, pinned=self._pinned)
 
     def fetch(self, slab: Slab, out: Tensor, begin: int = 0) -> Arrival:
-        self._finish(slab)
+        self._settle(slab)
         return super().fetch(slab, out, begin)
 
     def put(self, source: Tensor, slab: Slab, begin: int = 0) -> Arrival:
-        self._finish(slab)
+        self._settle(slab)
         return super().put(source, slab, begin)
+
+    def expect(self, nbytes: int) -> None:
+        """`nbytes` are about to be added: make the blocks now, because to pin memory may hold the host for the device."""
+        if self._pinned:
+            self._ring.fill(-(-nbytes // BLOCK))
 
     def add(self, source: Tensor, slab: Slab, after: torch.Event | None) -> Arrival:
         """Add `source`, a device tensor that is written when `after` is done, to the whole slab; `drain` waits for it.
@@ -97,22 +106,27 @@ class HostStore(MemoryStore):
         if self.lanes.device.type == "cpu":
             slab.tensor.add_(source)
             return Done(None)
-        if self._threads is None:
-            names = "shardwise-down", "shardwise-add"
-            self._threads = workers(self.lanes.device, 1, names[0]), workers(self.lanes.device, 1, names[1])
         before = [event for event in slab.writes.values() if event is not None]
-        adding = Adding(self._threads[0].submit(self._bring, source, slab, after, before))
+        additions: list[Future[None]] = []
+        brought = self._bringing.submit(self._bring, source, slab, after, before, additions)
+        adding = Adding(brought, additions)
         slab.adding.append(adding)
         self._busy[id(slab)] = slab
         return adding
 
     def _bring(
-        self, source: Tensor, slab: Slab, after: torch.Event | None, before: Sequence[torch.Event]
-    ) -> tuple[torch.Event | None, list[Future[None]]]:
-        assert self._threads is not None
+        self,
+        source: Tensor,
+        slab: Slab,
+        after: torch.Event | None,
+        before: Sequence[torch.Event],
+        additions: list[Future[None]],
+    ) -> torch.Event | None:
+        """Copy `source` down block by block, and have what has come added."""
+        self._bringing.take_device()
         step = BLOCK // source.element_size()
-        event, adding = after, []
-        self.lanes.down.wait(after)  # here, where the copies follow: others put by the same lane meanwhile
+        event = after
+        self.lanes.down.wait(after)
         for begin in range(0, slab.numel, step):
             part = source[begin : begin + step]
             block = self._ring.take()
@@ -120,11 +134,12 @@ class HostStore(MemoryStore):
                 landing = block.memory[: part.nbytes].view(part.dtype)
                 landing.copy_(part, non_blocking=True)
                 event = block.event = self.lanes.down.mark()
-            adding.append(self._threads[1].submit(self._add, slab, begin, landing, block, before))
-        return event, adding
+            additions.append(self._adding.submit(self._add, slab, begin, landing, block, before))
+        return event
 
     def _add(self, slab: Slab, begin: int, landing: Tensor, block: Block, before: Sequence[torch.Event]) -> None:
         try:
+            self._adding.take_device()
             for event in (*before, block.event):
                 if event is not None:
                     event.synchronize()
@@ -132,18 +147,19 @@ class HostStore(MemoryStore):
         finally:
             self._ring.give(block)
 
-    def _finish(self, slab: Slab) -> None:
-        """Return once everything that was added to this slab is in it."""
+    def _settle(self, slab: Slab) -> None:
+        """Return once nothing is being added to this slab any more; of what failed `drain` tells."""
         assert isinstance(slab, HostSlab)
-        for adding in slab.adding:
-            adding.finish()
-        slab.adding.clear()
-        self._busy.pop(id(slab), None)
+        slab.adding = [adding for adding in slab.adding if adding.failure() is not None]
 
     def drain(self) -> None:
-        """Return once everything that was added is in its slab."""
-        for slab in list(self._busy.values()):
-            self._finish(slab)
+        """Return once everything that was added is in its slab. Raises StoreError for the first that is not."""
+        busy, self._busy = self._busy, {}
+        failed = [error for slab in busy.values() for adding in slab.adding if (error := adding.failure()) is not None]
+        for slab in busy.values():
+            slab.adding.clear()
+        if failed:
+            raise failed[0]
 
     @property
     def staging_nbytes(self) -> int:
@@ -151,8 +167,8 @@ class HostStore(MemoryStore):
         return self._ring.nbytes
 
     def close(self) -> None:
-        for pool in self._threads or ():
-            pool.shutdown()
+        self._bringing.close()
+        self._adding.close()
 
 
 class Block:
@@ -182,6 +198,19 @@ class Ring:
         self._free: deque[Block] = deque()
         self._changed = threading.Condition()
 
+    def fill(self, count: int) -> None:
+        """Have at least `count` blocks, or LENGTH."""
+        with self._changed:
+            while self._made < min(count, self.LENGTH):
+                self._free.append(self._make())
+                self._changed.notify()
+
+    def _make(self) -> Block:
+        with torch.inference_mode(False):  # it outlives the script's
+            block = Block(self._pinned)
+        self._made += 1
+        return block
+
     def take(self) -> Block:
         with self._changed:
             while not self._free and self._made == self.LENGTH:
@@ -189,8 +218,7 @@ class Ring:
             if self._free:
                 block = self._free.popleft()
             else:
-                block = Block(self._pinned)
-                self._made += 1
+                block = self._make()
         if block.event is not None:
             block.event.synchronize()
             block.event = None

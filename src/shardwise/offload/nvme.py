@@ -2,29 +2,24 @@
 
     fetch   disk --thread--> pinned block --up lane--> device        put   device --down lane--> pinned block --thread--> disk
 
-A slab is a file of its own, of whole pages. Blocks go through two rings of pinned buffers, one for each way, so that no
+A slab is a file of its own, of whole pages and without a name (`files.py`): it goes with the last reference to the slab, or
+with the process, however that ends. Blocks go through two rings of pinned buffers, one for each way, so that no
 transfer is longer than a ring and a slab of any size needs the same host memory. Threads do the input and output: the
-calls release the interpreter, and two of them keep a drive busy. Files belong to one run and rank, lie in a directory
-that the living process holds a lock on, and go when the run ends; what a killed run left behind is named at the next start.
+calls release the interpreter, and two of them keep a drive busy.
 
 Errors of the disk are StoreError. A read's is raised by whoever waits for the bytes, a write's by `drain`, or by the next
-read of the slab: never by a thread, and never in the middle of a collective.
+read of the slab: never by a thread, and never in the middle of a collective. Of several the first is told, for the others
+follow from it; and bytes that could not be written stay unreadable until they are written anew.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
-import logging
 import os
-import shutil
-import socket
 import threading
-import time
 import weakref
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,11 +28,11 @@ from torch import Tensor
 
 from ..errors import StoreError
 from ..zero.plan import Tier
-from ..zero.streams import Lanes, workers
-from .host import BLOCK, PAGE, Block, Ring
+from ..zero.streams import Lanes
+from .files import PAGE, File, Files, take_space
+from .host import BLOCK, Block, Ring
 from .store import Arrival, Done, Slab
-
-log = logging.getLogger("shardwise")
+from .threads import DeviceThreads
 
 THREADS = 4
 
@@ -46,23 +41,17 @@ read_at = os.preadv
 write_at = os.pwritev
 
 
-@dataclass
-class File:
-    """An open file. direct: its descriptor bypasses the page cache, so offsets, sizes and memory are whole pages."""
-
-    path: Path
-    descriptor: int
-    direct: bool
-
-
 class FileSlab(Slab):
-    """A slab that is a file of its own, from its first byte on. name: what errors call it."""
+    """A slab that is a file of its own, from its first byte on.
 
-    def __init__(self, store: NvmeStore, numel: int, dtype: torch.dtype, file: File, name: str) -> None:
+    name: what errors call it. file: None where it could not be made; then every byte of it is in `writing`, as failed.
+    """
+
+    def __init__(self, store: NvmeStore, numel: int, dtype: torch.dtype, name: str) -> None:
         super().__init__(store, Tier.NVME, numel, dtype)
-        self.file = file
         self.name = name
-        self.writing: list[_Part] = []
+        self.file: File | None = None
+        self.writing: list[_Part] = []  # writes under way, and those that failed
         self.reading: list[_Part] = []
 
 
@@ -76,6 +65,9 @@ class _Part:
 
     def meets(self, first: int, last: int) -> bool:
         return self.first < last and first < self.last
+
+    def lies_in(self, first: int, last: int) -> bool:
+        return first <= self.first and self.last <= last
 
 
 @dataclass
@@ -95,9 +87,10 @@ class _Reading:
 class NvmeStore:
     """Slabs in files below `folder`.
 
-    folder: an existing or new directory on the drive; this run's files lie in a directory of their own in it.
-    rank:   of this process, for the names of the files and in errors.
+    folder: an existing or new directory on the drive. Nothing is seen in it: the files have no names.
+    rank:   of this process, for errors.
     bytes_written, bytes_read: what went over the drive since the start.
+    files:  the open files; a dropped slab's is closed.
     Raises StoreError if the directory cannot be made or written.
     """
 
@@ -106,49 +99,36 @@ class NvmeStore:
     def __init__(self, folder: str | os.PathLike[str], lanes: Lanes, rank: int) -> None:
         self.lanes = lanes
         self.rank = rank
+        self.folder = Path(folder).expanduser()
         self.bytes_written = 0
         self.bytes_read = 0
         pinned = lanes.device.type == "cuda"
         self._incoming, self._outgoing = Ring(pinned), Ring(pinned)
-        self._enqueue = threading.Lock()  # of what the threads share: the order on a lane, and the counts
-        self._files = 0
+        self._enqueue = threading.Lock()  # of what the threads share: the order on a lane, the counts, the fault
+        self._fault: StoreError | None = None
         self._written: set[FileSlab] = set()
-        base = Path(folder).expanduser()
-        name = f"shardwise-{socket.gethostname()}-{os.getpid()}-{time.time_ns():x}-rank{rank}"
         try:
-            base.mkdir(parents=True, exist_ok=True)
-            _name_leftovers(base)
-            self.folder = base / name
-            self.folder.mkdir()
-            self._lock = os.open(self.folder / "owner", os.O_CREAT | os.O_RDWR, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self.files = Files(self.folder)
         except OSError as error:
-            raise self._error("make a directory for", base, error) from error
-        self._pool = workers(lanes.device, THREADS, "shardwise-nvme")
-        self._open: list[int] = [self._lock]
-        self._finalizer = weakref.finalize(self, _remove, self._pool, self._open, self.folder)
+            raise self._error("put files into", error) from error
+        self._threads = DeviceThreads(THREADS, "shardwise-nvme", lanes.device)
+        self._finalizer = weakref.finalize(self, _end, self._threads, self.files)
 
     # The Store protocol.
 
     def allocate(self, numel: int, dtype: torch.dtype, name: str) -> FileSlab:
-        nbytes = numel * dtype.itemsize
-        size = -(-nbytes // PAGE) * PAGE
-        self._files += 1
-        path = self.folder / f"{self._files:05d}-{_plain(name)}.bin"
-        file = File(path, -1, False)
-        problem: StoreError | None = None
+        slab = FileSlab(self, numel, dtype, name)
+        size = -(-slab.nbytes // PAGE) * PAGE
         try:
-            file = self._opened(path, os.O_CREAT | os.O_RDWR)
+            file = self.files.make()
             # Space is taken now: a full disk shows here and not in the middle of a step, and overwriting is faster.
-            os.posix_fallocate(file.descriptor, 0, size)
+            take_space(file, size)
+            slab.file = file
         except OSError as error:
-            problem = self._error(f"take {size / 2**20:.0f} MiB for", path, error)
-        slab = FileSlab(self, numel, dtype, file, name)
-        if problem is not None:
             # Told by `drain`, as a failed write is: the other ranks are on their way into a collective.
             failed: Future[None] = Future()
-            failed.set_exception(problem)
-            slab.writing.append(_Part(0, nbytes, failed))
+            failed.set_exception(self._failed(f"take {size:,} bytes for {name} in", error))
+            slab.writing.append(_Part(0, slab.nbytes, failed))
             self._written.add(slab)
         return slab
 
@@ -161,7 +141,7 @@ class NvmeStore:
         for first, last in _parts(offset, offset + target.numel()):
             piece = target[first - offset : last - offset]
             before = [part.future for part in slab.writing if part.meets(first, last)]
-            task = self._pool.submit(self._read, slab, first, last, piece, reading, before)
+            task = self._threads.submit(self._read, slab, first, last, piece, reading, before)
             reading.futures.append(task)
             slab.reading.append(_Part(first, last, task))
         return reading
@@ -174,7 +154,15 @@ class NvmeStore:
         assert offset % PAGE == 0, "only whole pages are written"
         assert end % PAGE == 0 or end == slab.nbytes, "only whole pages are written"
         last_event = None
-        slab.writing = [part for part in slab.writing if not part.future.done() or part.future.exception()]
+        if slab.file is None:
+            self._written.add(slab)
+            return Done(None)
+        # A write that failed is made good by one of the same bytes.
+        slab.writing = [
+            part
+            for part in slab.writing
+            if not part.future.done() or (part.future.exception() and not part.lies_in(offset, end))
+        ]
         for first, last in _parts(offset, end):
             block = self._outgoing.take()
             with down.on():
@@ -182,21 +170,27 @@ class NvmeStore:
                 landing.copy_(source[(first - offset) // size : (last - offset) // size], non_blocking=True)
                 last_event = down.mark()
             before = [part.future for part in slab.reading if part.meets(first, last)]
-            task = self._pool.submit(self._write, slab, first, last, block, last_event, before)
+            task = self._threads.submit(self._write, slab, first, last, block, last_event, before)
             slab.writing.append(_Part(first, last, task))
         self._written.add(slab)
         return Done(last_event)
 
     def drain(self) -> None:
-        """Return once everything that was put is on the drive. Raises StoreError for the first write that failed."""
+        """Return once everything that was put is on the drive. Raises StoreError for the first thing that failed."""
         written, self._written = self._written, set()
-        problem: BaseException | None = None
+        failed: list[BaseException] = []
         for slab in written:
-            for part in slab.writing:
-                problem = problem or part.future.exception()
-            slab.writing.clear()
-        if problem is not None:
-            raise problem
+            slab.writing = [part for part in slab.writing if part.future.exception() is not None]
+            failed += [error for part in slab.writing if (error := part.future.exception()) is not None]
+        first = self.take_fault() or next(iter(failed), None)
+        if first is not None:
+            raise first
+
+    def take_fault(self) -> StoreError | None:
+        """What failed first since the last call, also where nobody has waited for it yet; for whoever tells it."""
+        with self._enqueue:
+            fault, self._fault = self._fault, None
+        return fault
 
     @property
     def staging_nbytes(self) -> int:
@@ -221,20 +215,21 @@ class NvmeStore:
             write.result()
         block = self._incoming.take()
         try:
+            self._threads.take_device()
             file = slab.file
+            assert file is not None, "a file that could not be made is a write that failed"
             skip = first % PAGE if file.direct else 0
             wanted = skip + last - first
             length = -(-wanted // PAGE) * PAGE if file.direct else wanted
-            try:
-                got = read_at(file.descriptor, [block.memory.numpy()[:length].data], first - skip)
-            except OSError as error:
-                raise self._error(f"read {slab.name} from", file.path, error) from error
+            buffer = block.memory.numpy()[:length].data
+            got, problem = _moved(read_at, file, buffer, first - skip, wanted)
+            if problem is not None:
+                raise self._failed(f"read {wanted:,} bytes of {slab.name} in", problem)
             if got < wanted:
-                raise StoreError(
-                    f"rank {self.rank} read {got} of {wanted} bytes of {slab.name} from {file.path}: the file is "
-                    "shorter than it was. Something else truncated it; go on from the last checkpoint."
-                )
-            with self._enqueue, self.lanes.up.on():
+                lost = OSError(errno.EIO, f"it ends after {got:,} of them and is shorter than it was")
+                raise self._failed(f"read {wanted:,} bytes of {slab.name} in", lost)
+            # The target may be of torch.inference_mode, as in an evaluation, or not: inside of it both may be written.
+            with self._enqueue, self.lanes.up.on(), torch.inference_mode():
                 self.bytes_read += got
                 out.copy_(block.memory[skip:wanted], non_blocking=True)
                 block.event = reading.event = self.lanes.up.mark()
@@ -251,40 +246,67 @@ class NvmeStore:
         before: Sequence[Future[None]],
     ) -> None:
         try:
+            self._threads.take_device()
             for read in before:
                 read.exception()
             if copied is not None:
                 copied.synchronize()
-            # The last page is written whole: the file ends with it, and nothing else lies in it.
             file = slab.file
+            assert file is not None, "`put` writes into no other"
+            # The last page is written whole: the file ends with it, and nothing else lies in it.
             length = -(-(last - first) // PAGE) * PAGE if file.direct else last - first
-            try:
-                done = write_at(file.descriptor, [block.memory.numpy()[:length].data], first)
-            except OSError as error:
-                raise self._error(f"write {length} bytes to", file.path, error) from error
-            if done < length:
-                raise self._error(f"write {length} bytes to", file.path, OSError(errno.ENOSPC, "no space left"))
+            buffer = block.memory.numpy()[:length].data
+            done, problem = _moved(write_at, file, buffer, first, length)
+            if problem is None and done < length:
+                problem = OSError(errno.EIO, f"it took {done:,} of them and no more")
+            if problem is not None:
+                raise self._failed(f"write {length:,} bytes of {slab.name} in", problem)
             with self._enqueue:
                 self.bytes_written += done
         finally:
             self._outgoing.give(block)
 
-    def _opened(self, path: Path, flags: int) -> File:
-        """Open past the page cache where the file system has that, and through it elsewhere (tmpfs, some networks)."""
-        try:
-            file = File(path, os.open(path, flags | os.O_DIRECT, 0o600), True)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            file = File(path, os.open(path, flags, 0o600), False)
-        self._open.append(file.descriptor)
-        return file
+    def _failed(self, action: str, error: OSError) -> StoreError:
+        """What to raise where `action` failed: the first error since one was told, for what fails later follows from it."""
+        made = self._error(action, error)
+        with self._enqueue:
+            if self._fault is None:
+                self._fault = made
+            return self._fault
 
-    def _error(self, action: str, path: Path, error: OSError) -> StoreError:
-        return StoreError(
-            f"rank {self.rank} could not {action} {path}: {error.strerror or error}. Give nvme_path a directory on a drive "
-            "with room that this process may write to; the last checkpoint is whole."
+    def _error(self, action: str, error: OSError) -> StoreError:
+        remedy = "Give nvme_path a directory on a drive with room that this process may write to"
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            remedy = "Raise the limit of open files (ulimit -n): each shard is a file"
+        elif error.errno == errno.EIO:
+            remedy = "Go on with nvme_path on another drive"
+        why = error.strerror or error
+        made = StoreError(
+            f"rank {self.rank} could not {action} {self.folder}: {why}. {remedy}; the last checkpoint is whole."
         )
+        made.__cause__ = error
+        return made
+
+
+def _moved(
+    call: Callable[..., int], file: File, buffer: memoryview, offset: int, wanted: int
+) -> tuple[int, OSError | None]:
+    """The bytes that preadv or pwritev moved between `buffer` and the file from `offset` on, and what stopped them.
+
+    A call may stop short of `wanted` without a reason; the one after it has the reason, or moves nothing.
+    """
+    done = 0
+    while done < wanted:
+        try:
+            more = call(file.descriptor, [buffer[done:]], offset + done)
+        except OSError as error:
+            return done, error
+        if done + more < wanted:
+            more -= (done + more) % PAGE  # a file past the cache goes on at a page
+        if more <= 0:
+            break
+        done += more
+    return done, None
 
 
 def _parts(begin: int, end: int) -> list[tuple[int, int]]:
@@ -299,7 +321,11 @@ def fetch_part(slab: Slab, begin: int, numel: int) -> Tensor:
     lanes = slab.store.lanes
     out = torch.empty(numel, dtype=slab.dtype, device=lanes.device)
     lanes.up.wait(lanes.mark_compute())
-    lanes.compute_waits(slab.fetch(out, begin).enqueued())
+    try:
+        lanes.compute_waits(slab.fetch(out, begin).enqueued())
+    except StoreError:
+        slab.store.take_fault()  # it is told here
+        raise
     return out
 
 
@@ -319,36 +345,6 @@ def put_part(slab: Slab, begin: int, values: Tensor) -> None:
     slab.store.drain()
 
 
-def _plain(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)[-80:]
-
-
-def _remove(pool: ThreadPoolExecutor, descriptors: list[int], folder: Path) -> None:
-    pool.shutdown(wait=True, cancel_futures=True)
-    for descriptor in descriptors:
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _name_leftovers(base: Path) -> None:
-    """Say which directories belong to runs that were killed. They are not removed: somebody may want to look."""
-    for owner in sorted(base.glob(f"shardwise-{socket.gethostname()}-*/owner")):
-        try:
-            descriptor = os.open(owner, os.O_RDWR)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            continue  # its process is alive
-        finally:
-            os.close(descriptor)
-        try:
-            nbytes = sum(file.stat().st_size for file in owner.parent.glob("*.bin"))
-        except OSError:
-            continue  # a run that ends removes it at this moment
-        log.warning(
-            "%s holds %.1f GB of a run that was killed; nothing reads it again. Remove it: rm -r '%s'",
-            owner.parent, nbytes / 1e9, owner.parent,
-        )  # fmt: skip
+def _end(threads: DeviceThreads, files: Files) -> None:
+    threads.close()
+    files.close()

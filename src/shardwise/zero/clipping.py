@@ -16,36 +16,39 @@ from torch import Tensor
 from .collectives import Ranks
 
 
-def global_norm(shards: Sequence[Tensor], norm_type: float, ranks: Ranks, *, sharded: bool) -> Tensor:
+def global_norm(
+    shards: Sequence[Tensor], norm_type: float, ranks: Ranks, dtype: torch.dtype, *, sharded: bool
+) -> Tensor:
     """The norm of all shards of all ranks together, a scalar on the rank's device.
 
     shards:    this rank's, any device; there may be none.
     norm_type: p of the p-norm, or infinity.
+    dtype:     of the norm and of the sums over ranks; the same on every rank.
     sharded:   each rank holds its own elements; False when every rank holds all of them.
     Collective if sharded.
     """
     if math.isinf(norm_type):
-        parts = [shard.abs().max().to(ranks.device, torch.float32) for shard in shards if shard.numel()]
-        largest = torch.stack(parts).max() if parts else torch.zeros((), device=ranks.device)
+        parts = [shard.abs().max().to(ranks.device, dtype) for shard in shards if shard.numel()]
+        largest = torch.stack(parts).max() if parts else torch.zeros((), dtype=dtype, device=ranks.device)
         if sharded:
             ranks.all_reduce(largest, "max")
         return largest
-    total = power_sum(shards, norm_type, ranks.device)
+    total = power_sum(shards, norm_type, ranks.device, dtype)
     if sharded:
         ranks.all_reduce(total, "sum")
     return total ** (1.0 / norm_type)
 
 
-def power_sum(shards: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
+def power_sum(shards: Sequence[Tensor], norm_type: float, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The sum of |element| ** norm_type over this rank's shards, a scalar on `device`."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for shard in shards:
         if shard.numel():
             by_device.setdefault(shard.device, []).append(shard)
-    total = torch.zeros((), device=device)
+    total = torch.zeros((), dtype=dtype, device=device)
     for group in by_device.values():
-        norms = torch.stack(torch._foreach_norm(group, norm_type))
-        total = total + (norms.float() ** norm_type).sum().to(device)
+        norms = torch.stack([norm.to(dtype) for norm in torch._foreach_norm(group, norm_type)])
+        total = total + (norms**norm_type).sum().to(device)
     return total
 
 

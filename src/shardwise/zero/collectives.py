@@ -1,4 +1,4 @@
-"""The ranks of a run and what they do together: the only file that calls torch.distributed.
+"""The ranks of a run and what they do together. Beside `joining.py` and `leaving.py` nothing else calls torch.distributed.
 
 There are three groups. The data group moves tensors on the device (NCCL on CUDA, gloo on CPU). The reduce group does the
 same for gradients alone: a communicator needs its operations in the same order on every rank, and ranks that take
@@ -12,26 +12,35 @@ With one rank no process group is made and every collective is a copy or nothing
 from __future__ import annotations
 
 import copy
-import datetime
+import functools
+import hashlib
+import json
 import logging
+import re
 import time
-import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config.environment import RankEnvironment, without_multicast
+from ..config.agreement import Difference, differences, disagreement
+from ..config.environment import without_multicast
 from ..errors import ConfigError, LayoutError, RankError
+from . import leaving
+from .joining import Joined, join_groups
+from .meeting import missed
 from .words import Words, exchanged
 
 log = logging.getLogger("shardwise")
 
 ReduceOp = Literal["sum", "mean", "max", "min"]
 T = TypeVar("T")
+P = ParamSpec("P")
+
+_MOST_COMPARED = 256  # facts of a rank that differ from rank 0's and go around
 
 # torch 2.13 renamed both and warns on the old names; torch 2.9 to 2.12 have only the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -41,23 +50,37 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 # How often all ranks have come together in each call, see `Ranks.assemble`.
 _assembled: Counter[str] = Counter()
 
-# By timeout: the WORLD that they belong to, the data group and the control group. Weakly, so that they end with WORLD.
-_made: dict[datetime.timedelta, tuple[weakref.ref[Any], ...]] = {}
+
+# What gloo and the store say when another rank is not there.
+_MISSING = re.compile(r"timed? ?out|connection|pair closure|broken pipe|socket", re.IGNORECASE)
 
 
-def _groups(timeout: datetime.timedelta) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """The data and the control group of this process. Collective where they do not exist yet.
+def _waiting(collective: Callable[P, T]) -> Callable[P, T]:
+    """A collective that says in a sentence, RankError, that another rank did not come; and at once from then on.
 
-    A group of gloo has three threads, one of which wakes up a hundred times a second, and torch keeps it until WORLD ends. A
-    process that makes many Accelerators would be busy with nothing else: with 450 groups a test suite took twice its time.
+    Of NCCL's, which only enqueue, torch's watchdog tells.
     """
-    world = dist.group.WORLD
-    held = [ref() for ref in _made.get(timeout, ())]
-    if held and held[0] is world and held[1] is not None and held[2] is not None:
-        return held[1], held[2]
-    data, control = dist.new_group(timeout=timeout), dist.new_group(backend="gloo", timeout=timeout)
-    _made[timeout] = tuple(weakref.ref(group) for group in (world, data, control))
-    return data, control
+
+    @functools.wraps(collective)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        ranks = cast("Ranks", args[0])
+        if ranks.lost is not None:
+            raise RankError(ranks.lost)
+        try:
+            return collective(*args, **kwargs)
+        except RankError:
+            raise
+        except RuntimeError as error:
+            if _MISSING.search(str(error)) is None:
+                raise
+            ranks.lost = (
+                f"rank {ranks.rank} waited for the other ranks in {collective.__name__}, and at least one did not come: it "
+                f"was interrupted, has ended, or does something else. ({' '.join(str(error).split())[:200]}) Nothing that "
+                "needs all ranks works any more: end this one too, and resume from a checkpoint."
+            )
+            raise RankError(ranks.lost) from error
+
+    return call
 
 
 def _store() -> Any:
@@ -72,72 +95,61 @@ class Ranks:
     local_rank, local_world_size: on this machine.
     device:                       cuda:local_rank or cpu.
     words:                        what a rank leaves for others without waiting for them.
+    lost:                         what a collective said that another rank did not come to; None while all are there.
     counts:                       how often each collective ran on this rank, by name; tests hold it against the design.
     """
 
-    def __init__(
-        self, place: RankEnvironment, device: torch.device, owns_group: bool, timeout: datetime.timedelta
-    ) -> None:
-        self.rank = place.rank
-        self.world_size = place.world_size
-        self.local_rank = place.local_rank
-        self.local_world_size = place.local_world_size
-        self.device = device
+    def __init__(self, joined: Joined) -> None:
+        self.rank = joined.rank
+        self.world_size = joined.world_size
+        self.local_rank = joined.local_rank
+        self.local_world_size = joined.local_world_size
+        self.device = joined.device
         self.counts: Counter[str] = Counter()
-        self._owns_group = owns_group
-        self._timeout = timeout
-        self._data: dist.ProcessGroup | None = None
-        self._reduce: dist.ProcessGroup | None = None
-        self._control: dist.ProcessGroup | None = None
+        self._owns_group = joined.owned
+        self._timeout = joined.timeout
+        self._data, self._control = joined.data, joined.control
+        self._reduce = None if joined.data is None else dist.group.WORLD
         self._told: dist.Work | None = None  # a vote whose outcome this rank knew
         self._is_aside = False
-        self.words = Words(place.rank, _store if place.world_size > 1 else None, timeout)
+        self._asides: list[Ranks] = []
+        self.lost: str | None = None
+        self.words = Words(joined.rank, _store if joined.world_size > 1 else None, joined.timeout)
         if self.world_size > 1:
-            self._data, self._control = _groups(timeout)
-            self._reduce = dist.group.WORLD
+            leaving.remember(self, made_world=joined.owned)
 
     @classmethod
-    def join(cls, *, use_cpu: bool = False, timeout_s: float = 600.0) -> Ranks:
-        """Join the run that the environment describes; a process that no launcher started is a run of one rank.
+    def join(cls, *, use_cpu: bool = False, timeout_s: float = 600.0, problem: Exception | None = None) -> Ranks:
+        """Join the run that the environment describes; a process that no launcher started is a run of one rank. Collective.
 
+        Where the script has made torch's process group by itself, its ranks are the run.
         use_cpu:   take gloo and the CPU even where CUDA devices are visible.
         timeout_s: how long a collective may wait for the other ranks before it raises.
-        Raises ConfigError if this machine has fewer CUDA devices than ranks.
+        problem:   why this rank cannot join: raised here, and told to the others, who raise RankError. With a group that the
+                   script made nobody is told: that is for whoever compares next.
+        Raises ConfigError on every rank if ranks differ in what a process group needs, or a machine has fewer CUDA devices than
+        ranks; RankError if a rank does not come in time.
         """
-        place = RankEnvironment.read()
-        cuda = torch.cuda.is_available() and not use_cpu
-        if cuda and place.local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"rank {place.rank} wants cuda:{place.local_rank}, but this machine shows "
-                f"{torch.cuda.device_count()} CUDA device(s). Start at most one process per device, or "
-                "add --use_cpu."
-            )
-        device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
-        if cuda:
-            torch.cuda.set_device(device)
-        owns = False
-        timeout = datetime.timedelta(seconds=timeout_s)
-        if place.world_size > 1 and not dist.is_initialized():
-            if cuda:
-                dist.init_process_group("nccl", timeout=timeout, device_id=device)
-            else:
-                dist.init_process_group("gloo", timeout=timeout)
-            owns = True
-        return cls(place, device, owns, timeout)
+        return cls(join_groups(use_cpu, timeout_s, problem))
 
     def leave(self) -> None:
-        """Take the process group down, if `join` made it."""
+        """Take the process groups down, if `join` made them. A script that ends without it does so at its end."""
         if self._owns_group and dist.is_initialized():
-            # A group that Python still holds keeps its threads, and one that asks for the interpreter while that ends aborts
-            # the process: seen in 1 to 3 of 16 exits.
-            self._data = self._reduce = self._control = self._told = None
-            dist.destroy_process_group()
+            leaving.take_down(self.let_go()[0], world=True)
         self._owns_group = False
 
     @property
     def parted(self) -> bool:
         """Whether this process has left the run: nothing that needs the other ranks works any more."""
         return self.world_size > 1 and self._data is None
+
+    def let_go(self) -> tuple[list[dist.ProcessGroup], dist.Work | None]:
+        """Forget the process groups, those aside too; gives them, and a vote under way in the last. For `leaving` alone."""
+        groups = [group for other in self._asides for group in other.let_go()[0]]
+        groups += [group for group in (self._data, self._reduce, self._control) if group is not None]
+        told = self._told
+        self._data = self._reduce = self._control = self._told = None
+        return groups, told
 
     def aside(self) -> Ranks:
         """The same ranks with a control group of their own, for facts that another thread exchanges. Collective.
@@ -149,6 +161,8 @@ class Ranks:
         other._owns_group = False
         other._is_aside = True
         other._data = other._reduce = other._told = None
+        other._asides = []
+        self._asides.append(other)
         if self._control is not None:
             other._control = dist.new_group(backend="gloo", timeout=self._timeout)
         return other
@@ -165,6 +179,7 @@ class Ranks:
 
     # Tensors, on the device, over the data group. Each runs on the current stream; the caller orders streams.
 
+    @_waiting
     def all_gather(self, whole: Tensor, shard: Tensor) -> None:
         """Concatenate every rank's `shard` into `whole`, in rank order.
 
@@ -183,6 +198,7 @@ class Ranks:
             return
         _all_gather(whole, shard, group=self._data)
 
+    @_waiting
     def all_gather_together(self, wholes: Sequence[Tensor], shards: Sequence[Tensor]) -> None:
         """`all_gather` of several buffers, of any dtypes, as one collective: NCCL runs them in one kernel.
 
@@ -199,6 +215,7 @@ class Ranks:
             _all_gather(whole, shard, group=self._data, async_op=True)
         self._data._end_coalescing(self.device).wait()
 
+    @_waiting
     def reduce_scatter(self, partial: Tensor, out: Tensor) -> None:
         """Average `partial` over the ranks, leaving this rank's slice in `out`.
 
@@ -218,6 +235,7 @@ class Ranks:
             return
         _reduce_scatter(out, partial, op=dist.ReduceOp.AVG, group=self._reduce)
 
+    @_waiting
     def fence(self) -> None:
         """Hold the current stream until every rank's has come to its own call. Over the data group."""
         self.counts["fence"] += 1
@@ -243,12 +261,14 @@ class Ranks:
         handle = symmetric.rendezvous(own, self._data)
         return [own if r == self.rank else handle.get_buffer(r, (numel,), dtype) for r in range(self.world_size)]
 
+    @_waiting
     def all_reduce_gradient(self, gradient: Tensor) -> None:
         """Average a whole gradient over the ranks, in place: what reduce_scatter is for a plan that keeps it whole."""
         self.counts["all_reduce_gradient"] += 1
         if self._reduce is not None:
             dist.all_reduce(gradient, op=dist.ReduceOp.AVG, group=self._reduce)
 
+    @_waiting
     def all_reduce(self, tensor: Tensor, op: ReduceOp = "sum") -> None:
         """Combine `tensor` over the ranks, in place, on every rank."""
         self.counts["all_reduce"] += 1
@@ -257,6 +277,7 @@ class Ranks:
         ops = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.AVG, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
         dist.all_reduce(tensor, op=ops[op], group=self._data)
 
+    @_waiting
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         """Overwrite `tensor`, which is contiguous, with rank `source`'s on every rank. As bytes: backends lack some dtypes."""
         self.counts["broadcast"] += 1
@@ -271,6 +292,7 @@ class Ranks:
             exchanged()
         return self._control
 
+    @_waiting
     def barrier(self) -> None:
         """Return once every rank has called it."""
         if (control := self._exchange()) is not None:
@@ -314,6 +336,7 @@ class Ranks:
             store.delete_key(f"shardwise/{call}/{_assembled[call] - 1}/{self.rank}")
         _assembled[call] += 1
 
+    @_waiting
     def gather_numbers(self, number: int) -> list[int]:
         """Every rank's whole number, in rank order. About 0.1 ms between processes of one machine."""
         self.counts["gather_numbers"] += 1
@@ -323,6 +346,7 @@ class Ranks:
         _all_gather(numbers, torch.tensor([number]), group=control)
         return [int(n) for n in numbers]
 
+    @_waiting
     def any_of(self, flags: list[bool]) -> list[bool]:
         """Element by element, whether the flag is set on any rank. Every rank passes as many flags.
 
@@ -342,6 +366,7 @@ class Ranks:
         sent.wait()
         return [bool(v) for v in votes.tolist()]
 
+    @_waiting
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's `value`, in rank order, on every rank. The values are pickled."""
         if (control := self._exchange()) is None:
@@ -350,6 +375,7 @@ class Ranks:
         dist.all_gather_object(values, value, group=control)
         return values
 
+    @_waiting
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
         """Rank `source`'s `value`, on every rank."""
         if (control := self._exchange()) is None:
@@ -358,27 +384,55 @@ class Ranks:
         dist.broadcast_object_list(box, src=source, group=control)
         return box[0]
 
-    def agree(self, error: Exception | None) -> None:
+    def agree(self, error: BaseException | None) -> None:
         """Raise on every rank if any rank met an error, so that none waits for a rank that has left.
 
         A rank raises its own error; the others raise RankError, which names the first rank that failed and repeats its
         words. When every rank met the same one, each raises its own.
         """
-        errors = self.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        for rank, text in enumerate(errors):
-            if text is not None:
-                raise RankError(f"rank {rank} failed: {text}")
+        _raise_first(error, self.gather_objects(_words(error)))
 
     def together(self, action: Callable[[], T]) -> T:
         """What `action` gives on this rank; if it raises on any rank, an error on every rank, as `agree` raises it. Collective.
 
-        `action` is without communication of its own: a rank that left it early would not be there for the others.
+        `action` is without communication of its own: a rank that left it early would not be there for the others. An interrupt
+        of one rank is told to the others too.
         """
-        result, error = attempt(action)
+        result, error = attempt_or_interrupt(action)
         self.agree(error)
         return cast(T, result)
+
+    def compare(self, facts: Callable[[], Mapping[str, Any]], where: str) -> list[Difference]:
+        """What differs between the ranks' facts, the same list on every rank; [] for nothing. Collective.
+
+        facts: plain JSON values by name. If it raises on any rank, an error on every rank, as `agree` raises it.
+        where: the call that all ranks make, for a RankError if one does not.
+        """
+        found, error = attempt(facts)
+        text = json.dumps(found, sort_keys=True)
+        try:
+            said = self.gather_objects((hashlib.sha256(text.encode()).hexdigest(), _words(error)))
+        except RuntimeError as lost:  # a rank that is gone, or did not come in time
+            raise missed(where, self._timeout, lost.__cause__ or lost) from lost
+        _raise_first(error, [words for _, words in said])
+        if len({digest for digest, _ in said}) == 1:
+            return []
+        # A model has thousands of facts: only those that differ from rank 0's go around.
+        mine = dict(found or {})
+        first = self.broadcast_object(mine)
+        absent = object()
+        own = [key for key in {**first, **mine} if first.get(key, absent) != mine.get(key, absent)]
+        rows = self.gather_objects({key: [mine[key]] if key in mine else [] for key in own[:_MOST_COMPARED]})
+        keys = list(dict.fromkeys(key for row in rows for key in row))
+        theirs = {key: [first[key]] if key in first else [] for key in keys}
+        return differences([{key: entry[0] for key in keys if (entry := row.get(key, theirs[key]))} for row in rows])
+
+    def require_same(self, call: str, arguments: Mapping[str, Any]) -> None:
+        """Raise ConfigError on every rank unless all ranks make `call` with these arguments, plain JSON values. Collective."""
+        differing = self.compare(lambda: arguments, call)
+        if differing:
+            remedy = "Call it in the same way on every rank."
+            raise ConfigError(disagreement(f"{call} is called in another way on {{ranks}}", differing, remedy))
 
 
 def attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -387,3 +441,26 @@ def attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return action(), None
     except Exception as error:
         return None, error
+
+
+def attempt_or_interrupt(action: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    """As `attempt`, for an action whose outcome the ranks agree on next: Ctrl-C or an exit inside is an outcome too."""
+    try:
+        return action(), None
+    except BaseException as error:
+        return None, error
+
+
+def _words(error: BaseException | None) -> str | None:
+    if error is None:
+        return None
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _raise_first(error: BaseException | None, words: Sequence[str | None]) -> None:
+    """Raise this rank's own error, or that of the first rank that met one."""
+    if error is not None:
+        raise error
+    for rank, text in enumerate(words):
+        if text is not None:
+            raise RankError(f"rank {rank} failed: {text}")

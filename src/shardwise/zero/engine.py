@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -43,23 +43,27 @@ class Stores:
         return self.gpu if tier is Tier.GPU else self.cpu
 
     @property
+    def drives(self) -> tuple[NvmeStore, ...]:
+        return tuple(dict.fromkeys(self.nvme.values()))
+
+    @property
     def uses_disk(self) -> bool:
         return bool(self.nvme)
 
     @property
     def staging_nbytes(self) -> int:
         """Bytes of host memory that transfers go through, besides what rests."""
-        return self.cpu.staging_nbytes + sum(s.staging_nbytes for s in set(self.nvme.values()))
+        return self.cpu.staging_nbytes + sum(s.staging_nbytes for s in self.drives)
 
     def drain(self) -> None:
         """Everything that was put is where it rests. Raises StoreError for the first write that failed."""
         self.cpu.drain()
-        for store in self.nvme.values():
+        for store in self.drives:
             store.drain()
 
     def close(self) -> None:
         self.cpu.close()
-        for store in self.nvme.values():
+        for store in self.drives:
             store.close()
 
 
@@ -145,14 +149,15 @@ class Doubts:
 
 @dataclass
 class Faults:
-    """Errors of this rank's drives, kept until the ranks can agree on them.
+    """Errors of this rank's `drives`, kept until the ranks can agree on them.
 
     A rank that raised in the middle of a pass would leave the others waiting in a collective. So a rank that could not
     read takes part in the gathers, with wrong bytes, and `agree` raises on every rank before a result of the pass is used.
+    What is raised is what failed first: a read that was noted may follow from a write that nobody has waited for.
     """
 
     ranks: Ranks
-    active: bool = False
+    drives: Sequence[NvmeStore] = ()
     errors: list[StoreError] = field(default_factory=list)
 
     def note(self, error: StoreError) -> None:
@@ -160,10 +165,12 @@ class Faults:
 
     def agree(self) -> None:
         """Collective where a drive is used. Raises StoreError, or RankError for another rank's."""
-        if self.active:
-            error = self.errors[0] if self.errors else None
-            self.errors.clear()
-            self.ranks.agree(error)
+        found = [fault for drive in self.drives if (fault := drive.take_fault()) is not None] + self.errors
+        self.errors.clear()
+        if self.drives:
+            self.ranks.agree(found[0] if found else None)
+        elif found:  # host memory fails with its device, and takes no message of each step
+            raise found[0]
 
 
 class ReductionsInFlight:
@@ -194,11 +201,9 @@ class ReductionsInFlight:
 
     def add(self, arrival: Arrival, scratch: Tensor) -> None:
         """arrival: of what is read from `scratch` last."""
-        if (
-            isinstance(arrival, Done) and arrival.event is None
-        ):  # on a CPU the reduction is over: the memory may go at once
-            return
-        self._held.append((arrival, scratch))
+        over = isinstance(arrival, Done) and arrival.event is None  # on a CPU: the memory may go at once
+        if not over:
+            self._held.append((arrival, scratch))
 
     def clear(self) -> None:
         while self._held:
@@ -206,4 +211,8 @@ class ReductionsInFlight:
 
     def _drop_oldest(self) -> None:
         arrival, _ = self._held.pop(0)
-        self._lanes.compute_waits(arrival.enqueued())
+        try:
+            event = arrival.enqueued()
+        except StoreError:  # the step tells of it, see `HostStore.drain`: the other ranks are in this backward
+            event = self._lanes.down.mark()  # of what failed some blocks may be on their way
+        self._lanes.compute_waits(event)

@@ -200,14 +200,14 @@ class FlatBuffer:
         """The storage of `whole`; a new one if somebody outside of torch has seen the present one.
 
         On a CPU torch refuses for good to resize a storage after `.numpy()`, and crashes after `share_memory_()`. It goes to
-        whoever still has a view of it, with what is in it: arrays of numpy, other processes, and what autograd saved of views of
-        the parameters.
+        whoever still has a view of it, with what is in it: arrays of numpy, other processes, and what autograd saved of
+        views of the parameters.
         """
         storage = self.whole.untyped_storage()
         if storage.resizable() and (storage.device.type != "cpu" or not storage.is_shared()):
             return storage
-        self.whole.data = torch.empty_like(self.whole)
-        with unasked():
+        with torch.inference_mode(False), unasked():  # it outlives the script's
+            self.whole.data = torch.empty_like(self.whole)
             for index, member in enumerate(self.members):
                 _DATA.__set__(member.parameter, self.view(index))
         return self.whole.untyped_storage()

@@ -119,10 +119,13 @@ class Gradients:
         self.shown.look(before_backward=True)
         self.apply_factor()
         self.pending = set(range(len(self.buffer.members)))
-        if self._leaves and reduces and not self._host_filled:
+        if self._leaves and reduces:
             # Here: to pin memory, and to give it back, may hold the host until the device is idle. In a backward that could be
             # for ever: a reduction of ranks that need a gather first which this rank has not issued.
-            self._room(boundary)
+            if self._host_filled:
+                self._engine.stores.cpu.expect(self.master.numel * self._reduce_dtype.itemsize)
+            else:
+                self._room(boundary)
 
     def note(self, index: int) -> bool:
         """Parameter `index` has its gradient. True when it was the last of the unit."""

@@ -32,6 +32,9 @@ class Groups:
     parameters: the user's, group by group, as torch's verbs number them. as_set: of each group, the settings that were
                 changed here, as the user had set them.
     shards:     what the optimizer holds on this rank. members: id(gradients) -> them and the places of what it drives there.
+    strays:     id(parameter) -> gradients of the models that this optimizer does not step, and their place: in torch they are
+                clipped with the others, if a script says so.
+    norm_dtype: of norms over the gradients: fp64 where any of them is, as torch has it, else fp32. The same on every rank.
     sole:       ids of gradients that no other optimizer reads: what a step does to them in place is nobody else's matter.
     """
 
@@ -43,6 +46,8 @@ class Groups:
         self.shards: list[Shard] = []
         self.members: dict[int, tuple[Gradients, list[int]]] = {}
         self.sole: set[int] = set()
+        self.strays: dict[int, tuple[Gradients, int]] = {}
+        self.norm_dtype = torch.float32
 
     def check(self, groups: Sequence[dict[str, Any]], first: int = 0) -> None:
         """Raise OptimizerError if one of these groups holds what is no prepared model's. first: the number of the first one."""
@@ -105,8 +110,9 @@ class Groups:
 
     @property
     def fused(self) -> bool:
-        """Whether its kernels take a scale of the gradients."""
-        return isinstance(self.optimizer, _FUSED) and all(g.get("fused") for g in self.optimizer.param_groups)
+        """Whether its kernels take a scale of the gradients: one in fp32, which is not enough for gradients in fp64."""
+        takes = isinstance(self.optimizer, _FUSED) and all(g.get("fused") for g in self.optimizer.param_groups)
+        return takes and self.norm_dtype == torch.float32
 
     def driven(self) -> Iterator[Parameter]:
         """The models' parameters that this optimizer changes, on this rank or another."""
@@ -115,19 +121,22 @@ class Groups:
                 yield gradients.buffer.members[index].parameter
 
     def chosen(self, parameters: Sequence[Tensor]) -> list[Shard]:
-        """The shards of these; a shard's own tensor stands for itself."""
+        """The shards of these, strays included; a shard's own tensor stands for itself."""
         wanted = {id(p) for p in parameters}
-        return [
+        own = [
             shard for shard in self.shards
             if id(shard.gradients.buffer.members[shard.index].parameter) in wanted or id(shard.tensor) in wanted
         ]  # fmt: skip
+        return own + [shard for key in wanted & self.strays.keys() for shard in _shards_of(*self.strays[key])]
 
     def is_all(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether these are all that the optimizer drives: the same on every rank.
+        """Whether these are all that the optimizer drives, and no strays: the same on every rank.
 
         Asked of parameters, for this rank's shards may all be theirs; of shards only where there is one group that they can be.
         """
         given = {id(p) for p in parameters}
+        if given & self.strays.keys():
+            return False
         one = len(self.optimizer.param_groups) == 1
         return {id(p) for p in self.driven()} <= given or (one and {id(shard.tensor) for shard in self.shards} <= given)
 
@@ -149,12 +158,22 @@ class Groups:
                 continue
             gradients, index = homes[id(parameter)]
             self.members.setdefault(id(gradients), (gradients, []))[1].append(index)
-            for piece in gradients.pieces():
-                if piece.slot == index:
-                    shard = Shard(gradients, piece.slot, piece.in_slot, piece.in_shard, piece.numel)
-                    shard.group = number
-                    group["params"].append(shard.tensor)
-                    self.shards.append(shard)
+            for shard in _shards_of(gradients, index):
+                shard.group = number
+                group["params"].append(shard.tensor)
+                self.shards.append(shard)
 
     def _count(self) -> None:
+        driven = {id(parameter) for parameter in self.driven()}
+        self.strays = {key: home for key, home in self._homes().items() if key not in driven}
         self.sole = {key for key, (g, indices) in self.members.items() if len(indices) == len(g.buffer.members)}
+        every = [gradients for gradients, _ in (*self.members.values(), *self.strays.values())]
+        double = any(gradients.master.dtype == torch.float64 for gradients in every)
+        self.norm_dtype = torch.float64 if double else torch.float32
+
+
+def _shards_of(gradients: Gradients, index: int) -> Iterator[Shard]:
+    """What rests here of one parameter."""
+    for piece in gradients.pieces():
+        if piece.slot == index:
+            yield Shard(gradients, piece.slot, piece.in_slot, piece.in_shard, piece.numel)

@@ -74,8 +74,10 @@ class Handed:
                 "device call accelerator.free_memory() first, and prepare it again."
             )
         if value.data_ptr() != own.data_ptr():
-            self.note(index)
-            own.copy_(value)
+            with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+                parameter.copy_(
+                    value
+                )  # counted as any write; torch would keep what a graph holds, here the graph is told
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,11 @@ backward decides when it is done.
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from types import FrameType
 from typing import Any
 from weakref import ref
 
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils.hooks import RemovableHandle
 
+from .forwards import Forwards, Running
 from .saved import SavedWeights
 from .schedule import Phase, Schedule
 from .unit import Unit, Weights
@@ -54,7 +57,9 @@ class Hooks:
         self._boundary = boundary
         self._after = after
         self._compute_dtype = compute_dtype
-        self._stack: list[Phase] = []
+        self._forwards = Forwards(root)
+        self._left_boundary = True  # of the backward that began last
+        schedule.end_left_backward = self._end_left_backward
         self._active: dict[Unit, int] = defaultdict(int)  # in how many running forwards each unit is needed
         self._recording = False  # whether the running forward of the model records a graph
         self._following = False  # whether it packs the weights that autograd keeps
@@ -114,7 +119,27 @@ class Hooks:
     @property
     def in_forward(self) -> bool:
         """Whether a forward of the model is running, one whose backward runs inside of it included."""
-        return Phase.FORWARD in self._stack
+        return self._forwards.in_forward
+
+    def finish_interrupted(self) -> None:
+        """End the pass that an error or an interrupt has left open, for verbs between passes. Collective where there is one.
+
+        What a backward had brought by then counts, as in torch. Does nothing inside of a pass.
+        """
+        if (self._forwards or self.schedule.phase is not Phase.IDLE) and not _in_backward():
+            self._forget_interrupted()
+            if not self._forwards:
+                self.schedule.abandon_open_pass()
+
+    def _forget_interrupted(self) -> None:
+        """Forget forwards that have ended without a word."""
+        if self._forwards.are_over():
+            self._forwards.forget()
+            self._active.clear()
+            self._recording = False
+            if self._following:
+                self._following = False
+                self.saved.unwind()
 
     # Forward.
 
@@ -129,14 +154,15 @@ class Hooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         recording = torch.is_grad_enabled()
         if not recording and self.schedule.holds:  # generating: a token's forward is little more than such calls
-            outermost = not self._stack
-            self._stack.append(Phase.FORWARD)
+            outermost = self._begins(Running(module, (), recomputed=False), sys._getframe(1))
             return self._cast(args, kwargs) if outermost and self._compute_dtype is not None else None
+        running = Running(module, units, recomputed=_in_backward())
+        outermost = self._begins(running, sys._getframe(1))
         if _transforming():
             with temporarily_clear_interpreter_stack():
-                outermost = self._enter(kind, units, recording, stay=True)
+                self._enter(kind, running, outermost, recording, stay=True)
         else:
-            outermost = self._enter(kind, units, recording)
+            self._enter(kind, running, outermost, recording)
         changed = outermost and self._compute_dtype is not None
         if changed:
             args, kwargs = self._cast(args, kwargs)
@@ -147,31 +173,36 @@ class Hooks:
                 changed = True
         return (args, kwargs) if changed else None
 
-    def _enter(self, kind: int, units: list[Unit], recording: bool, *, stay: bool = False) -> bool:
-        """An entry module runs: ask for its units. Whether it is the outermost one, that is a pass begins.
+    def _begins(self, running: Running, frame: FrameType) -> bool:
+        """An entry module runs, called from `frame`. Whether it is the outermost one."""
+        forwards = self._forwards
+        if forwards.doubted(running.module):
+            self._forget_interrupted()
+        outermost = not forwards.in_forward and not running.recomputed
+        forwards.begin(running, frame)
+        return outermost
+
+    def _enter(self, kind: int, running: Running, outermost: bool, recording: bool, *, stay: bool = False) -> None:
+        """Ask for the units of a module that runs; the outermost one begins a pass.
 
         stay: what is gathered stays until a pass begins that says otherwise.
         """
         schedule = self.schedule
-        outermost = False
-        if _in_backward():
-            self._stack.append(Phase.BACKWARD)
+        if running.recomputed:
             if schedule.phase is not Phase.BACKWARD:
                 self._begin_backward()
         else:
-            outermost = not self.in_forward
-            self._stack.append(Phase.FORWARD)
-            for unit in units:
+            for unit in running.units:
                 self._active[unit] += 1
             if outermost:
+                schedule.abandon_open_pass()  # before gradients are looked at: a backward that was left ends with some
                 self._recording = recording
                 if recording:
                     self._before()
                 schedule.begin_forward(recording, kind, stay=stay)
                 self._following = recording and self.saved.follows and self.saved.begin()
-        for unit in units:
+        for unit in running.units:
             schedule.need(unit)
-        return outermost
 
     def _cast(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         assert self._compute_dtype is not None
@@ -179,12 +210,12 @@ class Hooks:
         return args, kwargs
 
     def _after_forward(self, units: list[Unit], module: nn.Module, args: Any, output: Any) -> None:
-        phase = self._stack.pop()
+        over = self._forwards.end(module)
         if self.schedule.holds and not torch.is_grad_enabled():
             return
         if _transforming():
             with temporarily_clear_interpreter_stack():
-                self._leave(phase, units)
+                self._leave(over)
             return
         if torch.is_grad_enabled() and output is not None:
             before = partial(self._before_backward, units)
@@ -192,15 +223,15 @@ class Hooks:
                 # A weight that is handed out lives on: a hook for each forward would pile up on it.
                 if tensor.requires_grad and not isinstance(tensor, nn.Parameter):
                     tensor.register_hook(before)  # type: ignore[no-untyped-call]
-        self._leave(phase, units)
+        self._leave(over)
 
-    def _leave(self, phase: Phase, units: list[Unit]) -> None:
+    def _leave(self, over: Sequence[Running]) -> None:
         schedule = self.schedule
-        if phase is not Phase.FORWARD:
+        if all(running.recomputed for running in over):
             return
         if not torch.is_grad_enabled() and self._recording:
             schedule.reducing.saw_recomputation()
-        for unit in units:
+        for unit in (unit for running in over if not running.recomputed for unit in running.units):
             self._active[unit] -= 1
             if not self._active[unit]:  # the encoder has ended, but the model around it needs the root unit still
                 schedule.done(unit)
@@ -240,10 +271,18 @@ class Hooks:
         return here
 
     def _begin_backward(self) -> None:
-        boundary = self._boundary()
+        if self._forwards:
+            self._forget_interrupted()
+        boundary = self._left_boundary = self._boundary()
         # Gradients are recorded in a backward only where its result shall have a backward too.
         self.schedule.begin_backward(boundary, again=torch.is_grad_enabled())
         torch.autograd.Variable._execution_engine.queue_callback(partial(self._end_backward, boundary))
+
+    @torch.no_grad()
+    def _end_left_backward(self) -> None:
+        """An error or an interrupt has ended a backward. What it had brought by then counts, as in torch."""
+        self.schedule.end_backward(whole=False)
+        self._after(self._left_boundary)
 
     @torch.no_grad()
     def _end_backward(self, boundary: bool) -> None:

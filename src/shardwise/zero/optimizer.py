@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from ..errors import NonFiniteError, OptimizerError, PrepareError
+from ..errors import OptimizerError, PrepareError
 from . import publishing
 from .clipping import clip_factor, global_norm, power_sum
 from .collectives import Ranks
@@ -42,6 +42,7 @@ from .running import holding, run_step
 from .sharded import ShardedModel
 from .shards import Shard, Visits
 from .unit import Unit
+from .verdicts import Verdicts
 
 log = logging.getLogger("shardwise")
 
@@ -83,8 +84,7 @@ class ShardedOptimizer:
         self.gradient_clipping = gradient_clipping
         self.step_was_skipped = False
         self.steps = 0
-        self._bad_loss: Tensor | None = None
-        self._check: tuple[int, Tensor, torch.Event] | None = None
+        self._verdicts = Verdicts(self.ranks, models[0].engine.lanes)
         self.ranks.together(self._refuse_what_cannot_work)
         self.groups = Groups(optimizer, self.models)
         self._visits = Visits(optimizer)
@@ -185,7 +185,7 @@ class ShardedOptimizer:
         """Another run's states have been loaded: forget what was under way for a step, and count from there."""
         self.steps = steps
         self.step_was_skipped = step_was_skipped
-        self._bad_loss = self._check = None
+        self._verdicts.begin_anew()
 
     # The loss.
 
@@ -194,14 +194,13 @@ class ShardedOptimizer:
 
         No synchronisation.
         """
-        if self.scaler.enabled:
+        if self.scaler.enabled:  # fp16 overflows by design; the scaler deals with it
             for gradients in self._held():  # to be added to
                 if not gradients.scaled:
                     gradients.multiply(torch.tensor(self.scaler.value))
                     gradients.scaled = True
-            return  # fp16 overflows by design; the scaler deals with it
-        bad = ~torch.isfinite(loss.detach()).all()
-        self._bad_loss = bad if self._bad_loss is None else self._bad_loss | bad
+        else:
+            self._verdicts.note_loss(loss)
 
     # Clipping.
 
@@ -226,6 +225,7 @@ class ShardedOptimizer:
     def look(self) -> None:
         """Take over what the script has done to gradients."""
         for model in self.models:
+            model.thawing.catch_up()
             model.look_at_gradients()
 
     def unscale(self) -> None:
@@ -243,6 +243,7 @@ class ShardedOptimizer:
         """
         self.look()
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        self._verdicts.note_clipping(max_norm=float(max_norm), norm_type=float(norm_type))
         shards = self.groups.chosen(parameters)
         sharded = self.models[0].plan.optimizer.sharded
         earlier, scale = self._outstanding()
@@ -253,22 +254,25 @@ class ShardedOptimizer:
             norm = total.sqrt() / scale
         else:
             self._wait_for_host()
-            norm = global_norm(self._gradients(shards), float(norm_type), self.ranks, sharded=sharded) / scale
+            held, dtype = self._gradients(shards), self.groups.norm_dtype
+            norm = global_norm(held, float(norm_type), self.ranks, dtype, sharded=sharded) / scale
         if earlier is not None:
             norm = norm * earlier
-        factor = clip_factor(norm, float(max_norm))
-        later = factor if earlier is None else earlier * factor
-        everything = self.groups.is_all(parameters)
+        self._scale(shards, clip_factor(norm, float(max_norm)), everything=self.groups.is_all(parameters))
+        return norm
+
+    def _scale(self, shards: Sequence[Shard], factor: Tensor, *, everything: bool) -> None:
+        """Multiply the gradients of `shards`. everything: these are all, and the step does it in its own pass."""
+        earlier, _ = self._outstanding()
         apart = [s for s in shards if not everything or id(s.gradients) not in self.groups.sole]
-        if everything:  # the step multiplies, in its own pass
+        if everything:
             for gradients in self._held():
                 if id(gradients) in self.groups.sole:
-                    gradients.factor = later
+                    gradients.factor = factor if earlier is None else earlier * factor
         if apart:
             self._wait_for_host()
             _multiply(self._gradients(apart), factor)
             self._changed(apart)
-        return norm
 
     def _square(self) -> Tensor:
         """The squared 2-norm of this rank's part of the gradients of all parameters, on the device.
@@ -287,7 +291,7 @@ class ShardedOptimizer:
         rest = [shard for shard in self.groups.shards if id(shard.gradients) not in known]
         if any(shard.gradients.host is not None for shard in rest):
             self._wait_for_host()
-        total = power_sum(self._gradients(rest), 2.0, self.ranks.device)
+        total = power_sum(self._gradients(rest), 2.0, self.ranks.device, self.groups.norm_dtype)
         for square in known.values():
             total = total + square
         return total
@@ -303,15 +307,15 @@ class ShardedOptimizer:
 
     def clip_value(self, parameters: Iterable[Tensor], value: float) -> None:
         """Clamp every element of the gradients of `parameters` to [-value, value]."""
+        self._verdicts.note_clipping(clip_value=float(value))
         self.look()
         self._wait_for_host()
         for gradients in self._held():
             gradients.apply_factor()
         _, scale = self._outstanding()
-        self._changed(self.groups.shards)
-        grads = self._gradients(
-            self.groups.chosen([parameters] if isinstance(parameters, Tensor) else list(parameters))
-        )
+        shards = self.groups.chosen([parameters] if isinstance(parameters, Tensor) else list(parameters))
+        self._changed(shards)
+        grads = self._gradients(shards)
         limit = float(value) * scale
         if grads:
             torch._foreach_clamp_min_(grads, -limit)
@@ -331,9 +335,14 @@ class ShardedOptimizer:
         return found
 
     def holds(self, parameters: Iterable[Tensor]) -> bool:
-        """Whether any of `parameters` is driven by this optimizer."""
-        mine = {id(parameter) for parameter in self.groups.driven()}
+        """Whether any of `parameters` is in the optimizer's groups, frozen or not."""
+        mine = {id(parameter) for own in self.groups.parameters for parameter in own}
         return any(id(p) in mine for p in parameters)
+
+    def knows(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether all of `parameters` are its models'."""
+        mine = {id(parameter) for model in self.models for parameter in model.model.parameters()}
+        return all(id(p) in mine for p in parameters)
 
     # The step.
 
@@ -376,7 +385,7 @@ class ShardedOptimizer:
         """
         if any(model.accumulating and not model.sync_gradients for model in self.models):
             return
-        self._bad_loss = None
+        self._verdicts.forget()
         if not set_to_none:
             self.look()
         for gradients, indices in self.groups.members.values():
@@ -387,14 +396,13 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def _apply(self, norm: Tensor | None) -> None:
+        if self.gradient_clipping is not None:  # for good, as by torch's function: the next step may see them again
+            assert norm is not None
+            self._scale(self.groups.shards, clip_factor(norm, self.gradient_clipping), everything=True)
         factor, scale = self._outstanding()
         if scale != 1.0:
-            unscale = torch.full((), 1.0 / scale, device=self.ranks.device)
+            unscale = torch.full((), 1.0 / scale, dtype=self.groups.norm_dtype, device=self.ranks.device)
             factor = unscale if factor is None else factor * unscale
-        if self.gradient_clipping is not None:
-            assert norm is not None
-            clip = clip_factor(norm, self.gradient_clipping)
-            factor = clip if factor is None else factor * clip
         here = [shard for shard in self.groups.shards if shard.gradients.in_place]
         if any(shard.gradients.host is not None for shard in here):
             self._wait_for_host()
@@ -407,12 +415,16 @@ class ShardedOptimizer:
                 shard.tensor.grad = gradient.to(shard.tensor.dtype, copy=shared)
                 grads.append(shard.tensor.grad)
         driven: Any = self.optimizer
-        if factor is not None and grads:
-            if self.groups.fused:
-                driven.grad_scale = factor.reciprocal().to(grads[0].device, torch.float32)
-                driven.found_inf = torch.zeros((), device=grads[0].device)
-            else:
+        own = {id(s.gradients): s.gradients for s in here}.values()
+        multiplied = [g for g in own if id(g) in self.groups.sole and g.dtype_at_rest == g.master.dtype]
+        if factor is not None and grads and self.groups.fused:  # it multiplies in its own pass
+            driven.grad_scale = factor.reciprocal().to(grads[0].device, torch.float32)
+            driven.found_inf = torch.zeros((), device=grads[0].device)
+        else:
+            if factor is not None:
                 _multiply(grads, factor)
+            for gradients in multiplied:
+                gradients.stepped()
         fences = [model.engine.peers for model in self.models if model.engine.peers is not None]
         for peers in fences:
             peers.before_step()
@@ -426,9 +438,8 @@ class ShardedOptimizer:
                 driven._opt_called = True  # LR schedulers check that the step came before theirs
                 for shard in here:
                     shard.tensor.grad = None
-                for gradients in {id(shard.gradients): shard.gradients for shard in here}.values():
-                    if id(gradients) in self.groups.sole and gradients.dtype_at_rest == gradients.master.dtype:
-                        gradients.stepped()
+            for gradients in multiplied:
+                gradients.stepped()
             for model in self.models:
                 visiting = [unit for unit in self._units(model) if not unit.gradients.in_place]
                 if visiting:
@@ -468,56 +479,29 @@ class ShardedOptimizer:
     def _agree(self) -> Tensor | None:
         """The gradients' global 2-norm as the step will see it before clipping, if anything needs it. One all_reduce.
 
-        It carries each rank's verdict on its loss as well, so that a NaN on one rank is an error on all.
+        It carries each rank's verdict on its loss, and its rate and clipping: a NaN on one rank is an error on all.
         """
         ranks = self.ranks
         wants_norm = self.scaler.enabled or self.gradient_clipping is not None
-        # power sum, then one flag per rank
-        facts = torch.zeros(1 + ranks.world_size, device=ranks.device)
+        # power sum, then the ranks' verdicts
+        facts = torch.zeros(1 + self._verdicts.numel, dtype=self.groups.norm_dtype, device=ranks.device)
         if wants_norm:
             self._outstanding()
             total = self._square()
             facts[0] = total if self.models[0].plan.optimizer.sharded else total / ranks.world_size
-        if self._bad_loss is not None:
-            facts[1 + ranks.rank] = self._bad_loss
-            self._bad_loss = None
+        self._verdicts.write(facts[1:], self.optimizer.param_groups)
         if ranks.world_size > 1:
             ranks.all_reduce(facts)
-        self._look_at(facts[1:])
+        self._verdicts.read(self.steps, facts[1:])
         if not wants_norm:
             return None
         factor, scale = self._outstanding()
         norm = facts[0].sqrt() / scale
         return norm if factor is None else norm * factor
 
-    # A loss that is not finite.
-
-    def _look_at(self, flags: Tensor) -> None:
-        if flags.device.type == "cpu":
-            self._raise_for(self.steps, flags)
-            return
-        # Reading them now would stall the host until the GPU has caught up: read them at the next step.
-        copy = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
-        copy.copy_(flags, non_blocking=True)
-        event = self.models[0].engine.lanes.mark_compute()
-        assert event is not None
-        self._check = (self.steps, copy, event)
-
     def raise_if_bad(self) -> None:
-        """Raise NonFiniteError if the loss of an earlier step was NaN or infinite on any rank; every rank raises it."""
-        if self._check is not None:
-            (step, flags, event), self._check = self._check, None
-            event.synchronize()
-            self._raise_for(step, flags)
-
-    def _raise_for(self, step: int, flags: Tensor) -> None:
-        bad = [rank for rank, flag in enumerate(flags.tolist()) if flag]
-        if bad:
-            where = ", ".join(map(str, bad))
-            raise NonFiniteError(
-                f"the loss is NaN or infinite at step {step} on rank {where}. Look at that rank's batch, lower the learning "
-                "rate, or clip gradients (gradient_clipping: 1.0)."
-            )
+        """Raise what an earlier step's message said: NonFiniteError, or ConfigError if ranks differ; every rank does."""
+        self._verdicts.raise_if_bad()
 
 
 def _multiply(grads: Sequence[Tensor], factor: Tensor) -> None:

@@ -105,6 +105,22 @@ class SavedWeights:
     def end() -> None:
         torch._C._autograd._pop_saved_tensors_default_hooks()
 
+    def unwind(self) -> None:
+        """As `end`, where a forward was over without a word: hooks of the script may lie over these by now.
+
+        Where a block of the script's own around the forward has been left since, it has taken off what lay on top: these. Then
+        the script's are still there, and go in their place.
+        """
+        autograd: Any = torch._C._autograd
+        above = []
+        while (top := autograd._top_saved_tensors_default_hooks(False)) is not None and top[1] != self._unpack:
+            above.append(top)
+            autograd._pop_saved_tensors_default_hooks()
+        if top is not None:
+            autograd._pop_saved_tensors_default_hooks()
+        for pack, unpack in reversed(above if top is not None else above[1:]):
+            autograd._push_saved_tensors_default_hooks(pack, unpack)
+
     def _packer(
         self, theirs: tuple[Callable[..., Any], Callable[..., Any]] | None, in_forward: bool
     ) -> Callable[[Tensor], Any]:

@@ -74,6 +74,8 @@ class Schedule:
         self.prefetch = prefetch
         self.reductions = reductions
         self.faults = faults or Faults(ranks)
+        # Ends a backward that an exception has left open; of whoever tells of backwards.
+        self.end_left_backward: Callable[[], None] = lambda: self.end_backward(whole=False)
         self.renew(units)
 
     def renew(self, units: Sequence[Unit]) -> None:
@@ -111,6 +113,11 @@ class Schedule:
         return self._held > 0
 
     @property
+    def lingers(self) -> bool:
+        """Whether a graph that is still to be used keeps weights of passes that are over."""
+        return self._lingers
+
+    @property
     def forward_sequence(self) -> list[int]:
         """Unit indices in the order of a forward; empty until the ranks have agreed."""
         return self._forward.sequence or []
@@ -121,8 +128,8 @@ class Schedule:
         """trains: gradients are recorded, so a backward may follow. kind: which module runs, see `Rounds.enter`.
 
         stay: what is gathered stays until a forward without, as for one inside of a transform whose end cannot be seen.
+        No pass may be open.
         """
-        self.abandon_open_pass()
         if stay:
             self._lingers = self._until_forward = True
         elif self._until_forward:
@@ -141,10 +148,11 @@ class Schedule:
             self._in_round = True
             self._order = self.rounds.enter(kind)
 
-    def end_forward(self) -> None:
-        if self.phase is not Phase.FORWARD:
+    def end_forward(self, *, whole: bool = True) -> None:
+        """Close the pass. whole: False for one that an interrupt has ended."""
+        if self.phase is not Phase.FORWARD or self.ranks.lost:  # the error that said so is on its way
             return
-        self._close(self._forward if self._trains else None)
+        self._close(self._forward if self._trains else None, whole=whole)
         self.phase = Phase.IDLE
         if not self._generating and not self._held:
             self.faults.agree()
@@ -163,11 +171,14 @@ class Schedule:
         self._open(self._backward)
         self.reducing.begin(boundary)
 
-    def end_backward(self) -> None:
-        """Close the pass: gather what the sequence still holds, reduce what never came, join the lanes."""
+    def end_backward(self, *, whole: bool = True) -> None:
+        """Close the pass: gather what the sequence still holds, reduce what never came, join the lanes.
+
+        whole: False for one that an error has ended.
+        """
         # What a graph of this backward keeps is needed until one without such a graph is over.
         self._lingers = self._records or self._until_forward
-        self._close(self._backward)
+        self._close(self._backward, whole=whole)
         self.reducing.flush()
         self.lanes.compute_waits(self.lanes.reduce.mark())
         self.reductions.clear()
@@ -213,7 +224,8 @@ class Schedule:
         for i in self._turn if staying else ():
             self._release(self.units[i])
 
-    def _close(self, order: Order | None) -> None:
+    def _close(self, order: Order | None, *, whole: bool = True) -> None:
+        """whole: False where this rank left it in the middle. It says to the others what it would have said at its end."""
         if self._in_round:
             self.rounds.finish(self._order, self._observed)
         elif self._order is not None:
@@ -227,7 +239,7 @@ class Schedule:
             while not self._negotiate(DONE):
                 pass
             if order is not None:
-                self._learn(order)
+                self._learn(order, whole)
         self._finished.clear()
         self._here = set()
         # Also what nobody reported as done: the backward of a unit whose inputs need no gradient has no end of its own.
@@ -247,12 +259,9 @@ class Schedule:
             return
         self._staying = False
         if self.phase is Phase.BACKWARD:
-            self.end_backward()
-            for unit in self.units:
-                if unit.gradients is not None:
-                    unit.gradients.drop()
+            self.end_left_backward()
         else:
-            self._close(None)
+            self.end_forward(whole=False)
         for unit in self.units:
             if unit.leaves:
                 self._release(unit)
@@ -416,13 +425,15 @@ class Schedule:
         if unit.state is not Weights.RELEASED and not stays:
             unit.release()
 
-    def _learn(self, order: Order) -> None:
-        """Merge what each rank saw in a negotiated pass into the sequence of the passes to come."""
+    def _learn(self, order: Order, whole: bool) -> None:
+        """Merge what each rank saw in a negotiated pass, if it was `whole` on all, into the sequence of the passes to come."""
         if order.sequence is not None or not self._gatherable:
             return
-        everyone = self.ranks.gather_objects((self._observed, sorted(self._used_in_forward)))
-        merged = merge([seen for seen, _ in everyone])
-        used = set().union(*(used for _, used in everyone))
+        everyone = self.ranks.gather_objects((self._observed, sorted(self._used_in_forward), whole))
+        if not all(whole for _, _, whole in everyone):
+            return
+        merged = merge([seen for seen, _, _ in everyone])
+        used = set().union(*(used for _, used, _ in everyone))
         # A unit that no rank used may be used in a later pass. In a backward, one that ran forward and was not needed
         # (a frozen embedding, whose backward reads no weight) stays out.
         missing = [i for i in self._gatherable if i not in merged and (order is self._forward or i not in used)]
@@ -434,7 +445,7 @@ class Schedule:
             ends = 1 + self.prefetch
             self._turn = set(self._forward.sequence[-ends:]) & set(self._backward.sequence[:ends])
         if order is self._forward:
-            self.reductions.bounded = all(seen == everyone[0][0] for seen, _ in everyone)
+            self.reductions.bounded = all(seen == everyone[0][0] for seen, _, _ in everyone)
 
     def _agree_on_window(self) -> None:
         """Let the computation wait for reductions in this backward only if every rank used the same units.

@@ -124,7 +124,7 @@ class ShardedModel:
         lanes = Lanes(ranks.device, serial=serial)
         stores = ranks.together(lambda: Stores.make(lanes, ranks.rank, paths_of(plan, nvme_paths or {})))
         reductions = ReductionsInFlight(lanes)
-        faults = Faults(ranks, active=stores.uses_disk)
+        faults = Faults(ranks, stores.drives)
         peers = PeerMemory.open(ranks, lanes, gather_with) if plan.frozen.sharded or plan.parameter.sharded else None
         self._engine = Engine(ranks, lanes, stores, precision.reduce, reductions, faults, Norms(ranks), Doubts(), peers)
         self._dtypes = {name: p.dtype for name, p in model.named_parameters()}
@@ -190,6 +190,7 @@ class ShardedModel:
 
     def settle(self) -> None:
         """Finish what is under way, so that what rests is what counts. Collective, like the end of a pass."""
+        self._hooks.finish_interrupted()
         self.schedule.abandon_open_pass()
         self.schedule.stop_lingering()
         self.follow_weights()
@@ -223,6 +224,7 @@ class ShardedModel:
 
     def look_at_gradients(self) -> None:
         """Take over what a script has done to `grad` of the parameters since a backward: dropped, assigned or changed it."""
+        self._hooks.finish_interrupted()
         for gradients in self.gradients():
             gradients.shown.look()
 
@@ -275,14 +277,18 @@ class ShardedModel:
 
     @contextmanager
     def _read(self, units: Sequence[Unit], *, modify: bool) -> Iterator[None]:
+        self._hooks.finish_interrupted()
+        self.ranks.require_same(
+            "gathered", {"modify": modify, "what is gathered": ", ".join(unit.name for unit in units)}
+        )
         with self.schedule.hold(units):
-            error: Exception | None = None
+            error: BaseException | None = None
             try:
                 try:
                     # What is computed of the weights here may have its backward when they are released again.
                     with self._hooks.saved.following():
                         yield
-                except Exception as caught:
+                except BaseException as caught:
                     if not modify:
                         raise
                     error = caught
@@ -333,6 +339,7 @@ class ShardedModel:
         As many units stay gathered as `generation_memory_budget` allows on the rank with the least room; with all of them
         there is no collective inside. pinned: parameters that are read outside of forwards; their units stay in any case.
         """
+        self._hooks.finish_interrupted()
         return self.schedule.generating(lambda: self._units_to_keep({id(p) for p in pinned}))
 
     def _units_to_keep(self, pinned: set[int]) -> list[int]:
@@ -411,6 +418,7 @@ class ShardedModel:
                 f"this {type(self.model).__name__} cannot be released any more: its weights are sharded, and the ranks have "
                 "parted. Call free_memory() before end_training()."
             )
+        self._hooks.finish_interrupted()
         self.schedule.abandon_open_pass()
         self.drop_gradients()
         self._hooks.remove()

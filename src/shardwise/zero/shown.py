@@ -370,13 +370,15 @@ class Norms:
 
     def _all(self, order: float) -> dict[int, Tensor]:
         device = self._ranks.device
+        double = any(g.master.dtype == torch.float64 for g in self._gradients)
+        dtype = torch.float64 if double else torch.float32  # as torch has it
         rows = []
         for gradients in self._gradients:
-            row = torch.zeros(len(gradients.buffer.members), device=device)
+            row = torch.zeros(len(gradients.buffer.members), dtype=dtype, device=device)
             for index in range(len(gradients.buffer.members)):
                 for part in gradients.parts(index):
                     if part.numel():
-                        own = torch.linalg.vector_norm(part, order).to(device, torch.float32)
+                        own = torch.linalg.vector_norm(part, order).to(device, dtype)
                         row[index] = own if math.isinf(order) else own**order
             rows.append(row)
         every = torch.cat(rows)

@@ -9,9 +9,16 @@ tensor needs record_stream. On a CPU device every lane is the calling thread and
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
+
+
+def whole_device(device: torch.device) -> torch.device:
+    """`device` with its index: which CUDA device is current may differ later, and on another thread.
+
+    Every device that is given from outside comes through here: tensors say cuda:0 and never cuda, so do comparisons.
+    """
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 class _Previous(threading.local):
@@ -19,20 +26,6 @@ class _Previous(threading.local):
 
     def __init__(self) -> None:
         self.streams: list[torch.Stream] = []
-
-
-def workers(device: torch.device, count: int, name: str) -> ThreadPoolExecutor:
-    """Threads whose current device is `device`.
-
-    The first call of a thread that has chosen none, waiting for an event too, may make a context on GPU 0: some 500 MB there
-    for every other rank.
-    """
-
-    def start() -> None:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-
-    return ThreadPoolExecutor(count, thread_name_prefix=name, initializer=start)
 
 
 class Lane:
@@ -80,11 +73,12 @@ class Lanes:
     for each way, because the link carries both at once. step: runs the optimizer on states that visit the device.
 
     They belong to one ShardedModel; models prepared side by side do not wait for each other.
+    device: a CUDA device without an index is the current one.
     serial: every lane is the compute stream. Nothing overlaps then; it is what an overlapped run is held against.
     """
 
     def __init__(self, device: torch.device, *, serial: bool = False) -> None:
-        self.device = device
+        self.device = device = whole_device(device)
         self._cuda = device.type == "cuda"
         lane_device = torch.device("cpu") if serial else device
         self.gather = Lane(lane_device)

@@ -7,6 +7,9 @@ gradient of its own in `grad`, which nobody has reduced. From there on it has a 
     step 4    backward: q.grad is this rank's own           thaw: block 3: frozen k | trained lora | trained q
               its gradient is reduced, and stepped
 
+A backward that records a graph (create_graph=True) leaves that to the next one, or to the step: the graph is still to be used,
+and keeps the weight where it lies now.
+
 An optimizer's states for a weight that is frozen are another reason to thaw it: they have to rest somewhere.
 """
 
@@ -54,6 +57,7 @@ class Thawing:
         self._drain = drain
         self.then: list[weakref.WeakMethod[Callable[[set[int]], None]]] = []
         self._frozen: list[tuple[str, Parameter]] = []
+        self._is_due = False
         self._look_for_frozen()
 
     def _look_for_frozen(self) -> None:
@@ -80,7 +84,13 @@ class Thawing:
         *flags, some, others = self._ranks.any_of([*flags, news, not news])
         if some and others:
             self._agree(self._wanted())
-        return flags, some
+        self._is_due = some
+        return flags, some and not self._schedule.lingers
+
+    def catch_up(self) -> None:
+        """Before a step reads gradients: thaw what no backward could. Collective where there is any, on every rank."""
+        if self._is_due:
+            self.thaw()
 
     def _wanted(self) -> list[tuple[str, Parameter]]:
         with unasked():
@@ -103,6 +113,7 @@ class Thawing:
                 f"{wanted[0][0]} is trained from now on, and a backward inside `gathered` or `generation` was the first to see "
                 "it. Leave that block before the first backward after requires_grad was set."
             )
+        self._is_due = False
         self._schedule.abandon_open_pass()
         self._schedule.stop_lingering()
         self._engine.lanes.gather.wait(self._engine.lanes.mark_compute())

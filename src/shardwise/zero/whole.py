@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..offload.store import Slab
-from .collectives import Ranks, attempt
+from .collectives import Ranks, attempt_or_interrupt
 from .flat import FlatBuffer
 from .schedule import Schedule
 from .stand_ins import standing_in
@@ -118,10 +118,10 @@ class WholeTensors:
         Collective. Raises on every rank what went wrong on rank 0.
         """
         found: dict[str, Tensor] = {}
-        error: Exception | None = None
+        error: BaseException | None = None
         for name, give in self.stream(wanted):
             if give is not None and error is None:
-                tensor, error = attempt(lambda: give().to("cpu", copy=True))  # noqa: B023 - called at once
+                tensor, error = attempt_or_interrupt(lambda: give().to("cpu", copy=True))  # noqa: B023 - called at once
                 if tensor is not None:
                     found[name] = tensor
         self._ranks.agree(error)
@@ -142,9 +142,7 @@ class WholeTensors:
             taken = {tensor.untyped_storage().data_ptr() for tensor in found.values()}
             # Buffers, and what is no part of the engine, are the model's own and go on changing.
             return {
-                name: value.to("cpu", copy=value.untyped_storage().data_ptr() not in taken)
-                if isinstance(value, Tensor)
-                else value
+                name: value.to("cpu", copy=not _lies_in(value, taken)) if isinstance(value, Tensor) else value
                 for name, value in state.items()
             }
 
@@ -159,6 +157,10 @@ def persistent_buffers(model: nn.Module, *, every_name: bool = False) -> dict[st
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 found[f"{prefix}.{name}" if prefix else name] = buffer
     return found
+
+
+def _lies_in(tensor: Tensor, storages: set[int]) -> bool:
+    return tensor.layout == torch.strided and tensor.untyped_storage().data_ptr() in storages
 
 
 def _frozen_reader(buffer: FlatBuffer, index: int) -> Callable[[], Tensor]:

@@ -1,0 +1,154 @@
+"""Leaving a run: no thread of a process group may want the interpreter while that ends.
+
+gloo works in threads of its own. A thread that has finished a collective lets go of the tensors in it, and for those of Python
+it needs the interpreter. If the interpreter begins to end before the thread gets it, CPython ends the thread by unwinding it,
+through destructors that may not be unwound:
+
+    main thread     ... all_reduce returns . last line . Py_FinalizeEx ..................
+    gloo's thread   ... done . ~AsyncWork . ~Tensor . gil_scoped_acquire ... pthread_exit -> std::terminate, SIGABRT
+
+It takes a busy machine and a script that ends soon after a collective. So the groups are taken down first, and what held
+them lets go: with its last reference a group joins its threads. A collective that other ranks may never come to is not waited
+for without end; its work is kept for good, so that its thread has nothing to destroy.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import gc
+import os
+import sys
+import time
+import traceback
+import weakref
+from typing import Protocol
+
+import torch.distributed as dist
+
+# Its functions have the WORLD of the moment of their import as a default argument. torch._dynamo imports it in mid-run, and
+# that WORLD would be held for good: so it is imported here, before there is one.
+import torch.distributed.nn.functional  # noqa: F401
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+# How long a vote that this rank did not wait for may take to come to its end. After an error of the script the other ranks may
+# be waiting for this one, and learn of its end only by that.
+_VOTE_WITHIN_S, _VOTE_AFTER_ERROR_S = 5.0, 1.0
+# For threads of groups that somebody else holds: what they were about to do, they do in this time.
+_MOMENT_S = 0.05
+
+
+class Member(Protocol):
+    """What holds process groups: the `Ranks` of this process, and those aside."""
+
+    def let_go(self) -> tuple[list[dist.ProcessGroup], dist.Work | None]:
+        """The groups, and the work under way in the last of them. The member itself forgets both."""
+        ...
+
+
+_members: weakref.WeakSet[Member] = weakref.WeakSet()
+_own_world: weakref.ref[dist.ProcessGroup] | None = None
+_process = os.getpid()
+_stores: list[Store] = []
+
+
+def keep(store: Store) -> None:
+    """Hold the store by which the ranks met until the process ends, or the next one comes.
+
+    A rank that joins again sooner than rank 0 would else reach the store that is about to end with rank 0's last run.
+    """
+    _stores[:] = [store]
+
+
+def remember(member: Member, *, made_world: bool) -> None:
+    """Have `member` leave before the interpreter ends. made_world: WORLD was made for it, and goes too."""
+    global _own_world, _process  # noqa: PLW0603 - there is one WORLD in a process
+    _process = os.getpid()
+    _members.add(member)
+    if made_world and dist.group.WORLD is not None:
+        _own_world = weakref.ref(dist.group.WORLD)
+    atexit.unregister(_leave)
+    atexit.register(_leave)  # anew: before whatever was registered until now
+
+
+def take_down(groups: list[dist.ProcessGroup], *, world: bool) -> None:
+    """Destroy `groups`, and with `world` every group of this process; return when their threads have ended.
+
+    groups: the caller's only references; empty afterwards.
+    """
+    left = [weakref.ref(group) for group in groups]
+    if world:
+        assert dist.group.WORLD is not None
+        left.append(weakref.ref(dist.group.WORLD))
+        groups.clear()
+        dist.destroy_process_group()
+    while groups:
+        with contextlib.suppress(ValueError):  # whoever owns WORLD has destroyed it
+            dist.destroy_process_group(groups.pop())
+    if any(ref() is not None for ref in left):
+        _clear_frames()
+        gc.collect()
+    if any(ref() is not None for ref in left):
+        time.sleep(_MOMENT_S)
+
+
+def _leave() -> None:
+    """Before the interpreter ends: let every member go, and take down what gloo runs of it.
+
+    Groups of NCCL stay: their threads want nothing of the interpreter, and to end them in order one waits for the other ranks.
+    """
+    if os.getpid() != _process:
+        return  # a forked child: the threads are its parent's
+    try:
+        _take_down_all()
+    finally:
+        _stores.clear()
+
+
+def _take_down_all() -> None:
+    groups: list[dist.ProcessGroup] = []
+    for member in list(_members):
+        held, work = member.let_go()
+        groups += [group for group in held if group not in groups]
+        if work is not None and not _ended(work):
+            for item in (work, held[-1]):
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(item))
+        del held, work
+    if not dist.is_initialized():
+        groups.clear()
+        return
+    own = _own_world is not None and _own_world() is dist.group.WORLD
+    gloo = _is_gloo(dist.group.WORLD)
+    groups[:] = [group for group in groups if _is_gloo(group) and group is not dist.group.WORLD]
+    take_down(groups, world=own and gloo)
+    if gloo and not own:  # the script made it, and may need it still
+        time.sleep(_MOMENT_S)
+
+
+def _is_gloo(group: dist.ProcessGroup | None) -> bool:
+    try:
+        return dist.get_backend(group) == "gloo"
+    except ValueError:  # destroyed
+        return False
+
+
+def _ended(work: dist.Work) -> bool:
+    """Whether `work` has come to its end, within the time that it has."""
+    failed = getattr(sys, "last_value", None) is not None
+    deadline = time.monotonic() + (_VOTE_AFTER_ERROR_S if failed else _VOTE_WITHIN_S)
+    while not work.is_completed():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.001)
+    return True
+
+
+def _clear_frames() -> None:
+    """Drop the local variables of the frames that the script's last error came through: a collective's hold its group."""
+    error: BaseException | None = getattr(sys, "last_value", None)
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

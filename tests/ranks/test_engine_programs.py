@@ -1,0 +1,132 @@
+"""Short programs that once had other numbers than torch, as `test_random_programs.py` found them. Each name is the promise."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from rig.programs import problem_of
+from rig.settings import Setting
+
+# stage, where optimizer states rest, where weights rest, ranks
+PLACES = {
+    "0": Setting(0, ranks=2),
+    "0 alone": Setting(0, ranks=1),
+    "1": Setting(1, ranks=3),
+    "2": Setting(2, ranks=2),
+    "2-cpu": Setting(2, "cpu", ranks=2),
+    "3": Setting(3, ranks=2),
+    "3-cpu": Setting(3, "cpu", "cpu", ranks=2),
+    "3-cpu alone": Setting(3, "cpu", "cpu", ranks=1),
+    "3-nvme": Setting(3, "nvme", "nvme", ranks=2),
+}
+
+PROGRAMS = {
+    "norms of gradients in fp64 are in fp64": (
+        {"double": True, "clipping": 0.05},
+        [
+            ("backward", 1, "plain"),
+            ("clip", "blocks.2", "1.0", 0.01),
+            ("clip", "", "2.0", 0.01),
+            ("clip", "", "inf", 0.01),
+            ("read", "", "norm"),
+            ("step", 0),
+        ],
+    ),
+    "frozen weights are clipped as having no gradient": (
+        {"frozen": ("blocks.2", "head")},
+        [
+            ("backward", 1, "plain"),
+            ("clip", "blocks.2", "2.0", 0.01),
+            ("clip", "head", "value", 0.01),
+            ("clip", "blocks", "1.0", 0.01),
+            ("step", 0),
+        ],
+    ),
+    "gradients that no optimizer steps are in the norm": (
+        {"frozen": ("blocks.1",), "knows": False},
+        [
+            ("thaw", "blocks.1"),
+            ("backward", 1, "plain"),
+            ("clip", "", "2.0", 0.01),
+            ("clip", "blocks.1", "value", 0.001),
+            ("step", 0),
+            ("zero", 0),
+            ("backward", 2, "plain"),
+            ("clip", "", "inf", 0.01),
+            ("read", "blocks.1", "norm"),
+            ("step", 0),
+        ],
+    ),
+    "a backward that failed leaves no gradient behind": (
+        {"model": "reentrant", "accumulate": 2},
+        [
+            ("backward", 1, "plain"),
+            ("backward", 2, "plain"),
+            ("backward", 3, "input_gradients"),  # re-entrant checkpointing refuses autograd.grad
+            ("step", 0),
+            ("read", "", "norm"),
+            ("backward", 4, "plain"),
+            ("backward", 5, "plain"),
+            ("step", 0),
+        ],
+    ),
+    "what was thawed is trained behind a backward that records a graph": (
+        {"frozen": ("blocks.1",)},
+        [
+            ("backward", 1, "plain"),
+            ("step", 0),
+            ("thaw", "blocks.1"),
+            ("backward", 2, "penalised"),
+            ("step", 0),
+            ("zero", 0),
+            ("backward", 3, "penalised"),
+            ("clip", "", "2.0", 0.01),
+            ("step", 0),
+        ],
+    ),
+    "an evaluation in inference mode changes nothing": (
+        {},
+        [
+            ("evaluate", 1, True),
+            ("backward", 2, "plain"),
+            ("step", 0),
+            ("evaluate", 3, True),
+            ("write", "head", "mul_", 0.5),
+            ("backward", 4, "plain"),
+            ("step", 0),
+        ],
+    ),
+    "gradients are left as they were clipped by the configuration": (
+        {"clipping": 0.05, "double": True, "optimizers": ("sgd", "adamw")},
+        [
+            ("backward", 1, "plain"),
+            ("step", 1),
+            ("read", "", "clone"),
+            ("backward", 2, "plain"),
+            ("step", 0),
+            ("step", 0),
+            ("step", 1),
+            ("read", "", "clone"),
+        ],
+    ),
+    "and so are those of an optimizer that has its buffers alone": (
+        {"clipping": 0.05, "double": True},
+        [
+            ("backward", 1, "plain"),
+            ("step", 0),
+            ("step", 0),
+            ("backward", 2, "plain"),
+            ("step", 0),
+            ("read", "", "sum"),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("promise", PROGRAMS)
+def test_found(world, promise, place):
+    settings, program = PROGRAMS[promise]
+    assert problem_of(world, replace(PLACES[place], **settings), program) is None
