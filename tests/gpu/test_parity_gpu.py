@@ -77,5 +77,9 @@ def test_a_model_built_on_the_device_without_memory_has_the_numbers_of_an_ordina
     assert not failures(rows, "built")
 
 
+def test_what_only_a_device_can_do_wrong_is_done_right(rows: list[dict]) -> None:
+    assert not failures(rows, "hazard")
+
+
 def test_delays_on_any_stream_change_no_bit(rows: list[dict]) -> None:
     assert not failures(rows, "stress")
