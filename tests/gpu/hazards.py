@@ -365,6 +365,42 @@ def check_released(ranks: Ranks) -> Row:
     return Row("hazard", "page-locked memory, dropped early", 0.0, float(wrong), wrong == 0, note)
 
 
+class One(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1024, 2048, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.linear(x)
+        return result
+
+
+def check_given(ranks: Ranks) -> Row:
+    """A gradient that a script gives after a step is of the next one, also while that step's is still on its way up."""
+    torch.manual_seed(7)
+    plain = One().to(ranks.device)
+    model = copy.deepcopy(plain)
+    sharded, optimizer = prepare(ranks, model, 1, offload_optimizer="cpu")
+    theirs = torch.optim.SGD(plain.parameters(), lr=1e-2, momentum=0.9)
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(4, 1024, generator=generator).to(ranks.device)  # of all ranks: there is nothing to average
+        for one in (model, plain):
+            one(x).square().mean().backward()
+        if ranks.device.type == "cuda":
+            sharded.engine.lanes.synchronize()
+            with sharded.engine.lanes.up.on():
+                torch.cuda._sleep(CYCLES)
+        for given in (False, True):
+            for one, stepped in ((model, optimizer), (plain, theirs)):
+                if given:
+                    one.linear.weight.grad = torch.full_like(one.linear.weight, float(1 + step))
+                stepped.step()
+                stepped.zero_grad()
+    weight = float((model.linear.weight.detach() - plain.linear.weight.detach()).abs().max())
+    return row_of("a gradient given during a step", (0.0, weight))
+
+
 # F. Parameters without elements.
 
 
@@ -396,16 +432,6 @@ def check_empty(precision: str, ranks: Ranks) -> Row:
 
 
 # G. A drive that fails while other parts of the step are still on their way up.
-
-
-class One(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(1024, 2048, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.linear(x)
-        return result
 
 
 def check_failed_drive(ranks: Ranks) -> Row:
@@ -481,6 +507,7 @@ HAZARDS: list[Check] = [
     ),
     *(_check(f"empty parameters {precision}", partial(check_empty, precision)) for precision in ("no", "bf16")),
     _check("second device", check_contexts),
+    _check("given gradients", check_given),
     _check("failed drive", check_failed_drive),
     _check("branches, a big unit", partial(check_branches, "a unit of 78 MiB, offloaded x2", ONE_BIG, (4, 0), True)),
     _check("branches, reversed", partial(check_branches, "625 MiB reversed", ALL_BIG, (3, 2, 1, 0), False)),

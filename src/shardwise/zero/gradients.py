@@ -396,6 +396,7 @@ class Gradients:
             return self._shard
         if self._host is None or self._host.dtype != dtype:
             self._host = self._engine.stores.cpu.allocate(numel, dtype, self.name)
+        self._engine.lanes.synchronize()  # the last step may still be reading it
         self._host.tensor.zero_()
         self._host_filled = True
         return self._host.tensor
