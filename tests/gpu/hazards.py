@@ -308,9 +308,9 @@ def contexts(devices: int) -> list[int]:
     return found
 
 
-def check_contexts(ranks: Ranks) -> Row:
+def check_contexts(tier: str, ranks: Ranks) -> Row:
     """Threads that move shards and add gradients make no context on a device of another rank."""
-    name = "second device, contexts"
+    name = f"second device, contexts, {tier}"
     if ranks.device.type != "cuda":
         return Row("hazard", name, 0.0, 0.0, True, "no CUDA: no context")
     devices = torch.cuda.device_count()
@@ -327,7 +327,8 @@ def check_contexts(ranks: Ranks) -> Row:
         2,
         steps=2,
         accumulation=3,
-        offload_optimizer="cpu",
+        offload_optimizer=tier,
+        nvme_paths={"optimizer": tempfile.gettempdir()},
         gather_with="nccl",
     )
     new = sorted(set(contexts(devices)) - set(before))
@@ -506,7 +507,7 @@ HAZARDS: list[Check] = [
         for stage in range(4)
     ),
     *(_check(f"empty parameters {precision}", partial(check_empty, precision)) for precision in ("no", "bf16")),
-    _check("second device", check_contexts),
+    *(_check(f"second device {tier}", partial(check_contexts, tier)) for tier in ("nvme", "cpu")),
     _check("given gradients", check_given),
     _check("failed drive", check_failed_drive),
     _check("branches, a big unit", partial(check_branches, "a unit of 78 MiB, offloaded x2", ONE_BIG, (4, 0), True)),

@@ -213,9 +213,9 @@ class NvmeStore:
     ) -> None:
         for write in before:
             write.result()
+        self._threads.take_device()  # before the block, which may be made here, and page-locked for this device
         block = self._incoming.take()
         try:
-            self._threads.take_device()
             file = slab.file
             assert file is not None, "a file that could not be made is a write that failed"
             skip = first % PAGE if file.direct else 0
