@@ -111,6 +111,8 @@ class Builder:
             if unit.leaves:
                 unit.gather()
                 unit.arrive()
+        if self._engine.peers is not None:
+            self._engine.peers.meet()  # a shard that goes below may be the next one's memory, and others still copy from it
         made: list[Unit] = []
         for portion in apportion(parts, self._plan, self._whole_adapters, BUCKET_NBYTES):
             if portion.trainable:
