@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from ..errors import StoreError
 from ..offload.store import Arrival, Slab
 from . import publishing
 from .doubles import double
@@ -173,11 +172,7 @@ class Visits:
         """Step the elements of a visit and send them down again."""
         engine, gradients = model.engine, visit.gradients
         lanes = engine.lanes
-        try:
-            for arrival in visit.arrivals:
-                lanes.step.wait(arrival.enqueued())
-        except StoreError as error:
-            engine.faults.note(error)
+        if not engine.land(visit.arrivals, lanes.step.wait):
             return
         with lanes.step.on():
             stepped = self._run(visit, by_unit.get(id(gradients), []), begun, factor, fused)
