@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 from .zero.units import ROOT, find_units
 
@@ -76,7 +76,7 @@ class Replacement(functools.partial[Any]):
 def recomputed(
     function: Callable[..., Any],
     module: nn.Module,
-    around: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]] = noop_context_fn,
+    around: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]] | None = None,
 ) -> Callable[..., Any]:
     """`function`, a forward that takes the module first, of which autograd keeps the inputs alone; in torch's newer form.
 
@@ -85,18 +85,19 @@ def recomputed(
     none, and dropout would draw other masks than in the forward; so it is given an empty tensor to find.
     around: gives what the forward and its recomputation run inside of.
     """
+    contexts: dict[str, Any] = {} if around is None else {"context_fn": around}  # compilers take the argument for theirs
     here = torch.empty(0, device=next(module.parameters()).device)
 
     @functools.wraps(function)
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(value, Tensor) and value.device == here.device for value in args):
             inner = functools.partial(function, module, **kwargs)
-            return checkpoint(inner, *args, use_reentrant=False, context_fn=around)
+            return checkpoint(inner, *args, use_reentrant=False, **contexts)
 
         def run(_: Tensor, *args: Any) -> Any:
             return function(module, *args, **kwargs)
 
-        return checkpoint(run, here, *args, use_reentrant=False, context_fn=around)
+        return checkpoint(run, here, *args, use_reentrant=False, **contexts)
 
     return forward
 
