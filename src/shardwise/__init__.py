@@ -45,6 +45,7 @@ _HOMES = {
     "memory": ("MemoryTracker",),
     "zero.access": ("gathered", "gradient"),
     "zero.full": ("full", "set_full"),
+    "zero.averaging": ("ShardedEMA",),
     "memory_fit": ("find_executable_batch_size", "release_memory"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -412,7 +412,7 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
         """
         for prepared in self._models:
             prepared.release()
-        for known in (self._models, self._optimizers, self._schedulers, self._dataloaders):
+        for known in (self._models, self._optimizers, self._schedulers, self._dataloaders, self._averages):
             known.clear()
         self.step = 0
         gc.collect()

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
@@ -41,8 +42,10 @@ from .run_folder import Place, RunFolder
 from .run_saving import DamagedError, draft_run, load_run
 from .run_state import RunState
 from .stopping import StopSignals
+from .zero.averaging import ShardedEMA
 from .zero.collectives import Ranks, attempt
 from .zero.precision import LossScaler
+from .zero.sharded import find_sharded
 
 logger = logging.getLogger("shardwise")
 
@@ -61,6 +64,7 @@ class Checkpointing(PartialState):
     _schedulers: list[LRScheduler]
     _dataloaders: list[PreparedLoader]
     _custom_objects: list[Any]
+    _averages: list[ShardedEMA]
     _background: Background
     _aside: Ranks | None
     _run_folder: RunFolder
@@ -70,11 +74,28 @@ class Checkpointing(PartialState):
 
     def _init_checkpointing(self) -> None:
         self._custom_objects = []
+        self._averages = []
         self._background = Background()
         self._aside = None
         self._run_folder = RunFolder()
         self._stop_signals = StopSignals()
         self._save_hooks, self._load_hooks = OrderedDict(), OrderedDict()
+
+    def ema(self, model: nn.Module, decay: float = 0.999) -> ShardedEMA:
+        """An exponential moving average of the trained weights of `model`, kept in shards, and by save_state. Collective.
+
+        Call `update()` after each optimizer step; inside `swapped()` the model has the averages. See `zero/averaging.py`.
+        Raises PrepareError for a model that is not prepared, ConfigError for another decay on another rank, or a wrong one.
+        """
+        sharded = find_sharded(model)
+        self._ranks.agree(
+            None
+            if sharded is not None
+            else PrepareError(f"ema: this {type(model).__name__} is not prepared. Pass it to `prepare` first.")
+        )
+        assert sharded is not None
+        self._averages.append(ShardedEMA(sharded, decay))
+        return self._averages[-1]
 
     def register_for_checkpointing(self, *objects: Any) -> None:
         """Have `save_state` and `load_state` also keep these. Raises PrepareError for one without (load_)state_dict."""
@@ -179,6 +200,7 @@ class Checkpointing(PartialState):
             schedulers=self._schedulers,
             loaders=self._dataloaders,
             objects=self._custom_objects,
+            averages=self._averages,
             scaler=self._scaler,
         )
 

@@ -22,7 +22,7 @@ from .integrations import generation as keep_for_generation
 from .loading import building
 from .losses import LeanLoss, LogitsLoss
 from .object_facts import facts_of, refuse_or_warn
-from .prepare_checks import batch_size_of, check_model, check_optimizer
+from .prepare_checks import batch_size_of, check_model, check_optimizer, check_other
 from .process import PartialState
 from .resolve import facts_of_loading, facts_of_steps
 from .scheduler import Rhythm, is_prepared, prepare_scheduler
@@ -174,6 +174,8 @@ class Preparing(PartialState):
 
     def _check(self, objects: Sequence[Any]) -> None:
         """Everything that this rank can know to be wrong by itself."""
+        for item in objects:
+            check_other(item)
         models = [item for item in objects if isinstance(item, nn.Module)]
         for index, model in enumerate(models):
             check_model(model)

@@ -24,17 +24,18 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
 
-from .blocks import ReplacedForwards, forward_of, repeated_blocks, without_cache
+from .blocks import ReplacedForwards, forward_of, recomputed, repeated_blocks, without_cache
 from .errors import PrepareError
 from .zero.residency import room_beside
 from .zero.sharded import ShardedModel
+from .zero.statistics import RunningBuffers, unchanged
 
 logger = logging.getLogger("shardwise")
 
@@ -83,7 +84,7 @@ class RecomputedBlocks(ReplacedForwards):
         self._sharded = sharded
         self._budget = budget
         self._steps = 0
-        self._blocks = [_Block(module, self._weights) for module in blocks]
+        self._blocks = [_Block(module, self._weights, sharded.running_buffers) for module in blocks]
         for block in self._blocks:
             self.replace(block.module, block.forward)
         if budget is not None:
@@ -174,16 +175,21 @@ class _Counts:
 
 
 class _Block:
-    """One block: recomputed, or counted, or kept for inputs that `keeps` covers. weights: storages that the engine has."""
+    """One block: recomputed, or counted, or kept for inputs that `keeps` covers. weights: storages that the engine has.
 
-    def __init__(self, module: nn.Module, weights: Callable[[], set[int]]) -> None:
+    running: buffers that forwards change.
+    """
+
+    def __init__(self, module: nn.Module, weights: Callable[[], set[int]], running: RunningBuffers) -> None:
         self.module = module
+        self._running = running
         self._weights = weights
         self.kind: _Kind = (type(module), tuple(parameter.shape for parameter in module.parameters()))
         self.counts: _Counts | None = None
         self.measured: _Counts | None = None
         self.keeps: _Counts | None = None
         plain = forward_of(module)
+        again = recomputed(plain, module, self._contexts)
 
         @functools.wraps(plain)
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -193,9 +199,14 @@ class _Block:
                 return self._count(self.counts, functools.partial(plain, module), args, kwargs)
             if self.keeps is not None and self.keeps.covers(_size(args, kwargs)):
                 return plain(module, *args, **kwargs)
-            return checkpoint(functools.partial(plain, module, **kwargs), *args, use_reentrant=False)
+            return again(module, *args, **kwargs)
 
         self.forward = forward
+
+    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Around the forward and around its recomputation, in which statistics must not move on a second time."""
+        again = self._running.change_in(self.module)
+        return nullcontext(), unchanged(self.module) if again else nullcontext()
 
     def _count(self, counts: _Counts, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run without recomputation, counting the memory that autograd keeps and checkpointing would not."""

@@ -5,6 +5,7 @@
     model0/adapter/<adapter>/<name>       what peft computes of an adapter           rank 0's
     model0/buffer/<name>                  rank 0's
     optimizer0/<state>/model0/<name>      moments                  each rank its intervals
+    average0/ema/model0/<name>            of the masters           each rank its intervals
     state of each rank                    generators, loaders, step counts, names in parameter groups
     registered objects                    rank 0's; another rank's where they differ
     state of rank 0 besides               group settings, schedulers, loss scale, counters
@@ -36,6 +37,7 @@ from .generators import generator_states, set_generator_states
 from .loader_positions import go_to, match, position
 from .model_facts import KeptAdapters
 from .zero import intervals
+from .zero.averaging import ShardedEMA, refuse_swapped
 from .zero.buffers import bytes_of, named_buffers, packed, parts_of, replace_buffers, unpacked, written
 from .zero.collectives import Ranks, attempt_or_interrupt
 from .zero.intervals import Interval
@@ -66,6 +68,7 @@ class RunState:
     schedulers: Sequence[LRScheduler]
     loaders: Sequence[PreparedLoader]
     objects: Sequence[Any]
+    averages: Sequence[ShardedEMA]
     scaler: LossScaler
 
     @property
@@ -76,7 +79,8 @@ class RunState:
     # Taking.
 
     def settle(self) -> None:
-        """Finish what is under way on the device. Collective."""
+        """Finish what is under way on the device. Collective. Raises PrepareError while a model has averaged weights."""
+        refuse_swapped(self.models, "save_state and load_state")
         for model in self.models:
             model.settle()
         for stepper in self.steppers:
@@ -100,10 +104,13 @@ class RunState:
         for number, kept in enumerate(adapters):
             pieces += whole_pieces({f"model{number}/adapter/{name}": tensor for name, tensor in kept.computed.items()})
         state["optimizers"] = [self._optimizer(number, pieces) for number in range(len(self.steppers))]
+        for number, average in enumerate(self.averages):
+            pieces += self._pieces(self._place_of(number), average.intervals())
         state["loaders"] = [position(loader) for loader in self.loaders]
         if rank == 0:
             state["models"] = len(self.models)
             state["schedulers"] = [scheduler.state_dict() for scheduler in self.schedulers]
+            state["averages"] = [average.updates for average in self.averages]
             state["scaler"] = self.scaler.state_dict()
             state["counters"] = counters
         encoded = {**encode(state, tensors, "state"), "objects": objects}
@@ -193,6 +200,11 @@ class RunState:
             mine["besides"] = stepper.states.besides
         return mine
 
+    def _place_of(self, number: int) -> str:
+        """Where an average is kept."""
+        model = self.averages[number].model
+        return f"average{number}/ema/model{next(n for n, own in enumerate(self.models) if own is model)}"
+
     def _homes(self, stepper: ShardedOptimizer) -> list[int]:
         """Each of the optimizer's models as a number among the run's."""
         return [next(n for n, model in enumerate(self.models) if model is own) for own in stepper.models]
@@ -212,6 +224,7 @@ class RunState:
             ("optimizer", len(self.steppers), len(first["optimizers"])),
             ("scheduler", len(self.schedulers), len(first["schedulers"])),
             ("registered object", len(self.objects), len(first["objects"])),
+            ("average", len(self.averages), len(first.get("averages", ()))),
         ):
             if have and have != count:
                 raise CheckpointError(
@@ -296,6 +309,14 @@ class RunState:
                 checkpoint, f"model{number}/frozen", [held for held in intervals.frozen(model) if held.name in wanted]
             )
         self._restore_buffers(checkpoint, states)
+        for number, average in enumerate(self.averages):
+            place = self._place_of(number)
+            for held, weight in zip(average.intervals(), intervals.trained(average.model), strict=True):
+                if f"{place}/{held.name}" in checkpoint:
+                    _fill(checkpoint, place, [held])
+                else:  # it is trained since then: the average begins with the weight
+                    held.write(weight.read())
+            average.updates = states[0]["averages"][number]
         for number, stepper in enumerate(self.steppers):
             self._restore_states(checkpoint, number, stepper, states)
 

@@ -44,6 +44,9 @@ def check_states(states: Sequence[Any], objects_of: Sequence[int]) -> None:
             _check_optimizer(saved, where, first=rank == 0)
         _check_generators(state["generators"], where)
     first = states[0]
+    averages = first.get("averages", [])  # versions before averages wrote none
+    if not isinstance(averages, list) or not all(map(is_count, averages)):
+        raise CheckpointError(f"the state of rank 0: averages is {shown(averages)}, which are no counts.")
     if not is_count(first["counters"].get("step")):
         raise CheckpointError(f"the state of rank 0: counters is {shown(first['counters'])}, which has no step.")
     for saved in first["loaders"]:

@@ -24,7 +24,7 @@ _LARGEST = 1 << 63
 _DIMENSIONS = 64  # torch's own limit
 STORE = re.compile(r"frozen-[0-9a-f]{16}")
 _ADDRESS = re.compile(
-    r"model[0-9]+/(trained|frozen|buffer|adapter)/.+|optimizer[0-9]+/[^/]+/model[0-9]+/.+|(state|objects)(/.*)?",
+    r"model[0-9]+/(trained|frozen|buffer|adapter)/.+|(optimizer|average)[0-9]+/[^/]+/model[0-9]+/.+|(state|objects)(/.*)?",
     re.DOTALL,
 )
 _RUN = re.compile(r"[0-9a-f]{32}")
@@ -211,7 +211,7 @@ def _part(address: str, fields: Fields, entry: Entry) -> Part:
 def check_together(parts: Mapping[str, list[Part]], directory: object) -> None:
     """Raise CheckpointError unless the parts of each tensor, over all ranks, are of one tensor and apart from each other.
 
-    parts: by address, in the order of their elements. Weights have to be whole; optimizer states belong to a weight.
+    parts: by address, in the order of their elements. Weights have to be whole; states and averages belong to one.
     """
     for address, found in parts.items():
         where = f"{directory} is damaged: {printed(address)}"

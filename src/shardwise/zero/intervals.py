@@ -13,7 +13,7 @@ the stage, the tier and the number of ranks:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from ..offload.nvme import fetch_part, put_part
 from ..offload.store import Slab
 from . import publishing
+from .gradients import Gradients
 from .sharded import ShardedModel
 
 # Numbers of elements at which `share` may cut: bytes stay in words of 8, whatever the dtype.
@@ -95,8 +96,8 @@ class Interval:
         return replace(self, begin=begin, numel=numel, _first=self._first + begin - self.begin)
 
 
-def trained(model: ShardedModel) -> list[Interval]:
-    """The masters of the trained weights on this rank."""
+def trained(model: ShardedModel, rests: Callable[[Gradients], Slab] | None = None) -> list[Interval]:
+    """The masters of the trained weights on this rank, or what else rests in that form: the slab that `rests` gives."""
     found = []
     for unit in model.units:
         gradients = unit.gradients
@@ -104,9 +105,9 @@ def trained(model: ShardedModel) -> list[Interval]:
             copied = not unit.plan.optimizer.sharded and model.ranks.world_size > 1
             for piece in gradients.pieces():
                 slot = gradients.buffer.layout.slots[piece.slot]
-                rest = Rest(gradients.master, piece.in_shard)
-                dtype = gradients.master.dtype
-                found.append(Interval(slot.name, slot.shape, piece.in_slot, piece.numel, dtype, copied, rest))
+                slab = gradients.master if rests is None else rests(gradients)
+                rest = Rest(slab, piece.in_shard)
+                found.append(Interval(slot.name, slot.shape, piece.in_slot, piece.numel, slab.dtype, copied, rest))
     return found
 
 

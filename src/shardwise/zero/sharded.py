@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from ..errors import PrepareError, StoreError, WriteError
 from ..offload.store import Slab
 from .buffers import place_buffers
-from .build import Builder
+from .build import Builder, place_empty
 from .checks import check_model, paths_of
 from .collectives import Ranks
 from .engine import Doubts, Engine, Faults, Kind, ReductionsInFlight, Stores
@@ -36,7 +36,9 @@ from .releasing import dissolve, log_rounded
 from .schedule import Schedule
 from .shown import Norms
 from .sources import Makers, Sources, choose_makers
+from .statistics import RunningBuffers
 from .streams import Lanes
+from .structure import Structure
 from .thawing import Thawing
 from .unit import Unit
 from .units import UnitSpec, find_units
@@ -76,6 +78,7 @@ class ShardedModel:
     generation_memory_budget: bytes of gathered weights while generating; "auto" for what is free, None for the fewest.
     writes:         how often a script has written into its weights.
     whole:          the weights whole, one unit at a time.
+    running_buffers: those that forwards change. swapped: its weights are averages now, see `averaging.py`.
     sync_gradients: set False before a backward whose gradients are accumulated only. accumulating: the last one was so.
     Collective: every rank calls it with an equally built model; rank 0's weights are everybody's afterwards.
     Raises PrepareError for a model that is prepared already, has weights on the meta device, or fits no unit name.
@@ -106,6 +109,7 @@ class ShardedModel:
         self.sync_gradients = True
         self.accumulating = False
         self.released = False
+        self.swapped = False
         self.gpu_memory_budget = gpu_memory_budget
         self.after_step: list[Callable[[], None]] = []
         self.writes = 0
@@ -134,6 +138,8 @@ class ShardedModel:
         self._builder = Builder(self._engine, plan, precision, whole_adapters, self._quantised, own_sources, makers)
         with torch.no_grad():
             place_buffers(model, ranks)
+            place_empty(model, ranks.device, lambda _, parameter: precision.compute_dtype(parameter))
+            self.running_buffers = RunningBuffers(model, ranks)
             self.units = self._builder.units(specs, trains=trains)
         self.drain()
         if peers is not None:
@@ -146,12 +152,13 @@ class ShardedModel:
         self._hooks = Hooks(
             self.schedule,
             root=model,
-            before=self.look_at_gradients,
+            before=self._before_training,
             boundary=lambda: self.sync_gradients,
             after=self._after_backward,
             compute_dtype=dtype,
         )
         self.thawing = Thawing(self.units, self._builder, self._engine, self.schedule, self._hooks, self.drain)
+        self._structure = Structure(model, lambda: {id(p) for p in self._parameters()})
         _sharded[id(model)] = self
 
     @staticmethod
@@ -161,8 +168,12 @@ class ShardedModel:
 
     def holds(self, parameter: Parameter) -> bool:
         """Whether this object is one of the model's weights, as it was prepared; an empty one is in no buffer."""
+        return parameter.numel() == 0 or any(parameter is held for held in self._parameters())
+
+    def _parameters(self) -> Iterator[Parameter]:
+        """Every weight that is in a buffer."""
         buffers = (b for unit in self.units for b in (unit.frozen, unit.trainable) if b is not None)
-        return parameter.numel() == 0 or any(parameter is m.parameter for b in buffers for m in b.members)
+        return (m.parameter for b in buffers for m in b.members)
 
     @property
     def engine(self) -> Engine:
@@ -222,8 +233,14 @@ class ShardedModel:
                 g.used = list(islice(flags, len(g.used)))
             if thaws:
                 self.thawing.thaw()
+            self.running_buffers.step_ends()
         for g in self.gradients():
             g.shown.show()
+
+    def _before_training(self) -> None:
+        """A forward begins that records gradients."""
+        self._structure.check()
+        self.look_at_gradients()
 
     def look_at_gradients(self) -> None:
         """Take over what a script has done to `grad` of the parameters since a backward: dropped, assigned or changed it."""
@@ -353,7 +370,8 @@ class ShardedModel:
         """Let masters follow what a script has written into trained weights. Raises WriteError for what cannot count."""
         self._engine.doubts.settle()
         for unit in self.units:
-            if unit.gradients is not None and has_strayed(unit):
+            if has_strayed(unit) and unit.gradients is not None:
+                self._engine.lanes.join()  # what was written inside of a pass goes into the shards on a lane
                 follow(unit, self._engine.look_at, self.put_to_rest)
 
     def generation(self, pinned: Sequence[Parameter] = ()) -> AbstractContextManager[None]:
@@ -447,6 +465,7 @@ class ShardedModel:
         self._hooks.remove()
         self._engine.lanes.gather.wait(self._engine.lanes.mark_compute())
         rounded = dissolve(self.units, self._dtypes, self.whole.master, parted=self.ranks.parted)
+        place_empty(self.model, self.ranks.device, lambda name, _: self._dtypes[name])
         self._quantised.unsettle()
         if not self.ranks.parted:
             self.meet()

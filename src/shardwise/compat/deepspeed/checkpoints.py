@@ -95,6 +95,7 @@ def _run_of(engine: DeepSpeedEngine, *, optimizer: bool = True, scheduler: bool 
         schedulers=[kept] if scheduler and kept is not None else [],
         loaders=[],
         objects=[],
+        averages=[],
         scaler=wrapped.scaler if stepped and wrapped is not None else LossScaler(enabled=False),
     )
 
