@@ -23,6 +23,8 @@ COVER = ["loop:z2", "loop:z3", "loop:z3cpu-lora", "trainer:z2", "trainer:z3", "t
 COVER += ["trainer:z3ds", "trainer:z3-pretrained"]
 FULL = ["loop:z1", "loop:z2cpu", "loop:z3cpu", "loop:z3-lora", "loop:z2-lora", "trainer:z1", "trainer:z2cpu"]
 FULL += ["trainer:z3cpu", "trainer:z2-lora", "trainer:z3-lora", "trainer:z3dsds", "trainer:z2-pretrained"]
+TRL = ["z3-sft", "z3-sft-lora", "z3-sft-large", "z3-dpo", "z3-dpo-lora", "z3-dpopre", "z3-reward", "z3-grpo"]
+TRL += ["z2-sft", "z2-dpo", "z2-grpo", "z3cpu-sft", "z3cpu-grpo-lora"]
 
 
 def _launch(folder: Path, cases: list[str], *flags: str) -> None:
@@ -65,6 +67,24 @@ def cover(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dic
 def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("full")
     return folder, _run(folder, FULL)
+
+
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    pytest.importorskip("trl")
+    folder = tmp_path_factory.mktemp("trl")
+    sys.path.insert(0, str(PROGRAMS))
+    try:
+        import preference
+    finally:
+        sys.path.remove(str(PROGRAMS))
+    (folder / "preference").mkdir()
+    preference.make_model(False).save_pretrained(folder / "preference" / "base")
+    preference.pairs().to_json(folder / "preference" / "pairs.jsonl")
+    cases = [f"preference:{case}" for case in TRL]
+    _launch(folder, sorted({f"preference:ddp-{case.partition('-')[2]}" for case in TRL}))
+    _launch(folder, cases, "--as-deepspeed", "--zero_stage", "3", "--zero3_save_16bit_model", "true")
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
 def _close(found: list[float], expected: list[float], tolerance: float) -> None:
@@ -128,3 +148,21 @@ def test_a_program_for_deepspeed_has_ddps_numbers(cover, case):
 @pytest.mark.parametrize("case", FULL)
 def test_every_kind_of_program_has_ddps_numbers(full, case):
     _check(full, case)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", TRL)
+def test_trls_trainers_have_ddps_numbers(preferences, case):
+    found = preferences[f"preference-{case}"]["log"]
+    expected = preferences[f"preference-ddp-{case.partition('-')[2]}"]["log"]
+    # Differences of nearly equal log probabilities, such as a reward's margin, are compared by their absolute size.
+    for name, tolerance in {
+        "loss": 1e-5,
+        "grad_norm": 1e-4,
+        "kl": 1e-4,
+        "rewards/margins": 1e-4,
+        "reward": 0.0,
+    }.items():
+        for mine, theirs in zip(found, expected, strict=True):
+            if name in theirs:
+                assert abs(mine[name] - theirs[name]) <= tolerance * max(abs(theirs[name]), 1e-2), (name, mine, theirs)

@@ -18,20 +18,21 @@ class _FusedHead(torch.autograd.Function):
     """The mean square of x @ weight.T, without keeping the weight: it is read again in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: nn.Parameter) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        ctx.weight = weight
+    def forward(ctx: Any, x: torch.Tensor, weight: nn.Parameter, kept: list[Any]) -> torch.Tensor:
+        ctx.kept = kept
+        ctx.save_for_backward(x, weight)
         with shardwise.gathered(weight):
             ctx.out = x @ weight.detach().T
         return ctx.out.square().mean()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        (x,) = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
+        ctx.kept.append(weight)
         own = gradients[0] * 2 * ctx.out / ctx.out.numel()
-        with shardwise.gathered(ctx.weight):
-            into = own @ ctx.weight.detach()
-        return into, own.T @ x
+        with shardwise.gathered(weight):
+            into = own @ weight.detach()
+        return into, own.T @ x, None
 
 
 class FusedTower(Tower):
@@ -40,21 +41,33 @@ class FusedTower(Tower):
     def __init__(self) -> None:
         super().__init__()
         self.head = nn.Linear(12, 3, bias=False)
+        self.kept: list[Any] = []  # the weight, as each backward gets it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.first(x)
         for block in self.blocks:
             x = block(x)
-        return _FusedHead.apply(x, self.head.weight)
+        return _FusedHead.apply(x, self.head.weight, self.kept)
 
 
-def _fused() -> FusedTower:
+class ReadingTower(FusedTower):
+    """Reads its head in a `gathered` of its own, and enters none in the backward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        with shardwise.gathered(self.head):
+            return (x @ self.head.weight.T).square().mean()
+
+
+def _fused(kind: type[FusedTower] = FusedTower) -> FusedTower:
     torch.manual_seed(5)
-    return FusedTower()
+    return kind()
 
 
-def _train(ranks: Any, plan: str) -> None:
-    model = _fused()
+def _train(ranks: Any, plan: str, kind: type[FusedTower]) -> None:
+    model = _fused(kind)
     reference = copy.deepcopy(model)
     sharded, _, stepping = prepare(ranks, model, plan, units=["Block", "head"])
     plain = torch.optim.AdamW(reference.parameters(), lr=3e-3, eps=1e-4)
@@ -72,11 +85,17 @@ def _train(ranks: Any, plan: str) -> None:
         stepping.step()
         stepping.zero_grad()
     assert largest_difference(weights_of(sharded), reference) <= 1e-6
+    assert not model.kept or model.kept[-1] is model.head.weight  # once the ranks know the order, nothing is packed
 
 
 @pytest.mark.parametrize("plan", ["2", "3", "3-all"])
 def test_a_fused_head_reads_its_weight_in_both_passes(world, plan):
-    world(2).run(_train, plan)
+    world(2).run(_train, plan, FusedTower)
+
+
+@pytest.mark.parametrize("plan", ["3", "3-all"])
+def test_what_is_computed_there_has_its_backward(world, plan):
+    world(2).run(_train, plan, ReadingTower)
 
 
 def _write(ranks: Any) -> None:

@@ -90,6 +90,13 @@ def test_what_is_still_auto_says_nothing():
         make_optimizer(auto["optimizer"], [torch.zeros(2, requires_grad=True)])
 
 
+def test_a_key_with_dots_belongs_into_its_section():
+    dotted = {"zero_optimization.reduce_bucket_size": 3, "zero_optimization.stage": 1, "zero_optimization": {"stage": 3}}
+    assert read(dotted).stage == 3
+    with pytest.raises(ConfigError, match=r"zero_optimization\.reduce_bucket: unknown key"):
+        read({"zero_optimization.reduce_bucket": 3})
+
+
 def test_precision_and_loss_scale():
     assert read({"bf16": {"enabled": True}}).precision.compute is torch.bfloat16
     both = {"bf16": {"enabled": True}, "fp16": {"enabled": False, "loss_scale": 0, "loss_scale_window": 7}}

@@ -307,9 +307,11 @@ class Hooks:
                 self.schedule.need(unit)
             if not here:  # else whoever asked before says when it is done
                 mine.append(unit)
+        self.saved.left.difference_update(units)
         try:
             yield
         finally:
+            self.saved.left.update(units)
             for unit in mine:
                 if not self._active.get(unit):
                     self.schedule.done(unit)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import set_seed
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from trainer import CASES, SIZES, forget
@@ -69,7 +70,7 @@ def sft(case: str, out: str, large: bool, peft: Any) -> Any:
     )
 
 
-def _pairs() -> Dataset:
+def pairs() -> Dataset:
     return Dataset.from_list(
         [
             {"prompt": text(n, 5), "chosen": " " + text(n + 100, 6), "rejected": " " + text(n + 200, 6)}
@@ -78,19 +79,21 @@ def _pairs() -> Dataset:
     )
 
 
-def dpo(case: str, out: str, large: bool, peft: Any, **more: Any) -> Any:
+def dpo(case: str, out: str, large: bool, peft: Any, rows: Any = None, **more: Any) -> Any:
     from trl import DPOConfig, DPOTrainer
 
     made = arguments(DPOConfig, case, out, max_length=32, **more)
     reference = None if peft is not None else make_model(large)
     return DPOTrainer(
-        model=make_model(large), ref_model=reference, args=made, train_dataset=_pairs(), processing_class=tokenizer(),
+        model=make_model(large), ref_model=reference, args=made, train_dataset=rows or pairs(), processing_class=tokenizer(),
         peft_config=peft,
     )  # fmt: skip
 
 
 def dpopre(case: str, out: str, large: bool, peft: Any) -> Any:
-    return dpo(case, out, large, peft, precompute_ref_log_probs=True)
+    # Precomputing needs rows that all processes read from one file.
+    rows = load_dataset("json", data_files=f"{Path(out).parent}/pairs.jsonl", split="train", cache_dir=f"{out}-cache")
+    return dpo(case, out, large, peft, rows, precompute_ref_log_probs=True)
 
 
 def reward(case: str, out: str, large: bool, peft: Any) -> Any:
@@ -110,8 +113,9 @@ def grpo(case: str, out: str, large: bool, peft: Any) -> Any:
 
     rows = Dataset.from_list([{"prompt": text(number, 5)} for number in range(48)])
     made = arguments(GRPOConfig, case, out, max_completion_length=8, num_generations=4, beta=0.1)
+    base = f"{Path(out).parent}/base"  # the reference model comes from where the model does
     return GRPOTrainer(
-        model=make_model(large), reward_funcs=length, args=made, train_dataset=rows, processing_class=tokenizer(),
+        model=base, reward_funcs=length, args=made, train_dataset=rows, processing_class=tokenizer(),
         peft_config=peft,
     )  # fmt: skip
 

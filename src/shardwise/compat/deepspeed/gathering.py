@@ -49,6 +49,8 @@ def mark(sharded: ShardedModel) -> None:
     """Set the marks on the parameters of a model whose weights are sharded: they are DeepSpeed's interface."""
     if not (sharded.plan.parameter.sharded or sharded.plan.frozen.sharded):
         return
+    if "ds_status" not in vars(Tensor):
+        Tensor.ds_status = _StatusOfKept()  # type: ignore[attr-defined]
     for number, parameter in enumerate(sharded.model.parameters()):
         marks: tuple[Any, ...] = (
             number,
@@ -60,6 +62,21 @@ def mark(sharded: ShardedModel) -> None:
         )
         for name, value in zip(_MARKS, marks, strict=True):
             setattr(parameter, name, value)
+
+
+class _StatusOfKept:
+    """`ds_status` of a tensor that autograd has kept of a sharded weight: a view, not the parameter that has the marks.
+
+    Autograd functions that keep a weight ask it in their backward. The engine has gathered what is kept by then.
+    """
+
+    def __get__(self, tensor: Tensor | None, owner: type) -> Any:
+        if tensor is not None and tensor.layout is torch.strided and not tensor.is_meta:
+            storage = tensor.untyped_storage()._cdata
+            for sharded in ShardedModel.all():
+                if any(part.whole.untyped_storage()._cdata == storage for unit in sharded.units for part in unit.parts):
+                    return ZeroParamStatus.AVAILABLE
+        raise AttributeError("ds_status")
 
 
 def forget_marks(sharded: ShardedModel) -> None:

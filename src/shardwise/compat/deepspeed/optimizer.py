@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,15 +12,28 @@ from ...zero.optimizer import ShardedOptimizer
 from ...zero.precision import LossScaler
 
 
-class ParameterOffload:
-    """module: the model. The lists of hooks are empty."""
+class OffloadedModule:
+    """A model's parameters, with the ones that it reads of other modules, of which DeepSpeed keeps a list: here none."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def named_parameters(self, recurse: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        return self._model.named_parameters(recurse=recurse)
+
+    def ds_external_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return []
+
+
+class ParameterOffload:
+    """module: the model's parameters. The lists of hooks are empty."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.module = OffloadedModule(model)
         self.forward_hooks: list[Any] = []
         self.backward_hooks: list[Any] = []
 
-    def _register_deepspeed_module(self, module: nn.Module) -> None:
+    def _register_deepspeed_module(self, module: OffloadedModule) -> None:
         pass
 
 

@@ -106,7 +106,7 @@ def load(source: Any) -> tuple[dict[str, Any], str]:
 def read(source: Any, world_size: int, *, base: Config | None = None) -> Settings:
     """The settings of a configuration. base: below it, the launcher's. Raises ConfigError with a line for each thing wrong."""
     raw, name = load(source)
-    said = without_auto(raw)
+    said = unfolded(without_auto(raw))
     base = Config.from_environment() if base is None else base
     found = read_deepspeed_values(said, name, aside=("optimizer", "scheduler", "shardwise"))
     if found.problems:
@@ -138,6 +138,17 @@ def without_auto(values: Any) -> Any:
     if isinstance(values, dict):
         return {key: without_auto(value) for key, value in values.items() if value != "auto" or key == "type"}
     return copy.copy(values)
+
+
+def unfolded(values: dict[str, Any]) -> dict[str, Any]:
+    """With `zero_optimization.reduce_bucket_size` at the top level, which libraries write, in its section."""
+    found = {key: value for key, value in values.items() if "." not in key}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        inner = found.setdefault(section, {}) if name else None
+        if isinstance(inner, dict):
+            found[section] = {name: value, **inner}
+    return found
 
 
 def _drop_ignored(zero: dict[str, Any], notes: list[str]) -> None:
