@@ -113,6 +113,8 @@ def _check_trainer(case: str, found: dict[str, Any], expected: dict[str, Any], f
     if "ds" not in case:
         names["learning_rate"] = 0.0
     if "dsds" in case:
+        rates = [row["learning_rate"] for row in found["log"] if "loss" in row]
+        assert rates == pytest.approx([0.0, 0.005, 0.01, 0.0075, 0.005, 0.0025], abs=1e-12)
         return
     for name, tolerance in names.items():
         numbers = [[row[name] for row in rows["log"] if name in row] for rows in (found, expected)]

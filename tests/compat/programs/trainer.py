@@ -56,7 +56,7 @@ ADAMW = {"type": "AdamW", "params": {"lr": AUTO, "betas": AUTO, "eps": AUTO, "we
 DECAY = {
     "type": "WarmupDecayLR",
     "params": {
-        "warmup_min_lr": 0, "warmup_max_lr": AUTO, "warmup_num_steps": 2, "total_num_steps": AUTO, "warmup_type": "linear",
+        "warmup_min_lr": 0, "warmup_max_lr": AUTO, "warmup_num_steps": AUTO, "total_num_steps": AUTO, "warmup_type": "linear",
     },
 }  # fmt: skip
 
