@@ -28,11 +28,16 @@ TRL += ["z2-sft", "z2-dpo", "z2-grpo", "z3cpu-sft", "z3cpu-grpo-lora"]
 
 
 def _launch(folder: Path, cases: list[str], *flags: str) -> None:
-    command = [sys.executable, "-c", ENTRY, "launch", "--use_cpu", "--num_processes", "2", *flags]
-    command += [str(PROGRAMS / "run.py"), str(folder), *cases]
+    _run_program([str(PROGRAMS / "run.py"), str(folder), *cases], "--num_processes", "2", *flags)
+
+
+def _run_program(command: list[str], *flags: str) -> str:
+    """Under `shardwise launch` on the CPU. What it printed."""
+    launch = [sys.executable, "-c", ENTRY, "launch", "--use_cpu", *flags, *command]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=550, check=False, env=environment)
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=550, check=False, env=environment)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return done.stdout
 
 
 def _reference(case: str) -> str:
@@ -168,3 +173,44 @@ def test_trls_trainers_have_ddps_numbers(preferences, case):
         for mine, theirs in zip(found, expected, strict=True):
             if name in theirs:
                 assert abs(mine[name] - theirs[name]) <= tolerance * max(abs(theirs[name]), 1e-2), (name, mine, theirs)
+
+
+GUIDE = """
+compute_environment: LOCAL_MACHINE
+deepspeed_config:
+  gradient_accumulation_steps: 1
+  gradient_clipping: 1.0
+  offload_optimizer_device: cpu
+  offload_param_device: cpu
+  zero3_init_flag: true
+  zero3_save_16bit_model: true
+  zero_stage: 3
+distributed_type: DEEPSPEED
+downcast_bf16: 'no'
+dynamo_backend: 'NO'
+fsdp_config: {}
+machine_rank: 0
+main_training_function: main
+megatron_lm_config: {}
+mixed_precision: 'no'
+num_machines: 1
+num_processes: 1
+rdzv_backend: static
+same_network: true
+use_cpu: false
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_script_of_pefts_guide_learns_its_messages(tmp_path, processes):
+    examples = Path(__file__).resolve().parents[2] / "examples"
+    config = tmp_path / "ds_zero3_cpu.yaml"
+    config.write_text(GUIDE)
+    command = [str(PROGRAMS / "guide.py"), str(tmp_path)]
+    command += [str(examples / "base_model" / "seq2seq"), str(examples / "data" / "train.csv")]
+    _run_program(command, "--as-deepspeed", "--config_file", str(config), "--num_processes", str(processes))
+    assert json.loads((tmp_path / "guide.json").read_text()) == {"accuracy": 100.0, "zero3": True}
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(adapter) > 20
+    assert all(tensor.numel() and tensor.abs().sum() > 0 for tensor in adapter.values())
