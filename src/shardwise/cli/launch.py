@@ -40,7 +40,7 @@ def run_launch(
     resolution: Resolution | None = None
     file = config_file or (str(default_file()) if default_file().is_file() else None)
     try:
-        resolution = resolve(flags, file, use_zero=use_zero)
+        resolution = resolve(flags, file, use_zero=use_zero, as_deepspeed=as_deepspeed)
         if config_file is None and file is not None:
             print(f"shardwise launch: settings of {file}", file=sys.stderr)
     except ShardwiseError as error:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...config.deepspeed_json import read_deepspeed_values
+from ...config.deepspeed_json import LOSS_SCALE_WINDOW, DeepSpeedFile, read_deepspeed_values
 from ...config.schema import Config
 from ...documents import SETTINGS_NBYTES, parse_json, read_text
 from ...errors import ConfigError
@@ -28,7 +28,6 @@ from ...zero.precision import LossScaler, Precision
 
 # DeepSpeed's, where its file does not say.
 CLIPPING = 1.0
-_WINDOW = 1000
 # The keys of "shardwise" in the JSON: those of EngineConfig that act in such a program, and the compiler.
 _OWN = (
     *("gpu_memory_budget", "generation_memory_budget", "activation_checkpointing", "fast_lora", "loss_chunk_tokens"),
@@ -111,8 +110,7 @@ def read(source: Any, world_size: int, *, base: Config | None = None) -> Setting
     found = read_deepspeed_values(said, name, aside=("optimizer", "scheduler", "shardwise"))
     if found.problems:
         raise ConfigError("\n".join(found.problems))
-    _drop_ignored(found.values.get("deepspeed_config", {}), found.notes)
-    values = _merged(base, found.values, raw.get("shardwise") or {}, name)  # where "auto" is a setting
+    values = _merged(base, found, raw.get("shardwise") or {}, name)  # where "auto" is a setting
     config = Config.checked(values, lambda key: found.places.get(key) or f"{name}: {'.'.join(key)}")
     precision = Precision.named(config.mixed_precision, config.engine.reduce_dtype)
     zero = config.zero
@@ -151,37 +149,26 @@ def unfolded(values: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _drop_ignored(zero: dict[str, Any], notes: list[str]) -> None:
-    """Take out the devices that DeepSpeed does not look at in this stage."""
-    stage = zero.get("zero_stage", 0)
-    for key, first in (("offload_param", 3), ("offload_optimizer", 1)):
-        if isinstance(stage, int) and stage < first and zero.get(f"{key}_device", "none") != "none":
-            notes.append(
-                f"zero_optimization.{key}: no effect at stage {stage}, as in DeepSpeed: it is for stage {first} and above."
-            )
-            zero[f"{key}_device"] = "none"
-
-
-def _merged(base: Config, found: dict[str, Any], own: Any, name: str) -> dict[str, Any]:
+def _merged(base: Config, found: DeepSpeedFile, own: Any, name: str) -> dict[str, Any]:
     if not isinstance(own, dict):
         raise ConfigError(f"{name}: shardwise: is not an object")
     values: dict[str, Any] = {
         "distributed_type": "DEEPSPEED",
         "use_cpu": base.use_cpu,
-        "deepspeed_config": {**found.get("deepspeed_config", {}), "gradient_accumulation_steps": None},
-        "mixed_precision": found.get("mixed_precision", "no"),
+        "deepspeed_config": {**found.values.get("deepspeed_config", {}), "gradient_accumulation_steps": None},
+        "mixed_precision": found.values.get("mixed_precision", "no"),
         "dynamo_config": base.dynamo_config.model_dump(mode="json", exclude_defaults=True),
         "dynamo_backend": base.dynamo_backend,
     }
     engine = base.engine.model_dump(mode="json", exclude_defaults=True)
     engine.pop("loss_scale", None)
     theirs = {
-        k: v for k, v in found.get("shardwise_config", {}).items() if k not in ("train_batch_size", "micro_batch_size")
+        k: v
+        for k, v in found.values.get("shardwise_config", {}).items()
+        if k not in ("train_batch_size", "micro_batch_size")
     }
     if values["mixed_precision"] == "fp16":
-        theirs["loss_scale"] = {"growth_interval": _WINDOW, **theirs.get("loss_scale", {})}
-    else:
-        theirs.pop("loss_scale", None)
+        theirs["loss_scale"] = {"growth_interval": LOSS_SCALE_WINDOW, **found.loss_scale}
     compiled = own.get("compile", own.get("dynamo_backend"))
     for key in own:
         if key not in (*_OWN, "compile", "dynamo_backend"):
