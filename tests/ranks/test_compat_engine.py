@@ -6,6 +6,8 @@ Imported under shardwise's own names, which need no finder.
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -351,6 +353,66 @@ def _checkpoints(ranks: Any, folder: str, stage: int) -> None:
 def test_checkpoints_have_tags_client_state_and_partial_loads(world, stage):
     with tempfile.TemporaryDirectory() as folder:
         world(2).run(_checkpoints, folder, stage)
+        # The script that each checkpoint directory has: without ranks, and without the training script.
+        script = [sys.executable, f"{folder}/zero_to_fp32.py", folder, f"{folder}/out"]
+        subprocess.run([*script, "-t", "named"], check=True, timeout=120)
+        whole = torch.load(f"{folder}/out/pytorch_model.bin")
+        assert whole.keys() == tower().state_dict().keys()
+        assert {value.dtype for value in whole.values()} == {torch.float32}
+
+
+def _whole(ranks: Any, stage: int) -> None:
+    model = tower()
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    model.register_buffer("seen", torch.arange(3.0))
+    model.first.requires_grad_(False)
+    engine, *_ = initialize(
+        model=model,
+        optimizer=adamw([p for p in model.parameters() if p.requires_grad]),
+        config=config(stage) | {"bf16": {"enabled": True}},
+    )
+    assert engine.bfloat16_enabled()
+    assert not engine.zero_gather_16bit_weights_on_model_save()
+    state = engine._zero3_consolidated_16bit_state_dict()
+    some = engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
+    if ranks.rank:
+        assert (state, some) == (None, None)
+        return
+    assert (
+        state.keys() == model.state_dict(keep_vars=True).keys() if stage < 3 else set(state) >= {"seen", "head.weight"}
+    )
+    assert {value.dtype for name, value in state.items()} == {torch.bfloat16}
+    assert "first.weight" not in some
+    assert {"seen", "head.weight"} <= set(some)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_whole_state_is_rank_0s_in_the_precision_that_computes(world, stage):
+    world(2).run(_whole, stage)
+
+
+def _compiled(ranks: Any) -> None:
+    model = tower()
+    reference = copy.deepcopy(model)
+    plain = adamw(reference.parameters())
+    engine, *_ = initialize(model=model, optimizer=adamw(model.parameters()), config=config(3))
+    with pytest.raises(ConfigError, match="no_such is not taken"):
+        engine.compile(backend="eager", compile_kwargs={"no_such": 1})
+    engine.compile(backend="eager")
+    assert engine.is_compiled
+    for batch in inputs(3):
+        for rank in range(ranks.world_size):
+            (loss_of(reference, mine(batch, rank, ranks.world_size)) / ranks.world_size).backward()
+        plain.step()
+        plain.zero_grad()
+        engine.backward(loss_of(engine, mine(batch, ranks.rank, ranks.world_size)))
+        engine.step()
+    same(engine, reference)
+    engine.destroy()
+
+
+def test_an_engine_compiles_the_blocks_of_its_model(world):
+    world(2).run(_compiled)
 
 
 def _half(ranks: Any, stage: int) -> None:

@@ -123,7 +123,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "zero.verdicts",
         "zero.writing",
     ),
-    ("zero.thawing",),
+    ("zero.asking", "zero.thawing"),
     ("zero.sharded",),
     ("zero.intervals", "zero.exchange"),
     (

@@ -69,6 +69,11 @@ def unused() -> str | None:
     stage = stage_asked_for()
     if stage == 0 or _prepared or "torch" not in sys.modules or {"-h", "--help", "--version"} & set(sys.argv):
         return None
+    if _answering:
+        return (
+            f"this run asked for zero_stage {stage}, but the script gave no model to deepspeed.initialize, by itself or "
+            "through accelerate or Trainer: nothing was sharded."
+        )
     return (
         f"this run asked for zero_stage {stage}, but the script never prepared a model with shardwise: nothing was sharded. "
         "Use `from shardwise import Accelerator` and its prepare(), or start the script without ZeRO."

@@ -189,9 +189,10 @@ class _Build:
         for put, note in usage.without_effect(self.get, flags):
             self.put(*put)
             self.notes.append(note)
-        clipping = None if self.json is not None else usage.clipping_note(self.get, self.file.path)
-        if clipping is not None and str(self.get(("distributed_type",))).upper() == "DEEPSPEED":
-            self.notes.append(clipping)
+        if self.file.values.get("deepspeed_config") and self.json is None:
+            clipping = usage.clipping_note(self.get, self.file.path)
+            if clipping is not None and str(self.get(("distributed_type",))).upper() == "DEEPSPEED":
+                self.notes.append(clipping)
 
     def finish(self) -> Resolution:
         config, problems = check(self.values)

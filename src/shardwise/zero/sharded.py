@@ -19,6 +19,7 @@ from torch.nn import Parameter
 
 from ..errors import PrepareError, StoreError, WriteError
 from ..offload.store import Slab
+from .asking import asking
 from .buffers import place_buffers
 from .build import Builder, place_empty
 from .checks import check_model, paths_of
@@ -305,19 +306,8 @@ class ShardedModel:
     def _read(self, units: Sequence[Unit], *, modify: bool) -> Iterator[None]:
         self._hooks.finish_interrupted()
         if self._hooks.in_pass:
-            if modify:
-                raise WriteError(
-                    "gathered(modify=True) was entered inside a forward or a backward of its model, which computes with these "
-                    "weights. Write between the passes."
-                )
-            with self._hooks.asking(units):
+            with asking(self._hooks, units, modify=modify):
                 yield
-                names = [name for unit in units for name in unit.written()]
-                if names:
-                    raise WriteError(
-                        f"{', '.join(names[:3])} was written inside a forward or a backward of its model: the write is "
-                        "lost. Write between the passes."
-                    )
             return
         self.ranks.require_same(
             "gathered", {"modify": modify, "what is gathered": ", ".join(unit.name for unit in units)}

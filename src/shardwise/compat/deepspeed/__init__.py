@@ -5,7 +5,7 @@
     optimizer.py    what initialize returns        optimizers.py, schedules.py   DeepSpeed's own ones
     gathering.py    GatheredParameters             building.py     zero.Init
     fragments.py    safe_get_full_*                leaves.py       leaf modules
-    checkpoints.py  save and load_checkpoint       zero_to_fp32.py
+    checkpoints.py  save and load_checkpoint       zero_to_fp32.py, whole_model.py
     comm.py         torch.distributed              accelerator.py  get_accelerator()
 
 It touches nothing of shardwise whose name begins with an underscore.

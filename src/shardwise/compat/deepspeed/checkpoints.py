@@ -15,8 +15,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ...checkpoint.agree import on_first, together
 from ...checkpoint.directory import resolve
 from ...errors import CheckpointError
@@ -138,18 +136,3 @@ def find(folder: str | Path, tag: str | None) -> Path | None:
             "of its own. `shardwise import` brings such a checkpoint over."
         )
     return resolve(path)
-
-
-def save_weights(engine: DeepSpeedEngine, folder: str, name: str) -> None:
-    """See `DeepSpeedEngine.save_16bit_model`."""
-    sharded = engine.prepared.sharded
-    state = sharded.state_dict()
-    dtype = engine.settings.precision.compute
-
-    def write() -> None:
-        if sharded.ranks.rank == 0:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            cast = {n: v.to(dtype) if dtype is not None and v.is_floating_point() else v for n, v in state.items()}
-            torch.save(cast, Path(folder) / name)
-
-    together(sharded.ranks, write, what=f"{folder}: ")

@@ -14,21 +14,21 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...compiling import CompiledBlocks, blocks_to_compile
-from ...config.schema import Config
+from ...compiling import CompiledBlocks
 from ...entering import PreparedModel
 from ...errors import ConfigError, PrepareError
 from ...joined import join_run
 from ...zero.guard import explain
-from ...zero.whole import persistent_buffers
 from .gathering import forget_marks, mark
 from .optimizer import ZeroOptimizer
 from .settings import Settings
+from .whole_model import compiled, consolidated, save_16bit
 
 # id(model) -> the engine that holds it.
 _engines: weakref.WeakValueDictionary[int, DeepSpeedEngine] = weakref.WeakValueDictionary()
@@ -198,18 +198,8 @@ class DeepSpeedEngine(nn.Module):
         self, backend: str = "inductor", compile_kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> None:
         """Compile the blocks of the model with torch.compile, one by one: their gathers stay outside of the graphs."""
-        known = {"mode", "fullgraph", "dynamic", "options"}
-        given = {
-            name: value for name, value in {**(compile_kwargs or {}), **options}.items() if value not in (None, False)
-        }
-        if set(given) - known or given.get("options"):
-            raise ConfigError(f"engine.compile: {', '.join(sorted(set(given) - known) or ['options'])} is not taken.")
-        words = {"mode": "dynamo_mode", "fullgraph": "dynamo_use_fullgraph", "dynamic": "dynamo_use_dynamic"}
-        values = {words[name]: value for name, value in given.items() if name in words}
-        config = Config.checked({"dynamo_config": {"dynamo_backend": str(backend).lower(), **values}}).compiling
-        if self._compiled or config is None:
-            return
-        self._compiled.append(CompiledBlocks(blocks_to_compile(self.module, None), config, self.prepared.sharded))
+        if not self._compiled:
+            self._compiled += compiled(self.prepared, backend, {**(compile_kwargs or {}), **options})
 
     @property
     def is_compiled(self) -> bool:
@@ -220,8 +210,8 @@ class DeepSpeedEngine(nn.Module):
         prepared, self._prepared = self._prepared, None
         if prepared is None:
             return
-        for compiled in self._compiled:
-            compiled.undo()
+        for blocks in self._compiled:
+            blocks.undo()
         forget_marks(prepared.sharded)
         if not prepared.sharded.released:
             prepared.release()
@@ -307,17 +297,9 @@ class DeepSpeedEngine(nn.Module):
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any] | None:
         """The whole state dict in the precision that the model computes in, on rank 0's CPU; None elsewhere. Collective."""
-        sharded = self.prepared.sharded
-        state = sharded.state_dict(trainable_only=exclude_frozen_parameters)
-        if exclude_frozen_parameters:
-            state |= {
-                name: buffer.detach().to("cpu", copy=True) for name, buffer in persistent_buffers(self.module).items()
-            }
-        if sharded.ranks.rank != 0:
-            return None
-        dtype = self.settings.precision.compute
-        cast: dict[int, Tensor] = {}  # tied weights stay tied
-        return {name: _in_dtype(value, dtype, cast) for name, value in state.items()}
+        return consolidated(
+            self.prepared.sharded, self.settings.precision.compute, trained_only=exclude_frozen_parameters
+        )
 
     def module_state_dict(
         self, destination: Any = None, prefix: str = "", keep_vars: bool = False, **options: Any
@@ -327,11 +309,9 @@ class DeepSpeedEngine(nn.Module):
 
     def save_16bit_model(self, save_dir: str, save_filename: str = "pytorch_model.bin", **options: Any) -> bool:
         """Write the weights in 16 bits as a file of torch. Collective; False at stage 3 without the key that allows it."""
-        from .checkpoints import save_weights
-
         if self.settings.stage == 3 and not self.settings.gathers_on_save:
             return False
-        save_weights(self, save_dir, save_filename)
+        save_16bit(self.prepared.sharded, self.settings.precision.compute, Path(save_dir) / save_filename)
         return True
 
     def save_checkpoint(
@@ -370,13 +350,3 @@ class DeepSpeedEngine(nn.Module):
             optimizer=load_optimizer_states and not load_module_only,
             scheduler=load_lr_scheduler_states and not load_module_only,
         )
-
-
-def _in_dtype(value: Any, dtype: torch.dtype | None, cast: dict[int, Tensor]) -> Any:
-    if dtype is None or not isinstance(value, Tensor) or not value.is_floating_point():
-        return value
-    key = value.untyped_storage().data_ptr()
-    if key not in cast:
-        cast[key] = value.to(dtype)
-    found = cast[key]
-    return found if found.shape == value.shape else value.to(dtype)

@@ -71,7 +71,9 @@ class _StatusOfKept:
     """
 
     def __get__(self, tensor: Tensor | None, owner: type) -> Any:
-        if tensor is not None and tensor.layout is torch.strided and not tensor.is_meta:
+        if tensor is None:  # asked of the class
+            return self
+        if tensor.layout is torch.strided and not tensor.is_meta:
             storage = tensor.untyped_storage()._cdata
             for sharded in ShardedModel.all():
                 if any(part.whole.untyped_storage()._cdata == storage for unit in sharded.units for part in unit.parts):
