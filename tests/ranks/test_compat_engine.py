@@ -9,6 +9,7 @@ import copy
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -405,7 +406,9 @@ def _compiled(ranks: Any) -> None:
             (loss_of(reference, mine(batch, rank, ranks.world_size)) / ranks.world_size).backward()
         plain.step()
         plain.zero_grad()
-        engine.backward(loss_of(engine, mine(batch, ranks.rank, ranks.world_size)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's compiler, about itself
+            engine.backward(loss_of(engine, mine(batch, ranks.rank, ranks.world_size)))
         engine.step()
     same(engine, reference)
     engine.destroy()

@@ -3,7 +3,9 @@
     forward     need(head)  x @ head.T  done(head)      the other ranks come to the same place of their own passes
     backward    need(head)  g @ head    done(head)      where the script enters again, as an autograd function of its own does
 
-Holding them, as between passes, would end the pass. Nothing can be written: the pass computes with these weights.
+What autograd keeps of these weights is followed for good (`saved.py`): no output of a module announces their backward. Holding
+units, as between passes, would end the pass.
+Nothing can be written: the pass computes with these weights.
 """
 
 from __future__ import annotations
@@ -33,11 +35,11 @@ def asking(hooks: Hooks, units: Sequence[Unit], *, modify: bool) -> Iterator[Non
             hooks.schedule.need(unit)
         if not here:  # else whoever asked before says when it is done
             mine.append(unit)
-    hooks.saved.left.difference_update(units)
     try:
         yield
     finally:
-        hooks.saved.left.update(units)
+        if not in_backward():
+            hooks.saved.surprise()
         names = [name for unit in units for name in unit.written()]
         for unit in mine:
             if not hooks.uses(unit):

@@ -59,21 +59,17 @@ class SavedWeights:
     recall: called in a backward that is about to read a unit's weights; when it returns they may be read. It gives whether they
             could be read without it.
     main:   whether this rank tells the user.
-    left:   units that the script has asked for in the running forward, and no longer holds. Where it keeps a weight of them, it
-            asks again in the backward, as its own autograd functions do: coming to them past all outputs is no surprise.
     """
 
     def __init__(self, units: Sequence[Unit], recall: Callable[[Unit], bool], *, main: bool) -> None:
         self._recall = recall
         self._main = main
         self._surprised = False
-        self.left: set[Unit] = set()
         self.renew(units)
 
     def renew(self, units: Sequence[Unit]) -> None:
         """These are the model's units from now on; what earlier forwards have packed keeps its own."""
         self._units = units
-        self.left.clear()
         self._any = any(unit.leaves for unit in units)
         self._backwards = 0
 
@@ -105,7 +101,6 @@ class SavedWeights:
         autograd: Any = torch._C._autograd
         if not self._any or not autograd._saved_tensors_hooks_is_enabled():
             return False
-        self.left.clear()
         theirs = autograd._top_saved_tensors_default_hooks(False)
         autograd._push_saved_tensors_default_hooks(self._packer(theirs, in_forward), self._unpack)
         return True
@@ -142,7 +137,7 @@ class SavedWeights:
                 tensor = tensor.detach()
             unit = owners.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
             if unit is not None:
-                return _Kept(unit, tensor, in_forward and unit not in self.left)
+                return _Kept(unit, tensor, in_forward)
             return tensor if theirs is None else _Theirs(theirs[0](tensor), theirs[1])
 
         return pack

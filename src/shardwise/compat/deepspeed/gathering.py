@@ -50,7 +50,7 @@ def mark(sharded: ShardedModel) -> None:
     if not (sharded.plan.parameter.sharded or sharded.plan.frozen.sharded):
         return
     if "ds_status" not in vars(Tensor):
-        Tensor.ds_status = _StatusOfKept()  # type: ignore[attr-defined]
+        Tensor.ds_status = property(_status, _set_status, _forget_status)  # type: ignore[attr-defined]
     for number, parameter in enumerate(sharded.model.parameters()):
         marks: tuple[Any, ...] = (
             number,
@@ -64,21 +64,28 @@ def mark(sharded: ShardedModel) -> None:
             setattr(parameter, name, value)
 
 
-class _StatusOfKept:
-    """`ds_status` of a tensor that autograd has kept of a sharded weight: a view, not the parameter that has the marks.
+def _status(tensor: Tensor) -> ZeroParamStatus:
+    """`ds_status`: of a parameter its mark; of a tensor that autograd has kept of a sharded weight, a view, AVAILABLE.
 
-    Autograd functions that keep a weight ask it in their backward. The engine has gathered what is kept by then.
+    Autograd functions that keep a weight ask what they have kept in their backward. The engine has gathered it by then.
     """
+    marked: ZeroParamStatus | None = vars(tensor).get("ds_status")
+    if marked is not None:
+        return marked
+    if tensor.layout is torch.strided and not tensor.is_meta:
+        storage = tensor.untyped_storage()._cdata
+        for sharded in ShardedModel.all():
+            if any(part.whole.untyped_storage()._cdata == storage for unit in sharded.units for part in unit.parts):
+                return ZeroParamStatus.AVAILABLE
+    raise AttributeError("ds_status")
 
-    def __get__(self, tensor: Tensor | None, owner: type) -> Any:
-        if tensor is None:  # asked of the class
-            return self
-        if tensor.layout is torch.strided and not tensor.is_meta:
-            storage = tensor.untyped_storage()._cdata
-            for sharded in ShardedModel.all():
-                if any(part.whole.untyped_storage()._cdata == storage for unit in sharded.units for part in unit.parts):
-                    return ZeroParamStatus.AVAILABLE
-        raise AttributeError("ds_status")
+
+def _set_status(tensor: Tensor, status: ZeroParamStatus) -> None:
+    vars(tensor)["ds_status"] = status
+
+
+def _forget_status(tensor: Tensor) -> None:
+    del vars(tensor)["ds_status"]
 
 
 def forget_marks(sharded: ShardedModel) -> None:
