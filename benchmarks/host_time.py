@@ -26,7 +26,7 @@ from cases import CASES, pick_case
 from engines import Engine
 from measure import take_step, timed_step
 from place import Place
-from shardwise.zero import hooks
+from shardwise.zero import hooks, running
 from shardwise.zero.collectives import Ranks
 from shardwise.zero.flat import FlatBuffer
 from shardwise.zero.gradients import Gradients
@@ -40,12 +40,13 @@ TIMED: list[tuple[Any, str]] = [
     (hooks, "_watch_inputs"),
     (Schedule, "need done begin_forward end_forward begin_backward end_backward"),
     (Unit, "gather arrive release"),
-    (FlatBuffer, "guard unguard expand collapse copy_from_peers"),
+    (FlatBuffer, "expand collapse copy_from_peers"),
     (Gradients, "reduce _take drop"),
     (Ranks, "reduce_scatter any_of all_reduce"),
     (Lane, "__enter__ __exit__ mark wait"),
     (Lanes, "mark_compute compute_waits"),
-    (ShardedOptimizer, "step _agree _apply _call zero_grad"),
+    (ShardedOptimizer, "step _agree _apply zero_grad"),
+    (running, "_call"),
 ]
 
 

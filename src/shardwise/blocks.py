@@ -1,4 +1,4 @@
-"""The repeated blocks of a model, and what a block's `forward` must know of key-value caches to be replaced.
+"""The repeated blocks of a model, how one is recomputed, and what its `forward` must know of key-value caches to be replaced.
 
 A module's call runs its hooks around its `forward`. What compiles or recomputes a block replaces `forward`, on the instance, so
 that the engine's hooks, which gather and release, stay outside. Models of transformers make an empty key-value cache in
@@ -11,10 +11,13 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from types import MethodType, SimpleNamespace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .zero.units import ROOT, find_units
 
@@ -68,6 +71,35 @@ class Replacement(functools.partial[Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, self._before
+
+
+def recomputed(
+    function: Callable[..., Any],
+    module: nn.Module,
+    around: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]] | None = None,
+) -> Callable[..., Any]:
+    """`function`, a forward that takes the module first, of which autograd keeps the inputs alone; in torch's newer form.
+
+    module: one with parameters, on the device on which the function runs. Before it recomputes, torch puts back the random
+    generators of those devices that it finds among the positional arguments. Where a block is called by keyword it would find
+    none, and dropout would draw other masks than in the forward; so it is given an empty tensor to find.
+    around: gives what the forward and its recomputation run inside of.
+    """
+    contexts: dict[str, Any] = {} if around is None else {"context_fn": around}  # compilers take the argument for theirs
+    here = torch.empty(0, device=next(module.parameters()).device)
+
+    @functools.wraps(function)
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(value, Tensor) and value.device == here.device for value in args):
+            inner = functools.partial(function, module, **kwargs)
+            return checkpoint(inner, *args, use_reentrant=False, **contexts)
+
+        def run(_: Tensor, *args: Any) -> Any:
+            return function(module, *args, **kwargs)
+
+        return checkpoint(run, here, *args, use_reentrant=False, **contexts)
+
+    return forward
 
 
 class ReplacedForwards:

@@ -25,9 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from .blocks import ReplacedForwards, forward_of, repeated_blocks, without_cache
+from .blocks import ReplacedForwards, forward_of, recomputed, repeated_blocks, without_cache
 from .config.compiling import CompileConfig
 from .errors import PrepareError
 from .losses import ReplacedLoss, causal_models
@@ -93,21 +92,22 @@ class CompiledBlocks(ReplacedForwards):
             # None: shapes are static until one changes.
             dynamic=True if settings.dynamo_use_dynamic else None,
         )
+        # torch's "eager" backend runs a checkpoint that lies in the graph without putting any random generator back.
+        outside = settings.dynamo_backend == "eager"
         of_class: dict[tuple[type, bool], Callable[..., Any]] = {}
         for block in blocks:
             plain = forward_of(block)
-            inside = recompute
-            if _checkpoints_around_its_call(block):
+            again = recompute
+            if _checkpoints_around_its_call(block) or (outside and _checkpoints(block)):
                 vars(block)["gradient_checkpointing"] = False
                 self._taken_over.append(block)
-                inside = True
-            traced = _recomputing(plain) if inside else plain
+                again = True
             if "forward" in vars(block):  # a script has put another function in its place
-                self.replace(block, _dispatch(plain, compile_(traced)))
+                self.replace(block, _dispatch(plain, _compiled(plain, block, compile_, again=again, outside=outside)))
                 continue
-            key = type(block), inside
+            key = type(block), again
             if key not in of_class:
-                of_class[key] = _dispatch(plain, compile_(traced))
+                of_class[key] = _dispatch(plain, _compiled(plain, block, compile_, again=again, outside=outside))
             self.replace(block, of_class[key])
 
     def undo(self) -> None:
@@ -158,19 +158,29 @@ def _name(function: Any) -> str:
 
 def _checkpoints_around_its_call(block: nn.Module) -> bool:
     """Whether transformers recomputes this block, by a `__call__` of its own: its `forward` does not hold the checkpoint."""
-    return bool(getattr(block, "gradient_checkpointing", False)) and type(block).__call__ is not nn.Module.__call__
+    return _checkpoints(block) and type(block).__call__ is not nn.Module.__call__
 
 
-def _recomputing(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """`plain` that keeps its inputs alone, while the module trains."""
+def _checkpoints(block: nn.Module) -> bool:
+    """Whether transformers recomputes this block."""
+    return bool(getattr(block, "gradient_checkpointing", False))
+
+
+def _compiled(
+    plain: Callable[..., Any], block: nn.Module, compile_: Callable[..., Any], *, again: bool, outside: bool
+) -> Callable[..., Any]:
+    """`plain`, the forward of `block`, compiled. again: recomputed while it trains, by a checkpoint in the graph or outside."""
+    inner: Callable[..., Any] = compile_(plain) if outside or not again else plain
+    if not again:
+        return inner
+    recomputing = recomputed(inner, block)
 
     @functools.wraps(plain)
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not module.training:
-            return plain(module, *args, **kwargs)
-        return checkpoint(functools.partial(plain, module, **kwargs), *args, use_reentrant=False)
+        return (recomputing if module.training else inner)(module, *args, **kwargs)
 
-    return forward
+    found: Callable[..., Any] = forward if outside else compile_(forward)
+    return found
 
 
 def _dispatch(plain: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:

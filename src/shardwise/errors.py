@@ -13,6 +13,7 @@
     ├── ScheduleError                 ranks or passes use units in a way that cannot be kept in step
     ├── StoreError (OSError)          a shard cannot be read from, or written to, where it rests
     ├── NonFiniteError                the loss or the gradients are NaN or infinite
+    ├── LossError (ValueError)        logits and labels that have no cross entropy
     ├── LoadingError (ValueError)     a file of weights that is damaged, or not what its index says
     ├── DataError (ValueError)        a data loader that cannot be sharded
     ├── CheckpointError               a checkpoint that cannot be written, found or read
@@ -75,6 +76,10 @@ class StoreError(ShardwiseError, OSError):
 
 class NonFiniteError(ShardwiseError, ArithmeticError):
     """The loss or the gradients are NaN or infinite."""
+
+
+class LossError(ShardwiseError, ValueError):
+    """Logits, hidden states or labels that have no cross entropy: their shapes, dtypes or values do not fit."""
 
 
 class LoadingError(ShardwiseError, ValueError):

@@ -8,7 +8,8 @@ For T tokens and a vocabulary of V, transformers' loss holds at its peak 12 byte
 
 The head is called as a module, chunk by chunk, so that whatever surrounds it acts: the engine's gathers, an adapter, a bias.
 Both compute each chunk in fp32 and add the losses up in fp32; gradients of a trained head add up over chunks in its own dtype,
-as autograd adds them. Neither has label smoothing.
+as autograd adds them. Neither has label smoothing, weights of classes, or labels that are probabilities. What torch's
+cross_entropy refuses, these refuse before anything is computed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .blocks import Replacement
-from .errors import PrepareError, ShardwiseError
+from .errors import LossError, PrepareError, ShardwiseError
 
 CHUNK_TOKENS = 1024
 
@@ -40,7 +41,12 @@ def cross_entropy(
 
     Equal to F.cross_entropy(logits.float(), labels); the gradient comes in the logits' dtype, without an fp32 copy of them.
     With no label but `ignore_index` the mean is NaN, as torch's.
+    Raises LossError for shapes, dtypes or labels that have no such loss. On CUDA a label that is no place in the vocabulary is
+    an error of the device, as in torch.
     """
+    _check("logits", logits, labels, num_items_in_batch, chunk)
+    labels = labels.long()
+    _check_labels(labels, ignore_index, logits.shape[-1])
     total = _FromLogits.apply(logits, labels, ignore_index, chunk)  # type: ignore[no-untyped-call]
     return _scaled(total, labels, ignore_index, num_items_in_batch)
 
@@ -57,10 +63,16 @@ def head_cross_entropy(
     """As `cross_entropy(head(hidden), labels)`, with the logits of `chunk` tokens at a time, in both directions.
 
     hidden: (T, H). head: a module that makes (C, V) of (C, H); it runs twice for each chunk.
+    Raises what `cross_entropy` raises.
     """
+    _check("hidden states", hidden, labels, num_items_in_batch, chunk)
+    labels = labels.long()
 
     def part(states: Tensor, wanted: Tensor) -> Tensor:
-        return F.cross_entropy(head(states).float(), wanted, ignore_index=ignore_index, reduction="sum")
+        logits = head(states)
+        _check("logits of the head", logits, wanted)
+        _check_labels(wanted, ignore_index, logits.shape[-1])
+        return F.cross_entropy(logits.float(), wanted, ignore_index=ignore_index, reduction="sum")
 
     sums = []
     for states, wanted in zip(torch.split(hidden, chunk), torch.split(labels, chunk), strict=True):
@@ -71,10 +83,43 @@ def head_cross_entropy(
     return _scaled(torch.stack(sums).sum(), labels, ignore_index, num_items_in_batch)
 
 
+def _check(
+    what: str, values: Tensor, labels: Tensor, items: Tensor | int | None = None, chunk: int = CHUNK_TOKENS
+) -> None:
+    """Raise LossError unless `values`, named `what`, are (T, n) in floating point, and `labels` are (T,) and can be labels."""
+    shape, wanted = tuple(values.shape), tuple(labels.shape)
+    if values.ndim != 2 or wanted != shape[:1]:
+        raise LossError(
+            f"{what} of shape {shape} and labels of shape {wanted}: a loss of T tokens takes (T, n) and (T,). Flatten both "
+            "over the tokens, and shift the labels before."
+        )
+    if not values.is_floating_point():
+        raise LossError(f"{what} are {values.dtype}: a cross entropy needs floating point.")
+    if labels.dtype not in (torch.int64, torch.uint8):
+        raise LossError(f"labels are {labels.dtype}: they are places in the vocabulary, in torch.int64 or torch.uint8.")
+    if labels.device != values.device:
+        raise LossError(f"labels are on {labels.device}, and {what} on {values.device}: move the labels there.")
+    if not isinstance(chunk, int) or chunk < 1:
+        raise LossError(f"chunk is {chunk!r}: it is the number of tokens at a time, 1 or more.")
+    if isinstance(items, Tensor) and items.numel() != 1:
+        raise LossError(f"num_items_in_batch has shape {tuple(items.shape)}: it is one number.")
+
+
+def _check_labels(labels: Tensor, ignore_index: int, places: int) -> None:
+    """Raise LossError for a label that is no place in the vocabulary. A GPU finds that itself; asking it holds the host."""
+    if labels.device.type != "cpu":
+        return
+    wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= places))]
+    if wrong.numel():
+        raise LossError(
+            f"label {int(wrong[0])} is no place in a vocabulary of {places}, and not ignore_index ({ignore_index}) either."
+        )
+
+
 def _scaled(total: Tensor, labels: Tensor, ignore_index: int, items: Tensor | int | None) -> Tensor:
     if items is None:
         return total / (labels != ignore_index).sum()
-    return total / (items.to(total.device) if isinstance(items, Tensor) else items)
+    return total / (items.to(total.device).view(()) if isinstance(items, Tensor) else items)
 
 
 class _FromLogits(torch.autograd.Function):

@@ -30,6 +30,21 @@ def check_model(model: nn.Module) -> None:
         )
 
 
+def check_other(item: Any) -> None:
+    """Raise OptimizerError for what looks like an optimizer and is none of torch's: it would pass through, and step nothing."""
+    groups = getattr(item, "param_groups", None)
+    if isinstance(item, (Optimizer, nn.Module, type)) or not isinstance(groups, (list, tuple)):
+        return
+    if any(isinstance(group, dict) and "params" in group for group in groups):
+        name = type(item).__name__
+        held = getattr(item, "__dict__", {}).items()
+        inside = [f"its .{n}, a {type(v).__name__}" for n, v in held if isinstance(v, Optimizer)]
+        raise OptimizerError(
+            f"this {name} has parameter groups, but is no torch.optim.Optimizer: shardwise cannot step it. Give prepare the "
+            f"optimizer that it wraps{f' ({inside[0]})' if inside else ''}, or make {name} a subclass of torch.optim.Optimizer."
+        )
+
+
 def check_optimizer(optimizer: Optimizer, known: set[int], any_model: bool) -> None:
     if not any_model:
         raise PrepareError(

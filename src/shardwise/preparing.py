@@ -27,7 +27,7 @@ from .loading import build_without_memory, building
 from .lora import FastLora
 from .losses import LeanLoss, LogitsLoss
 from .object_facts import facts_of, refuse_or_warn
-from .prepare_checks import batch_size_of, check_model, check_optimizer
+from .prepare_checks import batch_size_of, check_model, check_optimizer, check_other
 from .process import PartialState
 from .recomputing import RecomputedBlocks, blocks_to_recompute
 from .resolve import facts_of_loading, facts_of_steps
@@ -200,6 +200,8 @@ class Preparing(PartialState):
 
     def _check(self, objects: Sequence[Any]) -> None:
         """Everything that this rank can know to be wrong by itself."""
+        for item in objects:
+            check_other(item)
         models = [item for item in objects if isinstance(item, nn.Module)]
         for index, model in enumerate(models):
             check_model(model)

@@ -30,9 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
 
-from .blocks import ReplacedForwards, forward_of, repeated_blocks, without_cache
+from .blocks import ReplacedForwards, forward_of, recomputed, repeated_blocks, without_cache
 from .errors import PrepareError
 from .zero.residency import room_beside
 from .zero.sharded import ShardedModel
@@ -190,6 +189,7 @@ class _Block:
         self.measured: _Counts | None = None
         self.keeps: _Counts | None = None
         plain = forward_of(module)
+        again = recomputed(plain, module, self._contexts)
 
         @functools.wraps(plain)
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -199,9 +199,7 @@ class _Block:
                 return self._count(self.counts, functools.partial(plain, module), args, kwargs)
             if self.keeps is not None and self.keeps.covers(_size(args, kwargs)):
                 return plain(module, *args, **kwargs)
-            return checkpoint(
-                functools.partial(plain, module, **kwargs), *args, use_reentrant=False, context_fn=self._contexts
-            )
+            return again(module, *args, **kwargs)
 
         self.forward = forward
 

@@ -12,29 +12,27 @@ repeats, repeats to the bit.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
-import json
 import os
 import sys
 import tempfile
-import time
-import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
+from hazards import HAZARDS
 from reference import STEPS, Curve, adamw, batch_of, build_model, checkpoint_blocks, train_alone
 from routes import train_on_routes
 from stress import Delays
+from table import Check, Row, run
 
 from shardwise.initialising import sources_of
 from shardwise.loading import building
+from shardwise.offload import host
 from shardwise.zero import build, peers, publishing, shards
 from shardwise.zero.collectives import Ranks
 from shardwise.zero.optimizer import ShardedOptimizer
@@ -42,7 +40,7 @@ from shardwise.zero.plan import Plan
 from shardwise.zero.precision import LossScaler, Precision
 from shardwise.zero.sharded import ShardedModel
 
-CHUNK, BUCKET, GROUP = shards.CHUNK, build.BUCKET_NBYTES, publishing.GROUP_NBYTES
+CHUNK, BUCKET, GROUP, BLOCK = shards.CHUNK, build.BUCKET_NBYTES, publishing.GROUP_NBYTES, host.BLOCK
 FP32_LOSS, FP32_WEIGHT = 1e-5, 1e-5
 BF16_LOSS, BF16_CHANGE = 5e-3, 5e-2
 
@@ -52,6 +50,7 @@ class Setting:
     """One way to train. trains: "lora" or "full" (tied). clip: the bound on the global norm, or None.
 
     bucket: bytes of a bucket of whole weights, each of which is then stepped and published by itself, or None.
+    block: bytes in which gradients come down to be added in host memory, few enough here to wait for each other, or None.
     """
 
     stage: int
@@ -59,6 +58,7 @@ class Setting:
     tier: str = "cpu"
     chunk: int | None = None
     bucket: int | None = None
+    block: int | None = None
     precision: str = "no"
     trains: str = "lora"
     accumulation: int = 1
@@ -79,6 +79,8 @@ class Setting:
             words.append("chunks")
         if self.bucket is not None:
             words.append("buckets")
+        if self.block is not None:
+            words.append("blocks")
         words.append("fp32" if self.precision == "no" else self.precision)
         if self.accumulation > 1:
             words.append(f"x{self.accumulation}")
@@ -87,19 +89,6 @@ class Setting:
         if self.checkpointing:
             words.append("ckpt")
         return " ".join(words)
-
-
-@dataclass
-class Row:
-    """One line of the table. loss and weight: the largest difference, in the measure of that check."""
-
-    kind: str
-    name: str
-    loss: float
-    weight: float
-    ok: bool
-    note: str = ""
-    seconds: float = 0.0
 
 
 # The curves of one process, each trained once: recomputation and sharding do not change them.
@@ -136,6 +125,8 @@ OFFLOADED = [
     Setting(3, BOTH, "nvme", precision="bf16", trains="full", clip=0.1, chunk=4096),
     Setting(3, ("param",), precision="bf16"),
     Setting(3, ("param",), "nvme", precision="bf16"),
+    Setting(2, OPT, trains="full", accumulation=3, block=1 << 12),
+    Setting(3, OPT, precision="bf16", trains="full", accumulation=3, block=1 << 12),
 ]
 # Held to the bit against the same setting with NCCL's gathers.
 COPIED = [
@@ -153,6 +144,8 @@ STRESSED = [
     Setting(3, BOTH, trains="full", layers=24, hidden=64, steps=6, accumulation=3),
     Setting(3, trains="full", prefetch=2, layers=24, hidden=64, steps=6, accumulation=2, clip=0.1),
     Setting(2, OPT, trains="full", layers=24, hidden=64, steps=6),
+    Setting(3, OPT, trains="full", layers=24, hidden=64, steps=6, accumulation=3, block=1 << 12),
+    Setting(2, OPT, trains="full", layers=24, hidden=64, steps=6, precision="bf16", accumulation=2, block=1 << 12),
     Setting(1, trains="full", layers=24, hidden=64, steps=6, precision="bf16"),
     Setting(1, trains="full", layers=24, hidden=64, steps=6, precision="bf16", bucket=1),
     Setting(2, trains="full", layers=24, hidden=64, steps=6, accumulation=2, clip=0.1, bucket=1),
@@ -188,6 +181,7 @@ def train_sharded(
     plan = Plan.from_stage(setting.stage, **{f"offload_{role}": setting.tier for role in setting.offload})
     shards.CHUNK = setting.chunk or CHUNK
     build.BUCKET_NBYTES = setting.bucket or BUCKET
+    host.BLOCK = setting.block or BLOCK
     publishing.GROUP_NBYTES = group or setting.bucket or GROUP
     precision = Precision.named(setting.precision, reduce_dtype="fp32")
     optimizer = adamw(model.parameters())
@@ -404,9 +398,9 @@ def check_routes(way: Way, ranks: Ranks) -> Row:
     return Row("routes", f"routes, {way.name}", loss, weight, loss <= FP32_LOSS and weight <= FP32_WEIGHT)
 
 
-def all_checks() -> list[tuple[str, Callable[[Ranks], Row]]]:
+def all_checks() -> list[Check]:
     """Every check by name, in the order they run."""
-    checks: list[tuple[str, Callable[[Ranks], Row]]] = []
+    checks: list[Check] = []
     for prefix, settings, check in (
         ("parity", PARITY, check_parity),
         ("offload", OFFLOADED, check_offload),
@@ -425,63 +419,10 @@ def all_checks() -> list[tuple[str, Callable[[Ranks], Row]]]:
                     lambda ranks, c=check, s=setting: c(s, ranks),
                 )
             )  # type: ignore[misc]
-    return checks
-
-
-def main() -> int:
-    """Run the checks; the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
-    parser.add_argument("--use-cpu", action="store_true")
-    parser.add_argument("--only", default="", help="run the checks whose name contains this")
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers and PEFT, about each other
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    # Shards as small as these models' would go by NCCL.
-    peers.MIN_SHARD_NBYTES = 1
-    ranks = Ranks.join(use_cpu=options.use_cpu, timeout_s=120)
-    if ranks.device.type == "cpu":
-        torch.set_num_threads(1)
-    rows: list[Row] = []
-    for name, check in all_checks():
-        if options.only not in name:
-            continue
-        started = time.perf_counter()
-        try:
-            row = check(ranks)
-        except Exception as error:
-            # A collective that failed on one rank only leaves the others in it: end the run with what there is.
-            traceback.print_exc()
-            row = Row(name.split()[0], name, float("nan"), float("nan"), False, f"{type(error).__name__}: {error}")
-        row.seconds = time.perf_counter() - started
-        agreed = ranks.gather_objects(row.ok)
-        row.ok = all(agreed)
-        rows.append(row)
-        if ranks.rank == 0:
-            print(_line(row), flush=True)
-            if options.json:
-                options.json.write_text(json.dumps([vars(each) for each in rows]))
-        gc.collect()
-    failed = [row for row in rows if not row.ok]
-    if ranks.rank == 0:
-        print(f"{len(rows) - len(failed)} of {len(rows)} ok, {ranks.world_size} ranks on {_device(ranks)}")
-    ranks.leave()
-    return 1 if failed or not rows else 0
-
-
-def _line(row: Row) -> str:
-    verdict = "ok" if row.ok else "FAIL"
-    return (
-        f"{row.kind:<12}{row.name:<50}{row.loss:>9.1e}{row.weight:>9.1e}  {verdict:<5}{row.seconds:>5.1f}s {row.note}"
-    )
-
-
-def _device(ranks: Ranks) -> str:
-    return torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "the CPU"
+    return [*checks, *HAZARDS]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Shards as small as these models' would go by NCCL.
+    peers.MIN_SHARD_NBYTES = 1
+    sys.exit(run(all_checks(), __doc__ or ""))

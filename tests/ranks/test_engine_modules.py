@@ -43,6 +43,40 @@ def test_a_tower_trains_as_in_one_process(world, plan, n):
     world(n).run(_plain, plan)
 
 
+class Hollow(Tower):
+    """A part of it has a width of zero, as an option that is switched off may have."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(5, 0), nn.Linear(0, 12)
+
+    def forward(self, x):
+        wide = self.outer(self.inner(x))
+        return super().forward(x) + wide.mean(1, keepdim=True)
+
+
+def _hollow(ranks, plan, precision):
+    torch.manual_seed(3)
+    model = Hollow()
+    if precision == "no":
+        train_both(ranks, model, plan)
+        return
+    sharded, _, stepping = prepare(ranks, model, plan, precision=precision)
+    for batch in inputs(2):
+        loss_of(model, mine(batch, ranks.rank, ranks.world_size)).backward()
+        stepping.step()
+        stepping.zero_grad()
+    assert {model.inner.weight.dtype, model.outer.weight.dtype} == {torch.bfloat16}
+    sharded.release()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("plan", ["0", "3"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_parameters_without_elements_compute_as_the_others_do(world, precision, plan):
+    world(2).run(_hollow, plan, precision)
+
+
 def _prefetch(ranks, prefetch):
     train_both(ranks, tower(5), "3", prefetch=prefetch)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import MethodType, SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from rig.tiny import batches, checkpointed, tiny
+from shardwise.blocks import recomputed
 from shardwise.compiling import CompiledBlocks, CompiledLoss, blocks_to_compile
 from shardwise.config.compiling import CompileConfig
 from shardwise.config.schema import Config
@@ -163,3 +166,71 @@ def test_a_checkpoint_around_the_call_is_taken_into_the_graph_and_given_back():
     assert all(block.gradient_checkpointing is False for block in blocks)
     compiled.undo()
     assert all(block.gradient_checkpointing for block in blocks)
+
+
+class _Drops(nn.Module):
+    """Its output is the mask that its dropout drew, and so is its input's gradient, if the recomputation draws the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(64))
+
+    def forward(self, x, scale=None):
+        return nn.functional.dropout(x * self.weight * scale, 0.5, self.training)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("keyword", [False, True])
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+def test_a_recomputed_block_drops_what_its_forward_dropped(backend, keyword):
+    torch._dynamo.reset()
+    block = _Drops()
+    if backend is None:
+        again = recomputed(_Drops.forward, block)
+        block.forward = MethodType(again, block)
+    else:
+        CompiledBlocks([block], CompileConfig(dynamo_backend=backend), recompute=True)
+    torch.manual_seed(0)
+    x = torch.ones(64, requires_grad=True)
+    scale = torch.ones(64)
+    y = block(x=x, scale=scale) if keyword else block(x, scale)
+    torch.rand(5)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+    assert 0 < y.detach().count_nonzero() < 64
+
+
+def test_torch_is_told_the_device_of_a_recomputed_block_however_it_is_called(monkeypatch):
+    found = []
+
+    def get_device_states(*args):
+        found.append([value.device for value in args if isinstance(value, torch.Tensor)])
+        return [], []
+
+    monkeypatch.setattr(torch.utils.checkpoint, "get_device_states", get_device_states)
+    monkeypatch.setattr(torch.utils.checkpoint, "_get_device_module", lambda _: SimpleNamespace(_initialized=True))
+    block = _Drops()
+    again = recomputed(_Drops.forward, block)
+    x = torch.ones(64, requires_grad=True)
+    again(block, x, scale=torch.ones(64))
+    again(block, x=x, scale=torch.ones(64))
+    assert found == [[x.device], [x.device]]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_blocks_of_transformers_that_recompute_drop_what_their_forwards_dropped_with_every_backend():
+    found = []
+    for backend, again in ((None, False), ("eager", True), ("aot_eager", True)):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = tiny("llama", "full")
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.5
+        model = checkpointed(model.train(), reentrant=False) if again else model.train()
+        CompiledBlocks(blocks_to_compile(model), CompileConfig(dynamo_backend=backend) if backend else None)
+        torch.manual_seed(1)
+        model(**batches("llama", 1, 2)[0]).loss.backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    for grads in found[1:]:
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads, found[0], strict=True))

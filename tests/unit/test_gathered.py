@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._guards import TracingContext, tracing
 
 import shardwise
 from shardwise.errors import ReleasedParameterError
@@ -24,6 +25,9 @@ def test_gathered_makes_weights_readable_and_only_inside() -> None:
     with shardwise.gathered(model):
         assert torch.equal(model[0].weight, before)
     with pytest.raises(ReleasedParameterError):
+        model[0].weight.sum()
+    context = TracingContext(None)
+    with tracing(context), pytest.raises(ReleasedParameterError, match=r"torch\.compile met .*dynamo_backend"):
         model[0].weight.sum()
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from rig.tiny import batches, tiny
-from shardwise.errors import PrepareError, ShardwiseError
-from shardwise.losses import LeanLoss, cross_entropy, head_cross_entropy
+from shardwise.errors import LossError, PrepareError, ShardwiseError
+from shardwise.losses import LeanLoss, LogitsLoss, cross_entropy, head_cross_entropy
 
 TOKENS, WIDTH, WORDS = 37, 12, 53
 
@@ -62,6 +62,116 @@ def test_another_ignored_label_is_ignored():
     wanted = F.cross_entropy(head(hidden), labels, ignore_index=7)
     torch.testing.assert_close(cross_entropy(head(hidden), labels, ignore_index=7), wanted)
     torch.testing.assert_close(head_cross_entropy(hidden, head, labels, ignore_index=7), wanted)
+
+
+def table():
+    """name -> (logits, labels, ignore_index): what torch refuses, and what it takes although it looks odd."""
+    torch.manual_seed(4)
+    logits, labels = torch.randn(6, 10), torch.randint(0, 9, (6,))
+    ignored = labels.index_fill(0, torch.tensor([1, 4]), 3)
+    return {
+        "fewer labels": (logits, labels[:3], -100),
+        "one label": (logits, labels[:1], -100),
+        "a label without dimensions": (logits[:1], labels[0], -100),
+        "more labels": (logits[:3], labels, -100),
+        "labels of one column": (logits, labels[:, None], -100),
+        "logits and labels in batches": (logits.view(2, 3, 10), labels.view(2, 3), -100),
+        "as many tokens as places": (logits[:, :6].reshape(1, 6, 6), labels.clamp(max=5).view(1, 6)[:, :3], -100),
+        "labels in batches": (logits, labels.view(2, 3), -100),
+        "int32": (logits, labels.int(), -100),
+        "int16": (logits, labels.short(), -100),
+        "float labels": (logits, labels.float(), -100),
+        "bool labels": (logits, labels > 3, -100),
+        "uint8": (logits, labels.byte(), -100),
+        "uint8, its largest ignored": (logits, labels.byte().index_fill(0, torch.tensor([2]), 255), 255),
+        "uint8, as -100 would be cut": (
+            torch.randn(6, 200),
+            labels.byte().index_fill(0, torch.tensor([2]), 156),
+            -100,
+        ),
+        "integer logits": (logits.long(), labels, -100),
+        "complex logits": (logits.to(torch.complex64), labels, -100),
+        "a label beyond": (logits, labels.index_fill(0, torch.tensor([5]), 10), -100),
+        "a label below": (logits, labels.index_fill(0, torch.tensor([0]), -1), -100),
+        "-100 that is not ignored": (logits, labels.index_fill(0, torch.tensor([0]), -100), 3),
+        "a label beyond that is ignored": (logits, labels.index_fill(0, torch.tensor([0]), 99), 99),
+        "an ignored place": (logits, ignored, 3),
+        "no tokens": (logits[:0], labels[:0], -100),
+        "no places": (logits[:, :0], labels, -100),
+        "labels elsewhere": (logits, labels.to("meta"), -100),
+        "double": (logits.double(), labels, -100),
+        "half": (logits.half(), labels, -100),
+        "infinite": (logits.index_fill(1, torch.tensor([9]), -float("inf")), labels, -100),
+        "not a number": (logits.index_fill(0, torch.tensor([1]), float("nan")), labels, -100),
+    }
+
+
+class Same(nn.Module):
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("way", ["logits", "head"])
+@pytest.mark.parametrize("chunk", [2, 1000])
+@pytest.mark.parametrize("name", table())
+def test_what_torch_refuses_is_refused_and_all_else_has_torchs_number(name, chunk, way):
+    logits, labels, ignored = table()[name]
+    wanted = refusal = None
+    try:
+        wanted = F.cross_entropy(logits.float() if logits.is_floating_point() else logits, labels, ignore_index=ignored)
+    except Exception as error:  # torch has many kinds
+        refusal = error
+    settings = {"ignore_index": ignored, "chunk": chunk}
+
+    def found():
+        if way == "head":
+            return head_cross_entropy(logits, Same(), labels, **settings)
+        return cross_entropy(logits, labels, **settings)
+
+    if refusal is not None:
+        with pytest.raises(LossError):
+            found()
+    else:
+        torch.testing.assert_close(found(), wanted, rtol=1e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"chunk": 0}, {"chunk": -1}, {"chunk": 2.5}, {"num_items_in_batch": torch.tensor([1, 2])}],
+    ids=str,
+)
+def test_settings_that_mean_nothing_are_refused(settings):
+    hidden, head, labels = problem(torch.float32)
+    with pytest.raises(LossError):
+        cross_entropy(head(hidden), labels, **settings)
+    with pytest.raises(LossError):
+        head_cross_entropy(hidden, head, labels, **settings)
+
+
+def test_a_reduction_or_weights_are_no_settings_of_these_losses():
+    hidden, head, labels = problem(torch.float32)
+    for settings in ({"reduction": "sum"}, {"weight": torch.ones(WORDS)}, {"label_smoothing": 0.1}):
+        with pytest.raises(TypeError):
+            cross_entropy(head(hidden), labels, **settings)
+        with pytest.raises(TypeError):
+            head_cross_entropy(hidden, head, labels, **settings)
+
+
+def test_a_head_whose_logits_have_no_tokens_of_their_own_is_refused():
+    hidden, _, labels = problem(torch.float32)
+    with pytest.raises(LossError, match="logits of the head"):
+        head_cross_entropy(hidden, lambda x: x.mean(0), labels)
+
+
+@pytest.mark.parametrize("kind", [LeanLoss, LogitsLoss])
+def test_a_model_of_transformers_that_is_given_other_labels_is_refused(kind):
+    model = tiny("llama", "full")
+    kind(model, chunk=5)
+    batch = batches("llama", 1, 3)[0]
+    with pytest.raises(LossError, match="shape"):
+        model(**{**batch, "labels": batch["labels"][:, :-1]})
+    with pytest.raises(LossError, match="place"):
+        model(**{**batch, "labels": batch["labels"] + 10**6})
 
 
 def saved(function):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 
+from shardwise.offload.store import Done
 from shardwise.zero.collectives import Ranks
 from shardwise.zero.engine import ReductionsInFlight
-from shardwise.zero.schedule import Schedule
+from shardwise.zero.schedule import Phase, Schedule
 from shardwise.zero.streams import Lanes
 
 
@@ -23,7 +25,7 @@ class RecordingLanes:
 def fill(window: ReductionsInFlight, count: int, nbytes: int) -> None:
     for number in range(count):
         window.make_room(nbytes)
-        window.add(cast(Any, f"reduction {number}"), torch.empty(nbytes, dtype=torch.uint8, device="meta"))
+        window.add(Done(cast(Any, f"reduction {number}")), torch.empty(nbytes, dtype=torch.uint8, device="meta"))
 
 
 def test_large_reductions_hold_the_budget_and_the_computation_waits_for_the_oldest() -> None:
@@ -60,7 +62,7 @@ def test_nothing_waits_while_ranks_are_on_different_branches() -> None:
 
 def test_reductions_of_a_cpu_hold_nothing() -> None:
     window = ReductionsInFlight(cast(Lanes, RecordingLanes()))
-    window.add(None, torch.zeros(1))
+    window.add(Done(None), torch.zeros(1))
     assert window.nbytes == 0
 
 
@@ -72,8 +74,10 @@ class TwoRanks:
 
     def __init__(self, other: int | None) -> None:
         self.other = other
+        self.said: list[int] = []
 
     def gather_numbers(self, number: int) -> list[int]:
+        self.said.append(number)
         return [number, number if self.other is None else self.other]
 
 
@@ -84,3 +88,21 @@ def test_the_window_is_open_only_while_all_ranks_use_the_same_units() -> None:
         window.BUDGET = -1  # type: ignore[misc] - so that a model without units is above it
         schedule._agree_on_window()
         assert window.bounded is bounded
+
+
+def test_what_ranks_say_of_their_route_differs_by_its_order_too() -> None:
+    """The same units backwards: a reduction then waits for a rank that waits for a gather behind it."""
+    ranks = TwoRanks(None)
+    units = [SimpleNamespace(leaves=False, gradients=None) for _ in range(3)]
+    window = ReductionsInFlight(cast(Lanes, RecordingLanes()))
+    schedule = Schedule(cast(Any, units), cast(Ranks, ranks), cast(Lanes, RecordingLanes()), window)
+    window.BUDGET = -1  # type: ignore[misc]
+    for route in ([0, 1, 2], [2, 1, 0], [0, 1, 0, 2], [0, 0, 1, 1, 2]):
+        schedule.phase = Phase.FORWARD
+        schedule._used_in_forward = []
+        for index in route:
+            schedule.need(cast(Any, units[index]))
+        schedule._agree_on_window()
+    straight, reversed_, looped, repeated = ranks.said
+    assert len({straight, reversed_, looped}) == 3
+    assert repeated == straight

@@ -1,17 +1,27 @@
 """Shards that rest in host memory, page-locked where there is a GPU.
 
 torch rounds pinned allocations up to a power of two, which can double a slab of many gigabytes. So a slab is ordinary
-page-aligned memory of the exact size that is registered with CUDA, and unregistered when it is freed.
+page-aligned memory of the exact size that is registered with CUDA, and unregistered when it is freed: by whoever lets go of it
+last, at any moment, so the memory itself waits for the copies that still use it.
+
+What is added to a slab comes down in blocks, by two threads:
+
+    backward --source--> one takes blocks and enqueues copies --> one waits for a copy, adds, gives the block back
+
+The backward itself never waits for a block. A block is free when a reduction is over, which may need ranks that need a gather
+first that this rank has not issued.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -27,6 +37,35 @@ from .threads import DeviceThreads
 
 BLOCK = 8 << 20  # bytes; smaller ones do not saturate a drive
 
+# Of copies that use some memory, by whatever tells them apart: the slab's or the block's own, so that it is always up to date.
+Copies = Mapping[Any, torch.Event | None]
+
+
+class HostSlab(Slab):
+    """A slab in host memory. adding: what is on its way to be added to it."""
+
+    def __init__(self, store: HostStore, numel: int, dtype: torch.dtype, *, pinned: bool) -> None:
+        super().__init__(store, Tier.CPU, numel, dtype)
+        self._tensor = host_tensor(numel, dtype, pinned=pinned, copies=(self.reads, self.writes))
+        self.adding: list[Adding] = []
+
+
+@dataclass
+class Adding:
+    """An Arrival of what is added. brought: the event of its last copy. additions: of what has been copied so far."""
+
+    brought: Future[torch.Event | None]
+    additions: list[Future[None]]
+
+    def enqueued(self) -> torch.Event | None:
+        return self.brought.result()
+
+    def failure(self) -> BaseException | None:
+        """What kept it from being added, or None; once it is over."""
+        failed = self.brought.exception()  # first: afterwards nothing joins the additions
+        found = [failed, *(future.exception() for future in self.additions)]
+        return next((error for error in found if error is not None), None)
+
 
 class HostStore(MemoryStore):
     """Slabs in host memory; pinned when the device is a GPU, so that copies run beside the computation."""
@@ -35,24 +74,59 @@ class HostStore(MemoryStore):
 
     def __init__(self, lanes: Lanes) -> None:
         super().__init__(lanes)
-        self._ring = Ring(pinned=True)
-        self._threads = DeviceThreads(1, "shardwise-add", lanes.device)
-        self._adding: list[Future[None]] = []
+        self._pinned = lanes.device.type == "cuda"
+        self._ring = Ring(self._pinned)
+        self._bringing = DeviceThreads(1, "shardwise-down", lanes.device)
+        self._adding = DeviceThreads(1, "shardwise-add", lanes.device)
+        self._busy: dict[int, HostSlab] = {}  # slabs to which something is added, by id
 
     def allocate(self, numel: int, dtype: torch.dtype, name: str) -> Slab:
-        return Slab(self, self.tier, numel, dtype, host_tensor(numel, dtype, pinned=self.lanes.device.type == "cuda"))
+        return HostSlab(self, numel, dtype, pinned=self._pinned)
 
-    def add(self, source: Tensor, slab: Slab) -> Arrival:
-        """Add `source`, a device tensor, to the whole slab; `drain` waits for it. The event is the source's, as in `put`.
+    def fetch(self, slab: Slab, out: Tensor, begin: int = 0) -> Arrival:
+        self._settle(slab)
+        return super().fetch(slab, out, begin)
 
-        A thread adds on the host what came down block by block: the slab itself never goes up again.
+    def put(self, source: Tensor, slab: Slab, begin: int = 0) -> Arrival:
+        self._settle(slab)
+        return super().put(source, slab, begin)
+
+    def expect(self, nbytes: int) -> None:
+        """`nbytes` are about to be added: make the blocks now, because to pin memory may hold the host for the device."""
+        if self._pinned:
+            self._ring.fill(-(-nbytes // BLOCK))
+
+    def add(self, source: Tensor, slab: Slab, after: torch.Event | None) -> Arrival:
+        """Add `source`, a device tensor that is written when `after` is done, to the whole slab; `drain` waits for it.
+
+        The event is the source's, as in `put`. Returns at once; the Arrival's `enqueued` waits until all but the last blocks
+        have come. The slab itself never goes up again: a thread adds on the host.
         """
+        assert isinstance(slab, HostSlab)
         if self.lanes.device.type == "cpu":
             slab.tensor.add_(source)
             return Done(None)
-        step = BLOCK // source.element_size()
         before = [event for event in slab.writes.values() if event is not None]
-        event = None
+        additions: list[Future[None]] = []
+        brought = self._bringing.submit(self._bring, source, slab, after, before, additions)
+        adding = Adding(brought, additions)
+        slab.adding.append(adding)
+        self._busy[id(slab)] = slab
+        return adding
+
+    def _bring(
+        self,
+        source: Tensor,
+        slab: Slab,
+        after: torch.Event | None,
+        before: Sequence[torch.Event],
+        additions: list[Future[None]],
+    ) -> torch.Event | None:
+        """Copy `source` down block by block, and have what has come added."""
+        self._bringing.take_device()
+        step = BLOCK // source.element_size()
+        event = after
+        self.lanes.down.wait(after)
         for begin in range(0, slab.numel, step):
             part = source[begin : begin + step]
             block = self._ring.take()
@@ -60,12 +134,12 @@ class HostStore(MemoryStore):
                 landing = block.memory[: part.nbytes].view(part.dtype)
                 landing.copy_(part, non_blocking=True)
                 event = block.event = self.lanes.down.mark()
-            self._adding.append(self._threads.submit(self._add, slab, begin, landing, block, before))
-        return Done(event)
+            additions.append(self._adding.submit(self._add, slab, begin, landing, block, before))
+        return event
 
     def _add(self, slab: Slab, begin: int, landing: Tensor, block: Block, before: Sequence[torch.Event]) -> None:
         try:
-            self._threads.take_device()
+            self._adding.take_device()
             for event in (*before, block.event):
                 if event is not None:
                     event.synchronize()
@@ -73,10 +147,17 @@ class HostStore(MemoryStore):
         finally:
             self._ring.give(block)
 
+    def _settle(self, slab: Slab) -> None:
+        """Return once nothing is being added to this slab any more; of what failed `drain` tells."""
+        assert isinstance(slab, HostSlab)
+        slab.adding = [adding for adding in slab.adding if adding.failure() is not None]
+
     def drain(self) -> None:
         """Return once everything that was added is in its slab. Raises StoreError for the first that is not."""
-        adding, self._adding = self._adding, []
-        failed = [error for future in adding if (error := future.exception()) is not None]
+        busy, self._busy = self._busy, {}
+        failed = [error for slab in busy.values() for adding in slab.adding if (error := adding.failure()) is not None]
+        for slab in busy.values():
+            slab.adding.clear()
         if failed:
             raise failed[0]
 
@@ -86,15 +167,24 @@ class HostStore(MemoryStore):
         return self._ring.nbytes
 
     def close(self) -> None:
-        self._threads.close()
+        self._bringing.close()
+        self._adding.close()
 
 
-@dataclass
 class Block:
     """One pinned buffer of a ring, and the event of the copy that still uses it."""
 
-    memory: Tensor
-    event: torch.Event | None = None
+    def __init__(self, pinned: bool) -> None:
+        self._copies: dict[str, torch.Event | None] = {}
+        self.memory = host_tensor(BLOCK, torch.uint8, pinned=pinned, copies=(self._copies,))
+
+    @property
+    def event(self) -> torch.Event | None:
+        return self._copies.get("last")
+
+    @event.setter
+    def event(self, event: torch.Event | None) -> None:
+        self._copies["last"] = event
 
 
 class Ring:
@@ -108,6 +198,19 @@ class Ring:
         self._free: deque[Block] = deque()
         self._changed = threading.Condition()
 
+    def fill(self, count: int) -> None:
+        """Have at least `count` blocks, or LENGTH."""
+        with self._changed:
+            while self._made < min(count, self.LENGTH):
+                self._free.append(self._make())
+                self._changed.notify()
+
+    def _make(self) -> Block:
+        with torch.inference_mode(False):  # it outlives the script's
+            block = Block(self._pinned)
+        self._made += 1
+        return block
+
     def take(self) -> Block:
         with self._changed:
             while not self._free and self._made == self.LENGTH:
@@ -115,9 +218,7 @@ class Ring:
             if self._free:
                 block = self._free.popleft()
             else:
-                self._made += 1
-                with torch.inference_mode(False):  # it outlives the script's
-                    block = Block(host_tensor(BLOCK, torch.uint8, pinned=self._pinned))
+                block = self._make()
         if block.event is not None:
             block.event.synchronize()
             block.event = None
@@ -134,8 +235,11 @@ class Ring:
             self._changed.notify()
 
 
-def host_tensor(numel: int, dtype: torch.dtype, *, pinned: bool) -> Tensor:
-    """(numel,) zeros in host memory of the exact size, on a page boundary. Raises StoreError if it cannot be pinned."""
+def host_tensor(numel: int, dtype: torch.dtype, *, pinned: bool, copies: Iterable[Copies] = ()) -> Tensor:
+    """(numel,) zeros in host memory of the exact size, on a page boundary. Raises StoreError if it cannot be pinned.
+
+    copies: of the device from and to it; when its last view goes, it is given back once all of them are done.
+    """
     nbytes = numel * dtype.itemsize
     # One page more than needed, so that the range starts on a page and no other allocation shares a registered one.
     memory = np.zeros(-(-nbytes // PAGE) * PAGE + PAGE, dtype=np.uint8)
@@ -149,10 +253,16 @@ def host_tensor(numel: int, dtype: torch.dtype, *, pinned: bool) -> Tensor:
                 f"{nbytes / 2**20:.0f} MiB of host memory could not be pinned (CUDA error {code}). Raise the limit of "
                 "locked memory (`ulimit -l`, or --ulimit memlock=-1 in a container), or offload less."
             )
-        weakref.finalize(memory, _unregister, address)
+        # Not at exit: the driver does it then, and a copy behind a collective whose other ranks are gone never ends.
+        weakref.finalize(memory, _unregister, address, torch.cuda.current_device(), tuple(copies)).atexit = False
     return torch.from_numpy(memory[skip : skip + nbytes]).view(dtype)
 
 
-def _unregister(address: int) -> None:
+def _unregister(address: int, device: int, copies: Iterable[Copies]) -> None:
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+        with torch.cuda.device(device):  # on whatever thread this runs
+            with contextlib.suppress(RuntimeError):  # of a device that has failed: it copies nothing any more
+                for event in chain.from_iterable(found.values() for found in copies):
+                    if event is not None:
+                        event.synchronize()
+            torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]

@@ -19,7 +19,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,6 +78,7 @@ class _Reading:
     event: torch.Event | None = None
 
     def enqueued(self) -> torch.Event | None:
+        wait(self.futures)  # all of them, also where one fails: afterwards no thread tells the device of another copy
         for future in self.futures:
             future.result()
         return self.event
@@ -212,9 +213,9 @@ class NvmeStore:
     ) -> None:
         for write in before:
             write.result()
+        self._threads.take_device()  # before the block, which may be made here, and page-locked for this device
         block = self._incoming.take()
         try:
-            self._threads.take_device()
             file = slab.file
             assert file is not None, "a file that could not be made is a write that failed"
             skip = first % PAGE if file.direct else 0

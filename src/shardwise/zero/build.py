@@ -10,10 +10,11 @@ start from the value it has.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..offload.store import Slab
@@ -24,12 +25,20 @@ from .plan import Plan, Tier
 from .portions import Part, apportion, parts_of
 from .precision import Precision
 from .quantised import QuantisedWeights
-from .sources import Makers, Source, fill_region
+from .sources import Makers, Source, fill_region, give_memory
 from .unit import Unit
 from .units import UnitSpec
 
 # Trained weights that stay whole are reduced in buckets of at most this; the size that DDP found to hide best.
 BUCKET_NBYTES = 25 << 20
+
+
+@torch.no_grad()
+def place_empty(model: nn.Module, device: torch.device, dtype_of: Callable[[str, Tensor], torch.dtype]) -> None:
+    """Give parameters without elements, which are in no unit, the device and the dtype of the others."""
+    for name, parameter in model.named_parameters():
+        if parameter.numel() == 0:
+            give_memory(parameter, torch.empty_like(parameter, device=device, dtype=dtype_of(name, parameter)))
 
 
 class Builder:
@@ -102,6 +111,8 @@ class Builder:
             if unit.leaves:
                 unit.gather()
                 unit.arrive()
+        if self._engine.peers is not None:
+            self._engine.peers.meet()  # a shard that goes below may be the next one's memory, and others still copy from it
         made: list[Unit] = []
         for portion in apportion(parts, self._plan, self._whole_adapters, BUCKET_NBYTES):
             if portion.trainable:

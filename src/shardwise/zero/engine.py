@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import StoreError, WriteError
 from ..offload.host import HostStore
 from ..offload.nvme import NvmeStore
-from ..offload.store import MemoryStore, Slab, Store
+from ..offload.store import Arrival, Done, MemoryStore, Slab, Store
 from .collectives import Ranks
 from .peers import PeerMemory
 from .plan import Tier
@@ -102,11 +102,24 @@ class Engine:
         lanes = self.lanes
         out = torch.empty(slab.numel, dtype=slab.dtype, device=self.ranks.device)
         lanes.up.wait(lanes.mark_compute())
-        try:
-            lanes.compute_waits(slab.fetch(out).enqueued())
-        except StoreError as error:
-            self.faults.note(error)
+        self.land([slab.fetch(out)], lanes.compute_waits)
         return out
+
+    def land(self, arrivals: Iterable[Arrival], waits: Callable[[torch.Event | None], None]) -> bool:
+        """Have a lane wait for what is on its way up: `waits` is its. A drive's error waits for the ranks to agree.
+
+        False if a drive has failed. Then too nothing lands any more: where it would have landed may become other memory.
+        """
+        errors = []
+        for arrival in arrivals:
+            try:
+                waits(arrival.enqueued())
+            except StoreError as error:
+                errors.append(error)
+        if errors:
+            waits(self.lanes.up.mark())  # of a part that failed some blocks may have come
+            self.faults.note(errors[0])
+        return not errors
 
 
 class Doubts:
@@ -165,14 +178,15 @@ class ReductionsInFlight:
 
     The host enqueues a whole backward before the device has run it, so it cannot wait for a reduction to end. Instead the
     computation waits, on the device, for the oldest ones when all together would take more than BUDGET bytes: from then on
-    their memory may be written again. Adapters stay far below that, and nothing ever waits.
+    their memory may be written again. Adapters stay far below that, and nothing ever waits. Where what is reduced is added in
+    host memory, the host waits too, until the device has been told of the copies: never in a backward that is not `bounded`.
     """
 
     BUDGET = 256 << 20
 
     def __init__(self, lanes: Lanes) -> None:
         self._lanes = lanes
-        self._held: list[tuple[torch.Event, Tensor]] = []
+        self._held: list[tuple[Arrival, Tensor]] = []
         # False keeps all of them to the end of the backward: see Schedule._agree_on_window.
         self.bounded = True
 
@@ -185,14 +199,20 @@ class ReductionsInFlight:
         while self.bounded and self._held and self.nbytes + nbytes > self.BUDGET:
             self._drop_oldest()
 
-    def add(self, event: torch.Event | None, scratch: Tensor) -> None:
-        if event is not None:  # on a CPU the reduction is over, and its scratch memory may go at once
-            self._held.append((event, scratch))
+    def add(self, arrival: Arrival, scratch: Tensor) -> None:
+        """arrival: of what is read from `scratch` last."""
+        over = isinstance(arrival, Done) and arrival.event is None  # on a CPU: the memory may go at once
+        if not over:
+            self._held.append((arrival, scratch))
 
     def clear(self) -> None:
         while self._held:
             self._drop_oldest()
 
     def _drop_oldest(self) -> None:
-        event, _ = self._held.pop(0)
+        arrival, _ = self._held.pop(0)
+        try:
+            event = arrival.enqueued()
+        except StoreError:  # the step tells of it, see `HostStore.drain`: the other ranks are in this backward
+            event = self._lanes.down.mark()  # of what failed some blocks may be on their way
         self._lanes.compute_waits(event)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..errors import WriteError
 from ..offload.store import MemoryStore, Slab, Store
 from .guard import Guard, unasked
 from .layout import ALIGNMENT, Layout
@@ -84,6 +85,7 @@ class FlatBuffer:
         ]
         self.whole = torch.zeros(self.layout.numel, dtype=dtype, device=device)
         self._guard: Guard | None = None
+        self._offsets: list[tuple[int, int]] = []  # in bytes, of the members that may be given other memory
         self._nbytes = self.whole.untyped_storage().nbytes()
         # A single rank's shard is the whole: only offloading makes the storage worth giving back.
         self.leaves = placement.sharded and (world_size > 1 or placement.tier is not Tier.GPU)
@@ -140,8 +142,32 @@ class FlatBuffer:
         """Make every parameter a view of `whole`, for good."""
         for index, member in enumerate(self.members):
             give_memory(member.parameter, self.view(index))
+            if member.parameter.is_floating_point() and member.parameter.numel():
+                self._offsets.append((index, self.layout.slots[index].offset * self.dtype.itemsize))
         self._guard = Guard([m.parameter for m in self.members], [m.name for m in self.members])
         self._guard.handed.keeps = self.leaves
+
+    def bring_back(self) -> list[int]:
+        """Make views again of members that something has given memory of their own, as `set_` does, with what they hold there.
+
+        Gives their indices. Raises WriteError for one that has another shape, dtype or device there.
+        """
+        base = self.whole.data_ptr()
+        if not base:  # released: nobody reaches them
+            return []
+        moved = [index for index, offset in self._offsets if self.members[index].parameter.data_ptr() != base + offset]
+        for index in moved:
+            member, own = self.members[index], self.view(index)
+            there: Tensor = _DATA.__get__(member.parameter)
+            if (there.shape, there.dtype, there.device) != (own.shape, own.dtype, own.device):
+                raise WriteError(
+                    f"{member.name}, of shape {tuple(own.shape)} and {own.dtype} on {own.device}, got other memory (set_), "
+                    f"of shape {tuple(there.shape)} and {there.dtype} on {there.device}. A prepared model keeps its shapes, "
+                    "dtypes and device. Copy values into it instead, under torch.no_grad()."
+                )
+            own.copy_(there)
+            _DATA.__set__(member.parameter, own)
+        return moved
 
     def view(self, index: int, flat: Tensor | None = None) -> Tensor:
         """Member `index` as a tensor of its own shape and dtype, inside `whole` or another flat tensor of its layout."""
@@ -173,11 +199,12 @@ class FlatBuffer:
     def _storage(self) -> torch.UntypedStorage:
         """The storage of `whole`; a new one if somebody outside of torch has seen the present one.
 
-        On a CPU torch refuses for good to resize a storage after `.numpy()`. It goes to whoever still has a view of it, with
-        what is in it: arrays of numpy, and what autograd saved of views of the parameters.
+        On a CPU torch refuses for good to resize a storage after `.numpy()`, and crashes after `share_memory_()`. It goes to
+        whoever still has a view of it, with what is in it: arrays of numpy, other processes, and what autograd saved of
+        views of the parameters.
         """
         storage = self.whole.untyped_storage()
-        if storage.resizable():
+        if storage.resizable() and (storage.device.type != "cpu" or not storage.is_shared()):
             return storage
         with torch.inference_mode(False), unasked():  # it outlives the script's
             self.whole.data = torch.empty_like(self.whole)

@@ -74,6 +74,14 @@ class Forwards:
             self._frame = None
         return over[::-1]
 
+    def lend(self, unit: Unit) -> Running | None:
+        """The innermost module that runs on this thread, which uses `unit` from now on; None if none runs."""
+        if not self._running or threading.get_ident() != self._thread or self.are_over():
+            return None
+        running = self._running[-1]
+        self._running[-1] = running._replace(units=[*running.units, unit])
+        return running
+
     def doubted(self, module: nn.Module) -> bool:
         """Whether a call of `module` now means that what seems to run may be over."""
         return bool(self._running) and (module is self._root or module is self._running[0].module)

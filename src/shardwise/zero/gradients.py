@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnitStateError
-from ..offload.store import Slab
+from ..offload.store import Arrival, Done, Slab
 from .engine import Engine
 from .flat import FlatBuffer
 from .guard import unasked
@@ -76,9 +76,10 @@ class Gradients:
         self._square: Tensor | None = None
         # Whether the step will ask for `square`: set by the optimizer that clips.
         self.measured = self._leaves
-        # By which the step multiplies what is at rest; and whether that carries the loss scale.
+        # By which the step multiplies what is at rest; whether that carries the loss scale; and that of the last backward.
         self.factor: Tensor | None = None
         self.scaled = True
+        self.loss_scale = 1.0
         self._changes = 0
         self.shown = Shown(self, engine.norms)
         engine.norms.count(self)
@@ -114,11 +115,18 @@ class Gradients:
 
     # During a backward.
 
-    def expect(self) -> None:
-        """A backward begins: no parameter has sent its gradient yet."""
+    def expect(self, *, reduces: bool, boundary: bool) -> None:
+        """A backward begins: no parameter has sent its gradient yet. reduces, boundary: whether it will be, and how."""
         self.shown.look(before_backward=True)
         self.apply_factor()
         self.pending = set(range(len(self.buffer.members)))
+        if self._leaves and reduces:
+            # Here: to pin memory, and to give it back, may hold the host until the device is idle. In a backward that could be
+            # for ever: a reduction of ranks that need a gather first which this rank has not issued.
+            if self._host_filled:
+                self._engine.stores.cpu.expect(self.master.numel * self._reduce_dtype.itemsize)
+            else:
+                self._room(boundary)
 
     def note(self, index: int) -> bool:
         """Parameter `index` has its gradient. True when it was the last of the unit."""
@@ -162,12 +170,13 @@ class Gradients:
             else:
                 out = partial
                 engine.ranks.all_reduce_gradient(out)
+            done: Arrival
             if self._leaves:
                 done = self._send(out, boundary)
             else:
                 self._keep(out)
                 self._square = squared_norm(self._shard) if boundary and self.measured else None
-                done = lanes.reduce.mark()
+                done = Done(lanes.reduce.mark())
         engine.reductions.add(done, partial)
 
     def _keep(self, out: Tensor) -> None:
@@ -179,28 +188,33 @@ class Gradients:
         else:
             self._shard = out.to(self.master.dtype, copy=True)
 
-    def _send(self, out: Tensor, boundary: bool) -> torch.Event | None:
-        """Let a reduced gradient leave for host memory. Gives the event after which `out` may be written again."""
+    def _send(self, out: Tensor, boundary: bool) -> Arrival:
+        """Let a reduced gradient leave for host memory. The event is that after which `out` may be written again."""
         lanes, store = self._engine.lanes, self._engine.stores.cpu
         first = not self._host_filled
-        self._host_filled = True
-        # A sum of several needs the master's dtype; a single one is exact in the dtype it was summed in.
-        dtype = out.dtype if first and boundary else self.master.dtype
         self._square = squared_norm(out) if first and boundary else None
-        lanes.down.wait(lanes.reduce.mark())
         if first:
-            store.drain()  # what was added for a step that was never taken
-            if self._host is None or self._host.dtype != dtype:
-                self._host = None  # the old slab goes before the new one comes
-                self._host = store.allocate(out.numel(), dtype, self.name)
-            return self._host.put(out).enqueued()
+            host = self._room(boundary)
+            self._host_filled = True
+            lanes.down.wait(lanes.reduce.mark())
+            return host.put(out)
         assert self._host is not None
+        dtype = self.master.dtype
         if self._host.dtype != dtype:  # the unit is reduced twice in one backward, as under re-entrant checkpointing
             lanes.synchronize()
             wider = store.allocate(out.numel(), dtype, self.name)
             wider.tensor.copy_(self._host.tensor)
             self._host = wider
-        return store.add(out, self._host).enqueued()
+        return store.add(out, self._host, lanes.reduce.mark())
+
+    def _room(self, boundary: bool) -> Slab:
+        """Host memory for the first gradient since a step, in the dtype in which it will leave."""
+        # A sum of several needs the master's dtype; a single one is exact in the dtype it was summed in.
+        dtype = self._reduce_dtype if boundary else self.master.dtype
+        if self._host is None or self._host.dtype != dtype:
+            self._host = None  # the old slab goes before the new one comes
+            self._host = self._engine.stores.cpu.allocate(self.master.numel, dtype, self.name)
+        return self._host
 
     def settle(self) -> None:
         """The backward of the last micro-batch is over: the gradient is where the plan rests it, or on its way."""
@@ -383,6 +397,7 @@ class Gradients:
             return self._shard
         if self._host is None or self._host.dtype != dtype:
             self._host = self._engine.stores.cpu.allocate(numel, dtype, self.name)
+        self._engine.lanes.synchronize()  # the last step may still be reading it
         self._host.tensor.zero_()
         self._host_filled = True
         return self._host.tensor

@@ -21,6 +21,7 @@ from ..errors import OptimizerError
 from .gradients import Gradients
 from .sharded import ShardedModel
 from .shards import Shard
+from .unit import Unit
 
 # Those whose fused kernels take a gradient scale, on GPU and CPU.
 _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
@@ -113,6 +114,10 @@ class Groups:
         """Whether its kernels take a scale of the gradients: one in fp32, which is not enough for gradients in fp64."""
         takes = isinstance(self.optimizer, _FUSED) and all(g.get("fused") for g in self.optimizer.param_groups)
         return takes and self.norm_dtype == torch.float32
+
+    def units(self, model: ShardedModel) -> list[Unit]:
+        """The units of `model` that hold something of what is driven."""
+        return [unit for unit in model.units if unit.gradients is not None and id(unit.gradients) in self.members]
 
     def driven(self) -> Iterator[Parameter]:
         """The models' parameters that this optimizer changes, on this rank or another."""

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import count
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
@@ -29,8 +29,18 @@ from .handed import Handed
 
 # The version of a released weight, one for each: far above what counting writes comes to.
 _released_versions = count(1 << 30)
-# id(parameter), and that version -> the parameter and the name its owner gave it. Side table: nothing is hung on Parameters.
-_known: dict[int, tuple[ref[Parameter], str]] = {}
+
+
+class Known(NamedTuple):
+    """A guarded parameter, what its owner calls it, and its guard."""
+
+    parameter: ref[Parameter]
+    name: str
+    guard: ref[Guard]
+
+
+# id(parameter), and that version -> the parameter. Side table: nothing is hung on Parameters.
+_known: dict[int, Known] = {}
 
 _PROPERTIES = [
     "shape",
@@ -124,11 +134,19 @@ class Released:
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        for value in (*args, *(kwargs or {}).values()):
-            for item in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(item, Released):
-                    _refuse(item, getattr(func, "__name__", str(func)))
-        _refuse(None, getattr(func, "__name__", str(func)))
+        released = [
+            item
+            for value in (*args, *(kwargs or {}).values())
+            for item in (value if isinstance(value, (list, tuple)) else (value,))
+            if isinstance(item, Released)
+        ]
+        for item in released:
+            # Reading the next one may have released this one again: all of them must be open at once.
+            if not _fetched(item):
+                _refuse(item, getattr(func, "__name__", str(func)))
+        if not released or any(isinstance(item, Released) for item in released):
+            _refuse(released[0] if released else None, getattr(func, "__name__", str(func)))
+        return func(*args, **(kwargs or {}))
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"Parameter({name_of(self) or 'unnamed'}, released, shape={tuple(self.shape)}, dtype={self.dtype})"  # type: ignore[attr-defined]
@@ -159,7 +177,8 @@ def released_class(cls: type) -> type:
 class Guard:
     """Closes the parameters of one buffer while they are released, opens them again, and tells which a script has written.
 
-    names: what errors call them. They begin open, and are known from here on until `forget`.
+    names:   what errors call them. They begin open, and are known from here on until `forget`.
+    on_read: asked when a released one is read, by its name; true if it is open now, and as long as it is needed.
     """
 
     def __init__(self, parameters: Sequence[Parameter], names: Sequence[str]) -> None:
@@ -170,9 +189,10 @@ class Guard:
         self._versions = tuple(parameter._version for parameter in parameters)
         self._closed_versions = tuple(next(_released_versions) for _ in parameters)
         self.handed = Handed(parameters, names)
+        self.on_read: Callable[[str], bool] | None = None
         Parameter.__reduce_ex__ = _reduced  # type: ignore[assignment, method-assign]
         entries = {
-            key: (ref(parameter), name)
+            key: Known(ref(parameter), name, ref(self))
             for parameter, name, version in zip(parameters, names, self._closed_versions, strict=True)
             for key in (id(parameter), version)
         }
@@ -217,7 +237,7 @@ def _reduced(parameter: Parameter, protocol: Any) -> Any:
     return rebuild, (value.clone(), *more)
 
 
-def _unknow(entries: Mapping[int, tuple[ref[Parameter], str]]) -> None:
+def _unknow(entries: Mapping[int, Known]) -> None:
     for key, entry in entries.items():
         if _known.get(key) is entry:
             del _known[key]
@@ -230,7 +250,14 @@ def _set_versions(parameters: tuple[Parameter, ...], versions: tuple[int, ...]) 
 def name_of(parameter: Any) -> str | None:
     """What errors call a guarded parameter; None for any other."""
     known = _known.get(id(parameter))
-    return known[1] if known is not None and known[0]() is parameter else None
+    return known.name if known is not None and known.parameter() is parameter else None
+
+
+def _fetched(parameter: Any) -> bool:
+    """Whether the weights of a released parameter could be had where it is read."""
+    known = _known.get(id(parameter))
+    guard = known.guard() if known is not None and known.parameter() is parameter else None
+    return known is not None and guard is not None and guard.on_read is not None and guard.on_read(known.name)
 
 
 def explain(error: RuntimeError) -> RuntimeError | None:
@@ -240,7 +267,7 @@ def explain(error: RuntimeError) -> RuntimeError | None:
     if known is None:
         return None
     return ReleasedParameterError(
-        f"a backward needs {known[1]!r}, which is released: it did not come there through an output of the module that read "
+        f"a backward needs {known.name!r}, which is released: it did not come there through an output of the module that read "
         "it, as in the steps before. Return what the loss is made of from the model's forward, or keep the weights until the "
         "backward is over: `with shardwise.gathered(model):` (on every rank) around the forward and the backward."
     )
@@ -248,6 +275,11 @@ def explain(error: RuntimeError) -> RuntimeError | None:
 
 def _refuse(parameter: Any, action: str) -> NoReturn:
     name = "a parameter" if parameter is None else f"parameter {name_of(parameter) or '(unnamed)'!r}"
+    if torch._guards.TracingContext.try_get() is not None:
+        raise ReleasedParameterError(
+            f"torch.compile met {name} while it is sharded: it cannot look at a prepared model as a whole. Set dynamo_backend "
+            "in the configuration (for example dynamo_backend: inductor), which compiles it block by block."
+        )
     raise ReleasedParameterError(
         f"{name} was read ({action}) while it is sharded: this rank holds only its shard. Read weights inside "
         "`with shardwise.gathered(model):` (on every rank), save them with accelerator.save_model or "

@@ -1,4 +1,4 @@
-"""`Parameter.data`: the one door to a weight of which torch keeps no count.
+"""The doors to a weight of which torch keeps no count: `Parameter.data`, and cuDNN's for recurrent layers.
 
 What is written into a weight in place raises its version, and the engine sees it. What is written into `p.data` does not, and
 `p.data = x` gives the parameter other memory than the engine's. So when the first model is prepared, the attribute of
@@ -6,6 +6,10 @@ torch's Parameter class becomes one of Python's, which costs each reader 0.2 us 
 
     p.data          the weight counts as perhaps written until somebody has compared it
     p.data = x      x is copied into the weight where shape, dtype and device agree, else WriteError: model.half(), model.cpu()
+
+On a GPU `flatten_parameters` of nn.LSTM, GRU and RNN, which scripts write into forwards and torch calls in `model.to`, moves
+their weights into a buffer of cuDNN's. Of prepared weights it does nothing, and cuDNN copies them together at each call.
+What goes past this file (`set_`) is found later, see `FlatBuffer.bring_back`.
 """
 
 from __future__ import annotations
@@ -16,13 +20,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..errors import WriteError
 
-# torch's own, which knows nothing of this file.
+# torch's own, which know nothing of this file.
 _RAW: Any = Tensor.data
+_flatten: Any = nn.RNNBase.flatten_parameters
 
 
 class Handed:
@@ -116,6 +121,16 @@ def _set(parameter: Parameter, value: Tensor) -> None:
         found[0].assign(found[1], value)
 
 
+def _flatten_parameters(module: nn.RNNBase) -> None:
+    weights = vars(module).get("_flat_weights", ())
+    if not any(isinstance(weight, Parameter) and _find(weight) is not None for weight in weights):
+        _flatten(module)
+
+
+_flatten_parameters.__doc__ = nn.RNNBase.flatten_parameters.__doc__
+
+
 def _install() -> None:
     if "data" not in vars(Parameter):
         Parameter.data = property(_get, _set, doc=torch.Tensor.data.__doc__)  # type: ignore[assignment]
+        nn.RNNBase.flatten_parameters = _flatten_parameters  # type: ignore[method-assign, assignment]

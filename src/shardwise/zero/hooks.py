@@ -1,6 +1,7 @@
 """Where the engine listens to modules and to autograd: the only file that registers hooks.
 
     forward of an entry module     need(its units) before, done(its units) after
+    weight read by another module  need(its unit) until the module that is running ends
     forward of the outermost one   begins and ends the schedule's forward pass
     gradient of an output          need(its units) before the module's backward
     gradients of its inputs        done(its units): an identity function on the inputs runs last in its backward
@@ -13,6 +14,7 @@ backward decides when it is done.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -31,6 +33,8 @@ from .forwards import Forwards, Running
 from .saved import SavedWeights
 from .schedule import Phase, Schedule
 from .unit import Unit, Weights
+
+log = logging.getLogger("shardwise")
 
 
 class Hooks:
@@ -63,6 +67,7 @@ class Hooks:
         schedule.end_left_backward = self._end_left_backward
         self._active: dict[Unit, int] = defaultdict(int)  # in how many running forwards each unit is needed
         self._recording = False  # whether the running forward of the model records a graph
+        self._told_of_reads = False
         self._following = False  # whether it packs the weights that autograd keeps
         self.saved = SavedWeights(schedule.units, _weakly_recalled(self), main=schedule.ranks.rank == 0)
         self._handles: list[RemovableHandle] = []
@@ -100,6 +105,8 @@ class Hooks:
                     )  # torch takes hooks of no other, and keeps them when it is frozen again
                     self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
                     parameter.requires_grad_(trained)
+            for buffer in unit.parts:
+                buffer.guard.on_read = _weakly_wanted(self, unit)
         self._active.clear()
         self.saved.renew(self.schedule.units)
 
@@ -242,6 +249,31 @@ class Hooks:
                 self.saved.end()
             schedule.end_forward()
 
+    def wanted(self, unit: Unit, name: str) -> bool:
+        """A script reads `name`, a released weight of `unit`. Whether it may: it is gathered for the module that is running.
+
+        Such as a regulariser over the weights of all blocks, or a head that computes with the embedding's.
+        """
+        running = self._forwards.lend(unit)
+        if running is None:
+            return False
+        if not running.recomputed:
+            self._active[unit] += 1
+        if not self._following and torch.is_grad_enabled():
+            self.schedule.linger()
+            self.saved.surprise()
+        with temporarily_clear_interpreter_stack() if _transforming() else nullcontext():
+            self.schedule.need(unit)
+        if not self._told_of_reads and self.schedule.ranks.rank == 0:
+            self._told_of_reads = True
+            log.warning(
+                "%r is read inside of the forward of %s, not of its own module: its unit is gathered for that, and stays until "
+                "that forward ends. To gather it once for both, pass the outer module in `units`.",
+                name,
+                type(running.module).__name__,
+            )
+        return True
+
     # Backward. Autograd calls these, on its own thread when the device is a GPU.
 
     def _before_backward(self, units: list[Unit], gradient: Tensor) -> None:
@@ -316,6 +348,17 @@ def _weakly(hooks: Hooks, unit: Unit, index: int) -> Callable[[Tensor], None]:
             hooks._gradient_arrived(unit, index)
 
     return arrived
+
+
+def _weakly_wanted(hooks: Hooks, unit: Unit) -> Callable[[str], bool]:
+    """`wanted` for a guard, which must not keep the engine in memory either."""
+    listener, source = ref(hooks), ref(unit)
+
+    def wanted(name: str) -> bool:
+        hooks, unit = listener(), source()
+        return hooks is not None and unit is not None and hooks.wanted(unit, name)
+
+    return wanted
 
 
 def _weakly_recalled(hooks: Hooks) -> Callable[[Unit], bool]:

@@ -6,7 +6,7 @@ instead of the model's parameters, the pieces of them that lie in this rank's ma
     group 0: [q.lora_A (8, 512), q.lora_B (512, 8)]   ->   rank 0: [q.lora_A[0:4096], q.lora_B[0:1024]]
                                                            rank 1: [q.lora_B[1024:4096]]
 
-An elementwise optimizer cannot tell the difference. One that looks at whole rows, matrices or gradients can, and is refused.
+An elementwise optimizer cannot tell the difference. One that looks at whole rows, matrices or gradients can: see trial.py.
 `step` and `zero_grad` are set on the instance, as torch's LR schedulers do with `step`, because a step must first clip,
 check for overflow and attach the gradients, and afterwards publish the weights. `state_dict` and `load_state_dict` are too, see
 optimizer_dict.py.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import types
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 from weakref import WeakMethod, WeakValueDictionary
 
@@ -28,13 +29,14 @@ from torch.optim import Optimizer
 from ..errors import OptimizerError, PrepareError
 from . import publishing
 from .averaging import refuse_swapped
-from .clipping import clip_factor, global_norm, power_sum
+from .clipping import clip_factor
 from .collectives import Ranks
 from .elementwise import check_elementwise, steps_in_parts
-from .gradients import Gradients, squared_norm
 from .groups import Groups
+from .held import HeldGradients, multiply
 from .optimizer_dict import OptimizerDict
 from .optimizer_state import OptimizerState, has_stepped
+from .optimizer_verbs import OwnVerbs
 from .plan import Tier
 from .portions import Role
 from .precision import LossScaler
@@ -42,6 +44,7 @@ from .residency import Residency
 from .running import holding, run_step
 from .sharded import ShardedModel
 from .shards import Shard, Visits
+from .trial import Handling, Trial
 from .unit import Unit
 from .verdicts import Verdicts
 
@@ -86,9 +89,11 @@ class ShardedOptimizer:
         self.step_was_skipped = False
         self.steps = 0
         self._verdicts = Verdicts(self.ranks, models[0].engine.lanes)
-        self.ranks.together(self._refuse_what_cannot_work)
+        self._trial = self.ranks.together(self._tried)
         self.groups = Groups(optimizer, self.models)
+        self.held = HeldGradients(self.groups, self.models, self.scaler)
         self._visits = Visits(optimizer)
+        self._verbs: OwnVerbs | None = None
         thawed = self.ranks.together(self._to_thaw)
         for model in self.models:
             model.thawing.thaw(p for p in thawed if model.thawing.holds(p))
@@ -102,11 +107,20 @@ class ShardedOptimizer:
 
     # Taking over.
 
-    def _refuse_what_cannot_work(self) -> None:
-        optimizer, name = self.optimizer, type(self.optimizer).__name__
+    def _tried(self) -> Trial | None:
+        optimizer, models = self.optimizer, self.models
         if find_sharded_optimizer(optimizer) is not None:
-            raise PrepareError(f"this {name} has been prepared already. Prepare each optimizer once.")
-        check_elementwise(optimizer, visits=any(not g.in_place for model in self.models for g in model.gradients()))
+            raise PrepareError(
+                f"this {type(optimizer).__name__} has been prepared already. Prepare each optimizer once."
+            )
+        on_disk = any(model.plan.optimizer.tier is Tier.NVME for model in models)
+        handling = Handling(
+            parted=self.ranks.world_size > 1 and any(model.plan.optimizer.sharded for model in models),
+            visits=on_disk or any(not g.in_place for model in models for g in model.gradients()),
+            ranks=self.ranks.world_size,
+        )
+        groups = [group["params"] for group in optimizer.param_groups]
+        return check_elementwise(optimizer, groups, handling, self.ranks.device)
 
     def _to_thaw(self) -> list[Parameter]:
         """What the optimizer shall train, or has states for, and was frozen when its model was prepared."""
@@ -135,6 +149,9 @@ class ShardedOptimizer:
         for verb in (step, zero_grad, add_param_group):
             setattr(self.optimizer, verb.__name__, types.MethodType(verb, self.optimizer))
         OptimizerDict(self.states, self.groups).install()
+        if self._trial is not None:
+            self._verbs = OwnVerbs(self.states, self.held, self._trial)
+            self._verbs.install()
         for model in self.models:
             model.thawing.then.append(WeakMethod(self._take_thawed))
 
@@ -165,8 +182,12 @@ class ShardedOptimizer:
         def made() -> dict[str, Any]:
             with self.groups.as_given():
                 type(self.optimizer).add_param_group(self.optimizer, dict(group))
-            found = groups.pop()
-            self.groups.check([found], len(groups))
+                try:
+                    self.groups.check(groups[-1:], len(groups) - 1)
+                    if self._trial is not None:
+                        self._trial.run([*self.groups.parameters, groups[-1]["params"]])
+                finally:
+                    found = groups.pop()
             return found
 
         new = self.ranks.together(made)
@@ -190,137 +211,39 @@ class ShardedOptimizer:
 
     # The loss.
 
+    def raise_if_bad(self) -> None:
+        """Raise what an earlier step's message said: NonFiniteError, or ConfigError if ranks differ; every rank does."""
+        self._verdicts.raise_if_bad()
+
     def note_loss(self, loss: Tensor) -> None:
         """A micro-batch's backward is about to begin. Remember whether its loss is finite; the step reports it.
 
         No synchronisation.
         """
-        if self.scaler.enabled:  # fp16 overflows by design; the scaler deals with it
-            for gradients in self._held():  # to be added to
-                if not gradients.scaled:
-                    gradients.multiply(torch.tensor(self.scaler.value))
-                    gradients.scaled = True
+        if self.scaler.enabled:
+            self.held.carry_scale()  # fp16 overflows by design; the scaler deals with it
         else:
             self._verdicts.note_loss(loss)
 
     # Clipping.
 
-    def _held(self) -> list[Gradients]:
-        """Those that hold a gradient at this moment."""
-        return [gradients for gradients, _ in self.groups.members.values() if gradients.at_rest is not None]
-
-    def _outstanding(self) -> tuple[Tensor | None, float]:
-        """(the factor, the loss scale) that all gradients alike still wait for. Where they differ, they are multiplied now."""
-        held = self._held()
-        scale = self.scaler.value
-        if len({gradients.scaled for gradients in held}) > 1:
-            for gradients in held:
-                if gradients.scaled:
-                    gradients.multiply(torch.tensor(1.0 / scale))
-                    gradients.scaled = False
-        if len({id(gradients.factor) for gradients in held}) > 1:
-            for gradients in held:
-                gradients.apply_factor()
-        return (held[0].factor, scale if held[0].scaled else 1.0) if held else (None, scale)
-
     def look(self) -> None:
         """Take over what the script has done to gradients."""
-        for model in self.models:
-            model.thawing.catch_up()
-            model.look_at_gradients()
+        self.held.look()
 
     def unscale(self) -> None:
         """Take the loss scale off the gradients, for scripts that look at them before the step."""
-        self.look()
-        for gradients in self._held():
-            if gradients.scaled and self.scaler.enabled:
-                gradients.scaled = False
-                gradients.multiply(torch.tensor(1.0 / self.scaler.value))
+        self.held.unscale()
 
     def clip_norm(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Clip the gradients of `parameters` together to `max_norm` and return their true global norm before it.
-
-        The gradients are those of the whole batch, averaged over ranks, loss scale removed. Collective.
-        """
-        self.look()
-        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        """See `HeldGradients.clip_norm`. Collective."""
         self._verdicts.note_clipping(max_norm=float(max_norm), norm_type=float(norm_type))
-        shards = self.groups.chosen(parameters)
-        sharded = self.models[0].plan.optimizer.sharded
-        earlier, scale = self._outstanding()
-        if norm_type == 2 and self.groups.is_all(parameters):
-            total = self._square()
-            if sharded:
-                self.ranks.all_reduce(total, "sum")
-            norm = total.sqrt() / scale
-        else:
-            self._wait_for_host()
-            held, dtype = self._gradients(shards), self.groups.norm_dtype
-            norm = global_norm(held, float(norm_type), self.ranks, dtype, sharded=sharded) / scale
-        if earlier is not None:
-            norm = norm * earlier
-        self._scale(shards, clip_factor(norm, float(max_norm)), everything=self.groups.is_all(parameters))
-        return norm
-
-    def _scale(self, shards: Sequence[Shard], factor: Tensor, *, everything: bool) -> None:
-        """Multiply the gradients of `shards`. everything: these are all, and the step does it in its own pass."""
-        earlier, _ = self._outstanding()
-        apart = [s for s in shards if not everything or id(s.gradients) not in self.groups.sole]
-        if everything:
-            for gradients in self._held():
-                if id(gradients) in self.groups.sole:
-                    gradients.factor = factor if earlier is None else earlier * factor
-        if apart:
-            self._wait_for_host()
-            _multiply(self._gradients(apart), factor)
-            self._changed(apart)
-
-    def _square(self) -> Tensor:
-        """The squared 2-norm of this rank's part of the gradients of all parameters, on the device.
-
-        What left for host memory was measured before it went; only sums of several micro-batches are read there. On the device
-        nothing is measured before somebody has clipped once.
-        """
-        whole = [g for g, indices in self.groups.members.values() if len(indices) == len(g.buffer.members)]
-        sums = [g for g in whole if g.square is None and g.at_rest is not None]
-        if any(g.host is not None for g in sums):
-            self._wait_for_host()
-        known = {id(g): g.square for g in whole if g.square is not None}
-        known |= {id(g): squared_norm(g.at_rest).to(self.ranks.device) for g in sums}
-        for gradients in whole:
-            gradients.measured = True  # of the next backward, while it goes on
-        rest = [shard for shard in self.groups.shards if id(shard.gradients) not in known]
-        if any(shard.gradients.host is not None for shard in rest):
-            self._wait_for_host()
-        total = power_sum(self._gradients(rest), 2.0, self.ranks.device, self.groups.norm_dtype)
-        for square in known.values():
-            total = total + square
-        return total
-
-    @staticmethod
-    def _gradients(shards: Iterable[Shard]) -> list[Tensor]:
-        return [gradient for shard in shards if (gradient := shard.gradient()) is not None]
-
-    @staticmethod
-    def _changed(shards: Iterable[Shard]) -> None:
-        for gradients in {id(shard.gradients): shard.gradients for shard in shards}.values():
-            gradients.changed()
+        return self.held.clip_norm(parameters, max_norm, norm_type)
 
     def clip_value(self, parameters: Iterable[Tensor], value: float) -> None:
-        """Clamp every element of the gradients of `parameters` to [-value, value]."""
+        """See `HeldGradients.clip_value`."""
         self._verdicts.note_clipping(clip_value=float(value))
-        self.look()
-        self._wait_for_host()
-        for gradients in self._held():
-            gradients.apply_factor()
-        _, scale = self._outstanding()
-        shards = self.groups.chosen([parameters] if isinstance(parameters, Tensor) else list(parameters))
-        self._changed(shards)
-        grads = self._gradients(shards)
-        limit = float(value) * scale
-        if grads:
-            torch._foreach_clamp_min_(grads, -limit)
-            torch._foreach_clamp_max_(grads, limit)
+        self.held.clip_value(parameters, value)
 
     def ledger(self) -> dict[tuple[Role, Tier], int]:
         """Bytes of the optimizer's states (moments and step counts) on this rank; the masters are in the model's ledger."""
@@ -353,11 +276,18 @@ class ShardedOptimizer:
         refuse_swapped(self.models, "optimizer.step()")
         result = None
         if closure is not None:
+            if self._trial is not None:
+                self._trial.try_closure()
             with torch.enable_grad():
                 result = closure()
-        self.raise_if_bad()
+        self._verdicts.raise_if_bad()
         self.look()
-        if not self._held():
+        accumulating = any(model.accumulating for model in self.models)
+        if self._trial is not None and not accumulating:
+            self._trial.look()
+        if not self.held.present():
+            if self._trial is not None and not accumulating:
+                self._run()  # it may count its steps, as in plain torch
             return result
         self.steps += 1
         for model in self.models:
@@ -400,14 +330,14 @@ class ShardedOptimizer:
     def _apply(self, norm: Tensor | None) -> None:
         if self.gradient_clipping is not None:  # for good, as by torch's function: the next step may see them again
             assert norm is not None
-            self._scale(self.groups.shards, clip_factor(norm, self.gradient_clipping), everything=True)
-        factor, scale = self._outstanding()
+            self.held.scale(self.groups.shards, clip_factor(norm, self.gradient_clipping), everything=True)
+        factor, scale = self.held.outstanding()
         if scale != 1.0:
             unscale = torch.full((), 1.0 / scale, dtype=self.groups.norm_dtype, device=self.ranks.device)
             factor = unscale if factor is None else factor * unscale
         here = [shard for shard in self.groups.shards if shard.gradients.in_place]
         if any(shard.gradients.host is not None for shard in here):
-            self._wait_for_host()
+            self.held.wait_for_host()
         grads = []
         for shard in here:
             gradient = shard.gradient()
@@ -424,42 +354,42 @@ class ShardedOptimizer:
             driven.found_inf = torch.zeros((), device=grads[0].device)
         else:
             if factor is not None:
-                _multiply(grads, factor)
+                multiply(grads, factor)
             for gradients in multiplied:
                 gradients.stepped()
-        fences = [model.engine.peers for model in self.models if model.engine.peers is not None]
-        for peers in fences:
-            peers.before_step()
-        units = [unit for model in self.models for unit in self._units(model)]
-        resting = [unit for unit in units if unit.gradients.in_place]
-        try:
+        units = [unit for model in self.models for unit in self.groups.units(model)]
+        with publishing.fenced([model.engine for model in self.models]):
             try:
-                self._step_in_place(resting, here)
+                try:
+                    self._step_in_place([unit for unit in units if _in_place(unit)], here)
+                finally:
+                    driven.grad_scale = driven.found_inf = None
+                    driven._opt_called = True  # LR schedulers check that the step came before theirs
+                    for shard in here:
+                        shard.tensor.grad = None
+                for gradients in multiplied:
+                    gradients.stepped()
+                for model in self.models:
+                    visiting = [unit for unit in self.groups.units(model) if not _in_place(unit)]
+                    if visiting:
+                        shards = [shard for shard in self.groups.shards if not shard.gradients.in_place]
+                        self._visits.step(model, visiting, shards, factor, fused=self.groups.fused)
+                    if model.engine.stores.uses_disk:
+                        model.drain()
             finally:
-                driven.grad_scale = driven.found_inf = None
-                driven._opt_called = True  # LR schedulers check that the step came before theirs
-                for shard in here:
-                    shard.tensor.grad = None
-            for gradients in multiplied:
-                gradients.stepped()
-            for model in self.models:
-                visiting = [unit for unit in self._units(model) if not unit.gradients.in_place]
-                if visiting:
-                    shards = [shard for shard in self.groups.shards if not shard.gradients.in_place]
-                    self._visits.step(model, visiting, shards, factor, fused=self.groups.fused)
-                if model.engine.stores.uses_disk:
-                    model.drain()
-        finally:
-            publishing.arrive(units)
-            for peers in fences:
-                peers.after_step()
+                publishing.arrive(units)
+
+    def _run(self) -> None:
+        """The class's step, on what is in place."""
+        with self._verbs.as_in_the_class() if self._verbs is not None else nullcontext():
+            run_step(self.optimizer)
 
     def _step_in_place(self, units: Sequence[Unit], shards: Sequence[Shard]) -> None:
         """Step `shards`, which have their gradients, and send the weights of `units` as soon as they are there."""
         groups = publishing.in_groups(units)
         apart = len(groups) > 1 and steps_in_parts(self.optimizer)
         if not apart:
-            run_step(self.optimizer)
+            self._run()
         for group in groups:
             if apart:
                 mine = {id(unit.gradients) for unit in group}
@@ -468,15 +398,6 @@ class ShardedOptimizer:
             for unit in group:
                 unit.cast()
             publishing.send(group)
-
-    def _units(self, model: ShardedModel) -> list[Any]:
-        return [u for u in model.units if u.gradients is not None and id(u.gradients) in self.groups.members]
-
-    def _wait_for_host(self) -> None:
-        """Gradients that rest in host memory are there only when the copies are done."""
-        for model in self.models:
-            if model.plan.optimizer.tier is not Tier.GPU:
-                model.synchronize()
 
     def _agree(self) -> Tensor | None:
         """The gradients' global 2-norm as the step will see it before clipping, if anything needs it. One all_reduce.
@@ -488,8 +409,8 @@ class ShardedOptimizer:
         # power sum, then the ranks' verdicts
         facts = torch.zeros(1 + self._verdicts.numel, dtype=self.groups.norm_dtype, device=ranks.device)
         if wants_norm:
-            self._outstanding()
-            total = self._square()
+            self.held.outstanding()
+            total = self.held.square()
             facts[0] = total if self.models[0].plan.optimizer.sharded else total / ranks.world_size
         self._verdicts.write(facts[1:], self.optimizer.param_groups)
         if ranks.world_size > 1:
@@ -497,18 +418,10 @@ class ShardedOptimizer:
         self._verdicts.read(self.steps, facts[1:])
         if not wants_norm:
             return None
-        factor, scale = self._outstanding()
+        factor, scale = self.held.outstanding()
         norm = facts[0].sqrt() / scale
         return norm if factor is None else norm * factor
 
-    def raise_if_bad(self) -> None:
-        """Raise what an earlier step's message said: NonFiniteError, or ConfigError if ranks differ; every rank does."""
-        self._verdicts.raise_if_bad()
 
-
-def _multiply(grads: Sequence[Tensor], factor: Tensor) -> None:
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for grad in grads:
-        by_device.setdefault(grad.device, []).append(grad)
-    for device, group in by_device.items():
-        torch._foreach_mul_(group, factor.to(device))
+def _in_place(unit: Unit) -> bool:
+    return unit.gradients is not None and unit.gradients.in_place

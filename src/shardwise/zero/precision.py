@@ -26,6 +26,7 @@ _DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+_LARGEST = 2.0**127  # of loss scales: fp32 holds no larger power of two
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class LossScaler:
 
     When a step's gradients overflow, the step is skipped and the scale falls by `backoff_factor`; after
     `growth_interval` steps without one it rises by `growth_factor`. Source: Mixed Precision Training (arXiv 1710.03740).
+    The steps of several optimizers between two backwards are one round, which counts once, as by one `update` of torch's
+    GradScaler: an overflow of any makes the scale fall.
     """
 
     def __init__(
@@ -88,6 +91,8 @@ class LossScaler:
         self.dynamic = dynamic
         self.good_steps = 0
         self._next = self.value
+        self._good_before = 0  # steps, when the round began
+        self._overflowed = False  # in this round
 
     @classmethod
     def for_precision(cls, precision: Precision, **settings: float) -> LossScaler:
@@ -96,23 +101,21 @@ class LossScaler:
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss times the scale. From here to the next call, `value` is what the gradients carry."""
-        self.value = self._next
+        self.value, self._good_before, self._overflowed = self._next, self.good_steps, False
         return loss * self.value if self.enabled else loss
 
     def update(self, overflowed: bool, *, step: int, say: bool) -> None:
-        """Move the scale after a step. step: its number, for the message. say: log it (one rank does)."""
+        """Move the scale after one optimizer's step. step: its number, for the message. say: log it (one rank does)."""
         if not self.enabled:
             return
-        if not overflowed:
-            self.good_steps += 1
-            if self.dynamic and self.good_steps >= self.growth_interval:
-                self.good_steps = 0
-                self._next = self.value * self.growth_factor
-            return
-        self.good_steps = 0
-        if self.dynamic:
+        self._overflowed |= overflowed
+        self.good_steps, self._next = 0 if self._overflowed else self._good_before + 1, self.value
+        if self.dynamic and self._overflowed:
             self._next = max(self.value * self.backoff_factor, self.min_scale)
-        if say:
+        elif self.dynamic and self.good_steps >= self.growth_interval:
+            self.good_steps = 0
+            self._next = min(self.value * self.growth_factor, _LARGEST)
+        if overflowed and say:
             hint = ""
             if self._next == self.value:
                 hint = " It cannot fall further: the model overflows in fp16. Use bf16, or lower the learning rate."
@@ -129,4 +132,5 @@ class LossScaler:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.value = self._next = float(state["value"])
-        self.good_steps = int(state["good_steps"])
+        self.good_steps = self._good_before = int(state["good_steps"])
+        self._overflowed = False

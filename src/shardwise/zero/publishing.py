@@ -14,7 +14,8 @@ who reads a weight outside of a forward: docs/design/publishing.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -63,6 +64,19 @@ def arrive(units: Sequence[Unit]) -> None:
     """The computation waits for everything that was sent of `units`: from here on anybody may read their weights."""
     for engine, _ in _by_engine(units):
         engine.lanes.compute_waits(engine.lanes.gather.mark())
+
+
+@contextmanager
+def fenced(engines: Sequence[Engine]) -> Iterator[None]:
+    """Inside, this rank may write into shards that the others copy. Collective where there are such."""
+    peers = [engine.peers for engine in engines if engine.peers is not None]
+    for each in peers:
+        each.before_step()
+    try:
+        yield
+    finally:
+        for each in peers:
+            each.after_step()
 
 
 def _nbytes(unit: Unit) -> int:

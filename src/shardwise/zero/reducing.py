@@ -41,7 +41,7 @@ class Reducing:
         self._reduced = 0
         for unit in self._units:
             if unit.gradients is not None:
-                unit.gradients.expect()
+                unit.gradients.expect(reduces=self._reduces, boundary=boundary)
 
     def complete(self, unit: Unit) -> None:
         """Every gradient of `unit` has come: reduce it, and those that waited for it, as soon as their turn is there."""

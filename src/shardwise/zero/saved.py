@@ -78,6 +78,10 @@ class SavedWeights:
         """Whether forwards that record a graph are to run inside `following`."""
         return self._any and (self._surprised or self._backwards < _LEARNED_IN)
 
+    def surprise(self) -> None:
+        """From the next forward on, weights are followed for good: hooks on outputs do not see all that is read."""
+        self._surprised = True
+
     def backward_ended(self) -> None:
         """A whole backward has passed: if it asked for every unit by the hooks on outputs, later ones will."""
         self._backwards += 1

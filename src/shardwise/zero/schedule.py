@@ -93,7 +93,7 @@ class Schedule:
         self._here: set[int] = set()  # those that wait for their turn in the running backward
         self._observed: list[int] = []  # the units that this rank asked for in a negotiated pass
         self._trains = False  # whether the running forward records a graph
-        self._used_in_forward: set[int] = set()
+        self._used_in_forward: list[int] = []  # in order, each again where another came between
         self._finished: list[Unit] = []  # used, not yet released
         self._idle: dict[int, None] = {}  # gathered on the way to another unit, kept until the pass ends
         self._held = 0
@@ -131,7 +131,7 @@ class Schedule:
         No pass may be open.
         """
         if stay:
-            self._lingers = self._until_forward = True
+            self.linger()
         elif self._until_forward:
             self.stop_lingering()
         if trains and self._generating and not self._held:
@@ -141,7 +141,7 @@ class Schedule:
             )
         self.phase = Phase.FORWARD
         self._trains = trains
-        self._used_in_forward = set()
+        self._used_in_forward = []
         self._open(self._forward if trains else None)
         if not trains and not self._held and self._gatherable:
             self._kind = kind
@@ -192,6 +192,10 @@ class Schedule:
         self._open(self._forward if trains else None)
         for unit in units:
             self.need(unit)
+
+    def linger(self) -> None:
+        """What is gathered stays until the next forward: a graph keeps weights and does not say which."""
+        self._lingers = self._until_forward = True
 
     def stop_lingering(self) -> None:
         """Release what stayed beyond a pass. For whoever is about to change weights, or to count memory."""
@@ -273,8 +277,8 @@ class Schedule:
     def need(self, unit: Unit) -> None:
         """The computation is about to read `unit`. Returns with its gather enqueued before it and the next ones behind."""
         index = self.index[id(unit)]
-        if self.phase is Phase.FORWARD:
-            self._used_in_forward.add(index)
+        if self.phase is Phase.FORWARD and self._used_in_forward[-1:] != [index]:
+            self._used_in_forward.append(index)
         if not unit.leaves:
             return
         if unit in self._finished:
@@ -429,7 +433,7 @@ class Schedule:
         """Merge what each rank saw in a negotiated pass, if it was `whole` on all, into the sequence of the passes to come."""
         if order.sequence is not None or not self._gatherable:
             return
-        everyone = self.ranks.gather_objects((self._observed, sorted(self._used_in_forward), whole))
+        everyone = self.ranks.gather_objects((self._observed, sorted(set(self._used_in_forward)), whole))
         if not all(whole for _, _, whole in everyone):
             return
         merged = merge([seen for seen, _, _ in everyone])
@@ -448,16 +452,16 @@ class Schedule:
             self.reductions.bounded = all(seen == everyone[0][0] for seen, _, _ in everyone)
 
     def _agree_on_window(self) -> None:
-        """Let the computation wait for reductions in this backward only if every rank used the same units.
+        """Let the computation wait for reductions in this backward only if every rank used the same units in the same order.
 
-        A rank on another branch may need a gather before it can take part in a reduction. If this rank's computation waited
+        A rank on another route may need a gather before it can take part in a reduction. If this rank's computation waited
         for that reduction, and its gathers for its computation, the ranks would wait for each other for ever. So when the
         forwards differ, the scratch memory of the whole backward is kept instead.
         """
         scratch = sum(unit.gradients.scratch_nbytes for unit in self.units if unit.gradients is not None)
         if self.ranks.blocking or self.ranks.world_size == 1 or scratch <= self.reductions.BUDGET:
             return
-        mine = zlib.crc32(repr((self._rounds, sorted(self._idle))).encode())
+        mine = zlib.crc32(repr((self._rounds, sorted(self._idle), self._used_in_forward)).encode())
         self.reductions.bounded = len(set(self.ranks.gather_numbers(mine))) == 1
 
     @contextmanager

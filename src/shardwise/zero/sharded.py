@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from ..errors import PrepareError, StoreError, WriteError
 from ..offload.store import Slab
 from .buffers import place_buffers
-from .build import Builder
+from .build import Builder, place_empty
 from .checks import check_model, paths_of
 from .collectives import Ranks
 from .engine import Doubts, Engine, Faults, Kind, ReductionsInFlight, Stores
@@ -135,6 +135,7 @@ class ShardedModel:
         self._builder = Builder(self._engine, plan, precision, whole_adapters, self._quantised, own_sources, makers)
         with torch.no_grad():
             place_buffers(model, ranks)
+            place_empty(model, ranks.device, lambda _, parameter: precision.compute_dtype(parameter))
             self.running_buffers = RunningBuffers(model, ranks)
             self.units = self._builder.units(specs)
         self.drain()
@@ -345,7 +346,8 @@ class ShardedModel:
         """Let masters follow what a script has written into trained weights. Raises WriteError for what cannot count."""
         self._engine.doubts.settle()
         for unit in self.units:
-            if unit.gradients is not None and has_strayed(unit):
+            if has_strayed(unit) and unit.gradients is not None:
+                self._engine.lanes.join()  # what was written inside of a pass goes into the shards on a lane
                 follow(unit, self._engine.look_at, self.put_to_rest)
 
     def generation(self, pinned: Sequence[Parameter] = ()) -> AbstractContextManager[None]:
@@ -439,6 +441,7 @@ class ShardedModel:
         self._hooks.remove()
         self._engine.lanes.gather.wait(self._engine.lanes.mark_compute())
         rounded = dissolve(self.units, self._dtypes, self.whole.master, parted=self.ranks.parted)
+        place_empty(self.model, self.ranks.device, lambda name, _: self._dtypes[name])
         self._quantised.unsettle()
         if not self.ranks.parted:
             self.meet()

@@ -15,7 +15,7 @@ docs/design/offload.md.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from ..errors import StoreError
 from ..offload.store import Arrival, Slab
 from . import publishing
+from .doubles import double
 from .gradients import Gradients
 from .running import run_step
 from .sharded import ShardedModel
@@ -172,11 +172,7 @@ class Visits:
         """Step the elements of a visit and send them down again."""
         engine, gradients = model.engine, visit.gradients
         lanes = engine.lanes
-        try:
-            for arrival in visit.arrivals:
-                lanes.step.wait(arrival.enqueued())
-        except StoreError as error:
-            engine.faults.note(error)
+        if not engine.land(visit.arrivals, lanes.step.wait):
             return
         with lanes.step.on():
             stepped = self._run(visit, by_unit.get(id(gradients), []), begun, factor, fused)
@@ -208,7 +204,7 @@ class Visits:
         grad = visit.grad if visit.grad.dtype == visit.master.dtype else visit.grad.to(visit.master.dtype)
         if factor is not None and not fused:
             grad.mul_(factor)
-        trial = self._double(visit.master.device, factor if fused else None)
+        one = self._double(visit.master.device, factor if fused else None)
         pieces: list[tuple[Shard, Parameter, slice]] = []
         for shard in shards:
             first, last = max(shard.begin, visit.begin), min(shard.end, visit.end)
@@ -220,16 +216,16 @@ class Visits:
             if id(shard) in begun:
                 whole = last - first == shard.numel
                 scalars = self.optimizer.state[shard.tensor]
-                trial.state[piece] = {
+                one.state[piece] = {
                     key: visit.states[key][where] if key in visit.states else value if whole else _copy(value)
                     for key, value in scalars.items()
                 }
-            trial.param_groups[shard.group]["params"].append(piece)
+            one.param_groups[shard.group]["params"].append(piece)
             pieces.append((shard, piece, where))
-        run_step(trial)
+        run_step(one)
         stepped = []
         for shard, piece, where in pieces:
-            state = trial.state[piece]
+            state = one.state[piece]
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.shape == piece.shape:
                     if key not in visit.states:
@@ -251,17 +247,12 @@ class Visits:
 
     def _double(self, device: torch.device, factor: Tensor | None) -> Any:
         """The user's optimizer once more, with its groups empty and no hooks of its own: those ran once for the step."""
-        trial: Any = object.__new__(type(self.optimizer))
-        trial.__dict__.update({k: v for k, v in self.optimizer.__dict__.items() if k not in ("step", "zero_grad")})
-        trial._optimizer_step_pre_hooks = {}
-        trial._optimizer_step_post_hooks = {}
-        trial.state = defaultdict(dict)
-        trial.param_groups = [{**group, "params": []} for group in self.optimizer.param_groups]
-        trial.grad_scale = trial.found_inf = None
+        one = double(self.optimizer)
+        one.grad_scale = one.found_inf = None
         if factor is not None:
-            trial.grad_scale = factor
-            trial.found_inf = torch.zeros((), device=device)
-        return trial
+            one.grad_scale = factor
+            one.found_inf = torch.zeros((), device=device)
+        return one
 
 
 class _Offloaded:

@@ -152,11 +152,7 @@ class Unit:
 
     def _land(self) -> None:
         """The gather lane waits for what was fetched."""
-        for arrival in self._coming:
-            try:
-                self._engine.lanes.gather.wait(arrival.enqueued())
-            except StoreError as error:
-                self._engine.faults.note(error)
+        self._engine.land(self._coming, self._engine.lanes.gather.wait)
         self._coming = []
 
     def arrive(self) -> None:
@@ -193,7 +189,7 @@ class Unit:
         found = []
         for buffer in (self.frozen, self.trainable):
             if buffer is not None:
-                indices = set(buffer.guard.written())
+                indices = {*buffer.bring_back(), *buffer.guard.written()}
                 for index, then in buffer.guard.handed.take().items():
                     if then is None or not torch.equal(buffer.view(index), then):
                         indices.add(index)
@@ -206,7 +202,7 @@ class Unit:
         Raises WriteError, once, where other ranks may be reading the shard at this moment.
         """
         for part in self._parts:
-            indices = part.guard.written()
+            indices = [*part.bring_back(), *part.guard.written()]
             if part.guard.handed:
                 for index, then in part.guard.handed.take().items():
                     if index not in indices and then is not None:

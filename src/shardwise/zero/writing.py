@@ -16,10 +16,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..errors import WriteError
 from ..offload.store import Slab
 from .collectives import Ranks
-from .flat import FlatBuffer
 from .plan import Tier
 from .unit import Unit, Weights
 
@@ -37,6 +35,7 @@ def write_back(units: Sequence[Unit], ranks: Ranks, fetch: Fetch, put: Put) -> N
         for buffer in (unit.frozen, unit.trainable):
             if buffer is None:
                 continue
+            buffer.bring_back()
             if ranks.world_size > 1:
                 ranks.broadcast(buffer.whole)
             if buffer.slab is not None:
@@ -63,23 +62,11 @@ def follow(unit: Unit, fetch: Fetch, put: Put) -> None:
 
 
 def has_strayed(unit: Unit) -> bool:
-    """Whether a script may have written trained weights of `unit` that its masters do not know.
-
-    Raises WriteError for a weight that no longer lies where the engine keeps it.
-    """
+    """Whether a script may have written trained weights of `unit` that its masters do not know; of those that stay whole."""
+    if unit.frozen is not None and not unit.frozen.leaves:
+        unit.frozen.bring_back()
     buffer = unit.trainable
     if buffer is None or buffer.leaves:
         return unit.strayed
-    written = bool(buffer.guard.written()) | bool(buffer.guard.handed.take())
-    _refuse_moved(buffer)
+    written = bool(buffer.bring_back()) | bool(buffer.guard.written()) | bool(buffer.guard.handed.take())
     return written or unit.strayed
-
-
-def _refuse_moved(buffer: FlatBuffer) -> None:
-    base, size = buffer.whole.data_ptr(), buffer.dtype.itemsize
-    for member, slot in zip(buffer.members, buffer.layout.slots, strict=True):
-        if member.parameter.data_ptr() != base + slot.offset * size:
-            raise WriteError(
-                f"{member.name} no longer lies where the engine keeps it: something gave it memory of its own (set_, "
-                "swap_tensors). It would never be trained again. Copy into it instead, under torch.no_grad()."
-            )

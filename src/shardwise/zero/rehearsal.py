@@ -1,0 +1,301 @@
+"""An optimizer's verbs, played with its twins on small parameters that are divided as a plan divides them.
+
+    stand-ins          w (3, 4), v (2,)
+    cuts of a twin     [(w, 0, 5), (v, 0, 1)]       what one rank holds: flat, or in the shape of the stand-in
+    verbs              step, step, eval, train      each with gradients of its own
+
+It gives what weights, states and numbers came of it, and judges nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from .doubles import double, twin
+
+# Of the gradients, verb by verb: optimizers that clip do so at some of them.
+_SIZES = (1.0, 0.01, 30.0, 1.0)
+_ATTRIBUTE = "the attribute"
+# The least rate that is tried: a schedule may have begun at zero, and a tiny one drowns in the rounding of the weights.
+RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """A small parameter in the place of one of the user's.
+
+    key: id of the user's. state: what the optimizer has for it already, cut to the size of `start`.
+    """
+
+    key: int
+    group: int
+    start: Tensor
+    state: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return f"a parameter of shape {tuple(self.start.shape)} in group {self.group}"
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What is called: `step`, or another method of the class."""
+
+    name: str = "step"
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+# (number of a stand-in, begin, end) of each part that a twin has.
+Cuts = Sequence[tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How stand-ins are held. twins: what each has. shaped: in their own shape. visits: each part steps in its own call."""
+
+    twins: Sequence[Cuts]
+    shaped: bool = False
+    visits: bool = False
+
+
+@dataclass
+class Outcome:
+    """weights: of each stand-in, flat, after each verb. states: of each, (begin, end, state).
+
+    before, kept: what the first twin had, and each has, beside states of parameters, by words for it.
+    holding: which of them have parts. moved_away: stand-ins whose memory was replaced. draws: whether random numbers were.
+    returned: what the last verb gave each.
+    """
+
+    weights: list[list[Tensor]] = field(default_factory=list)
+    states: list[list[tuple[int, int, dict[str, Any]]]] = field(default_factory=list)
+    before: dict[str, Any] = field(default_factory=dict)
+    kept: list[dict[str, Any]] = field(default_factory=list)
+    holding: list[bool] = field(default_factory=list)
+    moved_away: list[int] = field(default_factory=list)
+    returned: list[dict[str, Any]] = field(default_factory=list)
+    draws: bool = False
+
+
+@dataclass(frozen=True)
+class _Part:
+    number: int
+    begin: int
+    end: int
+    values: Tensor  # the memory of `tensor`
+    tensor: Parameter
+
+
+def rehearse(
+    optimizer: Optimizer, stand_ins: Sequence[StandIn], others: Sequence[int], way: Way, verbs: Sequence[Verb]
+) -> Outcome:
+    """Play `verbs` on twins of `optimizer`, which hold the stand-ins in this way. Raises what its methods raise.
+
+    others: ids of the user's parameters that have no stand-in. Gradients and random numbers are the same in every way.
+    """
+    found = Outcome()
+    twins = [_twin(optimizer, stand_ins, others, cuts, way) for cuts in way.twins]
+    found.before = kept_beside(twins[0][0])
+    source = torch.Generator().manual_seed(0)
+    device = stand_ins[0].start.device if stand_ins else torch.device("cpu")
+    with _generators_kept(device) as have_drawn:
+        for place, verb in enumerate(verbs):
+            size = _SIZES[place % len(_SIZES)]
+            gradients = [(torch.randn(s.start.shape, generator=source) * size).to(s.start) for s in stand_ins]
+            found.returned = []
+            for made, parts in twins:
+                play = _play_visiting if way.visits and verb.name == "step" else _play
+                found.returned.append(dict(leaves(play(made, parts, gradients, verb), "what it returned")))
+            found.weights.append(_weights(stand_ins, [part for _, parts in twins for part in parts]))
+        found.draws = have_drawn()
+    found.states = [[] for _ in stand_ins]
+    for made, parts in twins:
+        for part in parts:
+            found.states[part.number].append((part.begin, part.end, dict(made.state.get(part.tensor, {}))))
+            if part.tensor.data_ptr() != part.values.data_ptr() or part.tensor.shape != part.values.shape:
+                found.moved_away.append(part.number)
+    found.kept = [kept_beside(made) for made, _ in twins]
+    found.holding = [bool(parts) for _, parts in twins]
+    return found
+
+
+def call(optimizer: Any, verb: Verb) -> Any:
+    """Call the class's method on `optimizer`, without the hooks that torch puts around `step`."""
+    method: Callable[..., Any] = getattr(type(optimizer), verb.name)
+    if vars(method).get("hooked"):
+        method = method.__wrapped__  # type: ignore[attr-defined]
+    with torch.enable_grad():
+        return method(optimizer, *verb.args, **verb.kwargs)
+
+
+def kept_beside(optimizer: Any) -> dict[str, Any]:
+    """Numbers, texts and tensors that an optimizer keeps beside the states of its parameters, by words for each."""
+    found: list[tuple[str, Any]] = []
+    for number, group in enumerate(optimizer.param_groups):
+        found += [(setting(number, name), value) for name, value in group.items() if name != "params"]
+    for name, value in vars(optimizer).items():
+        if name not in ("param_groups", "state", "defaults") and not name.startswith("_optimizer_"):
+            found.append((f"{_ATTRIBUTE} {name!r}", value))
+    found += [(f"the state {key!r}", value) for key, value in optimizer.state.items() if not isinstance(key, Tensor)]
+    return {
+        words: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+        for name, value in found
+        for words, leaf in leaves(value, name)
+    }
+
+
+def leaves(value: Any, words: str) -> Iterator[tuple[str, Any]]:
+    """(words, value) of what can be compared in `value`: numbers, texts and tensors, also inside of containers."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from leaves(item, f"{words}[{name!r}]")
+    elif isinstance(value, (list, tuple)):
+        for place, item in enumerate(value):
+            yield from leaves(item, f"{words}[{place}]")
+    elif isinstance(value, (bool, int, float, str, type(None))) or (
+        isinstance(value, Tensor) and not isinstance(value, Parameter)
+    ):
+        yield words, value
+
+
+def is_attribute(words: str) -> bool:
+    """Whether these are the words for an attribute of the optimizer."""
+    return words.startswith(_ATTRIBUTE)
+
+
+def setting(group: int, name: str) -> str:
+    """Words for a setting of a parameter group."""
+    return f"the setting {name!r} of group {group}"
+
+
+def _twin(
+    optimizer: Optimizer, stand_ins: Sequence[StandIn], others: Sequence[int], cuts: Cuts, way: Way
+) -> tuple[Any, list[_Part]]:
+    held: dict[int, Tensor] = {key: Parameter(torch.zeros(1)) for key in others}
+    parts = []
+    for number, begin, end in cuts:
+        stand_in = stand_ins[number]
+        values = stand_in.start.reshape(-1)[begin:end].clone()
+        values = values.view(stand_in.start.shape) if way.shaped else values
+        parts.append(_Part(number, begin, end, values, Parameter(values)))
+    # In attributes the optimizer has whole parameters, which the engine does not change.
+    held |= {s.key: Parameter(s.start.clone()) for s in stand_ins}
+    if way.shaped:
+        held |= {stand_ins[part.number].key: part.tensor for part in parts}
+    made = twin(optimizer, held)
+    elementwise = {n for s in stand_ins for n, v in s.state.items() if s.start.ndim and is_like(v, s.start)}
+    for part in parts:
+        stand_in = stand_ins[part.number]
+        made.param_groups[stand_in.group]["params"].append(part.tensor)
+        state = {
+            name: value.reshape(-1)[part.begin : part.end].clone().view(part.values.shape)
+            if is_like(value, stand_in.start) and (stand_in.start.ndim or name in elementwise)
+            else copy.deepcopy(value)
+            for name, value in stand_in.state.items()
+        }
+        if state:
+            made.state[part.tensor] = state
+    given: Mapping[Any, Any] = optimizer.state
+    for key, value in given.items():
+        if not isinstance(key, Tensor):
+            made.state[key] = copy.deepcopy(value)
+    for group in made.param_groups:
+        _lift_rate(group)
+    return made, parts
+
+
+def _lift_rate(group: dict[str, Any]) -> None:
+    rate = group.get("lr")
+    if isinstance(rate, Tensor) and rate.is_floating_point():
+        rate.clamp_(min=RATE)
+    elif isinstance(rate, (int, float)):
+        group["lr"] = max(rate, RATE)
+
+
+def is_like(value: Any, parameter: Tensor) -> bool:
+    """Whether a state has its parameter's shape."""
+    return isinstance(value, Tensor) and value.shape == parameter.shape
+
+
+def _gradient(part: _Part, gradients: Sequence[Tensor]) -> Tensor:
+    return gradients[part.number].reshape(-1)[part.begin : part.end].clone().view(part.values.shape)
+
+
+def _play(made: Any, parts: Sequence[_Part], gradients: Sequence[Tensor], verb: Verb) -> Any:
+    for part in parts:
+        part.tensor.grad = _gradient(part, gradients)
+    result = call(made, verb)
+    for part in parts:
+        part.tensor.grad = None
+    return result
+
+
+def _play_visiting(made: Any, parts: Sequence[_Part], gradients: Sequence[Tensor], verb: Verb) -> Any:
+    """As `Visits` does: the optimizer steps what is in place, here nothing, and a double each part."""
+    result = call(made, verb)
+    for part in parts:
+        one = double(made)
+        piece = Parameter(part.values)
+        piece.grad = _gradient(part, gradients)
+        group = next(n for n, g in enumerate(made.param_groups) if any(part.tensor is p for p in g["params"]))
+        one.param_groups[group]["params"].append(piece)
+        if part.tensor in made.state:
+            one.state[piece] = made.state[part.tensor]
+        call(one, verb)
+        made.state[part.tensor] = one.state[piece]
+    return result
+
+
+def _weights(stand_ins: Sequence[StandIn], parts: Sequence[_Part]) -> list[Tensor]:
+    found = [s.start.reshape(-1).clone() for s in stand_ins]
+    for part in parts:
+        found[part.number][part.begin : part.end] = part.values.detach().reshape(-1)
+    return found
+
+
+@contextmanager
+def _generators_kept(device: torch.device) -> Iterator[Callable[[], bool]]:
+    """Inside, random numbers begin anew; afterwards torch's, Python's and numpy's go on as if nothing had been drawn.
+
+    Gives a function that says whether any were.
+    """
+    numpy: Any = sys.modules.get("numpy")
+
+    def states() -> list[Any]:
+        found: list[Any] = [torch.get_rng_state(), random.getstate()]
+        if device.type == "cuda":
+            found.append(torch.cuda.get_rng_state(device))
+        return found + ([repr(numpy.random.get_state())] if numpy else [])
+
+    python, others = random.getstate(), numpy.random.get_state() if numpy else None
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(0)
+        random.seed(0)
+        if device.type == "cuda":
+            torch.cuda.default_generators[
+                torch.cuda.current_device() if device.index is None else device.index
+            ].manual_seed(0)
+        if numpy:
+            numpy.random.seed(0)
+        before = states()
+        try:
+            yield lambda: any(not _equal(a, b) for a, b in zip(before, states(), strict=True))
+        finally:
+            random.setstate(python)
+            if numpy:
+                numpy.random.set_state(others)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
