@@ -160,7 +160,9 @@ def check_keywords(stage: int, backend: str, ranks: Ranks) -> Row:
             replaced = RecomputedBlocks(list(model.blocks) if recompute else [], sharded, None)
         losses = []
         for step in range(4):
-            torch.manual_seed(11 + step)  # a compiled recomputation may draw its masks anew, and leave the generator elsewhere
+            torch.manual_seed(
+                11 + step
+            )  # a compiled recomputation may draw its masks anew, and leave the generator elsewhere
             loss = model(drawn(ranks, step, 0, 16, 64)).square().mean()
             loss.backward()
             optimizer.step()
