@@ -85,7 +85,9 @@ def recomputed(
     none, and dropout would draw other masks than in the forward; so it is given an empty tensor to find.
     around: gives what the forward and its recomputation run inside of.
     """
-    contexts: dict[str, Any] = {} if around is None else {"context_fn": around}  # compilers take the argument for theirs
+    contexts: dict[str, Any] = (
+        {} if around is None else {"context_fn": around}
+    )  # compilers take the argument for theirs
     here = torch.empty(0, device=next(module.parameters()).device)
 
     @functools.wraps(function)
