@@ -35,6 +35,7 @@ from shardwise.errors import StoreError
 from shardwise.offload.host import HostStore
 from shardwise.offload.nvme import NvmeStore
 from shardwise.recomputing import RecomputedBlocks
+from shardwise.zero import peers
 from shardwise.zero.collectives import Ranks
 from shardwise.zero.optimizer import ShardedOptimizer
 from shardwise.zero.plan import Plan
@@ -404,6 +405,36 @@ def check_released(ranks: Ranks) -> Row:
     return Row("hazard", "page-locked memory, dropped early", 0.0, float(wrong), wrong == 0, note)
 
 
+# Memory that ranks share, which they give back at different times.
+
+
+def check_given_back(ranks: Ranks) -> Row:
+    """A model is prepared while one rank still holds the one before. Fails by hanging, or by reading the other's weights.
+
+    torch's pool gave the other rank memory that it had shared before, and it skipped the exchange in which the first waited.
+    """
+    kept: list[Any] = []
+    apart = 0.0
+    before, peers.MIN_SHARD_NBYTES = peers.MIN_SHARD_NBYTES, 1
+    try:
+        with ended_if_it_hangs():
+            for turn in range(4):
+                torch.manual_seed(turn)
+                plain = Branches([Small, Small], 512).to(ranks.device)
+                model = copy.deepcopy(plain)
+                sharded, _ = prepare(ranks, model, 3, units=["Small"])
+                with torch.no_grad():
+                    x = drawn(ranks, turn, 0, 4, 8)
+                    apart = max(apart, float((model(x, range(2)) - plain(x, range(2))).abs().max()))
+                if ranks.rank == turn % 2:
+                    kept.append((model, sharded))
+                del model, sharded
+                gc.collect()
+    finally:
+        peers.MIN_SHARD_NBYTES = before
+    return row_of("shared memory, given back by one rank", (0.0, apart))
+
+
 class One(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -556,6 +587,7 @@ HAZARDS: list[Check] = [
         "branches, reversed, offloaded", partial(check_branches, "the same, offloaded x2", ALL_BIG, (3, 2, 1, 0), True)
     ),
     _check("page-locked memory", check_released),
+    _check("shared memory", check_given_back),
 ]
 
 
