@@ -413,7 +413,7 @@ def _tie(one: nn.Module, other: nn.Module) -> None:
 
 def _output(model: Any, x: Tensor, where: Where) -> Tensor:
     out = model(x, where)
-    root = (model.root if hasattr(model, "root") else None)
+    root = model.root if hasattr(model, "root") else None
     return out if root is None else opened(root, out)
 
 

@@ -27,6 +27,7 @@ from .engine import Doubts, Engine, Faults, Kind, ReductionsInFlight, Stores
 from .generation import room_for_weights, units_that_fit
 from .gradients import Gradients
 from .hooks import Hooks
+from .norms import Norms
 from .peers import GatherWith, PeerMemory
 from .plan import Plan, Tier
 from .portions import Role
@@ -34,7 +35,6 @@ from .precision import Precision
 from .quantised import QuantisedWeights
 from .releasing import dissolve, log_rounded
 from .schedule import Schedule
-from .shown import Norms
 from .sources import Makers, Sources, choose_makers
 from .streams import Lanes
 from .thawing import Thawing
@@ -148,6 +148,7 @@ class ShardedModel:
             after=self._after_backward,
             compute_dtype=dtype,
         )
+        self._engine.norms.before_reading(self._hooks.finish_interrupted)
         self.thawing = Thawing(self.units, self._builder, self._engine, self.schedule, self._hooks, self.drain)
         _sharded[id(model)] = self
 
