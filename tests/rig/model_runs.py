@@ -13,7 +13,8 @@ from torch import Tensor
 
 from rig import Worlds
 from rig.engine import inputs, mine, prepare, trained, weights_of
-from rig.random_models import CORES, PACKED, Token, Where, built, opened
+from rig.packing import PACKED, opened
+from rig.random_models import CORES, Token, Where, built
 from shardwise.zero.collectives import attempt
 
 STEPS = 5

@@ -10,17 +10,17 @@ A model is made of tokens, plain tuples in one flat list, any of which may be le
 
 from __future__ import annotations
 
-from collections import OrderedDict, UserDict, namedtuple
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
+
+from rig.packing import PACKED, opened
 
 WIDTH = 5
 Token = tuple[Any, ...]
@@ -147,56 +147,6 @@ CORES: dict[str, Callable[..., nn.Module]] = {
     "recurrent": Recurrent,
     "norm": partial(nn.LayerNorm, WIDTH),
 }
-
-
-# What a module hands over, and how the caller opens it.
-
-
-@dataclass
-class Data:
-    out: Tensor
-    more: Any = None
-
-
-class Output(OrderedDict):  # type: ignore[type-arg]
-    """As transformers' ModelOutput: a dictionary with attributes."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-
-Named = namedtuple("Named", "out more")
-
-PACKED: dict[str, Callable[[Tensor], Any]] = {
-    "tuple": lambda x: (x, None),
-    "list": lambda x: [x],
-    "nested": lambda x: {"a": [(x,)]},
-    "dict": lambda x: {"out": x, "more": None},
-    "namedtuple": lambda x: Named(x, 3),
-    "dataclass": Data,
-    "namespace": lambda x: SimpleNamespace(out=x),
-    "output": lambda x: Output(out=x),
-    "userdict": lambda x: UserDict(out=x),
-    "set": lambda x: {x},
-    "closure": lambda x: lambda: x,
-    "generator": lambda x: (item for item in (x,)),
-    "two": lambda x: (x * 0.5, x * 0.5),
-}
-
-
-def opened(how: str, value: Any) -> Tensor:
-    if how == "two":
-        return value[0] + value[1]
-    if how == "nested":
-        return value["a"][0][0]
-    if how in ("closure",):
-        return value()
-    if hasattr(value, "out"):
-        return value.out
-    return value["out"] if how in ("dict", "userdict") else next(iter(value))
 
 
 # What is done around a piece's core. Each takes (the rest, the piece, the forward, its own arguments) and x.
