@@ -285,8 +285,7 @@ class Hooks:
         if self._left:
             self.schedule.abandon_open_pass()
         boundary = self._left_boundary = self._boundary()
-        # Gradients are recorded in a backward only where its result shall have a backward too.
-        self.schedule.begin_backward(boundary, again=torch.is_grad_enabled())
+        self.schedule.begin_backward(boundary, again=_records_backward())
         end = EndOfBackward(ended=partial(self._end_backward, boundary), left=self._leave_backward)
         torch.autograd.Variable._execution_engine.queue_callback(end)
 
@@ -353,6 +352,14 @@ def _transforming() -> bool:
 def _in_backward() -> bool:
     """Whether autograd is running a backward on this thread: true inside a recomputation."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _records_backward() -> bool:
+    """Whether the result of the running backward shall have a backward too (create_graph=True).
+
+    Only then gradients are recorded in it, but for those of a recomputation, where it may begin; its graph is kept as well.
+    """
+    return torch.is_grad_enabled() and bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 class _Watch(torch.autograd.Function):

@@ -223,6 +223,10 @@ class ShardedModel:
         for g in self.gradients():
             g.shown.show()
 
+    def finish_interrupted(self) -> None:
+        """End the pass that an error or an interrupt has left open. Collective where there is one."""
+        self._hooks.finish_interrupted()
+
     def look_at_gradients(self) -> None:
         """Take over what a script has done to `grad` of the parameters since a backward: dropped, assigned or changed it."""
         self._hooks.finish_interrupted()
