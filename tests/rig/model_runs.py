@@ -69,7 +69,7 @@ def drawn_tokens(seed: int) -> list[Token]:
         if source.random() < 0.2:
             tokens.append(("frozen",))
         for _ in range(pick([0, 0, 1, 1, 2, 3])):
-            tokens.append(_said(source))
+            tokens.append(_around(source))
         if source.random() < 0.15:
             tokens.append(("again", source.randrange(9)))
     if source.random() < 0.4:
@@ -77,7 +77,7 @@ def drawn_tokens(seed: int) -> list[Token]:
     return tokens
 
 
-def _said(source: random.Random) -> Token:
+def _around(source: random.Random) -> Token:
     pick = source.choice
     return pick(
         [
@@ -161,6 +161,9 @@ class _Both:
         self.training = training
         self.reference, self.model = built(tokens), built(tokens)
         self.loss: Callable[..., Tensor] = LOSSES[training.loss]
+        # Thirds are summed up in another order; where 16 bits follow, a last bit of 32 may become one of those.
+        rounds = ("half",) in tokens and self.ranks.world_size == 3
+        self._limit = 2e-4 if rounds else 2e-6
 
     def run(self) -> str | None:
         weights, losses = self._in_torch()
@@ -171,7 +174,7 @@ class _Both:
         sharded, _, stepping = prepare(self.ranks, self.model, self.training.plan, optimizer=_sgd, units=found or None)
         for number, wanted in enumerate(losses):
             loss, error = attempt(lambda: self._backward(number))  # noqa: B023 - called at once
-            problem = _said(error) if error is not None else _differs(loss, wanted)
+            problem = _said(error) if error is not None else self._differs(loss, wanted)
             told = self.ranks.gather_objects(problem)
             if any(told):
                 return f"step {number}: {next(text for text in told if text)}"
@@ -180,7 +183,7 @@ class _Both:
                 stepping.zero_grad()
         found_weights = weights_of(sharded)
         for name, value in weights.items():
-            problem = _differs(found_weights[name], value)
+            problem = self._differs(found_weights[name], value)
             if problem:
                 return f"{name} at the end: {problem}"
         return None
@@ -216,15 +219,13 @@ class _Both:
         batch = inputs(STEPS * self.training.accumulate)[number]
         return self._one(self.model, batch, self.ranks.rank, number, alone=True)
 
-
-def _differs(found: Tensor | None, wanted: Tensor) -> str | None:
-    if found is None or found.shape != wanted.shape:
-        return f"{found} instead of {wanted}"
-    if not wanted.numel():
-        return None
-    off = ((found.to(wanted.dtype) - wanted).abs() / wanted.abs().clamp(min=1)).max().item()
-    limit = 1e-2 if wanted.dtype == torch.bfloat16 else 2e-6
-    return None if off <= limit else f"off by {off:.3g}"
+    def _differs(self, found: Tensor | None, wanted: Tensor) -> str | None:
+        if found is None or found.shape != wanted.shape:
+            return f"{found} instead of {wanted}"
+        if not wanted.numel():
+            return None
+        off = ((found.to(wanted.dtype) - wanted).abs() / wanted.abs().clamp(min=1)).max().item()
+        return None if off <= self._limit else f"off by {off:.3g}"
 
 
 def _said(error: Exception) -> str:
