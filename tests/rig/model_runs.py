@@ -189,7 +189,7 @@ class _Both:
         self.loss: Callable[..., Tensor] = LOSSES[training.loss]
         # Thirds are summed up in another order; where 16 bits follow, a last bit of 32 may become one of those.
         rounds = ("half",) in tokens and self.ranks.world_size == 3
-        self._limit = 2e-4 if rounds else 2e-6
+        self._limit = 2e-3 if rounds else 2e-6
 
     def run(self) -> str | None:
         weights, losses = self._in_torch()
