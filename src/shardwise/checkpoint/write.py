@@ -29,7 +29,7 @@ from . import files
 from .agree import together
 from .manifest import MANIFEST, Entry, Index, Manifest, Part, text_checksum
 from .patience import Progress, patiently
-from .places import MARK, STAGING, discard, left_behind, make_staging, put_in_place
+from .places import MARK, STAGING, discard, left_behind, make_staging, put_in_place, refuse_taken
 from .tensor_file import Spec, TensorFile
 
 logger = logging.getLogger("shardwise")
@@ -121,6 +121,28 @@ def write_checkpoint(
     except CheckpointError:
         if ranks.rank == 0:
             attempt(lambda: files.remove(staging))  # else the next save begins by removing it
+        raise
+
+
+def write_alone(
+    target: Path, drafts: Sequence[Draft], describe: Callable[[Sequence[Entry]], Manifest], beside: Mapping[str, str]
+) -> None:
+    """Publish `drafts`, one of each rank of a run that is not this one, as the directory `target`, from this one process.
+
+    target: must be free. beside: name -> text of files that are put into it. Raises CheckpointError; then nothing is left.
+    """
+    refuse_taken(target)
+    staging = target.with_name(STAGING + target.name)
+    try:
+        make_staging(staging)
+        for name, text in beside.items():
+            files.write_text(staging / name, text)
+        entries = [_write_rank(staging, draft, rank, Progress("writes")) for rank, draft in enumerate(drafts)]
+        _publish(staging, target, describe(entries))
+    except BaseException as error:
+        attempt(lambda: files.remove(staging))  # the first error is the one to tell
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{printed(target)} was not written: {error}.") from error
         raise
 
 
