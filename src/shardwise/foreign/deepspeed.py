@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..documents import printed, shown
 from ..errors import CheckpointError
 from .deepspeed_files import DeepSpeedFiles, ModelStates, OptimizerStates, files_of
 from .partitions import Cut, cut_each, cut_runs, share_of
-from .pickles import Fields, Inert, with_values
+from .pickles import Fields, Inert, named_tensors, with_values
 from .run import MODEL, ForeignOptimizer, ForeignRun, can_be_kept, piece, settings_of, whole_piece
 
 
@@ -40,7 +41,7 @@ def read_deepspeed(tag: Path) -> ForeignRun:
     cuts = _cuts(first, ranks, files)
     for rank, (states, cut) in enumerate(zip(ranks, cuts, strict=True)):
         run.pieces[rank] += _trained(states, cut, files.optimizers[rank])
-    _add_frozen(run, files, first)
+    _add_frozen(run, files, first, ranks[0].stage)
     _add_buffers(run, first)
     run.optimizer = _optimizer(first, ranks[0], run)
     run.scaler = _scaler(ranks[0].content)
@@ -82,17 +83,12 @@ def _cuts(first: ModelStates, ranks: Sequence[OptimizerStates], files: DeepSpeed
     world = len(ranks)
     if ranks[0].stage == 3:
         return [cut_each(first.groups, rank, world) for rank in range(world)]
-    # Padding was taken off the last rank's only, and with one rank that is all there is.
-    sizes = [
-        with_values(master, f"{printed(files.optimizers[0])}: group {number}").numel()
-        for number, master in enumerate(ranks[0].masters)
-    ]
     alignment = ranks[0].alignment or [[0] * len(group) for group in first.groups]
     if [len(row) for row in alignment] != [len(group) for group in first.groups]:
         raise CheckpointError(
             f"{ranks[0].content.where}: param_alignment_paddings are not those of the weights in param_shapes."
         )
-    cuts = [cut_runs(first.groups, sizes, rank, world, alignment) for rank in range(world)]
+    cuts = [cut_runs(first.groups, rank, world, alignment) for rank in range(world)]
     for states, cut in zip(ranks, cuts, strict=True):
         if states.slices is None:
             continue
@@ -155,26 +151,40 @@ def _state_name(name: Any, where: str) -> str:
     return name
 
 
-def _add_frozen(run: ForeignRun, files: DeepSpeedFiles, first: ModelStates) -> None:
-    """The frozen weights: whole at stages 1 and 2, of each rank a part at stage 3."""
-    if not first.frozen:
-        return
-    for rank, path in enumerate(files.models):
-        model = first if rank == 0 else ModelStates.read(path)
-        fragments = model.content.content.get("frozen_param_fragments")
-        if fragments is None:
-            run.notes.append("Frozen weights are not in it (exclude_frozen_parameters): load the same base model.")
-            return
-        held = Fields(fragments, f"{printed(path)}: frozen_param_fragments")
-        for name, shape in first.frozen.items():
-            begin, numel = share_of(math.prod(shape), rank, len(files.models))
-            values = with_values(held.content.get(name), f"{held.where}: {printed(name)}").reshape(-1)
-            if values.numel() < numel:
-                raise CheckpointError(
-                    f"{held.where}: {printed(name)} has {values.numel()} elements instead of {numel}."
-                )
-            if numel:
-                run.pieces[rank].append(piece(f"{MODEL}/frozen/{name}", shape, begin, values[:numel], values.dtype))
+def _add_frozen(run: ForeignRun, files: DeepSpeedFiles, first: ModelStates, stage: int) -> None:
+    """The frozen weights: whole in the module's state at stages 1 and 2, of each rank a part at stage 3."""
+    module = first.content.below("module")
+    if stage < 3:
+        known = {*chain.from_iterable(first.groups), *first.content.rows("buffer_names"), *first.shared}
+        for name, value in named_tensors(module.content, module.where).items():
+            if name not in known and value.numel():
+                run.pieces[0].append(whole_piece(f"{MODEL}/frozen/{name}", value))
+        without = first.frozen.keys() - module.content.keys()
+    else:
+        without = first.frozen.keys()
+        for rank, path in enumerate(files.models if without else ()):
+            model = first if rank == 0 else ModelStates.read(path)
+            fragments = model.content.content.get("frozen_param_fragments")
+            if fragments is not None:
+                without = set()
+                held = Fields(fragments, f"{printed(path)}: frozen_param_fragments")
+                run.pieces[rank] += _frozen_parts(held, first, rank, len(files.models))
+    if without:
+        run.notes.append(
+            f"{len(without)} frozen weight(s) are not in it (exclude_frozen_parameters): load the same base model."
+        )
+
+
+def _frozen_parts(held: Fields, first: ModelStates, rank: int, world_size: int) -> Iterator[Piece]:
+    for name, shape in first.frozen.items():
+        begin, numel = share_of(math.prod(shape), rank, world_size)
+        values = with_values(held.content.get(name), f"{held.where}: {printed(name)}").reshape(-1)
+        if values.numel() < numel:
+            raise CheckpointError(
+                f"{held.where}: {printed(name)} has {values.numel()} elements instead of {numel} or more."
+            )
+        if numel:
+            yield piece(f"{MODEL}/frozen/{name}", shape, begin, values[:numel], values.dtype)
 
 
 def _add_buffers(run: ForeignRun, first: ModelStates) -> None:

@@ -13,9 +13,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..documents import printed
-from ..errors import CheckpointError
-
 # At stages 1 and 2 a partition's size is a multiple of this.
 _ALIGNED = 2
 # Name -> shape, in the order in which they lie.
@@ -43,27 +40,14 @@ class Cut:
     full: tuple[int, ...]
 
 
-def cut_runs(
-    groups: Sequence[Group],
-    partition_numels: Sequence[int],
-    rank: int,
-    world_size: int,
-    alignment: Sequence[Sequence[int]],
-) -> Cut:
-    """Rank `rank`'s part at stages 1 and 2.
-
-    partition_numels: elements of a partition of each group, padding included. alignment: the padding behind each weight.
-    Raises CheckpointError if the partitions of all ranks together have not the size of a group.
-    """
+def cut_runs(groups: Sequence[Group], rank: int, world_size: int, alignment: Sequence[Sequence[int]]) -> Cut:
+    """Rank `rank`'s part at stages 1 and 2. alignment: the padding behind each weight."""
     stretches: list[Stretch] = []
     used: list[int] = []
-    for number, (group, size) in enumerate(zip(groups, partition_numels, strict=True)):
+    full: list[int] = []
+    for number, group in enumerate(groups):
         total = sum(math.prod(shape) for shape in group.values()) + sum(alignment[number])
-        if not total <= size * world_size < total + _ALIGNED * world_size:
-            raise CheckpointError(
-                f"{world_size} partition(s) of {size} elements are not the {total} of group {number}, whose first weight is "
-                f"{printed(next(iter(group), 'missing'))}: the files are of two runs, or damaged."
-            )
+        size = -(-total // (_ALIGNED * world_size)) * _ALIGNED
         low, high = rank * size, min((rank + 1) * size, total)
         start = 0
         for (name, shape), behind in zip(group.items(), alignment[number], strict=True):
@@ -73,7 +57,8 @@ def cut_runs(
                 stretches.append(Stretch(name, shape, first - start, last - first, number, first - low))
             start += numel + behind
         used.append(max(0, high - low))
-    return Cut(tuple(stretches), tuple(used), tuple(partition_numels))
+        full.append(size)
+    return Cut(tuple(stretches), tuple(used), tuple(full))
 
 
 def cut_each(groups: Sequence[Group], rank: int, world_size: int) -> Cut:

@@ -79,7 +79,7 @@ def read_pickle(path: Path) -> Any:
             "nothing that a file names. Save it again without these objects."
         ) from error
     raise CheckpointError(
-        f"{where} is damaged, or no file of torch.save: {type(error).__name__}: {shown(str(error).splitlines()[0])}."
+        f"{where} is damaged, or no file of torch.save: {type(error).__name__}: {shown(str(error))}."
     ) from error
 
 
