@@ -58,6 +58,7 @@ class Layout:
     sub_group_numel: at stage 3, as soon as a rank has so many elements in a flat tensor the next one begins.
     aligned:         weights begin at multiples of 4 elements (0.19's parameter_alignment).
     elastic:         states without padding and without parameter groups (elastic_checkpoint).
+    round_robin:     weights are flattened in another order, which is the one of param_shapes and not of the slices.
     frozen:          False leaves frozen weights out (exclude_frozen_parameters).
     """
 
@@ -69,6 +70,7 @@ class Layout:
     elastic: bool = False
     frozen: bool = True
     bf16: bool = False
+    round_robin: bool = False
     scaler: Mapping[str, Any] = field(default_factory=lambda: {"cur_scale": 1.0, "dynamic": False})
     client_state: Mapping[str, Any] = field(default_factory=lambda: {"note": {"epoch": 1}, "best": 0.5})
 
@@ -109,6 +111,8 @@ def _sub_groups(param_groups: Sequence[Sequence[str]], weights: Named, layout: L
             if layout.stage == 3 and found[-1][1] and used >= layout.sub_group_numel:
                 found.append((number, []))
             found[-1][1].append(name)
+    if layout.round_robin:
+        return [(number, names[0::2] + names[1::2]) for number, names in found]
     return found
 
 
@@ -148,7 +152,7 @@ def _model_states(
         "global_samples": 4 * layout.world * steps,
         "dp_world_size": layout.world,
         "mp_world_size": 1,
-        "ds_config": {"zero_optimization": {"stage": layout.stage}},
+        "ds_config": {"zero_optimization": {"stage": layout.stage, "round_robin_gradients": layout.round_robin}},
         "ds_version": layout.version,
         **({"sparse_tensor_module_names": set()} if layout.version < "0.19" else {}),
         **({"checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1}} if layout.version > "0.19" else {}),
@@ -237,6 +241,7 @@ def _each(values: Named, rank: int, layout: Layout) -> tuple[Tensor, int]:
 
 def _slices(weights: Mapping[str, Tensor], names: Sequence[str], rank: int, layout: Layout) -> Any:
     total, places = 0, {}
+    names = sorted(names, key=list(weights).index) if layout.round_robin else names
     for name, behind in zip(names, _behind(weights, names, layout), strict=True):
         places[name] = (total, weights[name].numel())
         total += weights[name].numel() + behind

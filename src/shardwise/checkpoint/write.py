@@ -125,11 +125,16 @@ def write_checkpoint(
 
 
 def write_alone(
-    target: Path, drafts: Sequence[Draft], describe: Callable[[Sequence[Entry]], Manifest], beside: Mapping[str, str]
+    target: Path,
+    drafts: Sequence[Draft],
+    describe: Callable[[Sequence[Entry]], Manifest],
+    beside: Mapping[str, str],
+    check: Callable[[Path], None],
 ) -> None:
     """Publish `drafts`, one of each rank of a run that is not this one, as the directory `target`, from this one process.
 
-    target: must be free. beside: name -> text of files that are put into it. Raises CheckpointError; then nothing is left.
+    target: must be free. beside: name -> text of files that are put into it. check: called with the directory when all is in
+    it, before it gets its name; raises CheckpointError if it cannot be read. Raises CheckpointError; then nothing is left.
     """
     refuse_taken(target)
     staging = target.with_name(STAGING + target.name)
@@ -138,7 +143,9 @@ def write_alone(
         for name, text in beside.items():
             files.write_text(staging / name, text)
         entries = [_write_rank(staging, draft, rank, Progress("writes")) for rank, draft in enumerate(drafts)]
-        _publish(staging, target, describe(entries))
+        _seal(staging, target, describe(entries))
+        check(staging)
+        put_in_place(staging, target)
     except BaseException as error:
         attempt(lambda: files.remove(staging))  # the first error is the one to tell
         if isinstance(error, OSError):
@@ -166,12 +173,17 @@ def _write_rank(staging: Path, draft: Draft, rank: int, progress: Progress) -> E
     return Entry(f"{name}.json", text_checksum(text), tensors, nbytes)
 
 
-def _publish(staging: Path, target: Path, manifest: Manifest) -> None:
+def _seal(staging: Path, target: Path, manifest: Manifest) -> None:
+    """What makes the directory a complete checkpoint, but for its name."""
     text = manifest.to_text()
     check_json(text, f"{printed(target)}: {MANIFEST}", CheckpointError)
     files.write_text(staging / MANIFEST, text)
     files.remove(staging / MARK)
     files.sync_directory(staging)
+
+
+def _publish(staging: Path, target: Path, manifest: Manifest) -> None:
+    _seal(staging, target, manifest)
     put_in_place(staging, target)
     for path in left_behind(target):
         _, error = attempt(lambda: discard(path))  # noqa: B023 - called at once

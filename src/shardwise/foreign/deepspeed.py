@@ -90,7 +90,8 @@ def _cuts(first: ModelStates, ranks: Sequence[OptimizerStates], files: DeepSpeed
         )
     cuts = [cut_runs(first.groups, rank, world, alignment) for rank in range(world)]
     for states, cut in zip(ranks, cuts, strict=True):
-        if states.slices is None:
+        # Under round_robin_gradients DeepSpeed notes places of another order than the one in which it flattens.
+        if states.slices is None or first.round_robin:
             continue
         mine: list[dict[str, tuple[int, int]]] = [{} for _ in first.groups]
         for part in cut.stretches:

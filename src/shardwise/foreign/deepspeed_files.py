@@ -181,6 +181,13 @@ class ModelStates:
             content.count("global_steps") - content.count("skipped_steps"),
         )
 
+    @property
+    def round_robin(self) -> bool:
+        """Whether weights were reordered before they were flattened (round_robin_gradients)."""
+        settings: Any = self.content.content.get("ds_config")
+        zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
+        return isinstance(zero, dict) and zero.get("round_robin_gradients") is True
+
     def client_state(self) -> dict[str, Any]:
         """What the script gave to save_checkpoint."""
         return {key: value for key, value in self.content.content.items() if key not in _OWN}

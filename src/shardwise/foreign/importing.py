@@ -16,9 +16,11 @@ from pathlib import Path
 from ..checkpoint.directory import next_order
 from ..checkpoint.lineage import Lineage
 from ..checkpoint.manifest import describer
+from ..checkpoint.read import Checkpoint
 from ..checkpoint.write import write_alone
 from ..documents import printed
 from ..errors import CheckpointError
+from ..saved_states import check_states
 from .accelerate import is_plain_state, read_accelerate
 from .beside import add_beside
 from .deepspeed import read_deepspeed
@@ -53,8 +55,19 @@ def import_checkpoint(
     step = run.optimizer.steps if run.optimizer is not None else 0
     record = {"models": {}, "kept": "inside"}
     manifest = describer(len(drafts), step, next_order(target.parent), None, record, run.facts, Lineage().origin(None))
-    write_alone(target, drafts, manifest, run.beside)
+    write_alone(target, drafts, manifest, run.beside, lambda staging: _read_back(staging, folder, len(drafts)))
     return Imported(target, run.source, step, len(drafts), run.notes)
+
+
+def _read_back(staging: Path, source: Path, world_size: int) -> None:
+    """Raise CheckpointError unless a load would take what was written: weights are whole, states have their form."""
+    try:
+        checkpoint = Checkpoint(staging)
+        check_states([checkpoint.state(rank) for rank in range(world_size)], range(world_size))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{printed(source)} does not hold a whole run, so nothing was written: {str(error).removeprefix(str(staging))}"
+        ) from error
 
 
 def _read(folder: Path, names: Sequence[str] | None) -> ForeignRun:
