@@ -147,6 +147,31 @@ def test_a_schedule_of_deepspeed_keeps_its_position(tmp_path):
     assert again._step_count == torchs._step_count
 
 
+def test_what_accelerate_and_trainer_keep_around_a_tag_comes_along(tmp_path):
+    saved(tmp_path / "run", Layout(stage=3, world=2))
+    (tmp_path / "run" / f"global_step{STEPS}").rename(tmp_path / "run" / "pytorch_model")
+    (tmp_path / "run" / "latest").write_text("pytorch_model")
+    for rank in range(2):
+        kept = {"step": 5, "random_state": random.Random(rank).getstate(), "torch_manual_seed": torch.get_rng_state()}
+        kept["numpy_random_seed"] = numpy.random.RandomState(rank).get_state()
+        torch.save(kept, tmp_path / "run" / f"random_states_{rank}.pkl")
+    import_checkpoint(tmp_path / "run", tmp_path / "one")
+    first, second = (Checkpoint(tmp_path / "one").state(rank) for rank in range(2))
+    assert first["counters"] == {"step": 5}
+    assert second["generators"]["python"] == random.Random(1).getstate()
+    assert (second["generators"]["numpy"][1] == numpy.random.RandomState(1).get_state()[1]).all()
+    for rank in range(2):
+        path = tmp_path / "run" / f"random_states_{rank}.pkl"
+        kept = torch.load(path, weights_only=False)
+        names = {"random_state": "python", "numpy_random_seed": "numpy", "torch_manual_seed": "cpu"}
+        torch.save({names[key]: kept[key] for key in names}, tmp_path / "run" / f"rng_state_{rank}.pth")
+        path.unlink()
+    import_checkpoint(tmp_path / "run", tmp_path / "two")
+    assert Checkpoint(tmp_path / "two").state(1)["generators"]["python"] == second["generators"]["python"]
+    (tmp_path / "run" / "rng_state_1.pth").unlink()
+    assert "rng_state_1.pth is missing" in refused(tmp_path / "run", tmp_path / "three")
+
+
 # What is spoiled.
 
 

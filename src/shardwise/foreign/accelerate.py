@@ -24,7 +24,7 @@ from ..checkpoint.write import Piece
 from ..documents import printed, shown
 from ..errors import CheckpointError, LoadingError
 from .matching import Shape, match_named, match_shapes
-from .pickles import Fields, named_tensors, read_pickle, with_values
+from .pickles import Fields, checked_name, named_tensors, number_of, read_pickle, with_values
 from .run import MODEL, ForeignOptimizer, ForeignRun, master_dtype, settings_of, whole_piece
 
 # States that have no element for each of a weight's, as torch's optimizers call them.
@@ -52,7 +52,7 @@ def read_accelerate(folder: Path, names: Sequence[str] | None) -> ForeignRun:
     run = ForeignRun("accelerate", [[] for _ in range(ranks)])
     content = Fields(read_pickle(folder / _OPTIMIZER), printed(folder / _OPTIMIZER))
     states, groups = content.get("state", dict, "a dictionary"), content.rows("param_groups")
-    members = [Fields(group, f"{content.where}: a parameter group").rows("params") for group in groups]
+    members = [Fields(group, f"{content.where}: a parameter group").numbers("params") for group in groups]
     shapes = [
         [_shape(states.get(number), f"{content.where}: parameter {shown(number)}") for number in row] for row in members
     ]
@@ -119,7 +119,7 @@ def _shape(state: Any, where: str) -> Shape:
     """The shape that a parameter's states tell of it; None if it has none."""
     found = {
         tuple(with_values(value, where).shape)
-        for name, value in (state or {}).items()
+        for name, value in Fields({} if state is None else state, where).content.items()
         if isinstance(value, Tensor) and name not in _NUMBERS
     }
     if len(found) > 1:
@@ -142,7 +142,7 @@ def _matched(
 ) -> list[list[str]]:
     known = {name: weight.shape for name, weight in weights.items() if weight.dtype.is_floating_point}
     if names is None and all("param_names" in group for group in groups):
-        names = [name for group in groups for name in group["param_names"]]
+        names = [checked_name(name, where) for group in groups for name in group["param_names"]]
     try:
         if names is not None:
             return match_named(shapes, known, names)
@@ -174,7 +174,7 @@ def _add_states(
             else:
                 numbers[key] = value.clone() if isinstance(value, Tensor) else value
         run.optimizer.numbers[name] = numbers
-        run.optimizer.steps = max(run.optimizer.steps, int(numbers.get("step", 0)))
+        run.optimizer.steps = max(run.optimizer.steps, int(number_of(numbers.get("step", 0), f"{where}: step")))
 
 
 def _facts(weights: Mapping[str, _Weight], trained: set[str]) -> dict[str, Any]:

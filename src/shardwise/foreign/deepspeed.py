@@ -24,7 +24,7 @@ from ..documents import printed, shown
 from ..errors import CheckpointError
 from .deepspeed_files import DeepSpeedFiles, ModelStates, OptimizerStates, files_of
 from .partitions import Cut, cut_each, cut_runs, share_of
-from .pickles import Fields, Inert, named_tensors, with_values
+from .pickles import Fields, Inert, named_tensors, number_of, with_values
 from .run import MODEL, ForeignOptimizer, ForeignRun, can_be_kept, piece, settings_of, whole_piece
 
 
@@ -208,7 +208,7 @@ def _optimizer(first: ModelStates, states: OptimizerStates, run: ForeignRun) -> 
         )
     else:
         found.settings = [settings_of(group, f"{where}: a parameter group") for group in states.param_groups]
-        members = [group["params"] for group in states.param_groups]
+        members = [Fields(group, f"{where}: a parameter group").numbers("params") for group in states.param_groups]
         if sorted(number for row in members for number in row) != list(range(len(first.groups))):
             raise CheckpointError(
                 f"{where}: its parameter groups hold {shown(members)}, not each of {len(first.groups)} partition(s) once."
@@ -222,17 +222,9 @@ def _optimizer(first: ModelStates, states: OptimizerStates, run: ForeignRun) -> 
             if count is None:
                 count = states.content.content.get("base_optimizer_state_step")
             if count is not None:
-                step = torch.tensor(_number(count, f"{where}: step"))
+                step = torch.tensor(number_of(count, f"{where}: step"))
                 found.numbers |= {name: {"step": step} for name in first.groups[number]}
     return found
-
-
-def _number(value: Any, where: str) -> float:
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise CheckpointError(f"{where} is {shown(value)}, which is no number.")
-    return float(value)
 
 
 def _last_rates(schedule: Any, count: int) -> list[Any] | None:
@@ -243,11 +235,11 @@ def _last_rates(schedule: Any, count: int) -> list[Any] | None:
 def _scaler(content: Fields) -> dict[str, Any]:
     """Our loss scale's state: DeepSpeed counts iterations, and we those since the last overflow or rise."""
     scaler = content.get("loss_scaler", Inert, "a loss scaler")
-    value = _number(scaler.attribute("cur_scale"), f"{content.where}: the loss scale")
+    value = number_of(scaler.attribute("cur_scale"), f"{content.where}: the loss scale")
     counts = [scaler.attribute(name) for name in ("cur_iter", "last_overflow_iter", "scale_window")]
     if any(count is None for count in counts):  # one that never moves
         return {"value": value, "good_steps": 0}
-    now, overflow, window = (int(_number(count, f"{content.where}: the loss scale")) for count in counts)
+    now, overflow, window = (int(number_of(count, f"{content.where}: the loss scale")) for count in counts)
     return {"value": value, "good_steps": max(0, now - overflow - 1) % max(1, window)}
 
 
@@ -279,7 +271,7 @@ def _add_schedule(run: ForeignRun, first: ModelStates) -> None:
         )
     elif set(state) == {"last_batch_iteration"}:
         # DeepSpeed's own: a count from -1 on. torch's schedules count from 0, after a first step in their constructor.
-        count = int(_number(state["last_batch_iteration"], "last_batch_iteration")) + 1
+        count = int(number_of(state["last_batch_iteration"], "last_batch_iteration")) + 1
         groups = len(run.optimizer.names) if run.optimizer is not None else 0
         run.schedulers.append({**state, "last_epoch": count, "_step_count": count + 1, "lr_lambdas": [None] * groups})
         run.notes.append(

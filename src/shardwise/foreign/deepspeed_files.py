@@ -31,33 +31,13 @@ _OTHER_LAYOUTS = (
     ("zero/*/fp32.pt", "DeepSpeed's universal form"),
 )
 # What DeepSpeed itself puts beside a script's client_state.
-_OWN = frozenset(
-    [
-        "module",
-        "buffer_names",
-        "optimizer",
-        "param_shapes",
-        "frozen_param_shapes",
-        "shared_params",
-        "frozen_param_fragments",
-        "lr_scheduler",
-        "data_sampler",
-        "random_ltd",
-        "sparse_tensor_module_names",
-        "csr_tensor_module_names",
-        "skipped_steps",
-        "global_steps",
-        "global_samples",
-        "dp_world_size",
-        "mp_world_size",
-        "ds_config",
-        "ds_version",
-        "checkpoint_parallel_dimensions",
-        "universal_checkpoint_info",
-        "num_experts",
-        "iteration",
-    ]
-)
+_OWN = {
+    *("module", "buffer_names", "optimizer", "lr_scheduler", "data_sampler", "random_ltd", "num_experts"),
+    *("param_shapes", "frozen_param_shapes", "shared_params", "frozen_param_fragments"),
+    *("sparse_tensor_module_names", "csr_tensor_module_names"),
+    *("skipped_steps", "global_steps", "global_samples", "dp_world_size", "mp_world_size"),
+    *("ds_config", "ds_version", "checkpoint_parallel_dimensions", "universal_checkpoint_info"),
+}
 
 
 @dataclass(frozen=True)
@@ -152,7 +132,7 @@ class ModelStates:
     @classmethod
     def read(cls, path: Path) -> ModelStates:
         content = Fields(read_pickle(path), printed(path))
-        if content.content.get("mp_world_size", 1) != 1:
+        if "mp_world_size" in content.content and content.count("mp_world_size") != 1:
             raise CheckpointError(
                 f"{content.where} is of a model whose tensors are split over ranks, which is not imported."
             )
@@ -216,7 +196,7 @@ class OptimizerStates:
         content = Fields(read_pickle(path), printed(path)).below("optimizer_state_dict")
         stage = content.get("zero_stage", (int, Inert), "a stage")
         stage = stage.args[0] if isinstance(stage, Inert) and stage.args else stage
-        if stage not in (1, 2, 3):
+        if type(stage) is not int or stage not in (1, 2, 3):
             raise CheckpointError(f"{content.where}: zero_stage is {shown(stage)}; stages 1, 2 and 3 are imported.")
         if content.content.get("ds_zero_partition_groups") is not None:
             raise CheckpointError(
@@ -238,7 +218,7 @@ def _states(base: Any, where: str, count: int) -> tuple[list[dict[Any, Any]], li
         fields = Fields(base, f"{where}: the optimizer")
         states, groups = fields.get("state", dict, "a dictionary"), fields.rows("param_groups")
         for group in groups:
-            Fields(group, f"{fields.where}: a parameter group").rows("params")
+            Fields(group, f"{fields.where}: a parameter group").numbers("params")
     found = []
     for number in range(count):
         if not isinstance(states.get(number), dict):
@@ -257,12 +237,16 @@ def _slices(content: Fields) -> list[dict[str, tuple[int, int]]] | None:
         addresses = Fields(row, f"{content.where}: param_slice_mappings").content
         found.append(
             {
-                name: (address.attribute("start"), address.attribute("numel"))
+                name: (_count(address.attribute("start")), _count(address.attribute("numel")))
                 for name, address in addresses.items()
                 if isinstance(address, Inert)
             }
         )
     return found
+
+
+def _count(value: Any) -> int:
+    return value if type(value) is int else -1
 
 
 def _alignment(content: Fields) -> list[list[int]] | None:

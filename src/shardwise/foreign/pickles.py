@@ -7,7 +7,7 @@ name is refused in a sentence that says it. Tensors are mapped from the file, so
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
 from pathlib import Path
 from typing import Any
 
@@ -127,24 +127,31 @@ class Fields:
         found: list[Any] = self.get(key, list, "a list")
         return found
 
-    def tensors(self, key: Any) -> dict[str, Tensor]:
-        """The entry `key` as named tensors that have values on the CPU."""
-        return named_tensors(self.get(key, dict, "a dictionary"), f"{self.where}: {printed(key)}")
+    def numbers(self, key: Any) -> list[int]:
+        found = self.rows(key)
+        if not all(type(number) is int and number >= 0 for number in found):
+            raise CheckpointError(f"{self.where}: {key} is {shown(found)}, which is not a list of whole numbers.")
+        return found
 
 
-def named_tensors(found: dict[Any, Any], where: str, of: Collection[str] | None = None) -> dict[str, Tensor]:
-    """The tensors of `found`, or those of the names `of`. Raises CheckpointError for what is no tensor with values."""
-    return {
-        checked_name(name, where): with_values(value, f"{where}: {printed(name)}")
-        for name, value in found.items()
-        if of is None or name in of
-    }
+def named_tensors(found: dict[Any, Any], where: str) -> dict[str, Tensor]:
+    """The tensors of `found`. Raises CheckpointError for what is no tensor with values."""
+    return {checked_name(name, where): with_values(value, f"{where}: {printed(name)}") for name, value in found.items()}
 
 
 def checked_name(name: Any, where: str) -> str:
     if not isinstance(name, str) or not name:
         raise CheckpointError(f"{where}: {shown(name)} is not the name of a weight.")
     return name
+
+
+def number_of(value: Any, where: str) -> float:
+    """A finite number, also from a tensor of one. Raises CheckpointError."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise CheckpointError(f"{where} is {shown(value)}, which is no number.")
+    return float(value)
 
 
 def with_values(value: Any, where: str) -> Tensor:
