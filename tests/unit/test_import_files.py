@@ -107,9 +107,11 @@ def test_excluded_frozen_weights_are_said(tmp_path):
 
 
 @pytest.mark.parametrize("overflows", [(), (0,), (2, 3), (5,), (1, 4, 11)], ids=str)
-def test_the_loss_scale_goes_on_as_deepspeed_moves_it(tmp_path, overflows):
-    """DeepSpeed counts iterations; the scale doubles when so many have gone by without an overflow."""
-    window, steps, later = 4, 12, 9
+@pytest.mark.parametrize("version", ["0.14.4", "0.17.0", "0.17.1", "0.19.8"])
+def test_the_loss_scale_goes_on_as_deepspeed_moves_it(tmp_path, version, overflows):
+    """DeepSpeed counts iterations; the scale doubles when so many have gone by without an overflow, later versions say when."""
+    later_rise = version > "0.17.0"
+    window, steps, later = 4, 12, 5
     scale, last = 16.0, -1
     history = []
     for step in range(steps + later):
@@ -117,10 +119,10 @@ def test_the_loss_scale_goes_on_as_deepspeed_moves_it(tmp_path, overflows):
             counts = {"cur_scale": scale, "cur_iter": step, "last_overflow_iter": last, "scale_window": window}
         if step in overflows:
             scale, last = scale / 2, step
-        elif (step - last) % window == 0:
+        elif (step - last - later_rise) % window == 0 and step - last > later_rise:
             scale *= 2
         history.append(scale)
-    saved(tmp_path / "run", Layout(scaler=counts))
+    saved(tmp_path / "run", Layout(version=version, scaler=counts))
     import_checkpoint(tmp_path / "run", tmp_path / "out")
     ours = LossScaler(enabled=True, growth_interval=window)
     ours.load_state_dict(Checkpoint(tmp_path / "out").state(0)["scaler"])

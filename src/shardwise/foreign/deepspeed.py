@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -26,6 +27,9 @@ from .deepspeed_files import DeepSpeedFiles, ModelStates, OptimizerStates, files
 from .partitions import Cut, cut_each, cut_runs, share_of
 from .pickles import Fields, Inert, named_tensors, number_of, with_values
 from .run import MODEL, ForeignOptimizer, ForeignRun, can_be_kept, piece, settings_of, whole_piece
+
+# The first version whose loss scale rises one iteration later.
+_RISES_LATER = (0, 17, 1)
 
 
 def read_deepspeed(tag: Path) -> ForeignRun:
@@ -44,7 +48,7 @@ def read_deepspeed(tag: Path) -> ForeignRun:
     _add_frozen(run, files, first, ranks[0].stage)
     _add_buffers(run, first)
     run.optimizer = _optimizer(first, ranks[0], run)
-    run.scaler = _scaler(ranks[0].content)
+    run.scaler = _scaler(ranks[0].content, first.version)
     run.facts = {MODEL: _facts(first)}
     _add_schedule(run, first)
     _add_client_state(run, first)
@@ -232,15 +236,23 @@ def _last_rates(schedule: Any, count: int) -> list[Any] | None:
     return rates if isinstance(rates, list) and len(rates) == count else None
 
 
-def _scaler(content: Fields) -> dict[str, Any]:
-    """Our loss scale's state: DeepSpeed counts iterations, and we those since the last overflow or rise."""
+def _scaler(content: Fields, version: str) -> dict[str, Any]:
+    """Our loss scale's state: DeepSpeed counts iterations, and we the steps since the last overflow or rise.
+
+    window 4, an overflow in iteration 0     rises in    4, 8, 12     up to 0.17.0
+                                                         5, 9, 13     since then
+    """
     scaler = content.get("loss_scaler", Inert, "a loss scaler")
     value = number_of(scaler.attribute("cur_scale"), f"{content.where}: the loss scale")
     counts = [scaler.attribute(name) for name in ("cur_iter", "last_overflow_iter", "scale_window")]
     if any(count is None for count in counts):  # one that never moves
         return {"value": value, "good_steps": 0}
     now, overflow, window = (int(number_of(count, f"{content.where}: the loss scale")) for count in counts)
-    return {"value": value, "good_steps": max(0, now - overflow - 1) % max(1, window)}
+    good, window = max(0, now - overflow - 1), max(1, window)
+    match = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    if match is None or tuple(map(int, match.groups())) < _RISES_LATER:
+        return {"value": value, "good_steps": good % window}
+    return {"value": value, "good_steps": (good - 1) % window if good else -1}
 
 
 def _facts(first: ModelStates) -> dict[str, Any]:
