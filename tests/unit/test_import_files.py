@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
@@ -97,6 +98,40 @@ def test_what_a_script_gave_to_save_checkpoint_lies_beside_as_json(tmp_path):
     done = import_checkpoint(tmp_path / "run", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "client_state.json").read_text()) == {"note": {"epoch": 1}, "best": 0.5}
     assert any("client_state['tensor'] is not carried over" in note for note in done.notes)
+
+
+def fused(content: Any) -> None:
+    """DeepSpeed's own Adam counts steps in its groups, as plain numbers."""
+    base = content["optimizer_state_dict"]["base_optimizer_state"]
+    for state in base["state"].values():
+        del state["step"]
+    for group in base["param_groups"]:
+        group |= {"step": 7, "bias_correction": True}
+
+
+def elastic_fused(content: Any) -> None:
+    for state in content["optimizer_state_dict"]["base_optimizer_state"]:
+        del state["step"]
+    content["optimizer_state_dict"]["base_optimizer_state_step"] = 7
+
+
+@pytest.mark.parametrize(("elastic", "change"), [(False, fused), (True, elastic_fused)])
+def test_a_step_that_is_counted_in_the_groups_is_each_weights(tmp_path, elastic, change):
+    saved(tmp_path / "run", Layout(elastic=elastic))
+    for rank in range(2):
+        rewritten(f"*rank_{rank}_*optim*", change)(tmp_path / "run" / f"global_step{STEPS}")
+    import_checkpoint(tmp_path / "run", tmp_path / "out")
+    (optimizer,) = Checkpoint(tmp_path / "out").state(0)["optimizers"]
+    assert {float(numbers["step"]) for numbers in optimizer["numbers"].values()} == {7.0}
+    assert not any("step" in group for group in optimizer["groups"])
+
+
+def test_what_of_a_model_is_no_tensor_is_said(tmp_path):
+    saved(tmp_path / "run", Layout())
+    tag = tmp_path / "run" / f"global_step{STEPS}"
+    rewritten("mp_rank*", lambda content: content["module"].update({"up._extra_state": "text"}))(tag)
+    done = import_checkpoint(tmp_path / "run", tmp_path / "out")
+    assert any("up._extra_state" in note for note in done.notes)
 
 
 def test_excluded_frozen_weights_are_said(tmp_path):
@@ -219,14 +254,14 @@ def odd_latest(tag: Path) -> None:
 
 
 def rewritten(pattern: str, change: Callable[[Any], None]) -> Callable[[Path], None]:
-    """Change what is in a file, keeping its tensors; DeepSpeed's own objects become numbers."""
+    """Change what is in a file, keeping its tensors; DeepSpeed's own objects become plain ones."""
 
     def spoil(tag: Path) -> None:
         from shardwise.foreign.pickles import Inert, read_pickle
 
         def without(value: Any) -> Any:
             if isinstance(value, Inert):
-                return value.args[0] if value.args else 0
+                return value.args[0] if value.args else argparse.Namespace(**value.state)
             if isinstance(value, dict):
                 return type(value)((key, without(item)) for key, item in value.items())
             return [without(item) for item in value] if type(value) is list else value

@@ -161,12 +161,19 @@ def _add_frozen(run: ForeignRun, files: DeepSpeedFiles, first: ModelStates, stag
     module = first.content.below("module")
     if stage < 3:
         known = {*chain.from_iterable(first.groups), *first.content.rows("buffer_names"), *first.shared}
-        for name, value in named_tensors(module.content, module.where).items():
-            if name not in known and value.numel():
+        rest = {name: value for name, value in module.content.items() if name not in known}
+        odd = [name for name, value in rest.items() if not isinstance(value, Tensor)]
+        if odd:
+            run.notes.append(
+                f"{len(odd)} value(s) of the model are no tensors and not carried over, the first is {shown(odd[0])}."
+            )
+        tensors = {name: value for name, value in rest.items() if name not in odd}
+        for name, value in named_tensors(tensors, module.where).items():
+            if value.numel():
                 run.pieces[0].append(whole_piece(f"{MODEL}/frozen/{name}", value))
-        without = first.frozen.keys() - module.content.keys()
+        without = set(first.frozen) - set(module.content)
     else:
-        without = first.frozen.keys()
+        without = set(first.frozen)
         for rank, path in enumerate(files.models if without else ()):
             model = first if rank == 0 else ModelStates.read(path)
             fragments = model.content.content.get("frozen_param_fragments")
