@@ -58,6 +58,7 @@ class Layout:
     sub_group_numel: at stage 3, as soon as a rank has so many elements in a flat tensor the next one begins.
     aligned:         weights begin at multiples of 4 elements (0.19's parameter_alignment).
     elastic:         states without padding and without parameter groups (elastic_checkpoint).
+    accumulates_fp32: with bf16 at stage 1, DeepSpeed's optimizer for it: it keeps all padding, and no scale and no stage.
     round_robin:     weights are flattened in another order, which is the one of param_shapes and not of the slices.
     frozen:          False leaves frozen weights out (exclude_frozen_parameters).
     """
@@ -70,6 +71,7 @@ class Layout:
     elastic: bool = False
     frozen: bool = True
     bf16: bool = False
+    accumulates_fp32: bool = False
     round_robin: bool = False
     scaler: Mapping[str, Any] = field(default_factory=lambda: {"cur_scale": 1.0, "dynamic": False})
     client_state: Mapping[str, Any] = field(default_factory=lambda: {"note": {"epoch": 1}, "best": 0.5})
@@ -181,7 +183,7 @@ def _optimizer_states(
     for number, (_, names) in enumerate(flats):
         held = {key: {n: optimizer.state[weights[n]][key] for n in names} for key in ("exp_avg", "exp_avg_sq")}
         flat, padding = cut({n: weights[n] for n in names}, rank, layout)
-        masters.append(flat[: len(flat) - padding])
+        masters.append(flat if layout.accumulates_fp32 else flat[: len(flat) - padding])
         paddings.append(padding)
         states[number] = {"step": optimizer.state[weights[names[0]]]["step"]}
         for key, values in held.items():
@@ -199,6 +201,8 @@ def _optimizer_states(
     }
     if layout.stage == 3:
         return {**common, "partition_count": layout.world, "optimizer_state_dict": base, "fp32_flat_groups": masters}
+    if layout.accumulates_fp32:
+        common = {}
     return {
         **common,
         "clip_grad": 0.0,
@@ -207,7 +211,7 @@ def _optimizer_states(
         "group_paddings": paddings,
         **(
             {"param_alignment_paddings": [_behind(weights, n, layout) for _, n in flats]}
-            if layout.version > "0.19"
+            if layout.version > "0.19" and common
             else {}
         ),
         "partition_count": [layout.world] * len(flats),

@@ -55,13 +55,16 @@ LAYOUTS = [
     Layout(stage=3, world=2, version="0.19.8", sub_group_numel=20),
     Layout(stage=1, world=2, elastic=True),
     Layout(stage=2, world=2, round_robin=True),
+    Layout(stage=1, world=3, bf16=True, accumulates_fp32=True),
     Layout(stage=2, world=7),
     Layout(stage=3, world=7),
 ]
 
 
 def said(layout: Layout) -> str:
-    flags = [name for name in ("aligned", "elastic", "bf16", "round_robin") if getattr(layout, name)]
+    flags = [
+        name for name in ("aligned", "elastic", "bf16", "accumulates_fp32", "round_robin") if getattr(layout, name)
+    ]
     return "-".join([f"{layout.version}-zero{layout.stage}-x{layout.world}", *flags])
 
 

@@ -249,6 +249,8 @@ def _scaler(content: Fields, version: str) -> dict[str, Any]:
     window 4, an overflow in iteration 0     rises in    4, 8, 12     up to 0.17.0
                                                          5, 9, 13     since then
     """
+    if "loss_scaler" not in content.content:
+        return {"value": 1.0, "good_steps": 0}
     scaler = content.get("loss_scaler", Inert, "a loss scaler")
     value = number_of(scaler.attribute("cur_scale"), f"{content.where}: the loss scale")
     counts = [scaler.attribute(name) for name in ("cur_iter", "last_overflow_iter", "scale_window")]

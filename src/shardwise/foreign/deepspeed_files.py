@@ -194,7 +194,9 @@ class OptimizerStates:
     @classmethod
     def read(cls, path: Path) -> OptimizerStates:
         content = Fields(read_pickle(path), printed(path)).below("optimizer_state_dict")
-        stage = content.get("zero_stage", (int, Inert), "a stage")
+        # DeepSpeed's optimizer for bf16 with fp32 accumulation, which is of stage 1, does not say so.
+        says = "zero_stage" in content.content or "single_partition_of_fp32_groups" not in content.content
+        stage = content.get("zero_stage", (int, Inert), "a stage") if says else 1
         stage = stage.args[0] if isinstance(stage, Inert) and stage.args else stage
         if type(stage) is not int or stage not in (1, 2, 3):
             raise CheckpointError(f"{content.where}: zero_stage is {shown(stage)}; stages 1, 2 and 3 are imported.")
