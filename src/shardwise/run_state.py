@@ -227,7 +227,7 @@ class RunState:
             saved, where_it_is = first["buffers"].get(address), _where(checkpoint, address)
             if saved is None and where_it_is is None:
                 continue
-            shape = tuple(unpacked(saved).shape) if where_it_is is None else checkpoint.shape(where_it_is)
+            shape = tuple(unpacked(saved).shape) if saved is not None else checkpoint.shape(where_it_is or address)
             if shape != tuple(buffer.shape):
                 raise CheckpointError(
                     f"{where}: {address} has shape {shape}, but this model's is {tuple(buffer.shape)}."

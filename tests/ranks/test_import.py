@@ -153,7 +153,7 @@ def load_more(ranks: Any, folder: str) -> list[str]:
 def test_what_the_files_say_nothing_of_is_said_by_the_load(world, tmp_path):
     straight(tmp_path / "run", lambda folder, *run: write_deepspeed(folder, *run[:2], None, MOVED_AT, Layout()))
     done = import_checkpoint(tmp_path / "run", tmp_path / "state")
-    assert any("no state of a schedule" in note for note in done.notes)
+    assert any("No state of a schedule" in note for note in done.notes)
     (said,) = world(1).run(load_more, str(tmp_path / "state"))
     for words in (
         "no state of a scheduler",

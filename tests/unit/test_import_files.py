@@ -303,6 +303,10 @@ def renamed(content: Any) -> None:
     content["param_shapes"][0] = dict(reversed(group.items()))
 
 
+def another_time(content: Any) -> None:
+    content["optimizer_state_dict"]["base_optimizer_state"]["state"][1]["step"] = torch.tensor(8.0)
+
+
 def tensor_parallel(content: Any) -> None:
     content["mp_world_size"] = 2
 
@@ -320,6 +324,7 @@ SPOILED: list[tuple[str, Callable[[Path], None], str]] = [
     ("on a drive", rewritten("*rank_0_*optim*", on_a_drive), "no optimizer states"),
     ("other weights", rewritten("mp_rank*", other_weights), "of two runs"),
     ("renamed", rewritten("mp_rank*", renamed), "of two runs"),
+    ("another time", rewritten("*rank_1_*optim*", another_time), "rank 1 has taken [3.0, 8.0] steps"),
     ("tensor parallel", rewritten("mp_rank*", tensor_parallel), "split over ranks"),
     ("not one", lambda tag: [p.unlink() for p in (*tag.iterdir(), tag.parent / "latest")], "is neither"),
 ]
@@ -367,6 +372,14 @@ def test_a_directory_that_is_there_stays(tmp_path):
     (tmp_path / "out" / "mine").write_text("x")
     assert "is there already" in refused(tmp_path / "run", tmp_path / "out")
     assert (tmp_path / "out" / "mine").read_text() == "x"
+
+
+def test_what_lies_where_an_import_is_put_together_stays(tmp_path):
+    saved(tmp_path / "run", Layout())
+    (tmp_path / ".staging-out").mkdir()
+    (tmp_path / ".staging-out" / "mine").write_text("x")
+    assert "Move it away" in refused(tmp_path / "run", tmp_path / "out")
+    assert (tmp_path / ".staging-out" / "mine").read_text() == "x"
 
 
 def test_a_disk_without_room_leaves_nothing(tmp_path, monkeypatch):

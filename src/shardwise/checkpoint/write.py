@@ -140,17 +140,18 @@ def write_alone(
     staging = target.with_name(STAGING + target.name)
     try:
         make_staging(staging)
-        for name, text in beside.items():
-            files.write_text(staging / name, text)
-        entries = [_write_rank(staging, draft, rank, Progress("writes")) for rank, draft in enumerate(drafts)]
-        _seal(staging, target, describe(entries))
-        check(staging)
-        put_in_place(staging, target)
-    except BaseException as error:
-        attempt(lambda: files.remove(staging))  # the first error is the one to tell
-        if isinstance(error, OSError):
-            raise CheckpointError(f"{printed(target)} was not written: {error}.") from error
-        raise
+        try:
+            for name, text in beside.items():
+                files.write_text(staging / name, text)
+            entries = [_write_rank(staging, draft, rank, Progress("writes")) for rank, draft in enumerate(drafts)]
+            _seal(staging, target, describe(entries))
+            check(staging)
+            put_in_place(staging, target)
+        except BaseException:
+            attempt(lambda: files.remove(staging))  # the first error is the one to tell
+            raise
+    except OSError as error:
+        raise CheckpointError(f"{printed(target)} was not written: {error}.") from error
 
 
 def _write_rank(staging: Path, draft: Draft, rank: int, progress: Progress) -> Entry:

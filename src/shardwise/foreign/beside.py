@@ -38,8 +38,8 @@ def add_beside(run: ForeignRun, folder: Path) -> None:
     if not run.schedulers:
         run.schedulers = _numbered(folder, "scheduler", ".bin", run) or _numbered(folder, "scheduler", ".pt", run)
         run.lacks = [kind for kind in run.lacks if kind != "scheduler"] + ([] if run.schedulers else ["scheduler"])
-    if not (run.schedulers or any("schedule" in note for note in run.notes)):
-        run.notes.append("There is no state of a schedule in it: a prepared scheduler begins at its start.")
+    if "scheduler" in run.lacks:
+        run.notes.append("No state of a schedule is carried over: a prepared scheduler begins at its start.")
     run.objects = _objects(folder, run)
     if not run.objects:
         run.lacks.append("registered object")

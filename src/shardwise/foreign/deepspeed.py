@@ -74,6 +74,13 @@ def _check_ranks(files: DeepSpeedFiles, first: ModelStates, ranks: Sequence[Opti
         raise CheckpointError(
             f"{where}: weights are cut over fewer ranks than saved them (MiCS), which is not imported."
         )
+    counts = [[number_of(state.get("step", 0), states.content.where) for state in states.states] for states in ranks]
+    odd = next((rank for rank, found in enumerate(counts) if found != counts[0]), None)
+    if odd is not None:
+        raise CheckpointError(
+            f"{where}: the optimizer of rank {odd} has taken {shown(counts[odd])} steps, that of rank 0 {shown(counts[0])}: "
+            "the files are of two runs, or of two times."
+        )
     for states in ranks:
         if len(states.masters) != len(first.groups):
             raise CheckpointError(
@@ -300,6 +307,11 @@ def _add_schedule(run: ForeignRun, first: ModelStates) -> None:
         )
     else:
         run.schedulers.append(state)
+    if run.schedulers and len(run.pieces) > 1:
+        run.notes.append(
+            "The schedule counts optimizer steps, one each: set scheduler_steps_per_process: false in shardwise_config, or it "
+            "goes on once for each process."
+        )
 
 
 def _add_client_state(run: ForeignRun, first: ModelStates) -> None:
