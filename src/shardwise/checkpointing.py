@@ -43,7 +43,7 @@ from .preparing import PreparedModel, PreparedOptimizer
 from .process import PartialState
 from .run_folder import Place, RunFolder
 from .run_state import Changed, RunState
-from .saved_states import check_states
+from .saved_states import check_states, say_what_lacks
 from .stopping import StopSignals
 from .zero.averaging import ShardedEMA
 from .zero.collectives import Ranks, attempt
@@ -345,6 +345,7 @@ class Checkpointing(PartialState):
         self._run_folder.lineage.resume(checkpoint.manifest.made)
         forget_sums(run.models[number] for number in frozen)
         if self.is_main_process:
+            say_what_lacks(states[0], path, {"scheduler": len(run.schedulers), "registered object": len(run.objects)})
             saved = checkpoint.manifest
             if saved.world_size != self.num_processes and self._schedulers and self._schedules_count_processes:
                 logger.warning(

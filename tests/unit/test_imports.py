@@ -38,6 +38,7 @@ FRONT_END = (
     "data_order",
     "data_workers",
     "estimate",
+    "foreign",
     "frozen",
     "generators",
     "initialising",
