@@ -69,7 +69,10 @@ def compare_frozen(run: RunState, checkpoint: Checkpoint, since: Sequence[set[st
     record = checkpoint.manifest.frozen
     differing: dict[int, set[str]] = {}
     for number, model in enumerate(run.models):
-        saved = record["models"].get(f"model{number}", {"source": None, "sums": {}})
+        saved = record["models"].get(f"model{number}")
+        if saved is None:
+            differing[number] = _given_back(model, checkpoint, f"model{number}/frozen/", since[number], run.ranks)
+            continue
         sums = _sums_of(model, run.ranks) | _sums_of_trained(model, since[number], saved["sums"], run.ranks)
         wrong = {name for name in {*sums, *saved["sums"]} if sums.get(name) != saved["sums"].get(name)}
         if set(sums) == set(saved["sums"]):
@@ -96,6 +99,29 @@ def compare_frozen(run: RunState, checkpoint: Checkpoint, since: Sequence[set[st
     if differing and record["kept"] not in ("inside", "outside"):
         together(run.ranks, lambda: checkpoint.add(shared_by(checkpoint), "model"), what="frozen weights: ")
     return differing
+
+
+def _given_back(model: ShardedModel, checkpoint: Checkpoint, prefix: str, since: set[str], ranks: Ranks) -> set[str]:
+    """The frozen weights that a checkpoint of another library holds, which says nothing of those that it does not hold.
+
+    Raises CheckpointError for one of another shape.
+    """
+    members = [member for member in model.whole.members() if not member.trained or member.name in since]
+    for member in members:
+        if prefix + member.name in checkpoint and checkpoint.shape(prefix + member.name) != member.shape:
+            raise CheckpointError(
+                f"{checkpoint.directory}: the frozen weight {member.name} has shape {checkpoint.shape(prefix + member.name)}, "
+                f"but this model's is {member.shape}."
+            )
+    absent = [member.name for member in members if prefix + member.name not in checkpoint]
+    if absent and ranks.rank == 0:
+        logger.warning(
+            "%s was imported without %d frozen weight(s), the first is %s: they stay as they are here, and are not compared.",
+            checkpoint.directory,
+            len(absent),
+            absent[0],
+        )
+    return {member.name for member in members} - set(absent)
 
 
 def _is_there(store: Path) -> bool:

@@ -35,8 +35,10 @@ def set_generator_states(saved: Sequence[dict[str, Any]], ranks: Ranks) -> None:
     """Give this rank the states that it had.
 
     saved: of each rank of the saving run. A rank that it did not have is seeded from rank 0's state and its own number: the
-    ranks must not draw the same numbers.
+    ranks must not draw the same numbers. Empty ones leave the generators as they are.
     """
+    if not saved[0]:
+        return
     if ranks.rank < len(saved):
         mine = saved[ranks.rank]
         random.setstate(mine["python"])

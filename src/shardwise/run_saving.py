@@ -25,7 +25,7 @@ from .frozen import compare_frozen, forget_sums, frozen_record
 from .model_facts import KeptAdapters, adapters_of, dtypes_of, facts_of
 from .run_folder import Place
 from .run_state import Changed, RunState
-from .saved_states import check_states
+from .saved_states import check_states, say_what_lacks
 from .zero.collectives import Ranks
 from .zero.sharded import ShardedModel
 
@@ -136,6 +136,8 @@ def load_run(
     counters = together(ranks, lambda: run.restore_rest(states, groups, since, generators=generators), what=what)
     assert counters is not None
     forget_sums(run.models[number] for number in frozen)
+    if ranks.rank == 0:
+        say_what_lacks(states[0], path, {"scheduler": len(run.schedulers), "registered object": len(run.objects)})
     return checkpoint, counters
 
 

@@ -36,6 +36,7 @@ from .errors import CheckpointError
 from .generators import generator_states, set_generator_states
 from .loader_positions import go_to, match, position
 from .model_facts import KeptAdapters
+from .saved_states import lacking
 from .zero import intervals
 from .zero.averaging import ShardedEMA, refuse_swapped
 from .zero.buffers import bytes_of, named_buffers, packed, parts_of, replace_buffers, unpacked, written
@@ -226,7 +227,7 @@ class RunState:
             ("registered object", len(self.objects), len(first["objects"])),
             ("average", len(self.averages), len(first.get("averages", ()))),
         ):
-            if have and have != count:
+            if have and have != count and kind not in lacking(first):
                 raise CheckpointError(
                     f"{where} was saved with {count} {kind}(s), but this run has prepared {have}. Prepare the same objects "
                     "in the same order before load_state."
@@ -237,10 +238,10 @@ class RunState:
             raise CheckpointError(f"{where} {error}") from error
         changed = [self._changed(checkpoint, number, strict=strict) for number in range(len(self.models))]
         for address, _, buffer in self._persistent_buffers():
-            saved = first["buffers"].get(address)
-            if saved is None and address not in checkpoint:
+            saved, where_it_is = first["buffers"].get(address), _where(checkpoint, address)
+            if saved is None and where_it_is is None:
                 continue
-            shape = tuple(unpacked(saved).shape) if saved is not None else checkpoint.shape(address)
+            shape = tuple(unpacked(saved).shape) if saved is not None else checkpoint.shape(where_it_is or address)
             if shape != tuple(buffer.shape):
                 raise CheckpointError(
                     f"{where}: {address} has shape {shape}, but this model's is {tuple(buffer.shape)}."
@@ -253,8 +254,9 @@ class RunState:
         trained = {name for name, member in members.items() if member.trained}
         prefix = f"model{number}/trained/"
         known = {address.removeprefix(prefix) for address in checkpoint.addresses(prefix)}
-        frozen = checkpoint.manifest.frozen["models"].get(f"model{number}", {}).get("sums", {})
-        missing, unknown = sorted(trained - known - frozen.keys()), sorted(known - members.keys())
+        frozen = {*checkpoint.manifest.frozen["models"].get(f"model{number}", {}).get("sums", {})}
+        frozen |= {address.split("/", 2)[2] for address in checkpoint.addresses(f"model{number}/frozen/")}
+        missing, unknown = sorted(trained - known - frozen), sorted(known - members.keys())
         if strict and (missing or unknown):
             raise CheckpointError(
                 f"{checkpoint.directory} does not fit this model: {_some('it has no', missing)}"
@@ -325,8 +327,9 @@ class RunState:
         own |= states[self.ranks.rank]["buffers"] if self.ranks.rank < len(states) else {}
         new: list[dict[int, Tensor]] = [{} for _ in self.models]
         for address, number, buffer in self._persistent_buffers():
-            if buffer.numel() and (address in own or address in checkpoint):
-                value = unpacked(own[address]) if address in own else checkpoint.read_whole(address)
+            where = _where(checkpoint, address)
+            if buffer.numel() and (address in own or where is not None):
+                value = unpacked(own[address]) if where is None or address in own else checkpoint.read_whole(where)
                 new[number][id(buffer)] = written(buffer, value)
         for model, buffers in zip(self.models, new, strict=True):
             replace_buffers(model.model, buffers)
@@ -450,6 +453,13 @@ def _united(rows: Sequence[Sequence[Sequence[str]]]) -> list[set[str]]:
 def _fill(checkpoint: Checkpoint, prefix: str, held: Sequence[Interval]) -> None:
     for interval in held:
         interval.write(checkpoint.read(f"{prefix}/{interval.name}", interval.begin, interval.numel))
+
+
+def _where(checkpoint: Checkpoint, address: str) -> str | None:
+    """The address of a persistent buffer, None if it is not there. Of an imported model, weights and buffers may be as one."""
+    model, _, name = address.split("/", 2)
+    others = [f"{model}/frozen/{name}"] if model not in checkpoint.manifest.frozen["models"] else []
+    return next((found for found in (address, *others) if found in checkpoint), None)
 
 
 def _some(words: str, names: Sequence[str]) -> str:

@@ -6,7 +6,9 @@ hand. A field that is missing or of another kind makes the checkpoint a damaged 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +18,8 @@ from .documents import printed, shown
 from .errors import CheckpointError
 from .generators import check_generator_states
 from .zero.buffers import unpacked
+
+logger = logging.getLogger("shardwise")
 
 _OF_EACH = {"buffers": dict, "generators": dict, "optimizers": list, "loaders": list}
 _OF_THE_FIRST = {"models": int, "schedulers": list, "scaler": dict, "counters": dict, "objects": list}
@@ -47,12 +51,36 @@ def check_states(states: Sequence[Any], objects_of: Sequence[int]) -> None:
     averages = first.get("averages", [])  # versions before averages wrote none
     if not isinstance(averages, list) or not all(map(is_count, averages)):
         raise CheckpointError(f"the state of rank 0: averages is {shown(averages)}, which are no counts.")
+    if not isinstance(first.get("lacks", []), list):
+        raise CheckpointError(
+            f"the state of rank 0: lacks is {shown(first['lacks'])}, which is not what a save writes."
+        )
     if not is_count(first["counters"].get("step")):
         raise CheckpointError(f"the state of rank 0: counters is {shown(first['counters'])}, which has no step.")
     for saved in first["loaders"]:
         together = saved.get("samples_at_a_time") if isinstance(saved, dict) else -1
         if not (together is None or is_count(together)) or not is_count(saved.get("batches")):
             raise CheckpointError(f"the state of rank 0: a loader is at {shown(saved)}, which is no place in an epoch.")
+
+
+def lacking(first: Mapping[str, Any]) -> list[str]:
+    """Kinds of objects of which an imported checkpoint has no states: "scheduler", "registered object". first: of rank 0."""
+    found: list[str] = first.get("lacks", [])
+    return found
+
+
+def say_what_lacks(first: Mapping[str, Any], path: Path, prepared: Mapping[str, int]) -> None:
+    """Warn of what a checkpoint that was imported cannot give back. prepared: how many there are of each kind."""
+    for kind in lacking(first):
+        if prepared.get(kind):
+            logger.warning(
+                "%s was imported from another library and holds no state of a %s: the %d prepared here begin(s) at the start.",
+                path,
+                kind,
+                prepared[kind],
+            )
+    if not first["generators"]:
+        logger.warning("%s was imported without random generators: they go on as they are.", path)
 
 
 def _check_buffer(saved: Any, where: str) -> None:
@@ -86,6 +114,8 @@ def _check_optimizer(saved: Any, where: str, *, first: bool) -> None:
 
 
 def _check_generators(saved: dict[str, Any], where: str) -> None:
+    if not saved:  # imported without any
+        return
     try:
         check_generator_states(saved)
     except Exception as error:  # of three libraries

@@ -35,6 +35,7 @@ from shardwise.errors import StoreError
 from shardwise.offload.host import HostStore
 from shardwise.offload.nvme import NvmeStore
 from shardwise.recomputing import RecomputedBlocks
+from shardwise.zero import peers
 from shardwise.zero.collectives import Ranks
 from shardwise.zero.optimizer import ShardedOptimizer
 from shardwise.zero.plan import Plan
@@ -143,24 +144,36 @@ class Keywords(nn.Module):
         return result
 
 
+class Masked(nn.Module):
+    """One such block: what it returns shows the mask, and so does the gradient of its bias under a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Dropping()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.blocks[0](hidden_states=x)
+        return result
+
+
 def check_keywords(stage: int, backend: str, ranks: Ranks) -> Row:
     """Recomputed blocks see the dropout masks of their forward: the numbers of a run that recomputes nothing.
 
     With the device's generator left alone, the recomputation drew the next masks, and gradients were those of another forward.
+    A compiled forward draws by kernels of its own, and others with recomputation than without: there the mask is read off.
     """
+    name = f"keywords, recomputed, stage {stage}, {'eager' if backend == 'no' else f'compiled {backend}'}"
+    if backend != "no":
+        return row_of(name, (0.0, _mask_apart(stage, backend, ranks)), weight=1e-6)
 
     def train(recompute: bool) -> tuple[list[float], list[Tensor]]:
         torch.manual_seed(5)
         model = Keywords().to(ranks.device)
         sharded, optimizer = prepare(ranks, model, stage, units=["Dropping"])
-        if backend != "no":
-            settings = CompileConfig(dynamo_backend=backend)
-            replaced: Any = CompiledBlocks(list(model.blocks), settings, sharded, recompute=recompute)
-        else:
-            replaced = RecomputedBlocks(list(model.blocks) if recompute else [], sharded, None)
+        replaced = RecomputedBlocks(list(model.blocks) if recompute else [], sharded, None)
+        torch.manual_seed(11)
         losses = []
         for step in range(4):
-            torch.manual_seed(11 + step)  # a compiled recomputation may draw its masks anew, and leave the generator elsewhere
             loss = model(drawn(ranks, step, 0, 16, 64)).square().mean()
             loss.backward()
             optimizer.step()
@@ -174,8 +187,33 @@ def check_keywords(stage: int, backend: str, ranks: Ranks) -> Row:
     (losses, weights), (others, other_weights) = train(recompute=False), train(recompute=True)
     loss = max(abs(a - b) for a, b in zip(losses, others, strict=True))
     weight = max(float((a - b).abs().max()) for a, b in zip(weights, other_weights, strict=True))
-    name = f"keywords, recomputed, stage {stage}, {'eager' if backend == 'no' else f'compiled {backend}'}"
     return row_of(name, (loss, weight), loss=1e-6, weight=1e-6)
+
+
+def _mask_apart(stage: int, backend: str, ranks: Ranks) -> float:
+    """How far a step of a compiled, recomputed block is from the step of the mask that its forward drew."""
+    torch.manual_seed(5)
+    model = Masked().to(ranks.device)
+    sharded, optimizer = prepare(ranks, model, stage, units=["Dropping"])
+    replaced: Any = CompiledBlocks(list(model.blocks), CompileConfig(dynamo_backend=backend), sharded, recompute=True)
+    bias = model.blocks[0].linear.bias
+    apart = 0.0
+    for step in range(3):
+        with sharded.gathered():
+            before = bias.detach().clone()
+        x = drawn(ranks, step, 0, 16, 64)
+        out = model(x)
+        out.sum().backward()
+        expected = 2.0 * (out.detach() != x).sum(0, dtype=torch.float32)
+        ranks.all_reduce(expected, "mean")
+        for group in optimizer.param_groups:
+            group["momentum"] = 0.0
+        optimizer.step()
+        optimizer.zero_grad()
+        with sharded.gathered():
+            apart = max(apart, float((bias.detach() - (before - 1e-2 * expected)).abs().max()))
+    replaced.undo()
+    return apart
 
 
 # B. Recurrent layers, whose weights cuDNN moves.
@@ -273,7 +311,7 @@ def check_branches(
     def forward(model: nn.Module, step: int, micro: int) -> Tensor:
         route = other if step >= KNOWN and ranks.rank % 2 else range(len(kinds))
         loss: Tensor = model(drawn(ranks, step, micro, 4, 8), route).square().mean()
-        return loss
+        return 1e-3 * loss  # so that it does not diverge, which would let a rounding grow
 
     settings: dict[str, Any] = {"offload_optimizer": "cpu"} if offload else {}
     units = sorted({kind.__name__ for kind in kinds})
@@ -365,6 +403,36 @@ def check_released(ranks: Ranks) -> Row:
     store.close()
     note = f"{wrong} of {numel} elements wrong; dropping took {held:.2f} s of about {LATE_S} s; {len(others)} others"
     return Row("hazard", "page-locked memory, dropped early", 0.0, float(wrong), wrong == 0, note)
+
+
+# Memory that ranks share, which they give back at different times.
+
+
+def check_given_back(ranks: Ranks) -> Row:
+    """A model is prepared while one rank still holds the one before. Fails by hanging, or by reading the other's weights.
+
+    torch's pool gave the other rank memory that it had shared before, and it skipped the exchange in which the first waited.
+    """
+    kept: list[Any] = []
+    apart = 0.0
+    before, peers.MIN_SHARD_NBYTES = peers.MIN_SHARD_NBYTES, 1
+    try:
+        with ended_if_it_hangs():
+            for turn in range(4):
+                torch.manual_seed(turn)
+                plain = Branches([Small, Small], 512).to(ranks.device)
+                model = copy.deepcopy(plain)
+                sharded, _ = prepare(ranks, model, 3, units=["Small"])
+                with torch.no_grad():
+                    x = drawn(ranks, turn, 0, 4, 8)
+                    apart = max(apart, float((model(x, range(2)) - plain(x, range(2))).abs().max()))
+                if ranks.rank == turn % 2:
+                    kept.append((model, sharded))
+                del model, sharded
+                gc.collect()
+    finally:
+        peers.MIN_SHARD_NBYTES = before
+    return row_of("shared memory, given back by one rank", (0.0, apart))
 
 
 class One(nn.Module):
@@ -519,6 +587,7 @@ HAZARDS: list[Check] = [
         "branches, reversed, offloaded", partial(check_branches, "the same, offloaded x2", ALL_BIG, (3, 2, 1, 0), True)
     ),
     _check("page-locked memory", check_released),
+    _check("shared memory", check_given_back),
 ]
 
 

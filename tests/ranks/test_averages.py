@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import shardwise
 from ranks.test_front_training import fresh
-from rig.engine import Tower, adamw, inputs, largest_difference, loss_of, mine, tower
+from rig.engine import Tower, adamw, inputs, largest_difference, loss_of, mine, prepare, tower, weights_of
 from rig.tiny import tiny_llama
 from shardwise.errors import CheckpointError, ConfigError, PrepareError
 
@@ -242,3 +242,26 @@ def _file_of_averages(ranks: Any, folder: str) -> None:
 
 def test_save_pretrained_writes_the_average(world, tmp_path: Path):
     world(2).run(_file_of_averages, str(tmp_path), timeout_s=60)
+
+
+def _on_drives(ranks: Any) -> None:
+    sharded, _, stepping = prepare(ranks, tower(), "3-disk")
+    ema, reference = shardwise.ShardedEMA(sharded, DECAY), tower()
+    plain = adamw(reference.parameters())
+    average = AveragedModel(reference, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+    for batch in inputs(3):
+        loss_of(reference, batch).backward()
+        loss_of(sharded.model, mine(batch, ranks.rank, ranks.world_size)).backward()
+        for optimizer in (plain, stepping):
+            optimizer.step()
+            optimizer.zero_grad()
+        average.update_parameters(reference)
+        ema.update()
+    with ema.swapped():
+        assert largest_difference(weights_of(sharded), average.module) <= 1e-6
+    assert largest_difference(weights_of(sharded), reference) <= 1e-6
+    sharded.release()
+
+
+def test_averages_rest_on_drives_too(world):
+    world(2).run(_on_drives, timeout_s=30)

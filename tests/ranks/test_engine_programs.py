@@ -72,6 +72,33 @@ PROGRAMS = {
             ("step", 0),
         ],
     ),
+    "a backward that begins in a recomputation leaves nothing half gathered": (
+        {"model": "recomputed"},
+        [
+            ("backward", 1, "plain"),
+            ("step", 0),
+            ("zero", 0),
+            ("backward", 2, "caught_alone"),
+            ("look", ""),
+            ("step", 0),
+        ],
+    ),
+    "zero_grad behind an interrupted backward acts by what that was": (
+        {},
+        [
+            ("backward", 1, "plain"),
+            ("step", 0),
+            ("zero", 0),
+            ("backward", 2, "interrupted_backward", True),
+            ("zero", 0, False),
+            ("backward", 3, "plain"),
+            ("clip", "blocks", "inf", 0.01),
+            ("backward", 4, "interrupted_backward"),
+            ("zero", 0),
+            ("backward", 5, "interrupted"),
+            ("step", 0),
+        ],
+    ),
     "what was thawed is trained behind a backward that records a graph": (
         {"frozen": ("blocks.1",)},
         [

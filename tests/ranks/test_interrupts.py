@@ -198,6 +198,11 @@ def _in_backward(ranks: Any, plan: str, then: str, where: str) -> None:
             if then in ("step", "zero_grad"):
                 plain.zero_grad()
                 stepping.zero_grad()
+            if then == "drop":  # before anything else has looked at gradients
+                reference.zero_grad()
+                model.zero_grad()
+            if then == "scale":
+                assert _scaled(model) == pytest.approx(_scaled(reference), rel=1e-5)
         plain_step(reference, batch, n, step, lambda m, x, *_: loss_of(m, x))
         loss_of(model, mine(batch, ranks.rank, n)).backward()
         for optimizer in (plain, stepping):
@@ -206,13 +211,23 @@ def _in_backward(ranks: Any, plan: str, then: str, where: str) -> None:
     assert largest_difference(weights_of(sharded), reference) <= 1e-6
 
 
+def _scaled(of: nn.Module) -> list[float]:
+    """Halves each gradient. Its norm before, -1 where there is none."""
+    found: list[float] = []
+    for parameter in of.parameters():
+        found.append(-1.0 if parameter.grad is None else float(parameter.grad.norm()))
+        if parameter.grad is not None:
+            parameter.grad.mul_(0.5)
+    return found
+
+
 def _stop_in_recomputation(of: Any, x: Tensor, share: float) -> None:
     loss = loss_of(of, x) * share
     with raising(KeyboardInterrupt, of.blocks[1].up.register_forward_pre_hook):
         loss.backward()
 
 
-@pytest.mark.parametrize("then", ["go on", "step", "zero_grad"])
+@pytest.mark.parametrize("then", ["go on", "step", "zero_grad", "drop", "scale"])
 @pytest.mark.parametrize("plan", SOME)
 def test_an_interrupted_backward_leaves_what_it_had_brought(world, plan, then):
     world(1).run(_in_backward, plan, then, "hook", timeout_s=30)

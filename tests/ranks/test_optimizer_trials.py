@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import time
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rig.engine import inputs, largest_difference, loss_of, plain_step, prepare
+from rig.engine import inputs, largest_difference, loss_of, plain_step, prepare, weights_of
 from rig.optimizers import (
     COUNT_FOR_ALL,
     NOWHERE,
@@ -104,6 +105,8 @@ def test_torchs_own_that_see_shapes_are_refused_at_stage_0_too(world, name, n):
 class Watched(Loop):
     """Keeps things of every kind, and changes them in a step."""
 
+    of_all = 0
+
     def __init__(self, params: Any) -> None:
         super().__init__(params, table={"a": [0]}, rate=torch.tensor(0.5))
         self.count = 0
@@ -117,6 +120,7 @@ class Watched(Loop):
         return 1.0
 
     def begin(self) -> None:
+        type(self).of_all += 1
         self.chosen()
         self.seen.append(len(self.seen))
         self.numbers["last"].add_(1)
@@ -154,6 +158,7 @@ def _left_alone(ranks: Any) -> None:
             stepping.generator.get_state().tolist(),
         ]  # fmt: skip
 
+    Watched.of_all = 0  # workers are reused
     torch.manual_seed(9)
     before, drawn = seen(), generators()
     prepare(ranks, model, "2", optimizer=lambda _: stepping)
@@ -161,6 +166,7 @@ def _left_alone(ranks: Any) -> None:
     assert generators() == drawn
     assert calls == []
     step(ranks, model, stepping, inputs(1)[0])
+    assert Watched.of_all == 1
     assert (stepping.count, stepping.seen, float(stepping.numbers["last"])) == (1, [0, 1], 1.0)
     assert calls == ["before", "after"]
     assert stepping.chosen.__self__ is stepping
@@ -336,3 +342,33 @@ def _large_in_the_second(ranks: Any) -> str | None:
 
 def test_groups_that_are_alike_are_tried_with_parameters_of_their_sizes(world):
     assert all("Blockwise" in text for text in world(2).run(_large_in_the_second))
+
+
+class OwnStep(torch.optim.AdamW):
+    """Derived from torch's, with a step of its own that knows nothing of fused kernels."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad, alpha=0.1)
+
+
+def _derived(ranks: Any, plan: str) -> None:
+    model = net()
+    reference = copy.deepcopy(model)
+    plain = OwnStep(reference.parameters())
+    sharded, _, stepping = prepare(ranks, model, plan, optimizer=OwnStep, clipping=0.05)
+    for number, batch in enumerate(inputs(3)):
+        plain_step(reference, batch, ranks.world_size, number, loss_of)
+        assert nn.utils.clip_grad_norm_(reference.parameters(), 0.05) > 0.05
+        plain.step()
+        plain.zero_grad()
+        step(ranks, model, stepping, batch)
+    assert largest_difference(weights_of(sharded), reference) <= 1e-6
+
+
+@pytest.mark.parametrize("plan", ["0", "2", "3-disk"])
+def test_a_class_derived_from_torchs_is_clipped_too(world, plan):
+    world(2).run(_derived, plan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from typing import Any
 
 import pytest
@@ -262,3 +263,29 @@ def _by_the_engine(ranks: Any, mode: str) -> None:
 def test_statistics_move_on_once_where_the_engine_recomputes(world, mode):
     world(1).run(_by_the_engine, mode, timeout_s=30)
     world(2).run(_by_the_engine, mode, timeout_s=30)
+
+
+def _of_other_kinds(ranks: Any) -> None:
+    """A nested and a sparse buffer beside statistics: they are left alone, in a recomputation too."""
+    warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors is in prototype")
+    accelerator = fresh(0)
+    accelerator._config = accelerator._config.merged(activation_checkpointing="all")
+    model = net()
+    for block in model.blocks:
+        if ranks.world_size == 1:  # which cannot be sent when a model is prepared
+            block.register_buffer("nested", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+        block.register_buffer("sparse", torch.eye(3).to_sparse())
+    optimizer = adamw(trained(model))
+    accelerator.prepare(model, optimizer)
+    for batch in inputs(4, samples=6):
+        accelerator.backward(_loss(model, batch))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert int(model.blocks[0].norm.num_batches_tracked) == 4
+    assert torch.equal(model.blocks[0].sparse.to_dense(), torch.eye(3))
+    accelerator.free_memory()
+
+
+def test_buffers_of_other_kinds_are_left_alone(world):
+    world(1).run(_of_other_kinds, timeout_s=30)
+    world(2).run(_of_other_kinds, timeout_s=30)

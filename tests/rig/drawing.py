@@ -93,7 +93,7 @@ class Drawing:
 
     def _kind(self) -> str:
         names = ["retained", "two_forwards", "two_losses", "in_an_object", "caught", "penalised", "regularised"]
-        names += ["input_gradients", "caught_alone"]
+        names += ["input_gradients", "caught_alone", "interrupted", "interrupted_backward"]
         return self.source.choice(["plain"] * 12 + names)
 
     def _between(self) -> Program:

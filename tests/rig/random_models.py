@@ -10,18 +10,17 @@ A model is made of tokens, plain tuples in one flat list, any of which may be le
 
 from __future__ import annotations
 
-import random
-from collections import OrderedDict, UserDict, namedtuple
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
+
+from rig.packing import PACKED, opened
 
 WIDTH = 5
 Token = tuple[Any, ...]
@@ -148,56 +147,6 @@ CORES: dict[str, Callable[..., nn.Module]] = {
     "recurrent": Recurrent,
     "norm": partial(nn.LayerNorm, WIDTH),
 }
-
-
-# What a module hands over, and how the caller opens it.
-
-
-@dataclass
-class Data:
-    out: Tensor
-    more: Any = None
-
-
-class Output(OrderedDict):  # type: ignore[type-arg]
-    """As transformers' ModelOutput: a dictionary with attributes."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-
-Named = namedtuple("Named", "out more")
-
-PACKED: dict[str, Callable[[Tensor], Any]] = {
-    "tuple": lambda x: (x, None),
-    "list": lambda x: [x],
-    "nested": lambda x: {"a": [(x,)]},
-    "dict": lambda x: {"out": x, "more": None},
-    "namedtuple": lambda x: Named(x, 3),
-    "dataclass": Data,
-    "namespace": lambda x: SimpleNamespace(out=x),
-    "output": lambda x: Output(out=x),
-    "userdict": lambda x: UserDict(out=x),
-    "set": lambda x: {x},
-    "closure": lambda x: lambda: x,
-    "generator": lambda x: (item for item in (x,)),
-    "two": lambda x: (x * 0.5, x * 0.5),
-}
-
-
-def opened(how: str, value: Any) -> Tensor:
-    if how == "two":
-        return value[0] + value[1]
-    if how == "nested":
-        return value["a"][0][0]
-    if how in ("closure",):
-        return value()
-    if hasattr(value, "out"):
-        return value.out
-    return value["out"] if how in ("dict", "userdict") else next(iter(value))
 
 
 # What is done around a piece's core. Each takes (the rest, the piece, the forward, its own arguments) and x.
@@ -406,84 +355,3 @@ def _tie(one: nn.Module, other: nn.Module) -> None:
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.dtype == torch.float32 and tuple(parameter.shape) in theirs:
                 setattr(module, name, theirs[tuple(parameter.shape)])
-
-
-# Losses. Each takes (model, x, the forward) and gives the loss and the forward's output.
-
-
-def _output(model: Any, x: Tensor, where: Where) -> Tensor:
-    out = model(x, where)
-    root = model.root if hasattr(model, "root") else None
-    return out if root is None else opened(root, out)
-
-
-def plain_loss(model: Any, x: Tensor, where: Where) -> Tensor:
-    return _output(model, x, where).square().mean() + sum(where.aside)
-
-
-def penalised_loss(model: Any, x: Tensor, where: Where) -> Tensor:
-    x = x.clone().requires_grad_(True)
-    loss = plain_loss(model, x, where)
-    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
-    return loss + gradient.square().mean()
-
-
-def only_aside(model: Any, x: Tensor, where: Where) -> Tensor:
-    """What pieces left aside, if any did; the output is dropped."""
-    loss = plain_loss(model, x, where)
-    return sum(where.aside) + loss.detach() if where.aside else loss
-
-
-def two_forwards(model: Any, x: Tensor, where: Where) -> Tensor:
-    return plain_loss(model, x, where) + 0.5 * plain_loss(model, x * 0.5, Where(where.step, where.rank))
-
-
-LOSSES = {"plain": plain_loss, "penalised": penalised_loss, "aside": only_aside, "two": two_forwards}
-
-
-# Drawing.
-
-
-def drawn_tokens(seed: int) -> list[Token]:
-    source = random.Random(f"model {seed}")
-    pick = source.choice
-    tokens: list[Token] = []
-    for number in range(source.randrange(2, 6)):
-        core = pick(["dense"] * 5 + list(CORES))
-        tokens.append((core, pick([1, 2, 3, 7]), pick([True, False])) if core == "dense" else (core,))
-        if number and source.random() < 0.15:
-            tokens.append(("tied", source.randrange(9)))
-        if source.random() < 0.2:
-            tokens.append(("frozen",))
-        for _ in range(pick([0, 0, 1, 1, 2, 3])):
-            tokens.append(_said(source))
-        if source.random() < 0.15:
-            tokens.append(("again", source.randrange(9)))
-    if source.random() < 0.4:
-        tokens.append(("root", pick(list(PACKED))))
-    return tokens
-
-
-def _said(source: random.Random) -> Token:
-    pick = source.choice
-    return pick(
-        [
-            ("packed", pick(list(PACKED))),
-            ("packed", pick(list(PACKED))),
-            ("skip", source.randrange(3)),
-            ("loop", pick([True, False])),
-            ("branch",),
-            ("no_grad", pick([2, 9])),
-            ("detach", pick([2, 9])),
-            ("detach_out", pick([2, 9])),
-            ("checkpoint", pick([True, False])),
-            ("checkpoint", pick([True, False])),
-            ("in_place", pick(["mul", "rows", "item"])),
-            ("hook", pick(["forward", "pre", "backward", "backward_pre", "tensor", "parameter"])),
-            ("forces", pick([True, False])),
-            ("transformed", pick(["vmap", "grad", "jvp", "call"])),
-            ("outside",),
-            ("aside",),
-            ("twice",),
-        ]
-    )

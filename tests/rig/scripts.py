@@ -187,7 +187,7 @@ class Plain(Script):
         optimizer.step()
 
     def zero_grad(self, number: int, set_to_none: bool) -> None:
-        if self._synced:
+        if self._synced or self.setting.accumulate == 1:  # behind `no_sync` it acts, as in accelerate
             self.optimizer(number).zero_grad(set_to_none=set_to_none)
 
     def schedule(self) -> None:

@@ -134,7 +134,7 @@ class Setting:
             return [optimizer_of(self.optimizers[0], [p for _, p in named])]
         first = [p for n, p in named if self.second_part not in n]
         second = [p for n, p in named if self.second_part in n]
-        return [optimizer_of(kind, own) for kind, own in zip(self.optimizers, (first, second), strict=True)]
+        return [optimizer_of(kind, own) for kind, own in zip(self.optimizers, (first, second), strict=True) if own]
 
     def _may_train(self, name: str) -> bool:
         return self.model != "lora" or "lora_" in name

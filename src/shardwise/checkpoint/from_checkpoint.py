@@ -61,7 +61,8 @@ def _export_model(
     max_shard_size: int | str,
 ) -> list[Path]:
     record = checkpoint.manifest.frozen
-    names = [name for name in record["models"][model]["sums"] if f"{model}/frozen/{name}" not in checkpoint]
+    known = record["models"].get(model, {"sums": {}})["sums"]  # of an imported run they are what the checkpoint holds
+    names = [name for name in known if f"{model}/frozen/{name}" not in checkpoint]
     if names and record["kept"] not in ("inside", "outside"):
         checkpoint.add(shared_by(checkpoint), f"{model}/frozen/")
     elif names:

@@ -78,6 +78,13 @@ def refuse_foreign(target: Path) -> None:
         )
 
 
+def refuse_taken(target: Path) -> None:
+    """CheckpointError if anything has the name `target`, but for an empty directory."""
+    if not os.path.lexists(target) or (target.is_dir() and not target.is_symlink() and not any(target.iterdir())):
+        return
+    raise CheckpointError(f"{printed(target)} is there already, and is left as it is. Give a directory that is new.")
+
+
 def make_staging(staging: Path) -> None:
     """Make the directory `staging`, empty but for MARK, in place of what a save that was cut short has left."""
     files.make_directory(staging.parent)

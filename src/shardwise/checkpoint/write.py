@@ -29,7 +29,7 @@ from . import files
 from .agree import together
 from .manifest import MANIFEST, Entry, Index, Manifest, Part, text_checksum
 from .patience import Progress, patiently
-from .places import MARK, STAGING, discard, left_behind, make_staging, put_in_place
+from .places import MARK, STAGING, discard, left_behind, make_staging, put_in_place, refuse_taken
 from .tensor_file import Spec, TensorFile
 
 logger = logging.getLogger("shardwise")
@@ -124,6 +124,36 @@ def write_checkpoint(
         raise
 
 
+def write_alone(
+    target: Path,
+    drafts: Sequence[Draft],
+    describe: Callable[[Sequence[Entry]], Manifest],
+    beside: Mapping[str, str],
+    check: Callable[[Path], None],
+) -> None:
+    """Publish `drafts`, one of each rank of a run that is not this one, as the directory `target`, from this one process.
+
+    target: must be free. beside: name -> text of files that are put into it. check: called with the directory when all is in
+    it, before it gets its name; raises CheckpointError if it cannot be read. Raises CheckpointError; then nothing is left.
+    """
+    refuse_taken(target)
+    staging = target.with_name(STAGING + target.name)
+    try:
+        make_staging(staging)
+        try:
+            for name, text in beside.items():
+                files.write_text(staging / name, text)
+            entries = [_write_rank(staging, draft, rank, Progress("writes")) for rank, draft in enumerate(drafts)]
+            _seal(staging, target, describe(entries))
+            check(staging)
+            put_in_place(staging, target)
+        except BaseException:
+            attempt(lambda: files.remove(staging))  # the first error is the one to tell
+            raise
+    except OSError as error:
+        raise CheckpointError(f"{printed(target)} was not written: {error}.") from error
+
+
 def _write_rank(staging: Path, draft: Draft, rank: int, progress: Progress) -> Entry:
     name = f"rank-{rank:05d}"
     index = Index(state=draft.state)
@@ -144,12 +174,17 @@ def _write_rank(staging: Path, draft: Draft, rank: int, progress: Progress) -> E
     return Entry(f"{name}.json", text_checksum(text), tensors, nbytes)
 
 
-def _publish(staging: Path, target: Path, manifest: Manifest) -> None:
+def _seal(staging: Path, target: Path, manifest: Manifest) -> None:
+    """What makes the directory a complete checkpoint, but for its name."""
     text = manifest.to_text()
     check_json(text, f"{printed(target)}: {MANIFEST}", CheckpointError)
     files.write_text(staging / MANIFEST, text)
     files.remove(staging / MARK)
     files.sync_directory(staging)
+
+
+def _publish(staging: Path, target: Path, manifest: Manifest) -> None:
+    _seal(staging, target, manifest)
     put_in_place(staging, target)
     for path in left_behind(target):
         _, error = attempt(lambda: discard(path))  # noqa: B023 - called at once

@@ -200,6 +200,27 @@ def export_command(
     run_export(checkpoint, output, model=model, dtype=dtype, max_shard_size=max_shard_size)
 
 
+@app.command(name="import")
+def import_command(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A DeepSpeed checkpoint, or a directory of accelerate's save_state.")
+    ],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The checkpoint to write, a new directory.")],
+    names: Annotated[
+        str | None,
+        typer.Option(
+            "--names",
+            metavar="FILE",
+            help="Names of what the optimizer trains, one a line, where a file has only numbers.",
+        ),
+    ] = None,
+) -> None:
+    """Turn a run that DeepSpeed or accelerate saved into a checkpoint of shardwise; nothing in it is executed."""
+    from .weights import run_import
+
+    run_import(source, output, names=names)
+
+
 def complain(text: str) -> None:
     """Each line of `text` on stderr as an error of its own."""
     for line in text.splitlines() or ["unknown error"]:

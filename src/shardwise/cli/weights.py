@@ -1,10 +1,11 @@
-"""`shardwise merge` and `shardwise export`: weights from one directory to another, without processes and without GPUs."""
+"""`shardwise merge`, `export` and `import`: from one directory to another, without processes and without GPUs."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+from ..documents import read_text
 from ..errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -37,6 +38,19 @@ def run_export(checkpoint: str, output: str, *, model: int, dtype: str | None, m
 
     kind = None if dtype is None else getattr(torch, dtype)
     _report(export(checkpoint, output, model=model, dtype=kind, max_shard_size=max_shard_size))
+
+
+def run_import(source: str, output: str, *, names: str | None) -> None:
+    """Raises CheckpointError or ConfigError."""
+    from ..foreign.importing import import_checkpoint
+
+    given = None
+    if names is not None:
+        given = [line.strip() for line in read_text(names, ConfigError).splitlines() if line.strip()]
+    found = import_checkpoint(source, output, names=given)
+    for note in found.notes:
+        print(f"shardwise import: {note}", file=sys.stderr)
+    print(f"{found.path}  step {found.step}, {found.world_size} rank(s), from {found.source}")
 
 
 def _check_dtype(dtype: str | None) -> None:

@@ -50,7 +50,7 @@ def replace_buffers(model: nn.Module, new: Mapping[int, Tensor]) -> None:
 
 def parts_of(buffer: Tensor) -> list[Tensor]:
     """The plain tensors that `buffer` consists of, in its own memory. Raises TypeError for one of another kind."""
-    if _is_strided(buffer):
+    if is_strided(buffer):
         return [_once(buffer)]
     if buffer.layout == torch.sparse_coo:
         return [buffer._indices(), buffer._values()]
@@ -60,7 +60,7 @@ def parts_of(buffer: Tensor) -> list[Tensor]:
     raise TypeError(f"is a {type(buffer).__name__} of a kind without plain parts ({kind})")
 
 
-def _is_strided(buffer: Tensor) -> bool:
+def is_strided(buffer: Tensor) -> bool:
     """Whether it is nothing but elements at strides."""
     several = hasattr(buffer, "__tensor_flatten__") or buffer.is_nested or buffer.is_quantized
     return buffer.layout == torch.strided and not several
@@ -159,7 +159,7 @@ def place_buffers(model: nn.Module, ranks: Ranks) -> None:
 
 
 def _moved(buffer: Tensor, device: torch.device) -> Tensor:
-    if buffer.device == device or not _is_strided(buffer):
+    if buffer.device == device or not is_strided(buffer):
         return buffer.to(device)
     once = _once(buffer)
     return once.to(device).expand(buffer.shape) if once is not buffer else buffer.to(device)

@@ -252,9 +252,10 @@ class Ranks:
 
         assert self._data is not None
         without_multicast()
-        if pool := getattr(symmetric, "get_mem_pool", None):
+        pool = _pool_of_its_own(symmetric, self.device)
+        if pool is not None:
             # Through torch's allocator, so that its statistics count these bytes too.
-            with torch.cuda.use_mem_pool(pool(self.device)):
+            with torch.cuda.use_mem_pool(pool):
                 own = torch.zeros(numel, dtype=dtype, device=self.device)
         else:
             own = symmetric.empty(numel, dtype=dtype, device=self.device).zero_()
@@ -433,6 +434,21 @@ class Ranks:
         if differing:
             remedy = "Call it in the same way on every rank."
             raise ConfigError(disagreement(f"{call} is called in another way on {{ranks}}", differing, remedy))
+
+
+def _pool_of_its_own(symmetric: Any, device: torch.device) -> Any:
+    """A pool of torch's for memory that ranks share, with nothing in it; None where torch has no such pools.
+
+    torch's own pool hands out again what was given back. Ranks give back when their garbage is collected, so one would get
+    memory that it has shared before, and skip the exchange in which the others wait for it.
+    """
+    pools = getattr(symmetric, "_symm_mem_pools", None)
+    if pools is None:
+        return None
+    pools.pop(device, None)
+    pool = symmetric.get_mem_pool(device)
+    pools.pop(device, None)
+    return pool
 
 
 def attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:

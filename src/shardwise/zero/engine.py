@@ -14,9 +14,9 @@ from ..offload.host import HostStore
 from ..offload.nvme import NvmeStore
 from ..offload.store import Arrival, Done, MemoryStore, Slab, Store
 from .collectives import Ranks
+from .norms import Norms
 from .peers import PeerMemory
 from .plan import Tier
-from .shown import Norms
 from .streams import Lanes
 
 Kind = Literal["param", "optimizer"]

@@ -8,6 +8,7 @@ Frozen parameters have no shards. Once they are trained, theirs come into the gr
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -73,7 +74,7 @@ class Groups:
             self.as_set.append({})
             group["params"] = []
             self._join(number, self.parameters[number], homes)
-            if isinstance(self.optimizer, _FUSED) and group.get("fused") is None and not group.get("foreach"):
+            if _steps_as_torchs(self.optimizer) and group.get("fused") is None and not group.get("foreach"):
                 # One kernel over all shards, which also takes the clip factor; torch's default is a loop on the CPU.
                 self.as_set[-1]["fused"] = group.get("fused")
                 group["fused"] = not (group.get("capturable") or group.get("differentiable"))
@@ -112,7 +113,7 @@ class Groups:
     @property
     def fused(self) -> bool:
         """Whether its kernels take a scale of the gradients: one in fp32, which is not enough for gradients in fp64."""
-        takes = isinstance(self.optimizer, _FUSED) and all(g.get("fused") for g in self.optimizer.param_groups)
+        takes = _steps_as_torchs(self.optimizer) and all(g.get("fused") for g in self.optimizer.param_groups)
         return takes and self.norm_dtype == torch.float32
 
     def units(self, model: ShardedModel) -> list[Unit]:
@@ -175,6 +176,12 @@ class Groups:
         every = [gradients for gradients, _ in (*self.members.values(), *self.strays.values())]
         double = any(gradients.master.dtype == torch.float64 for gradients in every)
         self.norm_dtype = torch.float64 if double else torch.float32
+
+
+def _steps_as_torchs(optimizer: Optimizer) -> bool:
+    """Whether its step is that of one of _FUSED: a class derived from it may have one that reads no scale."""
+    step = inspect.unwrap(type(optimizer).step)
+    return any(isinstance(optimizer, kind) and step is inspect.unwrap(kind.step) for kind in _FUSED)
 
 
 def _shards_of(gradients: Gradients, index: int) -> Iterator[Shard]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from types import FrameType
@@ -29,7 +29,10 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils.hooks import RemovableHandle
 
+from .ending import EndOfBackward
 from .forwards import Forwards, Running
+from .gradients import Gradients
+from .nested import mapped, tensors_in
 from .saved import SavedWeights
 from .schedule import Phase, Schedule
 from .unit import Unit, Weights
@@ -63,6 +66,7 @@ class Hooks:
         self._after = after
         self._compute_dtype = compute_dtype
         self._forwards = Forwards(root)
+        self._left = False  # an error has ended the backward that seems to run
         self._left_boundary = True  # of the backward that began last
         schedule.end_left_backward = self._end_left_backward
         self._active: dict[Unit, int] = defaultdict(int)  # in how many running forwards each unit is needed
@@ -197,7 +201,7 @@ class Hooks:
         """
         schedule = self.schedule
         if running.recomputed:
-            if schedule.phase is not Phase.BACKWARD:
+            if not self._in_pass:
                 self._begin_backward()
         else:
             for unit in running.units:
@@ -214,7 +218,7 @@ class Hooks:
 
     def _cast(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         assert self._compute_dtype is not None
-        args, kwargs = _map((args, kwargs), _caster(self._compute_dtype))
+        args, kwargs = mapped((args, kwargs), _caster(self._compute_dtype))
         return args, kwargs
 
     def _after_forward(self, units: list[Unit], module: nn.Module, args: Any, output: Any) -> None:
@@ -227,7 +231,7 @@ class Hooks:
             return
         if torch.is_grad_enabled() and output is not None:
             before = partial(self._before_backward, units)
-            for tensor in _tensors(output):
+            for tensor in tensors_in(output):
                 # A weight that is handed out lives on: a hook for each forward would pile up on it.
                 if tensor.requires_grad and not isinstance(tensor, nn.Parameter):
                     tensor.register_hook(before)  # type: ignore[no-untyped-call]
@@ -277,7 +281,7 @@ class Hooks:
     # Backward. Autograd calls these, on its own thread when the device is a GPU.
 
     def _before_backward(self, units: list[Unit], gradient: Tensor) -> None:
-        if self.schedule.phase is not Phase.BACKWARD:
+        if not self._in_pass:
             self._begin_backward()
         for unit in units:
             self.schedule.need(unit)
@@ -288,7 +292,7 @@ class Hooks:
 
     def _gradient_arrived(self, unit: Unit, index: int) -> None:
         assert unit.gradients is not None
-        if self.schedule.phase is not Phase.BACKWARD:
+        if not self._in_pass:
             with unit.gradients.shown.without(index):  # the backward's first gradient is no script's
                 self._begin_backward()
         if unit.gradients.note(index):
@@ -306,23 +310,45 @@ class Hooks:
 
     def recall(self, unit: Unit) -> bool:
         """A backward is about to read the weights of `unit`, wherever it comes from. Whether they were asked for already."""
-        if self.schedule.phase is not Phase.BACKWARD:
+        if not self._in_pass:
             self._begin_backward()
         here = unit.state is Weights.GATHERED
         self.schedule.need(unit)
         return here
 
+    @property
+    def _in_pass(self) -> bool:
+        """Whether the running backward is the one that the schedule knows of."""
+        return self.schedule.phase is Phase.BACKWARD and not self._left
+
     def _begin_backward(self) -> None:
         if self._forwards:
             self._forget_interrupted()
+        if self._left:
+            self.schedule.abandon_open_pass()
         boundary = self._left_boundary = self._boundary()
-        # Gradients are recorded in a backward only where its result shall have a backward too.
-        self.schedule.begin_backward(boundary, again=torch.is_grad_enabled())
-        torch.autograd.Variable._execution_engine.queue_callback(partial(self._end_backward, boundary))
+        self.schedule.begin_backward(boundary, again=_records_backward())
+        end = EndOfBackward(ended=partial(self._end_backward, boundary), left=self._leave_backward)
+        torch.autograd.Variable._execution_engine.queue_callback(end)
+
+    def _leave_backward(self) -> None:
+        """An error has ended the backward. Until a verb ends its pass, scripts see what there is of gradients."""
+        if self.schedule.phase is Phase.BACKWARD:
+            self._left = True
+            for gradients in self._gradients():
+                gradients.shown.put_back()
+
+    def _gradients(self) -> list[Gradients]:
+        return [unit.gradients for unit in self.schedule.units if unit.gradients is not None]
 
     @torch.no_grad()
     def _end_left_backward(self) -> None:
-        """An error or an interrupt has ended a backward. What it had brought by then counts, as in torch."""
+        """An error or an interrupt has ended a backward. What it had brought counts, unless a script has dropped it since."""
+        left, self._left = self._left, False
+        if left:
+            self.schedule.lanes.join()
+            for gradients in self._gradients():
+                gradients.shown.look(before_backward=True)
         self.schedule.end_backward(whole=False)
         self._after(self._left_boundary)
 
@@ -391,6 +417,14 @@ def in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+def _records_backward() -> bool:
+    """Whether the result of the running backward shall have a backward too (create_graph=True).
+
+    Only then gradients are recorded in it, but for those of a recomputation, where it may begin; its graph is kept as well.
+    """
+    return torch.is_grad_enabled() and bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
 class _Watch(torch.autograd.Function):
     """The identity. Its backward runs when every gradient of its inputs is ready, that is last in the module's backward."""
 
@@ -407,42 +441,13 @@ class _Watch(torch.autograd.Function):
 
 def _watch_inputs(inputs: tuple[Any, Any], call: Callable[[], None]) -> tuple[Any, Any] | None:
     """The inputs with those that need a gradient led through _Watch; None if none does."""
-    tensors = [tensor for tensor in _tensors(inputs) if tensor.requires_grad]
+    tensors = [tensor for tensor in tensors_in(inputs) if tensor.requires_grad]
     if not tensors:
         return None
     outputs = _Watch.apply(call, *tensors)  # type: ignore[no-untyped-call]
     watched = dict(zip(map(id, tensors), outputs, strict=True))
-    args, kwargs = _map(inputs, lambda tensor: watched.get(id(tensor), tensor))
+    args, kwargs = mapped(inputs, lambda tensor: watched.get(id(tensor), tensor))
     return args, kwargs
-
-
-# Both walk plain containers only: an object such as a key-value cache must stay the object that the caller holds.
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    _collect((value,), found)
-    return found
-
-
-def _collect(values: Iterable[Any], found: list[Tensor]) -> None:
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (tuple, list)):
-            _collect(value, found)
-        elif isinstance(value, dict):
-            _collect(value.values(), found)
-
-
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if type(value) in (tuple, list):
-        return type(value)(_map(item, change) for item in value)
-    if type(value) is dict:
-        return {key: _map(item, change) for key, item in value.items()}
-    return value
 
 
 def _caster(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -326,6 +326,8 @@ class ShardedOptimizer:
 
         set_to_none: False keeps gradients of zero, with which a step still decays weights and moves by its momentum.
         """
+        for model in self.models:
+            model.finish_interrupted()
         if any(model.accumulating and not model.sync_gradients for model in self.models):
             return
         self._verdicts.forget()

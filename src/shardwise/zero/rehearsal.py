@@ -109,7 +109,7 @@ def rehearse(
     found.before = kept_beside(twins[0][0])
     source = torch.Generator().manual_seed(0)
     device = stand_ins[0].start.device if stand_ins else torch.device("cpu")
-    with _generators_kept(device) as have_drawn:
+    with _generators_kept(device) as have_drawn, _classes_kept(type(optimizer)):
         for place, verb in enumerate(verbs):
             size = _SIZES[place % len(_SIZES)]
             gradients = [(torch.randn(s.start.shape, generator=source) * size).to(s.start) for s in stand_ins]
@@ -295,6 +295,27 @@ def _generators_kept(device: torch.device) -> Iterator[Callable[[], bool]]:
             random.setstate(python)
             if numpy:
                 numpy.random.set_state(others)
+
+
+@contextmanager
+def _classes_kept(kind: type[Optimizer]) -> Iterator[None]:
+    """Afterwards the class of an optimizer has the numbers and texts that it had before: some count their steps there."""
+    own = [c for c in kind.__mro__ if c not in Optimizer.__mro__]
+
+    def plain(c: type) -> dict[str, Any]:
+        return {n: v for n, v in vars(c).items() if isinstance(v, (bool, int, float, str, type(None)))}
+
+    before = [plain(c) for c in own]
+    try:
+        yield
+    finally:
+        for c, kept in zip(own, before, strict=True):
+            now = plain(c)
+            for name in now.keys() - kept.keys():
+                delattr(c, name)
+            for name, value in kept.items():
+                if name not in now or now[name] is not value:
+                    setattr(c, name, value)
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -250,6 +250,8 @@ class Schedule:
         for unit in self.units:
             if unit.leaves:
                 self._release(unit)
+                if self._lingers:
+                    unit.settle()
         self._order = None
         if self._in_round:
             self._in_round = False

@@ -28,6 +28,7 @@ from .engine import Doubts, Engine, Faults, Kind, ReductionsInFlight, Stores
 from .generation import room_for_weights, units_that_fit
 from .gradients import Gradients
 from .hooks import Hooks
+from .norms import Norms
 from .peers import GatherWith, PeerMemory
 from .plan import Plan, Tier
 from .portions import Role
@@ -35,7 +36,6 @@ from .precision import Precision
 from .quantised import QuantisedWeights
 from .releasing import dissolve, log_rounded
 from .schedule import Schedule
-from .shown import Norms
 from .sources import Makers, Sources, choose_makers
 from .statistics import RunningBuffers
 from .streams import Lanes
@@ -158,6 +158,7 @@ class ShardedModel:
             after=self._after_backward,
             compute_dtype=dtype,
         )
+        self._engine.norms.before_reading(self._hooks.finish_interrupted)
         self.thawing = Thawing(self.units, self._builder, self._engine, self.schedule, self._hooks, self.drain)
         self._structure = Structure(model, lambda: {id(p) for p in self._parameters()})
         _sharded[id(model)] = self
@@ -242,6 +243,10 @@ class ShardedModel:
         """A forward begins that records gradients."""
         self._structure.check()
         self.look_at_gradients()
+
+    def finish_interrupted(self) -> None:
+        """End the pass that an error or an interrupt has left open. Collective where there is one."""
+        self._hooks.finish_interrupted()
 
     def look_at_gradients(self) -> None:
         """Take over what a script has done to `grad` of the parameters since a backward: dropped, assigned or changed it."""

@@ -17,8 +17,6 @@ This file knows what a script may do with a gradient; `gradients.py` knows where
 
 from __future__ import annotations
 
-import math
-import zlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -27,9 +25,9 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from ..errors import RankError, ReleasedParameterError
-from .collectives import Ranks
+from ..errors import ReleasedParameterError
 from .guard import METADATA, unasked
+from .norms import Norms
 
 if TYPE_CHECKING:
     from .gradients import Gradients
@@ -222,6 +220,15 @@ class Shown:
                     member.parameter.grad = made
             self._visible = list(used)
 
+    def put_back(self) -> None:
+        """Show what there is although a backward has not ended; what autograd has brought of it waits behind what is shown."""
+        with unasked():
+            arrived = [member.parameter.grad for member in self._members]
+        self.show()
+        for made, grad, visible in zip(self._made, arrived, self._visible, strict=True):
+            if visible and grad is not made:
+                made._arrived = grad
+
     def hide(self) -> None:
         """The gradients are gone: parameters have none."""
         self._flat = None
@@ -261,9 +268,11 @@ class Shown:
         source = self._source
         if dropped:
             for index in dropped:
-                self._visible[index] = False
+                self._visible[index], self._made[index]._arrived = False, None
             source.forget(dropped)
         for index, grad in given:
+            if self._visible[index]:
+                self._made[index]._arrived = None
             source.put(index, grad.to_dense() if grad.is_sparse else grad)
         if given:
             with unasked():
@@ -307,6 +316,7 @@ class Shown:
 
         untraced: the caller may write where `_version` does not show it. Collective where gradients are sharded.
         """
+        self._norms.finish_pass()
         self._refuse_dropped(index)
         source = self._source
         if self._flat is None:
@@ -319,6 +329,7 @@ class Shown:
 
     def part(self, index: int) -> Tensor:
         """What this rank keeps of a gradient, flat; it may be written until the next verb."""
+        self._norms.finish_pass()
         self._refuse_dropped(index)
         source = self._source
         if source.is_own:
@@ -334,56 +345,7 @@ class Shown:
 
     def change(self, index: int, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """Apply an element-wise operation in place, each rank to its part."""
+        self._norms.finish_pass()
         for part in self._source.parts(index):
             func(part, *args, **kwargs)
         self._source.changed()
-
-
-class Norms:
-    """The norms of single gradients of one model: all of them are found together, in one collective."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._gradients: list[Gradients] = []
-        self._ranks = ranks
-        self._known: dict[float, tuple[Any, dict[int, Tensor]]] = {}
-
-    def count(self, gradients: Gradients) -> None:
-        """These belong to the model too."""
-        self._gradients.append(gradients)
-
-    def meet(self, what: str, name: str) -> None:
-        """Raise RankError on every rank if the ranks are not about to do the same."""
-        mine = zlib.crc32(f"{what} {name}".encode())
-        if len(set(self._ranks.gather_numbers(mine))) > 1:
-            raise RankError(
-                f"rank {self._ranks.rank} asks for {what} of {name}, and another rank for something else. Gradients are "
-                "sharded: reading them is collective, so every rank reads the same ones in the same order."
-            )
-
-    def of(self, gradients: Gradients, index: int, order: float) -> Tensor:
-        state = tuple(g.version for g in self._gradients)
-        known = self._known.get(order)
-        if known is None or known[0] != state:
-            self.meet(f"norms of order {order}", "gradients")
-            known = self._known[order] = state, self._all(order)
-        return known[1][id(gradients)][index]
-
-    def _all(self, order: float) -> dict[int, Tensor]:
-        device = self._ranks.device
-        double = any(g.master.dtype == torch.float64 for g in self._gradients)
-        dtype = torch.float64 if double else torch.float32  # as torch has it
-        rows = []
-        for gradients in self._gradients:
-            row = torch.zeros(len(gradients.buffer.members), dtype=dtype, device=device)
-            for index in range(len(gradients.buffer.members)):
-                for part in gradients.parts(index):
-                    if part.numel():
-                        own = torch.linalg.vector_norm(part, order).to(device, dtype)
-                        row[index] = own if math.isinf(order) else own**order
-            rows.append(row)
-        every = torch.cat(rows)
-        self._ranks.all_reduce(every, "max" if math.isinf(order) else "sum")
-        if not math.isinf(order):
-            every = every ** (1.0 / order)
-        sizes = [len(gradients.buffer.members) for gradients in self._gradients]
-        return {id(g): row for g, row in zip(self._gradients, torch.split(every, sizes), strict=True)}

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .buffers import bytes_of, written
+from .buffers import bytes_of, is_strided, written
 from .collectives import Ranks
 
 log = logging.getLogger("shardwise")
@@ -43,17 +43,13 @@ class _Place:
     nbytes: int
 
     def fits(self, buffer: Tensor | None) -> bool:
-        return (
-            buffer is not None
-            and buffer.layout == torch.strided
-            and (buffer.shape, buffer.dtype) == (self.shape, self.dtype)
-        )
+        return buffer is not None and is_strided(buffer) and (buffer.shape, buffer.dtype) == (self.shape, self.dtype)
 
 
 class RunningBuffers:
     """The buffers of one model that its forwards change. Made when they are equal on all ranks.
 
-    Those that are sparse, or that a script has given another shape, are left to each rank.
+    Those that are sparse or nested, or that a script has given another shape, are left to each rank.
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
@@ -63,7 +59,7 @@ class RunningBuffers:
         known: set[int] = set()
         for index, (_, module) in enumerate(self._modules):
             for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.layout == torch.strided and buffer.numel() and id(buffer) not in known:
+                if buffer is not None and is_strided(buffer) and buffer.numel() and id(buffer) not in known:
                     known.add(id(buffer))
                     nbytes = buffer.numel() * buffer.element_size()
                     self._places.append(_Place(index, name, buffer.shape, buffer.dtype, nbytes))
@@ -159,7 +155,7 @@ def unchanged(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for inner, name, buffer, before in held:
-            if buffer.layout == torch.strided:
+            if is_strided(buffer):
                 written(buffer.data, before)
                 inner._buffers[name] = buffer
             else:

@@ -300,7 +300,7 @@ class Trial:
         """What of a group's settings a trial depends on."""
         found = []
         for name, value in self.optimizer.param_groups[number].items():
-            if name not in ("params", "lr", "initial_lr"):
+            if name not in ("params", "lr", "initial_lr", "fused"):  # the engine itself may choose fused kernels
                 found += [
                     (w, _sign(leaf)) for w, leaf in leaves(value, setting(number, name)) if w not in self._counted
                 ]

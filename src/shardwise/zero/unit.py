@@ -164,6 +164,13 @@ class Unit:
         for part in self._parts:
             part.guard.open()
 
+    def settle(self) -> None:
+        """Nothing is on its way: a gather has arrived, and what was only fetched is released."""
+        if self.state is Weights.GATHERING:
+            self.arrive()
+        elif self.state is Weights.FETCHING:
+            self.release()
+
     def release(self) -> None:
         """Give the storage of the whole back, once the computation enqueued so far has read it."""
         lanes = self._engine.lanes

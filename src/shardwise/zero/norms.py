@@ -1,0 +1,80 @@
+"""The norms of single gradients that scripts ask for: those of a whole model are found together, in one collective."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from weakref import WeakMethod
+
+import torch
+from torch import Tensor
+
+from ..errors import RankError
+from .collectives import Ranks
+
+if TYPE_CHECKING:
+    from .gradients import Gradients
+
+
+class Norms:
+    """The norms of single gradients of one model: all of them are found together, in one collective."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._gradients: list[Gradients] = []
+        self._ranks = ranks
+        self._known: dict[float, tuple[Any, dict[int, Tensor]]] = {}
+        self._finish: WeakMethod[Callable[[], None]] | None = None
+
+    def before_reading(self, finish: Callable[[], None]) -> None:
+        """finish: a method that ends a backward which an error has left open; what is kept of gradients counts after it."""
+        self._finish = WeakMethod(finish)
+
+    def finish_pass(self) -> None:
+        """Somebody is about to read a gradient, or to change it."""
+        finish = None if self._finish is None else self._finish()
+        if finish is not None:
+            finish()
+
+    def count(self, gradients: Gradients) -> None:
+        """These belong to the model too."""
+        self._gradients.append(gradients)
+
+    def meet(self, what: str, name: str) -> None:
+        """Raise RankError on every rank if the ranks are not about to do the same."""
+        mine = zlib.crc32(f"{what} {name}".encode())
+        if len(set(self._ranks.gather_numbers(mine))) > 1:
+            raise RankError(
+                f"rank {self._ranks.rank} asks for {what} of {name}, and another rank for something else. Gradients are "
+                "sharded: reading them is collective, so every rank reads the same ones in the same order."
+            )
+
+    def of(self, gradients: Gradients, index: int, order: float) -> Tensor:
+        self.finish_pass()
+        state = tuple(g.version for g in self._gradients)
+        known = self._known.get(order)
+        if known is None or known[0] != state:
+            self.meet(f"norms of order {order}", "gradients")
+            known = self._known[order] = state, self._all(order)
+        return known[1][id(gradients)][index]
+
+    def _all(self, order: float) -> dict[int, Tensor]:
+        device = self._ranks.device
+        double = any(g.master.dtype == torch.float64 for g in self._gradients)
+        dtype = torch.float64 if double else torch.float32  # as torch has it
+        rows = []
+        for gradients in self._gradients:
+            row = torch.zeros(len(gradients.buffer.members), dtype=dtype, device=device)
+            for index in range(len(gradients.buffer.members)):
+                for part in gradients.parts(index):
+                    if part.numel():
+                        own = torch.linalg.vector_norm(part, order).to(device, dtype)
+                        row[index] = own if math.isinf(order) else own**order
+            rows.append(row)
+        every = torch.cat(rows)
+        self._ranks.all_reduce(every, "max" if math.isinf(order) else "sum")
+        if not math.isinf(order):
+            every = every ** (1.0 / order)
+        sizes = [len(gradients.buffer.members) for gradients in self._gradients]
+        return {id(g): row for g, row in zip(self._gradients, torch.split(every, sizes), strict=True)}
