@@ -20,9 +20,17 @@ PROGRAMS = Path(__file__).parent / "programs"
 ENTRY = "from shardwise.cli.main import main; main()"
 
 COVER = ["loop:z2", "loop:z3", "loop:z3cpu-lora", "trainer:z2", "trainer:z3", "trainer:z3cpu-lora", "trainer:plain"]
-COVER += ["trainer:z3ds", "trainer:z3-pretrained"]
+COVER += ["trainer:z3ds", "trainer:z3-pretrained", "seq2seq:z3"]
 FULL = ["loop:z1", "loop:z2cpu", "loop:z3cpu", "loop:z3-lora", "loop:z2-lora", "trainer:z1", "trainer:z2cpu"]
-FULL += ["trainer:z3cpu", "trainer:z2-lora", "trainer:z3-lora", "trainer:z3dsds", "trainer:z2-pretrained"]
+FULL += [
+    "seq2seq:z2",
+    "seq2seq:z3cpu",
+    "trainer:z3cpu",
+    "trainer:z2-lora",
+    "trainer:z3-lora",
+    "trainer:z3dsds",
+    "trainer:z2-pretrained",
+]
 TRL = ["z3-sft", "z3-sft-lora", "z3-sft-large", "z3-dpo", "z3-dpo-lora", "z3-dpopre", "z3-reward", "z3-grpo"]
 TRL += ["z2-sft", "z2-dpo", "z2-grpo", "z3cpu-sft", "z3cpu-grpo-lora"]
 
@@ -137,11 +145,22 @@ def _check_trainer(case: str, found: dict[str, Any], expected: dict[str, Any], f
         assert found["stage"] == 3
 
 
+def _check_seq2seq(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name, tolerance in {"loss": 1e-5, "grad_norm": 1e-4, "eval_loss": 1e-5}.items():
+        numbers = [[row[name] for row in rows["log"] if name in row] for rows in (found, expected)]
+        _close(numbers[0], numbers[1], tolerance)
+    _close([found["after"]], [expected["after"]], 1e-5)  # of the best model, which is not the last
+    for name in ("best", "tokens", "sums"):
+        assert found[name] == expected[name], name
+
+
 def _check(runs: tuple[Path, dict[str, dict[str, Any]]], case: str) -> None:
     folder, results = runs
     found, expected = results[case.replace(":", "-")], results[_reference(case).replace(":", "-")]
     if case.startswith("loop"):
         _check_loop(found, expected)
+    elif case.startswith("seq2seq"):
+        _check_seq2seq(found, expected)
     else:
         _check_trainer(case.partition(":")[2], found, expected, folder)
 
