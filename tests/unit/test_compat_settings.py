@@ -19,7 +19,7 @@ def read(values, world_size=2, base=None):
 
 
 def test_a_path_a_dictionary_and_base64_say_the_same(tmp_path):
-    values = {"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5}
+    values = {"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5, "comment": 300 * "long "}
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(values))
     text = base64.urlsafe_b64encode(json.dumps(values).encode()).decode()

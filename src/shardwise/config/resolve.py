@@ -179,7 +179,7 @@ class _Build:
 
     def derive_zero(self, flags: Mapping[str, Any]) -> None:
         """What accelerate and DeepSpeed would make of it."""
-        if self.json is not None and str(self.get(("mixed_precision",))).lower() == "fp16":
+        if self.json is not None and usage.word(self.get(("mixed_precision",))) == "fp16":
             for name, value in self.json.loss_scale.items():
                 key = ("shardwise_config", "loss_scale", name)
                 self.put(key, value, self.json.places[key])
@@ -191,7 +191,7 @@ class _Build:
             self.notes.append(note)
         if self.file.values.get("deepspeed_config") and self.json is None:
             clipping = usage.clipping_note(self.get, self.file.path)
-            if clipping is not None and str(self.get(("distributed_type",))).upper() == "DEEPSPEED":
+            if clipping is not None and usage.word(self.get(("distributed_type",))) == "deepspeed":
                 self.notes.append(clipping)
 
     def finish(self) -> Resolution:
@@ -206,7 +206,7 @@ class _Build:
 
     def line(self, problem: Problem) -> str:
         """The problem in one line, led by the flag or the file and line that it comes from."""
-        if problem.key == ("distributed_type",) and str(self.get(problem.key)).upper() == "FSDP":
+        if problem.key == ("distributed_type",) and usage.word(self.get(problem.key)) == "fsdp":
             problem = replace(problem, text=problem.text + usage.of_fsdp(self.get(("fsdp_config",))))
         name = ".".join(problem.key)
         candidates = [problem.key, *problem.also, problem.key[:1]]

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..documents import shown
 from .deepspeed_json import LOSS_SCALE_WINDOW
 from .rules import Key
 
@@ -24,8 +25,15 @@ Put = tuple[Key, Any, str]
 
 def number(value: Any) -> int | None:
     """A stage as a file or a flag says it; None for what is none."""
-    text = str(value).strip()
-    return int(text) if text.isdigit() else None
+    if isinstance(value, str):
+        text = value.strip()
+        return int(text) if text.isdigit() and len(text) == 1 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 9 else None
+
+
+def word(value: Any) -> str:
+    """A text or a truth as it is compared; empty for anything else, which the schema refuses by itself."""
+    return str(value).strip().lower() if isinstance(value, (str, bool)) else ""
 
 
 def defaults(get: Get, *, described: bool) -> list[Put]:
@@ -35,7 +43,7 @@ def defaults(get: Get, *, described: bool) -> list[Put]:
     if described and number(get(("deepspeed_config", "zero_stage"))) == 3 and get(zero3_init) is None:
         found.append((zero3_init, True, "because zero_stage is 3, as in accelerate"))
     window: Key = ("shardwise_config", "loss_scale", "growth_interval")
-    if described and str(get(("mixed_precision",))).lower() == "fp16" and get(window) is None:
+    if described and word(get(("mixed_precision",))) == "fp16" and get(window) is None:
         found.append((window, LOSS_SCALE_WINDOW, "DeepSpeed's default"))
     return found
 
@@ -44,11 +52,11 @@ def without_effect(get: Get, flags: Mapping[str, Any]) -> list[tuple[Put, str]]:
     """What a file says and DeepSpeed or accelerate would not look at: what to put there, and a note."""
     found: list[tuple[Put, str]] = []
     stage, offload = number(get(("deepspeed_config", "zero_stage"))), ("deepspeed_config", "offload_param_device")
-    device = str(get(offload)).lower()
+    device = word(get(offload))
     if "offload_param_device" not in flags and device in ("cpu", "nvme") and stage is not None and stage < 3:
         note = f"offload_param_device: {device} has no effect at zero_stage {stage}, where parameters are whole."
         found.append(((offload, "none", f"because zero_stage is {stage}"), note))
-    if str(get(("downcast_bf16",))).lower() in ("true", "yes", "1"):
+    if word(get(("downcast_bf16",))) in ("true", "yes", "1"):
         put = (("downcast_bf16",), "no", "because there is no TPU")
         found.append((put, "downcast_bf16: has no effect; it is for TPUs."))
     return found
@@ -67,19 +75,20 @@ def of_fsdp(section: Any) -> str:
     """The settings here that do what an fsdp_config does, in words for an error; empty where it does not say."""
     if not isinstance(section, dict) or not section:
         return ""
-    strategy = str(section.get("fsdp_sharding_strategy", "")).upper()
+    given = section.get("fsdp_sharding_strategy", "")
+    strategy = str(number(given)) if number(given) is not None else word(given).upper()
     reshard = section.get("fsdp_reshard_after_forward")
     if strategy in ("NO_SHARD", "3"):
         return "; what its fsdp_config does is distributed_type: MULTI_GPU"
-    lesser = strategy in ("SHARD_GRAD_OP", "2", "_HYBRID_SHARD_ZERO2", "5") or str(reshard).lower() in (
+    lesser = strategy in ("SHARD_GRAD_OP", "2", "_HYBRID_SHARD_ZERO2", "5") or word(reshard) in (
         "false",
         "shard_grad_op",
     )
     words = [f"zero_stage: {2 if lesser else 3}"]
-    if str(section.get("fsdp_offload_params")).lower() == "true":
+    if word(section.get("fsdp_offload_params")) == "true":
         words.append("offload_optimizer_device: cpu" + ("" if lesser else ", offload_param_device: cpu"))
-    if str(section.get("fsdp_activation_checkpointing")).lower() == "true":
+    if word(section.get("fsdp_activation_checkpointing")) == "true":
         words.append("activation_checkpointing: all in shardwise_config")
-    if section.get("fsdp_transformer_layer_cls_to_wrap"):
-        words.append(f"units: {section['fsdp_transformer_layer_cls_to_wrap']} in shardwise_config")
+    if isinstance(section.get("fsdp_transformer_layer_cls_to_wrap"), str):
+        words.append(f"units: {shown(section['fsdp_transformer_layer_cls_to_wrap'])} in shardwise_config")
     return f"; what its fsdp_config does is distributed_type: DEEPSPEED with {', '.join(words)}"

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...checkpoint.agree import on_first, together
 from ...checkpoint.directory import resolve
+from ...checkpoint.names import below
+from ...documents import SETTINGS_NBYTES, read_text
 from ...errors import CheckpointError
 from ...plugins import ProjectConfiguration
 from ...run_folder import RunFolder
@@ -127,8 +129,9 @@ def find(folder: str | Path, tag: str | None) -> Path | None:
         named = where / LATEST
         if not named.is_file():
             return None
-        tag = named.read_text(encoding="utf-8").strip()
-    path = where / str(tag)
+        path = below(where, read_text(named, CheckpointError, SETTINGS_NBYTES).strip(), f"{named}: the tag")
+    else:
+        path = where / str(tag)
     theirs = sorted([*path.glob("*_model_states.pt"), *path.glob("*_optim_states.pt")])
     if theirs:
         raise CheckpointError(

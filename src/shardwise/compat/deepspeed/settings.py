@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import base64
 import copy
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 
 from ...config.deepspeed_json import LOSS_SCALE_WINDOW, DeepSpeedFile, read_deepspeed_values
 from ...config.schema import Config
-from ...documents import SETTINGS_NBYTES, parse_json, read_text
+from ...documents import SETTINGS_NBYTES, parse_json, read_text, shown
 from ...errors import ConfigError
 from ...resolve import loss_scaler
 from ...zero.plan import Plan
@@ -84,19 +84,18 @@ def load(source: Any) -> tuple[dict[str, Any], str]:
         raise ConfigError(
             f"the DeepSpeed configuration is a {type(source).__name__}: give a dictionary, a path, or base64 of JSON."
         )
-    if Path(source).exists():
-        values = parse_json(read_text(source, ConfigError, SETTINGS_NBYTES), str(source), ConfigError)
+    if os.path.exists(source):  # also asked of text that is longer than a name can be
         name = str(source)
+        text = read_text(source, ConfigError, SETTINGS_NBYTES)
     else:
+        name = "the DeepSpeed configuration in base64"
         try:
-            values, name = (
-                json.loads(base64.urlsafe_b64decode(str(source)).decode()),
-                "the DeepSpeed configuration in base64",
-            )
+            text = base64.urlsafe_b64decode(str(source)).decode()
         except ValueError:
             raise ConfigError(
-                f"{source}: there is no such file, and it is no base64 of a DeepSpeed configuration."
+                f"{shown(str(source))}: there is no such file, and it is no base64 of a DeepSpeed configuration."
             ) from None
+    values = parse_json(text, name, ConfigError)
     if not isinstance(values, dict):
         raise ConfigError(f"{name}: is not a JSON object")
     return values, name
