@@ -55,27 +55,32 @@ def set_full(parameter: Parameter, what: str, value: Tensor) -> None:
     if owner is None:
         raise PrepareError(f"set_full: a parameter of shape {tuple(parameter.shape)} is of no prepared model.")
     name = _name(owner, parameter)
-    if tuple(value.shape) != tuple(parameter.shape):
-        raise LayoutError(f"set_full: {what} of {name} has shape {tuple(parameter.shape)}, not {tuple(value.shape)}.")
-    if what == "gradient":
-        shown = gradient(parameter)
-        if shown is None:
-            raise PrepareError(f"set_full: {name} has no gradient now. Set it between a backward and the step.")
+    shown = gradient(parameter) if what == "gradient" else None
+    own = _intervals(owner, parameter, what) if what != "gradient" else []
+    there = shown is not None or owner.ranks.any_of([bool(own)])[0]
+    owner.ranks.together(lambda: _check(name, parameter, what, value, there=there))
+    if shown is not None:
         with torch.no_grad():
             shown.copy_(value.to(shown.device) * _scale_of(parameter))
         return
-    own = _intervals(owner, parameter, what)
-    if not owner.ranks.any_of([bool(own)])[0]:
-        raise PrepareError(
-            f"set_full: there is no {what!r} of {name} to be written: it is frozen, or its optimizer has taken no step yet, or "
-            "keeps nothing of that name."
-        )
     owner.settle()
     flat = value.detach().reshape(-1)
     for interval in own:
         interval.write(flat[interval.begin : interval.begin + interval.numel])
     if what == "master":
         intervals.publish(owner)
+
+
+def _check(name: str, parameter: Parameter, what: str, value: Tensor, *, there: bool) -> None:
+    if tuple(value.shape) != tuple(parameter.shape):
+        raise LayoutError(f"set_full: {what} of {name} has shape {tuple(parameter.shape)}, not {tuple(value.shape)}.")
+    if not there and what == "gradient":
+        raise PrepareError(f"set_full: {name} has no gradient now. Set it between a backward and the step.")
+    if not there:
+        raise PrepareError(
+            f"set_full: there is no {what!r} of {name} to be written: it is frozen, or its optimizer has taken no step yet, or "
+            "keeps nothing of that name."
+        )
 
 
 def _owner(parameter: Parameter) -> ShardedModel | None:

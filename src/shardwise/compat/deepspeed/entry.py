@@ -17,6 +17,7 @@ from ...errors import ConfigError, OptimizerError
 from ...joined import join_run
 from ...zero.collectives import Ranks
 from ...zero.optimizer import ShardedOptimizer
+from ...zero.sharded import find_sharded
 from .. import libraries
 from . import settings as reading
 from .comm import init_distributed
@@ -70,9 +71,11 @@ def initialize(
     settings = ranks.together(checked)
     assert model is not None
     _announce(settings, ranks)
-    former = former_engine(model)
+    former, left = former_engine(model), find_sharded(model)
     if former is not None:
         former.destroy()
+    elif left is not None:  # of an engine that the script has dropped
+        left.release()
     raw = settings.raw
     driven = ranks.together(lambda: _optimizer_of(optimizer, model, model_parameters, raw))
     prepared = into_engine(model, settings.config, settings.plan, settings.precision, ranks, trains=driven is not None)

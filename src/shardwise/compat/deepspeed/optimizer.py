@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -60,6 +61,19 @@ class ZeroOptimizer(Optimizer):
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         return self.optimizer.defaults
+
+    @property
+    def single_partition_of_fp32_groups(self) -> list[Tensor]:
+        """This rank's masters, flat, a copy for each group; DeepSpeed's name of them below stage 3."""
+        return [
+            torch.cat([torch.empty(0), *(p.detach().cpu().reshape(-1) for p in group["params"])])
+            for group in self.param_groups
+        ]
+
+    @property
+    def fp32_partitioned_groups_flat(self) -> list[Tensor]:
+        """The same under its name at stage 3."""
+        return self.single_partition_of_fp32_groups
 
     @property
     def overflow(self) -> bool:
