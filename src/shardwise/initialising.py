@@ -30,6 +30,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_iter, tree_map
 
+from .assigning import Assigning
 from .errors import PrepareError
 from .recording import (
     CPU,
@@ -146,7 +147,7 @@ def deferring(*, gpu: bool = False) -> Iterator[None]:
     if is_deferring():
         yield
         return
-    with warnings.catch_warnings(), _initialisers_recorded(), _Deferring(gpu):
+    with warnings.catch_warnings(), _initialisers_recorded(), Assigning(), _Deferring(gpu):
         # Of load_state_dict with tensors that have memory: here it is recorded.
         warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
         yield

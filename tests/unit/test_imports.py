@@ -28,6 +28,7 @@ FRONT_END = (
     "accumulation",
     "activations",
     "adapters",
+    "assigning",
     "blocks",
     "checkpointing",
     "compiling",
