@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from rig.engine import Block, Tower, inputs, loss_of, mine, prepare, train_both
 
+pytestmark = pytest.mark.thinned(2)
+
 
 @dataclass
 class Data:

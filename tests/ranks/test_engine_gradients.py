@@ -26,6 +26,8 @@ from rig.engine import (
 from rig.tiny import LENGTH, VOCABULARY, tiny
 from shardwise.zero.engine import ReductionsInFlight
 
+pytestmark = pytest.mark.thinned(2)
+
 
 def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)

@@ -17,6 +17,8 @@ import torch
 from rig.engine import PLANS, inputs, loss_of, mine, prepare, tower
 from shardwise.zero.flat import FlatBuffer
 
+pytestmark = pytest.mark.thinned(2)
+
 ALIGNMENT = 128
 
 

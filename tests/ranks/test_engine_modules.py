@@ -30,6 +30,8 @@ from rig.engine import (
     weights_of,
 )
 
+pytestmark = pytest.mark.thinned(2)
+
 
 def _plain(ranks, plan, **settings):
     model = tower()

@@ -13,6 +13,8 @@ import torch
 from rig.engine import Tower, adamw, inputs, loss_of, mine, prepare, tower
 from shardwise.errors import OptimizerError, RankError, StoreError
 
+pytestmark = pytest.mark.thinned(2)
+
 # (stage, optimizer, param)
 TIERS = {
     "1-cpu": (1, "cpu", "none"),

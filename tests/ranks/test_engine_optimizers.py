@@ -10,6 +10,8 @@ import torch
 
 from rig.engine import PLANS, inputs, loss_of, mine, plain_step, prepare, shard, tower, train_both, trained
 
+pytestmark = pytest.mark.thinned(2)
+
 # eps above rounding noise where there is one, see tests/parity/training.py.
 ELEMENTWISE = {
     "Adam": lambda p: torch.optim.Adam(p, lr=3e-3, eps=1e-4, weight_decay=0.01),

@@ -15,6 +15,8 @@ from rig.engine import Tower, inputs, largest_difference, loss_of, mine, prepare
 from shardwise.errors import WriteError
 from shardwise.zero import handed
 
+pytestmark = pytest.mark.thinned(2)
+
 PLANS = ("0", "1", "2", "3", "2-opt", "3-all")
 
 

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from rig.engine import Tower, train_both
 from rig.groups import grouped
 
+pytestmark = pytest.mark.thinned(2)
+
 PLAIN, REENTRANT, RECOMPUTED = range(3)
 BLOCKS = 5
 Route = Sequence[tuple[int, Sequence[int]]]  # segments: how each is run, and its blocks

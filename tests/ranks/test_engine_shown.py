@@ -13,6 +13,8 @@ import shardwise
 from rig.engine import inputs, largest_difference, loss_of, mine, plain_step, prepare, tower, weights_of
 from shardwise.errors import RankError, ReleasedParameterError
 
+pytestmark = pytest.mark.thinned(2)
+
 # Every plan, on one rank and on several: a rank alone keeps the whole.
 PLACES = [
     *(("0", 1), ("0", 3), ("1", 2), ("2", 3), ("3", 2), ("3", 3)),

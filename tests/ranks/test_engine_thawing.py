@@ -11,6 +11,8 @@ from torch import nn
 from rig.engine import inputs, largest_difference, loss_of, mine, plain_step, prepare, shard, tower, trained, weights_of
 from shardwise.errors import OptimizerError, PrepareError, RankError
 
+pytestmark = pytest.mark.thinned(2)
+
 PLACES = [
     *(("0", 1), ("0", 3), ("1", 2), ("2", 3), ("3", 1), ("3", 2), ("3", 3)),
     *(("2-opt", 2), ("3-all", 1), ("3-all", 2), ("3-disk", 2)),

@@ -24,6 +24,8 @@ from rig.engine import (
 )
 from shardwise.errors import RankError, ReleasedParameterError, WriteError
 
+pytestmark = pytest.mark.thinned(2)
+
 
 def _edit(model, factor):
     with torch.no_grad():

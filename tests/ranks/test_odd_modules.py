@@ -15,6 +15,8 @@ from ranks.test_front_training import fresh
 from rig.engine import Block, Tower, inputs, loss_of, mine, prepare, tower, train_both
 from shardwise.errors import PrepareError
 
+pytestmark = pytest.mark.thinned(2)
+
 SOME = ["0", "1", "2", "3", "3-all"]
 
 

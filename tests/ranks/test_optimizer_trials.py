@@ -30,6 +30,8 @@ from rig.optimizers import (
 )
 from rig.trials import groups, net, prepared, refusal, step
 
+pytestmark = pytest.mark.thinned(2)
+
 EVERY = SHARDED | WHOLE | NOWHERE
 # "2-opt" rests on the CPU, which on a CPU is in place; "3-disk" visits.
 PLANS = ("0", "1", "2", "3", "2-opt", "3-disk")

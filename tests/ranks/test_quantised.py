@@ -12,6 +12,8 @@ from rig.engine import prepare, trained
 from rig.tiny import batches, share, step_alone, tiny, with_lora
 from shardwise.errors import PrepareError, RankError, ReleasedParameterError
 
+pytestmark = pytest.mark.thinned(2)
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     bitsandbytes = pytest.importorskip("bitsandbytes")
