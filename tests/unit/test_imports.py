@@ -360,3 +360,16 @@ def test_the_engine_does_not_know_the_front_end_or_hugging_face():
                 assert not is_under(found.name, "transformers", "peft", "datasets", "yaml", "pydantic"), (
                     f"{path_of(module)}:{found.line} imports {found.name}"
                 )
+
+
+# Of torch, transformers and accelerate; none of them is an attribute of a class of shardwise.
+OF_OTHERS = {"_cdata", "_hf_deepspeed_config_weak_ref", "_prepare_backend", "_step_supports_amp_scaling"}
+
+
+def test_what_answers_for_deepspeed_uses_nothing_private():
+    for module in (name for name in modules() if is_under(name, "compat")):
+        for node in ast.walk(tree_of(module)):
+            if not isinstance(node, ast.Attribute) or not node.attr.startswith("_") or node.attr.startswith("__"):
+                continue
+            own = ast.unparse(node.value) in ("self", "super()")
+            assert own or node.attr in OF_OTHERS, f"{path_of(module)}:{node.lineno} uses {ast.unparse(node)}"
