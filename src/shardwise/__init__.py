@@ -44,6 +44,7 @@ _HOMES = {
     "errors": ("ShardwiseError",),
     "memory": ("MemoryTracker",),
     "zero.access": ("gathered", "gradient"),
+    "zero.full": ("full", "set_full"),
     "zero.averaging": ("ShardedEMA",),
     "memory_fit": ("find_executable_batch_size", "release_memory"),
 }

@@ -29,6 +29,7 @@ from .accumulation import GradientAccumulationPlugin, GradientState
 from .checkpointing import Checkpointing
 from .data import DataLoaderConfiguration, PreparedLoader
 from .data import skip_first_batches as skip_batches_of
+from .entering import PreparedModel
 from .errors import PrepareError, ShardwiseError
 from .joined import leave_run, remember_accelerator
 from .loading import build_without_memory
@@ -39,7 +40,7 @@ from .plugins import (
     ProfileKwargs,
     ProjectConfiguration,
 )
-from .preparing import PreparedModel, PreparedOptimizer, Preparing
+from .preparing import PreparedOptimizer, Preparing
 from .process import AcceleratorState, DistributedType
 from .resolve import Settings, join_with, refuse_others, resolve
 from .saving import Saving
@@ -410,9 +411,7 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
         computed with. Prepared optimizers are done for: make new ones. Call it before `end_training`.
         """
         for prepared in self._models:
-            for change in reversed(prepared.changes):
-                change.undo()
-            prepared.sharded.release()
+            prepared.release()
         for known in (self._models, self._optimizers, self._schedulers, self._dataloaders, self._averages):
             known.clear()
         self.step = 0

@@ -13,13 +13,13 @@ holds where they came from and a fingerprint of them, which `load_state` compare
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -28,31 +28,26 @@ from torch.utils.hooks import RemovableHandle
 from .checkpoint import directory, files
 from .checkpoint.agree import first_failure, on_first, together
 from .checkpoint.background import Background
-from .checkpoint.manifest import describer
 from .checkpoint.patience import Progress, patiently
-from .checkpoint.read import Checkpoint
 from .checkpoint.write import open_staging, write_checkpoint
 from .config.schema import Config
 from .data import DataLoaderConfiguration
 from .data_loader import PreparedLoader
+from .entering import PreparedModel
 from .errors import CheckpointError, ConfigError, PrepareError
-from .frozen import compare_frozen, forget_sums, frozen_record
-from .model_facts import KeptAdapters, adapters_of, dtypes_of, facts_of
 from .plugins import ProjectConfiguration
-from .preparing import PreparedModel, PreparedOptimizer
+from .preparing import PreparedOptimizer
 from .process import PartialState
 from .run_folder import Place, RunFolder
-from .run_state import Changed, RunState
-from .saved_states import check_states, say_what_lacks
+from .run_saving import DamagedError, draft_run, load_run
+from .run_state import RunState
 from .stopping import StopSignals
 from .zero.averaging import ShardedEMA
 from .zero.collectives import Ranks, attempt
 from .zero.precision import LossScaler
-from .zero.sharded import ShardedModel, find_sharded
+from .zero.sharded import find_sharded
 
 logger = logging.getLogger("shardwise")
-
-_facts: WeakKeyDictionary[ShardedModel, dict[str, Any]] = WeakKeyDictionary()
 
 
 class Checkpointing(PartialState):
@@ -168,29 +163,22 @@ class Checkpointing(PartialState):
                 "save_state between two optimizer steps, with gradients of some micro-batches accumulated: those are not "
                 "saved. Save where accelerator.sync_gradients is true."
             )
-        frozen = frozen_record([prepared.model for prepared in self._models], run, include_frozen, target)
-        kept = [adapters_of(model) for model in run.models]
-        failed = f"{target} was not saved: "
-        counters, whole = {"step": self.step}, include_frozen is True
-        draft = together(self._ranks, lambda: run.draft(counters, kept, with_frozen=whole), what=failed)
-        assert draft is not None
+        made = draft_run(run, place, {"step": self.step}, include_frozen)
         staging = open_staging(target, self._ranks)
         self._call_save_hooks(staging)
-        facts = _facts_of(run.models, kept)
-        manifest = describer(self._ranks.world_size, run.step, place.order, place.metric, frozen, facts, place.made)
         if not async_:
-            write_checkpoint(staging, target, draft, self._ranks, manifest)
+            write_checkpoint(staging, target, made.draft, self._ranks, made.manifest)
             self._prune(self._ranks, place)
             return place.named
         if self._aside is None:
             self._aside = self._ranks.aside()
         aside = self._aside
         copying = Progress("copies its part to the host")
-        copied = patiently(self._ranks, draft.copied, copying, what=f"Saving {target}", failed=failed)
+        copied = patiently(self._ranks, made.draft.copied, copying, what=f"Saving {target}", failed=made.failed)
         assert copied is not None
 
         def write() -> None:
-            write_checkpoint(staging, target, copied, aside, manifest)
+            write_checkpoint(staging, target, copied, aside, made.manifest)
             self._prune(aside, place)
 
         self._background.start(write)
@@ -274,14 +262,14 @@ class Checkpointing(PartialState):
         if path is not None:
             try:
                 return self._load(path)
-            except _DamagedError as error:
+            except DamagedError as error:
                 raise CheckpointError(str(error)) from error
         complete, reasons = self._survey(folder)
         self._say(reasons, "Skipped: %s")
         for found in complete:
             try:
                 return self._load(found)
-            except _DamagedError as error:
+            except DamagedError as error:
                 reasons.append(str(error))
                 self._say(reasons[-1:], "Skipped: %s")
         words = " ".join(f"{reason.rstrip('.')}." for reason in reasons) if reasons else "There is nothing in it."
@@ -316,36 +304,12 @@ class Checkpointing(PartialState):
             logger.warning(words, reason)
 
     def _load(self, path: Path) -> str:
-        run = self._run_state()
-        run.settle()
-        what = f"{path} could not be loaded: "
-        checkpoint, states = self._open(path)
-        changed = together(self._ranks, lambda: run.check(checkpoint, states[0]), what="")
-        assert changed is not None
-        self._thaw(run, changed, path)
-        since = {f"model{number}/{name}" for number, found in enumerate(changed) for name in found.since}
-        groups = run.group_names()
-        together(self._ranks, lambda: run.check_groups(states, groups, since), what=what)
-        for hook in list(self._load_hooks.values()):
-            together(self._ranks, lambda: hook([p.model for p in self._models], str(path)), what=what)  # noqa: B023
-        frozen = compare_frozen(run, checkpoint, [found.since for found in changed])
-        for model in run.models:
-            model.drop_gradients()
-        reading = Progress("reads its part")
-        try:
-            patiently(
-                self._ranks, lambda: run.restore_tensors(checkpoint, states, frozen), reading, what=f"Loading {path}"
-            )
-        except CheckpointError as error:
-            raise _DamagedError(what + str(error)) from error
-        run.publish()
-        counters = together(self._ranks, lambda: run.restore_rest(states, groups, since), what=what)
-        assert counters is not None
+        models = [prepared.model for prepared in self._models]
+        hooks = [functools.partial(hook, models, str(path)) for hook in self._load_hooks.values()]
+        checkpoint, counters = load_run(self._run_state(), path, hooks=hooks)
         self.step = counters["step"]
         self._run_folder.lineage.resume(checkpoint.manifest.made)
-        forget_sums(run.models[number] for number in frozen)
         if self.is_main_process:
-            say_what_lacks(states[0], path, {"scheduler": len(run.schedulers), "registered object": len(run.objects)})
             saved = checkpoint.manifest
             if saved.world_size != self.num_processes and self._schedulers and self._schedules_count_processes:
                 logger.warning(
@@ -358,57 +322,13 @@ class Checkpointing(PartialState):
             logger.info("Resumed %s: step %d, saved by %d rank(s).", path, saved.step, saved.world_size)
         return str(path)
 
-    def _thaw(self, run: RunState, changed: Sequence[Changed], path: Path) -> None:
-        """Weights that the checkpoint has trained get a place for what was trained, also while they are frozen here."""
-        for model, found in zip(run.models, changed, strict=True):
-            model.thawing.thaw_names(found.thawed)
-            if found.thawed and self.is_main_process:
-                logger.warning(
-                    "%s holds %d trained weight(s) that are frozen here, the first is %s. They take its values, and are "
-                    "trained once they require gradients.",
-                    path,
-                    len(found.thawed),
-                    min(found.thawed),
-                )
-
     @property
     def _schedules_count_processes(self) -> bool:
         each = self._config.engine.scheduler_steps_per_process and not self.dataloader_config.split_batches
         return each and self.step_scheduler_with_optimizer
-
-    def _open(self, path: Path) -> tuple[Checkpoint, list[dict[str, Any]]]:
-        def read() -> tuple[Checkpoint, list[dict[str, Any]]]:
-            checkpoint = Checkpoint(path)
-            # Registered objects may be large, and those of other ranks are theirs.
-            mine = (0, self._ranks.rank)
-            states = [
-                checkpoint.state(rank, () if rank in mine else ("objects",))
-                for rank in range(checkpoint.manifest.world_size)
-            ]
-            check_states(states, [rank for rank in mine if rank < len(states)])
-            return checkpoint, states
-
-        try:
-            found = patiently(self._ranks, read, Progress("reads the indexes"), what=f"Loading {path}")
-        except CheckpointError as error:
-            raise _DamagedError(f"{path} could not be loaded: {error}") from error
-        assert found is not None
-        return found
-
-
-class _DamagedError(CheckpointError):
-    """This checkpoint cannot be read to its end; an older one may do."""
 
 
 def _register(hooks: OrderedDict[int, Callable[..., Any]], hook: Callable[..., Any]) -> RemovableHandle:
     handle = RemovableHandle(hooks)
     hooks[handle.id] = hook
     return handle
-
-
-def _facts_of(models: Sequence[ShardedModel], adapters: Sequence[KeptAdapters]) -> dict[str, Any]:
-    for model in models:
-        if model not in _facts:
-            _facts[model] = facts_of(model)
-    # What is trained may change from one save to the next.
-    return {f"model{n}": {**_facts[m], "dtypes": dtypes_of(m), **adapters[n].facts} for n, m in enumerate(models)}

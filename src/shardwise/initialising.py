@@ -30,6 +30,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_iter, tree_map
 
+from .assigning import Assigning
 from .errors import PrepareError
 from .recording import (
     CPU,
@@ -124,6 +125,12 @@ def source_of(tensor: Tensor) -> RecordedSource:
     return RecordedSource(_records.ref(tensor))
 
 
+def last_write(tensor: Tensor) -> object:
+    """Something that is another object once a deferred tensor's storage has been written again; None for one never written."""
+    record = _records.find(tensor)
+    return record.entries[-1] if record is not None and record.entries else None
+
+
 def value_of(tensor: Tensor) -> Tensor:
     """The values of a deferred tensor, in memory of their own."""
     ref = _records.ref(tensor)
@@ -137,10 +144,10 @@ def deferring(*, gpu: bool = False) -> Iterator[None]:
     gpu: those that would be made on a GPU too; without it they are made there as always.
     Inside another such block it does nothing.
     """
-    if _is_deferring():
+    if is_deferring():
         yield
         return
-    with warnings.catch_warnings(), _initialisers_recorded(), _Deferring(gpu):
+    with warnings.catch_warnings(), _initialisers_recorded(), Assigning(), _Deferring(gpu):
         # Of load_state_dict with tensors that have memory: here it is recorded.
         warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
         yield
@@ -195,7 +202,8 @@ def shapes_only() -> Iterator[None]:
         _shapes_only.pop()
 
 
-def _is_deferring() -> bool:
+def is_deferring() -> bool:
+    """Whether what is done now is recorded."""
     return any(isinstance(mode, _Deferring) for mode in _get_current_dispatch_mode_stack())
 
 

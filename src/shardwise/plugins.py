@@ -6,6 +6,7 @@ told to the user. Loader settings are in `data.py`, accumulation in `process.py`
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -15,8 +16,11 @@ from typing import Any
 
 import torch
 
+from .config.environment import RankEnvironment
 from .config.schema import Config, ZeroConfig
 from .errors import ConfigError
+
+logger = logging.getLogger("shardwise")
 
 
 @dataclass
@@ -230,7 +234,7 @@ class DeepSpeedPlugin:
                     "DeepSpeedPlugin: hf_ds_config is a dictionary; write it to a JSON file and give its path, "
                     "or use the plugin's own arguments."
                 )
-            config = config.merged(**_json_values(self.hf_ds_config))
+            config = config.merged(**self._json_values(config))
         said = {name: getattr(self, name) for name in ZeroConfig.model_fields if getattr(self, name, None) is not None}
         said.setdefault("zero_stage", config.zero.zero_stage if config.deepspeed_config is not None else 2)
         return config.merged(
@@ -239,6 +243,25 @@ class DeepSpeedPlugin:
             train_batch_size=self.train_batch_size,
             mixed_precision=self.mixed_precision,
         )
+
+    def _json_values(self, config: Config) -> dict[str, Any]:
+        """What the JSON file says, as keywords of `Config.merged`. Its notes are logged on rank 0."""
+        from .config.deepspeed_json import LOSS_SCALE_WINDOW, read_deepspeed_json
+
+        assert self.hf_ds_config is not None
+        read = read_deepspeed_json(os.fspath(self.hf_ds_config))
+        if read.problems:
+            raise ConfigError("\n".join(read.problems))
+        clips = self.gradient_clipping is not None
+        for note in read.notes if RankEnvironment.read().rank == 0 else ():
+            if not (clips and "gradient_clipping" in note):
+                logger.warning(note)
+        flat: dict[str, Any] = {}
+        for key, value in read.values.items():
+            flat.update(value if key in ("deepspeed_config", "shardwise_config") else {key: value})
+        if (self.mixed_precision or flat.get("mixed_precision") or config.mixed_precision) == "fp16":
+            flat["loss_scale"] = {"growth_interval": LOSS_SCALE_WINDOW, **read.loss_scale}
+        return flat
 
     @property
     def deepspeed_config(self) -> dict[str, Any]:
@@ -259,15 +282,3 @@ class DeepSpeedPlugin:
 
     def is_zero3_init_enabled(self) -> bool:
         return bool(self.zero3_init_flag)
-
-
-def _json_values(path: str | os.PathLike[str]) -> dict[str, Any]:
-    from .config.deepspeed_json import read_deepspeed_json
-
-    read = read_deepspeed_json(os.fspath(path))
-    if read.problems:
-        raise ConfigError("\n".join(read.problems))
-    flat: dict[str, Any] = {}
-    for key, value in read.values.items():
-        flat.update(value if key in ("deepspeed_config", "shardwise_config") else {key: value})
-    return flat

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,50 +14,24 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from .accumulation import GradientState
-from .blocks import ReplacedForwards
-from .compiling import CompiledBlocks, CompiledLoss, blocks_to_compile
-from .config.foreign import note_prepared
 from .config.schema import Config
 from .data import DataLoaderConfiguration, PreparedLoader, check_data_loader, prepare_data_loader
+from .entering import PreparedModel, blocks_in_engine, into_engine
 from .errors import PrepareError
-from .initialising import sources_of
-from .integrations import connect
 from .integrations import generation as keep_for_generation
-from .loading import build_without_memory, building
-from .lora import FastLora
+from .loading import building
 from .losses import LeanLoss, LogitsLoss
 from .object_facts import facts_of, refuse_or_warn
 from .prepare_checks import batch_size_of, check_model, check_optimizer, check_other
 from .process import PartialState
-from .recomputing import RecomputedBlocks, blocks_to_recompute
 from .resolve import facts_of_loading, facts_of_steps
 from .scheduler import Rhythm, is_prepared, prepare_scheduler
-from .zero.engine import Kind
 from .zero.optimizer import ShardedOptimizer, find_sharded_optimizer
-from .zero.peers import GatherWith
 from .zero.plan import Plan
 from .zero.precision import LossScaler, Precision
-from .zero.sharded import ShardedModel, find_sharded
+from .zero.sharded import find_sharded
 
 logger = logging.getLogger("shardwise")
-
-
-class PreparedModel:
-    """A model in the engine, and the parameters that it had when it went in."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        sharded: ShardedModel,
-        changes: Sequence[ReplacedForwards | LeanLoss | LogitsLoss | CompiledLoss],
-        parameters: list[nn.Parameter],
-    ) -> None:
-        self.model = model
-        self.sharded = sharded
-        self.changes = changes  # what was done to the model beside sharding it, to be undone in the end
-        self.parameters = parameters
-        self.ids = {id(parameter) for parameter in parameters}
-        self.quiet = 0  # how many no_sync blocks are open
 
 
 class PreparedOptimizer:
@@ -205,9 +179,7 @@ class Preparing(PartialState):
         models = [item for item in objects if isinstance(item, nn.Module)]
         for index, model in enumerate(models):
             check_model(model)
-            if self._config.compiling is not None:
-                blocks_to_compile(model, self._config.engine.units)
-            self._blocks_to_recompute(model)
+            blocks_in_engine(model, self._config)
             if self._config.engine.loss_chunk_tokens is not None:
                 (LogitsLoss if self._config.engine.loss_keeps_logits else LeanLoss)(model).undo()
             shared = {id(p) for other in models[:index] for p in other.parameters()}
@@ -250,70 +222,8 @@ class Preparing(PartialState):
         }
 
     def _prepare_model(self, model: nn.Module) -> None:
-        engine, zero = self._config.engine, self._config.zero
-        parameters = list(model.parameters())
-        paths: dict[Kind, str | None] = {
-            "param": zero.offload_param_nvme_path,
-            "optimizer": zero.offload_optimizer_nvme_path,
-        }
-        nvme_paths = {kind: path for kind, path in paths.items() if path is not None}
-        # Found before the weights are sharded; `_check` has seen that it can be done.
-        blocks = blocks_to_compile(model, engine.units) if self._config.compiling is not None else []
-        recomputed = self._blocks_to_recompute(model)
-        if engine.activation_checkpointing != "none" and not recomputed and self.is_main_process:
-            logger.warning(
-                "activation_checkpointing: this %s recomputes its blocks by itself, which is left as it is.",
-                type(model).__name__,
-            )
-        sources = self._ranks.together(lambda: sources_of(model))
-        build_without_memory(False)
-        if zero.zero3_init_flag and zero.zero_stage == 3 and not sources and self.is_main_process:
-            logger.warning(
-                "zero3_init_flag had no effect on this %s: it was built whole. Import transformers before Accelerator(), and "
-                "call from_pretrained or from_config after it; or build the model inside `with accelerator.init():`.",
-                type(model).__name__,
-            )
-        sharded = ShardedModel(
-            model,
-            plan=self._plan,
-            ranks=self._ranks,
-            precision=self._precision,
-            prefetch=engine.prefetch_units,
-            units=engine.units,
-            whole_adapters="auto" if isinstance(engine.whole_adapters, str) else engine.whole_adapters,
-            nvme_paths=nvme_paths,
-            gather_with=cast(GatherWith, engine.gather_with),
-            gpu_memory_budget=engine.gpu_memory_budget,
-            generation_memory_budget=engine.generation_memory_budget,
-            sources=sources,
-        )
-        connect(model)
-        changes: list[ReplacedForwards | LeanLoss | LogitsLoss | CompiledLoss] = []
-        # Not under a compiler, which sees and fuses the passes, and would make a graph of each replaced layer.
-        if engine.fast_lora is True and self._config.compiling is None:
-            fast = FastLora(model)
-            if not fast.count and self.is_main_process:
-                logger.warning("fast_lora: has no effect; %s has no LoRA layer over a linear.", type(model).__name__)
-            changes.append(fast)
-        always = bool(recomputed) and engine.activation_checkpointing == "all"
-        changes.append(CompiledBlocks(blocks, self._config.compiling, sharded, recompute=always))
-        if recomputed and not (blocks and always):
-            budget = engine.gpu_memory_budget or "auto" if engine.activation_checkpointing == "auto" else None
-            changes.append(RecomputedBlocks(recomputed, sharded, budget))
-        if engine.loss_chunk_tokens is not None:
-            in_chunks = LogitsLoss if engine.loss_keeps_logits else LeanLoss
-            changes.append(in_chunks(model, engine.loss_chunk_tokens))
-        else:
-            changes.append(CompiledLoss(model, self._config.compiling))
-        self._models.append(PreparedModel(model, sharded, changes, parameters))
-        note_prepared(type(model).__name__)
+        self._models.append(into_engine(model, self._config, self._plan, self._precision, self._ranks))
         self._push_sync()
-
-    def _blocks_to_recompute(self, model: nn.Module) -> list[nn.Module]:
-        engine = self._config.engine
-        if engine.activation_checkpointing == "none":
-            return []
-        return blocks_to_recompute(model, engine.activation_checkpointing, engine.units)
 
     def _prepare_optimizer(self, optimizer: Optimizer) -> None:
         if find_sharded_optimizer(optimizer) is not None:

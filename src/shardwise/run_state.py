@@ -212,11 +212,12 @@ class RunState:
 
     # Bringing back.
 
-    def check(self, checkpoint: Checkpoint, first: dict[str, Any]) -> list[Changed]:
+    def check(self, checkpoint: Checkpoint, first: dict[str, Any], *, strict: bool = True) -> list[Changed]:
         """Raise CheckpointError, before anything is changed, if the checkpoint is of another model or another script.
 
-        first: the saved state of rank 0. Every rank finds the same, without communication. Gives for each model which weights
-        the checkpoint has trained and this run has not, and the other way round.
+        first: the saved state of rank 0. strict: False allows weights that only one of the two has. Every rank finds the
+        same, without communication. Gives for each model which weights the checkpoint has trained and this run has not, and
+        the other way round.
         """
         where = checkpoint.directory
         for kind, have, count in (
@@ -235,7 +236,7 @@ class RunState:
             match(first["loaders"], checkpoint.manifest.world_size, self.loaders, self.ranks.world_size)
         except CheckpointError as error:
             raise CheckpointError(f"{where} {error}") from error
-        changed = [self._changed(checkpoint, number) for number in range(len(self.models))]
+        changed = [self._changed(checkpoint, number, strict=strict) for number in range(len(self.models))]
         for address, _, buffer in self._persistent_buffers():
             saved, where_it_is = first["buffers"].get(address), _where(checkpoint, address)
             if saved is None and where_it_is is None:
@@ -248,7 +249,7 @@ class RunState:
 
         return changed
 
-    def _changed(self, checkpoint: Checkpoint, number: int) -> Changed:
+    def _changed(self, checkpoint: Checkpoint, number: int, *, strict: bool) -> Changed:
         members = {member.name: member for member in self.models[number].whole.members()}
         trained = {name for name, member in members.items() if member.trained}
         prefix = f"model{number}/trained/"
@@ -256,11 +257,13 @@ class RunState:
         frozen = {*checkpoint.manifest.frozen["models"].get(f"model{number}", {}).get("sums", {})}
         frozen |= {address.split("/", 2)[2] for address in checkpoint.addresses(f"model{number}/frozen/")}
         missing, unknown = sorted(trained - known - frozen), sorted(known - members.keys())
-        if missing or unknown:
+        if strict and (missing or unknown):
             raise CheckpointError(
                 f"{checkpoint.directory} does not fit this model: {_some('it has no', missing)}"
                 f"{_some('this model has no', unknown)}build the model and its adapter as they were when it was saved."
             )
+        known &= members.keys()
+        trained -= set() if strict else set(missing)
         for name in sorted(known):
             if checkpoint.shape(prefix + name) != members[name].shape:
                 raise CheckpointError(
@@ -366,11 +369,16 @@ class RunState:
         return [_united([row[number] for row in rows]) for number in range(len(self.steppers))]
 
     def restore_rest(
-        self, states: Sequence[dict[str, Any]], groups: Sequence[Sequence[set[str]]], since: set[str]
+        self,
+        states: Sequence[dict[str, Any]],
+        groups: Sequence[Sequence[set[str]]],
+        since: set[str],
+        *,
+        generators: bool = True,
     ) -> dict[str, Any]:
         """Group settings, schedulers, scale, objects, loaders, generators; gives the counters.
 
-        groups, since: as `check_groups` has seen them.
+        groups, since: as `check_groups` has seen them. generators: False leaves them as they are.
         """
         first = states[0]
         for number, stepper in enumerate(self.steppers):
@@ -392,7 +400,8 @@ class RunState:
                 go_to(loader, saved, len(states), self.ranks)
         if self.ranks.rank == 0:
             matched.say()
-        set_generator_states([state["generators"] for state in states], self.ranks)
+        if generators:
+            set_generator_states([state["generators"] for state in states], self.ranks)
         counters: dict[str, Any] = first["counters"]
         return counters
 

@@ -353,3 +353,30 @@ def test_a_machine_that_is_not_machine_0_is_told_so(scripts: Path) -> None:
     done = launch("--num_processes", "4", "--dry_run", *elsewhere, "exits.py")
     assert "note: machine_rank is 0, but main_process_ip 192.0.2.1 is no address of this machine." in done.stderr
     assert "note" not in launch("--num_processes", "4", "--dry_run", *MACHINES, "exits.py").stderr
+
+
+AS_DEEPSPEED = """
+import json, os, sys
+import deepspeed
+from accelerate.utils import DeepSpeedPlugin, is_deepspeed_available
+from accelerate import Accelerator
+names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE", "ACCELERATE_GRADIENT_CLIPPING")
+accelerator = Accelerator()
+plugin = accelerator.state.deepspeed_plugin
+print(json.dumps([deepspeed.__version__, is_deepspeed_available(), plugin.zero_stage, plugin.gradient_clipping,
+    accelerator.num_processes, str(accelerator.distributed_type), *(os.environ[name] for name in names)]), flush=True)
+"""
+
+
+@pytest.mark.timeout(120)
+def test_as_deepspeed_gives_accelerate_the_launchers_settings(scripts: Path) -> None:
+    (scripts / "zero.py").write_text(AS_DEEPSPEED)
+    flags = ["--num_processes", "2", "--zero_stage", "2", "--gradient_clipping", "0.5"]
+    done = launch("--as-deepspeed", *flags, "zero.py")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    version = rows[0][0]
+    assert version.endswith("+shardwise")
+    assert rows == 2 * [[version, True, 2, 0.5, 2, "DistributedType.DEEPSPEED", "true", "2", "0.5"]]
+    assert done.stderr.count("this is shardwise, not DeepSpeed") == 1
+    assert "gave no model to deepspeed.initialize" in done.stderr

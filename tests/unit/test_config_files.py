@@ -176,7 +176,10 @@ def test_a_deepspeed_file_means_the_same_here(tmp_path: Path) -> None:
     assert (config.engine.loss_scale.initial, config.engine.loss_scale.static) == (4096.0, None)
     assert (config.engine.train_batch_size, config.engine.micro_batch_size) == (16, None)
     assert found.origin(("deepspeed_config", "zero_stage")) == f"{path}:3: zero_optimization.stage"
-    hysteresis, note = found.notes
+    assert config.engine.loss_scale.growth_interval == 1000
+    assert config.zero.zero3_init_flag
+    hysteresis, clipping, note = found.notes
+    assert "gradient_clipping is auto" in clipping
     assert "falls at every overflow" in hysteresis
     assert "overlap_comm" in note
     assert "steps_per_print" in note
@@ -215,6 +218,64 @@ def test_what_a_deepspeed_file_may_not_say(tmp_path: Path, content: dict[str, An
     (line,) = str(error.value).splitlines()
     assert line.startswith(f"{path}:1: ")
     assert text in line
+
+
+def of_json(tmp_path: Path, content: dict[str, Any], **flags: str) -> Any:
+    return resolve({"deepspeed_config_file": save(tmp_path / "ds.json", json.dumps(content)), **flags})
+
+
+def test_a_loss_scale_counts_in_a_run_of_fp16_alone(tmp_path: Path) -> None:
+    content = {"fp16": {"enabled": "auto", "loss_scale_window": 500}, "bf16": {"enabled": "auto"}}
+    assert of_json(tmp_path, content).config.engine.loss_scale.growth_interval == 2000
+    assert of_json(tmp_path, content, mixed_precision="bf16").config.mixed_precision == "bf16"
+    assert of_json(tmp_path, content, mixed_precision="fp16").config.engine.loss_scale.growth_interval == 500
+    told = of_json(tmp_path, {"bf16": {"enabled": True, "loss_scale": 0}}).notes
+    assert any("bf16.loss_scale: no effect" in note for note in told)
+
+
+def test_deepspeeds_other_spellings_are_taken(tmp_path: Path) -> None:
+    zero = {"stage": 3, "gather_16bit_weights_on_model_save": True, "max_live_parameters": 1e9, "cpu_offload": True}
+    found = of_json(
+        tmp_path, {"zero_optimization": zero, "_comment": "mine", "seq_parallel_communication_data_type": "fp32"}
+    )
+    assert found.config.zero.zero3_save_16bit_model
+    assert found.config.zero.offload_optimizer_device == "cpu"
+
+
+def test_a_device_below_its_stage_is_a_note_in_a_file_and_an_error_as_a_flag(tmp_path: Path) -> None:
+    content = {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}
+    assert any("offload_param: no effect at stage 2" in note for note in of_json(tmp_path, content).notes)
+    text = "distributed_type: DEEPSPEED\ndeepspeed_config:\n  zero_stage: 2\n  offload_param_device: cpu\n"
+    found = resolve({}, save(tmp_path / "run.yaml", text))
+    assert found.config.zero.offload_param_device == "none"
+    assert any("offload_param_device: cpu has no effect at zero_stage 2" in note for note in found.notes)
+    assert any("would clip at 1.0" in note for note in found.notes)
+    with pytest.raises(ConfigError, match="needs zero_stage 3"):
+        resolve({"zero_stage": "2", "offload_param_device": "cpu"})
+
+
+def test_files_for_something_else_are_told_what_does_it_here(tmp_path: Path) -> None:
+    fsdp = "distributed_type: FSDP\nfsdp_config:\n  fsdp_sharding_strategy: {}\n  fsdp_offload_params: true\n"
+    for strategy, words in (
+        ("FULL_SHARD", "zero_stage: 3, offload"),
+        ("SHARD_GRAD_OP", "zero_stage: 2"),
+        ("NO_SHARD", "MULTI_GPU"),
+    ):
+        with pytest.raises(ConfigError, match=f"what its fsdp_config does is .*{words}"):
+            resolve({}, save(tmp_path / "fsdp.yaml", fsdp.format(strategy)))
+    text = "distributed_type: DEEPSPEED\ndeepspeed_config:\n  zero_stage: 2\n  bf16: {enabled: true}\n"
+    with pytest.raises(ConfigError, match=r"bf16: is a key of DeepSpeed's JSON"):
+        resolve({}, save(tmp_path / "keys.yaml", text))
+    found = resolve({}, save(tmp_path / "tpu.yaml", "downcast_bf16: true\nmixed_precision: bf16\n"))
+    assert any("downcast_bf16: has no effect" in note for note in found.notes)
+
+
+def test_under_deepspeeds_name_its_sections_are_the_scripts(tmp_path: Path) -> None:
+    content = {"optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR"}, "shardwise": {"fast_lora": True}}
+    path = save(tmp_path / "ds.json", json.dumps({**content, "zero_optimization": {"stage": 2}}))
+    found = resolve({"deepspeed_config_file": path}, as_deepspeed=True)
+    assert found.config.zero.zero_stage == 2
+    assert not any("clip" in note for note in found.notes)
 
 
 def test_a_deepspeed_file_is_found_beside_the_yaml_that_names_it(tmp_path: Path) -> None:

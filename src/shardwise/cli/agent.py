@@ -95,6 +95,8 @@ def _with_devices(plan: LaunchPlan, devices: int) -> LaunchPlan:
         script=plan.script,
         is_module=plan.is_module,
         arguments=plan.arguments,
+        as_deepspeed=plan.as_deepspeed,
+        beside=plan.beside,
         devices=devices,
     )
     return replace(made, notes=plan.notes)
@@ -121,6 +123,8 @@ def _for_restart(plan: LaunchPlan) -> LaunchPlan:
         script=plan.script,
         is_module=plan.is_module,
         arguments=plan.arguments,
+        as_deepspeed=plan.as_deepspeed,
+        beside=plan.beside,
         devices_known=False,
     )
     return replace(made, check_devices=False)

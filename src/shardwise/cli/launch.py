@@ -28,6 +28,7 @@ def run_launch(
     multi_gpu: bool = False,
     is_module: bool = False,
     dry_run: bool = False,
+    as_deepspeed: bool = False,
 ) -> None:
     """Start `script`, and leave with its exit code. Raises ConfigError or LaunchError before anything is started."""
     flags: dict[str, str | bool] = dict(settings)
@@ -39,7 +40,7 @@ def run_launch(
     resolution: Resolution | None = None
     file = config_file or (str(default_file()) if default_file().is_file() else None)
     try:
-        resolution = resolve(flags, file, use_zero=use_zero)
+        resolution = resolve(flags, file, use_zero=use_zero, as_deepspeed=as_deepspeed)
         if config_file is None and file is not None:
             print(f"shardwise launch: settings of {file}", file=sys.stderr)
     except ShardwiseError as error:
@@ -48,7 +49,14 @@ def run_launch(
     try:
         # With wrong settings the plan is made of the defaults, to check the rest of the command too.
         base = resolution or Resolution(Config(use_cpu=True))
-        plan = make_plan(base, script=script, is_module=is_module, arguments=arguments)
+        plan = make_plan(
+            base,
+            script=script,
+            is_module=is_module,
+            arguments=arguments,
+            as_deepspeed=as_deepspeed,
+            beside=file,
+        )
     except ShardwiseError as error:
         problems.append(str(error))
     if problems:

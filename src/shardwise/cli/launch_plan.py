@@ -24,6 +24,7 @@ from ..config.rules import Key
 from ..config.schema import Config
 from ..errors import ConfigError, LaunchError
 from . import worker
+from .as_deepspeed import variables
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class LaunchPlan:
     origins:         where each setting comes from, by key.
     local_processes: processes of this machine.
     address, port:   where rank 0's machine is found.
+    as_deepspeed:    in the processes, `import deepspeed` finds shardwise.
+    beside:          the YAML file that the settings come from, or None.
     environment:     variables that are added to each process's environment.
     check_devices:   the number of GPUs could not be found without torch; ask it before anything is started.
     """
@@ -49,6 +52,8 @@ class LaunchPlan:
     port: int
     environment: dict[str, str] = field(default_factory=dict)
     check_devices: bool = False
+    as_deepspeed: bool = False
+    beside: str | None = None
 
     @property
     def max_restarts(self) -> int:
@@ -163,6 +168,8 @@ def make_plan(
     arguments: list[str] | None = None,
     devices: int | None = None,
     devices_known: bool = True,
+    as_deepspeed: bool = False,
+    beside: str | None = None,
 ) -> LaunchPlan:
     """The plan of this machine. Raises LaunchError or ConfigError.
 
@@ -202,8 +209,10 @@ def make_plan(
         local_processes=local,
         address=address,
         port=port,
-        environment=rank_environment(config, local),
+        environment=rank_environment(config, local) | (variables(config, beside) if as_deepspeed else {}),
         check_devices=not config.use_cpu and devices is None,
+        as_deepspeed=as_deepspeed,
+        beside=beside,
     )
 
 

@@ -84,6 +84,9 @@ def launch_command(
     ] = False,
     multi_gpu: Annotated[bool, typer.Option("--multi_gpu", help="Whole copies on every GPU, nothing sharded.")] = False,
     module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT is a module, as in python -m.")] = False,
+    as_deepspeed: Annotated[
+        bool, typer.Option("--as_deepspeed", help="In SCRIPT, `import deepspeed` finds shardwise.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry_run", help="Print settings, environment and processes; start nothing.")
     ] = False,
@@ -100,6 +103,7 @@ def launch_command(
         multi_gpu=multi_gpu,
         is_module=module,
         dry_run=dry_run,
+        as_deepspeed=as_deepspeed,
     )
 
 

@@ -7,8 +7,10 @@ added:
   - an exception is written to a record instead of the terminal, with the time in nanoseconds, so that the launcher can
     show the first failing rank's traceback and not every rank's at once;
   - in a run that asked for ZeRO, other libraries' training objects are refused (`config/foreign.py`);
+  - where AS_DEEPSPEED is set, `import deepspeed` finds shardwise (`compat/`), which is imported for it: only this file's start
+    knows the variable, so no process that the script starts is touched;
   - a process that cannot leave after a failure (a thread that waits for a dead peer) is ended after a while.
-This file imports the standard library only, and reads the environment that the launcher wrote for it.
+This file imports the standard library only until then, and reads the environment that the launcher wrote for it.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from typing import Any
 REPORTS = "SHARDWISE_REPORTS"  # the directory for records
 LAUNCHER = "SHARDWISE_LAUNCHER"  # the launcher's process id
 BIND = "SHARDWISE_BIND_CORES"  # set: each process keeps to cores of its own
+AS_DEEPSPEED = "SHARDWISE_AS_DEEPSPEED"  # set: by `launch --as-deepspeed` and `python -m shardwise.compat`
 RESTART = "SHARDWISE_RESTART"  # how often all ranks were started again before, where the launcher itself does that
 LEAVE_WITHIN_S = 10  # after a failure was recorded
 _PR_SET_PDEATHSIG = 1
@@ -48,6 +51,10 @@ def main() -> None:
     _write(reports, f"pid-{os.getpid()}", {"rank": _rank()})
     foreign = _watch_foreign_trainers()
     try:
+        if os.environ.get(AS_DEEPSPEED):
+            from shardwise.compat import as_deepspeed
+
+            as_deepspeed()
         if sys.argv[0] == "-m":
             del sys.argv[0]
             _run_module(sys.argv[0])

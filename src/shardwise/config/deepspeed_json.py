@@ -9,6 +9,7 @@ decides.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from ..errors import ConfigError
 from .rules import Key, Problem, nearest
 from .yaml_file import SettingsFile, parse_yaml
 
-_SCRIPT = "give it in the script instead (a torch optimizer or scheduler, through prepare)"
+_SCRIPT = (
+    "give it in the script instead (a torch optimizer or scheduler, through prepare, in place of a DummyOptim or "
+    "DummyScheduler), or start the script with --as-deepspeed, where this section counts"
+)
 _REFUSED: dict[str, str] = {
     "optimizer": f"an optimizer is not built from this file; {_SCRIPT}",
     "scheduler": f"a scheduler is not built from this file; {_SCRIPT}",
@@ -35,7 +39,7 @@ _REFUSED: dict[str, str] = {
     "quantize_training": "is not supported",
     "sparse_gradients": "is not supported",
     "torch_autocast": "is not supported; take bf16 or fp16",
-    "compile": "torch.compile is not started by this version",
+    "compile": "torch.compile is set by dynamo_config or dynamo_backend, in the YAML or as a flag",
     "compression": "is not supported",
 }
 # No effect on what is computed: DeepSpeed's own machinery, its logs and its checkpoints.
@@ -45,7 +49,9 @@ _TUNING = {
     *("comms_logger", "checkpoint", "tensorboard", "wandb", "csv_monitor", "comet", "activation_checkpointing"),
     *("disable_allgather", "graph_harvesting", "use_data_before_expert_parallel_", "load_universal_checkpoint"),
     *("zero_optimization_warmup", "dataloader_drop_last", "timers", "data_types"),
+    "seq_parallel_communication_data_type",  # of sequence parallelism, which there is none of
 }
+_COMMENTS = {"_comment", "comment", "//"}
 _ZERO_TUNING = {
     *("overlap_comm", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions"),
     *("allgather_bucket_size", "sub_group_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"),
@@ -63,9 +69,25 @@ _ZERO_REFUSED = {
     "zeropp_loco_param": "quantized reductions are not supported",
     "mics_shard_size": "sharding over a part of the ranks is not supported",
     "mics_hierarchical_params_gather": "sharding over a part of the ranks is not supported",
-    "cpu_offload": "is DeepSpeed's old name; write offload_optimizer: {device: cpu}",
-    "cpu_offload_params": "is DeepSpeed's old name; write offload_param: {device: cpu}",
     "zenflow": "is not supported",
+}
+# What DeepSpeed takes under two names: the one without stage3_ is its field's own.
+_ALIASES = {
+    "gather_16bit_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save",
+    "gather_fp16_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save",
+    "stage3_gather_fp16_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save",
+    "max_live_parameters": "stage3_max_live_parameters",
+    "max_reuse_distance": "stage3_max_reuse_distance",
+    "prefetch_bucket_size": "stage3_prefetch_bucket_size",
+    "param_persistence_threshold": "stage3_param_persistence_threshold",
+    "model_persistence_threshold": "stage3_model_persistence_threshold",
+    "use_all_reduce_for_fetch_params": "stage3_use_all_reduce_for_fetch_params",
+}
+# Its older names of a device.
+_LEGACY = {
+    "cpu_offload": "offload_optimizer",
+    "cpu_offload_params": "offload_param",
+    "cpu_offload_param": "offload_param",
 }
 _OFFLOAD_TUNING = {
     *("pin_memory", "buffer_count", "buffer_size", "max_in_cpu", "fast_init", "pipeline_read", "pipeline_write"),
@@ -78,6 +100,7 @@ _FP16 = {  # DeepSpeed's name -> ours, in shardwise_config.loss_scale
     "min_loss_scale": "minimum",
 }
 _LARGEST_POWER = 1000
+LOSS_SCALE_WINDOW = 1000  # steps after which DeepSpeed's loss scale rises, where its file does not say
 _PRECISION_TUNING = {"auto_cast", "consecutive_hysteresis", "fp16_master_weights_and_grads", "immediate_grad_update"}
 _OUR_KEYS = {
     *("zero_optimization", "bf16", "bfloat16", "fp16", "gradient_clipping", "gradient_accumulation_steps"),
@@ -93,12 +116,15 @@ class DeepSpeedFile:
     places:   our key -> `ds.json:4`.
     problems: what is wrong, each with the place and DeepSpeed's own key in front.
     notes:    what is taken without effect, and where DeepSpeed would do something else.
+    loss_scale: what its fp16 section says of shardwise_config.loss_scale; it counts if the run is of fp16. Its places are in
+              `places`.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[Key, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    loss_scale: dict[str, Any] = field(default_factory=dict)
 
 
 def find_json(path: str, beside: str | None) -> Path:
@@ -111,15 +137,25 @@ def find_json(path: str, beside: str | None) -> Path:
     return found
 
 
-def read_deepspeed_json(path: str | Path) -> DeepSpeedFile:
-    """Raises ConfigError if there is no such file or it is not JSON; wrong contents are in `problems`."""
+def read_deepspeed_json(path: str | Path, *, aside: Collection[str] = ()) -> DeepSpeedFile:
+    """Raises ConfigError if there is no such file or it is not JSON; wrong contents are in `problems`.
+
+    aside: keys at the top that are somebody else's to read.
+    """
     text = read_text(path, ConfigError, SETTINGS_NBYTES)
     values = parse_json(text, str(path), ConfigError, repeated_keys=True)  # keys that occur twice have their line below
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: is not a JSON object")
     # JSON is YAML but for tabs between tokens, so the YAML reader can tell the lines (and keys that occur twice).
     lines = parse_yaml(text.replace("\t", " "), str(path)).lines if values else {}
-    return _Reader(SettingsFile(str(path), values, lines)).read()
+    rest = {key: value for key, value in values.items() if key not in aside}
+    return _Reader(SettingsFile(str(path), rest, lines)).read()
+
+
+def read_deepspeed_values(values: dict[str, Any], name: str, *, aside: Collection[str] = ()) -> DeepSpeedFile:
+    """The same of a configuration that is no file. name: what problems call it. aside: keys that the caller reads itself."""
+    rest = {key: value for key, value in values.items() if key not in aside}
+    return _Reader(SettingsFile(name, rest, {})).read()
 
 
 class _Reader:
@@ -138,7 +174,7 @@ class _Reader:
                     self.problem((key,), _REFUSED[key])
             elif key in _TUNING:
                 self.idle.append(key)
-            elif key not in _OUR_KEYS:
+            elif key not in (*_OUR_KEYS, *_COMMENTS):
                 known = [*_OUR_KEYS, *_TUNING, *_REFUSED]
                 self.problem((key,), f"unknown key{nearest(key, known)}")
         self.zero()
@@ -152,28 +188,29 @@ class _Reader:
         ):
             if theirs in top and top[theirs] not in ("auto", None):
                 self.put(ours, top[theirs], (theirs,))
-        if "gradient_clipping" not in top:
-            self.found.notes.append(
-                f"{self.file.path}: has no gradient_clipping. DeepSpeed would clip at 1.0; here nothing is clipped."
-            )
+        if top.get("gradient_clipping", "auto") in ("auto", None):
+            said = "gradient_clipping is auto" if "gradient_clipping" in top else "has no gradient_clipping"
+            self.found.notes.append(f"{self.file.path}: {said}. DeepSpeed would clip at 1.0; here nothing is clipped.")
         if self.idle:
             self.found.notes.append(f"{self.file.path}: no effect here: {', '.join(self.idle)}.")
         return self.found
 
     def zero(self) -> None:
         section = self.section("zero_optimization")
-        for key, value in section.items():
-            path = ("zero_optimization", key)
+        for name, value in section.items():
+            path = ("zero_optimization", name)
+            key = _ALIASES.get(name, name)
             if key == "stage":
                 self.put(("deepspeed_config", "zero_stage"), value, path)
             elif key in ("offload_optimizer", "offload_param"):
                 self.offload(key, value)
+            elif key in _LEGACY:
+                if value is True:
+                    self.put(("deepspeed_config", f"{_LEGACY[key]}_device"), "cpu", path)
             elif key == "stage3_gather_16bit_weights_on_model_save":
                 self.put(("deepspeed_config", "zero3_save_16bit_model"), False if value == "auto" else value, path)
-            elif key == "stage3_gather_fp16_weights_on_model_save":
-                self.put(("deepspeed_config", "zero3_save_16bit_model"), value, path)
             elif key in _ZERO_TUNING:
-                self.idle.append(f"zero_optimization.{key}")
+                self.idle.append(f"zero_optimization.{name}")
             elif key in _ZERO_REFUSED:
                 if value is True or value not in (None, False, 0, 1, -1):
                     self.problem(path, _ZERO_REFUSED[key])
@@ -181,7 +218,16 @@ class _Reader:
                 known = ["stage", "offload_optimizer", "offload_param", "stage3_gather_16bit_weights_on_model_save"]
                 self.problem(path, f"unknown key{nearest(key, [*known, *_ZERO_TUNING, *_ZERO_REFUSED])}")
         # DeepSpeed's default, where accelerate's YAML has 2.
-        self.found.values.setdefault("deepspeed_config", {}).setdefault("zero_stage", 0)
+        zero = self.found.values.setdefault("deepspeed_config", {})
+        stage = zero.setdefault("zero_stage", 0)
+        for role, first in (("offload_param", 3), ("offload_optimizer", 1)):
+            device = zero.get(f"{role}_device", "none")
+            if isinstance(stage, int) and 0 <= stage < first and device in ("cpu", "nvme"):
+                zero[f"{role}_device"] = "none"
+                self.found.notes.append(
+                    f"{self.file.path}: zero_optimization.{role}: no effect at stage {stage}, as in DeepSpeed; it is for stage "
+                    f"{first} and above."
+                )
 
     def offload(self, key: str, value: Any) -> None:
         path: Key = ("zero_optimization", key)
@@ -213,13 +259,15 @@ class _Reader:
                     elif value not in (False, "auto"):
                         self.problem(path, f"{shown(value)} is not true, false or 'auto'")
                 elif theirs == "fp16" and name == "hysteresis":
-                    if section.get("enabled") is not False and value != 1:
+                    if section.get("enabled") is True and value != 1:
                         self.found.notes.append(
                             f"{self.file.path}: fp16.hysteresis: no effect; the loss scale falls at every overflow."
                         )
                 elif theirs == "fp16" and name in _FP16:
                     if section.get("enabled") is not False and value != "auto":
                         self.loss_scale(name, value, path)
+                elif theirs != "fp16" and name in (*_FP16, "hysteresis"):
+                    self.found.notes.append(f"{self.file.path}: {theirs}.{name}: no effect; bf16 has no loss scale.")
                 elif name in _PRECISION_TUNING:
                     if value not in (False, None) and name == "fp16_master_weights_and_grads":
                         self.problem(path, "16-bit master weights are not supported")
@@ -241,7 +289,8 @@ class _Reader:
                 self.problem(path, f"{shown(value)} is out of range: 2 to that power is no number")
                 return
             value = 2.0**value
-        self.put(("shardwise_config", "loss_scale", _FP16[name]), value, path)
+        self.found.loss_scale[_FP16[name]] = value
+        self.found.places["shardwise_config", "loss_scale", _FP16[name]] = self.named(path)
 
     def section(self, key: str) -> dict[str, Any]:
         value = self.file.values.get(key, {})
@@ -258,8 +307,10 @@ class _Reader:
         for part in ours[:-1]:
             section = section.setdefault(part, {})
         section[ours[-1]] = value
-        place = self.file.place(theirs)
-        self.found.places[ours] = f"{place or self.file.path}: {'.'.join(theirs)}"
+        self.found.places[ours] = self.named(theirs)
+
+    def named(self, theirs: Key) -> str:
+        return f"{self.file.place(theirs) or self.file.path}: {'.'.join(theirs)}"
 
     def problem(self, theirs: Key, text: str) -> None:
         problem = Problem(theirs, text)

@@ -26,6 +26,7 @@ TRAINERS: dict[str, tuple[str, str]] = {
     "deepspeed.runtime.engine": ("DeepSpeedEngine", "from shardwise import Accelerator"),
 }
 _prepared: list[str] = []
+_answering: list[str] = []
 
 
 def stage_asked_for(environ: Mapping[str, str] | None = None) -> int:
@@ -42,12 +43,17 @@ def stage_asked_for(environ: Mapping[str, str] | None = None) -> int:
 
 def watch() -> None:
     """If this run asked for ZeRO, refuse what trains without it, in modules that are loaded from now on or were before."""
-    if stage_asked_for() == 0 or any(isinstance(finder, _Watch) for finder in sys.meta_path):
+    if stage_asked_for() == 0 or _answering or any(isinstance(finder, _Watch) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _Watch())
     for name in TRAINERS:
         if name in sys.modules:
             _refuse_in(sys.modules[name])
+
+
+def stand_aside(name: str) -> None:
+    """Refuse nothing from now on: `name` answers for the libraries that would train, and they know of the run through it."""
+    _answering.append(name)
 
 
 def note_prepared(name: str) -> None:
@@ -63,6 +69,11 @@ def unused() -> str | None:
     stage = stage_asked_for()
     if stage == 0 or _prepared or "torch" not in sys.modules or {"-h", "--help", "--version"} & set(sys.argv):
         return None
+    if _answering:
+        return (
+            f"this run asked for zero_stage {stage}, but the script gave no model to deepspeed.initialize, by itself or "
+            "through accelerate or Trainer: nothing was sharded."
+        )
     return (
         f"this run asked for zero_stage {stage}, but the script never prepared a model with shardwise: nothing was sharded. "
         "Use `from shardwise import Accelerator` and its prepare(), or start the script without ZeRO."
@@ -118,6 +129,9 @@ def _refuse_in(module: ModuleType) -> None:
 def _refusing(original: Callable[..., None], what: str, instead: str) -> Callable[..., None]:
     @functools.wraps(original)
     def refuse(*args: Any, **kwargs: Any) -> None:
+        if _answering:
+            original(*args, **kwargs)
+            return
         from shardwise.errors import ConfigError
 
         caller = str(sys._getframe(1).f_globals.get("__name__"))

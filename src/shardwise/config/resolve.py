@@ -7,12 +7,13 @@ given, and a given flag is never dropped: where it contradicts the rest, that is
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .deepspeed_json import find_json, read_deepspeed_json
+from . import usage
+from .deepspeed_json import DeepSpeedFile, find_json, read_deepspeed_json
 from .rules import Key, Problem, check, notes
 from .schema import Config, EngineConfig, ZeroConfig
 from .yaml_file import SettingsFile, read_yaml
@@ -50,18 +51,23 @@ def key_of(name: str) -> Key:
 
 
 def resolve(
-    flags: Mapping[str, Any], file: str | Path | SettingsFile | None = None, *, use_zero: bool = False
+    flags: Mapping[str, Any],
+    file: str | Path | SettingsFile | None = None,
+    *,
+    use_zero: bool = False,
+    as_deepspeed: bool = False,
 ) -> Resolution:
     """Put `flags` over `file` over the defaults, and check the whole.
 
     flags:    setting name -> value, only those that were given; `{"zero_stage": "3", "use_cpu": True}`.
     file:     a YAML file or its path.
     use_zero: `--use_deepspeed`: a ZeRO run even if no zero flag and no file says so.
+    as_deepspeed: the script's own accelerate reads the DeepSpeed JSON too, and builds what only it builds here.
     Raises ConfigError with one line for each thing that is wrong: `run.yaml:12: deepspeed_config.zero_stage: 5 is ...`.
     """
     if isinstance(file, (str, Path)):
         file = read_yaml(file)
-    build = _Build(file or SettingsFile("", {}, {}))
+    build = _Build(file or SettingsFile("", {}, {}), as_deepspeed)
     build.read_json(flags)
     build.put_flags(flags, use_zero)
     build.derive(flags)
@@ -71,8 +77,10 @@ def resolve(
 class _Build:
     """The values as they come together, with the place of each."""
 
-    def __init__(self, file: SettingsFile) -> None:
+    def __init__(self, file: SettingsFile, as_deepspeed: bool) -> None:
         self.file = file
+        self.as_deepspeed = as_deepspeed
+        self.json: DeepSpeedFile | None = None
         self.values: dict[str, Any] = {
             key: dict(value) if isinstance(value, dict) else value for key, value in file.values.items()
         }
@@ -110,7 +118,8 @@ class _Build:
             return
         beside = None if flags.get("deepspeed_config_file") else self.file.path or None
         try:
-            read = read_deepspeed_json(find_json(name, beside))
+            aside = ("optimizer", "scheduler", "shardwise") if self.as_deepspeed else ()
+            read = self.json = read_deepspeed_json(find_json(name, beside), aside=aside)
         except ConfigError as error:
             origin = "--deepspeed_config_file" if beside is None else self.origins[key]
             self.problems.append(f"{origin}: {error}")
@@ -151,6 +160,7 @@ class _Build:
 
     def derive(self, flags: Mapping[str, Any]) -> None:
         """What follows from what was given."""
+        self.derive_zero(flags)
         cpu = str(self.get(("use_cpu",))).lower() in ("true", "yes", "on", "1")
         kind = str(self.get(("distributed_type",))).upper()
         if kind == "MULTI_GPU" and cpu and "use_cpu" in flags:
@@ -167,17 +177,37 @@ class _Build:
             origin = "because num_processes is more than 1"
             self.put(("distributed_type",), "MULTI_CPU" if cpu else "MULTI_GPU", origin)
 
+    def derive_zero(self, flags: Mapping[str, Any]) -> None:
+        """What accelerate and DeepSpeed would make of it."""
+        if self.json is not None and usage.word(self.get(("mixed_precision",))) == "fp16":
+            for name, value in self.json.loss_scale.items():
+                key = ("shardwise_config", "loss_scale", name)
+                self.put(key, value, self.json.places[key])
+        described = self.json is not None or bool(self.file.values.get("deepspeed_config"))
+        for put in usage.defaults(self.get, described=described):
+            self.put(*put)
+        for put, note in usage.without_effect(self.get, flags):
+            self.put(*put)
+            self.notes.append(note)
+        if self.file.values.get("deepspeed_config") and self.json is None:
+            clipping = usage.clipping_note(self.get, self.file.path)
+            if clipping is not None and usage.word(self.get(("distributed_type",))) == "deepspeed":
+                self.notes.append(clipping)
+
     def finish(self) -> Resolution:
         config, problems = check(self.values)
         self.problems += [self.line(problem) for problem in problems]
         if config is None or self.problems:
             raise ConfigError("\n".join(dict.fromkeys(self.problems)))
-        if config.zero.gradient_clipping is not None:
-            self.notes = [note for note in self.notes if "has no gradient_clipping" not in note]
+        # Under DeepSpeed's name a program gets what DeepSpeed would do, and is told so when it starts.
+        if config.zero.gradient_clipping is not None or self.as_deepspeed:
+            self.notes = [note for note in self.notes if "gradient_clipping" not in note]
         return Resolution(config, self.origins, [*self.notes, *notes(config)])
 
     def line(self, problem: Problem) -> str:
         """The problem in one line, led by the flag or the file and line that it comes from."""
+        if problem.key == ("distributed_type",) and usage.word(self.get(problem.key)) == "fsdp":
+            problem = replace(problem, text=problem.text + usage.of_fsdp(self.get(("fsdp_config",))))
         name = ".".join(problem.key)
         candidates = [problem.key, *problem.also, problem.key[:1]]
         origin = next((self.origins[key] for key in candidates if key in self.origins), None)

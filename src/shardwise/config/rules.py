@@ -19,6 +19,20 @@ from .schema import Config, EngineConfig, LossScaleConfig, ZeroConfig
 
 Key = tuple[str, ...]
 
+# Keys of a DeepSpeed JSON that people put into a YAML's deepspeed_config, where accelerate does not look at them.
+_OF_THE_JSON = {
+    *(
+        "bf16",
+        "fp16",
+        "zero_optimization",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "optimizer",
+        "scheduler",
+    ),
+    *("steps_per_print", "wall_clock_breakdown", "activation_checkpointing", "aio", "communication_data_type"),
+}
+
 # What other files call a key that has another name, or no use, here. The text follows "unknown key".
 _SECTIONS: dict[Key, type[BaseModel]] = {
     (): Config,
@@ -80,6 +94,11 @@ def _problems(error: ValidationError) -> list[Problem]:
             section = _SECTIONS.get(key[:-1])
             known = sorted(section.model_fields) if section else []
             text = f"unknown key{nearest(key[-1], known) or _section_of(key[-1])}"
+            if key[:-1] == ("deepspeed_config",) and key[-1] in _OF_THE_JSON:
+                text = (
+                    "is a key of DeepSpeed's JSON: put it into the file that deepspeed_config_file names, or write "
+                    "mixed_precision, zero_stage and the like here"
+                )
         elif detail["type"] == "model_type":
             text = f"{detail['input']!r} is not a section with keys of its own"
         else:

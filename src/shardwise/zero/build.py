@@ -68,14 +68,16 @@ class Builder:
         self._sources = sources
         self._makers = makers
 
-    def units(self, specs: Sequence[UnitSpec]) -> list[Unit]:
+    def units(self, specs: Sequence[UnitSpec], *, trains: bool = True) -> list[Unit]:
         """The units of all specs, and behind them the buckets of what is trained and stays whole. Collective.
 
+        trains: False builds all as frozen.
         Whole weights are never gathered, so they need not follow the modules: neighbours share a bucket, that is one
         reduction and one publication for many adapters.
         """
         units: list[Unit] = []
-        portions = apportion(parts_of(specs, self._precision), self._plan, self._whole_adapters, BUCKET_NBYTES)
+        parts = parts_of(specs, self._precision, trains=trains)
+        portions = apportion(parts, self._plan, self._whole_adapters, BUCKET_NBYTES)
         for divided in portions:
             portion = self._quantised.with_scales(divided, self._sources, self._makers, self._engine.ranks)
             frozen = self._frozen(portion.frozen, portion.plan) if portion.frozen else None

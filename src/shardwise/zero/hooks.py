@@ -138,7 +138,7 @@ class Hooks:
 
         What a backward had brought by then counts, as in torch. Does nothing inside of a pass.
         """
-        if (self._forwards or self.schedule.phase is not Phase.IDLE) and not _in_backward():
+        if (self._forwards or self.schedule.phase is not Phase.IDLE) and not in_backward():
             self._forget_interrupted()
             if not self._forwards:
                 self.schedule.abandon_open_pass()
@@ -168,7 +168,7 @@ class Hooks:
         if not recording and self.schedule.holds:  # generating: a token's forward is little more than such calls
             outermost = self._begins(Running(module, (), recomputed=False), sys._getframe(1))
             return self._cast(args, kwargs) if outermost and self._compute_dtype is not None else None
-        running = Running(module, units, recomputed=_in_backward())
+        running = Running(module, units, recomputed=in_backward())
         outermost = self._begins(running, sys._getframe(1))
         if _transforming():
             with temporarily_clear_interpreter_stack():
@@ -299,6 +299,15 @@ class Hooks:
             with torch.no_grad():  # of a backward that records one for itself
                 self.schedule.reducing.complete(unit)
 
+    def uses(self, unit: Unit) -> bool:
+        """Whether a running forward needs `unit`."""
+        return bool(self._active.get(unit))
+
+    @property
+    def in_pass(self) -> bool:
+        """Whether a forward or a backward is running: `hold` would end it."""
+        return bool(self._forwards) or (self.schedule.phase is Phase.BACKWARD and in_backward())
+
     def recall(self, unit: Unit) -> bool:
         """A backward is about to read the weights of `unit`, wherever it comes from. Whether they were asked for already."""
         if not self._in_pass:
@@ -403,7 +412,7 @@ def _transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Whether autograd is running a backward on this thread: true inside a recomputation."""
     return bool(torch._C._current_graph_task_id() != -1)
 

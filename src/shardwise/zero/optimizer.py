@@ -67,6 +67,9 @@ class ShardedOptimizer:
     models:            where those parameters are.
     scaler:            the loss scale; must be the one that scaled the loss.
     gradient_clipping: the largest global 2-norm of the gradient at a step; None does not clip.
+    measures_norm:     `norm` is found in every step, also where nothing clips.
+    norm:              the gradients' global 2-norm at the last step before it clipped them, a scalar on the device; None
+                       where it was not needed.
     Collective. Raises, on every rank: OptimizerError for an optimizer that is not elementwise, or holds parameters
     that are not the models'; PrepareError for one that is prepared already.
     """
@@ -78,6 +81,7 @@ class ShardedOptimizer:
         *,
         scaler: LossScaler | None = None,
         gradient_clipping: float | None = None,
+        measures_norm: bool = False,
     ) -> None:
         if not models:
             raise OptimizerError("an optimizer was prepared, but no model. Prepare the model before it, or with it.")
@@ -86,6 +90,8 @@ class ShardedOptimizer:
         self.ranks: Ranks = models[0].ranks
         self.scaler = scaler or LossScaler(enabled=False)
         self.gradient_clipping = gradient_clipping
+        self.measures_norm = measures_norm
+        self.norm: Tensor | None = None
         self.step_was_skipped = False
         self.steps = 0
         self._verdicts = Verdicts(self.ranks, models[0].engine.lanes)
@@ -198,6 +204,11 @@ class ShardedOptimizer:
         self.groups.take_over()
         self._take_thawed({id(parameter) for parameter in new["params"]})
 
+    @staticmethod
+    def all() -> list[ShardedOptimizer]:
+        """Every sharded optimizer of this process."""
+        return list(_steppers.values())
+
     @property
     def shards(self) -> list[Shard]:
         """What the optimizer holds on this rank."""
@@ -293,7 +304,7 @@ class ShardedOptimizer:
         for model in self.models:
             model.schedule.stop_lingering()
             model.follow_weights()
-        norm = self._agree()
+        norm = self.norm = self._agree()
         self.step_was_skipped = False
         if self.scaler.enabled:
             assert norm is not None
@@ -407,7 +418,7 @@ class ShardedOptimizer:
         It carries each rank's verdict on its loss, and its rate and clipping: a NaN on one rank is an error on all.
         """
         ranks = self.ranks
-        wants_norm = self.scaler.enabled or self.gradient_clipping is not None
+        wants_norm = self.measures_norm or self.scaler.enabled or self.gradient_clipping is not None
         # power sum, then the ranks' verdicts
         facts = torch.zeros(1 + self._verdicts.numel, dtype=self.groups.norm_dtype, device=ranks.device)
         if wants_norm:

@@ -111,13 +111,13 @@ def divide(
     return apportion(parts_of(specs, precision), plan, whole_adapters, bucket_nbytes)
 
 
-def parts_of(specs: Sequence[UnitSpec], precision: Precision) -> list[Part]:
-    """The specs with their parameters told apart, each with the dtype that it computes in."""
+def parts_of(specs: Sequence[UnitSpec], precision: Precision, *, trains: bool = True) -> list[Part]:
+    """The specs with their parameters told apart, each with the dtype that it computes in. trains: False: all are frozen."""
     parts = []
     for spec in specs:
         members = [Member(name, p, precision.compute_dtype(p)) for name, p in spec.parameters.items()]
-        frozen = tuple(m for m in members if not m.parameter.requires_grad)
-        trained = tuple(m for m in members if m.parameter.requires_grad)
+        trained = tuple(m for m in members if trains and m.parameter.requires_grad)
+        frozen = tuple(m for m in members if m not in trained)
         parts.append(Part(spec.name, tuple(spec.entries), spec.in_turn, frozen, trained))
     return parts
 

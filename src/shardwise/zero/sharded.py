@@ -19,6 +19,7 @@ from torch.nn import Parameter
 
 from ..errors import PrepareError, StoreError, WriteError
 from ..offload.store import Slab
+from .asking import asking
 from .buffers import place_buffers
 from .build import Builder, place_empty
 from .checks import check_model, paths_of
@@ -73,6 +74,8 @@ class ShardedModel:
     gather_with:    "copy_engine" lets ranks of one machine copy shards from each other, "nccl" gathers with its kernels, "auto"
                     takes the first where it is possible.
     after_step:     called after every step of an optimizer on this model, on every rank.
+    trains:         False for a model that no optimizer steps: no masters, no gradients. What has gradients in a backward
+                    after all, or comes to an optimizer, is thawed.
     generation_memory_budget: bytes of gathered weights while generating; "auto" for what is free, None for the fewest.
     writes:         how often a script has written into its weights.
     whole:          the weights whole, one unit at a time.
@@ -98,6 +101,7 @@ class ShardedModel:
         generation_memory_budget: int | str | None = "auto",
         serial: bool = False,
         gather_with: GatherWith = "auto",
+        trains: bool = True,
     ) -> None:
         self.model = model
         self.plan = plan
@@ -137,7 +141,7 @@ class ShardedModel:
             place_buffers(model, ranks)
             place_empty(model, ranks.device, lambda _, parameter: precision.compute_dtype(parameter))
             self.running_buffers = RunningBuffers(model, ranks)
-            self.units = self._builder.units(specs)
+            self.units = self._builder.units(specs, trains=trains)
         self.drain()
         if peers is not None:
             peers.meet()
@@ -278,12 +282,18 @@ class ShardedModel:
 
     # Reading and leaving.
 
+    @property
+    def in_pass(self) -> bool:
+        """Whether a forward or a backward of this model is running."""
+        return self._hooks.in_pass
+
     def gathered(
         self, parameters: Sequence[Parameter] | None = None, *, modify: bool = False
     ) -> AbstractContextManager[None]:
         """Inside, the weights are whole and readable on every rank.
 
-        parameters: gather only the units that hold these. Collective; not inside a forward or a backward.
+        parameters: gather only the units that hold these. Collective; inside a forward or a backward of this model, every
+                    rank's pass must come to it, as to a module of its own, and nothing may be written.
         modify: at the end rank 0's values become everybody's, masters included. Without it every rank writes the same, as in
                 plain torch, or WriteError is raised on all.
         """
@@ -300,6 +310,10 @@ class ShardedModel:
     @contextmanager
     def _read(self, units: Sequence[Unit], *, modify: bool) -> Iterator[None]:
         self._hooks.finish_interrupted()
+        if self._hooks.in_pass:
+            with asking(self._hooks, units, modify=modify):
+                yield
+            return
         self.ranks.require_same(
             "gathered", {"modify": modify, "what is gathered": ", ".join(unit.name for unit in units)}
         )

@@ -1,0 +1,141 @@
+"""save_checkpoint and load_checkpoint, on shardwise's own format: a directory that appears whole or not at all.
+
+    save_dir/
+      latest                  the tag that was saved last, one line
+      zero_to_fp32.py         makes a file of torch with whole fp32 weights of it
+      global_step20/          a checkpoint, see checkpoint/manifest.py; `shardwise export` reads it too
+
+The engine's counters and the client's state lie in it. Random generators are kept, and are not set by a load, as in DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...checkpoint.agree import on_first, together
+from ...checkpoint.directory import resolve
+from ...checkpoint.names import below
+from ...documents import SETTINGS_NBYTES, read_text
+from ...errors import CheckpointError
+from ...plugins import ProjectConfiguration
+from ...run_folder import RunFolder
+from ...run_saving import load_run, save_run
+from ...run_state import RunState
+from ...zero.precision import LossScaler
+
+if TYPE_CHECKING:
+    from .engine import DeepSpeedEngine
+
+logger = logging.getLogger("shardwise")
+
+LATEST = "latest"
+_SCRIPT = '''#!/usr/bin/env python
+"""Whole fp32 weights of a checkpoint of shardwise, as a file of torch: zero_to_fp32.py CHECKPOINT_DIR OUTPUT [-t TAG]"""
+
+from shardwise.compat.deepspeed.zero_to_fp32 import main
+
+if __name__ == "__main__":
+    main()
+'''
+
+
+def save(
+    engine: DeepSpeedEngine, save_dir: str, tag: str | None, client: dict[str, Any], latest: bool, without_frozen: bool
+) -> bool:
+    """See `DeepSpeedEngine.save_checkpoint`. Raises CheckpointError with the same words on every rank."""
+    ranks = engine.prepared.sharded.ranks
+    name = f"global_step{engine.global_steps}" if tag is None else str(tag)
+    ranks.require_same("save_checkpoint", {"save_dir": str(save_dir), "tag": name, "without_frozen": without_frozen})
+    folder = RunFolder()
+    target = Path(save_dir) / name
+    place = on_first(ranks, lambda: _chosen(folder, target))
+    counters = {
+        "step": engine.global_steps,
+        "micro_steps": engine.micro_steps,
+        "skipped_steps": engine.skipped_steps,
+        "client": client,
+    }
+    save_run(_run_of(engine), place, counters, include_frozen=not without_frozen)
+
+    def finish() -> None:
+        folder.release()
+        if ranks.rank == 0:
+            if latest:
+                _write(Path(save_dir) / LATEST, f"{name}\n")
+            script = Path(save_dir) / "zero_to_fp32.py"
+            _write(script, _SCRIPT)
+            script.chmod(0o755)
+
+    together(ranks, finish, what=f"{target}: ")
+    return True
+
+
+def _chosen(folder: RunFolder, target: Path) -> Any:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return folder.choose(ProjectConfiguration(), target, None)
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _run_of(engine: DeepSpeedEngine, *, optimizer: bool = True, scheduler: bool = True) -> RunState:
+    sharded, wrapped, schedule = engine.prepared.sharded, engine.optimizer, engine.lr_scheduler
+    kept = schedule if callable(getattr(schedule, "state_dict", None)) else None
+    stepped = optimizer and wrapped is not None
+    return RunState(
+        ranks=sharded.ranks,
+        models=[sharded],
+        steppers=[wrapped.stepper] if stepped and wrapped is not None else [],
+        schedulers=[kept] if scheduler and kept is not None else [],
+        loaders=[],
+        objects=[],
+        averages=[],
+        scaler=wrapped.scaler if stepped and wrapped is not None else LossScaler(enabled=False),
+    )
+
+
+def load(
+    engine: DeepSpeedEngine, load_dir: str, tag: str | None, *, strict: bool, optimizer: bool, scheduler: bool
+) -> tuple[str | None, dict[str, Any] | None]:
+    """See `DeepSpeedEngine.load_checkpoint`. Raises CheckpointError with the same words on every rank."""
+    ranks = engine.prepared.sharded.ranks
+    path = on_first(ranks, lambda: find(load_dir, tag))
+    if path is None:
+        if ranks.rank == 0:
+            logger.warning(
+                "%s has no file %s, so nothing was loaded. To load a checkpoint of it pass its tag, the name of its directory.",
+                load_dir, LATEST,
+            )  # fmt: skip
+        return None, None
+    run = _run_of(engine, optimizer=optimizer, scheduler=scheduler)
+    _, counters = load_run(run, path, strict=strict, generators=False)
+    engine.global_steps = int(counters["step"])
+    engine.micro_steps = int(counters.get("micro_steps", 0))
+    engine.skipped_steps = int(counters.get("skipped_steps", 0))
+    engine.loaded_checkpoint_tag = path.name
+    return str(path), dict(counters.get("client") or {})
+
+
+def find(folder: str | Path, tag: str | None) -> Path | None:
+    """The checkpoint of a tag, or of the file `latest`; None if there is no such file. Raises CheckpointError if it is none."""
+    where = Path(folder)
+    if tag is None:
+        named = where / LATEST
+        if not named.is_file():
+            return None
+        path = below(where, read_text(named, CheckpointError, SETTINGS_NBYTES).strip(), f"{named}: the tag")
+    else:
+        path = where / str(tag)
+    theirs = sorted([*path.glob("*_model_states.pt"), *path.glob("*_optim_states.pt")])
+    if theirs:
+        raise CheckpointError(
+            f"{path} was written by DeepSpeed itself ({theirs[0].name}): shardwise, which stands for it here, has a format "
+            "of its own. `shardwise import` brings such a checkpoint over."
+        )
+    return resolve(path)

@@ -1,0 +1,72 @@
+"""Leaf modules: what DeepSpeed must be told about mixtures of experts, and shardwise finds out.
+
+The ranks agree before each gather until they know the order, and a rank whose batch meets other experts gathers theirs with the
+rest. So naming a module a leaf has no effect on what is computed; the names are kept for those who ask.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+from torch import nn
+
+from ...errors import ConfigError
+
+_leaves: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _found(model: nn.Module, classes: Sequence[type | str]) -> list[nn.Module]:
+    names = {item for item in classes if isinstance(item, str)}
+    kinds = tuple(item for item in classes if isinstance(item, type))
+    found = [
+        module
+        for module in model.modules()
+        if isinstance(module, kinds)
+        or {type(module).__name__, f"{type(module).__module__}.{type(module).__name__}"} & names
+    ]
+    if not found:
+        kinds_here = sorted({type(module).__name__ for module in model.modules()})
+        raise ConfigError(
+            f"no module of this {type(model).__name__} is one of {list(classes)}. It has {', '.join(kinds_here)}."
+        )
+    return found
+
+
+def set_z3_leaf_modules(
+    model: nn.Module, leaf_module_classes: Sequence[type | str], raise_if_not_found: bool = True
+) -> list[nn.Module]:
+    """The modules of these classes, which are leaves from now on. Raises ConfigError if there is none."""
+    try:
+        found = _found(model, leaf_module_classes)
+    except ConfigError:
+        if raise_if_not_found:
+            raise
+        return []
+    for module in found:
+        _leaves.add(module)
+    return found
+
+
+def unset_z3_leaf_modules(
+    model: nn.Module, leaf_module_classes: Sequence[type | str], raise_if_not_found: bool = True
+) -> list[nn.Module]:
+    """The modules of these classes, which are leaves no longer."""
+    try:
+        found = _found(model, leaf_module_classes)
+    except ConfigError:
+        if raise_if_not_found:
+            raise
+        return []
+    for module in found:
+        _leaves.discard(module)
+    return found
+
+
+def get_z3_leaf_modules(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if module in _leaves]
+
+
+def z3_leaf_module(model: nn.Module) -> bool:
+    """Whether this module is a leaf."""
+    return model in _leaves

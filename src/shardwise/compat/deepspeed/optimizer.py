@@ -1,0 +1,131 @@
+"""What `initialize` returns as the optimizer: the torch optimizer that steps on shards, under DeepSpeed's names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ...zero.optimizer import ShardedOptimizer
+from ...zero.precision import LossScaler
+
+
+class OffloadedModule:
+    """A model's parameters, with the ones that it reads of other modules, of which DeepSpeed keeps a list: here none."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def named_parameters(self, recurse: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        return self._model.named_parameters(recurse=recurse)
+
+    def ds_external_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return []
+
+
+class ParameterOffload:
+    """module: the model's parameters. The lists of hooks are empty."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.module = OffloadedModule(model)
+        self.forward_hooks: list[Any] = []
+        self.backward_hooks: list[Any] = []
+
+    def _register_deepspeed_module(self, module: OffloadedModule) -> None:
+        pass
+
+
+class ZeroOptimizer(Optimizer):
+    """A view of `optimizer`: its groups are the live ones, and what is unknown here is asked of it.
+
+    optimizer: the torch optimizer, which `stepper` drives. engine_step: what `step()` does: the engine's.
+    """
+
+    def __init__(self, optimizer: Optimizer, stepper: ShardedOptimizer, scaler: LossScaler) -> None:
+        # Not torch's constructor: the groups are those of `optimizer`.
+        self.optimizer = optimizer
+        self.stepper = stepper
+        self.scaler = scaler
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.optimizer.defaults
+
+    @property
+    def single_partition_of_fp32_groups(self) -> list[Tensor]:
+        """This rank's masters, flat, a copy for each group; DeepSpeed's name of them below stage 3."""
+        return [
+            torch.cat([torch.empty(0), *(p.detach().cpu().reshape(-1) for p in group["params"])])
+            for group in self.param_groups
+        ]
+
+    @property
+    def fp32_partitioned_groups_flat(self) -> list[Tensor]:
+        """The same under its name at stage 3."""
+        return self.single_partition_of_fp32_groups
+
+    @property
+    def overflow(self) -> bool:
+        """Whether the last step was skipped because fp16 gradients overflowed."""
+        return self.stepper.step_was_skipped
+
+    @property
+    def loss_scale(self) -> float:
+        return self.scaler.value
+
+    @property
+    def cur_scale(self) -> float:
+        return self.scaler.value
+
+    @property
+    def dynamic_loss_scale(self) -> bool:
+        return self.scaler.enabled and self.scaler.dynamic
+
+    @property
+    def parameter_offload(self) -> ParameterOffload:
+        """Where TRL takes DeepSpeed's hooks off a model before it generates. There are none: the engine's own know of it."""
+        return ParameterOffload(self.stepper.models[0].model)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """A step of the shards, clipped as the engine clips."""
+        return self.stepper.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.stepper.zero_grad(set_to_none)
+
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
+        """Backward of the loss times the loss scale."""
+        self.stepper.note_loss(loss)
+        self.scaler.scale(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole dictionary that plain torch would give. Collective."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state_dict)
+
+    def __repr__(self) -> str:
+        return f"ZeroOptimizer of shardwise over {self.optimizer!r}"
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("optimizer", "stepper", "scaler"):  # not made yet
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"state": self.optimizer.state, "param_groups": self.optimizer.param_groups}

@@ -1,0 +1,225 @@
+"""A DeepSpeed configuration, read as the settings of an engine.
+
+    a path, a dict, or urlsafe base64 of JSON   ->   Settings: shardwise's Config, plan, precision and loss scale, and what
+                                                     DeepSpeed alone has: batch sizes, a default of clipping
+
+A value that is still "auto" says nothing, as in DeepSpeed: accelerate and Trainer fill in theirs before. Below the settings
+of the file lie those of the launcher, so that `shardwise_config` of a YAML counts for these programs too; over them the
+file's own section "shardwise". What a key means is `config/deepspeed_json.py`'s.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...config.deepspeed_json import LOSS_SCALE_WINDOW, DeepSpeedFile, read_deepspeed_values
+from ...config.schema import Config
+from ...documents import SETTINGS_NBYTES, parse_json, read_text, shown
+from ...errors import ConfigError
+from ...resolve import loss_scaler
+from ...zero.plan import Plan
+from ...zero.precision import LossScaler, Precision
+
+# DeepSpeed's, where its file does not say.
+CLIPPING = 1.0
+# The keys of "shardwise" in the JSON: those of EngineConfig that act in such a program, and the compiler.
+_OWN = (
+    *("gpu_memory_budget", "generation_memory_budget", "activation_checkpointing", "fast_lora", "loss_chunk_tokens"),
+    *("loss_keeps_logits", "reduce_dtype", "prefetch_units", "gather_with", "units", "whole_adapters"),
+)
+_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an engine is made by.
+
+    raw:      the configuration as it was given: the engine's `config`.
+    config:   shardwise's. plan, precision: those of it.
+    batch:    train_batch_size, the micro-batch of a process, and micro-batches per step; None where nothing says so.
+    clipping: of the global norm; 0 clips nothing. clips_unsaid: because the file says nothing.
+    notes:    what is taken without effect, in sentences.
+    """
+
+    raw: dict[str, Any]
+    config: Config
+    plan: Plan
+    precision: Precision
+    batch: tuple[int | None, int | None, int]
+    clipping: float
+    clips_unsaid: bool
+    notes: list[str]
+
+    @property
+    def steps(self) -> int:
+        """Micro-batches per step."""
+        return self.batch[2]
+
+    @property
+    def stage(self) -> int:
+        return self.config.zero.zero_stage
+
+    def scaler(self) -> LossScaler:
+        """A loss scale of these settings, at its beginning."""
+        return loss_scaler(self.config, self.precision, None)
+
+    @property
+    def gathers_on_save(self) -> bool:
+        return self.config.zero.zero3_save_16bit_model
+
+
+def load(source: Any) -> tuple[dict[str, Any], str]:
+    """The configuration as a dictionary, the very one if it is one, and its name for errors. Raises ConfigError."""
+    if isinstance(source, dict):
+        return source, "the DeepSpeed configuration"
+    if isinstance(source, Mapping):
+        return dict(source), "the DeepSpeed configuration"
+    if not isinstance(source, (str, Path)):
+        raise ConfigError(
+            f"the DeepSpeed configuration is a {type(source).__name__}: give a dictionary, a path, or base64 of JSON."
+        )
+    if os.path.exists(source):  # also asked of text that is longer than a name can be
+        name = str(source)
+        text = read_text(source, ConfigError, SETTINGS_NBYTES)
+    else:
+        name = "the DeepSpeed configuration in base64"
+        try:
+            text = base64.urlsafe_b64decode(str(source)).decode()
+        except ValueError:
+            raise ConfigError(
+                f"{shown(str(source))}: there is no such file, and it is no base64 of a DeepSpeed configuration."
+            ) from None
+    values = parse_json(text, name, ConfigError)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name}: is not a JSON object")
+    return values, name
+
+
+def read(source: Any, world_size: int, *, base: Config | None = None) -> Settings:
+    """The settings of a configuration. base: below it, the launcher's. Raises ConfigError with a line for each thing wrong."""
+    raw, name = load(source)
+    said = unfolded(without_auto(raw))
+    base = Config.from_environment() if base is None else base
+    found = read_deepspeed_values(said, name, aside=("optimizer", "scheduler", "shardwise"))
+    if found.problems:
+        raise ConfigError("\n".join(found.problems))
+    values = _merged(base, found, raw.get("shardwise") or {}, name)  # where "auto" is a setting
+    config = Config.checked(values, lambda key: found.places.get(key) or f"{name}: {'.'.join(key)}")
+    precision = Precision.named(config.mixed_precision, config.engine.reduce_dtype)
+    zero = config.zero
+    clipping = said.get("gradient_clipping")
+    return Settings(
+        raw=raw,
+        config=config,
+        plan=Plan.from_stage(
+            zero.zero_stage,
+            offload_optimizer=zero.offload_optimizer_device,
+            offload_param=zero.offload_param_device,
+        ),
+        precision=precision,
+        batch=batch_sizes(said, world_size, name),
+        clipping=CLIPPING if clipping is None else float(clipping),
+        clips_unsaid=clipping is None,
+        notes=[note for note in found.notes if "gradient_clipping" not in note],
+    )
+
+
+def without_auto(values: Any) -> Any:
+    """A copy without what is still "auto"."""
+    if isinstance(values, dict):
+        return {key: without_auto(value) for key, value in values.items() if value != "auto" or key == "type"}
+    return copy.copy(values)
+
+
+def unfolded(values: dict[str, Any]) -> dict[str, Any]:
+    """With `zero_optimization.reduce_bucket_size` at the top level, which libraries write, in its section."""
+    found = {key: value for key, value in values.items() if "." not in key}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        inner = found.setdefault(section, {}) if name else None
+        if isinstance(inner, dict):
+            found[section] = {name: value, **inner}
+    return found
+
+
+def _merged(base: Config, found: DeepSpeedFile, own: Any, name: str) -> dict[str, Any]:
+    if not isinstance(own, dict):
+        raise ConfigError(f"{name}: shardwise: is not an object")
+    values: dict[str, Any] = {
+        "distributed_type": "DEEPSPEED",
+        "use_cpu": base.use_cpu,
+        "deepspeed_config": {**found.values.get("deepspeed_config", {}), "gradient_accumulation_steps": None},
+        "mixed_precision": found.values.get("mixed_precision", "no"),
+        "dynamo_config": base.dynamo_config.model_dump(mode="json", exclude_defaults=True),
+        "dynamo_backend": base.dynamo_backend,
+    }
+    engine = base.engine.model_dump(mode="json", exclude_defaults=True)
+    engine.pop("loss_scale", None)
+    theirs = {
+        k: v
+        for k, v in found.values.get("shardwise_config", {}).items()
+        if k not in ("train_batch_size", "micro_batch_size")
+    }
+    if values["mixed_precision"] == "fp16":
+        theirs["loss_scale"] = {"growth_interval": LOSS_SCALE_WINDOW, **found.loss_scale}
+    compiled = own.get("compile", own.get("dynamo_backend"))
+    for key in own:
+        if key not in (*_OWN, "compile", "dynamo_backend"):
+            raise ConfigError(f"{name}: shardwise.{key}: unknown key; known are {', '.join((*_OWN, 'compile'))}")
+    if compiled is not None:
+        values["dynamo_backend"] = {True: "inductor", False: "no"}.get(compiled, compiled)
+    values["shardwise_config"] = {**engine, **theirs, **{key: own[key] for key in _OWN if key in own}}
+    for key in ("train_batch_size", "micro_batch_size", "max_restarts", "restart_processes"):
+        values["shardwise_config"].pop(key, None)
+    return values
+
+
+def batch_sizes(said: Mapping[str, Any], world_size: int, name: str) -> tuple[int | None, int | None, int]:
+    """train = micro x accumulation x world, from any two of them, or one. Raises ConfigError where three contradict.
+
+    Of a configuration that says none the sizes are None: an engine that only evaluates needs none.
+    """
+    numbers: dict[str, int | None] = {}
+    for key in _BATCH:
+        value = said.get(key)
+        if value is not None and (isinstance(value, bool) or value != int(value) or value < 1):
+            raise ConfigError(f"{name}: {key}: {value!r} is not a whole number of at least 1")
+        numbers[key] = None if value is None else int(value)
+    train, micro, steps = (numbers[key] for key in _BATCH)
+    if train is not None and micro is not None and steps is None:
+        steps = max(1, train // micro // world_size)
+    elif train is not None and micro is None:
+        steps = steps or 1
+        micro = train // (steps * world_size)
+    elif train is None and micro is not None:
+        steps = steps or 1
+        train = micro * steps * world_size
+    steps = steps or 1
+    if train is not None and micro is not None and train != micro * steps * world_size:
+        raise ConfigError(
+            f"{name}: train_batch_size is not equal to micro_batch_per_gpu * gradient_acc_step * world_size: {train} != "
+            f"{micro} * {steps} * {world_size}. Leave one of them out."
+        )
+    return train, micro, steps
+
+
+class DeepSpeedConfig:
+    """deepspeed.runtime.config.DeepSpeedConfig: what programs ask of it before an engine exists."""
+
+    def __init__(self, config: Any, mpu: Any = None, mesh_device: Any = None) -> None:
+        from .comm import get_world_size
+
+        if mpu is not None:
+            raise NotImplementedError("DeepSpeedConfig: mpu is for model parallelism, which shardwise does not do.")
+        settings = read(config, get_world_size())
+        self._param_dict = settings.raw
+        self.train_batch_size, self.train_micro_batch_size_per_gpu, self.gradient_accumulation_steps = settings.batch
+        self.gradient_clipping = settings.clipping
+        self.zero_optimization_stage = settings.stage
+        self.zero_enabled = settings.stage > 0

@@ -1,0 +1,143 @@
+"""`import deepspeed` in a process that asks for it, and in no other. Each test is a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from shardwise.compat.faces import MODULES, VERSION
+
+
+def run(code, *command, cwd=None):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *(command or ("-c", textwrap.dedent(code)))],
+        capture_output=True, text=True, check=False, timeout=300, env=environment, cwd=cwd,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_every_name_of_the_table_is_there_and_others_are_refused_in_words():
+    run(
+        """
+        import importlib, importlib.metadata, importlib.util, sys
+        assert importlib.util.find_spec("deepspeed") is None
+        from shardwise.compat import as_deepspeed
+        as_deepspeed()
+        as_deepspeed()
+        assert "torch" not in sys.modules
+        assert importlib.util.find_spec("deepspeed") is not None
+        from shardwise.compat.faces import MODULES, VERSION
+        assert importlib.metadata.version("deepspeed") == VERSION
+        assert importlib.metadata.metadata("deepspeed")["Name"] == "deepspeed"
+        assert importlib.metadata.packages_distributions()["deepspeed"] == ["deepspeed"]
+        for module, row in MODULES.items():
+            found = importlib.import_module(module)
+            for name in row:
+                assert getattr(found, name, None) is not None or name.endswith("group"), (module, name)
+        import deepspeed
+        assert deepspeed.__version__ == VERSION
+        assert deepspeed.ops.adam.DeepSpeedCPUAdam and deepspeed.zero.Init and deepspeed.runtime.lr_schedules
+        assert deepspeed.runtime.engine.DeepSpeedEngine is deepspeed.DeepSpeedEngine
+        assert deepspeed.utils.logger.name == "shardwise"
+        assert not hasattr(deepspeed, "no_such_name")
+        try:
+            deepspeed.initialise
+        except AttributeError as error:
+            assert "Did you mean deepspeed.initialize?" in str(error), error
+        else:
+            raise AssertionError
+        try:
+            import deepspeed.pipe
+        except ModuleNotFoundError as error:
+            assert "deepspeed.pipe is not answered: in this process shardwise stands for DeepSpeed" in str(error)
+        else:
+            raise AssertionError
+        assert not isinstance(3, deepspeed.PipelineModule)
+        try:
+            deepspeed.PipelineModule()
+        except NotImplementedError as error:
+            assert "no pipelines" in str(error)
+        else:
+            raise AssertionError
+        """
+    )
+
+
+def test_the_first_line_says_what_this_is():
+    done = run("from shardwise.compat import as_deepspeed\nas_deepspeed()\nimport deepspeed\nimport deepspeed.comm")
+    assert done.stderr.count(f"deepspeed {VERSION}: this is shardwise, not DeepSpeed.") == 1
+
+
+@pytest.mark.parametrize("first", ["transformers", "torch"])
+def test_a_library_that_comes_first_finds_it_too(first):
+    run(
+        f"""
+        import {first}
+        from shardwise.compat import as_deepspeed
+        as_deepspeed()
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_available
+        assert is_deepspeed_available()
+        assert HfDeepSpeedConfig.__mro__[1].__module__ == "accelerate.utils.deepspeed"
+        import accelerate
+        from accelerate.utils import is_deepspeed_available
+        assert is_deepspeed_available()
+        assert accelerate.accelerator.DeepSpeedEngineWrapper
+        """
+    )
+
+
+def test_who_has_looked_already_is_told():
+    run(
+        """
+        import accelerate
+        from shardwise.compat import as_deepspeed
+        from shardwise.errors import ConfigError
+        try:
+            as_deepspeed()
+        except ConfigError as error:
+            assert "accelerate.accelerator has been imported already" in str(error)
+        else:
+            raise AssertionError
+        """
+    )
+
+
+def test_a_real_deepspeed_is_not_reached_and_that_is_said(tmp_path):
+    (tmp_path / "deepspeed").mkdir()
+    (tmp_path / "deepspeed" / "__init__.py").write_text("raise AssertionError('the real one')")
+    info = tmp_path / "deepspeed-0.18.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.18.0\n")
+    code = "import importlib.metadata\nfrom shardwise.compat import as_deepspeed\nas_deepspeed()\nimport deepspeed\n"
+    code += "assert importlib.metadata.version('deepspeed') == deepspeed.__version__ != '0.18.0'"
+    done = run(code, cwd=tmp_path)
+    assert "DeepSpeed 0.18.0 is installed too. In this run shardwise is in force" in done.stderr
+
+
+def test_the_module_runs_a_script_and_touches_no_process_that_it_starts(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import importlib.util, subprocess, sys
+            import deepspeed
+            assert __name__ == "__main__" and sys.argv[1:] == ["a", "--b"], sys.argv
+            assert sys.path[0] == __file__.rpartition("/")[0]
+            code = "import importlib.util; print(importlib.util.find_spec('deepspeed'))"
+            assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "None"
+            print("ran")
+            """
+        )
+    )
+    done = run("", "-m", "shardwise.compat", str(script), "a", "--b")
+    assert done.stdout == "ran\n"
+
+
+def test_names_are_sorted_by_modules():
+    assert all(name.rpartition(".")[0] in MODULES for name in MODULES if "." in name)
