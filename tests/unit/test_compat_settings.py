@@ -91,7 +91,11 @@ def test_what_is_still_auto_says_nothing():
 
 
 def test_a_key_with_dots_belongs_into_its_section():
-    dotted = {"zero_optimization.reduce_bucket_size": 3, "zero_optimization.stage": 1, "zero_optimization": {"stage": 3}}
+    dotted = {
+        "zero_optimization.reduce_bucket_size": 3,
+        "zero_optimization.stage": 1,
+        "zero_optimization": {"stage": 3},
+    }
     assert read(dotted).stage == 3
     with pytest.raises(ConfigError, match=r"zero_optimization\.reduce_bucket: unknown key"):
         read({"zero_optimization.reduce_bucket": 3})
