@@ -5,7 +5,8 @@ This file's directory is on sys.path, so `from rig import ...` works in every te
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -23,10 +24,8 @@ def world() -> Iterator[Worlds]:
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks for marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the long runs unless `-m` names them: plain `pytest` is `make test`."""
-    for item in items:
-        thinned = item.get_closest_marker("thinned")
-        if thinned is not None and _is_thinned_out(item, *thinned.args):
-            item.add_marker("full")
+    for item in _thinned_out(items):
+        item.add_marker("full")
     if "full" in config.option.markexpr:
         return
     long = [item for item in items if item.get_closest_marker("full")]
@@ -35,12 +34,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("full")]
 
 
-def _is_thinned_out(item: pytest.Item, share: int) -> bool:
-    """Whether a case of a table of several axes is not among the one in `share` that `make test` has.
+def _thinned_out(items: Sequence[pytest.Item]) -> Iterator[pytest.Item]:
+    """Of tables marked `thinned(n)`, the cases that are not among the one in n that `make test` has.
 
     Of every two axes a checkerboard stays: each value of each, and, where there is a third, each pair.
     """
-    axes = [mark.args[0] for mark in item.iter_markers("parametrize")]
-    indices = item.callspec.indices if axes else {}
-    firsts = [(axis.split(",")[0] if isinstance(axis, str) else axis[0]).strip() for axis in axes]
-    return len(axes) > 1 and sum(indices[first] for first in firsts) % share != 0
+    seen: dict[tuple[str, ...], dict[tuple[int, ...], int]] = defaultdict(
+        dict
+    )  # an axis of a test -> its values, numbered
+    for item in items:
+        thinned = item.get_closest_marker("thinned")
+        axes = [mark.args[0] for mark in item.iter_markers("parametrize")] if thinned is not None else []
+        if len(axes) < 2:
+            continue
+        at = 0
+        for axis in axes:
+            names = [name.strip() for name in axis.split(",")] if isinstance(axis, str) else list(axis)
+            values = seen[item.nodeid.partition("[")[0], *names]
+            at += values.setdefault(tuple(id(item.callspec.params[name]) for name in names), len(values))
+        if at % thinned.args[0]:
+            yield item
