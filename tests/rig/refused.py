@@ -40,6 +40,13 @@ REFUSED = (
         r"frozen weight\(s\) of this model are not those",
         lambda script, args: not script.is_base_of(args[0]),
     ),
+    Refusal(
+        "A checkpoint is loaded into optimizers with the groups that it was saved with; torch raises ValueError.",
+        "load",
+        CheckpointError,
+        "parameter group",
+        lambda script, args: not script.has_groups_of(args[0]),
+    ),
 )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -241,6 +241,11 @@ class Plain(Script):
         own = self.model.state_dict()
         return include_frozen or all(torch.equal(own[n], weights[n]) for n in self.ever_frozen)
 
+    def has_groups_of(self, name: str) -> bool:
+        """Whether optimizers have as many groups, of as many parameters, as when a checkpoint was saved."""
+        _, states, *_ = self.kept[f"saved {name}"]
+        return _sizes(states) == _sizes(self.states())
+
     def load(self, name: str, new: bool) -> None:
         if f"saved {name}" not in self.kept:
             return
@@ -348,6 +353,10 @@ class Prepared(Script):
         if new:
             rebuild(self)
         self.accelerator.load_state(f"{self._folder}/{name}")
+
+
+def _sizes(states: Sequence[dict[str, Any]]) -> list[list[int]]:
+    return [[len(group["params"]) for group in state["param_groups"]] for state in states]
 
 
 def rebuild(script: Script) -> None:
