@@ -235,10 +235,13 @@ class Plain(Script):
         weights = {n: v.detach().clone() for n, v in self.model.state_dict().items()}
         self.kept[f"saved {name}"] = (weights, copy.deepcopy(self.states()), scheduler, self._count, include_frozen)
 
-    def is_base_of(self, name: str) -> bool:
-        """Whether weights that may have been frozen when a checkpoint was saved have its values, or are in it."""
+    def is_base_of(self, name: str, new: bool) -> bool:
+        """Whether weights that may have been frozen when a checkpoint was saved have its values, or are in it.
+
+        new: those of a model that is built again.
+        """
         weights, *_, include_frozen = self.kept[f"saved {name}"]
-        own = self.model.state_dict()
+        own = (self.setting.made() if new else self.model).state_dict()
         return include_frozen or all(torch.equal(own[n], weights[n]) for n in self.ever_frozen)
 
     def has_groups_of(self, name: str) -> bool:
