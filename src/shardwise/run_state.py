@@ -36,7 +36,7 @@ from .errors import CheckpointError
 from .generators import generator_states, set_generator_states
 from .loader_positions import go_to, match, position
 from .model_facts import KeptAdapters
-from .saved_states import lacking
+from .saved_states import check_counts, lacking
 from .zero import intervals
 from .zero.averaging import ShardedEMA, refuse_swapped
 from .zero.buffers import bytes_of, named_buffers, packed, parts_of, replace_buffers, unpacked, written
@@ -196,6 +196,7 @@ class RunState:
         }
         if self.ranks.rank == 0:
             mine["groups"] = [settings for settings, _ in groups]
+            mine["sizes"] = _sizes(stepper)
             mine["steps"] = stepper.steps
             mine["step_was_skipped"] = stepper.step_was_skipped
             mine["besides"] = stepper.states.besides
@@ -292,6 +293,8 @@ class RunState:
                     f"of exactly the {len(which)} parameters with {min(which)}. Build the groups as they were, those that "
                     "add_param_group has added included, before load_state."
                 )
+            saved = states[0]["optimizers"][number]
+            check_counts(number, saved, _sizes(self.steppers[number]))
 
     def restore_tensors(
         self, checkpoint: Checkpoint, states: Sequence[dict[str, Any]], frozen: Mapping[int, Container[str]]
@@ -415,11 +418,16 @@ class RunState:
     ) -> None:
         saved = states[0]["optimizers"][number]
         then = _united([state["optimizers"][number]["names"] for state in states])
-        for group, names in zip(stepper.optimizer.param_groups, now, strict=True):
-            found = next((index for index, other in enumerate(then) if other == names - since), None)
-            if found is not None:  # else it was added since
-                _update(group, saved["groups"][found])
+        for place, (group, names) in enumerate(zip(stepper.optimizer.param_groups, now, strict=True)):
+            same = [index for index, other in enumerate(then) if other == names - since]
+            if same:  # of groups without trained weights, which are all alike, the one in its place
+                _update(group, saved["groups"][place if place in same else same[0]])
         stepper.resume(saved["steps"], saved["step_was_skipped"])
+
+
+def _sizes(stepper: ShardedOptimizer) -> list[int]:
+    """How many parameters of the user's each group has, frozen ones included."""
+    return [len(own) for own in stepper.groups.parameters]
 
 
 def _update(group: dict[str, Any], saved: dict[str, Any]) -> None:

@@ -63,6 +63,25 @@ def check_states(states: Sequence[Any], objects_of: Sequence[int]) -> None:
             raise CheckpointError(f"the state of rank 0: a loader is at {shown(saved)}, which is no place in an epoch.")
 
 
+def check_counts(number: int, saved: Mapping[str, Any], sizes: Sequence[int]) -> None:
+    """Raise CheckpointError if optimizer `number` has other groups than were saved, where torch raises ValueError.
+
+    saved: its state of rank 0. sizes: of each group now, the number of parameters. The order of groups is free.
+    """
+    have, count = len(sizes), len(saved["groups"])
+    if have != count:
+        raise CheckpointError(
+            f"optimizer {number} was saved with {count} parameter group(s), and has {have} here. Build the groups as they "
+            "were, those that add_param_group has added included, before load_state."
+        )
+    then = saved.get("sizes", sizes)  # versions before these wrote none
+    if sorted(then) != sorted(sizes):
+        raise CheckpointError(
+            f"the parameter groups of optimizer {number} were saved with {', '.join(map(str, then))} parameters, and have "
+            f"{', '.join(map(str, sizes))} here, frozen ones included. Build the groups as they were, before load_state."
+        )
+
+
 def lacking(first: Mapping[str, Any]) -> list[str]:
     """Kinds of objects of which an imported checkpoint has no states: "scheduler", "registered object". first: of rank 0."""
     found: list[str] = first.get("lacks", [])
@@ -108,6 +127,8 @@ def _check_optimizer(saved: Any, where: str, *, first: bool) -> None:
             and len(groups) == len(names or ())
             and all(isinstance(group, dict) and "params" not in group for group in groups)
         )
+        sizes = saved.get("sizes", [])
+        fits = fits and isinstance(sizes, list) and all(map(is_count, sizes))
         fits = fits and is_count(saved.get("steps")) and isinstance(saved.get("step_was_skipped"), bool)
     if not fits:
         raise CheckpointError(f"{where}: an optimizer is {shown(saved)}, which is not what a save writes.")

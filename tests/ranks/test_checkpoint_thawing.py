@@ -164,3 +164,48 @@ def _missing_group(ranks, folder):
 
 def test_a_group_that_was_added_is_asked_for(world, tmp_path):
     world(2).run(_missing_group, str(tmp_path / "saved"), timeout_s=60)
+
+
+def _weights(model):
+    with gathered(model):
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def _other_groups(ranks, folder):
+    """Groups that differ in what is frozen alone: torch raises ValueError for them."""
+    accelerator, model, optimizer = _run(3, "none", _frozen(tower()), True)
+    _go(accelerator, model, optimizer, range(2), True, thaw=False)
+    accelerator.save_state(folder)
+    again, model, optimizer = _run(3, "none", _frozen(tower()), False)
+    before = copy.deepcopy(optimizer.state_dict())
+    weights = _weights(model)
+    with pytest.raises(
+        CheckpointError, match=r"groups of optimizer 0 were saved with \d+ parameters, and have \d+ here"
+    ):
+        again.load_state(folder)
+    optimizer.add_param_group({"params": list(model.head.parameters()), "lr": 1e-3})
+    with pytest.raises(CheckpointError, match=r"optimizer 0 was saved with 1 parameter group.*has 2 here"):
+        again.load_state(folder)
+    assert optimizer.state_dict()["param_groups"][:1] == before["param_groups"]
+    assert optimizer.state_dict()["state"] == before["state"] == {}
+    assert all(torch.equal(value, weights[name]) for name, value in _weights(model).items())
+
+
+def test_other_groups_of_frozen_weights_are_refused(world, tmp_path):
+    world(2).run(_other_groups, str(tmp_path / "saved"), timeout_s=60)
+
+
+def _groups_in_their_places(ranks, folder):
+    """Of groups that hold nothing trained, each gets its own settings back."""
+    accelerator, model, optimizer = _run(3, "none", _frozen(tower()), False)
+    for rate, module in ((0.5, model.first), (0.25, model.head)):
+        optimizer.add_param_group({"params": list(module.parameters()), "lr": rate})
+    accelerator.save_state(folder)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.125
+    accelerator.load_state(folder)
+    assert [group["lr"] for group in optimizer.param_groups] == [3e-3, 0.5, 0.25]
+
+
+def test_groups_of_frozen_weights_get_their_own_settings(world, tmp_path):
+    world(2).run(_groups_in_their_places, str(tmp_path / "saved"), timeout_s=60)

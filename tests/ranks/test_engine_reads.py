@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rig.engine import Tower, inputs, loss_of, prepare, train_both
+from rig.engine import Block, Tower, inputs, loss_of, prepare, train_both
 from shardwise.errors import ReleasedParameterError
 
 
@@ -97,6 +99,42 @@ def _apart(ranks):
 
 def test_each_rank_may_read_another_weight(world):
     world(3).run(_apart, timeout_s=20)
+
+
+class Half(Block):
+    """Recomputes one of its layers, and hands its output over where nobody sees it."""
+
+    def __init__(self, reentrant: bool, recomputes: bool) -> None:
+        super().__init__()
+        self.reentrant, self.recomputes = reentrant, recomputes
+
+    def forward(self, x: Tensor) -> Any:
+        up = checkpoint(self.up, x, use_reentrant=self.reentrant) if self.recomputes else self.up(x)
+        return lambda: x + self.down(torch.relu(up))
+
+
+class Halves(Tower):
+    def __init__(self, reentrant: bool, recomputing: Sequence[int]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Half(reentrant, n in recomputing) for n in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)()
+        return self.head(x)
+
+
+def _halves(ranks, reentrant, plan, recomputing):
+    torch.manual_seed(3)
+    train_both(ranks, Halves(reentrant, recomputing[ranks.rank]), plan, units=["Half"])
+
+
+@pytest.mark.parametrize("recomputing", [((0, 1, 2), (0, 1, 2)), ((1,), (0, 2))], ids=["", "apart"])
+@pytest.mark.parametrize("plan", ["3", "3-all"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_part_of_a_block_may_be_recomputed_where_nobody_announces_it(world, reentrant, plan, recomputing):
+    world(2).run(_halves, reentrant, plan, recomputing, timeout_s=30)
 
 
 def _said(ranks):

@@ -13,7 +13,7 @@ from torch import Tensor
 from rig import Worlds
 from rig.drawing import Program
 from rig.refused import is_refused
-from rig.scripts import Plain, Prepared, Script
+from rig.scripts import Plain, Prepared, Script, rebuild
 from rig.settings import Setting
 from rig.verbs import VERBS
 from shardwise.errors import ShardwiseError
@@ -68,6 +68,8 @@ class _Play:
             if is_refused(name, args, error, self.plain):
                 if name == "backward":
                     self.plain.count(quiet=args[2:] == [True])
+                if name == "load" and args[1]:  # its objects were built again before that
+                    rebuild(self.plain)
                 for script in (self.prepared, self.plain):  # a script that meets an error throws its batch away
                     script.model.zero_grad()
                 return None

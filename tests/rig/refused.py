@@ -38,7 +38,14 @@ REFUSED = (
         "load",
         CheckpointError,
         r"frozen weight\(s\) of this model are not those",
-        lambda script, args: not script.is_base_of(args[0]),
+        lambda script, args: not script.is_base_of(*args),
+    ),
+    Refusal(
+        "A checkpoint is loaded into optimizers with the groups that it was saved with; torch raises ValueError.",
+        "load",
+        CheckpointError,
+        "parameter group",
+        lambda script, args: not script.has_groups_of(args[0]),
     ),
 )
 

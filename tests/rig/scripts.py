@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -235,11 +235,19 @@ class Plain(Script):
         weights = {n: v.detach().clone() for n, v in self.model.state_dict().items()}
         self.kept[f"saved {name}"] = (weights, copy.deepcopy(self.states()), scheduler, self._count, include_frozen)
 
-    def is_base_of(self, name: str) -> bool:
-        """Whether weights that may have been frozen when a checkpoint was saved have its values, or are in it."""
+    def is_base_of(self, name: str, new: bool) -> bool:
+        """Whether weights that may have been frozen when a checkpoint was saved have its values, or are in it.
+
+        new: those of a model that is built again.
+        """
         weights, *_, include_frozen = self.kept[f"saved {name}"]
-        own = self.model.state_dict()
+        own = (self.setting.made() if new else self.model).state_dict()
         return include_frozen or all(torch.equal(own[n], weights[n]) for n in self.ever_frozen)
+
+    def has_groups_of(self, name: str) -> bool:
+        """Whether optimizers have as many groups, of as many parameters, as when a checkpoint was saved."""
+        _, states, *_ = self.kept[f"saved {name}"]
+        return _sizes(states) == _sizes(self.states())
 
     def load(self, name: str, new: bool) -> None:
         if f"saved {name}" not in self.kept:
@@ -348,6 +356,10 @@ class Prepared(Script):
         if new:
             rebuild(self)
         self.accelerator.load_state(f"{self._folder}/{name}")
+
+
+def _sizes(states: Sequence[dict[str, Any]]) -> list[list[int]]:
+    return [[len(group["params"]) for group in state["param_groups"]] for state in states]
 
 
 def rebuild(script: Script) -> None:

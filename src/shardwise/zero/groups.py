@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from ..errors import OptimizerError
 from .gradients import Gradients
+from .guard import unasked
 from .sharded import ShardedModel
 from .shards import Shard
 from .unit import Unit
@@ -34,6 +35,7 @@ class Groups:
     parameters: the user's, group by group, as torch's verbs number them. as_set: of each group, the settings that were
                 changed here, as the user had set them.
     shards:     what the optimizer holds on this rank. members: id(gradients) -> them and the places of what it drives there.
+    frozen:     those of `parameters` that have no shards.
     strays:     id(parameter) -> gradients of the models that this optimizer does not step, and their place: in torch they are
                 clipped with the others, if a script says so.
     norm_dtype: of norms over the gradients: fp64 where any of them is, as torch has it, else fp32. The same on every rank.
@@ -48,6 +50,7 @@ class Groups:
         self.shards: list[Shard] = []
         self.members: dict[int, tuple[Gradients, list[int]]] = {}
         self.sole: set[int] = set()
+        self.frozen: list[Parameter] = []
         self.strays: dict[int, tuple[Gradients, int]] = {}
         self.norm_dtype = torch.float32
 
@@ -126,6 +129,15 @@ class Groups:
             for index in indices:
                 yield gradients.buffer.members[index].parameter
 
+    def zero_frozen(self, set_to_none: bool) -> None:
+        """`zero_grad` for what has no shards: of a weight that was thawed since the last backward, there may be a gradient."""
+        with unasked():
+            for parameter in self.frozen:
+                if set_to_none:
+                    parameter.grad = None
+                elif parameter.grad is not None:
+                    parameter.grad.zero_()
+
     def chosen(self, parameters: Sequence[Tensor]) -> list[Shard]:
         """The shards of these, strays included; a shard's own tensor stands for itself."""
         wanted = {id(p) for p in parameters}
@@ -171,6 +183,7 @@ class Groups:
 
     def _count(self) -> None:
         driven = {id(parameter) for parameter in self.driven()}
+        self.frozen = [parameter for own in self.parameters for parameter in own if id(parameter) not in driven]
         self.strays = {key: home for key, home in self._homes().items() if key not in driven}
         self.sole = {key for key, (g, indices) in self.members.items() if len(indices) == len(g.buffer.members)}
         every = [gradients for gradients, _ in (*self.members.values(), *self.strays.values())]

@@ -66,7 +66,8 @@ class HeldGradients:
     def look(self) -> None:
         """Take over what the script has done to gradients."""
         for model in self.models:
-            model.thawing.catch_up()
+            model.finish_interrupted()
+            model.thawing.catch_up(complete=not model.accumulating)
             model.look_at_gradients()
 
     def unscale(self) -> None:

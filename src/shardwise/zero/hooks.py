@@ -1,7 +1,7 @@
 """Where the engine listens to modules and to autograd: the only file that registers hooks.
 
     forward of an entry module     need(its units) before, done(its units) after
-    weight read by another module  need(its unit) until the module that is running ends
+    weight read by another module  need(its unit) until the module that is running ends; in a recomputation, need(its unit)
     forward of the outermost one   begins and ends the schedule's forward pass
     gradient of an output          need(its units) before the module's backward
     gradients of its inputs        done(its units): an identity function on the inputs runs last in its backward
@@ -256,11 +256,18 @@ class Hooks:
     def wanted(self, unit: Unit, name: str) -> bool:
         """A script reads `name`, a released weight of `unit`. Whether it may: it is gathered for the module that is running.
 
-        Such as a regulariser over the weights of all blocks, or a head that computes with the embedding's.
+        Such as a regulariser over the weights of all blocks, or a head that computes with the embedding's. In a backward it is
+        gathered for a part of a module that the script recomputes: no module runs then, and where the output came in an object
+        of the script's own nobody has announced it.
         """
         running = self._forwards.lend(unit)
         if running is None:
-            return False
+            # A read that records nothing, and comes before the backward has come to the model, is no part of one.
+            if not _in_backward() or not (self._in_pass or torch.is_grad_enabled()):
+                return False
+            with temporarily_clear_interpreter_stack() if _transforming() else nullcontext():
+                self.recall(unit)
+            return True
         if not running.recomputed:
             self._active[unit] += 1
         if not self._following and torch.is_grad_enabled():

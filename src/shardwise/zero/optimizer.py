@@ -338,6 +338,7 @@ class ShardedOptimizer:
                 gradients.forget(indices)
             else:
                 gradients.zero(indices)
+        self.groups.zero_frozen(set_to_none)
 
     @torch.no_grad()
     def _apply(self, norm: Tensor | None) -> None:

@@ -11,6 +11,10 @@ weight that is kept is packed together with its unit, and unpacked by asking for
 That costs the host 1 us for each tensor that is kept, 2 to 5% of a step that the host bounds. Where the hooks on outputs have
 asked for every unit first, nothing is packed any more; where they have not, packing goes on, and is told of once. A backward
 that later comes another way than in those first steps ends in the error of `guard.py`.
+
+torch.func's `grad`, `vjp` and what is made of them refuse to run where anything is packed. They say so by a context manager of
+torch's; while weights are followed there is one in its place which puts the engine's hooks aside first. What a transform keeps
+is not followed then: its own gradients are over before the module is, and for those of the loss there are the hooks on outputs.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import graph
 
 from ..errors import ReleasedParameterError
 from .unit import Unit, Weights
@@ -103,11 +108,13 @@ class SavedWeights:
             return False
         theirs = autograd._top_saved_tensors_default_hooks(False)
         autograd._push_saved_tensors_default_hooks(self._packer(theirs, in_forward), self._unpack)
+        graph.disable_saved_tensors_hooks = _disable_others
         return True
 
     @staticmethod
     def end() -> None:
         torch._C._autograd._pop_saved_tensors_default_hooks()
+        _restore_if_over()
 
     def unwind(self) -> None:
         """As `end`, where a forward was over without a word: hooks of the script may lie over these by now.
@@ -124,6 +131,7 @@ class SavedWeights:
             autograd._pop_saved_tensors_default_hooks()
         for pack, unpack in reversed(above if top is not None else above[1:]):
             autograd._push_saved_tensors_default_hooks(pack, unpack)
+        _restore_if_over()
 
     def _packer(
         self, theirs: tuple[Callable[..., Any], Callable[..., Any]] | None, in_forward: bool
@@ -167,3 +175,34 @@ class SavedWeights:
                 unit.name,
             )
         self._surprised = True
+
+
+_disable = graph.disable_saved_tensors_hooks
+
+
+def _top_of_ours() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """The hooks that are asked now on this thread, if they are the engine's."""
+    top = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return top if top is not None and isinstance(getattr(top[1], "__self__", None), SavedWeights) else None
+
+
+@contextmanager
+def _disable_others(error_message: str) -> Iterator[None]:
+    """torch's `disable_saved_tensors_hooks`, which raises where there are any, but the engine's are put aside meanwhile."""
+    autograd: Any = torch._C._autograd
+    aside = []
+    while (top := _top_of_ours()) is not None:
+        aside.append(top)
+        autograd._pop_saved_tensors_default_hooks()
+    try:
+        with _disable(error_message):
+            yield
+    finally:
+        for pack, unpack in reversed(aside):
+            autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def _restore_if_over() -> None:
+    """Put torch's back where nothing is followed: torch.compile looks through it, and not through this file's."""
+    if _top_of_ours() is None:
+        graph.disable_saved_tensors_hooks = _disable

@@ -8,7 +8,8 @@ gradient of its own in `grad`, which nobody has reduced. From there on it has a 
               its gradient is reduced, and stepped
 
 A backward that records a graph (create_graph=True) leaves that to the next one, or to the step: the graph is still to be used,
-and keeps the weight where it lies now.
+and keeps the weight where it lies now. A script that sets `grad` of such a weight by itself needs no backward: whoever looks at
+gradients before a step finds it.
 
 An optimizer's states for a weight that is frozen are another reason to thaw it: they have to rest somewhere.
 """
@@ -87,19 +88,27 @@ class Thawing:
         self._is_due = some
         return flags, some and not self._schedule.lingers
 
-    def catch_up(self) -> None:
-        """Before a step reads gradients: thaw what no backward could. Collective where there is any, on every rank."""
+    def catch_up(self, *, complete: bool) -> None:
+        """Before gradients are read: thaw what no backward could, or what a script has given a gradient since the last one.
+
+        complete: the last backward was the one before a step, so what `grad` holds now was set by the script, on every rank.
+        Collective where there is any, on every rank.
+        """
         if self._is_due:
             self.thaw()
+        elif complete and any(parameter.grad is not None for _, parameter in self._wanted()):
+            self._ranks.assemble("the use of a gradient that was set on a thawed weight", "before a step")
+            self.thaw(boundary=None)
 
     def _wanted(self) -> list[tuple[str, Parameter]]:
         with unasked():
             return [(name, parameter) for name, parameter in self._frozen if parameter.requires_grad]
 
-    def thaw(self, also: Iterable[Parameter] = (), *, boundary: bool = True) -> None:
+    def thaw(self, also: Iterable[Parameter] = (), *, boundary: bool | None = True) -> None:
         """Train what shall be trained, and `also`. Collective, between passes.
 
-        boundary: gradients that wait in the parameters are reduced; else they are kept as those of a micro-batch.
+        boundary: gradients that wait in the parameters are reduced; False keeps them as those of a micro-batch, and None leaves
+                  them, as a script's own, to whoever looks at gradients next.
         Raises PrepareError on every rank where the ranks want different weights, or inside of `gathered`.
         """
         chosen = {id(parameter) for parameter in also}
@@ -110,8 +119,8 @@ class Thawing:
             return
         if self._schedule.holds:
             raise PrepareError(
-                f"{wanted[0][0]} is trained from now on, and a backward inside `gathered` or `generation` was the first to see "
-                "it. Leave that block before the first backward after requires_grad was set."
+                f"{wanted[0][0]} is trained from now on, and a backward or step inside `gathered` or `generation` was first to "
+                "see it. Leave that block before the first of these after requires_grad was set."
             )
         self._is_due = False
         self._schedule.abandon_open_pass()
@@ -125,7 +134,8 @@ class Thawing:
         self._schedule.renew(self._units)
         self._hooks.renew()
         self._look_for_frozen()
-        self._reduce([unit.gradients for unit in made if unit.gradients is not None], boundary)
+        if boundary is not None:
+            self._reduce([unit.gradients for unit in made if unit.gradients is not None], boundary)
         for call in self.then:
             if (found := call()) is not None:
                 found({id(parameter) for _, parameter in wanted})
