@@ -263,7 +263,7 @@ class Hooks:
         running = self._forwards.lend(unit)
         if running is None:
             # A read that records nothing, and comes before the backward has come to the model, is no part of one.
-            if not _in_backward() or not (self._in_pass or torch.is_grad_enabled()):
+            if not in_backward() or not (self._in_pass or torch.is_grad_enabled()):
                 return False
             with temporarily_clear_interpreter_stack() if _transforming() else nullcontext():
                 self.recall(unit)
