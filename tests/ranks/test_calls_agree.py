@@ -74,3 +74,18 @@ def _gathered(ranks, stage, what):
 @pytest.mark.parametrize("what", ["modify", "what is gathered"])
 def test_what_is_gathered_is_the_same_on_every_rank(world, what):
     world(2).run(_gathered, 3, what, timeout_s=30)
+
+
+def _parted(ranks):
+    from shardwise.zero.words import exchanged
+
+    if ranks.rank == 1:
+        exchanged()  # as where Ctrl-C came into an exchange on one rank and behind it on another
+    ranks.require_same("a test", {})
+    place = ranks.words.place("a verb")
+    ranks.words.say(place, str(ranks.rank))
+    return ranks.words.heard(place, range(ranks.world_size))
+
+
+def test_ranks_whose_counts_an_interrupt_has_parted_find_each_others_words_again(world):
+    assert world(2).run(_parted, timeout_s=20) == [["0", "1"]] * 2

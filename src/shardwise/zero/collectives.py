@@ -32,7 +32,7 @@ from ..errors import ConfigError, LayoutError, RankError
 from . import leaving
 from .joining import Joined, join_groups
 from .meeting import missed
-from .words import Words, exchanged
+from .words import Words, exchanged, exchanges, go_on_from
 
 log = logging.getLogger("shardwise")
 
@@ -412,11 +412,13 @@ class Ranks:
         found, error = attempt(facts)
         text = json.dumps(found, sort_keys=True)
         try:
-            said = self.gather_objects((hashlib.sha256(text.encode()).hexdigest(), _words(error)))
+            said = self.gather_objects((hashlib.sha256(text.encode()).hexdigest(), _words(error), exchanges()))
         except RuntimeError as lost:  # a rank that is gone, or did not come in time
             raise missed(where, self._timeout, lost.__cause__ or lost) from lost
-        _raise_first(error, [words for _, words in said])
-        if len({digest for digest, _ in said}) == 1:
+        if not self._is_aside:
+            go_on_from([count for *_, count in said])
+        _raise_first(error, [words for _, words, _ in said])
+        if len({digest for digest, *_ in said}) == 1:
             return []
         # A model has thousands of facts: only those that differ from rank 0's go around.
         mine = dict(found or {})

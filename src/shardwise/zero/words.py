@@ -35,6 +35,17 @@ def exchanged() -> None:
     _program.places.clear()
 
 
+def exchanges() -> int:
+    """How many exchanges of facts this process has counted."""
+    return _program.exchanges
+
+
+def go_on_from(counts: Sequence[int]) -> None:
+    """All ranks have told each other their counts: an exchange that was interrupted on some of them no longer parts them."""
+    _program.exchanges = max(counts)
+    _program.places.clear()
+
+
 class Words:
     """One rank's.
 
