@@ -4,7 +4,6 @@
     "master"      the fp32 weight that the optimizer changes
     "exp_avg"     or any other name: the optimizer's state of that weight, elementwise
 
-Each rank puts its own elements into zeros, and one sum over their bits brings the others': exact, whatever the numbers are.
 Reading and writing are collective; the values are plain tensors on the rank's device.
 """
 
@@ -17,11 +16,12 @@ from torch.nn import Parameter
 from ..errors import LayoutError, PrepareError
 from . import intervals
 from .access import gradient
+from .exchange import exchange
 from .intervals import Interval
 from .optimizer import ShardedOptimizer
 from .sharded import ShardedModel
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_IT = "it"  # the one label of an exchange
 
 
 def full(parameter: Parameter, what: str) -> Tensor | None:
@@ -40,9 +40,7 @@ def full(parameter: Parameter, what: str) -> Tensor | None:
             return None
         scale = _scale_of(parameter)
         return found.detach().clone() if scale == 1.0 else found / scale
-    own = _intervals(owner, parameter, what)
-    held = owner.ranks.any_of([bool(own)])[0]
-    return _whole(owner, parameter, own) if held else None
+    return _whole(owner, _intervals(owner, parameter, what))
 
 
 def set_full(parameter: Parameter, what: str, value: Tensor) -> None:
@@ -118,18 +116,10 @@ def _intervals(owner: ShardedModel, parameter: Parameter, what: str) -> list[Int
     return [state.elementwise[what] for state in states if what in state.elementwise]
 
 
-def _whole(owner: ShardedModel, parameter: Parameter, own: list[Interval]) -> Tensor:
+def _whole(owner: ShardedModel, own: list[Interval]) -> Tensor | None:
+    """What the ranks' intervals are together, on the rank's device; None if no rank has any."""
     ranks = owner.ranks
-    dtypes = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-    mine = max((dtypes.get(interval.dtype, 0) for interval in own), default=0)
-    number = max(ranks.gather_numbers(mine))
-    dtype = next(dtype for dtype, index in dtypes.items() if index == number)
-    flat = torch.zeros(parameter.numel(), dtype=dtype, device=ranks.device)
-    for interval in own:
-        flat[interval.begin : interval.begin + interval.numel] = interval.look().to(ranks.device)
-    if ranks.world_size > 1 and not any(ranks.any_of([any(interval.copied for interval in own)])):
-        wide = flat.float() if flat.element_size() == 2 else flat  # NCCL adds no 16-bit whole numbers
-        bits = wide.view(_BITS[wide.element_size()])
-        ranks.all_reduce(bits)
-        flat = wide.to(dtype)
-    return flat.view(parameter.shape)
+    # Of what every rank keeps whole one is enough.
+    mine = [(_IT, interval) for interval in own if ranks.rank == 0 or not interval.copied]
+    found = exchange(mine, ranks).get(_IT)
+    return None if found is None else found.to(ranks.device)
