@@ -16,7 +16,8 @@ from ...errors import ConfigError
 _leaves: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def _found(model: nn.Module, classes: Sequence[type | str]) -> list[nn.Module]:
+def _found(model: nn.Module, classes: Sequence[type | str], must: bool) -> list[nn.Module]:
+    """The modules of these classes. Raises ConfigError where there is none and there must be."""
     names = {item for item in classes if isinstance(item, str)}
     kinds = tuple(item for item in classes if isinstance(item, type))
     found = [
@@ -25,7 +26,7 @@ def _found(model: nn.Module, classes: Sequence[type | str]) -> list[nn.Module]:
         if isinstance(module, kinds)
         or {type(module).__name__, f"{type(module).__module__}.{type(module).__name__}"} & names
     ]
-    if not found:
+    if not found and must:
         kinds_here = sorted({type(module).__name__ for module in model.modules()})
         raise ConfigError(
             f"no module of this {type(model).__name__} is one of {list(classes)}. It has {', '.join(kinds_here)}."
@@ -37,12 +38,7 @@ def set_z3_leaf_modules(
     model: nn.Module, leaf_module_classes: Sequence[type | str], raise_if_not_found: bool = True
 ) -> list[nn.Module]:
     """The modules of these classes, which are leaves from now on. Raises ConfigError if there is none."""
-    try:
-        found = _found(model, leaf_module_classes)
-    except ConfigError:
-        if raise_if_not_found:
-            raise
-        return []
+    found = _found(model, leaf_module_classes, raise_if_not_found)
     for module in found:
         _leaves.add(module)
     return found
@@ -52,12 +48,7 @@ def unset_z3_leaf_modules(
     model: nn.Module, leaf_module_classes: Sequence[type | str], raise_if_not_found: bool = True
 ) -> list[nn.Module]:
     """The modules of these classes, which are leaves no longer."""
-    try:
-        found = _found(model, leaf_module_classes)
-    except ConfigError:
-        if raise_if_not_found:
-            raise
-        return []
+    found = _found(model, leaf_module_classes, raise_if_not_found)
     for module in found:
         _leaves.discard(module)
     return found
