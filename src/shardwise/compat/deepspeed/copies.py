@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...nested import map_leaves
+
 
 def clone_tensors_for_torch_save(item: Any, device: torch.device | str = "cpu") -> Any:
     """A copy of `item` in which every tensor has memory of its own on `device`: torch.save writes a view's whole storage."""
-    if isinstance(item, Tensor):
-        return item.detach().to(device, copy=True).contiguous()
-    if isinstance(item, (list, tuple)):
-        return type(item)(clone_tensors_for_torch_save(value, device) for value in item)
-    if isinstance(item, dict):
-        return type(item)({key: clone_tensors_for_torch_save(value, device) for key, value in item.items()})
-    return item
+
+    def copied(leaf: Any) -> Any:
+        return leaf.detach().to(device, copy=True).contiguous() if isinstance(leaf, Tensor) else leaf
+
+    return map_leaves(copied, item)
 
 
 def clip_grad_norm_(
