@@ -14,13 +14,13 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 from ..config.environment import RankEnvironment
+from ..config.foreign import ModuleWatch
 
 logger = logging.getLogger("shardwise")
 
@@ -41,46 +41,7 @@ def say_once(text: str) -> None:
 
 def watch() -> None:
     """Wrap the modules of `_WRAPPERS` that have been imported, and those to come."""
-    sys.meta_path.insert(1, cast(Any, _Watch()))
-    for name, wrap in _WRAPPERS.items():
-        if name in sys.modules:
-            wrap(sys.modules[name])
-
-
-class _Watch:
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname not in _WRAPPERS:
-            return None
-        for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
-            if spec is not None:
-                if spec.loader is not None:
-                    spec.loader = cast(Any, _Loader(spec.loader))
-                return spec
-        return None
-
-    def invalidate_caches(self) -> None:
-        pass
-
-
-class _Loader:
-    """Loads through the module's own loader, which it then leaves in its place."""
-
-    def __init__(self, own: Any) -> None:
-        self._own = own
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        made: ModuleType | None = self._own.create_module(spec)
-        return made
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = self._own
-        if module.__spec__ is not None:
-            module.__spec__.loader = self._own
-        self._own.exec_module(module)
-        _WRAPPERS[module.__name__](module)
+    ModuleWatch(_WRAPPERS).begin(1)
 
 
 def _wrap_transformers(module: ModuleType) -> None:

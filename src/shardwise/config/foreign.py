@@ -43,12 +43,8 @@ def stage_asked_for(environ: Mapping[str, str] | None = None) -> int:
 
 def watch() -> None:
     """If this run asked for ZeRO, refuse what trains without it, in modules that are loaded from now on or were before."""
-    if stage_asked_for() == 0 or _answering or any(isinstance(finder, _Watch) for finder in sys.meta_path):
-        return
-    sys.meta_path.insert(0, _Watch())
-    for name in TRAINERS:
-        if name in sys.modules:
-            _refuse_in(sys.modules[name])
+    if stage_asked_for() and not _answering and _trainers not in sys.meta_path:
+        _trainers.begin(0)
 
 
 def stand_aside(name: str) -> None:
@@ -80,22 +76,33 @@ def unused() -> str | None:
     )
 
 
-class _Watch:
-    """Finds the modules of TRAINERS through the other finders, and changes their class once they are loaded.
+class ModuleWatch:
+    """A finder that finds some modules through the other finders, and changes each once it is loaded.
 
+    changes: what to do to a module, by its name.
     Not of importlib.abc's classes: importing those takes longer than all that is done here.
     """
+
+    def __init__(self, changes: Mapping[str, Callable[[ModuleType], None]]) -> None:
+        self._changes = changes
+
+    def begin(self, place: int) -> None:
+        """Change those that are loaded already, and be the finder at `place` for those to come."""
+        sys.meta_path.insert(place, cast(Any, self))
+        for name, change in self._changes.items():
+            if name in sys.modules:
+                change(sys.modules[name])
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in TRAINERS:
+        if fullname not in self._changes:
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = cast(Any, _Loader(spec.loader))
+                    spec.loader = cast(Any, _Loader(spec.loader, self._changes[fullname]))
                 return spec
         return None
 
@@ -103,8 +110,9 @@ class _Watch:
 class _Loader:
     """Loads through the module's own loader, which it then leaves in its place."""
 
-    def __init__(self, own: Any) -> None:
+    def __init__(self, own: Any, change: Callable[[ModuleType], None]) -> None:
         self._own = own
+        self._change = change
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         made: ModuleType | None = self._own.create_module(spec)
@@ -115,7 +123,7 @@ class _Loader:
         if module.__spec__ is not None:
             module.__spec__.loader = self._own
         self._own.exec_module(module)
-        _refuse_in(module)
+        self._change(module)
 
 
 def _refuse_in(module: ModuleType) -> None:
@@ -145,3 +153,6 @@ def _refusing(original: Callable[..., None], what: str, instead: str) -> Callabl
         )
 
     return refuse
+
+
+_trainers: Any = ModuleWatch(dict.fromkeys(TRAINERS, _refuse_in))
