@@ -11,7 +11,18 @@ import torch
 from torch import nn
 
 import shardwise
-from rig.engine import Tower, inputs, largest_difference, loss_of, mine, prepare, tower, train_both, weights_of
+from rig.engine import (
+    Tower,
+    inputs,
+    largest_difference,
+    loss_of,
+    mine,
+    prepare,
+    tower,
+    train_both,
+    train_changed,
+    weights_of,
+)
 from shardwise.errors import WriteError
 from shardwise.zero import handed
 
@@ -83,24 +94,7 @@ MOVES = {
 
 
 def _moved(ranks, plan, how, precision):
-    model = tower()
-    reference = copy.deepcopy(model)
-    make = lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)  # noqa: E731
-    plain = make(reference.parameters())
-    sharded, _, stepping = prepare(ranks, model, plan, optimizer=make, precision=precision)
-    for step, batch in enumerate(inputs(5)):
-        if step in (1, 3):
-            MOVES[how](reference, step)
-            with shardwise.gathered(model) if plan.startswith("3") else contextlib.nullcontext():
-                MOVES[how](model, step)
-        for rank in range(ranks.world_size):
-            (loss_of(reference, mine(batch, rank, ranks.world_size)) / ranks.world_size).backward()
-        plain.step()
-        plain.zero_grad()
-        loss_of(model, mine(batch, ranks.rank, ranks.world_size)).float().backward()
-        stepping.step()
-        stepping.zero_grad()
-    return largest_difference(weights_of(sharded), reference)
+    return train_changed(ranks, plan, precision, MOVES[how])
 
 
 @pytest.mark.parametrize("plan", PLANS)

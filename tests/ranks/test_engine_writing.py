@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 
 import pytest
@@ -20,6 +19,7 @@ from rig.engine import (
     prepare,
     tower,
     train_both,
+    train_changed,
     weights_of,
 )
 from shardwise.errors import RankError, ReleasedParameterError, WriteError
@@ -165,25 +165,7 @@ WRITES = {
 
 
 def _written(ranks, plan, precision, how):
-    model = tower()
-    reference = copy.deepcopy(model)
-    plain = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9)
-    settings = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), "precision": precision}
-    sharded, _, stepping = prepare(ranks, model, plan, **settings)
-    for step, batch in enumerate(inputs(5)):
-        if step in (1, 3):
-            WRITES[how](reference, step)
-            # At stage 3 weights are there to be written inside of `gathered`; elsewhere they always are.
-            with shardwise.gathered(model) if plan.startswith("3") else contextlib.nullcontext():
-                WRITES[how](model, step)
-        for rank in range(ranks.world_size):
-            (loss_of(reference, mine(batch, rank, ranks.world_size)) / ranks.world_size).backward()
-        plain.step()
-        plain.zero_grad()
-        loss_of(model, mine(batch, ranks.rank, ranks.world_size)).float().backward()
-        stepping.step()
-        stepping.zero_grad()
-    return largest_difference(weights_of(sharded), reference)
+    return train_changed(ranks, plan, precision, WRITES[how])
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from rig import fresh_ranks, torchrun
+from rig.agreeing import Net, data
 from shardwise import (
     Accelerator,
     AutocastKwargs,
@@ -117,24 +117,6 @@ CHANGES: dict[str, tuple[Values, Any]] = {
 }
 # A key with one value, and an older spelling of another key.
 UNCHANGEABLE = {"compute_environment", "shardwise_config.loss_scale.hysteresis", "dynamo_backend"}
-
-
-class Net(nn.Module):
-    def __init__(self, width: int = 8, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(2))
-        self.drop = nn.Dropout(dropout)
-        self.head = nn.Linear(width, 1)
-        self.register_buffer("seen", torch.zeros(1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            x = x + block(x)
-        return self.head(self.drop(x))
-
-
-def data(count: int = 16, width: int = 8) -> TensorDataset:
-    return TensorDataset(torch.randn(count, width, generator=torch.Generator().manual_seed(1)))
 
 
 def trained(accelerator: Accelerator) -> str:

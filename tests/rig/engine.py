@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -194,3 +196,30 @@ def train_both(
             between(sharded, stepping, step)
     assert largest_difference(weights_of(sharded), reference) <= tolerance
     return sharded, reference
+
+
+def train_changed(ranks: Any, plan: str, precision: str, change: Callable[[nn.Module, int], None]) -> float:
+    """Train a tower and a plain copy for 5 steps by SGD; the largest difference of their weights.
+
+    change: called with (model, step) before steps 1 and 3, for the copy too; inside `gathered` where weights are sharded.
+    """
+    import shardwise
+
+    model = tower()
+    reference = copy.deepcopy(model)
+    make = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    plain = make(reference.parameters())
+    sharded, _, stepping = prepare(ranks, model, plan, optimizer=make, precision=precision)
+    for step, batch in enumerate(inputs(5)):
+        if step in (1, 3):
+            change(reference, step)
+            with shardwise.gathered(model) if plan.startswith("3") else nullcontext():
+                change(model, step)
+        for rank in range(ranks.world_size):
+            (loss_of(reference, mine(batch, rank, ranks.world_size)) / ranks.world_size).backward()
+        plain.step()
+        plain.zero_grad()
+        loss_of(model, mine(batch, ranks.rank, ranks.world_size)).float().backward()
+        stepping.step()
+        stepping.zero_grad()
+    return largest_difference(weights_of(sharded), reference)
