@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from by_hand import average_gradients, weights_apart
 from table import Check, Row, run
 from torch import Tensor, nn
 
@@ -84,20 +85,12 @@ def beside_plain(
             (mine / accumulation).backward()
             (wanted / accumulation).backward()
             losses.append((mine.detach(), wanted.detach()))
-        used = ranks.any_of([parameter.grad is not None for parameter in plain.parameters()])
-        for parameter, anywhere in zip(plain.parameters(), used, strict=True):
-            if anywhere:
-                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                ranks.all_reduce(grad, "mean")
-                parameter.grad = grad
+        average_gradients(ranks, plain)
         for one in (optimizer, theirs):
             one.step()
             one.zero_grad()
     loss = max(abs(a.item() - b.item()) / abs(b.item()) for a, b in losses)
-    with sharded.gathered():
-        pairs = zip(model.parameters(), plain.parameters(), strict=True)
-        weight = max(float((a.detach() - b.detach()).abs().max()) for a, b in pairs)
-    return loss, weight
+    return loss, weights_apart(sharded, plain)
 
 
 def row_of(name: str, apart: tuple[float, float], note: str = "", loss: float = LOSS, weight: float = WEIGHT) -> Row:

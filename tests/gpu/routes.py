@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterable, Sequence
 
 import torch
+from by_hand import average_gradients, weights_apart
 from torch import Tensor, nn
 
 from shardwise.zero.collectives import Ranks
@@ -75,16 +76,8 @@ def train_on_routes(ranks: Ranks, gather_with: str, units: Sequence[str] | None,
         apart = max(apart, abs(mine.item() - wanted.item()) / abs(wanted.item()))
         for loss in (mine, wanted):
             loss.backward()
-        used = ranks.any_of([p.grad is not None for p in plain.parameters()])
-        for parameter, anywhere in zip(plain.parameters(), used, strict=True):
-            if anywhere:
-                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                ranks.all_reduce(grad, "mean")
-                parameter.grad = grad
+        average_gradients(ranks, plain)
         for optimizer in (stepping, theirs):
             optimizer.step()
             optimizer.zero_grad()
-    with sharded.gathered():
-        pairs = zip(model.parameters(), plain.parameters(), strict=True)
-        weight = max(float((p.detach() - q.detach()).abs().max()) for p, q in pairs)
-    return apart, weight
+    return apart, weights_apart(sharded, plain)

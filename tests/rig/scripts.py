@@ -92,13 +92,14 @@ class Script(ABC):
     def backward(self, kind: Kind, number: int, *, quiet: bool) -> None:
         """The forward and backward of a micro-batch. quiet: inside of `no_sync`."""
 
-    @abstractmethod
     def forward(self, number: int) -> Tensor:
         """Of this rank's part of a batch, without gradients."""
+        with torch.no_grad():
+            return _output(self.model(mine(self.setting.batch(number), self.rank, self.ranks)))
 
-    @abstractmethod
     def generate(self, number: int) -> Tensor:
         """Tokens for this rank's part of a batch."""
+        return _generated(self.model, mine(self.setting.batch(number), self.rank, self.ranks))
 
     @abstractmethod
     def step(self, number: int) -> None: ...
@@ -170,13 +171,6 @@ class Plain(Script):
             kind(self, part, lambda loss, **kw: (loss / self.ranks / times).backward(**kw))
             if rank != self.rank:
                 del self.seen[before:]
-
-    def forward(self, number: int) -> Tensor:
-        with torch.no_grad():
-            return _output(self.model(mine(self.setting.batch(number), self.rank, self.ranks)))
-
-    def generate(self, number: int) -> Tensor:
-        return _generated(self.model, mine(self.setting.batch(number), self.rank, self.ranks))
 
     def step(self, number: int) -> None:
         if not self._synced:
@@ -299,13 +293,6 @@ class Prepared(Script):
             context = accelerator.no_sync(self.model)
         with context:
             kind(self, mine(self.setting.batch(number), self.rank, self.ranks), accelerator.backward)
-
-    def forward(self, number: int) -> Tensor:
-        with torch.no_grad():
-            return _output(self.model(mine(self.setting.batch(number), self.rank, self.ranks)))
-
-    def generate(self, number: int) -> Tensor:
-        return _generated(self.model, mine(self.setting.batch(number), self.rank, self.ranks))
 
     def step(self, number: int) -> None:
         self.optimizer(number).step()
