@@ -42,10 +42,10 @@ from .run_folder import Place, RunFolder
 from .run_saving import DamagedError, draft_run, load_run
 from .run_state import RunState
 from .stopping import StopSignals
+from .zero.access import prepared_as
 from .zero.averaging import ShardedEMA
 from .zero.collectives import Ranks, attempt
 from .zero.precision import LossScaler
-from .zero.sharded import find_sharded
 
 logger = logging.getLogger("shardwise")
 
@@ -87,13 +87,7 @@ class Checkpointing(PartialState):
         Call `update()` after each optimizer step; inside `swapped()` the model has the averages. See `zero/averaging.py`.
         Raises PrepareError for a model that is not prepared, ConfigError for another decay on another rank, or a wrong one.
         """
-        sharded = find_sharded(model)
-        self._ranks.agree(
-            None
-            if sharded is not None
-            else PrepareError(f"ema: this {type(model).__name__} is not prepared. Pass it to `prepare` first.")
-        )
-        assert sharded is not None
+        sharded = prepared_as(model, "ema", self._ranks)
         self._averages.append(ShardedEMA(sharded, decay))
         return self._averages[-1]
 

@@ -26,6 +26,7 @@ from .prepare_checks import batch_size_of, check_model, check_optimizer, check_o
 from .process import PartialState
 from .resolve import facts_of_loading, facts_of_steps
 from .scheduler import Rhythm, is_prepared, prepare_scheduler
+from .zero.access import prepared_as
 from .zero.optimizer import ShardedOptimizer, find_sharded_optimizer
 from .zero.plan import Plan
 from .zero.precision import LossScaler, Precision
@@ -122,13 +123,7 @@ class Preparing(PartialState):
         for one call. With all of them there is no collective inside. Train outside.
         Raises PrepareError if the model is not prepared.
         """
-        sharded = find_sharded(model)
-        self._ranks.agree(
-            None
-            if sharded is not None
-            else PrepareError(f"generation: this {type(model).__name__} is not prepared. Pass it to `prepare` first.")
-        )
-        assert sharded is not None
+        sharded = prepared_as(model, "generation", self._ranks)
         with keep_for_generation(sharded), torch.no_grad():
             yield
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..errors import PrepareError
+from .collectives import Ranks
 from .guard import unasked
 from .sharded import ShardedModel, find_sharded
 from .shown import ShownGradient
@@ -63,3 +64,15 @@ def gradient(parameter: Parameter, *, part: bool = False) -> Tensor | None:
     if not isinstance(grad, ShownGradient):
         return grad if grad is None or not part else grad.view(-1)
     return grad.part() if part else grad.whole()
+
+
+def prepared_as(model: nn.Module, verb: str, ranks: Ranks) -> ShardedModel:
+    """The ShardedModel that `verb` needs; PrepareError where there is none, an error of one rank on every rank. Collective."""
+
+    def found() -> ShardedModel:
+        sharded = find_sharded(model)
+        if sharded is None:
+            raise PrepareError(f"{verb}: this {type(model).__name__} is not prepared. Pass it to `prepare` first.")
+        return sharded
+
+    return ranks.together(found)
