@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import shardwise
-from rig.engine import Tower, inputs, largest_difference, mine, prepare, weights_of
+from rig.engine import Tower, inputs, largest_difference, mine, prepare, train_both, weights_of
 from shardwise.errors import WriteError
 
 
@@ -67,6 +67,35 @@ def _plain_loss(model: FusedTower, x: torch.Tensor) -> torch.Tensor:
     for block in model.blocks:
         x = block(x)
     return (x @ model.head.weight.T).square().mean()
+
+
+class LateTower(FusedTower):
+    """Reads a block's weight in a `gathered` of its own from step 3 on, when the passes have been learned."""
+
+    step = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        if self.step < 3:
+            return self.head(x).square().mean()
+        with shardwise.gathered(self.blocks[0]):
+            x = x @ self.blocks[0].down.weight[:, :12]
+        return self.head(x).square().mean()
+
+
+def _train_late(ranks: Any, plan: str) -> None:
+    def loss_of(model: LateTower, x: torch.Tensor, rank: int, step: int) -> torch.Tensor:
+        model.step = step
+        return model(x)
+
+    train_both(ranks, _fused(LateTower), plan, loss_of=loss_of)
+
+
+@pytest.mark.parametrize("plan", ["3", "3-all"])
+def test_it_may_be_entered_for_the_first_time_when_the_passes_are_known(world, plan):
+    world(2).run(_train_late, plan)
 
 
 def _fused(kind: type[FusedTower] = FusedTower) -> FusedTower:

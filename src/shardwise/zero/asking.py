@@ -39,7 +39,7 @@ def asking(hooks: Hooks, units: Sequence[Unit], *, modify: bool) -> Iterator[Non
         yield
     finally:
         if not in_backward():
-            hooks.saved.surprise()
+            hooks.note_read()
         names = [name for unit in units for name in unit.written()]
         for unit in mine:
             if not hooks.uses(unit):

@@ -270,9 +270,8 @@ class Hooks:
             return True
         if not running.recomputed:
             self._active[unit] += 1
-        if not self._following and torch.is_grad_enabled():
-            self.schedule.linger()
-            self.saved.surprise()
+        if torch.is_grad_enabled():
+            self.note_read()
         with temporarily_clear_interpreter_stack() if _transforming() else nullcontext():
             self.schedule.need(unit)
         if not self._told_of_reads and self.schedule.ranks.rank == 0:
@@ -284,6 +283,15 @@ class Hooks:
                 type(running.module).__name__,
             )
         return True
+
+    def note_read(self) -> None:
+        """Weights are read in a pass past their own module: what autograd keeps of them is followed for good.
+
+        A forward that follows nothing any more does not know what it keeps; so it keeps all that it gathers.
+        """
+        if torch.is_grad_enabled() and not self._following:
+            self.schedule.linger()
+        self.saved.surprise()
 
     # Backward. Autograd calls these, on its own thread when the device is a GPU.
 
