@@ -12,6 +12,7 @@ the same checkpoint of random weights. Prints a JSON line for each run, then a t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -45,13 +46,17 @@ GRPO_TINY = {"rows": 4, "length": 8, "prompt": 8}
 
 @dataclass
 class Series:
-    """All runs of one engine on one case and stage."""
+    """All runs of one engine on one case and stage.
+
+    seconds: that each run took as a whole, failed ones too. The budget must hold another such run before one is started.
+    """
 
     case: str
     stage: int
     engine: str
     done: list[dict[str, Any]] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
 
     @property
     def step_ms(self) -> list[float]:
@@ -98,7 +103,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--auto-buckets", action="store_true", help='bucket sizes "auto" in ds.json, as Trainer\'s guide has them'
     )
     parser.add_argument("--limit", type=float, default=240, help="seconds that one run may take")
-    parser.add_argument("--budget", type=float, default=570, help="seconds after which nothing runs any more")
+    parser.add_argument("--budget", type=float, default=540, help="seconds after which nothing runs any more")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/programs"), help="directory of the lines and the programs' output"
     )
@@ -136,9 +141,10 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for number in range(options.runs):
             for series in every:
-                take(series, number, options.weights or Path(folder), options)
+                if options.ends - time.monotonic() > max([*series.seconds, 5]):
+                    take(series, number, options.weights or Path(folder), options)
     print(table(every))
-    return 1 if any(series.failed for series in every) else 0
+    return 1 if any(series.failed or not series.done for series in every) else 0
 
 
 def take(series: Series, number: int, weights: Path, options: argparse.Namespace) -> None:
@@ -147,13 +153,13 @@ def take(series: Series, number: int, weights: Path, options: argparse.Namespace
     name = f"{series.case}-{series.stage}-{series.engine}-{number}"
     case = pick_case(shape, tiny=options.tiny, layers=None)
     model = weights / shape
-    trouble = None
+    trouble, begun = None, time.monotonic()
     if not (model / "config.json").exists():
         command = [sys.executable, str(HERE / "programs" / "weights.py"), shape, str(model)]
         command += [flag for flag, on in (("--tiny", options.tiny), ("--use-cpu", options.use_cpu)) if on]
-        started = time.monotonic()
-        trouble = start(command, options.out / f"weights-{shape}.log", options)
-        print(f"# weights of {shape}: {time.monotonic() - started:.1f} s", flush=True)
+        trouble = start(command, options.out / f"weights-{shape}.log", options.budget, options)
+        print(f"# weights of {shape}: {time.monotonic() - begun:.1f} s", flush=True)
+        begun = time.monotonic()
     record: dict[str, Any] = {}
     if trouble is None:
         settings = options.out / f"ds{series.stage}.json"
@@ -164,7 +170,7 @@ def take(series: Series, number: int, weights: Path, options: argparse.Namespace
         command += ["-m", "shardwise.compat"] if series.engine == "shardwise" else []
         command += [str(HERE / "programs" / program), "--model", str(model), "--deepspeed", str(settings)]
         command += ["--out", str(written), *arguments(program, case, options)]
-        trouble = start(command, options.out / f"{name}.log", options)
+        trouble = start(command, options.out / f"{name}.log", options.limit, options)
         if trouble is None:
             record = json.loads(written.read_text())
     if trouble is None:
@@ -172,6 +178,7 @@ def take(series: Series, number: int, weights: Path, options: argparse.Namespace
     else:
         series.failed.append(trouble)
         record = {"failed": trouble}
+    series.seconds.append(time.monotonic() - begun)
     about = {"case": series.case, "engine": series.engine, "stage": series.stage, "run": number, "commit": commit()}
     line = json.dumps({**about, **record})
     print(line, flush=True)
@@ -196,11 +203,9 @@ def arguments(program: str, case: Case, options: argparse.Namespace) -> list[str
     return [*(word for key, value in told.items() for word in (f"--{key}", str(value))), *flags]
 
 
-def start(command: list[str], log: Path, options: argparse.Namespace) -> str | None:
+def start(command: list[str], log: Path, limit: float, options: argparse.Namespace) -> str | None:
     """Run a command to its end or its limit, with its output in `log`. None, or what went wrong."""
-    seconds = min(options.limit, options.ends - time.monotonic())
-    if seconds <= 5:
-        return "not run: the budget is spent"
+    seconds = max(1.0, min(limit, options.ends - time.monotonic()))
     path = [str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
@@ -230,11 +235,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     # torchrun's workers are sessions of their own: ending torchrun alone could leave them on the GPUs.
     if process.poll() is not None:
         return
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    family = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
-    psutil.wait_procs(family, timeout=10)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=10)
+    process.kill()
     for member in family:
-        if member.is_running():
+        with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
     process.wait()
 
@@ -257,7 +264,10 @@ def apart(mine: dict[str, Any], theirs: dict[str, Any], key: str) -> float | Non
 
 
 def table(every: Sequence[Series]) -> str:
-    """All runs; `ratio` and the differences are to the first engine of the case and stage, the peak is a rank's largest."""
+    """All runs. `ratio` and the differences are to the first engine of a case and stage; peaks are the largest of a rank.
+
+    `before` is the peak of building and warming up. `first step s` is the least of the runs: the first has cold caches.
+    """
     head = f"{'case':<8}{'stage':>6} {'engine':<10}{'runs':>5}{'median ms':>10}{'min':>9}{'max':>9}{'ratio':>7}"
     lines = [head + f"{'peak GB':>9}{'before':>8}{'first step s':>13}{'loss apart':>11}{'norm apart':>11}"]
     for series in every:
@@ -268,13 +278,15 @@ def table(every: Sequence[Series]) -> str:
             peaks = [
                 max(record["peak_bytes"].get(key, 0) for record in series.done) / 1e9 for key in ("allocated", "before")
             ]
-            begun = statistics.median(record["first_step_done_s"] for record in series.done)
+            begun = min(record["first_step_done_s"] for record in series.done)
             found = [apart(series.done[0], first.done[0], key) for key in PROGRAMS[series.case][2]]
             lines.append(
                 f"{start_of_line}{median:>10.1f}{min(series.step_ms):>9.1f}{max(series.step_ms):>9.1f}"
                 f"{statistics.median(first.step_ms) / median:>7.2f}{peaks[0]:>9.2f}{peaks[1]:>8.2f}{begun:>13.1f}"
                 + "".join(f"{'-' if value is None else format(value, '.1e'):>11}" for value in found)
             )
+        elif not series.failed:
+            lines.append(f"{start_of_line} not run: the budget is spent")
         lines += [f"{start_of_line if not series.done else '':<29} FAILED {reason}" for reason in series.failed]
     return "\n".join(lines)
 

@@ -8,6 +8,7 @@ import os
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,9 @@ class Seen(TrainerCallback):
         kept = ("loss", "grad_norm", "reward", "completions/mean_length")
         logged = [row for row in trainer.state.log_history if "loss" in row]
         record = {
-            "step_ms": [
-                1000 * (b - a) for a, b in zip(self.ends[self.warmup - 1 :], self.ends[self.warmup :], strict=False)
-            ],
-            "first_step_begun_s": self.begun - started,
-            "first_step_done_s": self.ends[0] - started,
+            "step_ms": [round(1000 * (end - begin), 3) for begin, end in pairwise(self.ends[self.warmup - 1 :])],
+            "first_step_begun_s": round(self.begun - started, 2),
+            "first_step_done_s": round(self.ends[0] - started, 2),
             "peak_bytes": {"allocated": allocated, "reserved": reserved, "before": before} if allocated else {},
             "logged": {key: [row[key] for row in logged] for key in kept if logged and key in logged[0]},
             "world_size": torch.distributed.get_world_size(),
