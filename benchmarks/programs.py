@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -177,6 +178,8 @@ def take(series: Series, number: int, weights: Path, options: argparse.Namespace
         series.done.append(record)
     else:
         series.failed.append(trouble)
+        # A compiler that was stopped leaves a lock for which the next run would wait without end.
+        shutil.rmtree(_extensions(options), ignore_errors=True)
         record = {"failed": trouble}
     series.seconds.append(time.monotonic() - begun)
     about = {"case": series.case, "engine": series.engine, "stage": series.stage, "run": number, "commit": commit()}
@@ -211,6 +214,7 @@ def start(command: list[str], log: Path, limit: float, options: argparse.Namespa
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "BENCHMARK_STARTED": str(time.time()),
+        "TORCH_EXTENSIONS_DIR": str(_extensions(options)),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -229,6 +233,11 @@ def start(command: list[str], log: Path, limit: float, options: argparse.Namespa
         return None
     reason = f"exit code {code}" if code is not None else f"stopped after {seconds:.0f} s"
     return f"{reason}: {last_words(log.read_text(errors='replace'))}"
+
+
+def _extensions(options: argparse.Namespace) -> Path:
+    """Where DeepSpeed keeps what it compiles at its first start, if anything: on a CPU it does."""
+    return (options.out / "extensions").resolve()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
