@@ -138,6 +138,53 @@ def test_the_ratio_is_to_the_fastest_peer_of_the_same_kind(suite: ModuleType) ->
     assert ratios["shardwise:3+compile"] == "1.200"
 
 
+def test_a_program_written_for_deepspeed_is_timed_as_it_is(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    options = ["--tiny", "--use-cpu", "--engines", "shardwise", "--cases", "lora8b", "--stages", "3"]
+    command = [sys.executable, str(BENCHMARKS / "programs.py"), *options, "--warmup", "1", "--steps", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--out", str(tmp_path)], env=environment,
+                          capture_output=True, text=True, timeout=150, check=False)  # fmt: skip
+    record = records(done)["shardwise"]
+    assert record["deepspeed"].endswith("+shardwise")
+    assert record["world_size"] == 2
+    assert len(record["step_ms"]) == 2
+    assert len(record["logged"]["loss"]) == len(record["logged"]["grad_norm"]) == 3
+    assert record["first_step_done_s"] > record["first_step_begun_s"] > 0
+    assert done.stdout.splitlines()[-1].split()[:4] == ["lora8b", "3", "shardwise", "1"]
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("programs")
+
+
+def test_the_table_of_programs_has_ratios_differences_and_failures(programs: ModuleType) -> None:
+    def record(median: float, losses: list[float]) -> dict:
+        return {"step_ms": [median], "peak_bytes": {"allocated": 2e9, "before": 3e9}, "first_step_done_s": 9.0,
+                "logged": {"loss": losses, "grad_norm": [1.0, 1.0]}}  # fmt: skip
+
+    series = [
+        programs.Series("lora8b", 3, "deepspeed", [record(100, [4.0, 2.0])]),
+        programs.Series("lora8b", 3, "shardwise", [record(50, [4.0, 2.1])]),
+        programs.Series("lora8b", 2, "deepspeed", [], ["exit code 1: OutOfMemoryError: CUDA"]),
+        programs.Series("lora8b", 2, "shardwise"),
+    ]
+    lines = programs.table(series).splitlines()
+    assert " ".join(lines[2].split()) == "lora8b 3 shardwise 1 50.0 50.0 50.0 2.00 2.00 3.00 9.0 5.0e-02 0.0e+00"
+    assert lines[3].endswith("FAILED exit code 1: OutOfMemoryError: CUDA")
+    assert lines[4].endswith("not run: the budget is spent")
+
+
+def test_a_failed_programs_last_error_is_told(programs: ModuleType) -> None:
+    output = (
+        "step 1\n[rank1]: torch.OutOfMemoryError: CUDA out of memory\ntorch.distributed.x.ChildFailedError: \n====\n"
+    )
+    assert programs.last_words(output) == "[rank1]: torch.OutOfMemoryError: CUDA out of memory"
+    assert programs.last_words("one\ntwo\n") == "one | two"
+
+
 def test_the_loss_benchmark_gives_a_line_for_each_form() -> None:
     done = run("loss.py", "--tiny", "--steps", "1", "--chunk", "8", ranks=1)
     assert done.returncode == 0, done.stderr[-2000:]
