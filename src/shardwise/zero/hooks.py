@@ -39,6 +39,8 @@ from .unit import Unit, Weights
 
 log = logging.getLogger("shardwise")
 
+_BACKWARD = Phase.BACKWARD  # an Enum looks its members up by a call
+
 
 class Hooks:
     """Ties one model to its schedule.
@@ -307,7 +309,7 @@ class Hooks:
 
     def _gradient_arrived(self, unit: Unit, index: int) -> None:
         assert unit.gradients is not None
-        if not self._in_pass:
+        if self.schedule.phase is not _BACKWARD or self._left:  # `_in_pass`, in every parameter's way
             with unit.gradients.shown.without(index):  # the backward's first gradient is no script's
                 self._begin_backward()
         if unit.gradients.note(index):
