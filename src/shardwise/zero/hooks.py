@@ -316,6 +316,11 @@ class Hooks:
             with torch.no_grad():  # of a backward that records one for itself
                 self.schedule.reducing.complete(unit)
 
+    def notice(self) -> None:
+        """A weight that nothing counts has got its gradient: a backward is running."""
+        if not self._in_pass:
+            self._begin_backward()
+
     def uses(self, unit: Unit) -> bool:
         """Whether a running forward needs `unit`."""
         return bool(self._active.get(unit))

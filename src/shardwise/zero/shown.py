@@ -206,8 +206,9 @@ class Shown:
 
     @property
     def in_parts(self) -> bool:
-        """Whether ranks hold parts, and nobody has put them together."""
-        return self._flat is None and not self._source.is_own and self._source.parted
+        """Whether ranks hold parts, of all that there is, and nobody has put them together."""
+        self._norms.finish_pass()  # one that was interrupted may have left sums of a rank's own
+        return self._flat is None and not self._source.has_own and self._source.parted
 
     # For the engine.
 
@@ -336,7 +337,7 @@ class Shown:
         self._norms.finish_pass()
         self._refuse_dropped(index)
         source = self._source
-        if source.is_own:
+        if source.has_own:
             return self.whole(index, untraced=True).view(-1)
         self._settle()
         source.changed()
