@@ -248,6 +248,12 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
     def gradient_accumulation_steps(self, value: int) -> None:
         self.gradient_state.plugin.num_steps = GradientAccumulationPlugin(num_steps=value).num_steps
 
+    def _declare_sync(self) -> None:
+        """Where a step ends has been said: by a micro-batch of `accumulate`, or by the script."""
+        self._push_sync()
+        for prepared in self._models:
+            prepared.sharded.at_boundary = prepared.sharded.sync_gradients
+
     def _push_sync(self) -> None:
         for prepared in self._models:
             prepared.sharded.sync_gradients = self.sync_gradients and not prepared.quiet
@@ -457,6 +463,6 @@ def _listener(accelerator: Accelerator) -> Callable[[], None]:
     def push() -> None:
         alive = reference()
         if alive is not None:
-            alive._push_sync()
+            alive._declare_sync()
 
     return push

@@ -555,6 +555,38 @@ def check_failed_drive(ranks: Ranks) -> Row:
     return row
 
 
+# Found on the way: a number that is assigned into a tensor on the device is copied there from the host, which waits for that.
+
+
+def check_waits(stage: int, clipping: float | None, ranks: Ranks) -> Row:
+    """No call of a training step makes the host wait for the device, which would then have nothing to do until the next one.
+
+    torch counts only waits of its own calls. Those for an event of the engine's, which an earlier step has recorded, are meant.
+    """
+    torch.manual_seed(7)
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    sharded = ShardedModel(model, plan=Plan.from_stage(stage), ranks=ranks, precision=Precision.named("bf16"))
+    ShardedOptimizer(optimizer, [sharded], gradient_clipping=clipping)
+    x = drawn(ranks, 0, 0, 4, 64)
+    found = ""
+    for step in range(6):
+        if step == 4 and ranks.device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(x).float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        except RuntimeError as error:
+            found = found or f"{str(error)[:60]} {traceback.extract_tb(error.__traceback__)[-1]}"
+        finally:
+            if step == 5 and ranks.device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    sharded.release()
+    name = f"a step waits for nothing, stage {stage}, clipping {clipping}"
+    return Row("hazard", name, 0.0, 0.0, not found, found)
+
+
 def _check(name: str, check: Callable[[Ranks], Row]) -> Check:
     return f"hazard {name}", check
 
@@ -572,6 +604,11 @@ HAZARDS: list[Check] = [
     ),
     *(_check(f"empty parameters {precision}", partial(check_empty, precision)) for precision in ("no", "bf16")),
     *(_check(f"second device {tier}", partial(check_contexts, tier)) for tier in ("nvme", "cpu")),
+    *(
+        _check(f"waits stage {stage} clipping {clipping}", partial(check_waits, stage, clipping))
+        for stage in range(4)
+        for clipping in (None, 1.0)
+    ),
     _check("given gradients", check_given),
     _check("failed drive", check_failed_drive),
     _check("branches, a big unit", partial(check_branches, "a unit of 78 MiB, offloaded x2", ONE_BIG, (4, 0), True)),

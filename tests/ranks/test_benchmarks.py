@@ -53,6 +53,19 @@ def test_hook_overhead_is_given_per_unit() -> None:
     assert set(records(done)["shardwise:3"]["added_us_per_unit"]) == {"forward", "backward"}
 
 
+def test_two_checkouts_train_in_turns_to_the_same_losses() -> None:
+    command = [sys.executable, str(BENCHMARKS / "duel.py"), "--old", str(ROOT), "--new", str(ROOT), "--nproc", "2"]
+    options = ["--tiny", "--use-cpu", "--layers", "2", "--turns", "2", "--steps", "2", "--warmup", "1", "--bound", "99"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *options], env=environment, capture_output=True, text=True, timeout=150, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[0])
+    assert len(found["ratio"]["of"]) == 2
+    assert found["loss_difference"] == 0
+
+
 def test_the_hosts_time_is_given_by_call() -> None:
     done = run("host_time.py", "--case", "bart", "--tiny", "--steps", "2", "--warmup", "2")
     record = records(done)["shardwise:3"]

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rig.engine import Block, Tower, inputs, loss_of, mine, prepare, train_both
 
@@ -99,6 +100,55 @@ def _packed(ranks, how, where, last):
 @pytest.mark.parametrize("how", PACKED)
 def test_outputs_may_be_handed_over_in_anything(world, how, where, last):
     world(2).run(_packed, how, where, last)
+
+
+# What a block may do to its input. Each takes (block, x).
+WRITING = {
+    "relu": lambda block, x: nn.functional.relu(x, inplace=True),
+    "add": lambda block, x: x.add_(block.down.bias),
+    "rows": lambda block, x: x[:, :2].mul_(0.5),
+    "twice": lambda block, x: x.mul_(0.9).sigmoid_(),
+}
+
+
+class WritingBlock(Block):
+    """Writes into its input before it computes. recomputes: the rest, in the backward."""
+
+    def __init__(self, how, recomputes):
+        super().__init__()
+        self.how, self.recomputes = how, recomputes
+
+    def forward(self, x):
+        WRITING[self.how](self, x)
+        rest = super().forward
+        return checkpoint(rest, x, use_reentrant=False) if self.recomputes else rest(x)
+
+
+class WritingTower(Tower):
+    """Reads the input of each block also behind it, when it has been written into."""
+
+    def __init__(self, how, recomputes):
+        super().__init__()
+        self.blocks = nn.ModuleList(WritingBlock(how, recomputes) for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            y = block(x)
+            x = 0.5 * x + y
+        return self.head(x)
+
+
+def _written(ranks, how, plan, recomputes):
+    torch.manual_seed(5)
+    train_both(ranks, WritingTower(how, recomputes), plan, steps=4)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("plan", ["0", "3", "3-all"])
+@pytest.mark.parametrize("how", WRITING)
+def test_a_block_may_write_into_its_input(world, how, plan, recomputes):
+    world(2).run(_written, how, plan, recomputes)
 
 
 # Losses that do not come from what the model returned. Each takes (model, x, this rank's step).

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -368,6 +369,26 @@ def test_hooks_of_saved_tensors_are_taken_off(world, plan):
     assert world(2).run(_kept_elsewhere, plan, timeout_s=30) == [0, 0]
 
 
+def _dropped(ranks: Any, plan: str) -> tuple[bool, bool]:
+    """A forward is interrupted, and what was prepared is deleted. Whether anything packs before that, and behind it."""
+
+    def packs() -> bool:
+        return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+    model = tower()
+    prepared = prepare(ranks, model, plan)
+    with raising(KeyboardInterrupt, model.blocks[1].register_forward_hook):
+        model(mine(inputs(1)[0], ranks.rank, ranks.world_size))
+    before = packs()
+    del model, prepared
+    gc.collect()
+    return before, packs()
+
+
+def test_hooks_of_a_model_that_is_gone_are_taken_off_too(world):
+    assert world(2).run(_dropped, "3", timeout_s=30) == [(True, False)] * 2
+
+
 def _between_batches(ranks: Any, stage: int) -> None:
     """A notebook's cell is interrupted in the middle of an epoch, and run again: the epoch begins anew, as in torch."""
     accelerator = fresh(stage, gradient_accumulation_steps=2)
@@ -426,7 +447,6 @@ def _one_alone(ranks: Any, where: str) -> tuple[str, float]:
     from shardwise import Accelerator, DeepSpeedPlugin
     from shardwise.plugins import InitProcessGroupKwargs
     from shardwise.process import forget_run
-    from shardwise.zero.saved import SavedWeights
 
     forget_run()
     timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=3 if where == "later" else 4))
@@ -445,8 +465,6 @@ def _one_alone(ranks: Any, where: str) -> tuple[str, float]:
             with raising(KeyboardInterrupt, model.blocks[1].register_forward_pre_hook):
                 model(x)
             time.sleep(5)
-            if where == "at first":  # this process lives on: the hooks of its forward would be around the next test's
-                SavedWeights.end()
             return "interrupted", 0.0
         accelerator.backward(loss_of(model, x))
         optimizer.step()

@@ -45,6 +45,12 @@ def retained(script: Script, x: Tensor, backward: Callable[..., None]) -> None:
 
 
 @kind
+def skipped(script: Script, x: Tensor, backward: Callable[..., None]) -> None:
+    """A batch that the script looks at, and drops."""
+    loss_of(script, x)
+
+
+@kind
 def two_forwards(script: Script, x: Tensor, backward: Callable[..., None]) -> None:
     half = len(x) // 2
     backward(loss_of(script, x[:half]) + 0.5 * loss_of(script, x[half:]))

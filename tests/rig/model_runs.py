@@ -158,11 +158,6 @@ REFUSED: tuple[tuple[str, Callable[[Training, Sequence[Token]], bool]], ...] = (
         r"was read \(.*while it is sharded",
         lambda training, tokens: ("outside",) in tokens and training.units != ("Piece",),
     ),
-    # A module's input is led through a function that hears of the end of its backward; torch lets nobody write into that.
-    (
-        r"is a view and is being modified inplace",
-        lambda _, tokens: any(("in_place", how) in tokens for how in ("rows", "item")),
-    ),
     # A transform that takes gradients keeps weights where nobody follows them; a backward comes to them through outputs.
     (
         r"is at version \d+; expected version",

@@ -7,6 +7,7 @@ A verb that has nothing to act on, as one on gradients that are not there, does 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -334,4 +335,5 @@ def restore_states(script: Script, number: int) -> None:
     kept = script.kept.get(f"states {number}")
     groups = script.optimizers[number].param_groups
     if kept is not None and len(kept["param_groups"]) == len(groups):
-        script.optimizers[number].load_state_dict(kept)
+        # torch takes the tensors of a dictionary themselves, so that steps write into it; shardwise copies them.
+        script.optimizers[number].load_state_dict(copy.deepcopy(kept))

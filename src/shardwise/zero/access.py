@@ -59,11 +59,20 @@ def gradient(parameter: Parameter, *, part: bool = False) -> Tensor | None:
     carries fp16's loss scale until `accelerator.unscale_gradients()`. What is written into it is what the step uses. Of a
     parameter that is not prepared, it is `parameter.grad`.
     """
-    with unasked():
-        grad = parameter.grad
+    grad = _gradient_of(parameter)
+    if part and grad is not None and not isinstance(grad, ShownGradient):
+        for owner in ShardedModel.all():  # a tensor that the script has assigned, the same on all ranks, becomes parts
+            if any(parameter is member for gradients in owner.gradients() for member in gradients.parameters):
+                owner.look_at_gradients()
+                grad = _gradient_of(parameter)
     if not isinstance(grad, ShownGradient):
         return grad if grad is None or not part else grad.view(-1)
     return grad.part() if part else grad.whole()
+
+
+def _gradient_of(parameter: Parameter) -> Tensor | None:
+    with unasked():
+        return parameter.grad
 
 
 def prepared_as(model: nn.Module, verb: str, ranks: Ranks) -> ShardedModel:

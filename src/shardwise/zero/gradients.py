@@ -16,6 +16,7 @@ from enum import Enum, auto
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..errors import UnitStateError
 from ..offload.store import Arrival, Done, Slab
@@ -87,6 +88,10 @@ class Gradients:
     @property
     def name(self) -> str:
         return self.buffer.members[0].name
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        return [member.parameter for member in self.buffer.members]
 
     @property
     def in_place(self) -> bool:
@@ -322,6 +327,11 @@ class Gradients:
     def parted(self) -> bool:
         """Whether each rank keeps a part of what is at rest."""
         return self.plan.optimizer.sharded and self._engine.ranks.world_size > 1
+
+    @property
+    def has_own(self) -> bool:
+        """Whether there are sums of this rank's own that nobody has averaged yet."""
+        return self._own is not None
 
     @property
     def is_own(self) -> bool:

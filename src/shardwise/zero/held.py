@@ -67,6 +67,7 @@ class HeldGradients:
         """Take over what the script has done to gradients."""
         for model in self.models:
             model.finish_interrupted()
+            model.end_accumulation()
             model.thawing.catch_up(complete=not model.accumulating)
             model.look_at_gradients()
 

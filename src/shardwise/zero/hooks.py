@@ -39,6 +39,8 @@ from .unit import Unit, Weights
 
 log = logging.getLogger("shardwise")
 
+_BACKWARD = Phase.BACKWARD  # an Enum looks its members up by a call
+
 
 class Hooks:
     """Ties one model to its schedule.
@@ -307,12 +309,17 @@ class Hooks:
 
     def _gradient_arrived(self, unit: Unit, index: int) -> None:
         assert unit.gradients is not None
-        if not self._in_pass:
+        if self.schedule.phase is not _BACKWARD or self._left:  # `_in_pass`, in every parameter's way
             with unit.gradients.shown.without(index):  # the backward's first gradient is no script's
                 self._begin_backward()
         if unit.gradients.note(index):
             with torch.no_grad():  # of a backward that records one for itself
                 self.schedule.reducing.complete(unit)
+
+    def notice(self) -> None:
+        """A weight that nothing counts has got its gradient: a backward is running."""
+        if not self._in_pass:
+            self._begin_backward()
 
     def uses(self, unit: Unit) -> bool:
         """Whether a running forward needs `unit`."""
@@ -455,12 +462,23 @@ class _Watch(torch.autograd.Function):
 
 
 def _watch_inputs(inputs: tuple[Any, Any], call: Callable[[], None]) -> tuple[Any, Any] | None:
-    """The inputs with those that need a gradient led through _Watch; None if none does."""
-    tensors = [tensor for tensor in tensors_in(inputs) if tensor.requires_grad]
+    """The inputs with those that need a gradient led through an identity that calls; None if none does.
+
+    Of a single tensor it is a view with a hook on its node: that costs the host half of what a Function costs, and the module
+    may write into it. Then the node is no part of the graph any more, and nobody calls.
+    """
+    tensors = {id(tensor): tensor for tensor in tensors_in(inputs) if tensor.requires_grad}
     if not tensors:
         return None
-    outputs = _Watch.apply(call, *tensors)  # type: ignore[no-untyped-call]
-    watched = dict(zip(map(id, tensors), outputs, strict=True))
+    first = next(iter(tensors.values()))
+    if len(tensors) == 1 and first.layout is torch.strided:
+        view = first.view_as(first)
+        assert view.grad_fn is not None
+        view.grad_fn.register_hook(lambda *_: call())
+        watched = {id(first): view}
+    else:
+        outputs = _Watch.apply(call, *tensors.values())  # type: ignore[no-untyped-call]
+        watched = dict(zip(tensors, outputs, strict=True))
     args, kwargs = mapped(inputs, lambda tensor: watched.get(id(tensor), tensor))
     return args, kwargs
 

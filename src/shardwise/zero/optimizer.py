@@ -292,6 +292,8 @@ class ShardedOptimizer:
             with torch.enable_grad():
                 result = closure()
         self._verdicts.raise_if_bad()
+        if any(not model.sync_gradients for model in self.models):
+            return result
         self.look()
         accumulating = any(model.accumulating for model in self.models)
         if self._trial is not None and not accumulating:

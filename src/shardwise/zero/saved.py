@@ -22,7 +22,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
+from weakref import finalize, ref
 
 import torch
 from torch import Tensor
@@ -58,6 +60,64 @@ class _Theirs:
         self.unpack = unpack
 
 
+class _Packer:
+    """What autograd asks on this thread until it is taken off.
+
+    An interrupt can leave it there after its model has been dropped: so it must not keep the model in memory.
+    theirs: the hooks that lay on top before.
+    """
+
+    __slots__ = ("in_forward", "saved", "theirs")
+
+    def __init__(
+        self, saved: SavedWeights, theirs: tuple[Callable[..., Any], Callable[..., Any]] | None, in_forward: bool
+    ) -> None:
+        self.saved = ref(saved)
+        self.theirs = theirs
+        self.in_forward = in_forward
+
+    def pack(self, tensor: Tensor) -> Any:
+        saved = self.saved()
+        if tensor.grad_fn is not None:
+            # A node that keeps its own output would keep itself; autograd puts the node back by itself.
+            tensor = tensor.detach()
+        unit = saved.owner(tensor) if saved is not None else None
+        if unit is not None:
+            return _Kept(unit, tensor, self.in_forward)
+        return tensor if self.theirs is None else _Theirs(self.theirs[0](tensor), self.theirs[1])
+
+    def unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, _Kept):
+            saved = self.saved()
+            return packed.tensor if saved is None else saved.read(packed)
+        return packed.unpack(packed.packed) if isinstance(packed, _Theirs) else packed
+
+    def take_off(self) -> None:
+        """It is asked no more, wherever it lies among the hooks of this thread.
+
+        Where a block of the script's own around the forward has been left since, it has taken off what lay on top: this. Then
+        the script's are still there, and go in its place.
+        """
+        autograd: Any = torch._C._autograd
+        above = []
+        while (top := autograd._top_saved_tensors_default_hooks(False)) is not None and _packer_of(top) is not self:
+            above.append(top)
+            autograd._pop_saved_tensors_default_hooks()
+        if top is not None:
+            autograd._pop_saved_tensors_default_hooks()
+        for pack, unpack in reversed(above if top is not None else above[1:]):
+            autograd._push_saved_tensors_default_hooks(pack, unpack)
+        _restore_if_over()
+
+
+def _take_off(pushed: list[tuple[_Packer, int]]) -> None:
+    """The model is gone: an interrupt that ended its last forward has left nobody else to take these off this thread."""
+    while pushed:
+        packer, thread = pushed.pop()
+        if thread == get_ident():
+            packer.take_off()
+
+
 class SavedWeights:
     """Packs the weights of `units` that autograd keeps.
 
@@ -70,6 +130,9 @@ class SavedWeights:
         self._recall = recall
         self._main = main
         self._surprised = False
+        self._owners: dict[int, Unit] = {}  # by the address of a storage
+        self._pushed: list[tuple[_Packer, int]] = []  # those that are asked now, each with its thread
+        finalize(self, _take_off, self._pushed).atexit = False
         self.renew(units)
 
     def renew(self, units: Sequence[Unit]) -> None:
@@ -106,56 +169,33 @@ class SavedWeights:
         autograd: Any = torch._C._autograd
         if not self._any or not autograd._saved_tensors_hooks_is_enabled():
             return False
-        theirs = autograd._top_saved_tensors_default_hooks(False)
-        autograd._push_saved_tensors_default_hooks(self._packer(theirs, in_forward), self._unpack)
+        # Asked each time: what a script has seen outside of torch gets another storage when it is released.
+        self._owners = {part.whole.untyped_storage()._cdata: unit for unit in self._units for part in unit.parts}
+        packer = _Packer(self, autograd._top_saved_tensors_default_hooks(False), in_forward)
+        autograd._push_saved_tensors_default_hooks(packer.pack, packer.unpack)
         graph.disable_saved_tensors_hooks = _disable_others
+        self._pushed.append((packer, get_ident()))
         return True
 
-    @staticmethod
-    def end() -> None:
+    def end(self) -> None:
+        self._pushed.pop()
         torch._C._autograd._pop_saved_tensors_default_hooks()
         _restore_if_over()
 
     def unwind(self) -> None:
-        """As `end`, where a forward was over without a word: hooks of the script may lie over these by now.
+        """As `end`, where a forward was over without a word: hooks of the script may lie over these by now."""
+        packer, _ = self._pushed.pop()
+        packer.take_off()
 
-        Where a block of the script's own around the forward has been left since, it has taken off what lay on top: these. Then
-        the script's are still there, and go in their place.
-        """
-        autograd: Any = torch._C._autograd
-        above = []
-        while (top := autograd._top_saved_tensors_default_hooks(False)) is not None and top[1] != self._unpack:
-            above.append(top)
-            autograd._pop_saved_tensors_default_hooks()
-        if top is not None:
-            autograd._pop_saved_tensors_default_hooks()
-        for pack, unpack in reversed(above if top is not None else above[1:]):
-            autograd._push_saved_tensors_default_hooks(pack, unpack)
-        _restore_if_over()
+    def owner(self, tensor: Tensor) -> Unit | None:
+        """The unit in whose weights `tensor` lives."""
+        return self._owners.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
 
-    def _packer(
-        self, theirs: tuple[Callable[..., Any], Callable[..., Any]] | None, in_forward: bool
-    ) -> Callable[[Tensor], Any]:
-        # Asked each time: what a script has seen outside of torch gets another storage when it is released.
-        owners = {part.whole.untyped_storage()._cdata: unit for unit in self._units for part in unit.parts}
-
-        def pack(tensor: Tensor) -> Any:
-            if tensor.grad_fn is not None:
-                # A node that keeps its own output would keep itself; autograd puts the node back by itself.
-                tensor = tensor.detach()
-            unit = owners.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
-            if unit is not None:
-                return _Kept(unit, tensor, in_forward)
-            return tensor if theirs is None else _Theirs(theirs[0](tensor), theirs[1])
-
-        return pack
-
-    def _unpack(self, packed: Any) -> Tensor:
-        if isinstance(packed, _Kept):
-            if packed.unit.leaves:
-                self._read(packed.unit, packed.in_forward)
-            return packed.tensor
-        return packed.unpack(packed.packed) if isinstance(packed, _Theirs) else packed
+    def read(self, kept: _Kept) -> Tensor:
+        """What was packed, in memory that may be read."""
+        if kept.unit.leaves:
+            self._read(kept.unit, kept.in_forward)
+        return kept.tensor
 
     def _read(self, unit: Unit, in_forward: bool) -> None:
         if torch._C._current_graph_task_id() == -1:
@@ -180,10 +220,16 @@ class SavedWeights:
 _disable = graph.disable_saved_tensors_hooks
 
 
+def _packer_of(hooks: tuple[Any, Any]) -> _Packer | None:
+    """Who stands behind hooks on this thread's stack, if it is the engine."""
+    packer = getattr(hooks[1], "__self__", None)
+    return packer if isinstance(packer, _Packer) else None
+
+
 def _top_of_ours() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
     """The hooks that are asked now on this thread, if they are the engine's."""
     top = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return top if top is not None and isinstance(getattr(top[1], "__self__", None), SavedWeights) else None
+    return top if top is not None and _packer_of(top) is not None else None
 
 
 @contextmanager

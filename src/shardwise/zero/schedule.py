@@ -179,6 +179,14 @@ class Schedule:
         # What a graph of this backward keeps is needed until one without such a graph is over.
         self._lingers = self._records or self._until_forward
         self._close(self._backward, whole=whole)
+        self._reduce_rest()
+
+    def average_sums(self) -> None:
+        """A boundary without a backward, for a micro-batch that a script has dropped: average what was summed up."""
+        self.reducing.begin(True)
+        self._reduce_rest()
+
+    def _reduce_rest(self) -> None:
         self.reducing.flush()
         self.lanes.compute_waits(self.lanes.reduce.mark())
         self.reductions.clear()

@@ -81,6 +81,7 @@ class ShardedModel:
     whole:          the weights whole, one unit at a time.
     running_buffers: those that forwards change. swapped: its weights are averages now, see `averaging.py`.
     sync_gradients: set False before a backward whose gradients are accumulated only. accumulating: the last one was so.
+    at_boundary:    the script has said that a step follows this micro-batch, whether or not there is a backward of it.
     Collective: every rank calls it with an equally built model; rank 0's weights are everybody's afterwards.
     Raises PrepareError for a model that is prepared already, has weights on the meta device, or fits no unit name.
     """
@@ -109,6 +110,7 @@ class ShardedModel:
         self.precision = precision
         self.sync_gradients = True
         self.accumulating = False
+        self.at_boundary = False
         self.released = False
         self.swapped = False
         self.gpu_memory_budget = gpu_memory_budget
@@ -239,9 +241,17 @@ class ShardedModel:
         for g in self.gradients():
             g.shown.show()
 
+    def end_accumulation(self) -> None:
+        """A step comes: where its last micro-batch had no backward, average what the others brought. Collective then."""
+        if self.accumulating and self.at_boundary:
+            self._hooks.finish_interrupted()
+            self.schedule.average_sums()
+            self._after_backward(True)
+
     def _before_training(self) -> None:
         """A forward begins that records gradients."""
         self._structure.check()
+        self.thawing.listen()
         self.look_at_gradients()
 
     def finish_interrupted(self) -> None:

@@ -17,8 +17,9 @@ This file knows what a script may do with a gradient; `gradients.py` knows where
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from operator import is_
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -186,7 +187,8 @@ class Shown:
         self._norms = norms
         self._members = gradients.buffer.members
         self._made: list[ShownGradient] = []
-        self._visible = [False] * len(self._members)
+        # What the parameters have as `grad` if the script has done nothing to it.
+        self._showing: list[ShownGradient | None] = [None] * len(self._members)
         # All of the buffer's gradients, flat, since somebody asked for a whole one: what counts until it is taken back.
         self._flat: Tensor | None = None
         self._version = 0
@@ -204,8 +206,9 @@ class Shown:
 
     @property
     def in_parts(self) -> bool:
-        """Whether ranks hold parts, and nobody has put them together."""
-        return self._flat is None and not self._source.is_own and self._source.parted
+        """Whether ranks hold parts, of all that there is, and nobody has put them together."""
+        self._norms.finish_pass()  # one that was interrupted may have left sums of a rank's own
+        return self._flat is None and not self._source.has_own and self._source.parted
 
     # For the engine.
 
@@ -215,18 +218,18 @@ class Shown:
         with unasked():
             if not self._made:
                 self._made = [ShownGradient(self, i, m.parameter) for i, m in enumerate(self._members)]
-            for index, (member, made) in enumerate(zip(self._members, self._made, strict=True)):
-                if used[index]:
+            self._showing = [made if was_used else None for made, was_used in zip(self._made, used, strict=True)]
+            for member, made in zip(self._members, self._showing, strict=True):
+                if made is not None:
                     member.parameter.grad = made
-            self._visible = list(used)
 
     def put_back(self) -> None:
         """Show what there is although a backward has not ended; what autograd has brought of it waits behind what is shown."""
         with unasked():
             arrived = [member.parameter.grad for member in self._members]
         self.show()
-        for made, grad, visible in zip(self._made, arrived, self._visible, strict=True):
-            if visible and grad is not made:
+        for made, grad in zip(self._showing, arrived, strict=True):
+            if made is not None and grad is not made:
                 made._arrived = grad
 
     def hide(self) -> None:
@@ -235,15 +238,15 @@ class Shown:
         with unasked():
             for member in self._members:
                 member.parameter.grad = None
-        self._visible = [False] * len(self._members)
+        self._showing = [None] * len(self._members)
 
     def hide_only(self, indices: Collection[int]) -> None:
         """Take these off their parameters."""
         with unasked():
             for index in indices:
-                if self._visible[index]:
+                if self._showing[index] is not None:
                     self._members[index].parameter.grad = None
-                    self._visible[index] = False
+                    self._showing[index] = None
 
     def look(self, *, before_backward: bool = False) -> None:
         """Take over what a script has done to gradients since they were shown.
@@ -251,36 +254,38 @@ class Shown:
         before_backward: leave room for those that autograd is about to bring.
         """
         self._settle()
-        dropped: list[int] = []
-        given: list[tuple[int, Tensor]] = []
         with unasked():
-            for index, member in enumerate(self._members):
-                grad = member.parameter.grad
-                if grad is None:
-                    if self._visible[index]:
-                        dropped.append(index)
-                elif not self._visible[index] or grad is not self._made[index]:
-                    given.append((index, grad))
-                elif before_backward:
-                    arrived, self._made[index]._arrived = self._made[index]._arrived, None
-                    member.parameter.grad = arrived
-                    self._visible[index] = False
-        source = self._source
-        if dropped:
-            for index in dropped:
-                self._visible[index], self._made[index]._arrived = False, None
-            source.forget(dropped)
-        for index, grad in given:
-            if self._visible[index]:
-                self._made[index]._arrived = None
-            source.put(index, grad.to_dense() if grad.is_sparse else grad)
-        if given:
-            with unasked():
-                for index, _ in given:
-                    self._members[index].parameter.grad = None
-                    self._visible[index] = False
+            grads = [member.parameter.grad for member in self._members]
+        if not all(map(is_, grads, self._showing)):  # asked several times in a step, mostly while the device waits
+            self._take_over(grads)
             if not before_backward:
                 self.show()
+        if before_backward:
+            with unasked():
+                for index, made in enumerate(self._showing):
+                    if made is not None:
+                        self._members[index].parameter.grad, made._arrived = made._arrived, None
+                        self._showing[index] = None
+
+    def _take_over(self, grads: Sequence[Tensor | None]) -> None:
+        """Give the engine what a script has put in the place of gradients, and forget those that it has dropped."""
+        source = self._source
+        changed = [i for i, (grad, made) in enumerate(zip(grads, self._showing, strict=True)) if grad is not made]
+        dropped = [index for index in changed if grads[index] is None]
+        for index in changed:
+            if (made := self._showing[index]) is not None:
+                made._arrived = None
+        for index in dropped:
+            self._showing[index] = None
+        if dropped:
+            source.forget(dropped)
+        for index in changed:
+            grad = grads[index]
+            if grad is not None:
+                source.put(index, grad.to_dense() if grad.is_sparse else grad)
+                with unasked():
+                    self._members[index].parameter.grad = None
+                self._showing[index] = None
 
     @contextmanager
     def without(self, index: int) -> Iterator[None]:
@@ -305,7 +310,7 @@ class Shown:
     # For scripts.
 
     def _refuse_dropped(self, index: int) -> None:
-        if not self._visible[index]:
+        if self._showing[index] is None:
             raise ReleasedParameterError(
                 f"the gradient of {self.name_of(index)} was read after it had been dropped, by zero_grad or the next backward. "
                 "Keep a copy: p.grad.clone()."
@@ -332,7 +337,7 @@ class Shown:
         self._norms.finish_pass()
         self._refuse_dropped(index)
         source = self._source
-        if source.is_own:
+        if source.has_own:
             return self.whole(index, untraced=True).view(-1)
         self._settle()
         source.changed()

@@ -75,7 +75,7 @@ class Verdicts:
         rate = sum(group["lr"] for group in groups if isinstance(group.get("lr"), (int, float)))
         for place, number in enumerate((rate, *self._clipping), 1):
             if number:
-                mine[place] = number
+                mine[place].fill_(number)  # to assign it would copy it from the host, which waits for the device
         self.forget()
 
     def read(self, step: int, message: Tensor) -> None:
