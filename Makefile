@@ -62,6 +62,10 @@ test: $(READY) ## the tests, without the long ones and those that need a GPU
 test-full: $(READY) ## every test; those for GPUs skip themselves where there is none
 	$(BIN)/python -m pytest -m 'full or not full' $(PYTEST_ARGS)
 
+.PHONY: test-versions
+test-versions: $(READY) ## the short parity set under older and the newest transformers and accelerate; needs a package index
+	$(BIN)/python tests/compat/versions.py $(ARGS)
+
 .PHONY: check
 check: $(READY) ## lint, format and types
 	$(BIN)/ruff check .

@@ -63,6 +63,22 @@ def test_a_mistake_is_an_error_line_and_exit_code_2(
     assert all(line.startswith("error: ") for line in err)
 
 
+def test_the_command_of_a_package_is_found_and_no_other_program(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in {"tune": "#!/usr/bin/python3\nimport tuner\n", "tool": "#!/bin/bash\ntrue\n"}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+    _, _, err = shardwise(capsys, "launch", "--use_cpu", "tune", "train", "x.yaml")
+    assert err == [f"error: tune: there is no such script; did you mean {folder / 'tune'}?"]
+    _, _, err = shardwise(capsys, "launch", "--use_cpu", "tool")
+    assert err == ["error: tool: there is no such script"]
+    assert shardwise(capsys, "launch", "--use_cpu", "--dry-run", str(folder / "tune"), "train")[0] == 0
+
+
 def test_mistakes_in_settings_and_script_are_told_together(capsys: pytest.CaptureFixture[str]) -> None:
     _, _, err = shardwise(capsys, "launch", "--zero_stage", "5", "--num_processes", "x", "no.py")
     assert len(err) == 3

@@ -92,6 +92,29 @@ def test_a_library_that_comes_first_finds_it_too(first):
     )
 
 
+def test_a_model_is_built_without_memory_whoever_answers_that_stage_3_is_on(tmp_path):
+    run(
+        f"""
+        import torch, transformers
+        from shardwise.compat import as_deepspeed
+        as_deepspeed()
+        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers.integrations import deepspeed as asked
+        small = LlamaConfig(vocab_size=99, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1)
+        LlamaForCausalLM(small).save_pretrained({str(tmp_path)!r})
+        zero3 = asked.HfDeepSpeedConfig({{"zero_optimization": {{"stage": 3}}}})
+        first = asked.is_deepspeed_zero3_enabled
+        own = lambda: True
+        for module in (asked, transformers.modeling_utils):
+            module.is_deepspeed_zero3_enabled = own
+            model = LlamaForCausalLM.from_pretrained({str(tmp_path)!r})
+            assert all(p.is_meta for p in model.parameters() if p.ndim == 2)
+            assert LlamaForCausalLM._from_config(small).lm_head.weight.is_meta
+            assert module.is_deepspeed_zero3_enabled is own and first()
+        """
+    )
+
+
 def test_who_has_looked_already_is_told():
     run(
         """

@@ -10,6 +10,7 @@ import difflib
 import errno
 import importlib.util
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Mapping
@@ -85,13 +86,24 @@ def check_script(script: str, is_module: bool) -> None:
     if path_.is_dir():
         raise LaunchError(f"{script}: is a directory, not a script")
     if not path_.is_file():
-        near: list[str] = []
-        if path_.parent.is_dir():
-            near = difflib.get_close_matches(path_.name, [entry.name for entry in path_.parent.glob("*.py")], n=1)
-        hint = f"; did you mean {path_.with_name(near[0])}?" if near else ""
+        near = _commands(script)
+        if not near and path_.parent.is_dir():
+            names = [entry.name for entry in path_.parent.glob("*.py")]
+            near = [str(path_.with_name(name)) for name in difflib.get_close_matches(path_.name, names, n=1)]
+        hint = f"; did you mean {near[0]}?" if near else ""
         raise LaunchError(f"{script}: there is no such script{hint}")
     if not os.access(path_, os.R_OK):
         raise LaunchError(f"{script}: cannot be read")
+
+
+def _commands(name: str) -> list[str]:
+    """The script behind a package's command, such as axolotl's, which Python runs too; no launcher searches PATH for it."""
+    found = shutil.which(name)
+    if found is None:
+        return []
+    with open(found, "rb") as file:
+        beginning = file.readline(4096) + file.readline(4096)  # a long path to Python stands in the second line
+    return [found] if beginning.startswith(b"#!") and b"python" in beginning else []
 
 
 def check_devices(config: Config, origins: Mapping[Key, str], devices: int | None) -> None:

@@ -48,10 +48,10 @@ def _wrap_transformers(module: ModuleType) -> None:
     for name in ("from_pretrained", "_from_config"):
         kept = vars(module.PreTrainedModel).get(name)
         if isinstance(kept, classmethod):
-            setattr(module.PreTrainedModel, name, classmethod(_built_by_shardwise(kept.__func__)))
+            setattr(module.PreTrainedModel, name, classmethod(_built_by_shardwise(kept.__func__, module)))
 
 
-def _built_by_shardwise(original: Callable[..., Any]) -> Callable[..., Any]:
+def _built_by_shardwise(original: Callable[..., Any], module: ModuleType) -> Callable[..., Any]:
     @functools.wraps(original)
     def build(cls: type, *args: Any, **kwargs: Any) -> Any:
         theirs: Any = sys.modules.get("transformers.integrations.deepspeed")
@@ -59,21 +59,25 @@ def _built_by_shardwise(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(cls, *args, **kwargs)
         from ..loading import building
 
-        with _hidden(theirs), building():
+        with _hidden(theirs, module), building():
             return original(cls, *args, **kwargs)
 
     return build
 
 
 @contextmanager
-def _hidden(theirs: Any) -> Iterator[None]:
-    """Inside, transformers does not know of stage 3."""
-    kept = theirs._hf_deepspeed_config_weak_ref
+def _hidden(theirs: Any, module: Any) -> Iterator[None]:
+    """Inside, transformers does not know of stage 3: neither from its configuration, nor from the answer that programs give in
+    the place of its own question in either module, as axolotl does."""
+    kept = theirs._hf_deepspeed_config_weak_ref, theirs.is_deepspeed_zero3_enabled, module.is_deepspeed_zero3_enabled
     theirs._hf_deepspeed_config_weak_ref = None
+    theirs.is_deepspeed_zero3_enabled = module.is_deepspeed_zero3_enabled = lambda: False
     try:
         yield
     finally:
-        theirs._hf_deepspeed_config_weak_ref = kept
+        theirs._hf_deepspeed_config_weak_ref, theirs.is_deepspeed_zero3_enabled, module.is_deepspeed_zero3_enabled = (
+            kept
+        )
 
 
 def _wrap_accelerate(module: ModuleType) -> None:
