@@ -23,6 +23,8 @@ ARGS ?=
 BENCH_CASES ?= bart lora8b
 BENCH_PROCESSES ?= 2
 PYTEST_ARGS ?=
+# Test files that run side by side, each with rank processes of its own.
+WORKERS ?= 2
 BENCH_CASES ?= bart lora8b
 BENCH_PROCESSES ?= 2
 
@@ -56,7 +58,7 @@ demo: $(READY) ## LoRA under ZeRO-3 with CPU offload, then check the saved adapt
 
 .PHONY: test
 test: $(READY) ## the tests, without the long ones and those that need a GPU
-	$(BIN)/python -m pytest -m 'not full and not gpu' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'not full and not gpu' -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 .PHONY: test-full
 test-full: $(READY) ## every test; those for GPUs skip themselves where there is none
