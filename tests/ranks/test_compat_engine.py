@@ -172,6 +172,10 @@ def _facts(ranks: Any) -> None:
         pass
     again.backward(loss_of(again, batch))
     again.step()
+    with torch.no_grad():
+        engine.train()(batch)  # the weights are the model's
+    with pytest.raises(PrepareError, match=r"has been destroyed.*trainer\.model_wrapped = trainer\.model"):
+        engine(batch)
 
 
 def test_the_engine_is_its_model_and_is_let_go_for_another(world):
