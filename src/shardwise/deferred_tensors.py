@@ -54,7 +54,8 @@ _ARRAYS = (Tensor.numpy, Tensor.__array__)
 _LEAVING = (*_ARRAYS, Tensor.tolist, Tensor.__reduce_ex__)
 # Operations whose result has no memory either.
 _COPIES = (aten._to_copy.default, aten.clone.default, aten.cat.default, aten.stack.default)
-_RESIZING = (Tensor.resize_, Tensor.resize_as_)
+# Writes that no record can hold: of another size, and those that torch does not dispatch.
+_UNRECORDED = (Tensor.resize_, Tensor.resize_as_, Tensor.apply_, Tensor.map_, Tensor.map2_)
 
 
 class Deferred:
@@ -74,8 +75,8 @@ class Deferred:
                 return _set_data(*args)
             if func == Tensor.backward:
                 _refuse_backward()
-            if func in _RESIZING and is_deferred(args[0]):
-                _refuse_resizing(func.__name__, args[0])
+            if func in _UNRECORDED and is_deferred(args[0]):
+                _refuse_write(func.__name__, args[0])
             if func in _LEAVING:
                 found = func(*tree_map(with_values, args), **tree_map(with_values, kwargs))
                 if func in _ARRAYS:
@@ -147,10 +148,10 @@ def _refuse_backward(*grads: Any) -> NoReturn:
     )
 
 
-def _refuse_resizing(name: str, tensor: Tensor) -> NoReturn:
+def _refuse_write(name: str, tensor: Tensor) -> NoReturn:
     raise PrepareError(
-        f"{name} of a weight that has no memory yet, of shape {tuple(tensor.shape)}: what it has then cannot be recorded. "
-        "Assign what it is to be to .data."
+        f"{name} of a weight that has no memory yet, of shape {tuple(tensor.shape)}, cannot be recorded. Assign what it is to "
+        "be to .data."
     )
 
 

@@ -204,6 +204,7 @@ REFUSED = {
     "a backward": (lambda model: model.lm_head.weight.sum().backward(), PrepareError, "Prepare the model first"),
     "a pass": (lambda model: model(torch.arange(8)[None]).logits.sum().backward(), PrepareError, "Prepare the model"),
     "resize_": (lambda model: model.lm_head.weight.data.resize_(3, 3), PrepareError, "cannot be recorded"),
+    "apply_": (lambda model: model.lm_head.weight.data.apply_(abs), PrepareError, "cannot be recorded"),
     "an array": (
         lambda model: model.lm_head.weight.detach().numpy().__setitem__(0, 1.0),
         ValueError,
