@@ -18,20 +18,22 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
-_SET = Tensor.data.__set__  # type: ignore[attr-defined]
+DATA_SETTER = Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+def exchange(target: Tensor, values: Tensor) -> None:
+    """Exchange what is behind `target`, which stays the same object, for what is behind `values`."""
+    shell = Parameter(values.detach(), requires_grad=target.requires_grad) if target.is_leaf else values.detach()
+    torch._C._swap_tensor_impl(target, shell)
 
 
 class Assigning(TorchFunctionMode):
-    """Inside, such an assignment exchanges what is behind the parameter, which stays the same object."""
+    """Inside, such an assignment exchanges what is behind the parameter."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func == _SET and isinstance(args[1], Tensor) and args[0].is_meta is not args[1].is_meta:
-            target, values = args
-            shell = (
-                Parameter(values.detach(), requires_grad=target.requires_grad) if target.is_leaf else values.detach()
-            )
-            torch._C._swap_tensor_impl(target, shell)
+        if func == DATA_SETTER and isinstance(args[1], Tensor) and args[0].is_meta is not args[1].is_meta:
+            exchange(*args)
             return None
         return func(*args, **(kwargs or {}))

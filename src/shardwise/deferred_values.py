@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .checkpoint.tensor_file import as_bytes
+from .deferred_tensors import ordinary
 from .errors import WriteError
 from .initialising import deferring, value_of
 from .zero.collectives import Ranks
@@ -33,12 +34,13 @@ def in_memory(parameters: Sequence[Parameter], ranks: Ranks | None, source: int 
     shells = [
         Parameter(values.clone(), requires_grad=p.requires_grad) for p, values in zip(parameters, before, strict=True)
     ]
-    _swap(parameters, shells)
-    try:
-        yield
-        after = [parameter.detach().clone() for parameter in parameters]
-    finally:
+    with ordinary(list(parameters)):
         _swap(parameters, shells)
+        try:
+            yield
+            after = [parameter.detach().clone() for parameter in parameters]
+        finally:
+            _swap(parameters, shells)
     written = [not torch.equal(one, other) for one, other in zip(before, after, strict=True)]
     if ranks is not None and ranks.world_size > 1:
         written = ranks.any_of(written)

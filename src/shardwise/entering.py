@@ -21,7 +21,7 @@ from .blocks import ReplacedForwards
 from .compiling import CompiledBlocks, CompiledLoss, blocks_to_compile
 from .config.foreign import note_prepared
 from .config.schema import Config, ZeroConfig
-from .initialising import sources_of
+from .deferred_tensors import deferred_if_it_fails, sources_of
 from .integrations import connect
 from .loading import build_without_memory
 from .lora import FastLora
@@ -100,21 +100,22 @@ def into_engine(
             "call from_pretrained or from_config after it; or build the model inside `with accelerator.init():`.",
             type(model).__name__,
         )
-    sharded = ShardedModel(
-        model,
-        plan=plan,
-        ranks=ranks,
-        precision=precision,
-        prefetch=engine.prefetch_units,
-        units=engine.units,
-        whole_adapters="auto" if isinstance(engine.whole_adapters, str) else engine.whole_adapters,
-        nvme_paths=_nvme_paths(zero),
-        gather_with=cast(GatherWith, engine.gather_with),
-        gpu_memory_budget=engine.gpu_memory_budget,
-        generation_memory_budget=engine.generation_memory_budget,
-        sources=sources,
-        trains=trains,
-    )
+    with deferred_if_it_fails(model):
+        sharded = ShardedModel(
+            model,
+            plan=plan,
+            ranks=ranks,
+            precision=precision,
+            prefetch=engine.prefetch_units,
+            units=engine.units,
+            whole_adapters="auto" if isinstance(engine.whole_adapters, str) else engine.whole_adapters,
+            nvme_paths=_nvme_paths(zero),
+            gather_with=cast(GatherWith, engine.gather_with),
+            gpu_memory_budget=engine.gpu_memory_budget,
+            generation_memory_budget=engine.generation_memory_budget,
+            sources=sources,
+            trains=trains,
+        )
     connect(model)
     changes = _changes(model, config, sharded, blocks, recomputed)
     note_prepared(type(model).__name__)

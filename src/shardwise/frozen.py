@@ -60,10 +60,13 @@ def frozen_record(
     return record
 
 
-def compare_frozen(run: RunState, checkpoint: Checkpoint, since: Sequence[set[str]]) -> dict[int, set[str]]:
+def compare_frozen(
+    run: RunState, checkpoint: Checkpoint, since: Sequence[set[str]], *, strict: bool = True
+) -> dict[int, set[str]]:
     """Model -> its frozen weights that are not those of the checkpoint, but are kept by it. Collective.
 
-    since: of each model the weights that it trains now, and the checkpoint had frozen. They are compared and given too.
+    since:  of each model the weights that it trains now, and the checkpoint had frozen. They are compared and given too.
+    strict: False passes over those that only one of the two has.
     Raises CheckpointError if they differ and are not kept.
     """
     record = checkpoint.manifest.frozen
@@ -74,8 +77,9 @@ def compare_frozen(run: RunState, checkpoint: Checkpoint, since: Sequence[set[st
             differing[number] = _given_back(model, checkpoint, f"model{number}/frozen/", since[number], run.ranks)
             continue
         sums = _sums_of(model, run.ranks) | _sums_of_trained(model, since[number], saved["sums"], run.ranks)
-        wrong = {name for name in {*sums, *saved["sums"]} if sums.get(name) != saved["sums"].get(name)}
-        if set(sums) == set(saved["sums"]):
+        names = {*sums, *saved["sums"]} if strict else sums.keys() & saved["sums"].keys()
+        wrong = {name for name in names if sums.get(name) != saved["sums"].get(name)}
+        if not strict or set(sums) == set(saved["sums"]):
             # What the checkpoint holds it gives back: frozen weights of adapters in any case, all where that was asked for.
             inside = {n for n in wrong if record["kept"] != "outside" or f"model{number}/frozen/{n}" in checkpoint}
             other_dtype = {n for n in wrong if _dtype(sums[n]) != _dtype(saved["sums"][n])}

@@ -12,7 +12,7 @@ everything drawn later is what it would have been.
     a view                                  nothing: a record belongs to the storage
     a question about values (item, equal)   replayed, answered
 
-`sources_of` turns what was recorded into the engine's sources at prepare.
+What happens to such tensors after the block, and at prepare, is in `deferred_tensors.py`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from .assigning import Assigning
 from .errors import PrepareError
+from .recorded_source import RecordedSource
 from .recording import (
     CPU,
     Constant,
     Entry,
     Record,
-    RecordedSource,
     Records,
     Ref,
     Stretch,
@@ -48,7 +48,6 @@ from .recording import (
     view_of,
 )
 from .zero.scratch import scratch
-from .zero.sources import Source, give_memory
 from .zero.streams import whole_device
 
 aten = torch.ops.aten
@@ -56,12 +55,12 @@ aten = torch.ops.aten
 # Elements. What is smaller is made as always: 16 KiB of fp32, of which a model has a few for each of its blocks.
 SMALL_NUMEL = 4096
 
-_records = Records()
+records = Records()
 _shapes_only: list[bool] = []  # one entry for each open block
 
 # A factory as what it does to empty memory: its name -> an operation in place and where its numbers are among the
 # positional arguments, or None where it leaves the memory undefined.
-_FACTORIES: dict[str, tuple[OpOverload, Callable[[Sequence[Any]], tuple[Any, ...]]] | None] = {
+FACTORIES: dict[str, tuple[OpOverload, Callable[[Sequence[Any]], tuple[Any, ...]]] | None] = {
     "empty": None,
     "empty_strided": None,
     "empty_like": None,
@@ -95,13 +94,13 @@ _OVERWRITING = {
 def deferred_from(origin: Stretch, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
     """A tensor on the meta device whose values are the bytes of `origin`."""
     tensor = torch.empty(tuple(shape), dtype=dtype, device="meta")
-    _records.add(tensor, origin)
+    records.add(tensor, origin)
     return tensor
 
 
 def deferred_storage(storage: torch.UntypedStorage, origin: Stretch) -> None:
     """Let `storage`, on the meta device, stand for the bytes of `origin`, and with it every tensor that lies in it."""
-    _records.add(torch.empty(0, dtype=torch.uint8, device="meta").set_(storage), origin)
+    records.add(torch.empty(0, dtype=torch.uint8, device="meta").set_(storage), origin)
 
 
 def deferred_cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -109,31 +108,31 @@ def deferred_cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.dtype == dtype:
         return tensor
     result = torch.empty(tensor.shape, dtype=dtype, device="meta")
-    ref = _records.ref(tensor)
-    record = _records.add(result, device=ref.record.device)
-    entry = Entry(aten._to_copy.default, (_quote(tensor),), {"dtype": dtype}, result=(0, _records.ref(result)))
+    ref = records.ref(tensor)
+    record = records.add(result, device=ref.record.device)
+    entry = Entry(aten._to_copy.default, (_quote(tensor),), {"dtype": dtype}, result=(0, records.ref(result)))
     record.entries.append(entry)
     return result
 
 
 def is_deferred(tensor: Tensor) -> bool:
-    return _records.find(tensor) is not None
+    return records.find(tensor) is not None
 
 
 def source_of(tensor: Tensor) -> RecordedSource:
     """The source of a deferred tensor, as it is now."""
-    return RecordedSource(_records.ref(tensor))
+    return RecordedSource(records.ref(tensor))
 
 
 def last_write(tensor: Tensor) -> object:
     """Something that is another object once a deferred tensor's storage has been written again; None for one never written."""
-    record = _records.find(tensor)
+    record = records.find(tensor)
     return record.entries[-1] if record is not None and record.entries else None
 
 
 def value_of(tensor: Tensor) -> Tensor:
     """The values of a deferred tensor, in memory of their own."""
-    ref = _records.ref(tensor)
+    ref = records.ref(tensor)
     return view_of(replay(ref.record, ref.upto), ref)
 
 
@@ -181,9 +180,9 @@ def _recorded(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if not is_deferred(tensor):
             return original(tensor, *args, **kwargs)
         generator = kwargs.pop("generator", None)
-        record = _records.find(tensor)
+        record = records.find(tensor)
         assert record is not None
-        entry = Entry(original, (_records.ref(tensor), *args), kwargs)
+        entry = Entry(original, (records.ref(tensor), *args), kwargs)
         with _disable_current_modes():
             _draw(entry, generator, {id(record): record})
         record.entries.append(entry)
@@ -208,7 +207,7 @@ def is_deferring() -> bool:
 
 
 def _quote(tensor: Tensor) -> Ref:
-    ref = _records.ref(tensor)
+    ref = records.ref(tensor)
     ref.record.quoted = True
     return ref
 
@@ -226,22 +225,22 @@ class _Deferring(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
         inputs = tensors_in((args, kwargs))
-        touches = any_in(inputs, _records)
-        if name in _FACTORIES:
+        touches = any_in(inputs, records)
+        if name in FACTORIES:
             return self._make(func, name, args, kwargs, touches)
-        changed = _changed(func, args, kwargs)
+        changed = written_by(func, args, kwargs)
         if not touches and not self._begins(func, changed, kwargs, inputs):
             return func(*args, **kwargs)
         if _ASKING & set(func.tags) or any(not tensor.is_meta for tensor in changed):
             # Values are asked for, or go into a tensor that has memory.
-            real_args, real_kwargs = tree_map(_real, (args, kwargs))
+            real_args, real_kwargs = tree_map(with_values, (args, kwargs))
             result = func(*real_args, **real_kwargs)
             return changed[0] if changed and isinstance(result, Tensor) else result
-        return _record(func, args, kwargs, changed)
+        return note(func, args, kwargs, changed)
 
     def _make(self, func: OpOverload, name: str, args: Any, kwargs: dict[str, Any], touches: bool) -> Any:
         like = args[0] if args and isinstance(args[0], Tensor) else None
-        record = _records.find(like) if like is not None else None
+        record = records.find(like) if like is not None else None
         device = kwargs.get("device")
         if device is None and like is not None:
             device = record.device if record is not None else CPU if touches else like.device
@@ -257,12 +256,12 @@ class _Deferring(TorchDispatchMode):  # type: ignore[no-untyped-call]
         large = made.is_floating_point() and made.numel() >= SMALL_NUMEL
         if not (explicit or large):
             return func(*args, **{**kwargs, "device": wanted})
-        _records.add(made, device=wanted)
-        recipe = _FACTORIES[name]
+        records.add(made, device=wanted)
+        recipe = FACTORIES[name]
         if recipe is not None:
             op, numbers = recipe
             generator = {"generator": kwargs["generator"]} if kwargs.get("generator") is not None else {}
-            _record(op, (made, *numbers(args)), generator, [made])
+            note(op, (made, *numbers(args)), generator, [made])
         return made
 
     def _begins(
@@ -273,11 +272,11 @@ class _Deferring(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return not inputs[0].is_meta
         unknown = [tensor for tensor in changed if tensor.is_meta]
         for tensor in unknown:
-            _records.add(tensor)
+            records.add(tensor)
         return bool(unknown)
 
 
-def _changed(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+def written_by(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """The tensors that the operation writes into."""
     found: list[Tensor] = []
     for number, argument in enumerate(func._schema.arguments):
@@ -287,22 +286,22 @@ def _changed(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     return found
 
 
-def _real(item: Any) -> Any:
+def with_values(item: Any) -> Any:
     return value_of(item) if isinstance(item, Tensor) and is_deferred(item) else item
 
 
-def _record(func: OpOverload, args: Any, kwargs: dict[str, Any], changed: Sequence[Tensor]) -> Any:
+def note(func: OpOverload, args: Any, kwargs: dict[str, Any], changed: Sequence[Tensor]) -> Any:
     """Run an operation for its shapes, and note it with the records of what it changes or makes."""
     changed_ids = {id(tensor) for tensor in changed}
     for tensor in changed:
         if not is_deferred(tensor):
-            _records.add(tensor)
-    targets = {id(record): record for record in map(_records.find, changed) if record is not None}
+            records.add(tensor)
+    targets = {id(record): record for record in map(records.find, changed) if record is not None}
 
     def noted(item: Any) -> Any:
         if not isinstance(item, Tensor):
             return item
-        record = _records.find(item)
+        record = records.find(item)
         if record is None:
             if item.is_meta:
                 raise PrepareError(
@@ -310,7 +309,7 @@ def _record(func: OpOverload, args: Any, kwargs: dict[str, Any], changed: Sequen
                     "inside `with accelerator.init():`, or on the CPU."
                 )
             return Constant(item)
-        return _records.ref(item) if id(record) in targets else _quote(item)
+        return records.ref(item) if id(record) in targets else _quote(item)
 
     def shape_of(item: Any) -> Any:
         if isinstance(item, Tensor) and not item.is_meta:
@@ -335,19 +334,19 @@ def _record(func: OpOverload, args: Any, kwargs: dict[str, Any], changed: Sequen
         return results
     if torch.Tag.nondeterministic_seeded in func.tags:
         _draw(entry, kwargs.get("generator"), targets)
-    for tensor in {id(target): tensor for tensor in changed if (target := _records.find(tensor))}.values():
-        record = _records.find(tensor)
+    for tensor in {id(target): tensor for tensor in changed if (target := records.find(tensor))}.values():
+        record = records.find(tensor)
         assert record is not None
-        ref = _records.ref(tensor)
+        ref = records.ref(tensor)
         if func in _OVERWRITING and ref.covers and not record.quoted and len(targets) == 1:
             record.entries.clear()
             record.origin = None
         record.entries.append(entry)
-    device = next((r.device for r in map(_records.find, tensors_in((args, kwargs))) if r is not None), CPU)
+    device = next((r.device for r in map(records.find, tensors_in((args, kwargs))) if r is not None), CPU)
     for number, tensor in made:
-        record = _records.add(tensor, device=device)
+        record = records.add(tensor, device=device)
         record.entries.append(
-            Entry(func, kept_args, kept_kwargs, (number, _records.ref(tensor)), entry.generator_state, entry.seeded)
+            Entry(func, kept_args, kept_kwargs, (number, records.ref(tensor)), entry.generator_state, entry.seeded)
         )
     return results
 
@@ -375,36 +374,3 @@ def _draw(entry: Entry, generator: torch.Generator | None, targets: Mapping[int,
     args, kwargs = tree_map(stand_in, (entry.args, entry.kwargs))
     with torch.no_grad():
         entry.op(*args, **kwargs, **({"generator": generator} if generator is not None else {}))
-
-
-# At prepare.
-
-
-def sources_of(model: nn.Module) -> dict[int, Source]:
-    """The source of every parameter of `model` that has no memory, by id; its buffers without memory get theirs.
-
-    Raises PrepareError for one whose values nobody knows.
-    """
-    found: dict[int, Source] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            if not is_deferred(parameter):
-                raise PrepareError(
-                    f"{name} is on the meta device and has no values. Load the model inside `with accelerator.init():`, "
-                    "or, if it was, change its weights there too (dtype, copies, own initialisation): outside of it "
-                    "nothing can be done to weights that have no memory yet."
-                )
-            if parameter.numel():
-                found[id(parameter)] = source_of(parameter)
-            else:
-                give_memory(parameter, torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu"))
-    for prefix, module in model.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                if not is_deferred(buffer):
-                    raise PrepareError(
-                        f"buffer {prefix + '.' if prefix else ''}{name} is on the meta device and has no values. Load or "
-                        "build the model inside `with accelerator.init():`."
-                    )
-                module._buffers[name] = value_of(buffer)
-    return found

@@ -8,6 +8,7 @@ reads the bytes of its own interval.
     torch.load, safetensors.torch.load_file         the same, for code that loads a state dict by itself
     PreTrainedModel.from_pretrained, _from_config   a building block each, under zero3_init_flag
     resize_token_embeddings, peft's adapters        recorded, for a model that has no memory yet
+    nn.Module._apply (.to, .half, .float)           the same
 
 What is wrapped stays wrapped and calls on where there is nothing to do. Nothing of theirs is imported here.
 """
@@ -28,12 +29,13 @@ from . import initialising
 from .checkpoint.stretches import TensorFile
 from .checkpoint.tensor_file import dtype_name
 from .checkpoint.torch_file import OtherFormatError, TorchFile
+from .deferred_tensors import deferring_until_prepare
 from .initialising import (
     deferred_cast,
     deferred_from,
     deferred_storage,
-    deferring,
     is_deferred,
+    is_deferring,
     shapes_only,
     source_of,
 )
@@ -57,14 +59,14 @@ def build_without_memory(enabled: bool) -> None:
 
 @contextmanager
 def building() -> Iterator[None]:
-    """Inside, models are built and loaded without memory. See `initialising.deferring`."""
+    """Inside, models are built and loaded without memory. See `deferring_until_prepare`."""
     if _Switch.blocks:
         yield
         return
     _connect()
     _Switch.blocks += 1
     try:
-        with _deferred_files(), deferring(gpu=True):
+        with _deferred_files(), deferring_until_prepare(gpu=True):
             yield
     finally:
         _Switch.blocks -= 1
@@ -226,6 +228,7 @@ def _deferred_files() -> Iterator[None]:
 
 def _connect() -> None:
     """Wrap what has been imported so far. Each once."""
+    _wrap(nn.Module, "_apply", _change)
     library = sys.modules.get("transformers.modeling_utils")
     if library is not None:
         _wrap(library.PreTrainedModel, "from_pretrained", _load)
@@ -258,7 +261,7 @@ def _load(original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) ->
         return original(cls, *args, **kwargs)
     # Asked not to map files, which nobody does here, transformers reads them whole.
     kwargs = {name: value for name, value in kwargs.items() if name != "disable_mmap"}
-    with _deferred_files(), deferring():
+    with _deferred_files(), deferring_until_prepare():
         loaded = original(cls, *args, **kwargs)
         _tie_what_is_equal(loaded[0] if isinstance(loaded, tuple) else loaded)
     return loaded
@@ -272,15 +275,17 @@ def _contexts(original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any
 def _build(original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -> Any:
     if not (_Switch.by_flag or _Switch.blocks):
         return original(cls, *args, **kwargs)
-    with deferring():
+    with deferring_until_prepare():
         return original(cls, *args, **kwargs)
 
 
 def _change(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if is_deferring():
+        return original(*args, **kwargs)
     models = [item for item in (*args, *kwargs.values()) if isinstance(item, nn.Module) and "_modules" in vars(item)]
     if not any(is_deferred(parameter) for model in models for parameter in model.parameters()):
         return original(*args, **kwargs)
-    with deferring():
+    with deferring_until_prepare():
         return original(*args, **kwargs)
 
 

@@ -12,7 +12,7 @@ import logging
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from .config.agreement import OBJECTS, Difference, disagreement
 from .data import DataLoaderConfiguration
 from .errors import PrepareError
 from .prepare_checks import batch_size_of
+from .zero.comparing import plain
 
 logger = logging.getLogger("shardwise")
 
@@ -190,16 +191,3 @@ def _contents(data: Any) -> int | None:
 def _together(sums: Iterable[int | None]) -> int | None:
     given = list(sums)
     return None if None in given else zlib.crc32(repr(given).encode())
-
-
-def plain(value: Any) -> Any:
-    """As JSON says it; of what is no number, text or container of them only the class."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Tensor):
-        return value.item() if value.numel() == 1 else f"a tensor of {tuple(value.shape)}"
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return type(value).__name__

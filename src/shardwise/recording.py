@@ -20,7 +20,7 @@ import functools
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,13 +29,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 
 from .zero.scratch import scratch
-from .zero.sources import MadeBy
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
-
-# Of a constant: what is larger is not told to every rank, but stays where it is. A generator's state has 5,056.
-_FACT_NBYTES = 1 << 16
 
 
 class Stretch(Protocol):
@@ -327,36 +323,6 @@ def constants_of(record: Record) -> list[Constant]:
     entries = (entry for made_of in records_of(record) for entry in made_of.entries)
     found = {id(item): item for entry in entries for item in entry.inputs() if isinstance(item, Constant)}
     return list(found.values())
-
-
-class RecordedSource:
-    """The values of one recorded tensor, for the engine (`zero.sources.Source`).
-
-    Each rank makes its own interval of what can be read in stretches, and of what is only drawn. What remains was made of
-    whole tensors of files, by a transposition for example, or of a large tensor that had memory in the block: rank 0's.
-    """
-
-    def __init__(self, ref: Ref) -> None:
-        self.ref = ref
-        self.made_by: MadeBy = "each rank"
-        if any(constant.value.nbytes > _FACT_NBYTES for constant in constants_of(ref.record)):
-            self.made_by = "rank 0"
-        elif any(record.origin is not None for record in records_of(ref.record)) and not read_in_stretches(ref):
-            self.made_by = "one rank"
-
-    def read(self, begin: int, end: int) -> Tensor:
-        return read(self.ref, begin, end)
-
-    def facts(self) -> list[Tensor]:
-        # On the CPU: they are sent to processes with other devices.
-        return [constant.value.cpu() for constant in self._told()]
-
-    def adopt(self, facts: Sequence[Tensor]) -> None:
-        for constant, value in zip(self._told(), facts, strict=True):
-            constant.value = value.to(constant.value.device)
-
-    def _told(self) -> list[Constant]:
-        return [] if self.made_by == "rank 0" else constants_of(self.ref.record)
 
 
 # Which storage has which record.

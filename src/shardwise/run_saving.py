@@ -124,7 +124,7 @@ def load_run(
     together(ranks, lambda: run.check_groups(states, groups, since), what=what)
     for hook in hooks:
         together(ranks, hook, what=what)
-    frozen = compare_frozen(run, checkpoint, [found.since for found in changed])
+    frozen = compare_frozen(run, checkpoint, [found.since for found in changed], strict=strict)
     for model in run.models:
         model.drop_gradients()
     reading = Progress("reads its part")

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ FULL += [
 ]
 TRL = ["z3-sft", "z3-sft-lora", "z3-sft-large", "z3-dpo", "z3-dpo-lora", "z3-dpopre", "z3-reward", "z3-grpo"]
 TRL += ["z2-sft", "z2-dpo", "z2-grpo", "z3cpu-sft", "z3cpu-grpo-lora"]
+TRL += ["z2-kto", "z3-kto-lora", "z3cpu-kto", "z2-rloo", "z3-rloo", "z3cpu-rloo", "z3-rloo-lora"]
+TRL_COVER = ["z3-kto"]  # in `make test`
 
 
 def _launch(folder: Path, cases: list[str], *flags: str) -> None:
@@ -55,16 +58,16 @@ def _reference(case: str) -> str:
 
 
 def _run(folder: Path, cases: list[str]) -> dict[str, dict[str, Any]]:
-    from transformers import LlamaForCausalLM
-
     sys.path.insert(0, str(PROGRAMS))
     try:
-        from loop import make_model
+        import loop
+        import preference
     finally:
         sys.path.remove(str(PROGRAMS))
-    model: LlamaForCausalLM = make_model(lora=False)
-    (folder / "trainer").mkdir()
-    model.save_pretrained(folder / "trainer" / "base")
+    for program, make_model in (("trainer", loop.make_model), ("preference", preference.make_model)):
+        (folder / program).mkdir()
+        make_model(False).save_pretrained(folder / program / "base")
+    preference.pairs().to_json(folder / "preference" / "pairs.jsonl")
     _launch(folder, sorted({_reference(case) for case in cases}))
     _launch(folder, cases, "--as-deepspeed", "--zero_stage", "3", "--zero3_save_16bit_model", "true")
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
@@ -73,7 +76,8 @@ def _run(folder: Path, cases: list[str]) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def cover(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("cover")
-    return folder, _run(folder, COVER)
+    also = [f"preference:{case}" for case in TRL_COVER] if find_spec("trl") is not None else []
+    return folder, _run(folder, COVER + also)
 
 
 @pytest.fixture(scope="module")
@@ -85,19 +89,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict
 @pytest.fixture(scope="module")
 def preferences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     pytest.importorskip("trl")
-    folder = tmp_path_factory.mktemp("trl")
-    sys.path.insert(0, str(PROGRAMS))
-    try:
-        import preference
-    finally:
-        sys.path.remove(str(PROGRAMS))
-    (folder / "preference").mkdir()
-    preference.make_model(False).save_pretrained(folder / "preference" / "base")
-    preference.pairs().to_json(folder / "preference" / "pairs.jsonl")
-    cases = [f"preference:{case}" for case in TRL]
-    _launch(folder, sorted({f"preference:ddp-{case.partition('-')[2]}" for case in TRL}))
-    _launch(folder, cases, "--as-deepspeed", "--zero_stage", "3", "--zero3_save_16bit_model", "true")
-    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    return _run(tmp_path_factory.mktemp("trl"), [f"preference:{case}" for case in TRL])
 
 
 def _close(found: list[float], expected: list[float], tolerance: float) -> None:
@@ -154,6 +146,25 @@ def _check_seq2seq(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert found[name] == expected[name], name
 
 
+def _check_preference(results: dict[str, dict[str, Any]], case: str) -> None:
+    found = results[f"preference-{case}"]["log"]
+    expected = results[f"preference-ddp-{case.partition('-')[2]}"]["log"]
+    # Differences of nearly equal log probabilities, such as a reward's margin, are compared by their absolute size; and
+    # RLOO's loss, in which advantages of about one cancel, by theirs.
+    least = {"loss": 1.0} if "rloo" in case else {}
+    for name, tolerance in {
+        "loss": 1e-5,
+        "grad_norm": 1e-4,
+        "kl": 1e-4,
+        "rewards/margins": 1e-4,
+        "reward": 0.0,
+    }.items():
+        for mine, theirs in zip(found, expected, strict=True):
+            if name in theirs:
+                size = max(abs(theirs[name]), least.get(name, 1e-2))
+                assert abs(mine[name] - theirs[name]) <= tolerance * size, (name, mine, theirs)
+
+
 def _check(runs: tuple[Path, dict[str, dict[str, Any]]], case: str) -> None:
     folder, results = runs
     found, expected = results[case.replace(":", "-")], results[_reference(case).replace(":", "-")]
@@ -179,19 +190,13 @@ def test_every_kind_of_program_has_ddps_numbers(full, case):
 @pytest.mark.full
 @pytest.mark.parametrize("case", TRL)
 def test_trls_trainers_have_ddps_numbers(preferences, case):
-    found = preferences[f"preference-{case}"]["log"]
-    expected = preferences[f"preference-ddp-{case.partition('-')[2]}"]["log"]
-    # Differences of nearly equal log probabilities, such as a reward's margin, are compared by their absolute size.
-    for name, tolerance in {
-        "loss": 1e-5,
-        "grad_norm": 1e-4,
-        "kl": 1e-4,
-        "rewards/margins": 1e-4,
-        "reward": 0.0,
-    }.items():
-        for mine, theirs in zip(found, expected, strict=True):
-            if name in theirs:
-                assert abs(mine[name] - theirs[name]) <= tolerance * max(abs(theirs[name]), 1e-2), (name, mine, theirs)
+    _check_preference(preferences, case)
+
+
+@pytest.mark.parametrize("case", TRL_COVER)
+def test_one_of_trls_trainers_has_ddps_numbers(cover, case):
+    pytest.importorskip("trl")
+    _check_preference(cover[1], case)
 
 
 GUIDE = """

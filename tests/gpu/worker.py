@@ -30,7 +30,7 @@ from routes import train_on_routes
 from stress import Delays
 from table import Check, Row, run
 
-from shardwise.initialising import sources_of
+from shardwise.deferred_tensors import sources_of
 from shardwise.loading import building
 from shardwise.offload import host
 from shardwise.zero import build, peers, publishing, shards

@@ -22,7 +22,7 @@ with warnings.catch_warnings():
     from transformers import LlamaConfig, LlamaForCausalLM
 
 from shardwise.checkpoint.stretches import Bytes
-from shardwise.initialising import sources_of
+from shardwise.deferred_tensors import sources_of
 from shardwise.loading import building
 from shardwise.zero.collectives import Ranks
 from shardwise.zero.plan import Plan

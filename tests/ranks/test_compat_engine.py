@@ -172,6 +172,10 @@ def _facts(ranks: Any) -> None:
         pass
     again.backward(loss_of(again, batch))
     again.step()
+    with torch.no_grad():
+        engine.train()(batch)  # the weights are the model's
+    with pytest.raises(PrepareError, match=r"has been destroyed.*trainer\.model_wrapped = trainer\.model"):
+        engine(batch)
 
 
 def test_the_engine_is_its_model_and_is_let_go_for_another(world):
@@ -360,6 +364,77 @@ def test_checkpoints_have_tags_client_state_and_partial_loads(world, stage):
         whole = torch.load(f"{folder}/out/pytorch_model.bin")
         assert whole.keys() == tower().state_dict().keys()
         assert {value.dtype for value in whole.values()} == {torch.float32}
+
+
+def _partly(ranks: Any, folder: str, stage: int) -> None:
+    def fresh(frozen: str = "first", extra: str | None = None) -> tuple[Any, nn.Module]:
+        model = nn.Sequential()
+        model.add_module(frozen, nn.Linear(12, 12))
+        model.add_module("second", nn.Linear(12, 12))
+        if extra is not None:
+            model.add_module(extra, nn.Linear(12, 12))
+        for name, parameter in model.named_parameters():
+            with torch.no_grad():
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+        model.get_submodule(frozen).requires_grad_(False)
+        schedule = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.01, "warmup_num_steps": 4}}
+        optimizer = adamw([p for p in model.parameters() if p.requires_grad])
+        engine, *_ = initialize(model=model, optimizer=optimizer, config=config(stage) | {"scheduler": schedule})
+        return engine, model
+
+    def step(engine: Any) -> None:
+        engine.backward(engine(torch.ones(6, 12)).pow(2).mean())
+        engine.step()
+
+    engine, _ = fresh()
+    for _ in range(3):
+        step(engine)
+    engine.save_checkpoint(folder, client_state={"epoch": 3})
+    kept = weights(engine)
+
+    # Frozen weights of other names: an error that names one, or passed over.
+    engine, model = fresh("front")
+    before = weights(engine)
+    with pytest.raises(CheckpointError, match=r"frozen weight\(s\).*the first is f"):
+        engine.load_checkpoint(folder)
+    assert all(torch.equal(before[name], value) for name, value in weights(engine).items())
+    engine.load_checkpoint(folder, load_module_strict=False)
+    found = weights(engine)
+    assert torch.equal(found["second.weight"], kept["second.weight"])
+    assert torch.equal(found["front.weight"], before["front.weight"])
+    assert safe_get_full_optimizer_state(model.second.weight, "exp_avg").abs().sum() > 0
+    step(engine)
+
+    # A trained weight that only this model has: its optimizer has another group, so its states are not for it.
+    engine, model = fresh("front", "third")
+    before = weights(engine)
+    with pytest.raises(CheckpointError, match="parameter groups"):
+        engine.load_checkpoint(folder, load_module_strict=False)
+    _, client = engine.load_checkpoint(folder, load_module_strict=False, load_optimizer_states=False)
+    assert client == {"epoch": 3}
+    found = weights(engine)
+    assert torch.equal(found["second.weight"], kept["second.weight"])
+    assert torch.equal(found["third.weight"], before["third.weight"])
+    assert (engine.global_steps, engine.lr_scheduler.last_batch_iteration) == (3, 2)
+    assert safe_get_full_optimizer_state(model.second.weight, "exp_avg") is None
+    step(engine)
+
+    # The weights alone.
+    engine, model = fresh()
+    step(engine)
+    states = safe_get_full_optimizer_state(model.second.weight, "exp_avg")
+    engine.load_checkpoint(folder, load_module_only=True)
+    assert all(torch.equal(kept[name], value) for name, value in weights(engine).items())
+    assert (engine.global_steps, engine.micro_steps, engine.lr_scheduler.last_batch_iteration) == (1, 1, 0)
+    assert torch.equal(safe_get_full_optimizer_state(model.second.weight, "exp_avg"), states)
+    assert torch.equal(safe_get_full_fp32_param(model.second.weight), kept["second.weight"])
+    step(engine)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_checkpoint_is_loaded_in_part(world, stage):
+    with tempfile.TemporaryDirectory() as folder:
+        world(2).run(_partly, folder, stage)
 
 
 def _whole(ranks: Any, stage: int) -> None:

@@ -15,9 +15,9 @@ from torch import nn
 
 from rig.engine import PLANS, prepare, shard, trained, weights_of
 from rig.tiny import batches, share, tiny_llama, with_lora
-from shardwise import initialising, recording
+from shardwise import initialising, recorded_source
+from shardwise.deferred_tensors import sources_of
 from shardwise.errors import LoadingError, RankError
-from shardwise.initialising import sources_of
 from shardwise.loading import building
 
 
@@ -322,7 +322,7 @@ class Loading(nn.Module):
 
 def _loading(ranks, kind, path):
     # Everything is larger than a fact in the case of memory, so that it is sent.
-    recording._FACT_NBYTES = 100 if kind == "in memory" else 1 << 16
+    recorded_source._FACT_NBYTES = 100 if kind == "in memory" else 1 << 16
     expected = Loading(kind, path)
     initialising.SMALL_NUMEL = 1
     with building():

@@ -238,15 +238,33 @@ def test_a_model_that_only_some_ranks_built_inside_is_an_error_on_every_rank(wor
 
 def _changed_outside(ranks):
     accelerator = fresh()
+    torch.manual_seed(3)
     with accelerator.init():
         model = tiny_llama()
     model.to(torch.bfloat16)
+    torch.manual_seed(3)
+    expected = tiny_llama().to(torch.bfloat16)
+    model = accelerator.prepare(model)
+    with gathered(model):
+        assert model.lm_head.weight.dtype == torch.bfloat16
+        assert torch.equal(model.lm_head.weight, expected.lm_head.weight)
+
+
+def test_a_change_outside_of_the_block_is_made_at_prepare(world):
+    world(2).run(_changed_outside)
+
+
+def _made_on_meta(ranks):
+    accelerator = fresh()
+    with accelerator.init():
+        model = tiny_llama()
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(61, 32, device=model.lm_head.weight.device))
     with pytest.raises(PrepareError, match=r"is on the meta device and has no values.*accelerator\.init"):
         accelerator.prepare(model)
 
 
-def test_a_change_outside_of_the_block_is_a_clear_error(world):
-    world(2).run(_changed_outside)
+def test_a_weight_that_is_made_on_the_meta_device_is_a_clear_error(world):
+    world(2).run(_made_on_meta)
 
 
 def _no_effect(ranks, words):

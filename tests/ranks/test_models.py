@@ -14,7 +14,7 @@ from rig.engine import prepare, trained, weights_of
 from rig.tiny import share, step_alone
 from rig.zoo import ZOO, batches_of, class_of, config_of, with_all_linear_lora
 from shardwise import initialising
-from shardwise.initialising import sources_of
+from shardwise.deferred_tensors import sources_of
 from shardwise.integrations import connect
 from shardwise.loading import building
 

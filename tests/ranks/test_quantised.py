@@ -266,7 +266,7 @@ def _built_in_shards(ranks, folder, bits):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from shardwise import initialising
-    from shardwise.initialising import sources_of
+    from shardwise.deferred_tensors import sources_of
     from shardwise.loading import building
 
     initialising.SMALL_NUMEL = 1

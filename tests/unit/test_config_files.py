@@ -270,6 +270,29 @@ def test_files_for_something_else_are_told_what_does_it_here(tmp_path: Path) -> 
     assert any("downcast_bf16: has no effect" in note for note in found.notes)
 
 
+def test_what_a_file_says_of_others_beside_one_process_has_no_effect(tmp_path: Path) -> None:
+    text = "distributed_type: 'NO'\nnum_processes: 8\nfsdp_config:\n  fsdp_sharding_strategy: 1\ntpu_name: a\ntpu_env: []\n"
+    path = save(tmp_path / "single_gpu.yaml", text)
+    found = resolve({}, path)
+    assert found.config.distributed_type == "NO"
+    assert found.config.num_processes == 1
+    for name in ("num_processes: 8", "fsdp_config", "tpu_name"):
+        assert any(note.startswith(f"{name}") and "has no effect beside" in note for note in found.notes), name
+    assert not any("tpu_env" in note for note in found.notes)
+    assert resolve({"num_processes": "4"}, path).config.num_processes == 4  # a flag is meant
+    with pytest.raises(ConfigError, match="fsdp_config"):
+        resolve({}, save(tmp_path / "several.yaml", text.replace("'NO'", "MULTI_GPU")))
+
+
+def test_an_error_of_a_file_names_its_place_once(tmp_path: Path) -> None:
+    for text in ("debug: false\ndebug: true\n", "- a\n", ""):
+        path = save(tmp_path / "once.yaml", text)
+        with pytest.raises(ConfigError) as caught:
+            read_yaml(path)
+        assert str(caught.value).count(str(path)) == 1
+        assert "is not YAML" not in str(caught.value)
+
+
 def test_under_deepspeeds_name_its_sections_are_the_scripts(tmp_path: Path) -> None:
     content = {"optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR"}, "shardwise": {"fast_lora": True}}
     path = save(tmp_path / "ds.json", json.dumps({**content, "zero_optimization": {"stage": 2}}))

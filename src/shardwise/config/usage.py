@@ -6,6 +6,7 @@ there, with the reason; nothing here changes anything by itself.
     zero3_init_flag       on at stage 3 where nobody says it, in a run that a file describes
     offload_param_device  nothing below stage 3, where DeepSpeed does not look at it
     loss scale            DeepSpeed's window of 1000 steps in a run of fp16 that its file describes
+    one process           what a file says of other ways of running beside distributed_type NO, which accelerate passes over
     FSDP                  which settings would do what the file's fsdp_config does
 """
 
@@ -59,6 +60,33 @@ def without_effect(get: Get, flags: Mapping[str, Any]) -> list[tuple[Put, str]]:
     if word(get(("downcast_bf16",))) in ("true", "yes", "1"):
         put = (("downcast_bf16",), "no", "because there is no TPU")
         found.append((put, "downcast_bf16: has no effect; it is for TPUs."))
+    if "distributed_type" not in flags and word(get(("distributed_type",))) in ("no", "false"):
+        found += _beside_one_process(get, flags)
+    return found
+
+
+# Sections that accelerate reads under the distributed_type of the same name alone.
+_OF_OTHER_TYPES = (
+    "fsdp_config", "megatron_lm_config", "tpu_name", "tpu_zone", "tpu_use_cluster", "tpu_use_sudo", "tpu_vm", "tpu_env",
+    "commands", "command_file",
+)  # fmt: skip
+
+
+def _beside_one_process(get: Get, flags: Mapping[str, Any]) -> list[tuple[Put, str]]:
+    because = "because distributed_type is NO"
+    found: list[tuple[Put, str]] = []
+    processes = word(str(get(("num_processes",))))
+    if "num_processes" not in flags and processes.isdigit() and len(processes) < 9 and int(processes) > 1:
+        note = (
+            f"num_processes: {processes} has no effect beside distributed_type NO, which is one process; take MULTI_GPU or "
+            "MULTI_CPU for more."
+        )
+        found.append(((("num_processes",), 1, because), note))
+    for name in _OF_OTHER_TYPES:
+        value = get((name,))
+        if value and word(value) not in ("false", "no", "off", "0", "none"):
+            note = f"{name}: has no effect beside distributed_type NO, which is one process of its own."
+            found.append((((name,), None, because), note))
     return found
 
 

@@ -61,6 +61,8 @@ def parse_yaml(text: str, path: str) -> SettingsFile:
         if twice:
             raise ConfigError("\n".join(twice))
         values = loader.construct_document(node)
+    except ConfigError:  # which is a ValueError
+        raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{path}:{mark.line + 1}" if mark else path

@@ -51,6 +51,19 @@ def is_plain(value: Any) -> bool:
     return isinstance(value, (bool, int, float, complex, str, type(None)))
 
 
+def plain(value: Any) -> Any:
+    """As JSON says it, so that ranks can tell each other; of what is no number, text or container of them only the class."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else f"a tensor of {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return type(value).__name__
+
+
 def is_same(one: Any, other: Any) -> bool:
     """Equal, or as near as numbers that were computed in another order are."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):

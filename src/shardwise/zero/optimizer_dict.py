@@ -21,13 +21,13 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ..errors import OptimizerError
+from .comparing import plain
 from .groups import Groups
 from .optimizer_state import (
     MACHINE,
     Key,
     OptimizerState,
     WholeState,
-    comparable,
     digest,
     has_stepped,
     in_little_memory,
@@ -49,8 +49,7 @@ class _Loaded:
 
     def digest(self) -> int:
         settings = [
-            sorted((name, comparable(value)) for name, value in group.items() if name != "params")
-            for group in self.groups
+            sorted((name, plain(value)) for name, value in group.items() if name != "params") for group in self.groups
         ]
         return digest(self.states, settings)
 

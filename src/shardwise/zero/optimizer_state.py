@@ -21,6 +21,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ..errors import OptimizerError
+from .comparing import plain
 from .exchange import exchange
 from .groups import Groups
 from .intervals import Interval, Rest
@@ -391,19 +392,10 @@ def split_states(
 def digest(states: Mapping[Key, WholeState], *more: Any) -> int:
     """A sum over step counts, kinds of states and `more`: ranks that were given the same have the same; 0 of nothing."""
     kinds = [
-        (key, sorted((name, comparable(value)) for name, value in parts.numbers.items()), sorted(parts.elementwise))
+        (key, sorted((name, plain(value)) for name, value in parts.numbers.items()), sorted(parts.elementwise))
         for key, parts in states.items()
     ]
     return zlib.crc32(repr((kinds, more)).encode()) if states or more else 0
-
-
-def comparable(value: Any) -> Any:
-    """A number or a text as it is, anything else by its type."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return value.item()
-    if isinstance(value, (list, tuple)):
-        return tuple(map(comparable, value))
-    return value if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__
 
 
 def _is_like(value: Any, shape: tuple[int, ...]) -> bool:

@@ -126,7 +126,7 @@ class ShardedModel:
             return find_units(model, units, unit_nbytes=UNIT_NBYTES if ranks.device.type == "cuda" else 0)
 
         specs = ranks.together(divided)
-        self._agree_on_shapes(specs)
+        self._agree_on_shapes(specs, own_sources)
         if own_sources:
             parameters = list({id(p): p for spec in specs for p in spec.parameters.values()}.values())
             makers = choose_makers(parameters, own_sources, self._quantised, ranks)
@@ -186,9 +186,10 @@ class ShardedModel:
 
     # Construction.
 
-    def _agree_on_shapes(self, specs: Sequence[UnitSpec]) -> None:
+    def _agree_on_shapes(self, specs: Sequence[UnitSpec], sources: Sources) -> None:
+        histories = {key: source.history() for key, source in sources.items()}
         mine = [
-            (n, tuple(p.shape), str(p.dtype), p.requires_grad, p.is_meta)
+            (n, tuple(p.shape), str(p.dtype), p.requires_grad, p.is_meta, histories.get(id(p)))
             for s in specs
             for n, p in s.parameters.items()
         ]
@@ -198,7 +199,8 @@ class ShardedModel:
             differing = next((m[0] for m, t in zip(mine, theirs, strict=False) if m != t), "the number of parameters")
             error = PrepareError(
                 f"the model of rank {self.ranks.rank} differs from rank 0's at {differing}: name, shape, dtype, "
-                "requires_grad, or having memory. Build the same model in the same way on every rank."
+                "requires_grad, having memory, or what was done to it before it had. Build the same model in the same way "
+                "on every rank, and write the same into it."
             )
         self.ranks.agree(error)
 

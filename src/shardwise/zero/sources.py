@@ -52,6 +52,10 @@ class Source(Protocol):
         """What the values depend on besides files: states of random generators, constants. Small; in a fixed order."""
         ...
 
+    def history(self) -> int:
+        """A number for what the values are made by: where it differs, the ranks' intervals do not belong together."""
+        ...
+
     def adopt(self, facts: Sequence[Tensor]) -> None:
         """Take another rank's facts for one's own."""
         ...

@@ -105,19 +105,46 @@ def reward(case: str, out: str, large: bool, peft: Any) -> Any:
     return RewardTrainer(model=model, args=made, train_dataset=rows, processing_class=tokenizer(), peft_config=peft)
 
 
-def grpo(case: str, out: str, large: bool, peft: Any) -> Any:
-    from trl import GRPOConfig, GRPOTrainer
+def kto(case: str, out: str, large: bool, peft: Any) -> Any:
+    from trl import KTOConfig, KTOTrainer
+
+    rows = Dataset.from_list(
+        [{"prompt": text(n, 5), "completion": " " + text(n + 100, 6), "label": n % 3 > 0} for n in range(48)]
+    )
+    made = arguments(KTOConfig, case, out, max_length=32, train_sampling_strategy="sequential")
+    reference = None if peft is not None else make_model(large)
+    return KTOTrainer(
+        model=make_model(large), ref_model=reference, args=made, train_dataset=rows, processing_class=tokenizer(),
+        peft_config=peft,
+    )  # fmt: skip
+
+
+def _online(trainer: type, config: type, case: str, out: str, peft: Any, **more: Any) -> Any:
+    """A trainer that generates what it learns from, and rewards many different words."""
 
     def length(completions: list[str], **kwargs: Any) -> list[float]:
         return [float(len(set(completion.split()))) for completion in completions]
 
     rows = Dataset.from_list([{"prompt": text(number, 5)} for number in range(48)])
-    made = arguments(GRPOConfig, case, out, max_completion_length=8, num_generations=4, beta=0.1)
+    made = arguments(config, case, out, max_completion_length=8, num_generations=4, beta=0.1, **more)
     base = f"{Path(out).parent}/base"  # the reference model comes from where the model does
-    return GRPOTrainer(
+    return trainer(
         model=base, reward_funcs=length, args=made, train_dataset=rows, processing_class=tokenizer(),
         peft_config=peft,
     )  # fmt: skip
+
+
+def grpo(case: str, out: str, large: bool, peft: Any) -> Any:
+    from trl import GRPOConfig, GRPOTrainer
+
+    return _online(GRPOTrainer, GRPOConfig, case, out, peft)
+
+
+def rloo(case: str, out: str, large: bool, peft: Any) -> Any:
+    from trl import RLOOConfig, RLOOTrainer
+
+    # In the first iteration over what was generated the loss is a sum that cancels.
+    return _online(RLOOTrainer, RLOOConfig, case, out, peft, num_iterations=2)
 
 
 def train(name: str, folder: str) -> dict[str, Any]:
@@ -127,7 +154,7 @@ def train(name: str, folder: str) -> dict[str, Any]:
         peft = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
         if kind == "reward":
             peft.task_type = "SEQ_CLS"
-    makers = {"sft": sft, "dpo": dpo, "dpopre": dpopre, "reward": reward, "grpo": grpo}
+    makers = {"sft": sft, "dpo": dpo, "dpopre": dpopre, "reward": reward, "kto": kto, "grpo": grpo, "rloo": rloo}
     trainer = makers[kind](case, f"{folder}/{name}", "large" in more, peft)
     trainer.train()
     found = {"log": [row for row in trainer.state.log_history if "loss" in row]}

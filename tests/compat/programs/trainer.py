@@ -90,6 +90,8 @@ def make_model(kind: str, folder: str) -> Any:
         model: Any = LlamaForCausalLM.from_pretrained(Path(folder) / "base")
         set_seed(8)
         model.resize_token_embeddings(70, mean_resizing=False)
+        torch.nn.init.normal_(model.model.layers[1].mlp.up_proj.weight, std=0.02)
+        model.lm_head.weight.data[3:5] *= 2 - model.model.layers[0].mlp.up_proj.weight.mean().item()
         return model
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
     if kind == "lora":

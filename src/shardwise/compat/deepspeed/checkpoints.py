@@ -101,9 +101,13 @@ def _run_of(engine: DeepSpeedEngine, *, optimizer: bool = True, scheduler: bool 
 
 
 def load(
-    engine: DeepSpeedEngine, load_dir: str, tag: str | None, *, strict: bool, optimizer: bool, scheduler: bool
+    engine: DeepSpeedEngine, load_dir: str, tag: str | None, strict: bool, beside: tuple[bool, bool, bool]
 ) -> tuple[str | None, dict[str, Any] | None]:
-    """See `DeepSpeedEngine.load_checkpoint`. Raises CheckpointError with the same words on every rank."""
+    """See `DeepSpeedEngine.load_checkpoint`. Raises CheckpointError with the same words on every rank.
+
+    beside: whether the optimizer's states, the schedule's and the engine's counters come beside the weights.
+    """
+    optimizer, scheduler, counts = beside
     ranks = engine.prepared.sharded.ranks
     path = on_first(ranks, lambda: find(load_dir, tag))
     if path is None:
@@ -115,9 +119,10 @@ def load(
         return None, None
     run = _run_of(engine, optimizer=optimizer, scheduler=scheduler)
     _, counters = load_run(run, path, strict=strict, generators=False)
-    engine.global_steps = int(counters["step"])
-    engine.micro_steps = int(counters.get("micro_steps", 0))
-    engine.skipped_steps = int(counters.get("skipped_steps", 0))
+    if counts:
+        engine.global_steps = int(counters["step"])
+        engine.micro_steps = int(counters.get("micro_steps", 0))
+        engine.skipped_steps = int(counters.get("skipped_steps", 0))
     engine.loaded_checkpoint_tag = path.name
     return str(path), dict(counters.get("client") or {})
 

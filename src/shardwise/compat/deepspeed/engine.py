@@ -43,6 +43,13 @@ def former_engine(model: nn.Module) -> DeepSpeedEngine | None:
     return None
 
 
+_DESTROYED = (
+    "this DeepSpeed engine has been destroyed and cannot train. Call deepspeed.initialize again. If this is Trainer.train() "
+    "after an evaluate(), predict() or train() of the same Trainer: Trainer has kept the engine that accelerate destroyed, as "
+    "it does with DeepSpeed. Set trainer.model_wrapped = trainer.model before train(), or make a new Trainer."
+)
+
+
 class DeepSpeedEngine(nn.Module):
     """See above. Made by `initialize`.
 
@@ -95,10 +102,12 @@ class DeepSpeedEngine(nn.Module):
     def prepared(self) -> PreparedModel:
         """The model in shardwise. Raises PrepareError after `destroy`."""
         if self._prepared is None:
-            raise PrepareError("this DeepSpeed engine has been destroyed. Call deepspeed.initialize again.")
+            raise PrepareError(_DESTROYED)
         return self._prepared
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._prepared is None and self.training and torch.is_grad_enabled():
+            raise PrepareError(_DESTROYED)
         return self.module(*args, **kwargs)
 
     def backward(
@@ -337,16 +346,13 @@ class DeepSpeedEngine(nn.Module):
         load_module_only: bool = False,
         custom_load_fn: Callable[..., Any] | None = None,
     ) -> tuple[str | None, dict[str, Any] | None]:
-        """(the path that was loaded, the client's state); (None, None) where there is none. Collective."""
+        """(the path that was loaded, the client's state); (None, None) where there is none. Collective.
+
+        load_module_strict: False passes over weights that only one of the two has. load_module_only: nothing but the weights.
+        """
         from .checkpoints import load
 
         if custom_load_fn is not None:
             raise NotImplementedError("load_checkpoint: custom_load_fn is not taken; checkpoints are shardwise's own.")
-        return load(
-            self,
-            load_dir,
-            tag,
-            strict=load_module_strict,
-            optimizer=load_optimizer_states and not load_module_only,
-            scheduler=load_lr_scheduler_states and not load_module_only,
-        )
+        wanted = (load_optimizer_states, load_lr_scheduler_states, True)
+        return load(self, load_dir, tag, load_module_strict, (False,) * 3 if load_module_only else wanted)

@@ -1,0 +1,76 @@
+"""The values of one recorded tensor, as the engine asks for them (`zero.sources.Source`).
+
+The ranks replay their records apart, so these must tell the same: `history` is what they compare. A script that has written
+on one rank alone, or another number on each, is told so, in place of a weight whose shards do not belong together.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from .recording import Constant, Entry, Ref, constants_of, read, read_in_stretches, records_of
+from .zero.sources import MadeBy
+
+# Of a constant: what is larger is not told to every rank, but stays where it is. A generator's state has 5,056.
+_FACT_NBYTES = 1 << 16
+
+
+class RecordedSource:
+    """The values of one recorded tensor.
+
+    Each rank makes its own interval of what can be read in stretches, and of what is only drawn. What remains was made of
+    whole tensors of files, by a transposition for example, or of a large tensor that had memory in the block: rank 0's.
+    """
+
+    def __init__(self, ref: Ref) -> None:
+        self.ref = ref
+        self.made_by: MadeBy = "each rank"
+        if any(constant.value.nbytes > _FACT_NBYTES for constant in constants_of(ref.record)):
+            self.made_by = "rank 0"
+        elif any(record.origin is not None for record in records_of(ref.record)) and not read_in_stretches(ref):
+            self.made_by = "one rank"
+
+    def read(self, begin: int, end: int) -> Tensor:
+        return read(self.ref, begin, end)
+
+    def facts(self) -> list[Tensor]:
+        # On the CPU: they are sent to processes with other devices.
+        return [constant.value.cpu() for constant in self._told()]
+
+    def adopt(self, facts: Sequence[Tensor]) -> None:
+        for constant, value in zip(self._told(), facts, strict=True):
+            constant.value = value.to(constant.value.device)
+
+    def _told(self) -> list[Constant]:
+        return [] if self.made_by == "rank 0" else constants_of(self.ref.record)
+
+    def history(self) -> int:
+        """A number that is the same where the same was done in the same order; the values of constants are not in it."""
+        found = [(self.ref.upto, *_view(self.ref))]
+        for record in records_of(self.ref.record):
+            upto = self.ref.upto if record is self.ref.record else len(record.entries)
+            found.append((record.nbytes, record.origin is not None, [_facts(entry) for entry in record.entries[:upto]]))
+        return zlib.crc32(repr(found).encode())
+
+
+def _facts(entry: Entry) -> tuple[Any, ...]:
+    """What was done, without objects that have another name in each process."""
+    name = str(entry.op) if hasattr(entry.op, "_schema") else entry.op.__qualname__
+    return name, [_fact(item) for item in tree_leaves((entry.args, entry.kwargs))], entry.seeded
+
+
+def _fact(item: Any) -> Any:
+    if isinstance(item, Ref):
+        return item.upto, *_view(item)
+    if isinstance(item, Constant):
+        return tuple(item.value.shape), str(item.value.dtype)
+    return item if isinstance(item, (bool, int, float, complex, str)) else type(item).__name__
+
+
+def _view(ref: Ref) -> tuple[Any, ...]:
+    return str(ref.dtype), ref.size, ref.stride, ref.offset
