@@ -7,12 +7,15 @@ The first argument is the directory `tests` of the checkout, the others are file
 passed, failed and skipped, then what the failures said. docs/design/deepspeed_conformance.md has the table.
 
 Their tests start processes through multiprocessing's fork server, and each of those must find shardwise as `deepspeed`: a
-`sitecustomize` in PYTHONPATH calls `stand_in` below. This file is also a plugin of that pytest. What it changes is around the tests:
+`sitecustomize` in PYTHONPATH calls `stand_in` below. This file is also a plugin of that pytest. It changes what is
+around the tests:
 
   - A module or name that shardwise does not answer is made up where a file imports it at its top, and is refused where it is
     used: else one private name at the top would hide every test of the file.
-  - deepspeed.git_version_info says a torch and a CUDA that know bf16. The check for bf16 asks it, and knows no CPUs.
-  - The accelerator counts as many devices as a test asks for.
+  - deepspeed.git_version_info says a torch and a CUDA that know bf16: the check for bf16 asks it, and knows no CPUs. `VALUES`
+    has the few other names that only say how large, or how new, something is; hjson is json where it is not installed.
+  - The accelerator counts as many devices as a test asks for, and DDP takes the device_ids that it takes on GPUs. gloo
+    gathers a scalar, as NCCL does.
   - A test's processes are new ones, and end with it: when one fails, and when they hang, each with its stack in the log.
 """
 
@@ -21,7 +24,9 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import importlib.machinery
+import importlib.util
 import inspect
+import json
 import os
 import re
 import signal
@@ -29,12 +34,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 NAME = "shardwise_conformance"
 _LIMIT_S = "SHARDWISE_CONFORMANCE_LIMIT_S"
@@ -46,7 +51,19 @@ sys.modules["{NAME}"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 module.stand_in()
 """
-_TORCH_INFO = {"version": "2.9", "cuda_version": "12.0", "nccl_version": "2.20", "hip_version": "0.0", "bf16_support": True}
+VALUES: dict[str, dict[str, Any]] = {
+    "deepspeed.git_version_info": {
+        "torch_info": {
+            "version": "2.9",
+            "cuda_version": "12.0",
+            "nccl_version": "2.20",
+            "hip_version": "0.0",
+            "bf16_support": True,
+        }
+    },
+    "deepspeed.runtime.swap_tensor": {"MIN_SWAPPABLE_BYTES": 1 << 20},
+    "deepspeed.utils.torch": {"required_torch_version": lambda min_version=None, max_version=None: max_version is None},
+}
 
 
 # In the processes of the tests.
@@ -71,12 +88,26 @@ def stand_in() -> None:
 
     finder.Face.__getattr__ = answer  # type: ignore[method-assign]
     sys.meta_path.insert(0, _MadeUpModules())  # type: ignore[arg-type]
-    # Imported once, by the fork server, for every process that it starts. torch imports its compiler at an optimizer's first use.
+    # Imported once, by the fork server, for all that it starts. torch imports its compiler at an optimizer's first use.
     import torch._dynamo
 
     from shardwise.compat.deepspeed import accelerator, entry  # noqa: F401
 
     accelerator.Accelerator.device_count = lambda self: 64  # type: ignore[method-assign]
+    gathers = torch.distributed.all_gather_into_tensor
+
+    def all_gather_into_tensor(output: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        return gathers(output, value.reshape(-1) if value.dim() == 0 else value, *args, **kwargs)
+
+    torch.distributed.all_gather_into_tensor = all_gather_into_tensor
+    made = torch.nn.parallel.DistributedDataParallel.__init__
+
+    def without_devices(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **{**kwargs, "device_ids": None, "output_device": None})
+
+    torch.nn.parallel.DistributedDataParallel.__init__ = without_devices  # type: ignore[method-assign]
+    if importlib.util.find_spec("hjson") is None:
+        sys.modules["hjson"] = json
 
 
 def _at_import(frame: Any) -> bool:
@@ -132,8 +163,7 @@ class _MadeUpModules:
         return _MadeUpModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        if module.__name__ == "deepspeed.git_version_info":
-            vars(module).update(torch_info=_TORCH_INFO)
+        vars(module).update(VALUES.get(module.__name__, {}))
 
 
 class _MadeUpModule(ModuleType):
@@ -162,7 +192,9 @@ def _launch(test: Any, num_procs: int, init_method: str) -> None:
     pool = mp.Pool(num_procs)
     try:
         port = sys.modules["unit.common"].get_master_port()
-        waited = [pool.apply_async(ranked, (test, limit_s, rank, num_procs, port, init_method)) for rank in range(num_procs)]
+        waited = [
+            pool.apply_async(ranked, (test, limit_s, rank, num_procs, port, init_method)) for rank in range(num_procs)
+        ]
         failed_at: float | None = None
         while not all(result.ready() for result in waited):
             now = time.monotonic()
@@ -186,6 +218,11 @@ def ranked(test: Any, limit_s: float, *args: Any) -> Any:
     faulthandler.dump_traceback_later(max(limit_s - 3, 1), exit=False)
     try:
         return test._dist_run(*args)
+    except BaseException as error:
+        if isinstance(error, Exception):
+            raise
+        # Of pytest: a worker of a pool would end by it, and nobody would hear of it.
+        raise AssertionError(str(error)) from error
     finally:
         faulthandler.cancel_dump_traceback_later()
 
@@ -202,6 +239,7 @@ def main() -> None:
     parser.add_argument("--file-limit", type=float, default=1200, help="seconds for one file")
     parser.add_argument("--log", type=Path, help="a directory for what pytest prints")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started ends with this
     with tempfile.TemporaryDirectory() as scratch:
         site = Path(scratch) / "site"
         site.mkdir()
@@ -217,9 +255,29 @@ def _run(given: argparse.Namespace, file: str, scratch: Path, site: Path) -> lis
     log = (given.log or scratch).resolve() / f"{re.sub('[^a-z0-9_]+', '.', file.removesuffix('.py'))}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     environ = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", DS_DISABLE_REUSE_DIST_ENV="1")
-    environ |= {_LIMIT_S: str(given.limit), "PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "pytest", "-p", NAME, "-p", "no:cacheprovider", "-s", "-c", "pytest.ini", "--tb=short"]
-    command += [f"--junitxml={report}", f"--basetemp={scratch / 'pytest'}", f"unit/{file}", *(["-k", given.k] if given.k else [])]
+    environ |= {
+        _LIMIT_S: str(given.limit),
+        "PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        NAME,
+        "-p",
+        "no:cacheprovider",
+        "-s",
+        "-c",
+        "pytest.ini",
+        "--tb=short",
+    ]
+    command += [
+        f"--junitxml={report}",
+        f"--basetemp={scratch / 'pytest'}",
+        f"unit/{file}",
+        *(["-k", given.k] if given.k else []),
+    ]
     with log.open("w") as out:
         process = subprocess.Popen(
             command, cwd=given.tests, env=environ, stdout=out, stderr=subprocess.STDOUT, start_new_session=True

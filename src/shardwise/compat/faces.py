@@ -88,7 +88,15 @@ MODULES: dict[str, dict[str, str]] = {
     "deepspeed.comm.comm": _COMM,
     "deepspeed.launcher": {},
     "deepspeed.launcher.runner": {"DEEPSPEED_ENVIRONMENT_NAME": ".entry:ENVIRONMENT_NAME"},
-    "deepspeed.ops": {"__compatible_ops__": ".optimizers:COMPATIBLE_OPS"},
+    "deepspeed.ops": {"__compatible_ops__": ".ops:COMPATIBLE_OPS"},
+    "deepspeed.ops.aio": {"AsyncIOBuilder": ".ops:AsyncIOBuilder"},
+    "deepspeed.ops.op_builder": {
+        name: f".ops:{name}"
+        for name in (
+            *("AsyncIOBuilder", "CPUAdamBuilder", "CPUAdagradBuilder", "CPULionBuilder", "FusedAdamBuilder"),
+            *("FusedLionBuilder", "OpBuilder"),
+        )
+    },
     "deepspeed.ops.adam": {
         "DeepSpeedCPUAdam": ".optimizers:DeepSpeedCPUAdam",
         "FusedAdam": ".optimizers:FusedAdam",
@@ -99,6 +107,7 @@ MODULES: dict[str, dict[str, str]] = {
         "FusedLion": ".optimizers:FusedLion",
     },
     "deepspeed.runtime": {},
+    "deepspeed.runtime.base_optimizer": {"ZeROOptimizer": ".optimizer:ZeroOptimizer"},
     "deepspeed.runtime.config": {"DeepSpeedConfig": ".settings:DeepSpeedConfig"},
     "deepspeed.runtime.dataloader": {"RepeatingLoader": ".loaders:RepeatingLoader"},
     "deepspeed.runtime.engine": _ENGINE,
@@ -108,6 +117,7 @@ MODULES: dict[str, dict[str, str]] = {
         "see_memory_usage": ".logs:see_memory_usage",
     },
     "deepspeed.runtime.zero": _ZERO,
+    "deepspeed.runtime.zero.offload_config": {"OffloadDeviceEnum": ".settings:OffloadDeviceEnum"},
     "deepspeed.runtime.zero.partition_parameters": {
         **_ZERO,
         "zero_wrapper_for_fp_tensor_constructor": ".building:zero_wrapper_for_fp_tensor_constructor",

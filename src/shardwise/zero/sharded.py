@@ -264,6 +264,18 @@ class ShardedModel:
         last = len(self.units)
         return sorted(units, key=lambda unit: place.get(self.schedule.index[id(unit)], last))
 
+    @property
+    def gradient_share(self) -> float:
+        """What the gradients of the coming backwards are multiplied by. To be set between two passes; 1 in the beginning.
+
+        For a script that writes `loss.backward()` for each of n micro-batches, and wants their mean: 1/n.
+        """
+        return self._engine.share.value
+
+    @gradient_share.setter
+    def gradient_share(self, value: float) -> None:
+        self._engine.share.value = value
+
     def drop_gradients(self) -> None:
         """Forget every gradient since the last step, reduced or not."""
         for gradients in self.gradients():

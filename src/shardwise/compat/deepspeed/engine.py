@@ -99,7 +99,15 @@ class DeepSpeedEngine(nn.Module):
         return self._prepared
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
+        self._announce()
+        outputs = self.module(*args, **kwargs)
+        if self.optimizer is not None:
+            self.optimizer.backwards.watch(outputs)
+        return outputs
+
+    def _announce(self) -> None:
+        """Tell the model whether the coming backward ends a step."""
+        self.prepared.sharded.sync_gradients = self.is_gradient_accumulation_boundary() and not self._quiet
 
     def backward(
         self,
@@ -118,9 +126,10 @@ class DeepSpeedEngine(nn.Module):
         if self.optimizer is None:
             raise PrepareError("engine.backward: this engine has no optimizer: it was made to evaluate.")
         share = loss / self.settings.steps if scale_wrt_gas and self.settings.steps > 1 else loss
-        self.prepared.sharded.sync_gradients = self.is_gradient_accumulation_boundary() and not self._quiet
+        self._announce()
         try:
-            self.optimizer.backward(share, retain_graph=retain_graph)
+            with self.optimizer.backwards.divided_already():
+                self.optimizer.backward(share, retain_graph=retain_graph)
         except RuntimeError as error:
             told = explain(error)
             if told is None:
@@ -132,9 +141,9 @@ class DeepSpeedEngine(nn.Module):
         """The loss times the loss scale, for a script that calls `loss.backward()` itself."""
         if self.optimizer is None:
             raise PrepareError("engine.scale: this engine has no optimizer: it was made to evaluate.")
-        self.prepared.sharded.sync_gradients = self.is_gradient_accumulation_boundary() and not self._quiet
+        self._announce()
         self.optimizer.stepper.note_loss(loss)
-        return self.optimizer.scaler.scale(loss)
+        return self.optimizer.backwards.scaled(self.optimizer.scaler.scale(loss))
 
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
         """At a boundary a step; before it a count of the micro-batch. Collective.
@@ -168,6 +177,7 @@ class DeepSpeedEngine(nn.Module):
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """From now on, whether micro-batches end a step, in place of counting them."""
         self._boundary = is_boundary
+        self._announce()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -180,15 +190,17 @@ class DeepSpeedEngine(nn.Module):
         if self._quiet:
             raise ConfigError("no_sync: it cannot be entered again inside of itself.")
         self._quiet += 1
+        self._announce()
         try:
             yield
         finally:
             self._quiet -= 1
+            self._announce()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
+        """Forget the gradients, also of the micro-batches that are still to be stepped."""
         if self.optimizer is not None and self._prepared is not None:
-            self.optimizer.stepper.zero_grad(set_to_none)
+            self.optimizer.zero_grad(set_to_none)
 
     def get_global_grad_norm(self) -> Tensor | None:
         """The gradients' global norm at the last step, before it clipped them, a scalar; None before the first."""

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ...zero.optimizer import ShardedOptimizer
 from ...zero.precision import LossScaler
+from .backwards import Backwards
 
 
 class OffloadedModule:
@@ -41,14 +42,17 @@ class ParameterOffload:
 class ZeroOptimizer(Optimizer):
     """A view of `optimizer`: its groups are the live ones, and what is unknown here is asked of it.
 
-    optimizer: the torch optimizer, which `stepper` drives. engine_step: what `step()` does: the engine's.
+    optimizer: the torch optimizer, which `stepper` drives. backwards: what those of its losses count.
     """
 
-    def __init__(self, optimizer: Optimizer, stepper: ShardedOptimizer, scaler: LossScaler) -> None:
+    def __init__(
+        self, optimizer: Optimizer, stepper: ShardedOptimizer, scaler: LossScaler, backwards: Backwards
+    ) -> None:
         # Not torch's constructor: the groups are those of `optimizer`.
         self.optimizer = optimizer
         self.stepper = stepper
         self.scaler = scaler
+        self.backwards = backwards
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -92,6 +96,10 @@ class ZeroOptimizer(Optimizer):
     def dynamic_loss_scale(self) -> bool:
         return self.scaler.enabled and self.scaler.dynamic
 
+    def needs_scaler(self) -> bool:
+        """Whether a loss must go through `scale` before its backward: in fp16."""
+        return self.scaler.enabled
+
     @property
     def parameter_offload(self) -> ParameterOffload:
         """Where TRL takes DeepSpeed's hooks off a model before it generates. There are none: the engine's own know of it."""
@@ -102,12 +110,16 @@ class ZeroOptimizer(Optimizer):
         return self.stepper.step(closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, also of the micro-batches that are still to be stepped."""
+        for model in self.stepper.models:
+            model.sync_gradients = True  # else they are being accumulated, and the stepper keeps them
         self.stepper.zero_grad(set_to_none)
 
     def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
         """Backward of the loss times the loss scale."""
         self.stepper.note_loss(loss)
-        self.scaler.scale(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        scaled = self.backwards.scaled(self.scaler.scale(loss))
+        scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self.optimizer.add_param_group(param_group)
@@ -123,7 +135,7 @@ class ZeroOptimizer(Optimizer):
         return f"ZeroOptimizer of shardwise over {self.optimizer!r}"
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("optimizer", "stepper", "scaler"):  # not made yet
+        if name in ("optimizer", "stepper", "scaler", "backwards"):  # not made yet
             raise AttributeError(name)
         return getattr(self.optimizer, name)
 

@@ -17,10 +17,8 @@ from ...errors import ConfigError
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 
+
 # What programs ask before they take a device or an optimizer; drives and host memory are the engine's own.
-COMPATIBLE_OPS = {"AsyncIOBuilder": True, "CPUAdamBuilder": True, "FusedAdamBuilder": True}
-
-
 def _refuse(name: str, **given: Any) -> None:
     """ConfigError for an argument that is not at the one value that there is here."""
     for argument, (value, only, why) in given.items():

@@ -15,6 +15,7 @@ import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,14 @@ _OWN = (
     *("loss_keeps_logits", "reduce_dtype", "prefetch_units", "gather_with", "units", "whole_adapters"),
 )
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+class OffloadDeviceEnum(StrEnum):
+    """The devices of `offload_optimizer` and `offload_param`, which a dictionary may name by these too."""
+
+    none = "none"
+    cpu = "cpu"
+    nvme = "nvme"
 
 
 @dataclass(frozen=True)
