@@ -91,15 +91,16 @@ def stand_in() -> None:
     # Imported once, by the fork server, for all that it starts. torch imports its compiler at an optimizer's first use.
     import torch._dynamo
 
-    from shardwise.compat.deepspeed import accelerator, entry  # noqa: F401
-
-    accelerator.Accelerator.device_count = lambda self: 64  # type: ignore[method-assign]
     gathers = torch.distributed.all_gather_into_tensor
 
     def all_gather_into_tensor(output: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         return gathers(output, value.reshape(-1) if value.dim() == 0 else value, *args, **kwargs)
 
     torch.distributed.all_gather_into_tensor = all_gather_into_tensor
+
+    from shardwise.compat.deepspeed import accelerator, entry  # noqa: F401
+
+    accelerator.Accelerator.device_count = lambda self: 64  # type: ignore[method-assign]
     made = torch.nn.parallel.DistributedDataParallel.__init__
 
     def without_devices(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -106,8 +106,13 @@ class DeepSpeedEngine(nn.Module):
         return outputs
 
     def _announce(self) -> None:
-        """Tell the model whether the coming backward ends a step."""
-        self.prepared.sharded.sync_gradients = self.is_gradient_accumulation_boundary() and not self._quiet
+        """Tell the model whether the gradients of the coming backward are averaged over the ranks in it."""
+        self.prepared.sharded.sync_gradients = self._ends_step() and not self._quiet
+
+    def _ends_step(self) -> bool:
+        """Whether a step may come now; where the script alone knows of its micro-batches, always."""
+        unmanaged = self._boundary is None and not self.settings.managed
+        return unmanaged or self.is_gradient_accumulation_boundary()
 
     def backward(
         self,
@@ -156,7 +161,7 @@ class DeepSpeedEngine(nn.Module):
             raise PrepareError(
                 "engine.step was called inside of no_sync, where gradients are not reduced. Step behind it."
             )
-        if self.is_gradient_accumulation_boundary():
+        if self._ends_step():
             stepper = self.optimizer.stepper
             self.prepared.sharded.sync_gradients = True
             stepper.step()
@@ -169,10 +174,10 @@ class DeepSpeedEngine(nn.Module):
         self.micro_steps += 1
 
     def is_gradient_accumulation_boundary(self) -> bool:
-        """Whether the micro-batch that is at work ends a step."""
+        """Whether the micro-batch that is at work ends a step; False where the script does not have them counted."""
         if self._boundary is not None:
             return self._boundary
-        return (self.micro_steps + 1) % self.settings.steps == 0
+        return self.settings.managed and (self.micro_steps + 1) % self.settings.steps == 0
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """From now on, whether micro-batches end a step, in place of counting them."""
@@ -264,6 +269,9 @@ class DeepSpeedEngine(nn.Module):
 
     def gradient_accumulation_steps(self) -> int:
         return self.settings.steps
+
+    def managed_gradient_accumulation(self) -> bool:
+        return self.settings.managed
 
     def zero_optimization(self) -> bool:
         return self.settings.stage > 0

@@ -10,8 +10,8 @@ A parameter that has no memory yet (`building.py`) has it inside, and what is wr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from types import TracebackType
 from typing import Any
@@ -95,6 +95,20 @@ def forget_marks(sharded: ShardedModel) -> None:
                 delattr(parameter, name)
 
 
+@contextmanager
+def _available(parameters: Sequence[Parameter]) -> Iterator[None]:
+    """Inside, `ds_status` of these says that they are whole; behind it what it said before."""
+    before = [(parameter, vars(parameter)["ds_status"]) for parameter in parameters if "ds_status" in vars(parameter)]
+    for parameter, _ in before:
+        vars(parameter)["ds_status"] = ZeroParamStatus.AVAILABLE
+    try:
+        yield
+    finally:
+        for parameter, status in before:
+            if "ds_status" in vars(parameter):
+                vars(parameter)["ds_status"] = status
+
+
 class GatheredParameters:
     """A context in which parameters are whole on every rank. Collective."""
 
@@ -122,6 +136,7 @@ class GatheredParameters:
         if held:
             in_pass = any(owner.in_pass for owner in ShardedModel.all())
             self._stack.enter_context(gathered(held, modify=self.modifier_rank == 0 and not in_pass))
+            self._stack.enter_context(_available(held))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

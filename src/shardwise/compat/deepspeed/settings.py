@@ -34,6 +34,7 @@ _OWN = (
     *("gpu_memory_budget", "generation_memory_budget", "activation_checkpointing", "fast_lora", "loss_chunk_tokens"),
     *("loss_keeps_logits", "reduce_dtype", "prefetch_units", "gather_with", "units", "whole_adapters"),
 )
+_MANAGED = "managed_gradient_accumulation"
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -52,6 +53,7 @@ class Settings:
     raw:      the configuration as it was given: the engine's `config`.
     config:   shardwise's. plan, precision: those of it.
     batch:    train_batch_size, the micro-batch of a process, and micro-batches per step; None where nothing says so.
+    managed:  False where every `step` is a step, however many backwards there were.
     clipping: of the global norm; 0 clips nothing. clips_unsaid: because the file says nothing.
     notes:    what is taken without effect, in sentences.
     """
@@ -61,6 +63,7 @@ class Settings:
     plan: Plan
     precision: Precision
     batch: tuple[int | None, int | None, int]
+    managed: bool
     clipping: float
     clips_unsaid: bool
     notes: list[str]
@@ -115,7 +118,9 @@ def read(source: Any, world_size: int, *, base: Config | None = None) -> Setting
     raw, name = load(source)
     said = unfolded(without_auto(raw))
     base = Config.from_environment() if base is None else base
-    found = read_deepspeed_values(said, name, aside=("optimizer", "scheduler", "shardwise"))
+    found = read_deepspeed_values(said, name, aside=("optimizer", "scheduler", "shardwise", _MANAGED))
+    if not isinstance(said.get(_MANAGED, True), bool):
+        found.problems.append(f"{name}: {_MANAGED}: {said[_MANAGED]!r} is neither true nor false")
     if found.problems:
         raise ConfigError("\n".join(found.problems))
     values = _merged(base, found, raw.get("shardwise") or {}, name)  # where "auto" is a setting
@@ -133,6 +138,7 @@ def read(source: Any, world_size: int, *, base: Config | None = None) -> Setting
         ),
         precision=precision,
         batch=batch_sizes(said, world_size, name),
+        managed=said.get(_MANAGED, True),
         clipping=CLIPPING if clipping is None else float(clipping),
         clips_unsaid=clipping is None,
         notes=[note for note in found.notes if "gradient_clipping" not in note],
