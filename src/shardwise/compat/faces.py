@@ -35,7 +35,10 @@ _FRAGMENTS = {
 }
 _LEAVES = {
     name: f".leaves:{name}"
-    for name in ("set_z3_leaf_modules", "unset_z3_leaf_modules", "get_z3_leaf_modules", "z3_leaf_module")
+    for name in (
+        *("set_z3_leaf_modules", "set_z3_leaf_modules_by_name", "set_z3_leaf_modules_by_suffix"),
+        *("unset_z3_leaf_modules", "get_z3_leaf_modules", "z3_leaf_module"),
+    )
 }
 _SCHEDULES = {
     name: f".schedules:{name}"

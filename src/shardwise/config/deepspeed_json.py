@@ -59,6 +59,7 @@ _ZERO_TUNING = {
     *("round_robin_gradients", "use_multi_rank_bucket_allreduce", "ignore_unused_parameters", "legacy_stage1"),
     *("elastic_checkpoint", "load_from_fp32_weights", "memory_efficient_linear", "pipeline_loading_checkpoint"),
     *("stage3_use_all_reduce_for_fetch_params", "override_module_apply", "stage3_module_granularity_threshold"),
+    "leaf_module",  # the ranks agree on the order of gathers, whatever their batches meet
     *("stage3_allgather_sequential", "log_trace_cache_warnings", "cpu_offload_use_pin_memory"),
 }
 _ZERO_REFUSED = {

@@ -19,6 +19,7 @@ from torch import nn
 from ...errors import ConfigError
 from ...loading import building
 from .comm import init_distributed
+from .gathering import marking
 from .settings import load
 
 original_arange = torch.arange
@@ -66,6 +67,7 @@ class Init:
     def __enter__(self) -> Init:
         if self.enabled:
             self._stack.enter_context(building())
+            self._stack.enter_context(marking())
             if self.dtype is not None:
                 self._stack.enter_context(_default_dtype(self.dtype))
         return self

@@ -10,7 +10,8 @@ A parameter that has no memory yet (`building.py`) has it inside, and what is wr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import Enum
 from types import TracebackType
@@ -19,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ...deferred_values import in_memory
 from ...errors import ConfigError
 from ...initialising import is_deferring, last_write, value_of
 from ...zero.access import gathered
 from ...zero.collectives import Ranks
+from ...zero.guard import Released
 from ...zero.sharded import ShardedModel
 from .comm import joined
 
@@ -43,35 +46,56 @@ class ZeroParamType(Enum):
 
 # What programs read on a parameter that DeepSpeed has partitioned.
 _MARKS = ("ds_id", "ds_shape", "ds_numel", "ds_status", "ds_persist", "ds_active_sub_modules")
+_numbers = itertools.count()
 
 
 def mark(sharded: ShardedModel) -> None:
     """Set the marks on the parameters of a model whose weights are sharded: they are DeepSpeed's interface."""
-    if not (sharded.plan.parameter.sharded or sharded.plan.frozen.sharded):
-        return
+    if sharded.plan.parameter.sharded or sharded.plan.frozen.sharded:
+        for parameter in sharded.model.parameters():
+            _mark(parameter)
+
+
+@contextmanager
+def marking() -> Iterator[None]:
+    """Inside, every parameter that a module gets has the marks."""
+
+    def see(module: nn.Module, name: str, parameter: Parameter | None) -> None:
+        if parameter is not None:
+            _mark(parameter)
+
+    handle = register_module_parameter_registration_hook(see)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _mark(parameter: Parameter) -> None:
     if "ds_status" not in vars(Tensor):
         Tensor.ds_status = property(_status, _set_status, _forget_status)  # type: ignore[attr-defined]
-    for number, parameter in enumerate(sharded.model.parameters()):
-        marks: tuple[Any, ...] = (
-            number,
-            parameter.shape,
-            parameter.numel(),
-            ZeroParamStatus.NOT_AVAILABLE,
-            False,
-            set(),
-        )
-        for name, value in zip(_MARKS, marks, strict=True):
-            setattr(parameter, name, value)
+    number = vars(parameter).get("ds_id")
+    marks: tuple[Any, ...] = (
+        next(_numbers) if number is None else number,
+        parameter.shape,
+        parameter.numel(),
+        ZeroParamStatus.NOT_AVAILABLE,
+        False,
+        set(),
+    )
+    for name, value in zip(_MARKS, marks, strict=True):
+        setattr(parameter, name, value)
 
 
 def _status(tensor: Tensor) -> ZeroParamStatus:
-    """`ds_status`: of a parameter its mark; of a tensor that autograd has kept of a sharded weight, a view, AVAILABLE.
+    """`ds_status`: of a parameter that is marked, whether it can be read now. Of a tensor that autograd has kept of a sharded
+    weight, a view, AVAILABLE.
 
     Autograd functions that keep a weight ask what they have kept in their backward. The engine has gathered it by then.
     """
-    marked: ZeroParamStatus | None = vars(tensor).get("ds_status")
-    if marked is not None:
-        return marked
+    if "ds_status" in vars(tensor):
+        away = isinstance(tensor, Released) or tensor.is_meta
+        return ZeroParamStatus.NOT_AVAILABLE if away else ZeroParamStatus.AVAILABLE
     if tensor.layout is torch.strided and not tensor.is_meta:
         storage = tensor.untyped_storage()._cdata
         for sharded in ShardedModel.all():
@@ -93,20 +117,6 @@ def forget_marks(sharded: ShardedModel) -> None:
         for name in _MARKS:
             if name in vars(parameter):
                 delattr(parameter, name)
-
-
-@contextmanager
-def _available(parameters: Sequence[Parameter]) -> Iterator[None]:
-    """Inside, `ds_status` of these says that they are whole; behind it what it said before."""
-    before = [(parameter, vars(parameter)["ds_status"]) for parameter in parameters if "ds_status" in vars(parameter)]
-    for parameter, _ in before:
-        vars(parameter)["ds_status"] = ZeroParamStatus.AVAILABLE
-    try:
-        yield
-    finally:
-        for parameter, status in before:
-            if "ds_status" in vars(parameter):
-                vars(parameter)["ds_status"] = status
 
 
 class GatheredParameters:
@@ -136,7 +146,6 @@ class GatheredParameters:
         if held:
             in_pass = any(owner.in_pass for owner in ShardedModel.all())
             self._stack.enter_context(gathered(held, modify=self.modifier_rank == 0 and not in_pass))
-            self._stack.enter_context(_available(held))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
