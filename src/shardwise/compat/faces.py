@@ -31,6 +31,7 @@ _FRAGMENTS = {
         "safe_set_full_fp32_param",
         "safe_set_full_grad",
         "safe_set_full_optimizer_state",
+        "safe_update_full_grad_vectorized",
     )
 }
 _LEAVES = {
@@ -42,7 +43,15 @@ _LEAVES = {
 }
 _SCHEDULES = {
     name: f".schedules:{name}"
-    for name in ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "VALID_LR_SCHEDULES")
+    for name in (
+        *("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "VALID_LR_SCHEDULES"),
+        *("LR_RANGE_TEST", "ONE_CYCLE", "WARMUP_LR", "WARMUP_DECAY_LR", "WARMUP_COSINE_LR"),
+        *("WARMUP_LOG_RATE", "WARMUP_LINEAR_RATE", "LR_RANGE_TEST_MIN_LR", "LR_RANGE_TEST_STEP_RATE"),
+        *("LR_RANGE_TEST_STEP_SIZE", "LR_RANGE_TEST_STAIRCASE", "CYCLE_FIRST_STEP_SIZE", "CYCLE_SECOND_STEP_SIZE"),
+        *("CYCLE_FIRST_STAIR_COUNT", "CYCLE_SECOND_STAIR_COUNT", "DECAY_STEP_SIZE", "CYCLE_MIN_LR", "CYCLE_MAX_LR"),
+        *("DECAY_LR_RATE", "CYCLE_MIN_MOM", "CYCLE_MAX_MOM", "DECAY_MOM_RATE", "WARMUP_MIN_LR", "WARMUP_MAX_LR"),
+        *("WARMUP_NUM_STEPS", "WARMUP_TYPE", "WARMUP_MIN_RATIO", "COS_MIN_RATIO", "TOTAL_NUM_STEPS"),
+    )
 }
 _LOGGING = {"logger": ".logs:logger", "log_dist": ".logs:log_dist", "print_rank_0": ".logs:print_rank_0"}
 _COMM = {

@@ -102,7 +102,11 @@ _FP16 = {  # DeepSpeed's name -> ours, in shardwise_config.loss_scale
 }
 _LARGEST_POWER = 1000
 LOSS_SCALE_WINDOW = 1000  # steps after which DeepSpeed's loss scale rises, where its file does not say
-_PRECISION_TUNING = {"auto_cast", "consecutive_hysteresis", "fp16_master_weights_and_grads", "immediate_grad_update"}
+_PRECISION_TUNING = {
+    *("auto_cast", "consecutive_hysteresis", "fp16_master_weights_and_grads", "immediate_grad_update"),
+    *("bf16_master_weights_and_grads", "bf16_optimizer_states"),
+    "check_grad_overflow",  # in bf16: a gradient that is not finite is an error here in any case
+}
 _OUR_KEYS = {
     *("zero_optimization", "bf16", "bfloat16", "fp16", "gradient_clipping", "gradient_accumulation_steps"),
     *("train_batch_size", "train_micro_batch_size_per_gpu", "communication_data_type"),

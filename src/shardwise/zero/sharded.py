@@ -73,7 +73,7 @@ class ShardedModel:
     sources:        of the parameters on the meta device: each rank reads its own interval from them.
     gather_with:    "copy_engine" lets ranks of one machine copy shards from each other, "nccl" gathers with its kernels, "auto"
                     takes the first where it is possible.
-    after_step:     called after every step of an optimizer on this model, on every rank.
+    after_step:     called after every step of an optimizer on this model, on every rank. after_backward: after a backward.
     trains:         False for a model that no optimizer steps: no masters, no gradients. What has gradients in a backward
                     after all, or comes to an optimizer, is thawed.
     generation_memory_budget: bytes of gathered weights while generating; "auto" for what is free, None for the fewest.
@@ -113,6 +113,7 @@ class ShardedModel:
         self.swapped = False
         self.gpu_memory_budget = gpu_memory_budget
         self.after_step: list[Callable[[], None]] = []
+        self.after_backward: list[Callable[[], None]] = []
         self.writes = 0
         self.generation_memory_budget = generation_memory_budget
         self._quantised = QuantisedWeights(model)
@@ -238,6 +239,8 @@ class ShardedModel:
             self.running_buffers.step_ends()
         for g in self.gradients():
             g.shown.show()
+        for call in self.after_backward:
+            call()
 
     def _before_training(self) -> None:
         """A forward begins that records gradients."""

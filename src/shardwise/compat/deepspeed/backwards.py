@@ -14,11 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...errors import ScheduleError
-from ...zero.ending import EndOfBackward
 from ...zero.nested import tensors_in
 from ...zero.sharded import ShardedModel
 
@@ -35,6 +33,7 @@ class Backwards:
         self._needs_scale = needs_scale
         self._scaled = False  # the loss of the running backward
         sharded.gradient_share = self._share
+        sharded.after_backward.append(self._end)
 
     @contextmanager
     def divided_already(self) -> Iterator[None]:
@@ -60,10 +59,8 @@ class Backwards:
 
     def _begin_scaled(self, gradient: Tensor) -> None:
         self._scaled = True
-        end = EndOfBackward(ended=self._end_scaled, left=self._end_scaled)
-        torch.autograd.Variable._execution_engine.queue_callback(end)
 
-    def _end_scaled(self) -> None:
+    def _end(self) -> None:
         self._scaled = False
 
     def _check(self, gradient: Tensor) -> None:

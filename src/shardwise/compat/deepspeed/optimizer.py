@@ -39,6 +39,45 @@ class ParameterOffload:
         pass
 
 
+class LossScale:
+    """`optimizer.loss_scaler`: the loss scale of an optimizer, for reading, under DeepSpeed's names."""
+
+    def __init__(self, scaler: LossScaler, stepper: ShardedOptimizer) -> None:
+        self._scaler = scaler
+        self._stepper = stepper
+
+    @property
+    def cur_scale(self) -> float:
+        """What the next loss is multiplied by."""
+        return self._scaler.coming
+
+    loss_scale = cur_scale
+
+    @property
+    def cur_iter(self) -> int:
+        """Steps until now, skipped ones too."""
+        return self._stepper.steps
+
+    @property
+    def dynamic(self) -> bool:
+        return self._scaler.enabled and self._scaler.dynamic
+
+    dynamic_loss_scale = dynamic
+
+    @property
+    def scale_window(self) -> int:
+        """Steps without an overflow after which the scale rises."""
+        return self._scaler.growth_interval
+
+    @property
+    def scale_factor(self) -> float:
+        return self._scaler.growth_factor
+
+    @property
+    def min_scale(self) -> float:
+        return self._scaler.min_scale
+
+
 class ZeroOptimizer(Optimizer):
     """A view of `optimizer`: its groups are the live ones, and what is unknown here is asked of it.
 
@@ -85,12 +124,19 @@ class ZeroOptimizer(Optimizer):
         return self.stepper.step_was_skipped
 
     @property
+    def loss_scaler(self) -> LossScale:
+        return LossScale(self.scaler, self.stepper)
+
+    loss_scale_config = loss_scaler  # where DeepSpeed trains without ZeRO
+
+    @property
     def loss_scale(self) -> float:
-        return self.scaler.value
+        """What the next loss is multiplied by: after a step the scale that it has led to."""
+        return self.scaler.coming
 
     @property
     def cur_scale(self) -> float:
-        return self.scaler.value
+        return self.scaler.coming
 
     @property
     def dynamic_loss_scale(self) -> bool:
