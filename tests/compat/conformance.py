@@ -43,6 +43,7 @@ from xml.etree import ElementTree
 
 NAME = "shardwise_conformance"
 _LIMIT_S = "SHARDWISE_CONFORMANCE_LIMIT_S"
+_FP32 = "SHARDWISE_CONFORMANCE_FP32"
 _AFTER_FAILURE_S = 10  # for the other ranks
 _SITE = f"""
 import importlib.util, sys
@@ -101,6 +102,9 @@ def stand_in() -> None:
     from shardwise.compat.deepspeed import accelerator, entry  # noqa: F401
 
     accelerator.Accelerator.device_count = lambda self: 64  # type: ignore[method-assign]
+    if os.environ.get(_FP32):
+        accelerator.Accelerator.is_bf16_supported = lambda self: False  # type: ignore[method-assign]
+        accelerator.Accelerator.is_fp16_supported = lambda self: False  # type: ignore[method-assign]
     made = torch.nn.parallel.DistributedDataParallel.__init__
 
     def without_devices(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -236,6 +240,9 @@ def main() -> None:
     parser.add_argument("tests", type=Path, help="the directory `tests` of a checkout of DeepSpeed")
     parser.add_argument("files", nargs="+", help="files below its unit/, or FILE::TEST")
     parser.add_argument("-k", default="", help="pytest's -k")
+    parser.add_argument(
+        "--fp32", action="store_true", help="the accelerator knows no 16 bits: tests that choose take fp32"
+    )
     parser.add_argument("--limit", type=float, default=60, help="seconds for one test")
     parser.add_argument("--file-limit", type=float, default=1200, help="seconds for one file")
     parser.add_argument("--log", type=Path, help="a directory for what pytest prints")
@@ -256,6 +263,7 @@ def _run(given: argparse.Namespace, file: str, scratch: Path, site: Path) -> lis
     log = (given.log or scratch).resolve() / f"{re.sub('[^a-z0-9_]+', '.', file.removesuffix('.py'))}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     environ = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", DS_DISABLE_REUSE_DIST_ENV="1")
+    environ |= {_FP32: "1"} if given.fp32 else {}
     environ |= {
         _LIMIT_S: str(given.limit),
         "PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")]),
