@@ -196,7 +196,18 @@ def _marks(ranks: Any) -> None:
     with Init(config_dict_or_path={"zero_optimization": {"stage": 3}}), Init():
         assert torch.distributed.is_initialized()
         model = Told(Tower())
+        large = nn.Linear(300, 300)
     outside = nn.Linear(2, 2)
+    for parameter in (model.inner.head.bias, large.weight):
+        assert parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE
+        with GatheredParameters([parameter, outside.weight], modifier_rank=1):
+            assert parameter.ds_status is ZeroParamStatus.AVAILABLE
+            if ranks.rank == 1:
+                with torch.no_grad():
+                    parameter.fill_(7.0)
+        with GatheredParameters(parameter):
+            assert torch.equal(parameter, torch.full_like(parameter, 7.0))
+        assert parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE
     numbers = [parameter.ds_id for parameter in model.parameters()]
     assert len(set(numbers)) == len(numbers)
     assert not hasattr(outside.weight, "ds_id")

@@ -53,7 +53,7 @@ def mark(sharded: ShardedModel) -> None:
     """Set the marks on the parameters of a model whose weights are sharded: they are DeepSpeed's interface."""
     if sharded.plan.parameter.sharded or sharded.plan.frozen.sharded:
         for parameter in sharded.model.parameters():
-            _mark(parameter)
+            _mark(parameter, ZeroParamStatus.AVAILABLE)  # wherever the engine has not released it
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def marking() -> Iterator[None]:
 
     def see(module: nn.Module, name: str, parameter: Parameter | None) -> None:
         if parameter is not None:
-            _mark(parameter)
+            _mark(parameter, ZeroParamStatus.NOT_AVAILABLE)  # as programs expect, small ones that have memory too
 
     handle = register_module_parameter_registration_hook(see)
     try:
@@ -71,7 +71,7 @@ def marking() -> Iterator[None]:
         handle.remove()
 
 
-def _mark(parameter: Parameter) -> None:
+def _mark(parameter: Parameter, status: ZeroParamStatus) -> None:
     if "ds_status" not in vars(Tensor):
         Tensor.ds_status = property(_status, _set_status, _forget_status)  # type: ignore[attr-defined]
     number = vars(parameter).get("ds_id")
@@ -79,7 +79,7 @@ def _mark(parameter: Parameter) -> None:
         next(_numbers) if number is None else number,
         parameter.shape,
         parameter.numel(),
-        ZeroParamStatus.NOT_AVAILABLE,
+        status,
         False,
         set(),
     )
@@ -93,9 +93,9 @@ def _status(tensor: Tensor) -> ZeroParamStatus:
 
     Autograd functions that keep a weight ask what they have kept in their backward. The engine has gathered it by then.
     """
-    if "ds_status" in vars(tensor):
-        away = isinstance(tensor, Released) or tensor.is_meta
-        return ZeroParamStatus.NOT_AVAILABLE if away else ZeroParamStatus.AVAILABLE
+    marked: ZeroParamStatus | None = vars(tensor).get("ds_status")
+    if marked is not None:
+        return ZeroParamStatus.NOT_AVAILABLE if isinstance(tensor, Released) else marked
     if tensor.layout is torch.strided and not tensor.is_meta:
         storage = tensor.untyped_storage()._cdata
         for sharded in ShardedModel.all():
@@ -136,13 +136,19 @@ class GatheredParameters:
         self._stack = ExitStack()
         self._recorded: list[Any] = []  # those whose record is read and written as it is
         self._written: list[Any] = []
+        self._away: list[Any] = []  # of zero.Init, and in no engine yet
+        self._small: list[Any] = []  # those of them that have memory all the time
 
     def __enter__(self) -> None:
         deferred, held = self._deferred(), self._held()
         self._recorded = deferred if is_deferring() else []
         self._written = [last_write(parameter) for parameter in self._recorded]
+        away = [p for p in self.params if vars(p).get("ds_status") is ZeroParamStatus.NOT_AVAILABLE]
+        self._away, self._small = away, [p for p in away if not p.is_meta]
         if deferred and not self._recorded:
             self._stack.enter_context(in_memory(deferred, joined(), self.modifier_rank))
+        for parameter in away:
+            vars(parameter)["ds_status"] = ZeroParamStatus.AVAILABLE
         if held:
             in_pass = any(owner.in_pass for owner in ShardedModel.all())
             self._stack.enter_context(gathered(held, modify=self.modifier_rank == 0 and not in_pass))
@@ -150,12 +156,16 @@ class GatheredParameters:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        if error is not None:
-            return self._stack.__exit__(kind, error, trace)
-        with self._stack:
-            if self.modifier_rank is not None:
-                self._share()
-        return None
+        try:
+            if error is not None:
+                return self._stack.__exit__(kind, error, trace)
+            with self._stack:
+                if self.modifier_rank is not None:
+                    self._share()
+            return None
+        finally:
+            for parameter in self._away:
+                vars(parameter)["ds_status"] = ZeroParamStatus.NOT_AVAILABLE
 
     def _deferred(self) -> list[Any]:
         return [parameter for parameter in self.params if parameter.is_meta]
@@ -172,6 +182,11 @@ class GatheredParameters:
         if not 0 <= source < ranks.world_size:
             raise ConfigError(f"GatheredParameters: modifier_rank is {source}, and there are {ranks.world_size} ranks.")
         self._share_deferred(ranks, source)
+        with torch.no_grad():
+            for parameter in self._small:
+                values = parameter.detach().to(ranks.device, copy=True)
+                ranks.broadcast(values, source)
+                parameter.copy_(values)
         if source != 0 and not any(owner.in_pass for owner in ShardedModel.all()):
             with torch.no_grad():
                 for parameter in self._held():

@@ -34,6 +34,7 @@ _OWN = (
     *("gpu_memory_budget", "generation_memory_budget", "activation_checkpointing", "fast_lora", "loss_chunk_tokens"),
     *("loss_keeps_logits", "reduce_dtype", "prefetch_units", "gather_with", "units", "whole_adapters"),
 )
+_TAG_VALIDATION = ("ignore", "warn", "fail")  # every rank gives the same tag here in any case
 _MANAGED = "managed_gradient_accumulation"
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
@@ -121,6 +122,9 @@ def read(source: Any, world_size: int, *, base: Config | None = None) -> Setting
     found = read_deepspeed_values(said, name, aside=("optimizer", "scheduler", "shardwise", _MANAGED))
     if not isinstance(said.get(_MANAGED, True), bool):
         found.problems.append(f"{name}: {_MANAGED}: {said[_MANAGED]!r} is neither true nor false")
+    mode = (said.get("checkpoint") or {}).get("tag_validation", "warn")
+    if str(mode).lower() not in _TAG_VALIDATION:
+        found.problems.append(f"{name}: checkpoint.tag_validation: {mode!r} is none of {', '.join(_TAG_VALIDATION)}")
     if found.problems:
         raise ConfigError("\n".join(found.problems))
     values = _merged(base, found, raw.get("shardwise") or {}, name)  # where "auto" is a setting
