@@ -13,7 +13,8 @@ around the tests:
   - A module or name that shardwise does not answer is made up where a file imports it at its top, and is refused where it is
     used: else one private name at the top would hide every test of the file.
   - deepspeed.git_version_info says a torch and a CUDA that know bf16: the check for bf16 asks it, and knows no CPUs. `VALUES`
-    has the few other names that only say how large, or how new, something is; hjson is json where it is not installed.
+    has the few other names that only say how large or how new something is, or that there are no experts. Without hjson
+    installed, json is hjson.
   - The accelerator counts as many devices as a test asks for, and DDP takes the device_ids that it takes on GPUs. gloo
     gathers a scalar, as NCCL does.
   - A test's processes are new ones, and end with it: when one fails, and when they hang, each with its stack in the log.
@@ -63,6 +64,7 @@ VALUES: dict[str, dict[str, Any]] = {
         }
     },
     "deepspeed.runtime.swap_tensor": {"MIN_SWAPPABLE_BYTES": 1 << 20},
+    "deepspeed.moe.utils": {"split_params_into_different_moe_groups_for_optimizer": lambda group: [group]},
     "deepspeed.utils.torch": {"required_torch_version": lambda min_version=None, max_version=None: max_version is None},
 }
 
@@ -160,7 +162,10 @@ class _MadeUpModules:
     ) -> importlib.machinery.ModuleSpec | None:
         from shardwise.compat.faces import MODULES
 
-        if not fullname.startswith("deepspeed.") or fullname in MODULES or not _at_import(sys._getframe(1)):
+        if not fullname.startswith("deepspeed.") or fullname in MODULES:
+            return None
+        wanted = any(f"{name}.".startswith(f"{fullname}.") for name in VALUES)
+        if not (wanted or _at_import(sys._getframe(1))):
             return None
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)  # type: ignore[arg-type]
 

@@ -76,6 +76,7 @@ def _own_backward(ranks: Any, stage: int) -> None:
         else:
             engine.scale(loss).backward()
         engine.step()
+        assert engine.was_step_applied() == (number % 3 == 2)
         if number % 3 == 2:
             plain.step()
             plain.zero_grad()
@@ -86,6 +87,28 @@ def _own_backward(ranks: Any, stage: int) -> None:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_scripts_own_backward_counts_as_the_engines(world, stage):
     world(2).run(_own_backward, stage)
+
+
+def _summed(ranks: Any, stage: int) -> None:
+    engine, reference, plain = started(stage, gradient_accumulation_steps=2, gradient_allreduce_op="SUM")
+    for number, batch in enumerate(inputs(2)):
+        plain_backward(reference, batch, ranks, ranks.world_size / 2)
+        loss = loss_of(engine(mine(batch, ranks.rank, ranks.world_size)))
+        (engine.backward if number else torch.Tensor.backward)(loss)
+        engine.step()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in reference.parameters()])
+    torch.testing.assert_close(engine.get_global_grad_norm(), norm, rtol=1e-5, atol=0)
+    plain.step()
+    same(engine, reference)
+    with pytest.raises(ConfigError, match="gradient_allreduce_op: 'max' is neither mean nor sum"):
+        started(stage, gradient_allreduce_op="max")
+    with pytest.raises(ConfigError, match=r"checkpoint\.tag_validation: 'none' is none of ignore, warn, fail"):
+        started(stage, checkpoint={"tag_validation": "none"})
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_gradients_may_be_added_over_the_ranks(world, stage):
+    world(2).run(_summed, stage)
 
 
 def _without_scale(ranks: Any, stage: int) -> None:
@@ -121,9 +144,10 @@ def _own_boundaries(ranks: Any, stage: int) -> None:
             assert not engine.is_gradient_accumulation_boundary()
             engine.backward(loss_of(engine(mine(batch, ranks.rank, ranks.world_size))) / count, scale_wrt_gas=False)
         engine.step()
+        assert engine.was_step_applied()
         plain.step()
         plain.zero_grad()
-    assert (engine.global_steps, engine.managed_gradient_accumulation()) == (3, False)
+    assert (engine.global_steps, engine.global_samples, engine.managed_gradient_accumulation()) == (3, 72, False)
     same(engine, reference)
     with pytest.raises(ConfigError, match="managed_gradient_accumulation: 'no' is neither true nor false"):
         started(stage, managed_gradient_accumulation="no")

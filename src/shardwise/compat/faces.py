@@ -133,6 +133,8 @@ MODULES: dict[str, dict[str, str]] = {
         "see_memory_usage": ".logs:see_memory_usage",
     },
     "deepspeed.runtime.zero": _ZERO,
+    "deepspeed.runtime.zero.stage3": {"DeepSpeedZeroOptimizer_Stage3": ".optimizer:DeepSpeedZeroOptimizer_Stage3"},
+    "deepspeed.runtime.zero.stage_1_and_2": {"DeepSpeedZeroOptimizer": ".optimizer:DeepSpeedZeroOptimizer"},
     "deepspeed.runtime.zero.offload_config": {"OffloadDeviceEnum": ".settings:OffloadDeviceEnum"},
     "deepspeed.runtime.zero.partition_parameters": {
         **_ZERO,

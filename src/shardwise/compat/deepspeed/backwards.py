@@ -24,21 +24,24 @@ from ...zero.sharded import ShardedModel
 class Backwards:
     """What the backwards of one engine count.
 
-    steps: micro-batches of a step. needs_scale: in fp16.
+    steps: micro-batches of a step. sums: gradients of the ranks are added, not averaged. needs_scale: in fp16.
+    count: backwards until now.
     """
 
-    def __init__(self, sharded: ShardedModel, steps: int, *, needs_scale: bool) -> None:
+    def __init__(self, sharded: ShardedModel, steps: int, *, sums: bool, needs_scale: bool) -> None:
         self._sharded = sharded
-        self._share = 1.0 / steps
+        self._whole = float(sharded.ranks.world_size) if sums else 1.0
+        self._share = self._whole / steps
         self._needs_scale = needs_scale
         self._scaled = False  # the loss of the running backward
+        self.count = 0
         sharded.gradient_share = self._share
         sharded.after_backward.append(self._end)
 
     @contextmanager
     def divided_already(self) -> Iterator[None]:
         """For the backward of a loss that has been divided and scaled."""
-        self._sharded.gradient_share, self._scaled = 1.0, True
+        self._sharded.gradient_share, self._scaled = self._whole, True
         try:
             yield
         finally:
@@ -62,6 +65,7 @@ class Backwards:
 
     def _end(self) -> None:
         self._scaled = False
+        self.count += 1
 
     def _check(self, gradient: Tensor) -> None:
         if not self._scaled:

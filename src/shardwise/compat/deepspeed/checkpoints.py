@@ -57,6 +57,7 @@ def save(
         "step": engine.global_steps,
         "micro_steps": engine.micro_steps,
         "skipped_steps": engine.skipped_steps,
+        "backwards": 0 if engine.optimizer is None else engine.optimizer.backwards.count,
         "client": client,
     }
     save_run(_run_of(engine), place, counters, include_frozen=not without_frozen)
@@ -124,6 +125,8 @@ def load(
     engine.global_steps = int(counters["step"])
     engine.micro_steps = int(counters.get("micro_steps", 0))
     engine.skipped_steps = int(counters.get("skipped_steps", 0))
+    if engine.optimizer is not None:
+        engine.optimizer.backwards.count = int(counters.get("backwards", 0))
     engine.loaded_checkpoint_tag = path.name
     return str(path), dict(counters.get("client") or {})
 

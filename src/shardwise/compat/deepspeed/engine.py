@@ -72,6 +72,7 @@ class DeepSpeedEngine(nn.Module):
         self._prepared: PreparedModel | None = prepared
         self._boundary: bool | None = None
         self._quiet = 0
+        self._applied = False
         self.training = prepared.model.training
         self._compiled: list[CompiledBlocks] = []
         mark(prepared.sharded)
@@ -161,12 +162,14 @@ class DeepSpeedEngine(nn.Module):
             raise PrepareError(
                 "engine.step was called inside of no_sync, where gradients are not reduced. Step behind it."
             )
+        self._applied = False
         if self._ends_step():
             stepper = self.optimizer.stepper
             self.prepared.sharded.sync_gradients = True
             stepper.step()
             stepper.zero_grad()
             self.global_steps += 1
+            self._applied = not stepper.step_was_skipped
             if stepper.step_was_skipped:
                 self.skipped_steps += 1
             elif self.lr_scheduler is not None:
@@ -218,6 +221,9 @@ class DeepSpeedEngine(nn.Module):
         if not self._compiled:
             self._compiled += compiled(self.prepared, backend, {**(compile_kwargs or {}), **options})
 
+    def empty_partition_cache(self) -> None:
+        """Nothing to do: between two passes no weight stays gathered."""
+
     @property
     def is_compiled(self) -> bool:
         return bool(self._compiled)
@@ -255,7 +261,10 @@ class DeepSpeedEngine(nn.Module):
 
     @property
     def global_samples(self) -> int:
-        return self.global_steps * (self.settings.batch[0] or 0)
+        """The samples of all ranks that steps have used; where the script counts its micro-batches, those of its backwards."""
+        if self.settings.managed or self.optimizer is None:
+            return self.global_steps * (self.settings.batch[0] or 0)
+        return self.optimizer.backwards.count * (self.settings.batch[1] or 0) * self.world_size
 
     @property
     def basic_optimizer(self) -> Any:
@@ -302,9 +311,8 @@ class DeepSpeedEngine(nn.Module):
         return 1.0 if self.optimizer is None else self.optimizer.loss_scale
 
     def was_step_applied(self) -> bool:
-        """Whether the last call of `step` changed the weights."""
-        stepped = self.optimizer is not None and self.global_steps > 0
-        return stepped and self.optimizer is not None and not self.optimizer.overflow
+        """Whether the last call of `step` was a step: not one before the boundary, nor skipped for an overflow."""
+        return self._applied
 
     def get_lr(self) -> list[float]:
         return [] if self.optimizer is None else [group["lr"] for group in self.optimizer.param_groups]

@@ -29,7 +29,7 @@ from ...zero.access import gathered
 from ...zero.collectives import Ranks
 from ...zero.guard import Released
 from ...zero.sharded import ShardedModel
-from .comm import joined
+from .comm import met
 
 
 class ZeroParamStatus(Enum):
@@ -95,7 +95,7 @@ def _status(tensor: Tensor) -> ZeroParamStatus:
     """
     marked: ZeroParamStatus | None = vars(tensor).get("ds_status")
     if marked is not None:
-        return ZeroParamStatus.NOT_AVAILABLE if isinstance(tensor, Released) else marked
+        return ZeroParamStatus.NOT_AVAILABLE if issubclass(type(tensor), Released) else marked
     if tensor.layout is torch.strided and not tensor.is_meta:
         storage = tensor.untyped_storage()._cdata
         for sharded in ShardedModel.all():
@@ -146,7 +146,7 @@ class GatheredParameters:
         away = [p for p in self.params if vars(p).get("ds_status") is ZeroParamStatus.NOT_AVAILABLE]
         self._away, self._small = away, [p for p in away if not p.is_meta]
         if deferred and not self._recorded:
-            self._stack.enter_context(in_memory(deferred, joined(), self.modifier_rank))
+            self._stack.enter_context(in_memory(deferred, met(), self.modifier_rank))
         for parameter in away:
             vars(parameter)["ds_status"] = ZeroParamStatus.AVAILABLE
         if held:
@@ -175,7 +175,7 @@ class GatheredParameters:
 
     def _share(self) -> None:
         """Let the values of `modifier_rank` be everybody's, where the engine does not do so itself."""
-        ranks, source = joined(), self.modifier_rank
+        ranks, source = met(), self.modifier_rank
         assert source is not None
         if ranks is None or ranks.world_size == 1:
             return

@@ -187,3 +187,18 @@ class ZeroOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {"state": self.optimizer.state, "param_groups": self.optimizer.param_groups}
+
+
+class DeepSpeedZeroOptimizer(ZeroOptimizer):
+    """What programs ask isinstance of at stages 1 and 2."""
+
+
+class DeepSpeedZeroOptimizer_Stage3(ZeroOptimizer):  # noqa: N801 - DeepSpeed's name
+    """The same at stage 3."""
+
+
+def optimizer_class(stage: int) -> type[ZeroOptimizer]:
+    """The class of the optimizer at a stage."""
+    if stage == 3:
+        return DeepSpeedZeroOptimizer_Stage3
+    return DeepSpeedZeroOptimizer if stage else ZeroOptimizer

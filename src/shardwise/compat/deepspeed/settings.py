@@ -35,6 +35,7 @@ _OWN = (
     *("loss_keeps_logits", "reduce_dtype", "prefetch_units", "gather_with", "units", "whole_adapters"),
 )
 _TAG_VALIDATION = ("ignore", "warn", "fail")  # every rank gives the same tag here in any case
+_REDUCTION = "gradient_allreduce_op"
 _MANAGED = "managed_gradient_accumulation"
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
@@ -54,6 +55,7 @@ class Settings:
     raw:      the configuration as it was given: the engine's `config`.
     config:   shardwise's. plan, precision: those of it.
     batch:    train_batch_size, the micro-batch of a process, and micro-batches per step; None where nothing says so.
+    sums:     gradients are added over the ranks, not averaged.
     managed:  False where every `step` is a step, however many backwards there were.
     clipping: of the global norm; 0 clips nothing. clips_unsaid: because the file says nothing.
     notes:    what is taken without effect, in sentences.
@@ -65,6 +67,7 @@ class Settings:
     precision: Precision
     batch: tuple[int | None, int | None, int]
     managed: bool
+    sums: bool
     clipping: float
     clips_unsaid: bool
     notes: list[str]
@@ -119,9 +122,12 @@ def read(source: Any, world_size: int, *, base: Config | None = None) -> Setting
     raw, name = load(source)
     said = unfolded(without_auto(raw))
     base = Config.from_environment() if base is None else base
-    found = read_deepspeed_values(said, name, aside=("optimizer", "scheduler", "shardwise", _MANAGED))
+    found = read_deepspeed_values(said, name, aside=("optimizer", "scheduler", "shardwise", _MANAGED, _REDUCTION))
     if not isinstance(said.get(_MANAGED, True), bool):
         found.problems.append(f"{name}: {_MANAGED}: {said[_MANAGED]!r} is neither true nor false")
+    reduction = str(said.get(_REDUCTION, "mean")).lower()
+    if reduction not in ("mean", "sum"):
+        found.problems.append(f"{name}: {_REDUCTION}: {said[_REDUCTION]!r} is neither mean nor sum")
     mode = (said.get("checkpoint") or {}).get("tag_validation", "warn")
     if str(mode).lower() not in _TAG_VALIDATION:
         found.problems.append(f"{name}: checkpoint.tag_validation: {mode!r} is none of {', '.join(_TAG_VALIDATION)}")
@@ -142,6 +148,7 @@ def read(source: Any, world_size: int, *, base: Config | None = None) -> Setting
         ),
         precision=precision,
         batch=batch_sizes(said, world_size, name),
+        sums=reduction == "sum",
         managed=said.get(_MANAGED, True),
         clipping=CLIPPING if clipping is None else float(clipping),
         clips_unsaid=clipping is None,
