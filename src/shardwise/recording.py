@@ -17,6 +17,7 @@ This file knows torch's operations, and neither modules, processes nor file form
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import threading
 import weakref
@@ -329,6 +330,33 @@ def constants_of(record: Record) -> list[Constant]:
     return list(found.values())
 
 
+def outline_of(ref: Ref) -> list[Any]:
+    """The operations that make `ref`, and what they act on: all but the values of constants, states and files."""
+    records = records_of(ref.record)
+    number = {id(record): n for n, record in enumerate(records)}
+
+    def told(item: Any) -> Any:
+        if isinstance(item, Ref):
+            return number[id(item.record)], item.upto, item.dtype, item.size, item.stride, item.offset
+        if isinstance(item, Constant):
+            return item.value.dtype, tuple(item.value.shape)
+        plain = isinstance(item, (bool, int, float, complex, str, torch.dtype, torch.device)) or item is None
+        return item if plain else type(item).__name__
+
+    def of(entry: Entry) -> Any:
+        name = getattr(entry.op, "__name__", type(entry.op).__name__)
+        result = None if entry.result is None else (entry.result[0], told(entry.result[1]))
+        return (
+            str(name),
+            tree_map(told, (entry.args, entry.kwargs)),
+            result,
+            entry.generator_state is None,
+            entry.seeded,
+        )
+
+    return [told(ref), *((record.nbytes, [of(entry) for entry in record.entries]) for record in records)]
+
+
 class RecordedSource:
     """The values of one recorded tensor, for the engine (`zero.sources.Source`).
 
@@ -346,6 +374,12 @@ class RecordedSource:
 
     def read(self, begin: int, end: int) -> Tensor:
         return read(self.ref, begin, end)
+
+    def outline(self) -> str:
+        return hashlib.sha256(repr(outline_of(self.ref)).encode()).hexdigest()
+
+    def leave_to_rank_0(self) -> None:
+        self.made_by = "rank 0"
 
     def facts(self) -> list[Tensor]:
         # On the CPU: they are sent to processes with other devices.

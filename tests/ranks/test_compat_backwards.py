@@ -258,3 +258,36 @@ def _marks(ranks: Any) -> None:
 
 def test_parameters_have_their_marks_from_the_constructor_on(world):
     world(2).run(_marks)
+
+
+class Written(nn.Module):
+    """Has weights that a constructor writes on rank 0 alone: large, changed by another operation, and small ones."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.large = nn.Parameter(torch.zeros(300, 301))
+        self.other = nn.Parameter(torch.ones(90_001))
+        self.same = nn.Parameter(torch.full((200, 300), 3.0))
+        self.small = nn.Parameter(torch.zeros(5))
+        with torch.no_grad():
+            self.other.mul_(2.0 + rank)
+            if rank == 0:
+                self.large[100:].fill_(7.0)
+                self.small.fill_(5.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.large.sum()
+
+
+def _rank_0_alone(ranks: Any) -> None:
+    with Init(config_dict_or_path={"zero_optimization": {"stage": 3}}):
+        model = Written(ranks.rank)
+    assert model.large.is_meta
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    engine, *_ = initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=config)
+    expected = Written(0)
+    same(engine, expected, 0.0)
+
+
+def test_what_a_constructor_writes_on_rank_0_alone_is_everybodys(world):
+    world(3).run(_rank_0_alone)

@@ -44,6 +44,14 @@ class Source(Protocol):
         """Who reads from it: each rank its own stretch, one rank all of it for the others, or rank 0, who alone has it."""
         ...
 
+    def outline(self) -> str:
+        """What the values are made by, without facts and files: equal where a rank can stand in for another."""
+        ...
+
+    def leave_to_rank_0(self) -> None:
+        """Rank 0 alone has the values from here on."""
+        ...
+
     def read(self, begin: int, end: int) -> Tensor:
         """(end - begin,) elements from `begin` on, in row-major order, in the parameter's dtype, on any device."""
         ...
@@ -71,7 +79,16 @@ def choose_makers(parameters: Sequence[Parameter], sources: Sources, whole: Cont
     whole: ids of weights that are made whole, whatever their source says. Collective: how it is made is rank 0's word.
     """
     sized = [(p, p.numel() * p.dtype.itemsize) for p in parameters if id(p) in sources]
-    ways = ranks.broadcast_object([sources[id(p)].made_by for p, _ in sized])
+    own = [sources[id(p)] for p, _ in sized]
+    outlines = [source.outline() for source in own]
+    # A constructor may have written on one rank alone: then what it did on the others says nothing.
+    told = ranks.broadcast_object(outlines)
+    for source, differs in zip(
+        own, ranks.any_of([one != other for one, other in zip(outlines, told, strict=True)]), strict=True
+    ):
+        if differs:
+            source.leave_to_rank_0()
+    ways = ranks.broadcast_object([source.made_by for source in own])
     found: dict[int, int] = {}
     made = [0] * ranks.world_size
     for (parameter, nbytes), way in sorted(zip(sized, ways, strict=True), key=lambda item: -item[0][1]):

@@ -83,6 +83,9 @@ class DeepSpeedCPUAdam(_Adam):
 class FusedAdam(_Adam):
     """torch.optim.Adam. adam_w_mode: weight decay apart from the gradient."""
 
+    def __new__(cls, params: Parameters, *args: Any, **options: Any) -> Any:
+        return super().__new__(cls, params, *args, **options)
+
 
 class DeepSpeedCPUAdagrad:
     """torch.optim.Adagrad."""
@@ -157,3 +160,6 @@ class DeepSpeedCPULion:
 
 class FusedLion(DeepSpeedCPULion):
     """`Lion`."""
+
+    def __new__(cls, params: Parameters, *args: Any, **options: Any) -> Any:
+        return super().__new__(cls, params, *args, **options)
