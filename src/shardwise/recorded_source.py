@@ -1,13 +1,13 @@
 """The values of one recorded tensor, as the engine asks for them (`zero.sources.Source`).
 
-The ranks replay their records apart, so these must tell the same: `history` is what they compare. A script that has written
-on one rank alone, or another number on each, is told so, in place of a weight whose shards do not belong together.
+The ranks replay their records apart, so these must tell the same: `history` is what they compare. Where a script has written on
+one rank alone, or another number on each, shards would not belong together: rank 0 makes such a weight for all.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -49,24 +49,30 @@ class RecordedSource:
     def _told(self) -> list[Constant]:
         return [] if self.made_by == "rank 0" else constants_of(self.ref.record)
 
+    def leave_to_rank_0(self) -> None:
+        self.made_by = "rank 0"
+
     def history(self) -> int:
         """A number that is the same where the same was done in the same order; the values of constants are not in it."""
         found = [(self.ref.upto, *_view(self.ref))]
-        for record in records_of(self.ref.record):
+        records = records_of(self.ref.record)
+        numbers = {id(record): number for number, record in enumerate(records)}
+        for record in records:
             upto = self.ref.upto if record is self.ref.record else len(record.entries)
-            found.append((record.nbytes, record.origin is not None, [_facts(entry) for entry in record.entries[:upto]]))
+            entries = [_facts(entry, numbers) for entry in record.entries[:upto]]
+            found.append((record.nbytes, record.origin is not None, entries))
         return zlib.crc32(repr(found).encode())
 
 
-def _facts(entry: Entry) -> tuple[Any, ...]:
-    """What was done, without objects that have another name in each process."""
+def _facts(entry: Entry, numbers: Mapping[int, int]) -> tuple[Any, ...]:
+    """What was done, without objects that have another name in each process. numbers: of records, by their id."""
     name = str(entry.op) if hasattr(entry.op, "_schema") else entry.op.__qualname__
-    return name, [_fact(item) for item in tree_leaves((entry.args, entry.kwargs))], entry.seeded
+    return name, [_fact(item, numbers) for item in tree_leaves((entry.args, entry.kwargs))], entry.seeded
 
 
-def _fact(item: Any) -> Any:
+def _fact(item: Any, numbers: Mapping[int, int]) -> Any:
     if isinstance(item, Ref):
-        return item.upto, *_view(item)
+        return numbers.get(id(item.record)), item.upto, *_view(item)
     if isinstance(item, Constant):
         return tuple(item.value.shape), str(item.value.dtype)
     return item if isinstance(item, (bool, int, float, complex, str)) else type(item).__name__

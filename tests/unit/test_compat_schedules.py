@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from shardwise.compat.deepspeed import schedules
 from shardwise.compat.deepspeed.schedules import LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
 from shardwise.errors import ConfigError
 
@@ -107,3 +108,67 @@ def test_wrong_numbers_are_refused():
     ):
         with pytest.raises(ConfigError):
             wrong()
+
+
+def test_warmup_without_a_highest_rate_ends_at_each_groups_own():
+    optimizer = optimizer_of(2)
+    optimizer.param_groups[1]["lr"] = 0.6
+    schedule = WarmupLR(optimizer, warmup_num_steps=2, warmup_type="linear")
+    rates_of(schedule, 4)
+    close(schedule.get_lr(), [0.2, 0.6])
+
+
+def test_a_cosine_stays_at_its_floor():
+    for total in (2, 4):
+        assert rates_of(WarmupCosineLR(optimizer_of(), total, 0.0, 2, 0.1), 12)[-5:] == pytest.approx([0.02] * 5)
+
+
+def test_stairs_of_a_cycle_hold_its_rates():
+    shape = {"cycle_first_step_size": 4, "cycle_second_step_size": 6, "cycle_momentum": False}
+    found = rates_of(
+        OneCycle(optimizer_of(), 0.0, 1.0, cycle_first_stair_count=2, cycle_second_stair_count=3, **shape), 9
+    )
+    close(found, [0.0, 0.0, 0.5, 0.5, 1.0, 2 / 3, 2 / 3, 1 / 3, 1 / 3, 0.0])
+    smooth = rates_of(OneCycle(optimizer_of(), 0.0, 1.0, **shape), 9)
+    close(
+        rates_of(OneCycle(optimizer_of(), 0.0, 1.0, cycle_first_stair_count=4, cycle_second_stair_count=6, **shape), 9),
+        smooth,
+    )
+    close(
+        rates_of(OneCycle(optimizer_of(), 0.0, 1.0, cycle_first_step_size=4, cycle_second_step_size=0), 2),
+        [0.0, 0.25, 0.5],
+    )
+
+
+def test_a_cycle_has_numbers_for_each_group():
+    optimizer = optimizer_of(2)
+    schedule = OneCycle(
+        optimizer, [0.1, 0.2], [0.5, 0.6], 0.0, 2, 2, cycle_min_mom=[0.7, 0.8], cycle_max_mom=[0.9, 0.95]
+    )
+    schedule.step(1)
+    close(schedule.get_last_lr(), [0.5, 0.6])
+    close([group["betas"][0] for group in optimizer.param_groups], [0.7, 0.8])
+
+
+def test_a_rate_in_a_tensor_stays_the_scripts_own():
+    rate = torch.tensor(0.5, dtype=torch.float64)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=rate)
+    schedule = WarmupLR(optimizer, 0.0, None, 4, "linear")
+    for _ in range(3):
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] is rate
+    close(rate.item(), 0.25)
+
+
+def test_steps_that_divide_are_above_zero():
+    for wrong in (
+        lambda: WarmupLR(optimizer_of(), warmup_num_steps=None),
+        lambda: LRRangeTest(optimizer_of(), 0.1, 0),
+        lambda: OneCycle(optimizer_of(), 0.1, 0.5, cycle_first_step_size=0),
+        lambda: OneCycle(optimizer_of(), 0.1, 0.5, cycle_second_step_size=-1),
+        lambda: OneCycle(optimizer_of(2), 0.1, 0.5, cycle_min_mom=[0.1]),
+    ):
+        with pytest.raises(ConfigError):
+            wrong()
+    assert (schedules.WARMUP_DECAY_LR, schedules.WARMUP_MIN_LR) == ("WarmupDecayLR", "warmup_min_lr")
+    assert not hasattr(schedules, "WARMUP_ANYTHING")

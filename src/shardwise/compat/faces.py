@@ -31,15 +31,27 @@ _FRAGMENTS = {
         "safe_set_full_fp32_param",
         "safe_set_full_grad",
         "safe_set_full_optimizer_state",
+        "safe_update_full_grad_vectorized",
     )
 }
 _LEAVES = {
     name: f".leaves:{name}"
-    for name in ("set_z3_leaf_modules", "unset_z3_leaf_modules", "get_z3_leaf_modules", "z3_leaf_module")
+    for name in (
+        *("set_z3_leaf_modules", "set_z3_leaf_modules_by_name", "set_z3_leaf_modules_by_suffix"),
+        *("unset_z3_leaf_modules", "get_z3_leaf_modules", "z3_leaf_module"),
+    )
 }
 _SCHEDULES = {
     name: f".schedules:{name}"
-    for name in ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "VALID_LR_SCHEDULES")
+    for name in (
+        *("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "VALID_LR_SCHEDULES"),
+        *("LR_RANGE_TEST", "ONE_CYCLE", "WARMUP_LR", "WARMUP_DECAY_LR", "WARMUP_COSINE_LR"),
+        *("WARMUP_LOG_RATE", "WARMUP_LINEAR_RATE", "LR_RANGE_TEST_MIN_LR", "LR_RANGE_TEST_STEP_RATE"),
+        *("LR_RANGE_TEST_STEP_SIZE", "LR_RANGE_TEST_STAIRCASE", "CYCLE_FIRST_STEP_SIZE", "CYCLE_SECOND_STEP_SIZE"),
+        *("CYCLE_FIRST_STAIR_COUNT", "CYCLE_SECOND_STAIR_COUNT", "DECAY_STEP_SIZE", "CYCLE_MIN_LR", "CYCLE_MAX_LR"),
+        *("DECAY_LR_RATE", "CYCLE_MIN_MOM", "CYCLE_MAX_MOM", "DECAY_MOM_RATE", "WARMUP_MIN_LR", "WARMUP_MAX_LR"),
+        *("WARMUP_NUM_STEPS", "WARMUP_TYPE", "WARMUP_MIN_RATIO", "COS_MIN_RATIO", "TOTAL_NUM_STEPS"),
+    )
 }
 _LOGGING = {"logger": ".logs:logger", "log_dist": ".logs:log_dist", "print_rank_0": ".logs:print_rank_0"}
 _COMM = {
@@ -75,6 +87,7 @@ MODULES: dict[str, dict[str, str]] = {
         "init_inference": ".entry:init_inference",
         "tp_model_init": ".entry:tp_model_init",
         "OnDevice": ".building:OnDevice",
+        "DeepSpeedConfigError": ".settings:ConfigError",
         **_ENGINE,
         **_LOGGING,
         "get_accelerator": ".accelerator:get_accelerator",
@@ -88,7 +101,15 @@ MODULES: dict[str, dict[str, str]] = {
     "deepspeed.comm.comm": _COMM,
     "deepspeed.launcher": {},
     "deepspeed.launcher.runner": {"DEEPSPEED_ENVIRONMENT_NAME": ".entry:ENVIRONMENT_NAME"},
-    "deepspeed.ops": {"__compatible_ops__": ".optimizers:COMPATIBLE_OPS"},
+    "deepspeed.ops": {"__compatible_ops__": ".ops:COMPATIBLE_OPS"},
+    "deepspeed.ops.aio": {"AsyncIOBuilder": ".ops:AsyncIOBuilder"},
+    "deepspeed.ops.op_builder": {
+        name: f".ops:{name}"
+        for name in (
+            *("AsyncIOBuilder", "CPUAdamBuilder", "CPUAdagradBuilder", "CPULionBuilder", "FusedAdamBuilder"),
+            *("FusedLionBuilder", "OpBuilder"),
+        )
+    },
     "deepspeed.ops.adam": {
         "DeepSpeedCPUAdam": ".optimizers:DeepSpeedCPUAdam",
         "FusedAdam": ".optimizers:FusedAdam",
@@ -99,7 +120,11 @@ MODULES: dict[str, dict[str, str]] = {
         "FusedLion": ".optimizers:FusedLion",
     },
     "deepspeed.runtime": {},
-    "deepspeed.runtime.config": {"DeepSpeedConfig": ".settings:DeepSpeedConfig"},
+    "deepspeed.runtime.base_optimizer": {"ZeROOptimizer": ".optimizer:ZeroOptimizer"},
+    "deepspeed.runtime.config": {
+        "DeepSpeedConfig": ".settings:DeepSpeedConfig",
+        "DeepSpeedConfigError": ".settings:ConfigError",
+    },
     "deepspeed.runtime.dataloader": {"RepeatingLoader": ".loaders:RepeatingLoader"},
     "deepspeed.runtime.engine": _ENGINE,
     "deepspeed.runtime.lr_schedules": _SCHEDULES,
@@ -108,6 +133,9 @@ MODULES: dict[str, dict[str, str]] = {
         "see_memory_usage": ".logs:see_memory_usage",
     },
     "deepspeed.runtime.zero": _ZERO,
+    "deepspeed.runtime.zero.stage3": {"DeepSpeedZeroOptimizer_Stage3": ".optimizer:DeepSpeedZeroOptimizer_Stage3"},
+    "deepspeed.runtime.zero.stage_1_and_2": {"DeepSpeedZeroOptimizer": ".optimizer:DeepSpeedZeroOptimizer"},
+    "deepspeed.runtime.zero.offload_config": {"OffloadDeviceEnum": ".settings:OffloadDeviceEnum"},
     "deepspeed.runtime.zero.partition_parameters": {
         **_ZERO,
         "zero_wrapper_for_fp_tensor_constructor": ".building:zero_wrapper_for_fp_tensor_constructor",

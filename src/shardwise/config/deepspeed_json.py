@@ -59,6 +59,7 @@ _ZERO_TUNING = {
     *("round_robin_gradients", "use_multi_rank_bucket_allreduce", "ignore_unused_parameters", "legacy_stage1"),
     *("elastic_checkpoint", "load_from_fp32_weights", "memory_efficient_linear", "pipeline_loading_checkpoint"),
     *("stage3_use_all_reduce_for_fetch_params", "override_module_apply", "stage3_module_granularity_threshold"),
+    "leaf_module",  # the ranks agree on the order of gathers, whatever their batches meet
     *("stage3_allgather_sequential", "log_trace_cache_warnings", "cpu_offload_use_pin_memory"),
 }
 _ZERO_REFUSED = {
@@ -101,7 +102,11 @@ _FP16 = {  # DeepSpeed's name -> ours, in shardwise_config.loss_scale
 }
 _LARGEST_POWER = 1000
 LOSS_SCALE_WINDOW = 1000  # steps after which DeepSpeed's loss scale rises, where its file does not say
-_PRECISION_TUNING = {"auto_cast", "consecutive_hysteresis", "fp16_master_weights_and_grads", "immediate_grad_update"}
+_PRECISION_TUNING = {
+    *("auto_cast", "consecutive_hysteresis", "fp16_master_weights_and_grads", "immediate_grad_update"),
+    *("bf16_master_weights_and_grads", "bf16_optimizer_states"),
+    "check_grad_overflow",  # in bf16: a gradient that is not finite is an error here in any case
+}
 _OUR_KEYS = {
     *("zero_optimization", "bf16", "bfloat16", "fp16", "gradient_clipping", "gradient_accumulation_steps"),
     *("train_batch_size", "train_micro_batch_size_per_gpu", "communication_data_type"),

@@ -67,12 +67,19 @@ class Stores:
             store.close()
 
 
+@dataclass
+class Share:
+    """What the gradients of the coming backwards are multiplied by, in the reduce dtype, when they leave the parameters."""
+
+    value: float = 1.0
+
+
 @dataclass(frozen=True)
 class Engine:
     """What every unit of a model shares.
 
     reduce_dtype: gradients are summed in it. norms: of single gradients, for scripts. doubts: about what scripts have written.
-    peers: where shards rest that copy engines gather, or None.
+    peers: where shards rest that copy engines gather, or None. share: of micro-batches.
     """
 
     ranks: Ranks
@@ -84,6 +91,7 @@ class Engine:
     norms: Norms
     doubts: Doubts
     peers: PeerMemory | None = None
+    share: Share = field(default_factory=Share)
 
     def put_to_rest(self, values: Tensor, slab: Slab) -> None:
         """Put a device tensor to rest; its memory may go afterwards. A drive's error waits for the ranks to agree."""

@@ -59,7 +59,8 @@ def set_full(parameter: Parameter, what: str, value: Tensor) -> None:
     owner.ranks.together(lambda: _check(name, parameter, what, value, there=there))
     if shown is not None:
         with torch.no_grad():
-            shown.copy_(value.to(shown.device) * _scale_of(parameter))
+            # In the gradient's own dtype: fp16 times a loss scale of 2**16 is infinite.
+            shown.copy_(value.to(shown.device, shown.dtype) * _scale_of(parameter))
         return
     owner.settle()
     flat = value.detach().reshape(-1)

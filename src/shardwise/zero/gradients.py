@@ -246,7 +246,8 @@ class Gradients:
             torch._foreach_zero_(empty)
         if targets:
             torch._foreach_copy_(targets, sources)
-        return flat
+        share = self._engine.share.value
+        return flat if share == 1.0 else flat.mul_(share)
 
     @property
     def scratch_nbytes(self) -> int:

@@ -32,6 +32,7 @@ from torch.utils.hooks import RemovableHandle
 from .ending import EndOfBackward
 from .forwards import Forwards, Running
 from .gradients import Gradients
+from .guard import unasked
 from .nested import mapped, tensors_in
 from .saved import SavedWeights
 from .schedule import Phase, Schedule
@@ -79,6 +80,7 @@ class Hooks:
         self._handles: list[RemovableHandle] = []
         self._entries: dict[nn.Module, tuple[list[Unit], list[Unit]]] = {root: ([], [])}
         self._heard: set[Unit] = set()  # those whose gradients are counted
+        self._awaited: dict[int, RemovableHandle] = {}  # by the id of a weight that is to be trained
         self._listen(root)
         self.renew()
 
@@ -87,6 +89,8 @@ class Hooks:
 
         A module that has hooks keeps them, so that they stay in their order among the script's own.
         """
+        while self._awaited:
+            self._awaited.popitem()[1].remove()
         for units, ending in self._entries.values():
             units.clear()
             ending.clear()
@@ -126,9 +130,10 @@ class Hooks:
         ]
 
     def remove(self) -> None:
-        for handle in self._handles:
+        for handle in (*self._handles, *self._awaited.values()):
             handle.remove()
         self._handles.clear()
+        self._awaited.clear()
 
     @property
     def in_forward(self) -> bool:
@@ -316,6 +321,14 @@ class Hooks:
             with torch.no_grad():  # of a backward that records one for itself
                 self.schedule.reducing.complete(unit)
 
+    def await_gradients_of(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Until `renew`, hear of a backward that comes to these, whose gradients nothing counts yet."""
+        for parameter in parameters:
+            if id(parameter) not in self._awaited:
+                waiting: Any = parameter  # torch does not annotate its hooks
+                with unasked():
+                    self._awaited[id(parameter)] = waiting.register_post_accumulate_grad_hook(_weakly_noticed(self))
+
     def notice(self) -> None:
         """A weight that nothing counts has got its gradient: a backward is running."""
         if not self._in_pass:
@@ -403,6 +416,17 @@ def _weakly(hooks: Hooks, unit: Unit, index: int) -> Callable[[Tensor], None]:
         hooks, unit = listener(), source()
         if hooks is not None and unit is not None:
             hooks._gradient_arrived(unit, index)
+
+    return arrived
+
+
+def _weakly_noticed(hooks: Hooks) -> Callable[[Tensor], None]:
+    """The gradient hook of a weight that nothing counts yet, which must not keep the engine in memory either."""
+    listener = ref(hooks)
+
+    def arrived(_: Tensor) -> None:
+        if (found := listener()) is not None:
+            found.notice()
 
     return arrived
 

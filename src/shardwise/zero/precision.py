@@ -127,6 +127,11 @@ class LossScaler:
                 hint,
             )
 
+    @property
+    def coming(self) -> float:
+        """The scale of the next loss: after a step the one that it has led to."""
+        return self._next
+
     def state_dict(self) -> dict[str, float]:
         return {"value": self._next, "good_steps": self.good_steps}
 

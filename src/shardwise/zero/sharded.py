@@ -73,7 +73,7 @@ class ShardedModel:
     sources:        of the parameters on the meta device: each rank reads its own interval from them.
     gather_with:    "copy_engine" lets ranks of one machine copy shards from each other, "nccl" gathers with its kernels, "auto"
                     takes the first where it is possible.
-    after_step:     called after every step of an optimizer on this model, on every rank.
+    after_step:     called after every step of an optimizer on this model, on every rank. after_backward: after a backward.
     trains:         False for a model that no optimizer steps: no masters, no gradients. What has gradients in a backward
                     after all, or comes to an optimizer, is thawed.
     generation_memory_budget: bytes of gathered weights while generating; "auto" for what is free, None for the fewest.
@@ -115,6 +115,7 @@ class ShardedModel:
         self.swapped = False
         self.gpu_memory_budget = gpu_memory_budget
         self.after_step: list[Callable[[], None]] = []
+        self.after_backward: list[Callable[[], None]] = []
         self.writes = 0
         self.generation_memory_budget = generation_memory_budget
         self._quantised = QuantisedWeights(model)
@@ -126,7 +127,7 @@ class ShardedModel:
             return find_units(model, units, unit_nbytes=UNIT_NBYTES if ranks.device.type == "cuda" else 0)
 
         specs = ranks.together(divided)
-        self._agree_on_shapes(specs, own_sources)
+        self._agree_on_shapes(specs)
         if own_sources:
             parameters = list({id(p): p for spec in specs for p in spec.parameters.values()}.values())
             makers = choose_makers(parameters, own_sources, self._quantised, ranks)
@@ -186,10 +187,9 @@ class ShardedModel:
 
     # Construction.
 
-    def _agree_on_shapes(self, specs: Sequence[UnitSpec], sources: Sources) -> None:
-        histories = {key: source.history() for key, source in sources.items()}
+    def _agree_on_shapes(self, specs: Sequence[UnitSpec]) -> None:
         mine = [
-            (n, tuple(p.shape), str(p.dtype), p.requires_grad, p.is_meta, histories.get(id(p)))
+            (n, tuple(p.shape), str(p.dtype), p.requires_grad, p.is_meta)
             for s in specs
             for n, p in s.parameters.items()
         ]
@@ -199,8 +199,7 @@ class ShardedModel:
             differing = next((m[0] for m, t in zip(mine, theirs, strict=False) if m != t), "the number of parameters")
             error = PrepareError(
                 f"the model of rank {self.ranks.rank} differs from rank 0's at {differing}: name, shape, dtype, "
-                "requires_grad, having memory, or what was done to it before it had. Build the same model in the same way "
-                "on every rank, and write the same into it."
+                "requires_grad, or having memory. Build the same model in the same way on every rank."
             )
         self.ranks.agree(error)
 
@@ -242,6 +241,8 @@ class ShardedModel:
             self.running_buffers.step_ends()
         for g in self.gradients():
             g.shown.show()
+        for call in self.after_backward:
+            call()
 
     def end_accumulation(self) -> None:
         """A step comes: where its last micro-batch had no backward, average what the others brought. Collective then."""
@@ -275,6 +276,18 @@ class ShardedModel:
         place = {i: n for n, i in reversed(list(enumerate(self.schedule.forward_sequence)))}
         last = len(self.units)
         return sorted(units, key=lambda unit: place.get(self.schedule.index[id(unit)], last))
+
+    @property
+    def gradient_share(self) -> float:
+        """What the gradients of the coming backwards are multiplied by. To be set between two passes; 1 in the beginning.
+
+        For a script that writes `loss.backward()` for each of n micro-batches, and wants their mean: 1/n.
+        """
+        return self._engine.share.value
+
+    @gradient_share.setter
+    def gradient_share(self, value: float) -> None:
+        self._engine.share.value = value
 
     def drop_gradients(self) -> None:
         """Forget every gradient since the last step, reduced or not."""

@@ -44,6 +44,10 @@ class Source(Protocol):
         """Who reads from it: each rank its own stretch, one rank all of it for the others, or rank 0, who alone has it."""
         ...
 
+    def leave_to_rank_0(self) -> None:
+        """Rank 0 alone has the values from here on."""
+        ...
+
     def read(self, begin: int, end: int) -> Tensor:
         """(end - begin,) elements from `begin` on, in row-major order, in the parameter's dtype, on any device."""
         ...
@@ -53,7 +57,7 @@ class Source(Protocol):
         ...
 
     def history(self) -> int:
-        """A number for what the values are made by: where it differs, the ranks' intervals do not belong together."""
+        """A number for what the values are made by, without facts and files: equal where a rank can stand in for another."""
         ...
 
     def adopt(self, facts: Sequence[Tensor]) -> None:
@@ -75,7 +79,15 @@ def choose_makers(parameters: Sequence[Parameter], sources: Sources, whole: Cont
     whole: ids of weights that are made whole, whatever their source says. Collective: how it is made is rank 0's word.
     """
     sized = [(p, p.numel() * p.dtype.itemsize) for p in parameters if id(p) in sources]
-    ways = ranks.broadcast_object([sources[id(p)].made_by for p, _ in sized])
+    own = [sources[id(p)] for p, _ in sized]
+    mine = [(source.made_by, source.history()) for source in own]
+    told = ranks.broadcast_object(mine)
+    ways = [way for way, _ in told]
+    # A script may have written on one rank alone, or another number on each: then rank 0's count, as for any model.
+    for place, differs in enumerate(ranks.any_of([one != other for one, other in zip(mine, told, strict=True)])):
+        if differs:
+            own[place].leave_to_rank_0()
+            ways[place] = "rank 0"
     found: dict[int, int] = {}
     made = [0] * ranks.world_size
     for (parameter, nbytes), way in sorted(zip(sized, ways, strict=True), key=lambda item: -item[0][1]):

@@ -18,6 +18,8 @@ from torch import nn
 
 from ...errors import ConfigError
 from ...loading import building
+from .comm import init_distributed
+from .gathering import marking
 from .settings import load
 
 original_arange = torch.arange
@@ -29,6 +31,7 @@ class Init:
     module:              built already: nothing is to be done, `initialize` shards it.
     config_dict_or_path: the DeepSpeed configuration; it may have "auto" in it. Below stage 3 the context does nothing.
     enabled:             False does nothing either.
+    Joins the run where it does something, as DeepSpeed's does: a constructor may ask for its rank. Collective.
     """
 
     def __init__(
@@ -58,10 +61,13 @@ class Init:
         self.enabled = enabled and stage == 3 and module is None
         self.dtype = dtype
         self._stack = ExitStack()
+        if self.enabled:
+            init_distributed()
 
     def __enter__(self) -> Init:
         if self.enabled:
             self._stack.enter_context(building())
+            self._stack.enter_context(marking())
             if self.dtype is not None:
                 self._stack.enter_context(_default_dtype(self.dtype))
         return self

@@ -19,7 +19,7 @@ from ...checkpoint.agree import on_first, together
 from ...checkpoint.directory import resolve
 from ...checkpoint.names import below
 from ...documents import SETTINGS_NBYTES, read_text
-from ...errors import CheckpointError
+from ...errors import CheckpointError, ConfigError
 from ...plugins import ProjectConfiguration
 from ...run_folder import RunFolder
 from ...run_saving import load_run, save_run
@@ -47,6 +47,7 @@ def save(
 ) -> bool:
     """See `DeepSpeedEngine.save_checkpoint`. Raises CheckpointError with the same words on every rank."""
     ranks = engine.prepared.sharded.ranks
+    ranks.together(lambda: _check_directory(save_dir))
     name = f"global_step{engine.global_steps}" if tag is None else str(tag)
     ranks.require_same("save_checkpoint", {"save_dir": str(save_dir), "tag": name, "without_frozen": without_frozen})
     folder = RunFolder()
@@ -56,6 +57,7 @@ def save(
         "step": engine.global_steps,
         "micro_steps": engine.micro_steps,
         "skipped_steps": engine.skipped_steps,
+        "backwards": 0 if engine.optimizer is None else engine.optimizer.backwards.count,
         "client": client,
     }
     save_run(_run_of(engine), place, counters, include_frozen=not without_frozen)
@@ -71,6 +73,11 @@ def save(
 
     together(ranks, finish, what=f"{target}: ")
     return True
+
+
+def _check_directory(save_dir: Any) -> None:
+    if not isinstance(save_dir, (str, os.PathLike)) or not str(save_dir):
+        raise ConfigError(f"save_checkpoint: save_dir is {save_dir!r}, which names no directory.")
 
 
 def _chosen(folder: RunFolder, target: Path) -> Any:
@@ -123,6 +130,8 @@ def load(
         engine.global_steps = int(counters["step"])
         engine.micro_steps = int(counters.get("micro_steps", 0))
         engine.skipped_steps = int(counters.get("skipped_steps", 0))
+        if engine.optimizer is not None:
+            engine.optimizer.backwards.count = int(counters.get("backwards", 0))
     engine.loaded_checkpoint_tag = path.name
     return str(path), dict(counters.get("client") or {})
 

@@ -93,6 +93,11 @@ def joined() -> Ranks | None:
     return Run.ranks
 
 
+def met() -> Ranks | None:
+    """The run, which is joined here if the script has initialized torch.distributed by itself. Collective."""
+    return join_run() if Run.ranks is None and dist.is_initialized() else Run.ranks
+
+
 def get_rank(group: Any = None) -> int:  # noqa: F811 - torch's name of the argument
     """Before the run is joined: what the launcher says."""
     return dist.get_rank(group) if dist.is_initialized() else RankEnvironment.read().rank

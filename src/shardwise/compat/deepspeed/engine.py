@@ -79,6 +79,7 @@ class DeepSpeedEngine(nn.Module):
         self._prepared: PreparedModel | None = prepared
         self._boundary: bool | None = None
         self._quiet = 0
+        self._applied = False
         self.training = prepared.model.training
         self._compiled: list[CompiledBlocks] = []
         mark(prepared.sharded)
@@ -108,7 +109,21 @@ class DeepSpeedEngine(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._prepared is None and self.training and torch.is_grad_enabled():
             raise PrepareError(_DESTROYED)
-        return self.module(*args, **kwargs)
+        if self._prepared is not None:
+            self._announce()
+        outputs = self.module(*args, **kwargs)
+        if self.optimizer is not None:
+            self.optimizer.backwards.watch(outputs)
+        return outputs
+
+    def _announce(self) -> None:
+        """Tell the model whether the gradients of the coming backward are averaged over the ranks in it."""
+        self.prepared.sharded.sync_gradients = self._ends_step() and not self._quiet
+
+    def _ends_step(self) -> bool:
+        """Whether a step may come now; where the script alone knows of its micro-batches, always."""
+        unmanaged = self._boundary is None and not self.settings.managed
+        return unmanaged or self.is_gradient_accumulation_boundary()
 
     def backward(
         self,
@@ -127,9 +142,10 @@ class DeepSpeedEngine(nn.Module):
         if self.optimizer is None:
             raise PrepareError("engine.backward: this engine has no optimizer: it was made to evaluate.")
         share = loss / self.settings.steps if scale_wrt_gas and self.settings.steps > 1 else loss
-        self.prepared.sharded.sync_gradients = self.is_gradient_accumulation_boundary() and not self._quiet
+        self._announce()
         try:
-            self.optimizer.backward(share, retain_graph=retain_graph)
+            with self.optimizer.backwards.divided_already():
+                self.optimizer.backward(share, retain_graph=retain_graph)
         except RuntimeError as error:
             told = explain(error)
             if told is None:
@@ -141,9 +157,9 @@ class DeepSpeedEngine(nn.Module):
         """The loss times the loss scale, for a script that calls `loss.backward()` itself."""
         if self.optimizer is None:
             raise PrepareError("engine.scale: this engine has no optimizer: it was made to evaluate.")
-        self.prepared.sharded.sync_gradients = self.is_gradient_accumulation_boundary() and not self._quiet
+        self._announce()
         self.optimizer.stepper.note_loss(loss)
-        return self.optimizer.scaler.scale(loss)
+        return self.optimizer.backwards.scaled(self.optimizer.scaler.scale(loss))
 
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
         """At a boundary a step; before it a count of the micro-batch. Collective.
@@ -156,12 +172,14 @@ class DeepSpeedEngine(nn.Module):
             raise PrepareError(
                 "engine.step was called inside of no_sync, where gradients are not reduced. Step behind it."
             )
-        if self.is_gradient_accumulation_boundary():
+        self._applied = False
+        if self._ends_step():
             stepper = self.optimizer.stepper
             self.prepared.sharded.sync_gradients = True
             stepper.step()
             stepper.zero_grad()
             self.global_steps += 1
+            self._applied = not stepper.step_was_skipped
             if stepper.step_was_skipped:
                 self.skipped_steps += 1
             elif self.lr_scheduler is not None:
@@ -169,14 +187,15 @@ class DeepSpeedEngine(nn.Module):
         self.micro_steps += 1
 
     def is_gradient_accumulation_boundary(self) -> bool:
-        """Whether the micro-batch that is at work ends a step."""
+        """Whether the micro-batch that is at work ends a step; False where the script does not have them counted."""
         if self._boundary is not None:
             return self._boundary
-        return (self.micro_steps + 1) % self.settings.steps == 0
+        return self.settings.managed and (self.micro_steps + 1) % self.settings.steps == 0
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """From now on, whether micro-batches end a step, in place of counting them."""
         self._boundary = is_boundary
+        self._announce()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -189,15 +208,17 @@ class DeepSpeedEngine(nn.Module):
         if self._quiet:
             raise ConfigError("no_sync: it cannot be entered again inside of itself.")
         self._quiet += 1
+        self._announce()
         try:
             yield
         finally:
             self._quiet -= 1
+            self._announce()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
+        """Forget the gradients, also of the micro-batches that are still to be stepped."""
         if self.optimizer is not None and self._prepared is not None:
-            self.optimizer.stepper.zero_grad(set_to_none)
+            self.optimizer.zero_grad(set_to_none)
 
     def get_global_grad_norm(self) -> Tensor | None:
         """The gradients' global norm at the last step, before it clipped them, a scalar; None before the first."""
@@ -209,6 +230,9 @@ class DeepSpeedEngine(nn.Module):
         """Compile the blocks of the model with torch.compile, one by one: their gathers stay outside of the graphs."""
         if not self._compiled:
             self._compiled += compiled(self.prepared, backend, {**(compile_kwargs or {}), **options})
+
+    def empty_partition_cache(self) -> None:
+        """Nothing to do: between two passes no weight stays gathered."""
 
     @property
     def is_compiled(self) -> bool:
@@ -247,7 +271,10 @@ class DeepSpeedEngine(nn.Module):
 
     @property
     def global_samples(self) -> int:
-        return self.global_steps * (self.settings.batch[0] or 0)
+        """The samples of all ranks that steps have used; where the script counts its micro-batches, those of its backwards."""
+        if self.settings.managed or self.optimizer is None:
+            return self.global_steps * (self.settings.batch[0] or 0)
+        return self.optimizer.backwards.count * (self.settings.batch[1] or 0) * self.world_size
 
     @property
     def basic_optimizer(self) -> Any:
@@ -261,6 +288,9 @@ class DeepSpeedEngine(nn.Module):
 
     def gradient_accumulation_steps(self) -> int:
         return self.settings.steps
+
+    def managed_gradient_accumulation(self) -> bool:
+        return self.settings.managed
 
     def zero_optimization(self) -> bool:
         return self.settings.stage > 0
@@ -291,9 +321,8 @@ class DeepSpeedEngine(nn.Module):
         return 1.0 if self.optimizer is None else self.optimizer.loss_scale
 
     def was_step_applied(self) -> bool:
-        """Whether the last call of `step` changed the weights."""
-        stepped = self.optimizer is not None and self.global_steps > 0
-        return stepped and self.optimizer is not None and not self.optimizer.overflow
+        """Whether the last call of `step` was a step: not one before the boundary, nor skipped for an overflow."""
+        return self._applied
 
     def get_lr(self) -> list[float]:
         return [] if self.optimizer is None else [group["lr"] for group in self.optimizer.param_groups]

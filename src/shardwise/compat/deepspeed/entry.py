@@ -20,9 +20,10 @@ from ...zero.optimizer import ShardedOptimizer
 from ...zero.sharded import find_sharded
 from .. import libraries
 from . import settings as reading
+from .backwards import Backwards
 from .comm import init_distributed
 from .engine import DeepSpeedEngine, former_engine
-from .optimizer import ZeroOptimizer
+from .optimizer import ZeroOptimizer, optimizer_class
 from .sections import make_optimizer, make_scheduler
 
 logger = logging.getLogger("shardwise")
@@ -86,7 +87,8 @@ def initialize(
         stepper = ShardedOptimizer(
             driven, [prepared.sharded], scaler=scaler, gradient_clipping=clipping, measures_norm=True
         )
-        wrapped = ZeroOptimizer(driven, stepper, scaler)
+        backwards = Backwards(prepared.sharded, settings.steps, sums=settings.sums, needs_scale=scaler.enabled)
+        wrapped = optimizer_class(settings.stage)(driven, stepper, scaler, backwards)
     schedule = ranks.together(lambda: _schedule_of(lr_scheduler, driven, raw))
     loader = None if training_data is None else _loader(training_data, settings, ranks, collate_fn)
     engine = DeepSpeedEngine(prepared, wrapped, schedule, settings, loader)

@@ -5,6 +5,8 @@ The optimizer's names for Adam's moments are "exp_avg" and "exp_avg_sq". A param
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -40,3 +42,13 @@ def safe_set_full_grad(param: Parameter, value: Tensor) -> None:
 def safe_set_full_optimizer_state(param: Parameter, value: Tensor, optim_state_key: str) -> None:
     """Write a state that there is."""
     set_full(param, optim_state_key, value.to(torch.float32))
+
+
+def safe_update_full_grad_vectorized(
+    params: Sequence[Parameter], update_func: Callable[[Tensor, Parameter], Tensor]
+) -> None:
+    """Write what `update_func` makes of each gradient; parameters without one are passed over. Collective."""
+    for parameter in params:
+        found = safe_get_full_grad(parameter)
+        if found is not None:
+            safe_set_full_grad(parameter, update_func(found, parameter))

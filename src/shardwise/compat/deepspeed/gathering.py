@@ -10,8 +10,9 @@ A parameter that has no memory yet (`building.py`) has it inside, and what is wr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import ExitStack
+import itertools
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from types import TracebackType
 from typing import Any
@@ -19,14 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ...deferred_values import in_memory
 from ...errors import ConfigError
 from ...initialising import is_deferring, last_write, value_of
 from ...zero.access import gathered
 from ...zero.collectives import Ranks
+from ...zero.guard import Released
 from ...zero.sharded import ShardedModel
-from .comm import joined
+from .comm import met
 
 
 class ZeroParamStatus(Enum):
@@ -43,35 +46,56 @@ class ZeroParamType(Enum):
 
 # What programs read on a parameter that DeepSpeed has partitioned.
 _MARKS = ("ds_id", "ds_shape", "ds_numel", "ds_status", "ds_persist", "ds_active_sub_modules")
+_numbers = itertools.count()
 
 
 def mark(sharded: ShardedModel) -> None:
     """Set the marks on the parameters of a model whose weights are sharded: they are DeepSpeed's interface."""
-    if not (sharded.plan.parameter.sharded or sharded.plan.frozen.sharded):
-        return
+    if sharded.plan.parameter.sharded or sharded.plan.frozen.sharded:
+        for parameter in sharded.model.parameters():
+            _mark(parameter, ZeroParamStatus.AVAILABLE)  # wherever the engine has not released it
+
+
+@contextmanager
+def marking() -> Iterator[None]:
+    """Inside, every parameter that a module gets has the marks."""
+
+    def see(module: nn.Module, name: str, parameter: Parameter | None) -> None:
+        if parameter is not None:
+            _mark(parameter, ZeroParamStatus.NOT_AVAILABLE)  # as programs expect, small ones that have memory too
+
+    handle = register_module_parameter_registration_hook(see)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _mark(parameter: Parameter, status: ZeroParamStatus) -> None:
     if "ds_status" not in vars(Tensor):
         Tensor.ds_status = property(_status, _set_status, _forget_status)  # type: ignore[attr-defined]
-    for number, parameter in enumerate(sharded.model.parameters()):
-        marks: tuple[Any, ...] = (
-            number,
-            parameter.shape,
-            parameter.numel(),
-            ZeroParamStatus.NOT_AVAILABLE,
-            False,
-            set(),
-        )
-        for name, value in zip(_MARKS, marks, strict=True):
-            setattr(parameter, name, value)
+    number = vars(parameter).get("ds_id")
+    marks: tuple[Any, ...] = (
+        next(_numbers) if number is None else number,
+        parameter.shape,
+        parameter.numel(),
+        status,
+        False,
+        set(),
+    )
+    for name, value in zip(_MARKS, marks, strict=True):
+        setattr(parameter, name, value)
 
 
 def _status(tensor: Tensor) -> ZeroParamStatus:
-    """`ds_status`: of a parameter its mark; of a tensor that autograd has kept of a sharded weight, a view, AVAILABLE.
+    """`ds_status`: of a parameter that is marked, whether it can be read now. Of a tensor that autograd has kept of a sharded
+    weight, a view, AVAILABLE.
 
     Autograd functions that keep a weight ask what they have kept in their backward. The engine has gathered it by then.
     """
     marked: ZeroParamStatus | None = vars(tensor).get("ds_status")
     if marked is not None:
-        return marked
+        return ZeroParamStatus.NOT_AVAILABLE if issubclass(type(tensor), Released) else marked
     if tensor.layout is torch.strided and not tensor.is_meta:
         storage = tensor.untyped_storage()._cdata
         for sharded in ShardedModel.all():
@@ -112,13 +136,19 @@ class GatheredParameters:
         self._stack = ExitStack()
         self._recorded: list[Any] = []  # those whose record is read and written as it is
         self._written: list[Any] = []
+        self._away: list[Any] = []  # of zero.Init, and in no engine yet
+        self._small: list[Any] = []  # those of them that have memory all the time
 
     def __enter__(self) -> None:
         deferred, held = self._deferred(), self._held()
         self._recorded = deferred if is_deferring() else []
         self._written = [last_write(parameter) for parameter in self._recorded]
+        away = [p for p in self.params if vars(p).get("ds_status") is ZeroParamStatus.NOT_AVAILABLE]
+        self._away, self._small = away, [p for p in away if not p.is_meta]
         if deferred and not self._recorded:
-            self._stack.enter_context(in_memory(deferred, joined(), self.modifier_rank))
+            self._stack.enter_context(in_memory(deferred, met(), self.modifier_rank))
+        for parameter in away:
+            vars(parameter)["ds_status"] = ZeroParamStatus.AVAILABLE
         if held:
             in_pass = any(owner.in_pass for owner in ShardedModel.all())
             self._stack.enter_context(gathered(held, modify=self.modifier_rank == 0 and not in_pass))
@@ -126,12 +156,16 @@ class GatheredParameters:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        if error is not None:
-            return self._stack.__exit__(kind, error, trace)
-        with self._stack:
-            if self.modifier_rank is not None:
-                self._share()
-        return None
+        try:
+            if error is not None:
+                return self._stack.__exit__(kind, error, trace)
+            with self._stack:
+                if self.modifier_rank is not None:
+                    self._share()
+            return None
+        finally:
+            for parameter in self._away:
+                vars(parameter)["ds_status"] = ZeroParamStatus.NOT_AVAILABLE
 
     def _deferred(self) -> list[Any]:
         return [parameter for parameter in self.params if parameter.is_meta]
@@ -141,13 +175,18 @@ class GatheredParameters:
 
     def _share(self) -> None:
         """Let the values of `modifier_rank` be everybody's, where the engine does not do so itself."""
-        ranks, source = joined(), self.modifier_rank
+        ranks, source = met(), self.modifier_rank
         assert source is not None
         if ranks is None or ranks.world_size == 1:
             return
         if not 0 <= source < ranks.world_size:
             raise ConfigError(f"GatheredParameters: modifier_rank is {source}, and there are {ranks.world_size} ranks.")
         self._share_deferred(ranks, source)
+        with torch.no_grad():
+            for parameter in self._small:
+                values = parameter.detach().to(ranks.device, copy=True)
+                ranks.broadcast(values, source)
+                parameter.copy_(values)
         if source != 0 and not any(owner.in_pass for owner in ShardedModel.all()):
             with torch.no_grad():
                 for parameter in self._held():

@@ -7,7 +7,7 @@ rest. So naming a module a leaf has no effect on what is computed; the names are
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -52,6 +52,36 @@ def unset_z3_leaf_modules(
     for module in found:
         _leaves.discard(module)
     return found
+
+
+def set_z3_leaf_modules_by_name(
+    model: nn.Module, module_names: Sequence[str], raise_if_not_found: bool = True
+) -> tuple[list[nn.Module], list[str]]:
+    """(the modules of these paths, which are leaves from now on; the names that there are not)."""
+    return _named(model, module_names, raise_if_not_found, lambda path, name: path == name)
+
+
+def set_z3_leaf_modules_by_suffix(
+    model: nn.Module, module_name_suffixes: Sequence[str], raise_if_not_found: bool = True
+) -> tuple[list[nn.Module], list[str]]:
+    """The same for modules whose paths end in these names."""
+    return _named(model, module_name_suffixes, raise_if_not_found, lambda path, name: path.endswith(name))
+
+
+def _named(
+    model: nn.Module, names: Sequence[str], must: bool, fits: Callable[[str, str], bool]
+) -> tuple[list[nn.Module], list[str]]:
+    found: list[nn.Module] = []
+    missing: list[str] = []
+    for name in names:
+        here = [module for path, module in model.named_modules() if fits(path, name)]
+        found += [module for module in here if not any(module is other for other in found)]
+        missing += [] if here else [name]
+    if missing and must:
+        raise ConfigError(f"this {type(model).__name__} has no modules {', '.join(missing)}.")
+    for module in found:
+        _leaves.add(module)
+    return found, missing
 
 
 def get_z3_leaf_modules(model: nn.Module) -> list[nn.Module]:

@@ -17,10 +17,8 @@ from ...errors import ConfigError
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 
+
 # What programs ask before they take a device or an optimizer; drives and host memory are the engine's own.
-COMPATIBLE_OPS = {"AsyncIOBuilder": True, "CPUAdamBuilder": True, "FusedAdamBuilder": True}
-
-
 def _refuse(name: str, **given: Any) -> None:
     """ConfigError for an argument that is not at the one value that there is here."""
     for argument, (value, only, why) in given.items():
@@ -84,6 +82,9 @@ class DeepSpeedCPUAdam(_Adam):
 
 class FusedAdam(_Adam):
     """torch.optim.Adam. adam_w_mode: weight decay apart from the gradient."""
+
+    def __new__(cls, params: Parameters, *args: Any, **options: Any) -> Any:
+        return super().__new__(cls, params, *args, **options)
 
 
 class DeepSpeedCPUAdagrad:
@@ -159,3 +160,6 @@ class DeepSpeedCPULion:
 
 class FusedLion(DeepSpeedCPULion):
     """`Lion`."""
+
+    def __new__(cls, params: Parameters, *args: Any, **options: Any) -> Any:
+        return super().__new__(cls, params, *args, **options)

@@ -18,11 +18,30 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ...errors import ConfigError
 
 Numbers = float | Sequence[float]
 
 VALID_LR_SCHEDULES = ["LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"]
+# The names under which programs write their configurations: WARMUP_LR is "WarmupLR", WARMUP_MIN_LR is "warmup_min_lr".
+LR_RANGE_TEST, ONE_CYCLE, WARMUP_LR, WARMUP_DECAY_LR, WARMUP_COSINE_LR = VALID_LR_SCHEDULES
+WARMUP_LOG_RATE, WARMUP_LINEAR_RATE = "log", "linear"
+KEYS = (
+    *("lr_range_test_min_lr", "lr_range_test_step_rate", "lr_range_test_step_size", "lr_range_test_staircase"),
+    *("cycle_first_step_size", "cycle_first_stair_count", "cycle_second_step_size", "cycle_second_stair_count"),
+    *("decay_step_size", "cycle_min_lr", "cycle_max_lr", "decay_lr_rate", "cycle_min_mom", "cycle_max_mom"),
+    *("decay_mom_rate", "warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "warmup_type", "warmup_min_ratio"),
+    *("cos_min_ratio", "total_num_steps"),
+)
+
+
+def __getattr__(name: str) -> str:
+    """The name of a key of `params`, in capitals."""
+    if name.isupper() and name.lower() in KEYS:
+        return name.lower()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class Schedule(ABC):
@@ -59,7 +78,14 @@ class Schedule(ABC):
     def _write(self, rates: Sequence[float]) -> None:
         self._last_lr = list(rates)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+            if isinstance(group["lr"], Tensor):  # which the script holds too
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def _check_count(self, name: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{type(self).__name__}: {name} is {value!r}; it is a whole number of at least 1.")
 
     def _each(self, value: Numbers, name: str) -> list[float]:
         """One number for each group."""
@@ -75,8 +101,7 @@ class _Warming(Schedule):
     """What begins with a warmup of `warmup_num_steps`, "log" or "linear"."""
 
     def __init__(self, optimizer: Any, steps: int, kind: str, last_batch_iteration: int) -> None:
-        if steps <= 0:
-            raise ConfigError(f"{type(self).__name__}: warmup_num_steps is {steps}; it is at least 1.")
+        self._check_count("warmup_num_steps", steps)
         if kind not in ("log", "linear"):
             raise ConfigError(f"{type(self).__name__}: warmup_type is {kind!r}; it is 'log' or 'linear'.")
         self.warmup_num_steps = max(2, int(steps))  # the logarithm of 1 is no divisor
@@ -94,20 +119,21 @@ class _Warming(Schedule):
 
 
 class WarmupLR(_Warming):
-    """From warmup_min_lr to warmup_max_lr, and there it stays."""
+    """From warmup_min_lr to warmup_max_lr, else to each group's own rate, and there it stays."""
 
     def __init__(
         self,
         optimizer: Any,
         warmup_min_lr: Numbers = 0.0,
-        warmup_max_lr: Numbers = 0.001,
+        warmup_max_lr: Numbers | None = None,
         warmup_num_steps: int = 1000,
         warmup_type: str = "log",
         last_batch_iteration: int = -1,
     ) -> None:
         self.optimizer = optimizer
+        own = [float(group["lr"]) for group in optimizer.param_groups]
         self.min_lrs = self._each(warmup_min_lr, "warmup_min_lr")
-        self.max_lrs = self._each(warmup_max_lr, "warmup_max_lr")
+        self.max_lrs = self._each(own if warmup_max_lr is None else warmup_max_lr, "warmup_max_lr")
         super().__init__(optimizer, warmup_num_steps, warmup_type, last_batch_iteration)
 
     def get_lr(self) -> list[float]:
@@ -164,7 +190,8 @@ class WarmupCosineLR(_Warming):
         if i < warm:
             share = self._warmed() if i >= 0 else 0.0
             return self.warmup_min_ratio + (1.0 - self.warmup_min_ratio) * share
-        share = (1 + math.cos(math.pi * (i - warm + 1) / max(1, self.total_num_steps - warm))) / 2
+        turned = min(1.0, (i - warm + 1) / max(1, self.total_num_steps - warm))  # behind the end the floor stays
+        share = (1 + math.cos(math.pi * turned)) / 2
         return max(0.0, self.cos_min_ratio + (1.0 - self.cos_min_ratio) * share)
 
     def get_lr(self) -> list[float]:
@@ -192,6 +219,7 @@ class LRRangeTest(Schedule):
         last_batch_iteration: int = -1,
     ) -> None:
         self.optimizer = optimizer
+        self._check_count("lr_range_test_step_size", lr_range_test_step_size)
         self.min_lr = self._each(lr_range_test_min_lr, "lr_range_test_min_lr")
         self.step_size, self.step_rate = lr_range_test_step_size, lr_range_test_step_rate
         self.staircase = lr_range_test_staircase
@@ -206,7 +234,7 @@ class LRRangeTest(Schedule):
 class OneCycle(Schedule):
     """One cycle of rates up and down, of the first beta down and up, and a decay of both behind it.
 
-    The stair counts have no effect, as in DeepSpeed. Source: Super-Convergence (arXiv 1708.07120).
+    A stair count holds them flat over each of so many stairs of a half. Source: Super-Convergence (arXiv 1708.07120).
     """
 
     def __init__(
@@ -221,8 +249,8 @@ class OneCycle(Schedule):
         cycle_second_stair_count: int | None = None,
         decay_step_size: int = 0,
         cycle_momentum: bool = True,
-        cycle_min_mom: float = 0.8,
-        cycle_max_mom: float = 0.9,
+        cycle_min_mom: Numbers = 0.8,
+        cycle_max_mom: Numbers = 0.9,
         decay_mom_rate: float = 0.0,
         last_batch_iteration: int = -1,
     ) -> None:
@@ -230,18 +258,29 @@ class OneCycle(Schedule):
         self.min_lrs = self._each(cycle_min_lr, "cycle_min_lr")
         self.max_lrs = self._each(cycle_max_lr, "cycle_max_lr")
         second = cycle_first_step_size if cycle_second_step_size is None else cycle_second_step_size
+        if cycle_first_step_size <= 0 or second < 0:
+            raise ConfigError(
+                f"OneCycle: cycle_first_step_size is {cycle_first_step_size} and cycle_second_step_size {second}; the first is "
+                "above 0, the second at least 0."
+            )
+        self.step_sizes = float(cycle_first_step_size), float(second)
+        stairs = cycle_first_stair_count if cycle_second_stair_count is None else cycle_second_stair_count
+        self.stair_counts = cycle_first_stair_count, stairs
         self.total_size = float(cycle_first_step_size + second)
         self.step_ratio = cycle_first_step_size / self.total_size
         self.decay_lr_rate, self.decay_mom_rate, self.decay_step_size = decay_lr_rate, decay_mom_rate, decay_step_size
-        self.min_mom, self.max_mom = cycle_min_mom, cycle_max_mom
+        self.min_moms = self._each(cycle_min_mom, "cycle_min_mom")
+        self.max_moms = self._each(cycle_max_mom, "cycle_max_mom")
         self.cycle_momentum = cycle_momentum and all("betas" in group for group in optimizer.param_groups)
         super().__init__(optimizer, last_batch_iteration)
 
     def _scale(self) -> float:
         """From 0 at the ends of the cycle to 1 where its halves meet."""
-        turns = (self.last_batch_iteration + 1) / self.total_size
-        x = turns - math.floor(turns)
-        return x / self.step_ratio if x <= self.step_ratio else (x - 1) / (self.step_ratio - 1)
+        here = (self.last_batch_iteration + 1) % self.total_size
+        rising = here <= self.step_sizes[0]
+        steps, size = (here, self.step_sizes[0]) if rising else (self.total_size - here, self.step_sizes[1])
+        stairs = self.stair_counts[0 if rising else 1]
+        return math.floor(steps * stairs / size) / stairs if stairs > 0 else steps / size
 
     def _decayed(self, rate: float) -> float:
         if self.decay_step_size == 0:
@@ -264,10 +303,11 @@ class OneCycle(Schedule):
         if not self.cycle_momentum:
             return None
         if self._in_cycle:
-            first = self.max_mom - (self.max_mom - self.min_mom) * self._scale()
+            scale = self._scale()
+            firsts = [high - (high - low) * scale for low, high in zip(self.min_moms, self.max_moms, strict=True)]
         else:
-            first = self.max_mom * self._decayed(self.decay_mom_rate)
-        return [(first, group["betas"][1]) for group in self.optimizer.param_groups]
+            firsts = [high * self._decayed(self.decay_mom_rate) for high in self.max_moms]
+        return [(first, group["betas"][1]) for first, group in zip(firsts, self.optimizer.param_groups, strict=True)]
 
     def _write(self, rates: Sequence[float]) -> None:
         super()._write(rates)

@@ -15,6 +15,7 @@ import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,18 @@ _OWN = (
     *("gpu_memory_budget", "generation_memory_budget", "activation_checkpointing", "fast_lora", "loss_chunk_tokens"),
     *("loss_keeps_logits", "reduce_dtype", "prefetch_units", "gather_with", "units", "whole_adapters"),
 )
+_TAG_VALIDATION = ("ignore", "warn", "fail")  # every rank gives the same tag here in any case
+_REDUCTION = "gradient_allreduce_op"
+_MANAGED = "managed_gradient_accumulation"
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+class OffloadDeviceEnum(StrEnum):
+    """The devices of `offload_optimizer` and `offload_param`, which a dictionary may name by these too."""
+
+    none = "none"
+    cpu = "cpu"
+    nvme = "nvme"
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,8 @@ class Settings:
     raw:      the configuration as it was given: the engine's `config`.
     config:   shardwise's. plan, precision: those of it.
     batch:    train_batch_size, the micro-batch of a process, and micro-batches per step; None where nothing says so.
+    sums:     gradients are added over the ranks, not averaged.
+    managed:  False where every `step` is a step, however many backwards there were.
     clipping: of the global norm; 0 clips nothing. clips_unsaid: because the file says nothing.
     notes:    what is taken without effect, in sentences.
     """
@@ -52,6 +66,8 @@ class Settings:
     plan: Plan
     precision: Precision
     batch: tuple[int | None, int | None, int]
+    managed: bool
+    sums: bool
     clipping: float
     clips_unsaid: bool
     notes: list[str]
@@ -106,7 +122,15 @@ def read(source: Any, world_size: int, *, base: Config | None = None) -> Setting
     raw, name = load(source)
     said = unfolded(without_auto(raw))
     base = Config.from_environment() if base is None else base
-    found = read_deepspeed_values(said, name, aside=("optimizer", "scheduler", "shardwise"))
+    found = read_deepspeed_values(said, name, aside=("optimizer", "scheduler", "shardwise", _MANAGED, _REDUCTION))
+    if not isinstance(said.get(_MANAGED, True), bool):
+        found.problems.append(f"{name}: {_MANAGED}: {said[_MANAGED]!r} is neither true nor false")
+    reduction = str(said.get(_REDUCTION, "mean")).lower()
+    if reduction not in ("mean", "sum"):
+        found.problems.append(f"{name}: {_REDUCTION}: {said[_REDUCTION]!r} is neither mean nor sum")
+    mode = (said.get("checkpoint") or {}).get("tag_validation", "warn")
+    if str(mode).lower() not in _TAG_VALIDATION:
+        found.problems.append(f"{name}: checkpoint.tag_validation: {mode!r} is none of {', '.join(_TAG_VALIDATION)}")
     if found.problems:
         raise ConfigError("\n".join(found.problems))
     values = _merged(base, found, raw.get("shardwise") or {}, name)  # where "auto" is a setting
@@ -124,6 +148,8 @@ def read(source: Any, world_size: int, *, base: Config | None = None) -> Setting
         ),
         precision=precision,
         batch=batch_sizes(said, world_size, name),
+        sums=reduction == "sum",
+        managed=said.get(_MANAGED, True),
         clipping=CLIPPING if clipping is None else float(clipping),
         clips_unsaid=clipping is None,
         notes=[note for note in found.notes if "gradient_clipping" not in note],
