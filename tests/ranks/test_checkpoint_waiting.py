@@ -159,7 +159,7 @@ def test_a_rank_that_is_gone_is_noticed(world, tmp_path):
 
 
 def _interrupted(ranks: Any, folder: str) -> str:
-    with impatient(4.0) as (accelerator, model, optimizer):
+    with impatient(15.0) as (accelerator, model, optimizer):
         _train(accelerator, model, optimizer)
 
         def interrupt(operation: str, path: Path) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 
 import pytest
 import torch
 from test_engine_optimizers import ELEMENTWISE
 
-from rig.engine import PLANS, adamw, inputs, loss_of, mine, prepare, shard, tower, trained
+from rig.engine import adamw, inputs, loss_of, mine, prepare, shard, tower, trained
 
 BUCKETS = 5  # first, three blocks, head; the smallest is the head, the largest are the blocks
 
@@ -59,9 +58,6 @@ def _backward(ranks, model, batch):
 
 
 def _prepare(ranks, plan, **settings):
-    if plan == "1-disk":
-        PLANS[plan] = (1, "nvme", "none")
-        settings["nvme_paths"] = dict.fromkeys(("param", "optimizer"), tempfile.gettempdir())
     model = tower()
     return model, *prepare(ranks, model, plan, units=["first", "blocks.*", "head"], **settings)
 
