@@ -13,6 +13,10 @@ import pytest
 from rig import Worlds
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-transcripts", action="store_true", help="write tests/data/transcripts anew")
+
+
 @pytest.fixture(scope="session")
 def world() -> Iterator[Worlds]:
     """`world(n)` is a pool of n joined gloo ranks, `world(n, "nccl")` of n CUDA ranks; see `rig`."""
