@@ -14,7 +14,7 @@ from rig import Worlds
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-transcripts", action="store_true", help="write tests/data/transcripts anew")
+    parser.addoption("--write-data", action="store_true", help="write what tests pin into tests/data anew")
 
 
 @pytest.fixture(scope="session")

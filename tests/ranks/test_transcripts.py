@@ -1,6 +1,6 @@
 """What every rank sends, in order, is what it was: group, collective, dtype, number of elements, for some 70 scenarios.
 
-    python -m pytest tests/ranks/test_transcripts.py --write-transcripts
+    python -m pytest tests/ranks/test_transcripts.py --write-data
 
 writes tests/data/transcripts/*.json anew; the difference in git is the change of what is sent, to be read line by line.
 """
@@ -32,7 +32,7 @@ def write(file: str, name: str, found: list[Phases]) -> None:
 @pytest.mark.parametrize(("file", "name"), [(file, name) for file, own in SCENARIOS.items() for name in own])
 def test_every_rank_sends_what_it_sent(world, tmp_path, request, file, name):
     found = world(SCENARIOS[file][name].ranks).run(transcript, file, name, str(tmp_path), timeout_s=60)
-    if request.config.getoption("--write-transcripts"):
+    if request.config.getoption("--write-data"):
         write(file, name, found)
     problem = difference(found, read(file)[name])
     assert problem is None, f"{file}, {name}:\n{problem}"
