@@ -22,14 +22,31 @@ from shardwise.errors import NonFiniteError
 Recompute = str  # "none", "plain" (non-reentrant) or "reentrant"
 
 
+class NotedBlock(Block):
+    """Says when its forward runs, and when its backward begins."""
+
+    def __init__(self, inner: int, name: str, note: Callable[[str], None]) -> None:
+        super().__init__(12, inner)
+        self.name = name
+        self.note = note
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.note(f"forward {self.name}")
+        out = super().forward(x)
+        if out.requires_grad:
+            out.register_hook(lambda _: self.note(f"backward {self.name}"))
+        return out
+
+
 class Graded(nn.Module):
     """A first layer, three blocks of sizes 20, 24 and 28, and a head. route: which blocks a forward runs, in that order."""
 
-    def __init__(self, recompute: Recompute = "none") -> None:
+    def __init__(self, recompute: Recompute, note: Callable[[str], None]) -> None:
         super().__init__()
         torch.manual_seed(5)
         self.first = nn.Linear(5, 12)
-        self.blocks = nn.ModuleList(Block(12, inner) for inner in (20, 24, 28))
+        blocks = (NotedBlock(inner, f"blocks.{n}", note) for n, inner in enumerate((20, 24, 28)))
+        self.blocks = nn.ModuleList(blocks)
         self.head = nn.Linear(12, 3)
         self.recompute = recompute
 

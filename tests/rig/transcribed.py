@@ -96,11 +96,11 @@ def _configured(scenario: Scenario, folder: str) -> Iterator[None]:
 
 
 def _recorded(ranks: Any, scenario: Scenario, accelerator: Accelerator, folder: Path) -> Phases:
-    model = _made(scenario)
+    recorder = Recorder()
+    model = _made(scenario, recorder)
     optimizer = adamw([p for p in model.parameters() if p.requires_grad])
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     data = TensorDataset(torch.arange(24.0).view(12, 2))
-    recorder = Recorder()
     _name_groups(recorder, accelerator)
     if scenario.model == "graded":
         recorder.divided(model)
@@ -114,9 +114,9 @@ def _recorded(ranks: Any, scenario: Scenario, accelerator: Accelerator, folder: 
     return recorder.phases()
 
 
-def _made(scenario: Scenario) -> Any:
+def _made(scenario: Scenario, recorder: Recorder) -> Any:
     if scenario.model == "graded":
-        return Graded(scenario.recompute)
+        return Graded(scenario.recompute, recorder.note)
     model = tiny("llama", "full" if scenario.model == "llama" else "lora")
     return model if scenario.recompute == "none" else checkpointed(model, scenario.recompute == "reentrant")
 

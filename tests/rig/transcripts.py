@@ -8,6 +8,9 @@ makes a call. A line is `group collective dtype numel`, such as
     control all_reduce max uint8 2
     store set shardwise/save_pretrained/#.#/#
 
+and between them what a model says of its own computation, "forward blocks.0" and "backward blocks.0", so that it is pinned
+too how far ahead of its use a unit is gathered.
+
 group:  "world" is torch's default group, which reduces gradients; "control" and "data" are those that `wait_for_everyone` and
         `gather` use; "new 1" is the first other one, and so on.
 numel:  of the whole, which all_gather makes and reduce_scatter takes.
@@ -100,7 +103,7 @@ class Recorder:
         return {phase: _objects_in_one(calls) for phase, calls in self._lines.items() if calls}
 
     def note(self, *words: str) -> None:
-        """Write a line down; its first word is a group."""
+        """Write a line down, of one or several words; the first is a group."""
         with self._lock:
             phase = self._phase if threading.get_ident() == self._main else f"{self._phase}, beside it, {words[0]}"
             self._lines.setdefault(phase, []).append(list(words))
