@@ -39,13 +39,13 @@ class NotedBlock(Block):
 
 
 class Graded(nn.Module):
-    """A first layer, three blocks of sizes 20, 24 and 28, and a head. route: which blocks a forward runs, in that order."""
+    """A first layer, three blocks of sizes 20, 36 and 56, and a head. route: which blocks a forward runs, in that order."""
 
     def __init__(self, recompute: Recompute, note: Callable[[str], None]) -> None:
         super().__init__()
         torch.manual_seed(5)
         self.first = nn.Linear(5, 12)
-        blocks = (NotedBlock(inner, f"blocks.{n}", note) for n, inner in enumerate((20, 24, 28)))
+        blocks = (NotedBlock(inner, f"blocks.{n}", note) for n, inner in enumerate((20, 36, 56)))
         self.blocks = nn.ModuleList(blocks)
         self.head = nn.Linear(12, 3)
         self.recompute = recompute

@@ -71,6 +71,8 @@ OBJECTS = (
     ("broadcast 1 int64", "broadcast 1 uint8", "broadcast_object_list from 1"),
 )
 NEIGHBOURS = 4
+# Elements: more than the ranks' padding of a part, less than any two parts of a model whose units are named differ by.
+PADDING = 384
 
 Phases = dict[str, list[str]]  # what one rank sent in each part of a scenario, in order
 
@@ -125,13 +127,13 @@ class Recorder:
         if not dtype:
             self.note(name, how)
             return
-        self.note(name, f"{how} {dtype}", f"{numel}{self._unit(numel, dtype, group.size())}")
+        self.note(name, f"{how} {dtype}", f"{numel}{self._unit(numel, dtype)}")
 
-    def _unit(self, numel: int, dtype: str, world_size: int) -> str:
+    def _unit(self, numel: int, dtype: str) -> str:
         """In brackets, the part of the model that has so many elements, padded: the largest that is not larger."""
         if dtype not in ("float32", "bfloat16", "float16"):
             return ""
-        fits = [(own, part) for part, own in self._parts.items() if own <= numel < own + 64 * world_size]
+        fits = [(own, part) for part, own in self._parts.items() if own <= numel < own + PADDING]
         return f" ({max(fits)[1]})" if fits else ""
 
 
