@@ -69,10 +69,11 @@ test-versions: $(READY) ## the short parity set under older and the newest trans
 	$(BIN)/python tests/compat/versions.py $(ARGS)
 
 .PHONY: check
-check: $(READY) ## lint, format and types
+check: $(READY) ## lint, format, types, and the sizes of classes, functions and files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/house.py --check
 
 .PHONY: bench
 bench: $(READY) ## shardwise beside DDP and FSDP2, and the cost of its hooks; tiny shapes where there is no GPU

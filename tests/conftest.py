@@ -14,6 +14,10 @@ import pytest
 from rig import Worlds
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-data", action="store_true", help="write what tests pin into tests/data anew")
+
+
 @pytest.fixture(scope="session")
 def world() -> Iterator[Worlds]:
     """`world(n)` is a pool of n joined gloo ranks, `world(n, "nccl")` of n CUDA ranks; see `rig`."""
