@@ -74,6 +74,10 @@ class Thawing:
                 with unasked():
                     self._listening[id(parameter)] = of.register_post_accumulate_grad_hook(_noticed(self._hooks))
 
+    def stop_listening(self) -> None:
+        while self._listening:
+            self._listening.popitem()[1].remove()
+
     def _look_for_frozen(self) -> None:
         buffers = [unit.frozen for unit in self._units if unit.frozen is not None]
         self._frozen = [(m.name, m.parameter) for b in buffers for m in b.members if m.dtype.is_floating_point]
@@ -136,8 +140,7 @@ class Thawing:
                 "see it. Leave that block before the first of these after requires_grad was set."
             )
         self._is_due = False
-        while self._listening:
-            self._listening.popitem()[1].remove()
+        self.stop_listening()
         self._schedule.abandon_open_pass()
         self._schedule.stop_lingering()
         self._engine.lanes.gather.wait(self._engine.lanes.mark_compute())
