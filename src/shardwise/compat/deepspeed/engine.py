@@ -127,7 +127,7 @@ class DeepSpeedEngine(nn.Module):
         if self.optimizer is None:
             raise PrepareError("engine.backward: this engine has no optimizer: it was made to evaluate.")
         share = loss / self.settings.steps if scale_wrt_gas and self.settings.steps > 1 else loss
-        self.prepared.sharded.sync_gradients = self.is_gradient_accumulation_boundary() and not self._quiet
+        self._declare_sync()
         try:
             self.optimizer.backward(share, retain_graph=retain_graph)
         except RuntimeError as error:
@@ -141,7 +141,7 @@ class DeepSpeedEngine(nn.Module):
         """The loss times the loss scale, for a script that calls `loss.backward()` itself."""
         if self.optimizer is None:
             raise PrepareError("engine.scale: this engine has no optimizer: it was made to evaluate.")
-        self.prepared.sharded.sync_gradients = self.is_gradient_accumulation_boundary() and not self._quiet
+        self._declare_sync()
         self.optimizer.stepper.note_loss(loss)
         return self.optimizer.scaler.scale(loss)
 
@@ -158,7 +158,7 @@ class DeepSpeedEngine(nn.Module):
             )
         if self.is_gradient_accumulation_boundary():
             stepper = self.optimizer.stepper
-            self.prepared.sharded.sync_gradients = True
+            self._declare_sync()
             stepper.step()
             stepper.zero_grad()
             self.global_steps += 1
@@ -167,6 +167,11 @@ class DeepSpeedEngine(nn.Module):
             elif self.lr_scheduler is not None:
                 self.lr_scheduler.step(**(lr_kwargs or {}))
         self.micro_steps += 1
+
+    def _declare_sync(self) -> None:
+        """Whether a step ends here. `step` says it too, for a micro-batch whose backward the script has left out."""
+        sharded = self.prepared.sharded
+        sharded.sync_gradients = sharded.at_boundary = self.is_gradient_accumulation_boundary() and not self._quiet
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the micro-batch that is at work ends a step."""
