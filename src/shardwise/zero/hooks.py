@@ -33,6 +33,7 @@ from ..errors import ReleasedParameterError
 from .ending import EndOfBackward
 from .forwards import Forwards, Running
 from .gradients import Gradients
+from .guard import unasked
 from .nested import mapped, tensors_in
 from .saved import SavedWeights
 from .schedule import Phase, Schedule
@@ -110,6 +111,7 @@ class Hooks:
         self._following = False  # whether it packs the weights that autograd keeps
         self.saved = SavedWeights(schedule.units, _weakly_recalled(self), main=schedule.ranks.rank == 0)
         self._handles: list[RemovableHandle] = []
+        self._listening: dict[int, RemovableHandle] = {}  # by the id of a weight that is to be thawed
         self._entries: dict[nn.Module, _Entry] = {root: _Entry(self)}
         self._heard: set[Unit] = set()  # those whose gradients are counted
         self._listen(root)
@@ -159,10 +161,23 @@ class Hooks:
             module.register_forward_hook(after, always_call=True),
         ]
 
+    def listen_to(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Hear of a backward that comes to these, whose gradients nobody counts, and perhaps to no others."""
+        for parameter in parameters:
+            if id(parameter) not in self._listening:
+                of: Any = parameter  # torch does not annotate its hooks
+                with unasked():
+                    self._listening[id(parameter)] = of.register_post_accumulate_grad_hook(_weakly_noticed(self))
+
+    def stop_listening(self) -> None:
+        while self._listening:
+            self._listening.popitem()[1].remove()
+
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.stop_listening()
 
     @property
     def in_forward(self) -> bool:
@@ -435,6 +450,17 @@ def _weakly(hooks: Hooks, unit: Unit, index: int) -> Callable[[Tensor], None]:
         hooks, unit = listener(), source()
         if hooks is not None and unit is not None:
             hooks._gradient_arrived(unit, index)
+
+    return arrived
+
+
+def _weakly_noticed(hooks: Hooks) -> Callable[[Tensor], None]:
+    """The same for a parameter that is not the engine's yet."""
+    listener = ref(hooks)
+
+    def arrived(_: Tensor) -> None:
+        if (found := listener()) is not None:
+            found.notice()
 
     return arrived
 

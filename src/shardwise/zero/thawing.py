@@ -20,12 +20,8 @@ import weakref
 import zlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice
-from typing import Any
-from weakref import ref
 
-from torch import Tensor
 from torch.nn import Parameter
-from torch.utils.hooks import RemovableHandle
 
 from ..errors import PrepareError
 from .build import Builder
@@ -63,20 +59,11 @@ class Thawing:
         self.then: list[weakref.WeakMethod[Callable[[set[int]], None]]] = []
         self._frozen: list[tuple[str, Parameter]] = []
         self._is_due = False
-        self._listening: dict[int, RemovableHandle] = {}  # by the id of a weight that is to be thawed
         self._look_for_frozen()
 
     def listen(self) -> None:
         """Before a forward: hear of a backward that comes to weights which shall be trained from now on, and to no others."""
-        for _, parameter in self._wanted():
-            if id(parameter) not in self._listening:
-                of: Any = parameter  # torch does not annotate its hooks
-                with unasked():
-                    self._listening[id(parameter)] = of.register_post_accumulate_grad_hook(_noticed(self._hooks))
-
-    def stop_listening(self) -> None:
-        while self._listening:
-            self._listening.popitem()[1].remove()
+        self._hooks.listen_to([parameter for _, parameter in self._wanted()])
 
     def _look_for_frozen(self) -> None:
         buffers = [unit.frozen for unit in self._units if unit.frozen is not None]
@@ -140,7 +127,7 @@ class Thawing:
                 "see it. Leave that block before the first of these after requires_grad was set."
             )
         self._is_due = False
-        self.stop_listening()
+        self._hooks.stop_listening()
         self._schedule.abandon_open_pass()
         self._schedule.stop_lingering()
         self._engine.lanes.gather.wait(self._engine.lanes.mark_compute())
@@ -196,17 +183,6 @@ class Thawing:
                 gradients.collect()
         self._engine.lanes.compute_waits(self._engine.lanes.reduce.mark())
         self._engine.reductions.clear()
-
-
-def _noticed(hooks: Hooks) -> Callable[[Tensor], None]:
-    """The gradient hook of a weight; it must not keep the engine in memory, see `hooks.py`."""
-    listener = ref(hooks)
-
-    def arrived(_: Tensor) -> None:
-        if (found := listener()) is not None:
-            found.notice()
-
-    return arrived
 
 
 def _in_order(units: Sequence[Unit], made: Sequence[Unit]) -> list[Unit]:
