@@ -85,6 +85,8 @@ class Deferred:
             with _Recording():  # type: ignore[no-untyped-call]
                 found = func(*args, **kwargs)
             _watch_results(found)
+            if func == Tensor.detach and sys._getframe(1).f_globals.get("__name__") == "torch.nn.parameter":
+                found.__class__ = type(args[0])  # Parameter(w) insists on it
             return found
 
 

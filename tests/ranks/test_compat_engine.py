@@ -136,6 +136,35 @@ def test_a_boundary_that_is_said_counts(world, stage):
     world(2).run(_boundary, stage)
 
 
+def _dropped_micro_batches(ranks: Any, stage: int, said: bool) -> None:
+    model = tower()
+    reference = copy.deepcopy(model)
+    plain = adamw(reference.parameters())
+    settings = config(stage, gradient_accumulation_steps=2, gradient_clipping=0.01)
+    engine, *_ = initialize(model=model, optimizer=adamw(model.parameters()), config=settings)
+    for number, batch in enumerate(inputs(6)):
+        last, dropped = number % 2 == 1, number in (1, 4)
+        if said:
+            engine.set_gradient_accumulation_boundary(last)
+        loss = loss_of(engine, mine(batch, ranks.rank, ranks.world_size))
+        if not dropped:
+            engine.backward(loss)
+            for rank in range(ranks.world_size):
+                (loss_of(reference, mine(batch, rank, ranks.world_size)) / ranks.world_size / 2).backward()
+        engine.step()
+        if last:
+            torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.01)
+            plain.step()
+            plain.zero_grad()
+    same(engine, reference)
+
+
+@pytest.mark.parametrize("said", [False, True])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_behind_a_dropped_micro_batch_has_the_others(world, stage, said):
+    world(2).run(_dropped_micro_batches, stage, said)
+
+
 def _facts(ranks: Any) -> None:
     model = tower()
     model.answer = 42

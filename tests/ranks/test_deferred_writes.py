@@ -73,6 +73,11 @@ def _new_parameters(model):
     head.weight = nn.Parameter(head.weight.data.clone())
     head.weight.data.mul_(0.5)
     model.model.embed_tokens.weight = nn.Parameter(_values(model.model.embed_tokens.weight.shape))
+    projection = model.model.layers[0].mlp.up_proj
+    projection.weight = nn.Parameter(projection.weight, requires_grad=False)
+    assert isinstance(projection.weight, nn.Parameter)
+    assert not isinstance(projection.weight.detach(), nn.Parameter)
+    projection.weight.mul_(0.25)
 
 
 def _drawn(model):

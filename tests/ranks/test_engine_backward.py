@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rig.engine import Block, Tower, inputs, loss_of, mine, prepare, train_both
+from shardwise.errors import ReleasedParameterError
 
 pytestmark = pytest.mark.thinned(2)
 
@@ -396,3 +397,98 @@ def _freed(ranks):
 
 def test_the_engine_goes_with_the_last_graph(world):
     assert world(2).run(_freed) == [True, True]
+
+
+class Keeping(Tower):
+    """Keeps what it has computed, as layers keep a loss of their own beside their output."""
+
+    def forward(self, x):
+        for layer in (self.first, *self.blocks, self.head):
+            x = layer(x)
+            layer.kept = x
+        return x
+
+
+def _dropped(ranks, plan, steps):
+    """What is alive of a model that is dropped with gradients, and with the graph that it has kept."""
+    model = Keeping()
+    sharded, optimizer, stepping = prepare(ranks, model, plan)
+    x = mine(inputs(1)[0], ranks.rank, ranks.world_size)
+    for _ in range(steps):
+        loss_of(model, x).backward()
+        stepping.step()
+        stepping.zero_grad()
+    loss_of(model, x).backward()
+    found = {
+        "model": weakref.ref(model),
+        "engine": weakref.ref(sharded),
+        "weight": weakref.ref(model.first.weight),
+        "gradients": weakref.ref(sharded.gradients()[0]),
+    }
+    del model, sharded, optimizer, stepping
+    gc.collect()
+    return [name for name, thing in found.items() if thing() is not None]
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+@pytest.mark.parametrize("plan", ["0", "2-opt", "3", "3-all"])
+def test_a_model_that_is_dropped_is_gone_with_its_gradients_and_graphs(world, plan, steps):
+    assert world(2).run(_dropped, plan, steps) == [[], []]
+
+
+def _outlived(ranks, plan, steps):
+    model = Tower()
+    prepared = prepare(ranks, model, plan)
+    x = mine(inputs(1)[0], ranks.rank, ranks.world_size)
+    for _ in range(steps):
+        loss_of(model, x).backward()
+    loss = loss_of(model, x.requires_grad_())
+    del model, prepared
+    gc.collect()
+    loss.backward()
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_a_backward_that_outlives_a_sharded_model_says_so(world, steps):
+    with pytest.raises(ReleasedParameterError, match="of a model that is gone or no longer prepared"):
+        world(2).run(_outlived, "3", steps)
+    world(2).run(_outlived, "0", steps)
+
+
+class Layered(nn.Linear):
+    """Computes with an input of any layout."""
+
+    def forward(self, x):
+        return torch.sparse.mm(x, self.weight) + self.bias if x.is_sparse else super().forward(x)
+
+
+class LayoutTower(Tower):
+    def __init__(self, layout):
+        super().__init__()
+        self.layout = layout
+        self.blocks = nn.ModuleList(Layered(12, 12) for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + self.called(block, x)
+        return self.head(x)
+
+    def called(self, block, x):
+        if self.layout == "sparse":
+            return block(x.to_sparse())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch has said that nested tensors are a prototype
+            nested = torch.nested.as_nested_tensor([x, x[:1]], layout=getattr(torch, self.layout))
+        return block(nested).unbind()[0]
+
+
+def _laid_out(ranks, layout, plan):
+    torch.manual_seed(5)
+    train_both(ranks, LayoutTower(layout), plan, steps=4)
+
+
+@pytest.mark.parametrize("plan", ["0", "3"])
+@pytest.mark.parametrize("layout", ["sparse", "strided", "jagged"])
+def test_inputs_of_any_layout(world, layout, plan):
+    world(2).run(_laid_out, layout, plan)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import shardwise
-from rig.engine import inputs, largest_difference, loss_of, mine, plain_step, prepare, tower, weights_of
+from rig.engine import inputs, largest_difference, loss_of, mine, plain_step, prepare, tower, train_both, weights_of
 from shardwise.errors import RankError, ReleasedParameterError
 
 pytestmark = pytest.mark.thinned(2)
@@ -359,6 +359,24 @@ def _written_by_part(ranks, plan):
 @pytest.mark.parametrize(("plan", "n"), PLACES)
 def test_each_rank_may_write_its_part(world, plan, n):
     assert max(world(n).run(_written_by_part, plan, timeout_s=20)) <= 1e-6
+
+
+def _part_in_a_hook(ranks, plan):
+    """In a backward a part is what autograd has just brought: the engine's gradient is not there yet."""
+    model = tower()
+    seen = []
+
+    def hook(parameter):
+        seen.append(shardwise.gradient(parameter, part=True).shape == (parameter.numel(),))
+
+    model.blocks[1].up.weight.register_post_accumulate_grad_hook(hook)
+    train_both(ranks, model, plan, steps=3)
+    return seen
+
+
+@pytest.mark.parametrize("plan", ["0", "2", "3"])
+def test_a_part_read_in_a_backward_leaves_the_gradient_alone(world, plan):
+    assert world(2).run(_part_in_a_hook, plan, timeout_s=20) == [[True] * 3] * 2
 
 
 def _accumulated(ranks, plan):

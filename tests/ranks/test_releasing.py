@@ -161,3 +161,22 @@ def test_after_the_ranks_have_parted_whole_weights_are_released_and_sharded_ones
     first, second = world(2).run(_parted, plan, precision)
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[name]) and value.dtype == torch.float32 for name, value in first.items())
+
+
+def _thawed_but_released(ranks, plan):
+    """The engine had begun to listen for a backward that comes to a thawed weight. One rank alone trains on."""
+    model = tower()
+    model.blocks[1].requires_grad_(False)
+    sharded, *kept = prepare(ranks, model, plan)
+    model.blocks[1].requires_grad_(True)
+    loss_of(model, inputs(1)[0])
+    sharded.release()
+    if ranks.rank == 0:
+        loss_of(model, inputs(1)[0]).backward()
+        assert all(type(p.grad) is torch.Tensor for p in model.parameters())
+    del kept  # the optimizer, which had the engine until here
+
+
+@pytest.mark.parametrize("plan", ["0", "3"])
+def test_nobody_listens_to_the_weights_of_a_released_model(world, plan):
+    world(2).run(_thawed_but_released, plan, timeout_s=30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -76,6 +77,10 @@ def test_the_command_of_a_package_is_found_and_no_other_program(
     assert err == [f"error: tune: there is no such script; did you mean {folder / 'tune'}?"]
     _, _, err = shardwise(capsys, "launch", "--use_cpu", "tool")
     assert err == ["error: tool: there is no such script"]
+    with monkeypatch.context() as patch:  # one that may be run and not be read, as sudo
+        patch.setattr("os.access", lambda path, mode: mode != os.R_OK)
+        _, _, err = shardwise(capsys, "launch", "--use_cpu", "tune")
+        assert err == ["error: tune: there is no such script"]
     assert shardwise(capsys, "launch", "--use_cpu", "--dry-run", str(folder / "tune"), "train")[0] == 0
 
 

@@ -99,7 +99,7 @@ def check_script(script: str, is_module: bool) -> None:
 def _commands(name: str) -> list[str]:
     """The script behind a package's command, such as axolotl's, which Python runs too; no launcher searches PATH for it."""
     found = shutil.which(name)
-    if found is None:
+    if found is None or not os.access(found, os.R_OK):
         return []
     with open(found, "rb") as file:
         beginning = file.readline(4096) + file.readline(4096)  # a long path to Python stands in the second line

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from ..errors import PrepareError
 from .collectives import Ranks
 from .guard import unasked
+from .hooks import in_backward
 from .sharded import ShardedModel, find_sharded
 from .shown import ShownGradient
 
@@ -60,7 +61,7 @@ def gradient(parameter: Parameter, *, part: bool = False) -> Tensor | None:
     parameter that is not prepared, it is `parameter.grad`.
     """
     grad = _gradient_of(parameter)
-    if part and grad is not None and not isinstance(grad, ShownGradient):
+    if part and grad is not None and not isinstance(grad, ShownGradient) and not in_backward():
         for owner in ShardedModel.all():  # a tensor that the script has assigned, the same on all ranks, becomes parts
             if any(parameter is member for gradients in owner.gradients() for member in gradients.parameters):
                 owner.look_at_gradients()

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils.hooks import RemovableHandle
 
+from ..errors import ReleasedParameterError
 from .ending import EndOfBackward
 from .forwards import Forwards, Running
 from .gradients import Gradients
@@ -41,6 +42,38 @@ from .unit import Unit, Weights
 log = logging.getLogger("shardwise")
 
 _BACKWARD = Phase.BACKWARD  # an Enum looks its members up by a call
+
+
+class _Entry:
+    """A module whose forward the engine hears of.
+
+    units:  that it needs, and their names. ending: those of them that nobody needs once its backward is over.
+    begins: for the gradients of its outputs. ends: for when those of its inputs are there. Autograd keeps them in C++, see
+            `_weakly`: a module may keep a tensor of its own graph.
+    """
+
+    def __init__(self, hooks: Hooks) -> None:
+        self.units: list[Unit] = []
+        self.ending: list[Unit] = []
+        self.names: list[str] = []
+        listener, mine, names = ref(hooks), ref(self), self.names
+
+        def begins(_: Tensor) -> None:
+            hooks, entry = listener(), mine()
+            if hooks is not None and entry is not None:
+                hooks._before_backward(entry.units)
+            elif names:
+                raise ReleasedParameterError(
+                    f"a backward came to unit {names[0]} of a model that is gone or no longer prepared, and its weights with "
+                    "it. Keep the model, and the optimizer or Accelerator that has it, until the backward is over."
+                )
+
+        def ends(*_: Any) -> None:
+            hooks, entry = listener(), mine()
+            if hooks is not None and entry is not None:
+                hooks._after_backward(entry.ending)
+
+        self.begins, self.ends = begins, ends
 
 
 class Hooks:
@@ -78,9 +111,9 @@ class Hooks:
         self._following = False  # whether it packs the weights that autograd keeps
         self.saved = SavedWeights(schedule.units, _weakly_recalled(self), main=schedule.ranks.rank == 0)
         self._handles: list[RemovableHandle] = []
-        self._entries: dict[nn.Module, tuple[list[Unit], list[Unit]]] = {root: ([], [])}
+        self._listening: dict[int, RemovableHandle] = {}  # by the id of a weight that is to be thawed
+        self._entries: dict[nn.Module, _Entry] = {root: _Entry(self)}
         self._heard: set[Unit] = set()  # those whose gradients are counted
-        self._awaited: dict[int, RemovableHandle] = {}  # by the id of a weight that is to be trained
         self._listen(root)
         self.renew()
 
@@ -89,21 +122,20 @@ class Hooks:
 
         A module that has hooks keeps them, so that they stay in their order among the script's own.
         """
-        while self._awaited:
-            self._awaited.popitem()[1].remove()
-        for units, ending in self._entries.values():
-            units.clear()
-            ending.clear()
+        for entry in self._entries.values():
+            for found in (entry.units, entry.names, entry.ending):
+                found.clear()
         for unit in self.schedule.units:
             for module in unit.entries if unit.leaves else ():
                 if module not in self._entries:
-                    self._entries[module] = [], []
+                    self._entries[module] = _Entry(self)
                     self._listen(module)
-                units, ending = self._entries[module]
-                units.append(unit)
+                entry = self._entries[module]
+                entry.units.append(unit)
+                entry.names.append(unit.name)
                 # Of blocks in turn the first one's backward is the last that reads their unit.
                 if not unit.in_turn or module is unit.entries[0]:
-                    ending.append(unit)
+                    entry.ending.append(unit)
             if unit.gradients is not None and unit not in self._heard:
                 self._heard.add(unit)
                 for index, member in enumerate(unit.gradients.buffer.members):
@@ -122,18 +154,30 @@ class Hooks:
 
     def _listen(self, module: nn.Module) -> None:
         kind = list(self._entries).index(module)
-        before = _ModuleHook(self._before_forward, kind, *self._entries[module])
-        after = _ModuleHook(self._after_forward, self._entries[module][0])
+        before = _ModuleHook(self._before_forward, kind, self._entries[module])
+        after = _ModuleHook(self._after_forward, self._entries[module])
         self._handles += [
             module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
             module.register_forward_hook(after, always_call=True),
         ]
 
+    def listen_to(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Hear of a backward that comes to these, whose gradients nobody counts, and perhaps to no others."""
+        for parameter in parameters:
+            if id(parameter) not in self._listening:
+                of: Any = parameter  # torch does not annotate its hooks
+                with unasked():
+                    self._listening[id(parameter)] = of.register_post_accumulate_grad_hook(_weakly_noticed(self))
+
+    def stop_listening(self) -> None:
+        while self._listening:
+            self._listening.popitem()[1].remove()
+
     def remove(self) -> None:
-        for handle in (*self._handles, *self._awaited.values()):
+        for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._awaited.clear()
+        self.stop_listening()
 
     @property
     def in_forward(self) -> bool:
@@ -165,8 +209,7 @@ class Hooks:
     def _before_forward(
         self,
         kind: int,
-        units: list[Unit],
-        ending: list[Unit],
+        entry: _Entry,
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -175,7 +218,7 @@ class Hooks:
         if not recording and self.schedule.holds:  # generating: a token's forward is little more than such calls
             outermost = self._begins(Running(module, (), recomputed=False), sys._getframe(1))
             return self._cast(args, kwargs) if outermost and self._compute_dtype is not None else None
-        running = Running(module, units, recomputed=in_backward())
+        running = Running(module, entry.units, recomputed=in_backward())
         outermost = self._begins(running, sys._getframe(1))
         if _transforming():
             with temporarily_clear_interpreter_stack():
@@ -185,8 +228,8 @@ class Hooks:
         changed = outermost and self._compute_dtype is not None
         if changed:
             args, kwargs = self._cast(args, kwargs)
-        if recording and any(unit.leaves for unit in ending) and not _transforming():
-            wrapped = _watch_inputs((args, kwargs), partial(self._after_backward, ending))
+        if recording and any(unit.leaves for unit in entry.ending) and not _transforming():
+            wrapped = _watch_inputs((args, kwargs), entry.ends)
             if wrapped is not None:
                 args, kwargs = wrapped
                 changed = True
@@ -228,7 +271,7 @@ class Hooks:
         args, kwargs = mapped((args, kwargs), _caster(self._compute_dtype))
         return args, kwargs
 
-    def _after_forward(self, units: list[Unit], module: nn.Module, args: Any, output: Any) -> None:
+    def _after_forward(self, entry: _Entry, module: nn.Module, args: Any, output: Any) -> None:
         over = self._forwards.end(module)
         if self.schedule.holds and not torch.is_grad_enabled():
             return
@@ -237,11 +280,10 @@ class Hooks:
                 self._leave(over)
             return
         if torch.is_grad_enabled() and output is not None:
-            before = partial(self._before_backward, units)
             for tensor in tensors_in(output):
                 # A weight that is handed out lives on: a hook for each forward would pile up on it.
                 if tensor.requires_grad and not isinstance(tensor, nn.Parameter):
-                    tensor.register_hook(before)  # type: ignore[no-untyped-call]
+                    tensor.register_hook(entry.begins)  # type: ignore[no-untyped-call]
         self._leave(over)
 
     def _leave(self, over: Sequence[Running]) -> None:
@@ -302,7 +344,7 @@ class Hooks:
 
     # Backward. Autograd calls these, on its own thread when the device is a GPU.
 
-    def _before_backward(self, units: list[Unit], gradient: Tensor) -> None:
+    def _before_backward(self, units: list[Unit]) -> None:
         if not self._in_pass:
             self._begin_backward()
         for unit in units:
@@ -320,14 +362,6 @@ class Hooks:
         if unit.gradients.note(index):
             with torch.no_grad():  # of a backward that records one for itself
                 self.schedule.reducing.complete(unit)
-
-    def await_gradients_of(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Until `renew`, hear of a backward that comes to these, whose gradients nothing counts yet."""
-        for parameter in parameters:
-            if id(parameter) not in self._awaited:
-                waiting: Any = parameter  # torch does not annotate its hooks
-                with unasked():
-                    self._awaited[id(parameter)] = waiting.register_post_accumulate_grad_hook(_weakly_noticed(self))
 
     def notice(self) -> None:
         """A weight that nothing counts has got its gradient: a backward is running."""
@@ -421,7 +455,7 @@ def _weakly(hooks: Hooks, unit: Unit, index: int) -> Callable[[Tensor], None]:
 
 
 def _weakly_noticed(hooks: Hooks) -> Callable[[Tensor], None]:
-    """The gradient hook of a weight that nothing counts yet, which must not keep the engine in memory either."""
+    """The same for a parameter that is not the engine's yet."""
     listener = ref(hooks)
 
     def arrived(_: Tensor) -> None:
@@ -475,7 +509,7 @@ class _Watch(torch.autograd.Function):
     """The identity. Its backward runs when every gradient of its inputs is ready, that is last in the module's backward."""
 
     @staticmethod
-    def forward(ctx: Any, call: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: Callable[..., None], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.call = call
         return tensors
 
@@ -485,20 +519,25 @@ class _Watch(torch.autograd.Function):
         return (None, *gradients)
 
 
-def _watch_inputs(inputs: tuple[Any, Any], call: Callable[[], None]) -> tuple[Any, Any] | None:
+def _has_views(tensor: Tensor) -> bool:
+    return tensor.layout is torch.jagged or (tensor.layout is torch.strided and not tensor.is_nested)
+
+
+def _watch_inputs(inputs: tuple[Any, Any], call: Callable[..., None]) -> tuple[Any, Any] | None:
     """The inputs with those that need a gradient led through an identity that calls; None if none does.
 
     Of a single tensor it is a view with a hook on its node: that costs the host half of what a Function costs, and the module
-    may write into it. Then the node is no part of the graph any more, and nobody calls.
+    may write into it. Then the node is no part of the graph any more, and nobody calls. Nor does anyone where torch has no
+    views of an input, as of a sparse one.
     """
     tensors = {id(tensor): tensor for tensor in tensors_in(inputs) if tensor.requires_grad}
-    if not tensors:
+    if not tensors or not all(map(_has_views, tensors.values())):
         return None
-    first = next(iter(tensors.values()))
-    if len(tensors) == 1 and first.layout is torch.strided:
+    if len(tensors) == 1:
+        first = next(iter(tensors.values()))
         view = first.view_as(first)
         assert view.grad_fn is not None
-        view.grad_fn.register_hook(lambda *_: call())
+        view.grad_fn.register_hook(call)
         watched = {id(first): view}
     else:
         outputs = _Watch.apply(call, *tensors.values())  # type: ignore[no-untyped-call]

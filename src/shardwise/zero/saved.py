@@ -40,12 +40,15 @@ _LEARNED_IN = 2
 
 
 class _Kept:
-    """A tensor that lives in a unit's weights. in_forward: of a module; else it was read in `gathered`."""
+    """A tensor that lives in a unit's weights. in_forward: of a module; else it was read in `gathered`.
+
+    A graph keeps it in C++, where the garbage collector does not see a circle: a module may keep a tensor of that graph.
+    """
 
     __slots__ = ("in_forward", "tensor", "unit")
 
     def __init__(self, unit: Unit, tensor: Tensor, in_forward: bool) -> None:
-        self.unit = unit
+        self.unit = ref(unit)
         self.tensor = tensor
         self.in_forward = in_forward
 
@@ -193,8 +196,9 @@ class SavedWeights:
 
     def read(self, kept: _Kept) -> Tensor:
         """What was packed, in memory that may be read."""
-        if kept.unit.leaves:
-            self._read(kept.unit, kept.in_forward)
+        unit = kept.unit()
+        if unit is not None and unit.leaves:
+            self._read(unit, kept.in_forward)
         return kept.tensor
 
     def _read(self, unit: Unit, in_forward: bool) -> None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import ref
 
 import torch
@@ -31,6 +31,7 @@ from .guard import METADATA, unasked
 from .norms import Norms
 
 if TYPE_CHECKING:
+    from .flat import Member
     from .gradients import Gradients
 
 # By these a script may write without a trace that autograd's count of writes would show.
@@ -182,13 +183,13 @@ class Shown:
     """
 
     def __init__(self, gradients: Gradients, norms: Norms) -> None:
-        # What a Parameter holds as its `grad` is in C++, where the garbage collector does not see a circle.
+        # What a Parameter holds as its `grad` is in C++, where the garbage collector does not see a circle: so nothing here
+        # leads to a parameter.
         self._gradients = ref(gradients)
-        self._norms = norms
-        self._members = gradients.buffer.members
+        self._norms_of_all = ref(norms)
         self._made: list[ShownGradient] = []
         # What the parameters have as `grad` if the script has done nothing to it.
-        self._showing: list[ShownGradient | None] = [None] * len(self._members)
+        self._showing: list[ShownGradient | None] = [None] * len(gradients.buffer.members)
         # All of the buffer's gradients, flat, since somebody asked for a whole one: what counts until it is taken back.
         self._flat: Tensor | None = None
         self._version = 0
@@ -200,9 +201,20 @@ class Shown:
     @property
     def _source(self) -> Gradients:
         found = self._gradients()
-        if found is None:
-            raise ReleasedParameterError("a gradient of a model that is no longer prepared was read: it is gone.")
-        return found
+        return found if found is not None else self._refuse_gone()
+
+    @staticmethod
+    def _refuse_gone() -> NoReturn:
+        raise ReleasedParameterError("a gradient of a model that is no longer prepared was read: it is gone.")
+
+    @property
+    def _members(self) -> Sequence[Member]:
+        return self._source.buffer.members
+
+    @property
+    def _norms(self) -> Norms:
+        found = self._norms_of_all()
+        return found if found is not None else self._refuse_gone()
 
     @property
     def in_parts(self) -> bool:

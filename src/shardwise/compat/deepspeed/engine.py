@@ -117,8 +117,9 @@ class DeepSpeedEngine(nn.Module):
         return outputs
 
     def _announce(self) -> None:
-        """Tell the model whether the gradients of the coming backward are averaged over the ranks in it."""
-        self.prepared.sharded.sync_gradients = self._ends_step() and not self._quiet
+        """Tell the model whether a step ends here; `step` does too, where the script has left a backward out."""
+        sharded = self.prepared.sharded
+        sharded.sync_gradients = sharded.at_boundary = self._ends_step() and not self._quiet
 
     def _ends_step(self) -> bool:
         """Whether a step may come now; where the script alone knows of its micro-batches, always."""
@@ -175,7 +176,7 @@ class DeepSpeedEngine(nn.Module):
         self._applied = False
         if self._ends_step():
             stepper = self.optimizer.stepper
-            self.prepared.sharded.sync_gradients = True
+            self._announce()
             stepper.step()
             stepper.zero_grad()
             self.global_steps += 1
