@@ -292,7 +292,7 @@ class ShardedOptimizer:
             with torch.enable_grad():
                 result = closure()
         self._verdicts.raise_if_bad()
-        if any(not model.sync_gradients for model in self.models):
+        if any(model.at_boundary is False for model in self.models):
             return result
         self.look()
         accumulating = any(model.accumulating for model in self.models)

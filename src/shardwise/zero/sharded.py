@@ -81,7 +81,7 @@ class ShardedModel:
     whole:          the weights whole, one unit at a time.
     running_buffers: those that forwards change. swapped: its weights are averages now, see `averaging.py`.
     sync_gradients: set False before a backward whose gradients are accumulated only. accumulating: the last one was so.
-    at_boundary:    the script has said that a step follows this micro-batch, whether or not there is a backward of it.
+    at_boundary:    whether the script has said that a step follows this micro-batch, backward or not; None if it says nothing.
     Collective: every rank calls it with an equally built model; rank 0's weights are everybody's afterwards.
     Raises PrepareError for a model that is prepared already, has weights on the meta device, or fits no unit name.
     """
@@ -110,7 +110,7 @@ class ShardedModel:
         self.precision = precision
         self.sync_gradients = True
         self.accumulating = False
-        self.at_boundary = False
+        self.at_boundary: bool | None = None
         self.released = False
         self.swapped = False
         self.gpu_memory_budget = gpu_memory_budget
