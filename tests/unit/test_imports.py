@@ -115,6 +115,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "zero.checks",
         "zero.ending",
         "zero.forwards",
+        "zero.weakly",
         "zero.generation",
         "zero.nested",
         "zero.quantised",

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import ReleasedParameterError
 from .ending import EndOfBackward
 from .forwards import Forwards, Running
 from .gradients import Gradients
@@ -38,42 +37,11 @@ from .nested import mapped, tensors_in
 from .saved import SavedWeights
 from .schedule import Phase, Schedule
 from .unit import Unit, Weights
+from .weakly import Entry, weakly
 
 log = logging.getLogger("shardwise")
 
 _BACKWARD = Phase.BACKWARD  # an Enum looks its members up by a call
-
-
-class _Entry:
-    """A module whose forward the engine hears of.
-
-    units:  that it needs, and their names. ending: those of them that nobody needs once its backward is over.
-    begins: for the gradients of its outputs. ends: for when those of its inputs are there. Autograd keeps them in C++, see
-            `_weakly`: a module may keep a tensor of its own graph.
-    """
-
-    def __init__(self, hooks: Hooks) -> None:
-        self.units: list[Unit] = []
-        self.ending: list[Unit] = []
-        self.names: list[str] = []
-        listener, mine, names = ref(hooks), ref(self), self.names
-
-        def begins(_: Tensor) -> None:
-            hooks, entry = listener(), mine()
-            if hooks is not None and entry is not None:
-                hooks._before_backward(entry.units)
-            elif names:
-                raise ReleasedParameterError(
-                    f"a backward came to unit {names[0]} of a model that is gone or no longer prepared, and its weights with "
-                    "it. Keep the model, and the optimizer or Accelerator that has it, until the backward is over."
-                )
-
-        def ends(*_: Any) -> None:
-            hooks, entry = listener(), mine()
-            if hooks is not None and entry is not None:
-                hooks._after_backward(entry.ending)
-
-        self.begins, self.ends = begins, ends
 
 
 class Hooks:
@@ -109,10 +77,11 @@ class Hooks:
         self._recording = False  # whether the running forward of the model records a graph
         self._told_of_reads = False
         self._following = False  # whether it packs the weights that autograd keeps
-        self.saved = SavedWeights(schedule.units, _weakly_recalled(self), main=schedule.ranks.rank == 0)
+        recall = weakly(self.recall, gone=lambda _: True)
+        self.saved = SavedWeights(schedule.units, recall, main=schedule.ranks.rank == 0)
         self._handles: list[RemovableHandle] = []
         self._listening: dict[int, RemovableHandle] = {}  # by the id of a weight that is to be thawed
-        self._entries: dict[nn.Module, _Entry] = {root: _Entry(self)}
+        self._entries: dict[nn.Module, Entry] = {}
         self._heard: set[Unit] = set()  # those whose gradients are counted
         self._listen(root)
         self.renew()
@@ -123,12 +92,10 @@ class Hooks:
         A module that has hooks keeps them, so that they stay in their order among the script's own.
         """
         for entry in self._entries.values():
-            for found in (entry.units, entry.names, entry.ending):
-                found.clear()
+            entry.clear()
         for unit in self.schedule.units:
             for module in unit.entries if unit.leaves else ():
                 if module not in self._entries:
-                    self._entries[module] = _Entry(self)
                     self._listen(module)
                 entry = self._entries[module]
                 entry.units.append(unit)
@@ -139,7 +106,7 @@ class Hooks:
             if unit.gradients is not None and unit not in self._heard:
                 self._heard.add(unit)
                 for index, member in enumerate(unit.gradients.buffer.members):
-                    hook = _weakly(self, unit, index)
+                    hook = _counted(self, unit, index)
                     parameter: Any = member.parameter  # torch does not annotate its hooks
                     trained = parameter.requires_grad
                     parameter.requires_grad_(
@@ -148,14 +115,15 @@ class Hooks:
                     self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
                     parameter.requires_grad_(trained)
             for buffer in unit.parts:
-                buffer.guard.on_read = _weakly_wanted(self, unit)
+                buffer.guard.on_read = weakly(self.wanted, unit, gone=lambda _: False)
         self._active.clear()
         self.saved.renew(self.schedule.units)
 
     def _listen(self, module: nn.Module) -> None:
-        kind = list(self._entries).index(module)
-        before = _ModuleHook(self._before_forward, kind, self._entries[module])
-        after = _ModuleHook(self._after_forward, self._entries[module])
+        kind = len(self._entries)
+        entry = self._entries[module] = Entry(self._before_backward, self._after_backward)
+        before = _ModuleHook(self._before_forward, kind, entry)
+        after = _ModuleHook(self._after_forward, entry)
         self._handles += [
             module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
             module.register_forward_hook(after, always_call=True),
@@ -167,7 +135,7 @@ class Hooks:
             if id(parameter) not in self._listening:
                 of: Any = parameter  # torch does not annotate its hooks
                 with unasked():
-                    self._listening[id(parameter)] = of.register_post_accumulate_grad_hook(_weakly_noticed(self))
+                    self._listening[id(parameter)] = of.register_post_accumulate_grad_hook(weakly(self._notice))
 
     def stop_listening(self) -> None:
         while self._listening:
@@ -209,7 +177,7 @@ class Hooks:
     def _before_forward(
         self,
         kind: int,
-        entry: _Entry,
+        entry: Entry,
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -271,7 +239,7 @@ class Hooks:
         args, kwargs = mapped((args, kwargs), _caster(self._compute_dtype))
         return args, kwargs
 
-    def _after_forward(self, entry: _Entry, module: nn.Module, args: Any, output: Any) -> None:
+    def _after_forward(self, entry: Entry, module: nn.Module, args: Any, output: Any) -> None:
         over = self._forwards.end(module)
         if self.schedule.holds and not torch.is_grad_enabled():
             return
@@ -344,14 +312,14 @@ class Hooks:
 
     # Backward. Autograd calls these, on its own thread when the device is a GPU.
 
-    def _before_backward(self, units: list[Unit]) -> None:
+    def _before_backward(self, entry: Entry, _: Tensor) -> None:
         if not self._in_pass:
             self._begin_backward()
-        for unit in units:
+        for unit in entry.units:
             self.schedule.need(unit)
 
-    def _after_backward(self, units: list[Unit]) -> None:
-        for unit in units:
+    def _after_backward(self, entry: Entry, *_: Tensor) -> None:
+        for unit in entry.ending:
             self.schedule.done(unit)
 
     def _gradient_arrived(self, unit: Unit, index: int) -> None:
@@ -363,7 +331,7 @@ class Hooks:
             with torch.no_grad():  # of a backward that records one for itself
                 self.schedule.reducing.complete(unit)
 
-    def notice(self) -> None:
+    def _notice(self, _: Tensor) -> None:
         """A weight that nothing counts has got its gradient: a backward is running."""
         if not self._in_pass:
             self._begin_backward()
@@ -440,10 +408,8 @@ class _ModuleHook(partial[Any]):
         return getattr, (nullcontext(), "__exit__")  # takes any arguments and gives None
 
 
-def _weakly(hooks: Hooks, unit: Unit, index: int) -> Callable[[Tensor], None]:
-    """The gradient hook of a parameter. torch keeps it in C++, where the garbage collector cannot see that it would close a
-    circle: a strong reference to the engine would keep every prepared model in memory for ever.
-    """
+def _counted(hooks: Hooks, unit: Unit, index: int) -> Callable[[Tensor], None]:
+    """`weakly(hooks._gradient_arrived, unit)` for a parameter, written out because a step calls it for each of them."""
     listener, source = ref(hooks), ref(unit)
 
     def arrived(_: Tensor) -> None:
@@ -452,39 +418,6 @@ def _weakly(hooks: Hooks, unit: Unit, index: int) -> Callable[[Tensor], None]:
             hooks._gradient_arrived(unit, index)
 
     return arrived
-
-
-def _weakly_noticed(hooks: Hooks) -> Callable[[Tensor], None]:
-    """The same for a parameter that is not the engine's yet."""
-    listener = ref(hooks)
-
-    def arrived(_: Tensor) -> None:
-        if (found := listener()) is not None:
-            found.notice()
-
-    return arrived
-
-
-def _weakly_wanted(hooks: Hooks, unit: Unit) -> Callable[[str], bool]:
-    """`wanted` for a guard, which must not keep the engine in memory either."""
-    listener, source = ref(hooks), ref(unit)
-
-    def wanted(name: str) -> bool:
-        hooks, unit = listener(), source()
-        return hooks is not None and unit is not None and hooks.wanted(unit, name)
-
-    return wanted
-
-
-def _weakly_recalled(hooks: Hooks) -> Callable[[Unit], bool]:
-    """`recall` for what autograd keeps: a graph that a script holds must not keep the model's engine in memory."""
-    listener = ref(hooks)
-
-    def recall(unit: Unit) -> bool:
-        found = listener()
-        return found is None or found.recall(unit)
-
-    return recall
 
 
 def _transforming() -> bool:
