@@ -132,7 +132,7 @@ def _set_data(target: Tensor, values: Tensor) -> None:
         DATA_SETTER(target, values)
     else:
         exchange(target, values)
-    _watch(target) if is_deferred(target) else _leave(target)
+    _sort(target)
 
 
 def _watch_results(found: Any) -> None:
@@ -181,6 +181,11 @@ def _leave(tensor: Tensor) -> None:
         tensor.__class__ = Parameter if cls is Tensor and getattr(tensor, "_is_param", False) else cls
 
 
+def _sort(tensor: Tensor) -> None:
+    """Give it the class of those with memory or without, whichever it is."""
+    _watch(tensor) if is_deferred(tensor) else _leave(tensor)
+
+
 @contextmanager
 def deferring_until_prepare(*, gpu: bool = False) -> Iterator[None]:
     """As `deferring`; and what was made without memory inside records what is done to it afterwards too."""
@@ -194,7 +199,7 @@ def deferring_until_prepare(*, gpu: bool = False) -> Iterator[None]:
         # Whoever holds them: parameters, buffers, what a script has kept.
         for item in gc.get_objects():
             if issubclass(type(item), Tensor):
-                _watch(item) if is_deferred(item) else _leave(item)
+                _sort(item)
 
 
 @contextmanager
@@ -206,8 +211,7 @@ def ordinary(parameters: list[Parameter]) -> Iterator[None]:
         yield
     finally:
         for parameter in parameters:
-            if is_deferred(parameter):
-                _watch(parameter)
+            _sort(parameter)
 
 
 # At prepare.
@@ -254,6 +258,5 @@ def deferred_if_it_fails(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         for parameter in model.parameters():
-            if is_deferred(parameter):
-                _watch(parameter)
+            _sort(parameter)
         raise
