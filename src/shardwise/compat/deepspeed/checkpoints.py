@@ -108,13 +108,19 @@ def _run_of(engine: DeepSpeedEngine, *, optimizer: bool = True, scheduler: bool 
 
 
 def load(
-    engine: DeepSpeedEngine, load_dir: str, tag: str | None, strict: bool, beside: tuple[bool, bool, bool]
+    engine: DeepSpeedEngine,
+    load_dir: str,
+    tag: str | None,
+    *,
+    strict: bool,
+    optimizer: bool,
+    scheduler: bool,
+    counts: bool,
 ) -> tuple[str | None, dict[str, Any] | None]:
     """See `DeepSpeedEngine.load_checkpoint`. Raises CheckpointError with the same words on every rank.
 
-    beside: whether the optimizer's states, the schedule's and the engine's counters come beside the weights.
+    optimizer, scheduler, counts: whether the states of these and the engine's counters come beside the weights.
     """
-    optimizer, scheduler, counts = beside
     ranks = engine.prepared.sharded.ranks
     path = on_first(ranks, lambda: find(load_dir, tag))
     if path is None:

@@ -107,10 +107,10 @@ class DeepSpeedEngine(nn.Module):
         return self._prepared
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._prepared is None and self.training and torch.is_grad_enabled():
-            raise PrepareError(_DESTROYED)
         if self._prepared is not None:
             self._announce()
+        elif self.training and torch.is_grad_enabled():
+            raise PrepareError(_DESTROYED)
         outputs = self.module(*args, **kwargs)
         if self.optimizer is not None:
             self.optimizer.backwards.watch(outputs)
@@ -123,8 +123,7 @@ class DeepSpeedEngine(nn.Module):
 
     def _ends_step(self) -> bool:
         """Whether a step may come now; where the script alone knows of its micro-batches, always."""
-        unmanaged = self._boundary is None and not self.settings.managed
-        return unmanaged or self.is_gradient_accumulation_boundary()
+        return (self._boundary is None and not self.settings.managed) or self.is_gradient_accumulation_boundary()
 
     def backward(
         self,
@@ -384,5 +383,6 @@ class DeepSpeedEngine(nn.Module):
 
         if custom_load_fn is not None:
             raise NotImplementedError("load_checkpoint: custom_load_fn is not taken; checkpoints are shardwise's own.")
-        wanted = (load_optimizer_states, load_lr_scheduler_states, True)
-        return load(self, load_dir, tag, load_module_strict, (False,) * 3 if load_module_only else wanted)
+        wanted = {"optimizer": load_optimizer_states, "scheduler": load_lr_scheduler_states, "counts": True}
+        beside = dict.fromkeys(wanted, False) if load_module_only else wanted
+        return load(self, load_dir, tag, strict=load_module_strict, **beside)

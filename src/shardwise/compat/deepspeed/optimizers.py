@@ -18,7 +18,6 @@ from ...errors import ConfigError
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
-# What programs ask before they take a device or an optimizer; drives and host memory are the engine's own.
 def _refuse(name: str, **given: Any) -> None:
     """ConfigError for an argument that is not at the one value that there is here."""
     for argument, (value, only, why) in given.items():
@@ -80,11 +79,15 @@ class DeepSpeedCPUAdam(_Adam):
     """torch.optim.Adam. adamw_mode: weight decay apart from the gradient."""
 
 
-class FusedAdam(_Adam):
-    """torch.optim.Adam. adam_w_mode: weight decay apart from the gradient."""
+class _Fused:
+    """The classes for a GPU call their first argument `params`, and those for the CPU `model_params`."""
 
     def __new__(cls, params: Parameters, *args: Any, **options: Any) -> Any:
-        return super().__new__(cls, params, *args, **options)
+        return super().__new__(cls, params, *args, **options)  # type: ignore[call-arg]
+
+
+class FusedAdam(_Fused, _Adam):
+    """torch.optim.Adam. adam_w_mode: weight decay apart from the gradient."""
 
 
 class DeepSpeedCPUAdagrad:
@@ -158,8 +161,5 @@ class DeepSpeedCPULion:
         return Lion(model_params, lr=lr, betas=betas, weight_decay=weight_decay)
 
 
-class FusedLion(DeepSpeedCPULion):
+class FusedLion(_Fused, DeepSpeedCPULion):
     """`Lion`."""
-
-    def __new__(cls, params: Parameters, *args: Any, **options: Any) -> Any:
-        return super().__new__(cls, params, *args, **options)
