@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from datasets import Dataset
-from seen import Seen, options
+from seen import Seen, arguments, options
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
@@ -34,27 +34,13 @@ def main() -> None:
     parser = options()
     parser.add_argument("--prompt", type=int, required=True, help="tokens of a prompt")
     told = parser.parse_args()
-    steps = told.warmup + told.steps
     args = GRPOConfig(
-        output_dir=f"{told.out}-trainer",
-        deepspeed=told.deepspeed,
-        per_device_train_batch_size=told.rows,
+        **arguments(told),
         num_generations=4,
         max_completion_length=told.length,
         generation_kwargs={"min_new_tokens": told.length},
-        max_steps=steps,
-        learning_rate=told.learning_rate,
-        lr_scheduler_type="constant",
-        optim="adamw_torch_fused",
-        max_grad_norm=1.0,
-        bf16=not told.fp32,
         gradient_checkpointing=False,
         model_init_kwargs={"dtype": "float32" if told.fp32 else "bfloat16"},
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        seed=5,
     )
     vocabulary = AutoConfig.from_pretrained(told.model).vocab_size
     prompts = [

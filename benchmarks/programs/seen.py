@@ -33,6 +33,26 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
+def arguments(told: argparse.Namespace) -> dict[str, Any]:
+    """What every program gives its TrainingArguments, or what its library has of them."""
+    return {
+        "output_dir": f"{told.out}-trainer",
+        "deepspeed": told.deepspeed,
+        "per_device_train_batch_size": told.rows,
+        "max_steps": told.warmup + told.steps,
+        "learning_rate": told.learning_rate,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch_fused",
+        "max_grad_norm": 1.0,
+        "bf16": not told.fp32,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": 5,
+    }
+
+
 class Seen(TrainerCallback):
     """Stamps of a run. Times are `time.time()`, because the first one is another process's."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from seen import Seen, options
+from seen import Seen, arguments, options
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
@@ -33,7 +33,6 @@ def main() -> None:
     parser.add_argument("--lora-rank", type=int)
     parser.add_argument("--checkpointing", action="store_true")
     told = parser.parse_args()
-    steps = told.warmup + told.steps
     # transformers 5.20 renamed it.
     names = {field.name for field in fields(TrainingArguments)}
     prefix = "activation" if "activation_checkpointing" in names else "gradient"
@@ -43,23 +42,7 @@ def main() -> None:
             f"{prefix}_checkpointing": True,
             f"{prefix}_checkpointing_kwargs": {"use_reentrant": False},
         }
-    args = TrainingArguments(
-        output_dir=f"{told.out}-trainer",
-        deepspeed=told.deepspeed,
-        per_device_train_batch_size=told.rows,
-        max_steps=steps,
-        learning_rate=told.learning_rate,
-        lr_scheduler_type="constant",
-        optim="adamw_torch_fused",
-        max_grad_norm=1.0,
-        bf16=not told.fp32,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        seed=5,
-        **checkpointing,
-    )
+    args = TrainingArguments(**arguments(told), **checkpointing)
     set_seed(7)
     model: Any = AutoModelForCausalLM.from_pretrained(told.model, dtype=torch.float32 if told.fp32 else torch.bfloat16)
     model.config.use_cache = False
@@ -70,7 +53,7 @@ def main() -> None:
         set_seed(8)
         model = get_peft_model(model, lora)
     per_step = told.rows * args.world_size
-    rows = Tokens(steps * per_step, 4 * per_step, told.length, model.config.vocab_size)
+    rows = Tokens(args.max_steps * per_step, 4 * per_step, told.length, model.config.vocab_size)
     seen = Seen(told.warmup)
     trainer = Trainer(model=model, args=args, train_dataset=rows, callbacks=[seen])
     trainer.train()
