@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from rig.guide import GUIDE
+
 PROGRAMS = Path(__file__).parent / "programs"
 ENTRY = "from shardwise.cli.main import main; main()"
 
@@ -197,32 +199,6 @@ def test_trls_trainers_have_ddps_numbers(preferences, case):
 def test_one_of_trls_trainers_has_ddps_numbers(cover, case):
     pytest.importorskip("trl")
     _check_preference(cover[1], case)
-
-
-GUIDE = """
-compute_environment: LOCAL_MACHINE
-deepspeed_config:
-  gradient_accumulation_steps: 1
-  gradient_clipping: 1.0
-  offload_optimizer_device: cpu
-  offload_param_device: cpu
-  zero3_init_flag: true
-  zero3_save_16bit_model: true
-  zero_stage: 3
-distributed_type: DEEPSPEED
-downcast_bf16: 'no'
-dynamo_backend: 'NO'
-fsdp_config: {}
-machine_rank: 0
-main_training_function: main
-megatron_lm_config: {}
-mixed_precision: 'no'
-num_machines: 1
-num_processes: 1
-rdzv_backend: static
-same_network: true
-use_cpu: false
-"""
 
 
 @pytest.mark.full

@@ -17,33 +17,15 @@ from typing import Any
 
 import pytest
 
+from rig.guide import GUIDE
 from shardwise.cli.main import run
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "launch_texts.json"
 FILES = {
     "train.py": "raise SystemExit(0)\n",
-    "guide.yaml": """\
-compute_environment: LOCAL_MACHINE
-deepspeed_config:
-  gradient_accumulation_steps: 1
-  gradient_clipping: 1.0
-  offload_optimizer_device: cpu
-  offload_param_device: cpu
-  zero3_init_flag: true
-  zero3_save_16bit_model: true
-  zero_stage: 3
-distributed_type: DEEPSPEED
-downcast_bf16: 'no'
-dynamo_backend: 'NO'
-fsdp_config: {}
-machine_rank: 0
-main_training_function: main
-megatron_lm_config: {}
-mixed_precision: 'no'
-num_machines: 1
-num_processes: 2
-use_cpu: true
-""",
+    "guide.yaml": GUIDE.replace("num_processes: 1", "num_processes: 2")
+    .replace("use_cpu: false", "use_cpu: true")
+    .replace("rdzv_backend: static\nsame_network: true\n", ""),
     "engine.yaml": """\
 distributed_type: DEEPSPEED
 use_cpu: true
