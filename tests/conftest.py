@@ -13,6 +13,9 @@ import pytest
 
 from rig import Worlds
 
+# With it, print writes a text and the end of its line one after the other, and what two ranks print runs together.
+os.environ.pop("PYTHONUNBUFFERED", None)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-data", action="store_true", help="write what tests pin into tests/data anew")

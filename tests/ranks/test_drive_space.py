@@ -124,8 +124,7 @@ SCRIPT = """
     if count == tries:
         before = gloos()
         accelerator.end_training()
-        sys.stdout.write(f"threads of gloo {before > 0} {gloos()}\\n")  # at once, or two ranks' words run into each other
-        sys.stdout.flush()
+        print("threads of gloo", before > 0, gloos(), flush=True)
 """
 
 
