@@ -37,6 +37,7 @@ def run(checks: Sequence[Check], description: str) -> int:
     parser = argparse.ArgumentParser(description=description.split("\n\n", maxsplit=1)[0])
     parser.add_argument("--use-cpu", action="store_true")
     parser.add_argument("--only", default="", help="run the checks whose name contains this")
+    parser.add_argument("--skip", type=int, default=0, help="leave out so many checks, where a run was cut short")
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers and PEFT, about each other
@@ -48,7 +49,7 @@ def run(checks: Sequence[Check], description: str) -> int:
     if ranks.device.type == "cpu":
         torch.set_num_threads(1)
     rows: list[Row] = []
-    for name, check in checks:
+    for name, check in checks[options.skip :]:
         if options.only not in name:
             continue
         started = time.perf_counter()
