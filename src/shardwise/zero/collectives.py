@@ -63,7 +63,7 @@ def _waiting(collective: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(collective)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        ranks = cast("Ranks", args[0])
+        ranks: Ranks = args[0]  # type: ignore[assignment]
         if ranks.lost is not None:
             raise RankError(ranks.lost)
         try:

@@ -86,6 +86,8 @@ class FlatBuffer:
         self.whole = torch.zeros(self.layout.numel, dtype=dtype, device=device)
         self._guard: Guard | None = None
         self._offsets: list[tuple[int, int]] = []  # in bytes, of the members that may be given other memory
+        self._watched: list[Tensor] = []  # those
+        self._base, self._addresses = 0, list[int]()  # where `whole` was last, and where they belong then
         self._nbytes = self.whole.untyped_storage().nbytes()
         # A single rank's shard is the whole: only offloading makes the storage worth giving back.
         self.leaves = placement.sharded and (world_size > 1 or placement.tier is not Tier.GPU)
@@ -144,18 +146,27 @@ class FlatBuffer:
             give_memory(member.parameter, self.view(index))
             if member.parameter.is_floating_point() and member.parameter.numel():
                 self._offsets.append((index, self.layout.slots[index].offset * self.dtype.itemsize))
+                self._watched.append(member.parameter)
         self._guard = Guard([m.parameter for m in self.members], [m.name for m in self.members])
         self._guard.handed.keeps = self.leaves
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether any of the gathered members has memory of its own."""
+        base = self.whole.data_ptr()
+        if base != self._base:
+            self._base, self._addresses = base, [base + offset for _, offset in self._offsets]
+        return list(map(Tensor.data_ptr, self._watched)) != self._addresses
 
     def bring_back(self) -> list[int]:
         """Make views again of members that something has given memory of their own, as `set_` does, with what they hold there.
 
         Gives their indices. Raises WriteError for one that has another shape, dtype or device there.
         """
-        base = self.whole.data_ptr()
-        if not base:  # released: nobody reaches them
+        if not self.whole.data_ptr() or not self.has_moved:  # of released ones: nobody reaches them
             return []
-        moved = [index for index, offset in self._offsets if self.members[index].parameter.data_ptr() != base + offset]
+        there_now = zip(self._offsets, self._watched, self._addresses, strict=True)
+        moved = [index for (index, _), parameter, address in there_now if parameter.data_ptr() != address]
         for index in moved:
             member, own = self.members[index], self.view(index)
             there: Tensor = _DATA.__get__(member.parameter)
@@ -204,7 +215,7 @@ class FlatBuffer:
         views of the parameters.
         """
         storage = self.whole.untyped_storage()
-        if storage.resizable() and (storage.device.type != "cpu" or not storage.is_shared()):
+        if storage.resizable() and (not self.whole.is_cpu or not storage.is_shared()):
             return storage
         with torch.inference_mode(False), unasked():  # it outlives the script's
             self.whole.data = torch.empty_like(self.whole)

@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import count
+from operator import attrgetter
 from typing import Any, NamedTuple, NoReturn
 from weakref import WeakKeyDictionary, finalize, ref
 
@@ -210,9 +211,14 @@ class Guard:
             parameter.__class__ = cls
         _set_versions(self._parameters, self._versions)
 
+    @property
+    def touched(self) -> bool:
+        """Whether a script may have written any since `written`. They must be open."""
+        return tuple(map(_version, self._parameters)) != self._versions or bool(self.handed)
+
     def written(self) -> list[int]:
         """Those whose version says that a script has written them since the last time. They must be open."""
-        versions = tuple(parameter._version for parameter in self._parameters)
+        versions = tuple(map(_version, self._parameters))
         before, self._versions = self._versions, versions
         if versions == before:
             return []
@@ -223,6 +229,8 @@ class Guard:
         self._forget()
         self.handed.stop()
 
+
+_version = attrgetter("_version")
 
 # torch's own, which knows nothing of this file.
 _reduce = Parameter.__reduce_ex__

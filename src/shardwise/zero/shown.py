@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from operator import is_
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import ref
 
@@ -176,6 +176,9 @@ def _with_wholes(value: Any, wholes: dict[int, ShownGradient], *, untraced: bool
     return value
 
 
+_grad_of = attrgetter("parameter.grad")  # for `map`: a step looks at every parameter several times
+
+
 class Shown:
     """The gradients of one buffer as scripts see them.
 
@@ -238,7 +241,7 @@ class Shown:
     def put_back(self) -> None:
         """Show what there is although a backward has not ended; what autograd has brought of it waits behind what is shown."""
         with unasked():
-            arrived = [member.parameter.grad for member in self._members]
+            arrived = list(map(_grad_of, self._members))
         self.show()
         for made, grad in zip(self._showing, arrived, strict=True):
             if made is not None and grad is not made:
@@ -267,7 +270,7 @@ class Shown:
         """
         self._settle()
         with unasked():
-            grads = [member.parameter.grad for member in self._members]
+            grads = list(map(_grad_of, self._members))
         if not all(map(is_, grads, self._showing)):  # asked several times in a step, mostly while the device waits
             self._take_over(grads)
             if not before_backward:

@@ -20,6 +20,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice
+from operator import attrgetter
 
 from torch.nn import Parameter
 
@@ -31,6 +32,8 @@ from .guard import unasked
 from .hooks import Hooks
 from .schedule import Schedule
 from .unit import Unit
+
+_trains = attrgetter("requires_grad")
 
 
 class Thawing:
@@ -58,6 +61,7 @@ class Thawing:
         self._drain = drain
         self.then: list[weakref.WeakMethod[Callable[[set[int]], None]]] = []
         self._frozen: list[tuple[str, Parameter]] = []
+        self._parameters: list[Parameter] = []  # the same
         self._is_due = False
         self._look_for_frozen()
 
@@ -68,6 +72,7 @@ class Thawing:
     def _look_for_frozen(self) -> None:
         buffers = [unit.frozen for unit in self._units if unit.frozen is not None]
         self._frozen = [(m.name, m.parameter) for b in buffers for m in b.members if m.dtype.is_floating_point]
+        self._parameters = [parameter for _, parameter in self._frozen]
 
     def thaw_names(self, names: Collection[str]) -> None:
         """`thaw` of these frozen weights: the same on every rank."""
@@ -106,6 +111,8 @@ class Thawing:
 
     def _wanted(self) -> list[tuple[str, Parameter]]:
         with unasked():
+            if not any(map(_trains, self._parameters)):  # each step asks twice, of all that is frozen
+                return []
             return [(name, parameter) for name, parameter in self._frozen if parameter.requires_grad]
 
     def thaw(self, also: Iterable[Parameter] = (), *, boundary: bool | None = True) -> None:

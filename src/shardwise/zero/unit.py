@@ -209,6 +209,8 @@ class Unit:
         Raises WriteError, once, where other ranks may be reading the shard at this moment.
         """
         for part in self._parts:
+            if not part.guard.touched and not part.has_moved:  # a step asks at each release
+                continue
             indices = [*part.bring_back(), *part.guard.written()]
             if part.guard.handed:
                 for index, then in part.guard.handed.take().items():

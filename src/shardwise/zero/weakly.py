@@ -17,11 +17,14 @@ from .unit import Unit
 def weakly(method: Callable[..., Any], *held: Any, gone: Callable[..., Any] = lambda *_: None) -> Callable[..., Any]:
     """`method(*held, *arguments)` of a bound method. Where its object or one of `held` is no more: `gone(*arguments)`."""
     bound: Any = method
-    function, owner, sources = bound.__func__, ref(bound.__self__), [ref(item) for item in held]
+    function, sources = bound.__func__, [ref(item) for item in (bound.__self__, *held)]
 
     def call(*arguments: Any) -> Any:
-        found = owner(), *(source() for source in sources)
-        return gone(*arguments) if any(item is None for item in found) else function(*found, *arguments)
+        found = [source() for source in sources]
+        for item in found:  # no generator: each block calls this several times in a step
+            if item is None:
+                return gone(*arguments)
+        return function(*found, *arguments)
 
     return call
 
