@@ -23,9 +23,9 @@ from torch.nn import Parameter
 
 from cases import CASES, Case
 from place import Place
-from shardwise.zero.optimizer import ShardedOptimizer
-from shardwise.zero.plan import Plan
-from shardwise.zero.precision import Precision
+from shardwise.plan.plan import Plan
+from shardwise.plan.precision import Precision
+from shardwise.step.optimizer import ShardedOptimizer
 from shardwise.zero.sharded import ShardedModel
 from shardwise.zero.sources import MadeBy, Source
 

@@ -25,7 +25,7 @@ import torch
 
 from shardwise.offload.host import BLOCK
 from shardwise.offload.nvme import THREADS, NvmeStore
-from shardwise.zero.streams import Lanes
+from shardwise.ranks.lanes import Lanes
 
 
 def timed(run: Callable[[], None]) -> float:

@@ -185,14 +185,14 @@ class Engine:
         return Trainee(model, _adamw(model, case), place.device)
 
     def _shardwise(self, case: Case, place: Place, reduce_dtype: str) -> Trainee:
-        from shardwise.compiling import CompiledBlocks, CompiledLoss
         from shardwise.config.compiling import CompileConfig
-        from shardwise.lora import FastLora
-        from shardwise.losses import LeanLoss, LogitsLoss
-        from shardwise.recomputing import RecomputedBlocks, blocks_to_recompute
-        from shardwise.zero.optimizer import ShardedOptimizer
-        from shardwise.zero.plan import Plan
-        from shardwise.zero.precision import LossScaler, Precision
+        from shardwise.plan.plan import Plan
+        from shardwise.plan.precision import LossScaler, Precision
+        from shardwise.step.optimizer import ShardedOptimizer
+        from shardwise.tuning.compiling import CompiledBlocks, CompiledLoss
+        from shardwise.tuning.lora import FastLora
+        from shardwise.tuning.losses import LeanLoss, LogitsLoss
+        from shardwise.tuning.recomputing import RecomputedBlocks, blocks_to_recompute
         from shardwise.zero.sharded import ShardedModel
 
         assert self.stage is not None

@@ -22,10 +22,10 @@ from cases import CASES, Case, pick_case
 from engines import Engine
 from measure import run_alone
 from place import Place
-from shardwise.activations import Batch
-from shardwise.estimate import AT_REST, Choice, Estimate, Run, estimate
-from shardwise.zero.plan import Tier
-from shardwise.zero.precision import Precision
+from shardwise.estimate.activations import Batch
+from shardwise.estimate.bytes import AT_REST, Choice, Estimate, Run, estimate
+from shardwise.plan.plan import Tier
+from shardwise.plan.precision import Precision
 
 DEFAULT_ENGINES = "shardwise:0,shardwise:2,shardwise:3,shardwise:3+opt+param"
 PEAK_BOUND = 1.05

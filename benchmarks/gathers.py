@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from place import Place
-from shardwise.zero.peers import PeerMemory
-from shardwise.zero.streams import Lanes
+from shardwise.offload.peers import PeerMemory
+from shardwise.ranks.lanes import Lanes
 
 PRODUCTS = 400
 

@@ -36,9 +36,9 @@ from torch import Tensor, nn
 from cases import Case, pick_case
 from measure import free
 from place import Place
-from shardwise.integrations import connect, generation
-from shardwise.zero.plan import Plan, Tier
-from shardwise.zero.precision import Precision
+from shardwise.plan.plan import Plan, Tier
+from shardwise.plan.precision import Precision
+from shardwise.weights.integrations import connect, generation
 from shardwise.zero.sharded import ShardedModel
 
 RATIO_BOUND = 1.05

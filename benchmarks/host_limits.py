@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from shardwise.offload.host import HostStore
-from shardwise.zero.streams import Lanes
+from shardwise.ranks.lanes import Lanes
 
 GB = 1e9
 

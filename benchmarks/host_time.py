@@ -26,13 +26,14 @@ from cases import CASES, pick_case
 from engines import Engine
 from measure import take_step, timed_step
 from place import Place
-from shardwise.zero import hooks, running
-from shardwise.zero.collectives import Ranks
+from shardwise.ranks.lanes import Lane, Lanes
+from shardwise.ranks.ranks import Ranks
+from shardwise.step import running
+from shardwise.step.optimizer import ShardedOptimizer
+from shardwise.zero import hooks
 from shardwise.zero.flat import FlatBuffer
 from shardwise.zero.gradients import Gradients
-from shardwise.zero.optimizer import ShardedOptimizer
 from shardwise.zero.schedule import Schedule
-from shardwise.zero.streams import Lane, Lanes
 from shardwise.zero.unit import Unit
 
 TIMED: list[tuple[Any, str]] = [

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from cases import CASES, pick_case
 from place import Place
-from shardwise.losses import CHUNK_TOKENS, cross_entropy, head_cross_entropy
+from shardwise.tuning.losses import CHUNK_TOKENS, cross_entropy, head_cross_entropy
 
 LOSS_BOUND = 1e-4
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shardwise.zero.collectives import Ranks
+from shardwise.ranks.ranks import Ranks
 
 
 @dataclass

@@ -28,8 +28,8 @@ from engines import Engine
 from estimate import expect as estimated
 from measure import Account, run_alone
 from place import Place
-from shardwise.meta_model import quantise
-from shardwise.zero.plan import Tier
+from shardwise.estimate.meta_model import quantise
+from shardwise.plan.plan import Tier
 
 DEFAULT_ENGINES = "ddpamp,ddp,shardwise:3,shardwise:3+opt+param"
 BYTES_BOUND = 1e-3

@@ -29,12 +29,12 @@ import torch
 from torch import nn
 
 from cases import CASES, Case
-from shardwise.activations import Batch
-from shardwise.estimate import Choice, Run, estimate
-from shardwise.zero.plan import Tier
-from shardwise.zero.precision import Precision
+from shardwise.estimate.activations import Batch
+from shardwise.estimate.bytes import Choice, Run, estimate
+from shardwise.plan.plan import Tier
+from shardwise.plan.precision import Precision
+from shardwise.plan.units import UnitSpec, find_units
 from shardwise.zero.sharded import UNIT_NBYTES
-from shardwise.zero.units import UnitSpec, find_units
 
 RANKS = (1, 2, 4, 8, 16, 64, 256, 1024)
 LAYERS = (8, 16, 32, 64, 128)

@@ -26,11 +26,11 @@ import torch
 from cases import CASES, Case
 from place import Place
 from shardwise import Accelerator, DeepSpeedPlugin
-from shardwise.activations import Batch
-from shardwise.estimate import AT_REST, CONTEXT_NBYTES, Choice, Estimate, Run, estimate, size
-from shardwise.zero.optimizer import find_sharded_optimizer
-from shardwise.zero.plan import Tier
-from shardwise.zero.precision import Precision
+from shardwise.estimate.activations import Batch
+from shardwise.estimate.bytes import AT_REST, CONTEXT_NBYTES, Choice, Estimate, Run, estimate, size
+from shardwise.plan.plan import Tier
+from shardwise.plan.precision import Precision
+from shardwise.step.optimizer import find_sharded_optimizer
 from shardwise.zero.sharded import find_sharded
 
 PEAK_BOUND = 1.05

@@ -7,15 +7,20 @@ commands start without torch.
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 from .config.foreign import watch
 from .version import __version__
 
 _HOMES = {
-    "accelerator": ("Accelerator",),
-    "accumulation": ("GradientAccumulationPlugin", "GradientState"),
-    "process": (
+    "front.accelerator": ("Accelerator",),
+    "run.accumulation": ("GradientAccumulationPlugin", "GradientState"),
+    "run.process": (
         "AcceleratorState",
         "DistributedType",
         "PartialState",
@@ -29,9 +34,9 @@ _HOMES = {
         "synchronize_rng_states",
         "wait_for_everyone",
     ),
-    "nested": ("send_to_device",),
-    "data": ("DataLoaderConfiguration", "skip_first_batches"),
-    "plugins": (
+    "ranks.batches": ("send_to_device",),
+    "data.prepare": ("DataLoaderConfiguration", "skip_first_batches"),
+    "run.plugins": (
         "AutocastKwargs",
         "DeepSpeedPlugin",
         "DistributedDataParallelKwargs",
@@ -40,19 +45,40 @@ _HOMES = {
         "ProfileKwargs",
         "ProjectConfiguration",
     ),
-    "tracking": ("GeneralTracker",),
+    "run.tracking": ("GeneralTracker",),
     "errors": ("ShardwiseError",),
-    "memory": ("MemoryTracker",),
+    "run.memory": ("MemoryTracker",),
     "zero.access": ("gathered", "gradient"),
-    "zero.full": ("full", "set_full"),
-    "zero.averaging": ("ShardedEMA",),
-    "memory_fit": ("find_executable_batch_size", "release_memory"),
+    "step.full": ("full", "set_full"),
+    "step.averaging": ("ShardedEMA",),
+    "run.memory_fit": ("find_executable_batch_size", "release_memory"),
+}
+# Modules that programs import by a path of their own; where the files are.
+_MODULES = {
+    "shardwise.logging": ".run.logging",
+    "shardwise.losses": ".tuning.losses",
+    "shardwise.memory": ".run.memory",
+    "shardwise.plugins": ".run.plugins",
+    "shardwise.tracking": ".run.tracking",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = ["__version__", *sorted(_HOME_OF)]  # noqa: PLE0604 - the names are texts
 
 watch()
+
+
+class _Modules(MetaPathFinder, Loader):
+    """Finds _MODULES under their public paths: the very modules, not copies."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name in _MODULES else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        sys.modules[module.__name__] = importlib.import_module(_MODULES[module.__name__], __name__)
+
+
+sys.meta_path.append(_Modules())
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from shardwise.zero.collectives import Ranks
+from shardwise.ranks.ranks import Ranks
 from shardwise.zero.sharded import ShardedModel
 
 

@@ -24,7 +24,7 @@ from ranks import test_buffers as buffers
 from ranks import test_checkpoint_resume as runs
 from ranks import test_resume_optimizers as optimizers
 from ranks.test_checkpoint_resume import Case, check_equal, resumed, straight
-from shardwise.process import join_run
+from shardwise.run.process import join_run
 
 CASES = [
     Case(0, "none", "lora", "bf16"),

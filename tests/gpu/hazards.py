@@ -30,19 +30,19 @@ from by_hand import average_gradients, weights_apart
 from table import Check, Row, run
 from torch import Tensor, nn
 
-from shardwise.compiling import CompiledBlocks
 from shardwise.config.compiling import CompileConfig
 from shardwise.errors import StoreError
+from shardwise.offload import peers
 from shardwise.offload.host import HostStore
 from shardwise.offload.nvme import NvmeStore
-from shardwise.recomputing import RecomputedBlocks
-from shardwise.zero import peers
-from shardwise.zero.collectives import Ranks
-from shardwise.zero.optimizer import ShardedOptimizer
-from shardwise.zero.plan import Plan
-from shardwise.zero.precision import Precision
+from shardwise.plan.plan import Plan
+from shardwise.plan.precision import Precision
+from shardwise.ranks.lanes import Lanes
+from shardwise.ranks.ranks import Ranks
+from shardwise.step.optimizer import ShardedOptimizer
+from shardwise.tuning.compiling import CompiledBlocks
+from shardwise.tuning.recomputing import RecomputedBlocks
 from shardwise.zero.sharded import ShardedModel
-from shardwise.zero.streams import Lanes
 
 LOSS, WEIGHT = 1e-5, 1e-5  # fp32, relative and absolute: cuBLAS, cuDNN and NCCL may sum in another order
 HANG_S = 40

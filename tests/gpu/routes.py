@@ -13,10 +13,10 @@ import torch
 from by_hand import average_gradients, weights_apart
 from torch import Tensor, nn
 
-from shardwise.zero.collectives import Ranks
-from shardwise.zero.optimizer import ShardedOptimizer
-from shardwise.zero.plan import Plan
-from shardwise.zero.precision import Precision
+from shardwise.plan.plan import Plan
+from shardwise.plan.precision import Precision
+from shardwise.ranks.ranks import Ranks
+from shardwise.step.optimizer import ShardedOptimizer
 from shardwise.zero.sharded import ShardedModel
 
 WIDTH = 256

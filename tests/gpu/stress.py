@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwise.zero.collectives import Ranks
+from shardwise.ranks.ranks import Ranks
 
 _CYCLES = 1_500_000  # about 0.8 ms at 1.8 GHz
 _HOST_S = 1e-3

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from shardwise.zero.collectives import Ranks
+from shardwise.ranks.ranks import Ranks
 
 Check = tuple[str, Callable[[Ranks], "Row"]]
 

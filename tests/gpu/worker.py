@@ -30,17 +30,18 @@ from routes import train_on_routes
 from stress import Delays
 from table import Check, Row, run
 
-from shardwise.deferred_tensors import sources_of
-from shardwise.loading import building
-from shardwise.offload import host
-from shardwise.zero import build, peers, publishing, shards
-from shardwise.zero.collectives import Ranks
-from shardwise.zero.optimizer import ShardedOptimizer
-from shardwise.zero.plan import Plan
-from shardwise.zero.precision import LossScaler, Precision
+from shardwise.building.deferred_tensors import sources_of
+from shardwise.building.loading import building
+from shardwise.offload import host, peers
+from shardwise.plan.plan import Plan
+from shardwise.plan.precision import LossScaler, Precision
+from shardwise.ranks.ranks import Ranks
+from shardwise.step import publishing, visits
+from shardwise.step.optimizer import ShardedOptimizer
+from shardwise.zero import build
 from shardwise.zero.sharded import ShardedModel
 
-CHUNK, BUCKET, GROUP, BLOCK = shards.CHUNK, build.BUCKET_NBYTES, publishing.GROUP_NBYTES, host.BLOCK
+CHUNK, BUCKET, GROUP, BLOCK = visits.CHUNK, build.BUCKET_NBYTES, publishing.GROUP_NBYTES, host.BLOCK
 FP32_LOSS, FP32_WEIGHT = 1e-5, 1e-5
 BF16_LOSS, BF16_CHANGE = 5e-3, 5e-2
 
@@ -179,7 +180,7 @@ def train_sharded(
     if delays is not None:
         delays.watch(model)
     plan = Plan.from_stage(setting.stage, **{f"offload_{role}": setting.tier for role in setting.offload})
-    shards.CHUNK = setting.chunk or CHUNK
+    visits.CHUNK = setting.chunk or CHUNK
     build.BUCKET_NBYTES = setting.bucket or BUCKET
     host.BLOCK = setting.block or BLOCK
     publishing.GROUP_NBYTES = group or setting.bucket or GROUP

@@ -57,9 +57,9 @@ def reference(ranks: Any, model_name: str, tuning: str, clip: float | None, opti
 
 def sharded_run(ranks: Any, case: Case, precision_name: str = "no", steps: int = STEPS) -> Run:
     """Train this rank's share of the same batches under the case's plan."""
-    from shardwise.zero.optimizer import ShardedOptimizer
-    from shardwise.zero.plan import Plan
-    from shardwise.zero.precision import LossScaler, Precision
+    from shardwise.plan.plan import Plan
+    from shardwise.plan.precision import LossScaler, Precision
+    from shardwise.step.optimizer import ShardedOptimizer
     from shardwise.zero.sharded import ShardedModel
 
     model = tiny(case.model, case.tuning)

@@ -21,12 +21,12 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from transformers import LlamaConfig, LlamaForCausalLM
 
-from shardwise.checkpoint.stretches import Bytes
-from shardwise.deferred_tensors import sources_of
-from shardwise.loading import building
-from shardwise.zero.collectives import Ranks
-from shardwise.zero.plan import Plan
-from shardwise.zero.precision import Precision
+from shardwise.building.deferred_tensors import sources_of
+from shardwise.building.loading import building
+from shardwise.files.reader import Bytes
+from shardwise.plan.plan import Plan
+from shardwise.plan.precision import Precision
+from shardwise.ranks.ranks import Ranks
 from shardwise.zero.sharded import ShardedModel
 
 SEED = 21

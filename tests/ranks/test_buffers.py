@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shardwise import Accelerator, DeepSpeedPlugin, gathered
 from shardwise.errors import CheckpointError, PrepareError, RankError
-from shardwise.process import forget_run
+from shardwise.run.process import forget_run
 
 
 def _numbers(rank: int, *shape: int) -> Tensor:

@@ -77,7 +77,7 @@ def test_what_is_gathered_is_the_same_on_every_rank(world, what):
 
 
 def _parted(ranks):
-    from shardwise.zero.words import exchanged
+    from shardwise.ranks.words import exchanged
 
     if ranks.rank == 1:
         exchanged()  # as where Ctrl-C came into an exchange on one rank and behind it on another

@@ -17,10 +17,10 @@ from torch import nn
 
 from ranks.test_checkpoint_failures import Failing, Net, Run, full_disk
 from shardwise import Accelerator, DeepSpeedPlugin
-from shardwise.checkpoint import files
 from shardwise.checkpoint.directory import survey
 from shardwise.errors import CheckpointError
-from shardwise.process import forget_run
+from shardwise.files import disk
+from shardwise.run.process import forget_run
 
 
 def names(folder: Path) -> list[str]:
@@ -237,7 +237,7 @@ def _hooks_and_failures(ranks: Any, folder: str) -> None:
     assert Path(saved, f"extra-{ranks.rank}").read_text() == "kept"
 
     # A failure in the background is the next save's error, on every rank, and the one after it works.
-    with files.watched(Failing(2 if ranks.rank == 1 else None, full_disk)):
+    with disk.watched(Failing(2 if ranks.rank == 1 else None, full_disk)):
         run.accelerator.save_state(async_=True)
         run.accelerator._background._thread.join()  # type: ignore[union-attr]
     with pytest.raises(CheckpointError, match=r"rank 1: .*No space left"):

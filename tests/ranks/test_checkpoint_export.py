@@ -19,12 +19,12 @@ from torch import nn
 from ranks.test_checkpoint_resume import Case, build, steps
 from rig.engine import shard
 from rig.tiny import tiny, tiny_llama
-from shardwise.checkpoint.export import save_weights
 from shardwise.checkpoint.from_checkpoint import export
 from shardwise.checkpoint.merge import merge
-from shardwise.checkpoint.stream import save_streamed
-from shardwise.checkpoint.tensor_file import Spec, TensorFile
 from shardwise.errors import CheckpointError, ShardwiseError
+from shardwise.files.writer import Spec, TensorFile
+from shardwise.weights.export import save_weights
+from shardwise.weights.stream import save_streamed
 
 # transformers and peft call functions of their own that they deprecate.
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
@@ -37,7 +37,7 @@ def _inputs(name: str) -> dict[str, torch.Tensor]:
 
 
 def _save_pretrained(ranks: Any, name: str, folder: str) -> torch.Tensor:
-    from shardwise.integrations import connect
+    from shardwise.weights.integrations import connect
 
     model = tiny(name)  # type: ignore[arg-type]
     sharded = shard(ranks, model, "3")
@@ -108,7 +108,7 @@ def test_exporting_takes_less_than_a_quarter_of_the_model(world, tmp_path):
 def _save_and_load(ranks: Any, folder: str) -> dict[str, int]:
     """Bytes that the resident set rose by in a save and in a load, and those of what was saved."""
     from shardwise import Accelerator, DeepSpeedPlugin
-    from shardwise.process import forget_run
+    from shardwise.run.process import forget_run
 
     forget_run()
     model = _large()

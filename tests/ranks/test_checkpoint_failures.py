@@ -1,7 +1,7 @@
 """Nothing is lost: whatever happens during a save, the next start finds the newest complete checkpoint and says why not
 a newer one.
 
-A save is a sequence of file operations (`checkpoint/files.py`). Here a process is really killed before the n-th of them,
+A save is a sequence of file operations (`files/disk.py`). Here a process is really killed before the n-th of them,
 for every n; the disk is full at the n-th; files are cut, changed and deleted. The short form runs in `make test`; the long
 one, marked `full`, kills single processes, one rank and all ranks at more than 200 points and prints its counts.
 """
@@ -27,11 +27,11 @@ from torch import nn
 
 from rig import RankCrashedError
 from shardwise import Accelerator, DeepSpeedPlugin
-from shardwise.checkpoint import files
 from shardwise.checkpoint.read import Checkpoint
 from shardwise.errors import CheckpointError
-from shardwise.plugins import ProjectConfiguration
-from shardwise.process import forget_run
+from shardwise.files import disk
+from shardwise.run.plugins import ProjectConfiguration
+from shardwise.run.process import forget_run
 from shardwise.zero.sharded import find_sharded
 
 
@@ -146,7 +146,7 @@ def second_save(folder: str, total_limit: int | None, failing: Failing, async_: 
     run = Run(folder, total_limit=total_limit)
     run.accelerator.load_state()
     run.train()
-    with files.watched(failing):
+    with disk.watched(failing):
         run.accelerator.save_state(async_=async_)
         run.accelerator.finish_saving()
     run.close()
@@ -210,7 +210,7 @@ def _killed_while_replacing(ranks: Any, folder: str) -> Counter[int]:
         again = Run(place, stage=1)
         again.accelerator.load_state(f"{place}/state")
         again.train()
-        with files.watched(failing):
+        with disk.watched(failing):
             again.accelerator.save_state(f"{place}/state")
 
     outcomes: Counter[int] = Counter()
@@ -372,7 +372,7 @@ def _full_disk_everywhere(ranks: Any, folder: str) -> tuple[int, Counter[int]]:
     while True:
         failing = Failing(at, full_disk)
         try:
-            with files.watched(failing):
+            with disk.watched(failing):
                 run.accelerator.save_state()
         except CheckpointError as error:
             assert "No space left" in str(error)  # noqa: PT017 - some points succeed

@@ -16,13 +16,13 @@ import torch
 
 from ranks.test_checkpoint_failures import Net, Run
 from ranks.test_checkpoint_files import as_another_user, said, snapshot
-from shardwise import Accelerator, DeepSpeedPlugin, documents
-from shardwise.checkpoint import files
+from shardwise import Accelerator, DeepSpeedPlugin
 from shardwise.checkpoint.directory import sweep
 from shardwise.checkpoint.read import Checkpoint, read_manifest
 from shardwise.errors import CheckpointError
-from shardwise.process import forget_run
-from shardwise.tracking import GeneralTracker
+from shardwise.files import disk, documents
+from shardwise.run.process import forget_run
+from shardwise.run.tracking import GeneralTracker
 
 OLD = Path(__file__).resolve().parents[1] / "data" / "checkpoint_version_1"
 
@@ -214,7 +214,7 @@ def _through_links(ranks: Any, folder: str) -> None:
     seen: list[Path] = []
     for expected in (1, 2):
         run.train()
-        with files.watched(lambda operation, path: seen.append(path)):
+        with disk.watched(lambda operation, path: seen.append(path)):
             assert run.accelerator.save_state(root / "state") == str(root / "state")
         assert (root / "state").is_symlink()
         assert read_manifest(disk / "state").step == expected
@@ -318,7 +318,7 @@ def _unremovable(ranks: Any, folder: str) -> list[str]:
         if operation == "remove" and "removed-" in path.name:
             raise OSError(errno.EROFS, "Read-only file system", str(path))
 
-    with said() as lines, files.watched(fails):
+    with said() as lines, disk.watched(fails):
         first = run.accelerator.save_state()
         second = run.accelerator.save_state(state)
     assert read_manifest(Path(first)).step == read_manifest(Path(second)).step == 3

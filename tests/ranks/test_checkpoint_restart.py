@@ -22,7 +22,7 @@ SCRIPT = """
     import torch
     from torch.utils.data import DataLoader, TensorDataset
     from shardwise import Accelerator
-    from shardwise.plugins import ProjectConfiguration
+    from shardwise.run.plugins import ProjectConfiguration
 
     folder, kill_rank, kill_step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     project = ProjectConfiguration(project_dir=folder, automatic_checkpoint_naming=True, total_limit=2)

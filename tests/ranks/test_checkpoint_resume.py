@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rig.tiny import LENGTH, VOCABULARY, tiny
 from shardwise import Accelerator, DeepSpeedPlugin
-from shardwise.process import forget_run
+from shardwise.run.process import forget_run
 from shardwise.zero.sharded import find_sharded
 
 GLOBAL_BATCH = 12  # 1, 2, 3 and 4 ranks share it evenly

@@ -11,7 +11,7 @@ import torch
 from rig.engine import inputs, loss_of, mine, plain_step, tower
 from shardwise import Accelerator, DeepSpeedPlugin
 from shardwise.errors import CheckpointError
-from shardwise.process import forget_run
+from shardwise.run.process import forget_run
 from shardwise.zero.access import gathered
 
 PLACES = [(0, "none", 1), (0, "none", 2), (2, "none", 2), (3, "none", 2), (3, "cpu", 2), (3, "nvme", 2)]

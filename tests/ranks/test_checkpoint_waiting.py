@@ -17,11 +17,13 @@ import torch
 from ranks.test_checkpoint_failures import Net
 from ranks.test_checkpoint_files import said
 from shardwise import Accelerator, DeepSpeedPlugin
-from shardwise.checkpoint import agree, files, patience
+from shardwise.checkpoint import patience
 from shardwise.checkpoint.read import Checkpoint
 from shardwise.errors import CheckpointError
-from shardwise.plugins import InitProcessGroupKwargs
-from shardwise.process import forget_run
+from shardwise.files import disk
+from shardwise.ranks import agree
+from shardwise.run.plugins import InitProcessGroupKwargs
+from shardwise.run.process import forget_run
 
 SLOW_S = 4.0
 
@@ -62,7 +64,7 @@ def _slow(ranks: Any, folder: str, who: int, operation: str, async_: bool) -> tu
             slept.append(path)
             time.sleep(SLOW_S)
 
-    with impatient(2.0) as (accelerator, model, optimizer), said() as lines, files.watched(sleeps):
+    with impatient(2.0) as (accelerator, model, optimizer), said() as lines, disk.watched(sleeps):
         slept: list[Path] = []
         _train(accelerator, model, optimizer)
         began = time.monotonic()
@@ -139,7 +141,7 @@ def _stopped(ranks: Any, folder: str) -> tuple[str, float]:
         stopped: list[Path] = []
         began = time.monotonic()
         try:
-            with files.watched(stop):
+            with disk.watched(stop):
                 accelerator.save_state(Path(folder) / "state")
         except CheckpointError as error:
             return str(error), time.monotonic() - began
@@ -167,7 +169,7 @@ def _interrupted(ranks: Any, folder: str) -> str:
                 raise KeyboardInterrupt
 
         try:
-            with files.watched(interrupt):
+            with disk.watched(interrupt):
                 accelerator.save_state(Path(folder) / "state")
         except CheckpointError as error:
             return str(error)

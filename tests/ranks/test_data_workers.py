@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from shardwise import Accelerator, DataLoaderConfiguration, skip_first_batches
-from shardwise.process import forget_run
+from shardwise.run.process import forget_run
 
 COUNT = 48
 

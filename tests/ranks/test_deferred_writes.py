@@ -15,12 +15,13 @@ from transformers import LlamaForCausalLM
 
 from rig.engine import shard, weights_of
 from rig.tiny import tiny_llama
-from shardwise import Accelerator, DeepSpeedPlugin, gathered, initialising
-from shardwise.deferred_tensors import deferred_if_it_fails, sources_of
+from shardwise import Accelerator, DeepSpeedPlugin, gathered
+from shardwise.building import initialising
+from shardwise.building.deferred_tensors import deferred_if_it_fails, sources_of
+from shardwise.building.initialising import is_deferred
+from shardwise.building.loading import building
 from shardwise.errors import PrepareError
-from shardwise.initialising import is_deferred
-from shardwise.loading import building
-from shardwise.process import forget_run
+from shardwise.run.process import forget_run
 
 
 def _values(shape, seed=4):

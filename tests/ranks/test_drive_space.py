@@ -14,7 +14,7 @@ from torch import nn
 
 from rig.engine import Tower, inputs, loss_of, mine, prepare
 from shardwise import Accelerator
-from shardwise.process import forget_run
+from shardwise.run.process import forget_run
 
 
 def _nvme(folder, **engine):

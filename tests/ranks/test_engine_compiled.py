@@ -11,9 +11,9 @@ import torch
 from rig.engine import adamw, inputs, loss_of, mine, prepare, tower
 from rig.tiny import batches, checkpointed, share, tiny
 from shardwise import Accelerator, DeepSpeedPlugin
-from shardwise.compiling import CompiledBlocks, blocks_to_compile
 from shardwise.config.compiling import CompileConfig
-from shardwise.process import forget_run
+from shardwise.run.process import forget_run
+from shardwise.tuning.compiling import CompiledBlocks, blocks_to_compile
 
 STEPS = 4
 

@@ -13,7 +13,7 @@ from rig.groups import BLOCK_NBYTES, grouped
 
 
 def test_blocks_share_a_unit_up_to_its_size_and_only_neighbours_of_one_class():
-    from shardwise.zero.units import find_units
+    from shardwise.plan.units import find_units
 
     def entries(model, blocks):
         units = find_units(model, unit_nbytes=int(blocks * BLOCK_NBYTES))

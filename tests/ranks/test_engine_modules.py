@@ -412,7 +412,7 @@ def test_a_frozen_teacher_and_a_student_live_in_one_process(world, plan):
 
 
 def _two_trained(ranks, plan):
-    from shardwise.zero.optimizer import ShardedOptimizer
+    from shardwise.step.optimizer import ShardedOptimizer
 
     one, two = tower(2, seed=7), tower(2, seed=8)
     plain_one, plain_two = copy.deepcopy(one), copy.deepcopy(two)

@@ -61,13 +61,13 @@ def _train(
 @contextmanager
 def _small_chunks():
     """A page of 16 bits."""
-    from shardwise.zero import shards
+    from shardwise.step import visits
 
-    whole, shards.CHUNK = shards.CHUNK, 2048
+    whole, visits.CHUNK = visits.CHUNK, 2048
     try:
         yield
     finally:
-        shards.CHUNK = whole  # the ranks are those of the tests to come
+        visits.CHUNK = whole  # the ranks are those of the tests to come
 
 
 @contextmanager
@@ -256,7 +256,7 @@ def test_a_failing_drive_is_one_clear_error_on_every_rank(world, tmp_path, kind)
 
 def test_a_part_of_a_slab_is_read_and_written_whatever_pages_it_meets(tmp_path):
     from shardwise.offload.nvme import NvmeStore, fetch_part, put_part
-    from shardwise.zero.streams import Lanes
+    from shardwise.ranks.lanes import Lanes
 
     store = NvmeStore(tmp_path, Lanes(torch.device("cpu")), 0)
     content = torch.arange(5_000_001, dtype=torch.int32)

@@ -55,7 +55,7 @@ def _groups(ranks, plan, foreach):
         return torch.optim.AdamW(groups, lr=2e-3, eps=1e-4, foreach=foreach)
 
     from rig.engine import largest_difference, weights_of
-    from shardwise.zero.optimizer import ShardedOptimizer
+    from shardwise.step.optimizer import ShardedOptimizer
 
     plain, stepping = build(reference), build(model)
     decay = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.7**step) for o in (plain, stepping)]
@@ -87,7 +87,7 @@ def test_parameter_groups_and_schedulers_act_as_the_user_wrote_them(world, plan,
 def _same_object(ranks):
     model = tower()
     sharded, stepper, stepping = prepare(ranks, model, "3")
-    from shardwise.zero.optimizer import find_sharded_optimizer
+    from shardwise.step.optimizer import find_sharded_optimizer
 
     assert type(stepping) is torch.optim.AdamW
     assert find_sharded_optimizer(stepping) is stepper
@@ -174,7 +174,7 @@ def test_an_optimizer_that_is_not_elementwise_is_refused_by_name(world, name, pl
 
 def _foreign(ranks, where):
     from shardwise.errors import OptimizerError
-    from shardwise.zero.optimizer import ShardedOptimizer
+    from shardwise.step.optimizer import ShardedOptimizer
 
     model = tower()
     strangers = [torch.nn.Parameter(torch.zeros(3))]
@@ -194,7 +194,7 @@ def test_an_optimizer_over_foreign_parameters_is_refused_on_every_rank(world, wh
 def _after_prepare(ranks, plan):
     """The optimizer made after the model was sharded, from its released parameters."""
     from rig.engine import adamw, largest_difference, weights_of
-    from shardwise.zero.optimizer import ShardedOptimizer
+    from shardwise.step.optimizer import ShardedOptimizer
 
     model = tower()
     reference = copy.deepcopy(model)
@@ -220,7 +220,7 @@ def test_an_optimizer_made_after_the_model_was_sharded_works_too(world, plan):
 def _part_of_the_model(ranks, plan):
     """An optimizer over some of the trained weights: the others keep their gradients to themselves and do not move."""
     from rig.engine import adamw, largest_difference, weights_of
-    from shardwise.zero.optimizer import ShardedOptimizer
+    from shardwise.step.optimizer import ShardedOptimizer
 
     model = tower()
     reference = copy.deepcopy(model)
@@ -245,7 +245,7 @@ def test_an_optimizer_over_part_of_the_model_moves_that_part(world, plan):
 
 def _two_optimizers(ranks, plan):
     from rig.engine import adamw, largest_difference, weights_of
-    from shardwise.zero.optimizer import ShardedOptimizer
+    from shardwise.step.optimizer import ShardedOptimizer
 
     model = tower()
     reference = copy.deepcopy(model)

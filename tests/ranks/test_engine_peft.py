@@ -10,7 +10,7 @@ import torch
 
 from rig.engine import PLANS, largest_difference, prepare, shard, trained, weights_of
 from rig.tiny import batches, share, tiny
-from shardwise.integrations import connect
+from shardwise.weights.integrations import connect
 
 
 def train(ranks, model, plan, name, steps=4, **settings):

@@ -201,7 +201,7 @@ def test_under_clipping_and_whole_adapters(world, whole, clipping):
 
 
 def _an_optimizer_made_over_thawed_weights(ranks, plan):
-    from shardwise.zero.optimizer import ShardedOptimizer
+    from shardwise.step.optimizer import ShardedOptimizer
 
     model = tower()
     _freeze(model, model.head, model.blocks[0])
@@ -236,7 +236,7 @@ def test_an_optimizer_made_over_thawed_weights(world, plan, n):
 
 
 def _thawed_weights_before_any_step(ranks, plan):
-    from shardwise.zero.optimizer import ShardedOptimizer
+    from shardwise.step.optimizer import ShardedOptimizer
 
     model = tower()
     _freeze(model, model.head)

@@ -15,8 +15,8 @@ from torch import nn
 
 from ranks.test_front_training import fresh
 from shardwise import Accelerator
-from shardwise.checkpoint import files
 from shardwise.errors import CheckpointError, PrepareError, RankError, ShardwiseError
+from shardwise.files import disk
 from shardwise.zero import whole
 
 
@@ -128,7 +128,7 @@ def _saves(ranks, folder):
     _fails_on_first(accelerator, lambda: accelerator.save_model(model, path / "file"), "it is a file")
     _fails_on_first(accelerator, lambda: accelerator.save_model(model, path, max_shard_size="a lot"), "a lot")
     for safe in (True, False):
-        with files.watched(full) if ranks.rank == 0 and safe else pytest.MonkeyPatch.context() as patched:
+        with disk.watched(full) if ranks.rank == 0 and safe else pytest.MonkeyPatch.context() as patched:
             if not safe and ranks.rank == 0:
                 patched.setattr(torch, "save", no_memory)
             words = "no space left" if safe else "no memory"

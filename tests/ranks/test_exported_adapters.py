@@ -16,7 +16,7 @@ from ranks.test_save_idioms import prepared, quietly
 from rig.adapters import Normed, adapted, stir
 from shardwise.checkpoint.from_checkpoint import export
 from shardwise.errors import CheckpointError
-from shardwise.zero.collectives import Ranks
+from shardwise.ranks.ranks import Ranks
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 

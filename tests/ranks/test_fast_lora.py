@@ -10,10 +10,10 @@ import torch
 from rig.engine import adamw, prepare
 from rig.tiny import batches, checkpointed, share, tiny
 from shardwise import Accelerator, DeepSpeedPlugin
-from shardwise import lora as lora_module
-from shardwise.lora import FastLora
-from shardwise.process import forget_run
-from shardwise.recomputing import RecomputedBlocks, blocks_to_recompute
+from shardwise.run.process import forget_run
+from shardwise.tuning import lora as lora_module
+from shardwise.tuning.lora import FastLora
+from shardwise.tuning.recomputing import RecomputedBlocks, blocks_to_recompute
 
 STEPS = 4
 

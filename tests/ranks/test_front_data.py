@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from shardwise import Accelerator, DataLoaderConfiguration, PartialState, skip_first_batches
 from shardwise.errors import DataError, RankError
-from shardwise.process import forget_run
+from shardwise.run.process import forget_run
 
 Pair = namedtuple("Pair", "x name")
 

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 import pytest
 import torch
 
-from shardwise import PartialState, gather, nested, pad_across_processes, reduce, send_to_device, set_seed
+from shardwise import PartialState, gather, pad_across_processes, reduce, send_to_device, set_seed
 from shardwise.errors import ConfigError, DataError
-from shardwise.process import broadcast, broadcast_object_list, forget_run, gather_object, synchronize_rng_states
+from shardwise.ranks import batches
+from shardwise.run.process import broadcast, broadcast_object_list, forget_run, gather_object, synchronize_rng_states
 
 Point = namedtuple("Point", "x y")
 
@@ -54,7 +55,7 @@ def _gathers(ranks):
     front = pad_across_processes(torch.ones(1 + r), pad_index=-1, pad_first=True)
     assert front.tolist() == [-1.0] * (n - 1 - r) + [1.0] * (1 + r)
     assert pad_across_processes(torch.ones(3), dim=1).shape == (3,)
-    ragged = nested.gather_ragged(ranks, torch.arange(r + 1))
+    ragged = batches.gather_ragged(ranks, torch.arange(r + 1))
     assert [part.tolist() for part in ragged] == [list(range(i + 1)) for i in range(n)]
 
 

@@ -27,7 +27,7 @@ from shardwise.errors import (
     RankError,
     ShardwiseError,
 )
-from shardwise.process import forget_run
+from shardwise.run.process import forget_run
 from shardwise.zero.sharded import find_sharded
 
 

@@ -11,7 +11,7 @@ import torch
 import shardwise
 from rig.engine import PLANS, adamw, inputs, largest_difference, loss_of, mine, prepare, shard, tower, weights_of
 from shardwise.errors import LayoutError, PrepareError
-from shardwise.zero.optimizer import ShardedOptimizer
+from shardwise.step.optimizer import ShardedOptimizer
 
 
 def _plain_step(reference: Any, plain: Any, batch: torch.Tensor, ranks: Any, *, step: bool = True) -> None:
@@ -75,7 +75,7 @@ def test_full_values_are_plain_torchs_and_what_is_written_counts(world, plan):
 
 
 def _of_fp16(ranks: Any, plan: str) -> None:
-    from shardwise.zero.precision import LossScaler
+    from shardwise.plan.precision import LossScaler
 
     model = tower()
     reference = copy.deepcopy(model)

@@ -13,7 +13,7 @@ from rig.engine import inputs as batches_of_numbers
 from rig.engine import loss_of, mine, prepare, tower
 from rig.tiny import batches, share, tiny, tiny_llama
 from shardwise.errors import PrepareError, ScheduleError
-from shardwise.integrations import connect, generation
+from shardwise.weights.integrations import connect, generation
 
 PLANS = ("3", "3-all", "3-disk")
 # Everything fits; nothing does; and the first units do.
@@ -285,7 +285,7 @@ def test_units_that_became_resident_are_not_gathered_for_an_evaluation(world):
 
 def _script(ranks):
     from shardwise import Accelerator, DeepSpeedPlugin
-    from shardwise.process import forget_run
+    from shardwise.run.process import forget_run
 
     forget_run()
     accelerator = Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(zero_stage=3))

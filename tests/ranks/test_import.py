@@ -19,7 +19,7 @@ from shardwise import Accelerator, DeepSpeedPlugin
 from shardwise.checkpoint.from_checkpoint import export
 from shardwise.errors import CheckpointError
 from shardwise.foreign.importing import import_checkpoint
-from shardwise.process import forget_run
+from shardwise.run.process import forget_run
 
 BATCH = 12  # 1, 2 and 3 ranks share it evenly
 MOVED_AT, END = 4, 9

@@ -15,10 +15,10 @@ from torch import nn
 
 from rig.engine import PLANS, prepare, shard, trained, weights_of
 from rig.tiny import batches, share, tiny_llama, with_lora
-from shardwise import initialising, recorded_source
-from shardwise.deferred_tensors import sources_of
+from shardwise.building import initialising, recorded_source
+from shardwise.building.deferred_tensors import sources_of
+from shardwise.building.loading import building
 from shardwise.errors import LoadingError, RankError
-from shardwise.loading import building
 
 
 class Odd(nn.Module):

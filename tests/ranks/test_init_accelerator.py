@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from rig.tiny import batches, share, tiny_llama, with_lora
-from shardwise import Accelerator, DeepSpeedPlugin, gathered, initialising
+from shardwise import Accelerator, DeepSpeedPlugin, gathered
+from shardwise.building import initialising
+from shardwise.building.loading import build_without_memory
 from shardwise.errors import LoadingError, PrepareError, RankError
-from shardwise.loading import build_without_memory
-from shardwise.process import forget_run
+from shardwise.run.process import forget_run
 
 
 def fresh(stage=3, **plugin):

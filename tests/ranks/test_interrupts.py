@@ -445,8 +445,8 @@ def _one_alone(ranks: Any, where: str) -> tuple[str, float]:
     import time
 
     from shardwise import Accelerator, DeepSpeedPlugin
-    from shardwise.plugins import InitProcessGroupKwargs
-    from shardwise.process import forget_run
+    from shardwise.run.plugins import InitProcessGroupKwargs
+    from shardwise.run.process import forget_run
 
     forget_run()
     timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=3 if where == "later" else 4))

@@ -9,9 +9,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from shardwise import Accelerator
+from shardwise.data.positions import match, position
 from shardwise.errors import CheckpointError, RankError
-from shardwise.loader_positions import match, position
-from shardwise.process import forget_run
+from shardwise.run.process import forget_run
 
 
 class Messages(TensorDataset):

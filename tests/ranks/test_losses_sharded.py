@@ -7,8 +7,8 @@ import pytest
 from rig.engine import adamw, prepare, trained
 from rig.tiny import batches, checkpointed, share, tiny
 from shardwise import Accelerator, DeepSpeedPlugin
-from shardwise.losses import LeanLoss, LogitsLoss
-from shardwise.process import forget_run
+from shardwise.run.process import forget_run
+from shardwise.tuning.losses import LeanLoss, LogitsLoss
 
 UNITS = ["LlamaDecoderLayer", "*lm_head"]
 

@@ -13,10 +13,10 @@ import torch
 from rig.engine import prepare, trained, weights_of
 from rig.tiny import share, step_alone
 from rig.zoo import ZOO, batches_of, class_of, config_of, with_all_linear_lora
-from shardwise import initialising
-from shardwise.deferred_tensors import sources_of
-from shardwise.integrations import connect
-from shardwise.loading import building
+from shardwise.building import initialising
+from shardwise.building.deferred_tensors import sources_of
+from shardwise.building.loading import building
+from shardwise.weights.integrations import connect
 
 QUICK = ("qwen3_moe", "gpt2", "t5", "vit")
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import shardwise
 from rig.engine import SHARDED, Tower, inputs, mine, prepare, train_both
-from shardwise.checkpoint.tensor_file import as_bytes
+from shardwise.files.writer import as_bytes
 
 
 class Watched(nn.Module):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from rig.agreeing import Net, data
 from shardwise import Accelerator, DeepSpeedPlugin
 from shardwise.errors import ConfigError, PrepareError
-from shardwise.process import forget_run
+from shardwise.run.process import forget_run
 
 
 class Scripted:

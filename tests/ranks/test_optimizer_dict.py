@@ -112,7 +112,7 @@ def check_same_weights(sharded: Any, reference: nn.Module, tolerance: float = 1e
 
 @contextmanager
 def _small_rounds(nbytes: int) -> Any:
-    from shardwise.zero import exchange
+    from shardwise.step import exchange
 
     whole, exchange.ROUND_NBYTES = exchange.ROUND_NBYTES, nbytes
     try:
@@ -268,7 +268,7 @@ class Counting(torch.optim.SGD):
 
 
 def _of_its_class(ranks: Any, plan: str) -> None:
-    from shardwise.zero.optimizer import find_sharded_optimizer
+    from shardwise.step.optimizer import find_sharded_optimizer
 
     _, model, stepping = _prepared(ranks, plan, lambda m: Counting(m.parameters()))
     for batch in inputs(2):
@@ -412,7 +412,7 @@ def test_where_nothing_is_sharded_no_rank_needs_another(world):
 def _two_optimizers(ranks: Any, plan: str) -> None:
     """Over one model, whose units they share; each loads for itself."""
     from rig.engine import adamw, shard, trained
-    from shardwise.zero.optimizer import ShardedOptimizer
+    from shardwise.step.optimizer import ShardedOptimizer
 
     model = scaled()
     sharded = shard(ranks, model, plan)
@@ -465,7 +465,7 @@ def test_loading_again_takes_no_more_room_on_a_drive(world, tmp_path):
 
 
 def _failing_drive(ranks: Any) -> str:
-    from shardwise.zero import intervals
+    from shardwise.step import intervals
 
     _, model, stepping = _prepared(ranks, "3-disk", OPTIMIZERS["AdamW"])
     _step(ranks, model, stepping, inputs(1)[0])
@@ -525,7 +525,7 @@ def test_states_that_only_one_rank_has_loaded_before_prepare_are_refused(world):
 def _without_memory(ranks: Any, stage: int) -> None:
     """Adagrad's constructor runs over a model that has no values yet."""
     from shardwise import Accelerator, DeepSpeedPlugin
-    from shardwise.process import forget_run
+    from shardwise.run.process import forget_run
     from shardwise.zero.sharded import find_sharded
 
     def build() -> nn.Module:

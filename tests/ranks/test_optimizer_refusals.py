@@ -128,7 +128,7 @@ def _wrapped(ranks: Any, how: str) -> str:
 
     from shardwise import Accelerator
     from shardwise.errors import OptimizerError
-    from shardwise.process import forget_run
+    from shardwise.run.process import forget_run
 
     forget_run()
     model = net()

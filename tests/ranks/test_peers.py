@@ -18,8 +18,8 @@ import torch
 
 from rig.engine import inputs, loss_of, mine, prepare, shard, tower, trained, weights_of
 from shardwise.errors import PrepareError
-from shardwise.zero import peers
-from shardwise.zero.collectives import Ranks
+from shardwise.offload import peers
+from shardwise.ranks.ranks import Ranks
 from shardwise.zero.unit import Unit
 
 

@@ -7,12 +7,12 @@ import torch
 
 from rig.engine import PLANS, adamw, inputs, loss_of, mine, prepare, tower, trained
 from rig.tiny import batches, share, tiny
+from shardwise.plan.plan import Plan
+from shardwise.plan.portions import at_rest, divide, gathered_at_once, moments_at_rest
+from shardwise.plan.precision import Precision
+from shardwise.plan.units import find_units
 from shardwise.zero.build import BUCKET_NBYTES
 from shardwise.zero.flat import FlatBuffer
-from shardwise.zero.plan import Plan
-from shardwise.zero.portions import at_rest, divide, gathered_at_once, moments_at_rest
-from shardwise.zero.precision import Precision
-from shardwise.zero.units import find_units
 
 MODELS = ("mixed", "llama/full", "llama/lora", "llama/lora+save", "tied/full", "bart/lora")
 

@@ -16,7 +16,8 @@ BUCKETS = 5  # first, three blocks, head; the smallest is the head, the largest 
 @contextlib.contextmanager
 def _small(group_nbytes):
     """Buckets of one module each, and groups of `group_nbytes`."""
-    from shardwise.zero import build, publishing
+    from shardwise.step import publishing
+    from shardwise.zero import build
 
     before = build.BUCKET_NBYTES, publishing.GROUP_NBYTES
     build.BUCKET_NBYTES, publishing.GROUP_NBYTES = 1, group_nbytes
@@ -256,7 +257,7 @@ def test_weights_are_whole_and_new_right_after_the_step(world, plan, precision):
 
 
 def _two_optimizers(ranks, plan):
-    from shardwise.zero.optimizer import ShardedOptimizer
+    from shardwise.step.optimizer import ShardedOptimizer
 
     models = []
     for _ in range(2):
@@ -293,7 +294,7 @@ def test_two_optimizers_that_share_buckets_publish_both_steps(world, plan):
 
 
 def _two_models(ranks):
-    from shardwise.zero.optimizer import ShardedOptimizer
+    from shardwise.step.optimizer import ShardedOptimizer
 
     models = [tower(seed=seed) for seed in (1, 2)]
     stepping = adamw([p for model in models for p in trained(model)])

@@ -174,7 +174,7 @@ def test_a_device_without_the_operation_is_one_clear_error_on_every_rank(world):
 
 
 def _saved(ranks, folder):
-    from shardwise.integrations import connect
+    from shardwise.weights.integrations import connect
 
     model = quantisable("4")
     sharded, _, _ = prepare(ranks, model, "3")
@@ -197,7 +197,7 @@ def test_the_adapter_is_saved_and_the_base_refused(world, tmp_path):
 def _state(ranks, folder, include_frozen, save):
     """Train two steps and save, or load; then one more step: its loss, and the codes."""
     from shardwise import Accelerator, DeepSpeedPlugin
-    from shardwise.process import forget_run
+    from shardwise.run.process import forget_run
     from shardwise.zero.sharded import find_sharded
 
     forget_run()
@@ -233,11 +233,11 @@ def test_a_saved_run_goes_on_over_the_same_codes_on_other_ranks(world, tmp_path,
 def _estimated(ranks, folder, bits):
     from transformers import LlamaConfig
 
-    from shardwise.meta_model import Adapters, build_meta_model
-    from shardwise.zero.plan import Plan
-    from shardwise.zero.portions import at_rest, divide
-    from shardwise.zero.precision import Precision
-    from shardwise.zero.units import find_units
+    from shardwise.estimate.meta_model import Adapters, build_meta_model
+    from shardwise.plan.plan import Plan
+    from shardwise.plan.portions import at_rest, divide
+    from shardwise.plan.precision import Precision
+    from shardwise.plan.units import find_units
 
     model = quantisable(bits)
     sharded, _, _ = prepare(ranks, model, "3", precision="bf16")
@@ -265,9 +265,9 @@ def _built_in_shards(ranks, folder, bits):
     from peft import prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from shardwise import initialising
-    from shardwise.deferred_tensors import sources_of
-    from shardwise.loading import building
+    from shardwise.building import initialising
+    from shardwise.building.deferred_tensors import sources_of
+    from shardwise.building.loading import building
 
     initialising.SMALL_NUMEL = 1
     config = BitsAndBytesConfig(

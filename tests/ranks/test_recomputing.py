@@ -11,11 +11,11 @@ import torch
 from rig.engine import adamw, prepare
 from rig.tiny import batches, checkpointed, share, tiny
 from shardwise import Accelerator, DeepSpeedPlugin
-from shardwise.compiling import CompiledBlocks, blocks_to_compile
 from shardwise.config.compiling import CompileConfig
 from shardwise.errors import PrepareError
-from shardwise.process import forget_run
-from shardwise.recomputing import RecomputedBlocks, blocks_to_recompute
+from shardwise.run.process import forget_run
+from shardwise.tuning.compiling import CompiledBlocks, blocks_to_compile
+from shardwise.tuning.recomputing import RecomputedBlocks, blocks_to_recompute
 
 STEPS = 5
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rig.engine import Tower, inputs, mine
 from shardwise import Accelerator, DeepSpeedPlugin
-from shardwise.process import forget_run
+from shardwise.run.process import forget_run
 
 optim = torch.optim
 # eps above rounding noise where there is one, see tests/parity/training.py.
@@ -77,18 +77,18 @@ class Net(Tower):
 @contextmanager
 def _as_on_a_device(tier: str) -> Iterator[None]:
     """Small chunks, a page of 16 bits; and nothing that rests on the CPU is stepped in place if the tier is "visiting"."""
-    from shardwise.zero import shards
+    from shardwise.plan.plan import Tier
+    from shardwise.step import visits
     from shardwise.zero.gradients import Gradients
-    from shardwise.zero.plan import Tier
 
-    chunk, shards.CHUNK = shards.CHUNK, 2048
+    chunk, visits.CHUNK = visits.CHUNK, 2048
     in_place = Gradients.in_place
     if tier == "visiting":
         Gradients.in_place = property(lambda self: self.master.tier is Tier.GPU)  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
-        shards.CHUNK = chunk  # the ranks are those of the tests to come
+        visits.CHUNK = chunk  # the ranks are those of the tests to come
         Gradients.in_place = in_place  # type: ignore[method-assign]
 
 

@@ -19,7 +19,7 @@ import shardwise
 from ranks.test_front_training import fresh
 from rig.adapters import Normed, adapted, config_of, stir, tiny_base
 from shardwise.errors import CheckpointError, ConfigError, RankError
-from shardwise.zero.collectives import Ranks
+from shardwise.ranks.ranks import Ranks
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 

@@ -18,7 +18,7 @@ from ranks.test_save_idioms import assert_equal, prepared, quietly
 from rig.adapters import QV, adapted, stir, tiny_base
 from shardwise.checkpoint.from_checkpoint import export
 from shardwise.errors import CheckpointError, RankError
-from shardwise.zero.collectives import Ranks
+from shardwise.ranks.ranks import Ranks
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
@@ -59,7 +59,7 @@ def _hub(folder: Path, broken: str = "") -> Any:
         patched.setattr(hub, "create_and_tag_model_card", lambda *a, **k: fake)
         patched.setattr(hub.PushToHubMixin, "_upload_modified_files", lambda self, *a, **k: fake.upload(*a, **k))
         if broken == "inside":
-            from shardwise import save_pretrained
+            from shardwise.weights import save_pretrained
 
             def fail(*_: Any) -> Any:
                 raise OSError("disk full")

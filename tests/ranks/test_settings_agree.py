@@ -29,7 +29,7 @@ from shardwise import (
 from shardwise.config.agreement import OWN, keys_of_schema
 from shardwise.config.schema import ENVIRONMENT_KEY
 from shardwise.errors import ShardwiseError
-from shardwise.process import forget_run
+from shardwise.run.process import forget_run
 
 Values = dict[str, Any]
 BASE: Values = {"distributed_type": "DEEPSPEED", "use_cpu": True, "deepspeed_config": {"zero_stage": 3}}

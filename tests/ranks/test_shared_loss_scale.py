@@ -12,8 +12,8 @@ from rig.engine import inputs, largest_difference, loss_of, mine, plain_step, sh
 
 
 def _two(ranks: Any, plan: str, interval: int) -> tuple[Any, Any, Any, Any]:
-    from shardwise.zero.optimizer import ShardedOptimizer
-    from shardwise.zero.precision import LossScaler
+    from shardwise.plan.precision import LossScaler
+    from shardwise.step.optimizer import ShardedOptimizer
 
     model = tower()
     reference = copy.deepcopy(model)

@@ -109,8 +109,8 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 def shard(ranks: Any, model: nn.Module, plan: str = "3", precision: str = "no", **settings: Any) -> Any:
     """The ShardedModel of `model` under one of PLANS."""
-    from shardwise.zero.plan import Plan
-    from shardwise.zero.precision import Precision
+    from shardwise.plan.plan import Plan
+    from shardwise.plan.precision import Precision
     from shardwise.zero.sharded import ShardedModel
 
     stage, optimizer, param = (PLANS | OTHER_PLANS)[plan]
@@ -132,8 +132,8 @@ def prepare(
     **settings: Any,
 ) -> tuple[Any, Any, torch.optim.Optimizer]:
     """(ShardedModel, ShardedOptimizer, the user's optimizer) over the trained weights of `model`."""
-    from shardwise.zero.optimizer import ShardedOptimizer
-    from shardwise.zero.precision import LossScaler, Precision
+    from shardwise.plan.precision import LossScaler, Precision
+    from shardwise.step.optimizer import ShardedOptimizer
 
     stepping = optimizer(trained(model))
     sharded = shard(ranks, model, plan, precision, **settings)

@@ -14,8 +14,8 @@ BLOCK_NBYTES = sum(p.numel() * p.element_size() for p in Block().parameters())
 
 def grouped(blocks: int) -> _patch[Any]:
     """Inside, at most so many of a tower's blocks share a unit."""
+    from shardwise.plan.units import find_units
     from shardwise.zero import sharded
-    from shardwise.zero.units import find_units
 
     def find(model: nn.Module, names: Any, **_: Any) -> Any:
         return find_units(model, names, unit_nbytes=blocks * BLOCK_NBYTES)

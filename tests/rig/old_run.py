@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rig.engine import Block
 from shardwise import Accelerator, DeepSpeedPlugin, broadcast_object_list
-from shardwise.process import forget_run
+from shardwise.run.process import forget_run
 
 NAME = "checkpoint_before_moves"
 SAVE_AT, STEPS, SAMPLES = 5, 9, 28

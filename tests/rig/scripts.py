@@ -21,7 +21,7 @@ import shardwise
 from rig.engine import mine
 from rig.settings import Setting, chosen
 from shardwise import Accelerator, DeepSpeedPlugin
-from shardwise.process import forget_run
+from shardwise.run.process import forget_run
 
 # (the script, this rank's batch, backward of a loss)
 Kind = Callable[["Script", Tensor, Callable[..., None]], None]

@@ -40,7 +40,7 @@ from rig.plays import (
 from rig.tiny import checkpointed, tiny
 from rig.transcripts import Phases, Recorder, recording
 from shardwise import Accelerator
-from shardwise.process import forget_run
+from shardwise.run.process import forget_run
 
 
 @dataclass(frozen=True)

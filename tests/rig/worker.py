@@ -59,7 +59,7 @@ def serve(pipe: Connection, place: Place) -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     import torch
 
-    from shardwise.zero.collectives import Ranks
+    from shardwise.ranks.ranks import Ranks
 
     torch.set_num_threads(1)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shardwise.activations import (
+from shardwise.estimate.activations import (
     Batch,
     DecoderShape,
     block_nbytes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from shardwise.initialising import deferring, is_deferred, value_of
+from shardwise.building.initialising import deferring, is_deferred, value_of
 
 
 def test_a_real_parameter_takes_values_without_memory_and_the_other_way_round():

@@ -14,15 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shardwise.checkpoint import tensor_file
 from shardwise.checkpoint.codec import decode, encode
 from shardwise.checkpoint.directory import next_number, not_counted, prune, survey
 from shardwise.checkpoint.fingerprint import part_sums
 from shardwise.checkpoint.lineage import Lineage
 from shardwise.checkpoint.manifest import Entry, Index, Manifest, Origin, text_checksum
-from shardwise.checkpoint.tensor_file import Spec, TensorFile, read_part
 from shardwise.errors import CheckpointError
-from shardwise.zero.intervals import Interval, Rest, share
+from shardwise.files import writer
+from shardwise.files.writer import Spec, TensorFile, read_part
+from shardwise.step.intervals import Interval, Rest, share
 
 STATES: list[Any] = [
     {"lr": 0.1, "nested": [1, (2, "x"), {"deep": None}], "flag": True},
@@ -110,7 +110,7 @@ def test_what_cannot_be_held_is_named_with_its_path():
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(tensor_file, "BLOCK_NBYTES", 64)
+    monkeypatch.setattr(writer, "BLOCK_NBYTES", 64)
 
 
 def _write(path: Path) -> dict[str, torch.Tensor]:

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from rig.tiny import batches, checkpointed, tiny
-from shardwise.blocks import recomputed
-from shardwise.compiling import CompiledBlocks, CompiledLoss, blocks_to_compile
 from shardwise.config.compiling import CompileConfig
 from shardwise.config.schema import Config
 from shardwise.errors import ConfigError, PrepareError
+from shardwise.tuning.blocks import recomputed
+from shardwise.tuning.compiling import CompiledBlocks, CompiledLoss, blocks_to_compile
 
 
 def test_blocks_are_those_that_repeat():

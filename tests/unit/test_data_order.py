@@ -7,7 +7,7 @@ import itertools
 import pytest
 from torch.utils.data import BatchSampler, IterableDataset, SequentialSampler
 
-from shardwise.data_order import LaterBatches, RankBatches, RankSamples, Share
+from shardwise.data.order import LaterBatches, RankBatches, RankSamples, Share
 from shardwise.errors import DataError
 
 accelerate_data = pytest.importorskip("accelerate.data_loader")

@@ -18,18 +18,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from shardwise import documents
 from shardwise.checkpoint.merge import merge
-from shardwise.checkpoint.torch_file import OtherFormatError, TorchFile
 from shardwise.config.deepspeed_json import read_deepspeed_json
 from shardwise.config.resolve import resolve
 from shardwise.config.schema import ENVIRONMENT_KEY, Config
 from shardwise.config.yaml_file import read_yaml
-from shardwise.documents import check_json, parse_json, read_json, read_text
 from shardwise.errors import CheckpointError, ConfigError, LoadingError, ShardwiseError
-from shardwise.meta_model import build_meta_model
+from shardwise.estimate.meta_model import build_meta_model
+from shardwise.files import documents
+from shardwise.files.documents import check_json, parse_json, read_json, read_text
+from shardwise.files.torch_file import OtherFormatError, TorchFile
 
-SOURCE = Path(documents.__file__).parent
+SOURCE = Path(documents.__file__).parents[1]
 
 
 @contextmanager
@@ -417,8 +417,8 @@ def test_an_archive_of_torch_whose_records_are_too_short_or_compressed_is_not_re
 ALLOWED = {
     "config.machine": {"read_text"},
     "cli.agent": {"read_text"},
-    "documents": {"loads"},
-    "zero.meeting": {"loads", "read_text"},
+    "files.documents": {"loads"},
+    "ranks.meeting": {"loads", "read_text"},
     "config.foreign": {"loads"},
 }
 READERS = {"load", "loads", "read_text", "read_bytes", "safe_load"}

@@ -10,10 +10,10 @@ import torch
 
 from rig.tiny import tiny
 from shardwise.cli.main import run
-from shardwise.estimate import CHOICES, Choice, Machine, Run, estimate
-from shardwise.meta_model import Adapters, build_meta_model, quantise
-from shardwise.zero.plan import Tier
-from shardwise.zero.precision import Precision
+from shardwise.estimate.bytes import CHOICES, Choice, Machine, Run, estimate
+from shardwise.estimate.meta_model import Adapters, build_meta_model, quantise
+from shardwise.plan.plan import Tier
+from shardwise.plan.precision import Precision
 
 SHAPE = {
     "model_type": "llama",

@@ -31,12 +31,12 @@ from shardwise import (
     ProfileKwargs,
     ProjectConfiguration,
 )
-from shardwise.accumulation import GradientState
-from shardwise.checkpoint.export import parse_size, save_weights
 from shardwise.errors import CheckpointError, ConfigError, DataError, PrepareError
-from shardwise.logging import get_logger
-from shardwise.process import forget_run
-from shardwise.scheduler import Rhythm, prepare_scheduler
+from shardwise.run.accumulation import GradientState
+from shardwise.run.logging import get_logger
+from shardwise.run.process import forget_run
+from shardwise.run.scheduler import Rhythm, prepare_scheduler
+from shardwise.weights.export import parse_size, save_weights
 
 
 @pytest.fixture(autouse=True)
@@ -336,11 +336,11 @@ def test_modules_of_the_front_end_leave_torch_distributed_alone():
     root = Path(shardwise.__file__).parent
     for path in root.rglob("*.py"):
         # How groups begin and end are files of their own, deepspeed.comm is torch's; the launcher runs torch's agent.
-        if path.name not in ("joining.py", "collectives.py", "leaving.py", "comm.py") and path.parent.name != "cli":
+        if path.name not in ("joining.py", "ranks.py", "leaving.py", "comm.py") and path.parent.name != "cli":
             assert not re.search(r"^\s*(import|from) torch.distributed|import distributed", path.read_text(), re.M), (
                 path
             )
-    assert importlib.import_module("shardwise.data").skip_first_batches is shardwise.skip_first_batches
+    assert importlib.import_module("shardwise.data.prepare").skip_first_batches is shardwise.skip_first_batches
 
 
 def test_a_loader_refuses_what_it_cannot_shard():

@@ -9,9 +9,9 @@ from torch._guards import TracingContext, tracing
 
 import shardwise
 from shardwise.errors import ReleasedParameterError
-from shardwise.zero.collectives import Ranks
-from shardwise.zero.plan import Plan
-from shardwise.zero.precision import Precision
+from shardwise.plan.plan import Plan
+from shardwise.plan.precision import Precision
+from shardwise.ranks.ranks import Ranks
 from shardwise.zero.sharded import ShardedModel
 
 

@@ -22,7 +22,7 @@ from shardwise.errors import CheckpointError
 from shardwise.foreign.deepspeed import read_deepspeed
 from shardwise.foreign.importing import import_checkpoint
 from shardwise.foreign.matching import match_named, match_shapes
-from shardwise.zero.precision import LossScaler
+from shardwise.plan.precision import LossScaler
 
 STEPS = 3
 
@@ -383,7 +383,7 @@ def test_what_lies_where_an_import_is_put_together_stays(tmp_path):
 
 
 def test_a_disk_without_room_leaves_nothing(tmp_path, monkeypatch):
-    from shardwise.checkpoint import files
+    from shardwise.files import disk
 
     saved(tmp_path / "run", Layout())
     writes = []
@@ -393,12 +393,12 @@ def test_a_disk_without_room_leaves_nothing(tmp_path, monkeypatch):
         if len(writes) == 12:
             raise OSError(28, "No space left on device")
 
-    with files.watched(full):
+    with disk.watched(full):
         assert "No space left" in refused(tmp_path / "run", tmp_path / "out")
 
 
 def test_a_partition_is_mapped_and_never_read_whole(tmp_path):
-    """What is in memory is what is being written: the pieces are views of the files."""
+    """What is in memory is what is being written: the pieces are views of the disk."""
     saved(tmp_path / "run", Layout(stage=2, world=2))
     run = read_deepspeed(tmp_path / "run" / f"global_step{STEPS}")
     largest = max(piece.spec.nbytes for pieces in run.pieces for piece in pieces)

@@ -1,12 +1,21 @@
 """The directions in which the tree depends on itself, read from its source and never by importing it.
 
-    errors, version, documents
-      <- plan, layout, config                 facts: no processes; config also no torch
-      <- flat, guard, precision, collectives, peers, streams, offload
-      <- engine, gradients, unit  <- schedule, hooks  <- sharded  <- intervals  <- optimizer, shards, clipping
-      <- checkpoint
-      <- accelerator, data, process, ...      the front end, among itself as it likes
-      <- cli, compat                          the worker starts the script; the rest of cli imports no torch
+    errors, version
+    files       bytes on a disk, and documents within limits
+    config      settings; no torch
+    plan        arithmetic: what will be where, how large and in which order
+    ranks       the other processes: groups, agreements, collectives, lanes
+    offload     where shards rest
+    zero        weights and gradients in shards, gathered and reduced
+    step        the optimizer's step, on shards
+    building    models without memory    tuning   what is done to a model beside sharding
+    run         what a process is in a run
+    data        loaders
+    weights     whole weights into files
+    checkpoint  a run into files and back
+    estimate    bytes before the run    foreign  other libraries' checkpoints    front   the Accelerator
+    cli         the commands; torch only inside functions
+    compat      what answers for DeepSpeed
 
 A file may import from its own level and from those above it in this drawing. Each dangerous thing has one home.
 """
@@ -23,137 +32,27 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "shardwise"
 
-FRONT_END = (
-    "accelerator",
-    "accumulation",
-    "activations",
-    "adapters",
-    "assigning",
-    "blocks",
-    "checkpointing",
-    "compiling",
-    "data",
-    "data_course",
-    "data_dispatch",
-    "data_loader",
-    "data_order",
-    "data_workers",
-    "deferred_tensors",
-    "deferred_values",
-    "entering",
-    "estimate",
-    "foreign",
-    "frozen",
-    "generators",
-    "initialising",
-    "integrations",
-    "joined",
-    "loader_positions",
-    "loading",
-    "logging",
-    "lora",
-    "losses",
-    "memory",
-    "memory_fit",
-    "meta_model",
-    "metrics",
-    "model_facts",
-    "nested",
-    "object_facts",
-    "plugins",
-    "prepare_checks",
-    "preparing",
-    "process",
-    "recomputing",
-    "recorded_source",
-    "recording",
-    "resolve",
-    "run_folder",
-    "run_saving",
-    "run_state",
-    "save_pretrained",
-    "saved_states",
-    "saving",
-    "scheduler",
-    "stopping",
-    "tracking",
-)
-
-# First match wins; a name that is nowhere here fails test_every_module_has_a_level, so that it is put on a level.
+# A folder may import from those above it here, and within itself; its own __init__.py is on its level.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "version", "documents"),
-    ("zero.plan", "zero.layout", "zero.order", "config"),
-    (
-        "zero.precision",
-        "zero.flat",
-        "zero.peers",
-        "zero.guard",
-        "zero.handed",
-        "zero.buffers",
-        "zero.stand_ins",
-        "zero.structure",
-        "zero.meeting",
-        "zero.joining",
-        "zero.collectives",
-        "zero.leaving",
-        "zero.streams",
-        "zero.units",
-        "zero.words",
-        "zero.elementwise",
-        "zero.comparing",
-        "zero.doubles",
-        "zero.rehearsal",
-        "zero.trial",
-        "zero.portions",
-        "zero.scratch",
-        "zero.sources",
-        "offload",
-    ),
-    ("zero.engine", "zero.gradients", "zero.norms", "zero.shown", "zero.unit"),
-    (
-        "zero.build",
-        "zero.checks",
-        "zero.ending",
-        "zero.forwards",
-        "zero.weakly",
-        "zero.generation",
-        "zero.nested",
-        "zero.quantised",
-        "zero.reducing",
-        "zero.saved",
-        "zero.statistics",
-        "zero.schedule",
-        "zero.hooks",
-        "zero.publishing",
-        "zero.releasing",
-        "zero.whole",
-        "zero.verdicts",
-        "zero.writing",
-    ),
-    ("zero.asking", "zero.thawing"),
-    ("zero.sharded",),
-    ("zero.intervals", "zero.exchange"),
-    (
-        "zero.access",
-        "zero.averaging",
-        "zero.full",
-        "zero.groups",
-        "zero.held",
-        "zero.optimizer",
-        "zero.optimizer_dict",
-        "zero.optimizer_state",
-        "zero.optimizer_verbs",
-        "zero.shards",
-        "zero.residency",
-        "zero.running",
-        "zero.clipping",
-    ),
+    ("errors", "version"),
+    ("files",),
+    ("config",),
+    ("plan",),
+    ("ranks",),
+    ("offload",),
+    ("zero",),
+    ("step",),
+    ("building", "tuning"),
+    ("run",),
+    ("data",),
+    ("weights",),
     ("checkpoint",),
-    FRONT_END,
-    ("cli", "compat"),
+    ("estimate", "foreign", "front"),
+    ("cli",),
+    ("compat",),
 )
-# Packages themselves: they may re-export what they hold.
-PACKAGES = ("", "zero")
+# The package itself may re-export what it holds.
+PACKAGES = ("",)
 
 
 @dataclass(frozen=True)
@@ -269,10 +168,10 @@ def test_no_module_imports_from_a_level_below_it_in_the_drawing(module):
 ELASTIC = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run")
 
 
-def test_only_joining_and_collectives_import_torch_distributed():
+def test_only_what_joins_and_leaves_and_ranks_import_torch_distributed():
     for module in modules():
         # deepspeed.comm is torch.distributed under another name.
-        allowed = module in ("zero.joining", "zero.collectives", "zero.leaving", "compat.deepspeed.comm")
+        allowed = module in ("ranks.joining", "ranks.ranks", "ranks.leaving", "compat.deepspeed.comm")
         for found in imports_of(module):
             # The launcher starts processes through torch's elastic agent, which lives in torch.distributed too.
             if is_under(module, "cli") and is_under(found.name, *ELASTIC):
@@ -283,17 +182,17 @@ def test_only_joining_and_collectives_import_torch_distributed():
             assert allowed or not is_under(name, "torch.distributed"), f"{path_of(module)}:{line} uses {name}"
 
 
-def test_only_streams_makes_and_switches_cuda_streams():
+def test_only_lanes_makes_and_switches_cuda_streams():
     makers = ("Stream", "ExternalStream", "Event", "stream", "set_stream")
     for module in modules():
-        if module == "zero.streams":
+        if module == "ranks.lanes":
             continue
         # An event in an annotation is a value passed on; what counts is who makes one.
         for node in ast.walk(tree_of(module)):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 assert called not in {f"torch.cuda.{maker}" for maker in makers}, (
-                    f"{path_of(module)}:{node.lineno} calls {called}: that is for zero/streams.py"
+                    f"{path_of(module)}:{node.lineno} calls {called}: that is for ranks/lanes.py"
                 )
         for found in imports_of(module):
             assert found.name not in {f"torch.cuda.{maker}" for maker in makers}, f"{module}: {found}"
@@ -358,7 +257,7 @@ def test_the_commands_import_nothing_heavy_at_module_level(module):
 
 def test_the_engine_does_not_know_the_front_end_or_hugging_face():
     for module in modules():
-        if is_under(module, "zero", "offload"):
+        if is_under(module, "files", "plan", "ranks", "offload", "zero", "step"):
             for found in imports_of(module):
                 assert not is_under(found.name, "transformers", "peft", "datasets", "yaml", "pydantic"), (
                     f"{path_of(module)}:{found.line} imports {found.name}"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from shardwise.lora import FastLora, lora_linears
+from shardwise.tuning.lora import FastLora, lora_linears
 
 peft = pytest.importorskip("peft")
 
@@ -52,7 +52,7 @@ def _results(model, x, needs_x=True):
 
 def _taken(model):
     """How many LoRA linears take the fast path in a forward."""
-    from shardwise import lora
+    from shardwise.tuning import lora
 
     seen = []
     original = lora._LoraLinear.apply

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from shardwise.zero.precision import LossScaler
+from shardwise.plan.precision import LossScaler
 
 
 def _torchs(settings: dict[str, Any], rounds: list[list[bool]]) -> list[tuple[float, int]]:

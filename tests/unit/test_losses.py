@@ -11,7 +11,7 @@ from torch import nn
 
 from rig.tiny import batches, tiny
 from shardwise.errors import LossError, PrepareError, ShardwiseError
-from shardwise.losses import LeanLoss, LogitsLoss, cross_entropy, head_cross_entropy
+from shardwise.tuning.losses import LeanLoss, LogitsLoss, cross_entropy, head_cross_entropy
 
 TOKENS, WIDTH, WORDS = 37, 12, 53
 

@@ -12,8 +12,8 @@ import pytest
 import torch.distributed as dist
 
 from shardwise.errors import ConfigError, RankError
-from shardwise.zero import meeting
-from shardwise.zero.meeting import Introduction, Verdict, device_index, judge, meet
+from shardwise.ranks import meeting
+from shardwise.ranks.meeting import Introduction, Verdict, device_index, judge, meet
 
 
 def mine(n: int, host: str = "a boot", **facts: Any) -> Introduction:

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from shardwise.memory import SAMPLE_INTERVAL_S, MemoryTracker
+from shardwise.run.memory import SAMPLE_INTERVAL_S, MemoryTracker
 
 GUIDE_LINES = [
     r"GPU Memory before entering the train : 0 \(no GPU\)",

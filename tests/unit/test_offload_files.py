@@ -19,9 +19,9 @@ from shardwise.errors import StoreError
 from shardwise.offload import files, nvme, threads
 from shardwise.offload.files import PAGE, Files, take_space
 from shardwise.offload.nvme import NvmeStore, fetch_part, put_part
-from shardwise.zero import streams
+from shardwise.ranks import lanes
+from shardwise.ranks.lanes import Lanes
 from shardwise.zero.engine import Faults
-from shardwise.zero.streams import Lanes
 
 
 @pytest.fixture(params=["O_TMPFILE", "unlinked"])
@@ -417,9 +417,9 @@ def test_a_thread_that_cannot_use_its_device_says_why(monkeypatch):
 
 def test_a_device_without_an_index_is_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
-    assert streams.whole_device(torch.device("cuda")) == torch.device("cuda", 2)
-    assert streams.whole_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
-    assert streams.whole_device(torch.device("cpu")) == torch.device("cpu")
+    assert lanes.whole_device(torch.device("cuda")) == torch.device("cuda", 2)
+    assert lanes.whole_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    assert lanes.whole_device(torch.device("cpu")) == torch.device("cpu")
     assert Lanes(torch.device("cuda"), serial=True).device == torch.device("cuda", 2)
 
 

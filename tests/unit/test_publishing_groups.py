@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from shardwise.zero import publishing
+from shardwise.step import publishing
 
 
 class RecordingLane:

@@ -8,10 +8,10 @@ from typing import Any, cast
 import torch
 
 from shardwise.offload.store import Done
-from shardwise.zero.collectives import Ranks
+from shardwise.ranks.lanes import Lanes
+from shardwise.ranks.ranks import Ranks
 from shardwise.zero.engine import ReductionsInFlight
 from shardwise.zero.schedule import Phase, Schedule
-from shardwise.zero.streams import Lanes
 
 
 class RecordingLanes:

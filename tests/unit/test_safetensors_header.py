@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError, safe_open
 
-from shardwise.checkpoint.safetensors_header import read_header
-from shardwise.checkpoint.stretches import TensorFile
 from shardwise.errors import LoadingError
+from shardwise.files.reader import TensorFile
+from shardwise.files.safetensors_header import read_header
 
 SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "C64": 8}
 A = '"dtype":"F32","shape":[2],"data_offsets":[0,8]'

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
-from ..documents import printed, shown
 from ..errors import CheckpointError
+from ..files.documents import printed, shown
+from ..files.writer import BLOCK_NBYTES, DTYPES, Place
 from .manifest import FORMAT, MANIFEST, VERSION, Entry, Index, Manifest, Origin, Part, checksum_of
-from .tensor_file import BLOCK_NBYTES, DTYPES, Place
 
 # 64 bits, as in the files of tensors.
 _LARGEST = 1 << 63

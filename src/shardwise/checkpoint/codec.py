@@ -18,8 +18,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..documents import shown
 from ..errors import CheckpointError
+from ..files.documents import shown
 
 _KIND = "!"
 _KINDS = "biufc"  # of numpy's dtypes: numbers

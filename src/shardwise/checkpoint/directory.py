@@ -17,10 +17,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..documents import printed
 from ..errors import CheckpointError
-from ..zero.collectives import attempt
-from . import files
+from ..files import disk
+from ..files.documents import printed
+from ..ranks.ranks import attempt
 from .checks import STORE
 from .manifest import Manifest
 from .places import REPLACED, STAGING, discard, followed
@@ -128,7 +128,7 @@ def sweep(folder: Path) -> None:
     """Remove what automatic saves that were cut short have left. For the run that has claimed `folder`, with none under way."""
     for path in _entries(folder):
         if _LEFT_OVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            files.remove(path)
+            disk.remove(path)
 
 
 def next_order(folder: Path) -> int:
@@ -176,7 +176,7 @@ class Lock:
     """This process's claim on a directory, until `release` or its end. Raises CheckpointError if another holds it."""
 
     def __init__(self, path: Path) -> None:
-        files.make_directory(path.parent)
+        disk.make_directory(path.parent)
         self.path = path
         self._descriptor = self._take()
         try:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..zero.collectives import Ranks
-from ..zero.intervals import Interval
+from ..ranks.ranks import Ranks
+from ..step.intervals import Interval
 
 _WORD = 8
 _CHUNK = 1 << 20  # words at once: the scratch memory is some multiples of 8 MiB

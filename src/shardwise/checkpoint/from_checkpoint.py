@@ -1,7 +1,7 @@
 """From a checkpoint of a run to the files that transformers and PEFT load, on any machine, one tensor in memory at a time.
 
 What the run trained decides: with PEFT, the adapter in PEFT's own format; else the whole model. The checkpoint carries the
-configurations for it (see `facts_of` in `model_facts.py`).
+configurations for it (see `facts_of` in `checkpoint/model_facts.py`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from . import files
+from ..files import disk
+from ..files.names import below
+from ..files.writer import Spec, TensorFile, dtype_named
+from ..weights.export import WeightFiles
 from .directory import resolve
-from .export import WeightFiles
-from .names import below
 from .read import Checkpoint, shared_by
-from .tensor_file import Spec, TensorFile, dtype_named
 
 
 def export(
@@ -133,9 +133,9 @@ def _write_adapter(
         with TensorFile(partial, specs) as file:
             for spec in specs:
                 file.write(spec.name, checkpoint.read_whole(where[spec.name]).to(spec.dtype))
-        files.move_over(partial, path)
+        disk.move_over(partial, path)
     finally:
-        files.remove(partial)
+        disk.remove(partial)
 
 
 def _where_by_record(checkpoint: Checkpoint, record: Any, model: str, adapter: str) -> dict[str, str]:

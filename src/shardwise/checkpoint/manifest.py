@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .tensor_file import Place, dtype_name
+from ..files.writer import Place, dtype_name
 
 FORMAT = "shardwise-checkpoint"
 VERSION = 1

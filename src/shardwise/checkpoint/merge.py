@@ -21,13 +21,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..documents import printed, read_configuration, read_json_object, shown
 from ..errors import CheckpointError
-from ..zero.collectives import attempt
-from . import files
-from .export import WeightFiles
-from .safetensors_header import read_header
-from .tensor_file import Spec, dtype_named
+from ..files import disk
+from ..files.documents import printed, read_configuration, read_json_object, shown
+from ..files.safetensors_header import read_header
+from ..files.writer import Spec, dtype_named
+from ..ranks.ranks import attempt
+from ..weights.export import WeightFiles
 
 _PREFIX = "base_model.model."
 _REFUSED = (
@@ -54,7 +54,7 @@ class Base:
 
     @classmethod
     def open(cls, folder: Path) -> Base:
-        """Raises CheckpointError if there are no safetensors files."""
+        """Raises CheckpointError if there are no safetensors disk."""
         base = cls(folder)
         found = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
         for path in found:
@@ -67,7 +67,7 @@ class Base:
                 base.homes[name] = path
         if not base.homes:
             raise CheckpointError(
-                f"{folder} holds no safetensors files. Give the directory of the base model (for a model of the hub, its "
+                f"{folder} holds no safetensors disk. Give the directory of the base model (for a model of the hub, its "
                 "snapshot)."
             )
         return base
@@ -296,7 +296,7 @@ def _copy_the_rest(base: Path, target: Path) -> None:
         if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt", ".pth") and ".index." not in path.name:
             copy = target / path.name
             if copy.is_symlink():  # writing through it would change a file elsewhere
-                files.remove(copy)
+                disk.remove(copy)
             shutil.copyfile(path, copy)
 
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ..errors import CheckpointError
-from ..zero.collectives import Ranks, attempt
-from .agree import agreed_words, raise_first
+from ..ranks.agree import agreed_words, raise_first
+from ..ranks.ranks import Ranks, attempt
 
 T = TypeVar("T")
 logger = logging.getLogger("shardwise")

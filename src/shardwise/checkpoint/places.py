@@ -16,10 +16,10 @@ import os
 import re
 from pathlib import Path
 
-from ..documents import printed, read_json
 from ..errors import CheckpointError
-from ..zero.collectives import attempt
-from . import files
+from ..files import disk
+from ..files.documents import printed, read_json
+from ..ranks.ranks import attempt
 from .manifest import FORMAT, MANIFEST
 from .read import read_manifest
 
@@ -87,15 +87,15 @@ def refuse_taken(target: Path) -> None:
 
 def make_staging(staging: Path) -> None:
     """Make the directory `staging`, empty but for MARK, in place of what a save that was cut short has left."""
-    files.make_directory(staging.parent)
+    disk.make_directory(staging.parent)
     if os.path.lexists(staging):
         if not _is_left_over(staging):
             raise CheckpointError(
                 f"{printed(staging)} is needed for the save, but holds files that no save has left. Move it away."
             )
-        files.remove(staging)
-    files.make_directory(staging)
-    os.close(files.create(staging / MARK, 0))
+        disk.remove(staging)
+    disk.make_directory(staging)
+    os.close(disk.create(staging / MARK, 0))
 
 
 def _is_left_over(staging: Path) -> bool:
@@ -114,12 +114,12 @@ def put_in_place(staging: Path, target: Path) -> None:
     refuse_foreign(target)
     aside = _set_aside(target) if target.is_dir() and any(target.iterdir()) else None
     try:
-        files.move(staging, target)
+        disk.move(staging, target)
     except OSError:
         if aside is not None:
-            attempt(lambda: files.move(aside, target))  # the first error is the one to tell
+            attempt(lambda: disk.move(aside, target))  # the first error is the one to tell
         raise
-    files.sync_directory(target.parent)
+    disk.sync_directory(target.parent)
 
 
 def _set_aside(target: Path) -> Path:
@@ -130,8 +130,8 @@ def _set_aside(target: Path) -> Path:
             discard(aside)
         else:
             aside = target.with_name(REMOVED + target.name)
-            files.remove(aside)
-    files.move(target, aside)
+            disk.remove(aside)
+    disk.move(target, aside)
     return aside
 
 
@@ -147,6 +147,6 @@ def discard(path: Path) -> None:
     name = path.name.removeprefix(REPLACED)
     doomed = path if name.startswith(REMOVED) else path.with_name(REMOVED + name)
     if path != doomed:
-        files.remove(doomed)
-        files.move(path, doomed)
-    files.remove(doomed)
+        disk.remove(doomed)
+        disk.move(path, doomed)
+    disk.remove(doomed)

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..documents import RECORD_NBYTES, parse_json, printed, read_json, read_text, shown
 from ..errors import CheckpointError
+from ..files.documents import RECORD_NBYTES, parse_json, printed, read_json, read_text, shown
+from ..files.writer import read_part
 from .checks import check_together, index_from, manifest_from
 from .codec import decode
 from .manifest import MANIFEST, Entry, Index, Manifest, Part, text_checksum
-from .tensor_file import read_part
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -22,15 +22,15 @@ from typing import Any
 
 from torch import Tensor
 
-from ..documents import check_json, printed
 from ..errors import CheckpointError
-from ..zero.collectives import Ranks, attempt
-from . import files
-from .agree import together
+from ..files import disk
+from ..files.documents import check_json, printed
+from ..files.writer import Spec, TensorFile
+from ..ranks.agree import together
+from ..ranks.ranks import Ranks, attempt
 from .manifest import MANIFEST, Entry, Index, Manifest, Part, text_checksum
 from .patience import Progress, patiently
 from .places import MARK, STAGING, discard, left_behind, make_staging, put_in_place, refuse_taken
-from .tensor_file import Spec, TensorFile
 
 logger = logging.getLogger("shardwise")
 
@@ -120,7 +120,7 @@ def write_checkpoint(
         )
     except CheckpointError:
         if ranks.rank == 0:
-            attempt(lambda: files.remove(staging))  # else the next save begins by removing it
+            attempt(lambda: disk.remove(staging))  # else the next save begins by removing it
         raise
 
 
@@ -142,13 +142,13 @@ def write_alone(
         make_staging(staging)
         try:
             for name, text in beside.items():
-                files.write_text(staging / name, text)
+                disk.write_text(staging / name, text)
             entries = [_write_rank(staging, draft, rank, Progress("writes")) for rank, draft in enumerate(drafts)]
             _seal(staging, target, describe(entries))
             check(staging)
             put_in_place(staging, target)
         except BaseException:
-            attempt(lambda: files.remove(staging))  # the first error is the one to tell
+            attempt(lambda: disk.remove(staging))  # the first error is the one to tell
             raise
     except OSError as error:
         raise CheckpointError(f"{printed(target)} was not written: {error}.") from error
@@ -170,7 +170,7 @@ def _write_rank(staging: Path, draft: Draft, rank: int, progress: Progress) -> E
     text = index.to_text()
     # What could not be read back must not be written: nobody would know before the run is to go on.
     check_json(text, f"{name}.json, which keeps the state of the run besides its tensors,", CheckpointError)
-    files.write_text(staging / f"{name}.json", text)
+    disk.write_text(staging / f"{name}.json", text)
     return Entry(f"{name}.json", text_checksum(text), tensors, nbytes)
 
 
@@ -178,9 +178,9 @@ def _seal(staging: Path, target: Path, manifest: Manifest) -> None:
     """What makes the directory a complete checkpoint, but for its name."""
     text = manifest.to_text()
     check_json(text, f"{printed(target)}: {MANIFEST}", CheckpointError)
-    files.write_text(staging / MANIFEST, text)
-    files.remove(staging / MARK)
-    files.sync_directory(staging)
+    disk.write_text(staging / MANIFEST, text)
+    disk.remove(staging / MARK)
+    disk.sync_directory(staging)
 
 
 def _publish(staging: Path, target: Path, manifest: Manifest) -> None:

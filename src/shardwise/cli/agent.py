@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 from ..config.machine import environment_value, export, host_memory_bytes, memory_limit_bytes, oom_kills
 from ..config.resolve import Resolution
 from ..config.schema import Config
-from ..documents import read_json
 from ..errors import LaunchError
+from ..files.documents import read_json
 from . import worker
 from .launch_plan import LaunchPlan, check_devices, free_port, make_plan
 

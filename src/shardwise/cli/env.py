@@ -18,8 +18,8 @@ from ..config.machine import (
     visible_gpus,
 )
 from ..config.yaml_file import default_file
-from ..documents import SETTINGS_NBYTES, read_text
 from ..errors import ConfigError
+from ..files.documents import SETTINGS_NBYTES, read_text
 from ..version import __version__
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "numpy", "pydantic", "typer")

@@ -7,19 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..config.machine import (
-    free_disk_bytes,
-    gpu_memory_bytes,
-    host_memory_bytes,
-    memory_limit_bytes,
-    visible_gpus,
-)
+from ..config.machine import free_disk_bytes, gpu_memory_bytes, host_memory_bytes, memory_limit_bytes, visible_gpus
 from ..config.resolve import resolve
 from ..config.schema import Config
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
-    from ..estimate import Estimate, Machine, Run
+    from ..estimate.bytes import Estimate, Machine, Run
 
 
 @dataclass(frozen=True)
@@ -58,10 +52,10 @@ def run_estimate(
         raise ConfigError("--quantize: quantised weights cannot be trained; add --lora_r")
 
     # From here on it takes seconds: torch is imported.
-    from ..activations import Batch
-    from ..estimate import CHOICES, Choice, Machine, Run, estimate
-    from ..meta_model import Adapters, build_meta_model
-    from ..zero.precision import Precision
+    from ..estimate.activations import Batch
+    from ..estimate.bytes import CHOICES, Choice, Machine, Run, estimate
+    from ..estimate.meta_model import Adapters, build_meta_model
+    from ..plan.precision import Precision
 
     adapters = None
     if rank is not None:
@@ -113,8 +107,8 @@ def run_estimate(
 
 def rows_of(found: Estimate) -> list[str]:
     """One plan: a line for each kind of bytes, a column for each tier."""
-    from ..estimate import AT_REST, PASSING, size
-    from ..zero.plan import Tier
+    from ..estimate.bytes import AT_REST, PASSING, size
+    from ..plan.plan import Tier
 
     lines = [f"{found.choice}, bytes of one rank", f"  {'':<18}{'GPU':>10}{'host':>10}{'disk':>10}"]
 
@@ -132,8 +126,8 @@ def rows_of(found: Estimate) -> list[str]:
 
 def table(every: list[Estimate], machine: Machine, run: Run) -> list[str]:
     """Every plan: a line each, with whether it fits this machine."""
-    from ..estimate import size
-    from ..zero.plan import Tier
+    from ..estimate.bytes import size
+    from ..plan.plan import Tier
 
     what = f"{machine.gpus} GPU(s)" if run.cuda and machine.gpus else "no GPU"
     known = [("a GPU", machine.gpu_nbytes if run.cuda else None), ("host", machine.host_nbytes)]
@@ -155,7 +149,7 @@ def _counts(model: Any) -> tuple[int, int]:
 
 
 def _batch_text(model: Any, run: Run) -> str:
-    from ..activations import decoder_shape
+    from ..estimate.activations import decoder_shape
 
     if run.batch is None:
         return "without activations (give --sequence_length)"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ..documents import read_text
 from ..errors import ConfigError
+from ..files.documents import read_text
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -57,7 +57,7 @@ def _built_by_shardwise(original: Callable[..., Any], module: ModuleType) -> Cal
         theirs: Any = sys.modules.get("transformers.integrations.deepspeed")
         if theirs is None or not theirs.is_deepspeed_zero3_enabled() or kwargs.get("quantization_config") is not None:
             return original(cls, *args, **kwargs)
-        from ..loading import building
+        from ..building.loading import building
 
         with _hidden(theirs, module), building():
             return original(cls, *args, **kwargs)

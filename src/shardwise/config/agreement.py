@@ -3,7 +3,7 @@
 Every machine has a configuration file of its own and every process its own environment, so two ranks can be told different
 things. `AGREED` has the keys that then change numbers, or the number and order of messages between the ranks; `OWN` those
 that are a machine's own, with the reason. Every key of the schema is in one of the two. This file compares plain values; who
-carries them from rank to rank is told in `zero/meeting.py` and `Ranks.compare`.
+carries them from rank to rank is told in `ranks/meeting.py` and `Ranks.compare`.
 """
 
 from __future__ import annotations

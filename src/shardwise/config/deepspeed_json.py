@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..documents import SETTINGS_NBYTES, parse_json, read_text, shown
 from ..errors import ConfigError
+from ..files.documents import SETTINGS_NBYTES, parse_json, read_text, shown
 from .rules import Key, Problem, nearest
 from .yaml_file import SettingsFile, parse_yaml
 

@@ -17,8 +17,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
-from ..documents import parse_json
 from ..errors import ConfigError
+from ..files.documents import parse_json
 from .compiling import BACKENDS, CompileConfig, section, word
 from .environment import RankEnvironment
 from .fields import (

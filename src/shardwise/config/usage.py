@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..documents import shown
+from ..files.documents import shown
 from .deepspeed_json import LOSS_SCALE_WINDOW
 from .rules import Key
 

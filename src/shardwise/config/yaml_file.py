@@ -1,6 +1,6 @@
 """The YAML file of a run: read with the line of every key, written in the guide's schema with a comment for each key.
 
-Reading gives plain values and places; whether they make sense is asked of `rules.check` by `resolve.py`. Writing leaves
+Reading gives plain values and places; whether they make sense is asked of `rules.check` by `front/settings.py`. Writing leaves
 out what accelerate does not know (`shardwise_config`) while it is all default, so that both tools can read the file.
 """
 
@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from ..documents import SETTINGS_NBYTES, read_text
 from ..errors import ConfigError
+from ..files.documents import SETTINGS_NBYTES, read_text
 from .schema import Config
 from .yaml_loader import Loader, check_expansion
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.stretches import FileStretch, TensorFile
-from ..checkpoint.tensor_file import Spec, dtype_name
 from ..checkpoint.write import Piece
-from ..documents import printed, shown
 from ..errors import CheckpointError, LoadingError
+from ..files.documents import printed, shown
+from ..files.reader import FileStretch, TensorFile
+from ..files.writer import Spec, dtype_name
 from .matching import Shape, match_named, match_shapes
 from .pickles import Fields, checked_name, named_tensors, number_of, read_pickle, with_values
 from .run import MODEL, ForeignOptimizer, ForeignRun, master_dtype, settings_of, whole_piece

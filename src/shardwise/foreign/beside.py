@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy
 
-from ..documents import printed
+from ..checkpoint.generators import check_generator_states
 from ..errors import CheckpointError
-from ..generators import check_generator_states
-from ..zero.collectives import attempt
+from ..files.documents import printed
+from ..ranks.ranks import attempt
 from .pickles import Fields, array_of_words, read_pickle
 from .run import ForeignRun, can_be_kept
 
@@ -118,7 +118,7 @@ def _check(states: Sequence[dict[str, Any]]) -> None:
 
 
 def _generators(content: Mapping[Any, Any], keys: Mapping[str, str], rank: int, world_size: int) -> dict[str, Any]:
-    """One rank's generators, as `generators.py` keeps them."""
+    """One rank's generators, as `checkpoint/generators.py` keeps them."""
     found = {name: content.get(key) for name, key in keys.items()}
     match found["numpy"]:
         case (str() as kind, words, int() as position, int() as has_gauss, float() as gauss):

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.tensor_file import dtype_name
 from ..checkpoint.write import Piece
-from ..documents import printed, shown
 from ..errors import CheckpointError
+from ..files.documents import printed, shown
+from ..files.writer import dtype_name
 from .deepspeed_files import DeepSpeedFiles, ModelStates, OptimizerStates, files_of
 from .partitions import Cut, cut_each, cut_runs, share_of
 from .pickles import Fields, Inert, named_tensors, number_of, with_values

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from ..documents import SETTINGS_NBYTES, printed, read_text, shown
 from ..errors import CheckpointError
+from ..files.documents import SETTINGS_NBYTES, printed, read_text, shown
 from .pickles import Fields, Inert, checked_name, read_pickle
 
 _MODEL = re.compile(r"(?:zero_pp_rank_([0-9]+)_)?mp_rank_([0-9]+)_model_states\.pt")

@@ -17,10 +17,10 @@ from ..checkpoint.directory import next_order
 from ..checkpoint.lineage import Lineage
 from ..checkpoint.manifest import describer
 from ..checkpoint.read import Checkpoint
+from ..checkpoint.saved_states import check_states
 from ..checkpoint.write import write_alone
-from ..documents import printed
 from ..errors import CheckpointError
-from ..saved_states import check_states
+from ..files.documents import printed
 from .accelerate import is_plain_state, read_accelerate
 from .beside import add_beside
 from .deepspeed import read_deepspeed

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..documents import printed
 from ..errors import CheckpointError
+from ..files.documents import printed
 
 # None: of a parameter that has taken no step, which fits any weight.
 Shape = tuple[int, ...] | None

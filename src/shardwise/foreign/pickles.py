@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from ..documents import opened, printed, shown
 from ..errors import CheckpointError
-from ..zero.collectives import attempt
+from ..files.documents import opened, printed, shown
+from ..ranks.ranks import attempt
 
 _NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")
 # What becomes inert, by its name in the file.

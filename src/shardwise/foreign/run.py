@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.codec import encode
-from ..checkpoint.tensor_file import Spec, dtype_name
 from ..checkpoint.write import Draft, Piece, whole_pieces
 from ..errors import CheckpointError
-from ..zero.collectives import attempt
-from ..zero.optimizer_state import MACHINE
+from ..files.writer import Spec, dtype_name
+from ..ranks.ranks import attempt
+from ..step.optimizer_state import MACHINE
 
 MODEL = "model0"
 

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from ..errors import StoreError
-from ..zero.plan import Tier
-from ..zero.streams import Lanes
+from ..plan.plan import Tier
+from ..ranks.lanes import Lanes
 from .files import PAGE
 from .store import Arrival, Done, MemoryStore, Slab
 from .threads import DeviceThreads

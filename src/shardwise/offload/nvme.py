@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from ..errors import StoreError
-from ..zero.plan import Tier
-from ..zero.streams import Lanes
+from ..plan.plan import Tier
+from ..ranks.lanes import Lanes
 from .files import PAGE, File, Files, take_space
 from .host import BLOCK, Block, Ring
 from .store import Arrival, Done, Slab

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..zero.plan import Tier
-from ..zero.streams import Lanes
+from ..plan.plan import Tier
+from ..ranks.lanes import Lanes
 
 
 class Arrival(Protocol):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..errors import PrepareError
-from .collectives import Ranks
+from ..ranks.ranks import Ranks
 from .guard import unasked
 from .hooks import in_backward
 from .sharded import ShardedModel, find_sharded

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PrepareError
-from .collectives import Ranks
+from ..ranks.ranks import Ranks
 
 _COMPRESSED = {
     torch.sparse_csr: (Tensor.crow_indices, Tensor.col_indices),

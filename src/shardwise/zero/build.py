@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..offload.store import Slab
+from ..plan.plan import Plan, Tier
+from ..plan.portions import Member, Part, apportion, parts_of
+from ..plan.precision import Precision
+from ..plan.units import UnitSpec
 from .engine import Engine
-from .flat import FlatBuffer, Member
+from .flat import FlatBuffer, give_memory
 from .gradients import Gradients
-from .plan import Plan, Tier
-from .portions import Part, apportion, parts_of
-from .precision import Precision
 from .quantised import QuantisedWeights
-from .sources import Makers, Source, fill_region, give_memory
+from .sources import Makers, Source, fill_region
 from .unit import Unit
-from .units import UnitSpec
 
 # Trained weights that stay whole are reduced in buckets of at most this; the size that DDP found to hide best.
 BUCKET_NBYTES = 25 << 20

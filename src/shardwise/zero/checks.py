@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from ..errors import PrepareError, StoreError
+from ..plan.plan import Plan, Tier
 from .engine import Kind
-from .plan import Plan, Tier
 from .quantised import refuse_other_kinds
 from .sources import Sources
 

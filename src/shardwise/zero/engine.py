@@ -12,12 +12,12 @@ from torch import Tensor
 from ..errors import StoreError, WriteError
 from ..offload.host import HostStore
 from ..offload.nvme import NvmeStore
+from ..offload.peers import PeerMemory
 from ..offload.store import Arrival, Done, MemoryStore, Slab, Store
-from .collectives import Ranks
+from ..plan.plan import Tier
+from ..ranks.lanes import Lanes
+from ..ranks.ranks import Ranks
 from .norms import Norms
-from .peers import PeerMemory
-from .plan import Tier
-from .streams import Lanes
 
 Kind = Literal["param", "optimizer"]
 

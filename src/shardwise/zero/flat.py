@@ -13,7 +13,6 @@ The buffer does not know streams, processes or autograd; the unit orders it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,24 +20,15 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..errors import WriteError
+from ..offload.peers import PeerMemory
 from ..offload.store import MemoryStore, Slab, Store
+from ..plan.layout import ALIGNMENT, Layout
+from ..plan.plan import Placement, Tier
+from ..plan.portions import Member
 from .guard import Guard, unasked
-from .layout import ALIGNMENT, Layout
-from .peers import PeerMemory
-from .plan import Placement, Tier
-from .sources import give_memory
 
 # torch's own attribute, whatever a Parameter's class makes of it.
 _DATA: Any = Tensor.data
-
-
-@dataclass(frozen=True)
-class Member:
-    """A parameter of a buffer: its name in the model, the user's own object, the dtype it computes in here."""
-
-    name: str
-    parameter: Parameter
-    dtype: torch.dtype
 
 
 class FlatBuffer:
@@ -247,3 +237,13 @@ class FlatBuffer:
     def bytes_at_rest(self) -> int:
         """What this buffer occupies between uses: the shard if the whole leaves, else the whole."""
         return self.slab.nbytes if self.slab is not None else self._nbytes
+
+
+def give_memory(parameter: Parameter, view: Tensor) -> None:
+    """Make `parameter` a view of real memory. torch refuses `.data =` from meta, so what is behind the object is exchanged."""
+    if not parameter.is_meta:
+        # As torch has it: for a weight that is prepared, `parameter.data =` means to copy.
+        Tensor.data.__set__(parameter, view)  # type: ignore[attr-defined]
+        return
+    # Not torch.utils.swap_tensors, which refuses a parameter that somebody knows weakly, as nn.LSTM knows its own.
+    torch._C._swap_tensor_impl(parameter, Parameter(view.data, requires_grad=parameter.requires_grad))

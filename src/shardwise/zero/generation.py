@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from .collectives import Ranks
-from .order import Order, merge
+from ..plan.order import Order, merge
+from ..ranks.ranks import Ranks
 from .unit import Unit, Weights
 
 DONE = -1

@@ -20,11 +20,11 @@ from torch.nn import Parameter
 
 from ..errors import UnitStateError
 from ..offload.store import Arrival, Done, Slab
+from ..plan.layout import Piece
+from ..plan.plan import Plan, Tier
 from .engine import Engine
 from .flat import FlatBuffer
 from .guard import unasked
-from .layout import Piece
-from .plan import Plan, Tier
 from .shown import Shown
 
 

@@ -4,25 +4,60 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection
+from typing import Any, Protocol
 from weakref import WeakMethod
 
 import torch
 from torch import Tensor
 
 from ..errors import RankError
-from .collectives import Ranks
+from ..offload.store import Slab
+from ..ranks.ranks import Ranks
+from .flat import FlatBuffer
 
-if TYPE_CHECKING:
-    from .gradients import Gradients
+
+class UnitGradients(Protocol):
+    """What is asked of a unit's gradients by those who show them to scripts; `Gradients` says what each member is."""
+
+    used: list[bool]
+
+    @property
+    def buffer(self) -> FlatBuffer: ...
+
+    @property
+    def master(self) -> Slab: ...
+
+    @property
+    def version(self) -> tuple[int, int]: ...
+
+    @property
+    def parted(self) -> bool: ...
+
+    @property
+    def has_own(self) -> bool: ...
+
+    @property
+    def is_own(self) -> bool: ...
+
+    def changed(self) -> None: ...
+
+    def parts(self, index: int) -> list[Tensor]: ...
+
+    def whole(self) -> Tensor: ...
+
+    def take_back(self, whole: Tensor) -> None: ...
+
+    def put(self, index: int, gradient: Tensor) -> None: ...
+
+    def forget(self, indices: Collection[int]) -> None: ...
 
 
 class Norms:
     """The norms of single gradients of one model: all of them are found together, in one collective."""
 
     def __init__(self, ranks: Ranks) -> None:
-        self._gradients: list[Gradients] = []
+        self._gradients: list[UnitGradients] = []
         self._ranks = ranks
         self._known: dict[float, tuple[Any, dict[int, Tensor]]] = {}
         self._finish: WeakMethod[Callable[[], None]] | None = None
@@ -37,7 +72,7 @@ class Norms:
         if finish is not None:
             finish()
 
-    def count(self, gradients: Gradients) -> None:
+    def count(self, gradients: UnitGradients) -> None:
         """These belong to the model too."""
         self._gradients.append(gradients)
 
@@ -50,7 +85,7 @@ class Norms:
                 "sharded: reading them is collective, so every rank reads the same ones in the same order."
             )
 
-    def of(self, gradients: Gradients, index: int, order: float) -> Tensor:
+    def of(self, gradients: UnitGradients, index: int, order: float) -> Tensor:
         self.finish_pass()
         state = tuple(g.version for g in self._gradients)
         known = self._known.get(order)

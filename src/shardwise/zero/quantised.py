@@ -29,11 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PrepareError
-from .collectives import Ranks
-from .flat import Member
-from .portions import Portion
-from .scratch import give_back_free_memory
-from .sources import Makers, Source, agree_on_facts, give_memory
+from ..files.scratch import give_back_free_memory
+from ..plan.portions import Member, Portion
+from ..ranks.ranks import Ranks
+from .flat import give_memory
+from .sources import Makers, Source, agree_on_facts
 
 # Of the codes' bytes: scales below this share stay whole.
 _WHOLE_SHARE = 1 / 256

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .collectives import Ranks
+from ..ranks.ranks import Ranks
 from .gradients import Grads
 from .unit import Unit
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .flat import FlatBuffer, Member
+from ..plan.portions import Member
+from .flat import FlatBuffer
 from .unit import Unit
 
 log = logging.getLogger("shardwise")

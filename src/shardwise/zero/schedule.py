@@ -34,12 +34,12 @@ from contextlib import contextmanager
 from enum import Enum, auto
 
 from ..errors import ScheduleError
-from .collectives import Ranks
+from ..plan.order import Order, insert, merge
+from ..ranks.lanes import Lanes
+from ..ranks.ranks import Ranks
 from .engine import Faults, ReductionsInFlight
 from .generation import DONE, Rounds
-from .order import Order, insert, merge
 from .reducing import Reducing
-from .streams import Lanes
 from .unit import Unit, Weights
 
 log = logging.getLogger("shardwise")

@@ -18,31 +18,31 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..errors import PrepareError, StoreError, WriteError
+from ..offload.peers import GatherWith, PeerMemory
 from ..offload.store import Slab
+from ..plan.plan import Plan, Tier
+from ..plan.portions import Role
+from ..plan.precision import Precision
+from ..plan.units import UnitSpec, find_units
+from ..ranks.lanes import Lanes
+from ..ranks.ranks import Ranks
 from .asking import asking
 from .buffers import place_buffers
 from .build import Builder, place_empty
 from .checks import check_model, paths_of
-from .collectives import Ranks
 from .engine import Doubts, Engine, Faults, Kind, ReductionsInFlight, Stores
 from .generation import room_for_weights, units_that_fit
 from .gradients import Gradients
 from .hooks import Hooks
 from .norms import Norms
-from .peers import GatherWith, PeerMemory
-from .plan import Plan, Tier
-from .portions import Role
-from .precision import Precision
 from .quantised import QuantisedWeights
 from .releasing import dissolve, log_rounded
 from .schedule import Schedule
 from .sources import Makers, Sources, choose_makers
 from .statistics import RunningBuffers
-from .streams import Lanes
 from .structure import Structure
 from .thawing import Thawing
 from .unit import Unit
-from .units import UnitSpec, find_units
 from .whole import WholeTensors
 from .writing import follow, has_strayed, write_back
 

@@ -20,19 +20,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter, is_
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 from weakref import ref
 
 import torch
 from torch import Tensor
 
 from ..errors import ReleasedParameterError
+from ..plan.portions import Member
 from .guard import METADATA, unasked
-from .norms import Norms
-
-if TYPE_CHECKING:
-    from .flat import Member
-    from .gradients import Gradients
+from .norms import Norms, UnitGradients
 
 # By these a script may write without a trace that autograd's count of writes would show.
 _UNTRACED = {
@@ -185,7 +182,7 @@ class Shown:
     gradients: where they are; it owns this object. norms: those of all the model's.
     """
 
-    def __init__(self, gradients: Gradients, norms: Norms) -> None:
+    def __init__(self, gradients: UnitGradients, norms: Norms) -> None:
         # What a Parameter holds as its `grad` is in C++, where the garbage collector does not see a circle: so nothing here
         # leads to a parameter.
         self._gradients = ref(gradients)
@@ -202,7 +199,7 @@ class Shown:
         return self._members[index].name
 
     @property
-    def _source(self) -> Gradients:
+    def _source(self) -> UnitGradients:
         found = self._gradients()
         return found if found is not None else self._refuse_gone()
 

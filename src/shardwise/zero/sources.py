@@ -17,18 +17,15 @@ This file does arithmetic on intervals; what a Source does to answer is not know
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .collectives import Ranks
-from .scratch import give_back_free_memory
-
-if TYPE_CHECKING:
-    from .flat import FlatBuffer
-
+from ..files.scratch import give_back_free_memory
+from ..ranks.ranks import Ranks
+from .flat import FlatBuffer
 
 # Of a tensor that one rank makes, this much is sent at a time: what the others hold besides their interval.
 _SENT_NBYTES = 8 << 20
@@ -170,13 +167,3 @@ def _from_one_rank(
             part = torch.empty(size, dtype=dtype, device=ranks.device)
         ranks.broadcast(part, maker)
         yield first, part
-
-
-def give_memory(parameter: Parameter, view: Tensor) -> None:
-    """Make `parameter` a view of real memory. torch refuses `.data =` from meta, so what is behind the object is exchanged."""
-    if not parameter.is_meta:
-        # As torch has it: for a weight that is prepared, `parameter.data =` means to copy.
-        Tensor.data.__set__(parameter, view)  # type: ignore[attr-defined]
-        return
-    # Not torch.utils.swap_tensors, which refuses a parameter that somebody knows weakly, as nn.LSTM knows its own.
-    torch._C._swap_tensor_impl(parameter, Parameter(view.data, requires_grad=parameter.requires_grad))

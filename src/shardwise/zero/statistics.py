@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ..ranks.ranks import Ranks
 from .buffers import bytes_of, is_strided, written
-from .collectives import Ranks
 
 log = logging.getLogger("shardwise")
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ..errors import StoreError, UnitStateError, WriteError
 from ..offload.store import Arrival
+from ..plan.plan import Plan, Tier
 from .engine import Engine
 from .flat import FlatBuffer
 from .gradients import Gradients
-from .plan import Plan, Tier
 
 
 class Weights(Enum):

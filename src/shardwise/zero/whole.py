@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..offload.store import Slab
-from .collectives import Ranks, attempt_or_interrupt
+from ..ranks.ranks import Ranks, attempt_or_interrupt
 from .flat import FlatBuffer
 from .schedule import Schedule
 from .stand_ins import standing_in

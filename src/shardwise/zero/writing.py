@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..offload.store import Slab
-from .collectives import Ranks
-from .plan import Tier
+from ..plan.plan import Tier
+from ..ranks.ranks import Ranks
 from .unit import Unit, Weights
 
 Fetch = Callable[[Slab], Tensor]

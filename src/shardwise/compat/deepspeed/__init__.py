@@ -6,7 +6,7 @@
     gathering.py    GatheredParameters             building.py     zero.Init
     fragments.py    safe_get_full_*                leaves.py       leaf modules
     checkpoints.py  save and load_checkpoint       zero_to_fp32.py, whole_model.py
-    comm.py         torch.distributed              accelerator.py  get_accelerator()
+    comm.py         torch.distributed              front/accelerator.py  get_accelerator()
 
 It touches nothing of shardwise whose name begins with an underscore.
 """

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ...zero.collectives import Ranks
+from ...ranks.ranks import Ranks
 from .comm import joined
 
 _CHOSEN: list[Any] = []

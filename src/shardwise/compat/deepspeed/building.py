@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...building.loading import building
 from ...errors import ConfigError
-from ...loading import building
 from .comm import init_distributed
 from .gathering import marking
 from .settings import load

@@ -15,16 +15,16 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...checkpoint.agree import on_first, together
 from ...checkpoint.directory import resolve
-from ...checkpoint.names import below
-from ...documents import SETTINGS_NBYTES, read_text
+from ...checkpoint.run_folder import RunFolder
+from ...checkpoint.run_saving import load_run, save_run
+from ...checkpoint.run_state import RunState
 from ...errors import CheckpointError, ConfigError
-from ...plugins import ProjectConfiguration
-from ...run_folder import RunFolder
-from ...run_saving import load_run, save_run
-from ...run_state import RunState
-from ...zero.precision import LossScaler
+from ...files.documents import SETTINGS_NBYTES, read_text
+from ...files.names import below
+from ...plan.precision import LossScaler
+from ...ranks.agree import on_first, together
+from ...run.plugins import ProjectConfiguration
 
 if TYPE_CHECKING:
     from .engine import DeepSpeedEngine

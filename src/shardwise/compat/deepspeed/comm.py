@@ -46,8 +46,8 @@ from torch.distributed import (  # type: ignore[attr-defined]  # noqa: F401 - na
 
 from ...config.environment import RankEnvironment
 from ...errors import ConfigError
-from ...joined import Run, join_run
-from ...zero.collectives import Ranks
+from ...ranks.ranks import Ranks
+from ...run.joined import Run, join_run
 
 
 def init_distributed(

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...compiling import CompiledBlocks
-from ...entering import PreparedModel
 from ...errors import ConfigError, PrepareError
-from ...joined import join_run
+from ...front.entering import PreparedModel
+from ...run.joined import join_run
+from ...tuning.compiling import CompiledBlocks
 from ...zero.guard import explain
 from .gathering import forget_marks, mark
 from .optimizer import ZeroOptimizer

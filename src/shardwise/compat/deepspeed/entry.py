@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from ...entering import into_engine
 from ...errors import ConfigError, OptimizerError
-from ...joined import join_run
-from ...zero.collectives import Ranks
-from ...zero.optimizer import ShardedOptimizer
+from ...front.entering import into_engine
+from ...ranks.ranks import Ranks
+from ...run.joined import join_run
+from ...step.optimizer import ShardedOptimizer
 from ...zero.sharded import find_sharded
 from .. import libraries
 from . import settings as reading

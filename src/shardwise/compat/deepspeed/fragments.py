@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ...zero.full import full, set_full
+from ...step.full import full, set_full
 
 
 def safe_get_full_fp32_param(param: Parameter) -> Tensor | None:

@@ -5,7 +5,8 @@
                    r: at the end rank r's values become everybody's, masters included
     in a pass      gathered as for a module of the model; nothing can be written there
 
-A parameter that has no memory yet (`building.py`) has it inside, and what is written is recorded: `deferred_values.py`.
+A parameter that has no memory yet (`building.py`) has it inside, and what is written is recorded:
+`building/deferred_values.py`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ...deferred_values import in_memory
+from ...building.deferred_values import in_memory
+from ...building.initialising import is_deferring, last_write, value_of
 from ...errors import ConfigError
-from ...initialising import is_deferring, last_write, value_of
+from ...ranks.ranks import Ranks
 from ...zero.access import gathered
-from ...zero.collectives import Ranks
 from ...zero.guard import Released
 from ...zero.sharded import ShardedModel
 from .comm import met

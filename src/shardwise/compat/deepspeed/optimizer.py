@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ...zero.optimizer import ShardedOptimizer
-from ...zero.precision import LossScaler
+from ...plan.precision import LossScaler
+from ...step.optimizer import ShardedOptimizer
 from .backwards import Backwards
 
 

@@ -21,11 +21,11 @@ from typing import Any
 
 from ...config.deepspeed_json import LOSS_SCALE_WINDOW, DeepSpeedFile, read_deepspeed_values
 from ...config.schema import Config
-from ...documents import SETTINGS_NBYTES, parse_json, read_text, shown
 from ...errors import ConfigError
-from ...resolve import loss_scaler
-from ...zero.plan import Plan
-from ...zero.precision import LossScaler, Precision
+from ...files.documents import SETTINGS_NBYTES, parse_json, read_text, shown
+from ...front.settings import loss_scaler
+from ...plan.plan import Plan
+from ...plan.precision import LossScaler, Precision
 
 # DeepSpeed's, where its file does not say.
 CLIPPING = 1.0

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoint.agree import together
-from ...compiling import CompiledBlocks, blocks_to_compile
 from ...config.schema import Config
-from ...entering import PreparedModel
 from ...errors import ConfigError
+from ...front.entering import PreparedModel
+from ...ranks.agree import together
+from ...tuning.compiling import CompiledBlocks, blocks_to_compile
 from ...zero.sharded import ShardedModel
 from ...zero.whole import persistent_buffers
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint.export import save_weights
 from ...checkpoint.read import Checkpoint, shared_by
 from ...errors import CheckpointError, ShardwiseError
+from ...weights.export import save_weights
 from .checkpoints import LATEST, find
 
 

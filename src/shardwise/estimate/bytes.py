@@ -1,0 +1,222 @@
+"""How much memory a plan needs, known before anything is loaded: per rank, by what it is for and where it lies.
+
+Bytes at rest are exact: they are what the engine's ledger will say. What comes and goes is an upper estimate, with the
+formula beside each term here. The model is on the meta device; nothing is allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from ..offload.host import BLOCK, Ring
+from ..plan.plan import Plan, Tier
+from ..plan.portions import Ledger, Portion, at_rest, divide, gathered_at_once, moments_at_rest
+from ..plan.precision import Precision
+from ..plan.units import find_units
+from ..step.visits import CHUNK, VISITING
+from ..zero.build import BUCKET_NBYTES
+from ..zero.engine import ReductionsInFlight
+from ..zero.sharded import UNIT_NBYTES
+from .activations import Batch, decoder_shape, kept_nbytes, peak_nbytes
+
+# By role, at rest; then what comes and goes in a step.
+AT_REST = ("frozen", "parameter", "gradient", "optimizer")
+PASSING = ("gathered units", "reductions", "whole gradients", "offload staging", "activations", "logits and loss")
+
+# What a process takes before it has a tensor: on the GPU its context, the library of kernels and NCCL's buffers; on the
+# host Python with torch and transformers. Round figures, on the safe side of what was seen.
+CONTEXT_NBYTES = 3 << 29
+PROCESS_NBYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A stage and what of it is offloaded: "none", "cpu" or "nvme"."""
+
+    stage: int
+    optimizer: str = "none"
+    param: str = "none"
+
+    def __str__(self) -> str:
+        places = [f"{role} {tier}" for role, tier in (("optimizer", self.optimizer), ("param", self.param))]
+        offload = " + ".join(place for place in places if not place.endswith("none"))
+        return f"stage {self.stage}" + (f", offload {offload}" if offload else "")
+
+
+# Every stage with every offload that it allows; parameters go where the optimizer is, or stay.
+CHOICES = (
+    Choice(0),
+    *(Choice(stage, tier) for stage in (1, 2, 3) for tier in ("none", "cpu", "nvme")),
+    *(Choice(3, tier, tier) for tier in ("cpu", "nvme")),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the bytes depend on besides model and plan; the defaults are the engine's.
+
+    local_processes: of one machine. cuda: ranks are GPUs. accumulates: a step has several micro-batches.
+    batch:           None leaves activations out. moments: fp32 states of the optimizer for each element, AdamW's 2.
+    """
+
+    world_size: int = 1
+    local_processes: int = 1
+    precision: Precision = field(default_factory=Precision)
+    cuda: bool = True
+    prefetch: int = 1
+    units: Sequence[str] | None = None
+    whole_adapters: bool | Literal["auto"] = "auto"
+    accumulates: bool = False
+    batch: Batch | None = None
+    moments: int = 2
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """nbytes: (row, tier) -> bytes on one rank; rows are AT_REST and PASSING."""
+
+    choice: Choice
+    nbytes: dict[tuple[str, Tier], int]
+
+    def rest(self, tier: Tier) -> int:
+        """What always lies on the tier, gradients as between a backward and its step."""
+        return sum(count for (row, place), count in self.nbytes.items() if place is tier and row in AT_REST)
+
+    def peak(self, tier: Tier) -> int:
+        """The most that a step needs there: everything that rests, and everything that passes at once."""
+        return sum(count for (_, place), count in self.nbytes.items() if place is tier)
+
+    def as_values(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "zero_stage": self.choice.stage,
+            "offload_optimizer_device": self.choice.optimizer,
+            "offload_param_device": self.choice.param,
+            "bytes": {f"{row}/{tier}": count for (row, tier), count in self.nbytes.items()},
+            "at_rest": {str(tier): self.rest(tier) for tier in Tier},
+            "peak": {str(tier): self.peak(tier) for tier in Tier},
+        }
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is: bytes of one GPU, the number of GPUs (0: the ranks' device is the host), host memory, free disk."""
+
+    gpus: int = 0
+    gpu_nbytes: int | None = None
+    host_nbytes: int | None = None
+    disk_nbytes: int | None = None
+
+    def shortages(self, estimate: Estimate, run: Run) -> list[str]:
+        """Why the plan does not fit, a few words each; [] if it does. What is not known is taken to be enough."""
+        local = run.local_processes
+        device, host, disk = (estimate.peak(tier) for tier in Tier)
+        host = local * (host + PROCESS_NBYTES)
+        found = []
+        if not run.cuda:
+            host += local * device
+        elif local > self.gpus:
+            found.append(f"{local} processes, {self.gpus} GPUs")
+        elif self.gpu_nbytes is not None and device + CONTEXT_NBYTES > self.gpu_nbytes:
+            found.append(f"GPU: {size(device + CONTEXT_NBYTES)} of {size(self.gpu_nbytes)}")
+        if self.host_nbytes is not None and host > self.host_nbytes:
+            found.append(f"host: {size(host)} of {size(self.host_nbytes)}")
+        if self.disk_nbytes is not None and local * disk > self.disk_nbytes:
+            found.append(f"disk: {size(local * disk)} of {size(self.disk_nbytes)}")
+        return found
+
+
+def estimate(model: nn.Module, choice: Choice, run: Run) -> Estimate:
+    """The bytes of one rank of `run` training `model` under a plan. Raises PlanError for one that ZeRO does not have.
+
+    model: on the meta device or elsewhere; only names, shapes, dtypes and requires_grad are read.
+    """
+    plan = Plan.from_stage(choice.stage, offload_optimizer=choice.optimizer, offload_param=choice.param)
+    portions = divide(
+        find_units(model, run.units, unit_nbytes=UNIT_NBYTES if run.cuda else 0),
+        plan,
+        run.precision,
+        whole_adapters=run.whole_adapters,
+        bucket_nbytes=BUCKET_NBYTES,
+    )
+    nbytes: dict[tuple[str, Tier], int] = {}
+
+    def add(row: str, tier: Tier, count: int) -> None:
+        if count:
+            nbytes[row, tier] = nbytes.get((row, tier), 0) + count
+
+    rest: Ledger = at_rest(portions, run.world_size, gradients=True)
+    moments: Ledger = moments_at_rest(portions, run.world_size, moments=run.moments, cuda=run.cuda)
+    for ledger in (rest, moments):
+        for (role, tier), count in ledger.items():
+            add(role, tier, count)
+    add("gathered units", Tier.GPU, gathered_at_once(portions, model, run.world_size, run.prefetch))
+    add("reductions", Tier.GPU, reductions(portions, run))
+    if run.accumulates and not plan.gradient.sharded:
+        whole = sum(p.trainable_layout(run.world_size).numel * p.master_itemsize for p in portions if p.trainable)
+        add("whole gradients", Tier.GPU, whole)
+    for tier, count in offload_staging(portions, run).items():
+        add("offload staging", tier, count)
+    shape = decoder_shape(model) if run.batch is not None else None
+    if shape is not None and run.batch is not None:
+        itemsize = run.precision.compute.itemsize if run.precision.compute else _widest(portions)
+        kept = kept_nbytes(shape, run.batch, itemsize)
+        add("activations", Tier.GPU, kept)
+        add("logits and loss", Tier.GPU, peak_nbytes(shape, run.batch, itemsize) - kept)
+    return Estimate(choice, nbytes)
+
+
+def reductions(portions: Sequence[Portion], run: Run) -> int:
+    """The gradients of one portion in its compute dtype, and those on their way to the other ranks in the reduce dtype.
+
+    On a GPU several reductions are under way, up to the engine's budget, on a CPU one.
+    """
+    trained = [portion for portion in portions if portion.trainable]
+    if not trained:
+        return 0
+    numels = [portion.trainable_layout(run.world_size).numel for portion in trained]
+    arriving = max(n * p.dtype.itemsize for n, p in zip(numels, trained, strict=True))
+    sizes = [
+        n * (8 if p.master_itemsize == 8 else run.precision.reduce.itemsize)
+        for n, p in zip(numels, trained, strict=True)
+    ]
+    under_way = min(sum(sizes), max(ReductionsInFlight.BUDGET, *sizes)) if run.cuda else max(sizes)
+    return arriving + under_way
+
+
+def offload_staging(portions: Sequence[Portion], run: Run) -> dict[Tier, int]:
+    """What offloading needs besides the resting places.
+
+    GPU:  the chunks that visit the device in a step, each with master, gradient and moments; never more than there is.
+          Weights are fetched straight into their gathered buffer and need nothing.
+    Host: two rings of pinned blocks where a drive is used; one where micro-batches are added up in host memory.
+    """
+    found = dict.fromkeys(Tier, 0)
+    trained = [portion for portion in portions if portion.trainable]
+    tiers = {p.plan.optimizer.tier for p in trained}
+    if Tier.NVME in tiers or (run.cuda and Tier.CPU in tiers):
+        numels = [p.optimized_numel(run.world_size) for p in trained]
+        numel = min(sum(numels), VISITING * min(CHUNK, max(numels)))
+        found[Tier.GPU] = numel * (2 + run.moments) * max(p.master_itemsize for p in trained)
+    if Tier.NVME in tiers or any(Tier.NVME in (p.plan.frozen.tier, p.plan.parameter.tier) for p in portions):
+        found[Tier.CPU] += 2 * Ring.LENGTH * BLOCK
+    if run.cuda and run.accumulates and tiers - {Tier.GPU}:
+        found[Tier.CPU] += Ring.LENGTH * BLOCK
+    return found
+
+
+def size(nbytes: int) -> str:
+    """In words, to three digits: 1.75 GB is 1.75e9 bytes."""
+    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if nbytes >= unit:
+            value = nbytes / unit
+            return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {name}"
+    return f"{nbytes} B"
+
+
+def _widest(portions: Sequence[Portion]) -> int:
+    return max(m.dtype.itemsize for p in portions for m in (*p.frozen, *p.trainable))

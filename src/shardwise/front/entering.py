@@ -1,0 +1,155 @@
+"""How a model goes to the engine and comes back: sharded by the settings of a run, with all that is done to it beside that.
+
+    connect            methods of the libraries that it comes from
+    FastLora           LoRA layers that compute in fewer passes
+    CompiledBlocks     its blocks under torch.compile
+    RecomputedBlocks   activations that its backward makes again
+    LeanLoss           logits that are never whole
+
+Whoever prepares models calls this: an Accelerator, and what answers for other libraries. The objects stay the user's own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import cast
+
+from torch import nn
+
+from ..building.deferred_tensors import deferred_if_it_fails, sources_of
+from ..building.loading import build_without_memory
+from ..config.foreign import note_prepared
+from ..config.schema import Config, ZeroConfig
+from ..offload.peers import GatherWith
+from ..plan.plan import Plan
+from ..plan.precision import Precision
+from ..ranks.ranks import Ranks
+from ..tuning.blocks import ReplacedForwards
+from ..tuning.compiling import CompiledBlocks, CompiledLoss, blocks_to_compile
+from ..tuning.lora import FastLora
+from ..tuning.losses import LeanLoss, LogitsLoss
+from ..tuning.recomputing import RecomputedBlocks, blocks_to_recompute
+from ..weights.integrations import connect
+from ..zero.engine import Kind
+from ..zero.sharded import ShardedModel
+
+logger = logging.getLogger("shardwise")
+
+Change = ReplacedForwards | LeanLoss | LogitsLoss | CompiledLoss
+
+
+class PreparedModel:
+    """A model in the engine, and the parameters that it had when it went in.
+
+    changes: what was done to the model beside sharding it. quiet: how many no_sync blocks are open.
+    """
+
+    def __init__(
+        self, model: nn.Module, sharded: ShardedModel, changes: Sequence[Change], parameters: list[nn.Parameter]
+    ) -> None:
+        self.model = model
+        self.sharded = sharded
+        self.changes = changes
+        self.parameters = parameters
+        self.ids = {id(parameter) for parameter in parameters}
+        self.quiet = 0
+
+    def release(self) -> None:
+        """Undo all of it: see `ShardedModel.release`. Collective."""
+        for change in reversed(self.changes):
+            change.undo()
+        self.sharded.release()
+
+
+def blocks_in_engine(model: nn.Module, config: Config) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The blocks of a model that is not sharded yet which are to be compiled, and to be recomputed.
+
+    Raises PrepareError where the settings ask for one of these and the model has none that it can be done to.
+    """
+    engine = config.engine
+    compiled = blocks_to_compile(model, engine.units) if config.compiling is not None else []
+    recomputed: list[nn.Module] = []
+    if engine.activation_checkpointing != "none":
+        recomputed = blocks_to_recompute(model, engine.activation_checkpointing, engine.units)
+    return compiled, recomputed
+
+
+def into_engine(
+    model: nn.Module, config: Config, plan: Plan, precision: Precision, ranks: Ranks, *, trains: bool = True
+) -> PreparedModel:
+    """Shard `model` by the settings of the run. Collective.
+
+    trains: False for a model that no optimizer steps; see ShardedModel.
+    Raises PrepareError on every rank.
+    """
+    engine, zero = config.engine, config.zero
+    parameters = list(model.parameters())
+    # Found before the weights are sharded.
+    blocks, recomputed = blocks_in_engine(model, config)
+    if engine.activation_checkpointing != "none" and not recomputed and ranks.rank == 0:
+        logger.warning(
+            "activation_checkpointing: this %s recomputes its blocks by itself, which is left as it is.",
+            type(model).__name__,
+        )
+    sources = ranks.together(lambda: sources_of(model))
+    build_without_memory(False)
+    if zero.zero3_init_flag and zero.zero_stage == 3 and not sources and ranks.rank == 0:
+        logger.warning(
+            "zero3_init_flag had no effect on this %s: it was built whole. Import transformers before Accelerator(), and "
+            "call from_pretrained or from_config after it; or build the model inside `with accelerator.init():`.",
+            type(model).__name__,
+        )
+    with deferred_if_it_fails(model):
+        sharded = ShardedModel(
+            model,
+            plan=plan,
+            ranks=ranks,
+            precision=precision,
+            prefetch=engine.prefetch_units,
+            units=engine.units,
+            whole_adapters="auto" if isinstance(engine.whole_adapters, str) else engine.whole_adapters,
+            nvme_paths=_nvme_paths(zero),
+            gather_with=cast(GatherWith, engine.gather_with),
+            gpu_memory_budget=engine.gpu_memory_budget,
+            generation_memory_budget=engine.generation_memory_budget,
+            sources=sources,
+            trains=trains,
+        )
+    connect(model)
+    changes = _changes(model, config, sharded, blocks, recomputed)
+    note_prepared(type(model).__name__)
+    return PreparedModel(model, sharded, changes, parameters)
+
+
+def _nvme_paths(zero: ZeroConfig) -> dict[Kind, str]:
+    paths: dict[Kind, str | None] = {
+        "param": zero.offload_param_nvme_path,
+        "optimizer": zero.offload_optimizer_nvme_path,
+    }
+    return {kind: path for kind, path in paths.items() if path is not None}
+
+
+def _changes(
+    model: nn.Module, config: Config, sharded: ShardedModel, blocks: list[nn.Module], recomputed: list[nn.Module]
+) -> list[Change]:
+    """Do to `model` what the settings ask for beside sharding it."""
+    engine = config.engine
+    changes: list[Change] = []
+    # Not under a compiler, which sees and fuses the passes, and would make a graph of each replaced layer.
+    if engine.fast_lora is True and config.compiling is None:
+        fast = FastLora(model)
+        if not fast.count and sharded.ranks.rank == 0:
+            logger.warning("fast_lora: has no effect; %s has no LoRA layer over a linear.", type(model).__name__)
+        changes.append(fast)
+    always = bool(recomputed) and engine.activation_checkpointing == "all"
+    changes.append(CompiledBlocks(blocks, config.compiling, sharded, recompute=always))
+    if recomputed and not (blocks and always):
+        budget = engine.gpu_memory_budget or "auto" if engine.activation_checkpointing == "auto" else None
+        changes.append(RecomputedBlocks(recomputed, sharded, budget))
+    if engine.loss_chunk_tokens is not None:
+        in_chunks = LogitsLoss if engine.loss_keeps_logits else LeanLoss
+        changes.append(in_chunks(model, engine.loss_chunk_tokens))
+    else:
+        changes.append(CompiledLoss(model, config.compiling))
+    return changes

@@ -1,0 +1,261 @@
+"""From an Accelerator's arguments and the launcher's configuration to the settings in force. No collectives here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..config.agreement import SAME_EVERYWHERE, disagreement, settings_of
+from ..config.environment import RankEnvironment, torch_debug
+from ..config.schema import Config
+from ..data.prepare import DataLoaderConfiguration
+from ..errors import ConfigError
+from ..plan.plan import Plan
+from ..plan.precision import LossScaler, Precision
+from ..ranks.meeting import versions
+from ..ranks.ranks import Ranks, attempt
+from ..run.accumulation import GradientAccumulationPlugin
+from ..run.joined import check_device, join_first
+from ..run.plugins import (
+    AutocastKwargs,
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    GradScalerKwargs,
+    InitProcessGroupKwargs,
+    ProfileKwargs,
+)
+
+logger = logging.getLogger("shardwise")
+
+_HANDLERS = (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    GradScalerKwargs,
+    InitProcessGroupKwargs,
+    ProfileKwargs,
+)
+
+
+def handlers_by_type(handlers: Sequence[Any] | None) -> dict[type, Any]:
+    found: dict[type, Any] = {}
+    for handler in handlers or ():
+        if not isinstance(handler, _HANDLERS):
+            raise ConfigError(
+                f"kwargs_handlers: a {type(handler).__name__} is not one of "
+                f"{', '.join(kind.__name__ for kind in _HANDLERS)}."
+            )
+        if type(handler) in found:
+            raise ConfigError(f"kwargs_handlers has two objects of type {type(handler).__name__}.")
+        found[type(handler)] = handler
+    return found
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an Accelerator works by: its arguments over the launcher's configuration, checked.
+
+    steps:   micro-batches per optimizer step. accumulation: the rest about them.
+    loading: how data loaders are prepared.
+    """
+
+    config: Config
+    steps: int
+    accumulation: GradientAccumulationPlugin
+    handlers: dict[type, Any]
+    timeout_s: float
+    precision: Precision
+    scaler: LossScaler
+    plan: Plan
+    loading: DataLoaderConfiguration
+    rng_types: list[str]
+    device_placement: bool
+    step_scheduler_with_optimizer: bool
+
+    def facts(self) -> dict[str, Any]:
+        """What all ranks must have in common, as plain JSON values by the name that an error gives them."""
+        found = {**versions(), **settings_of(self.config)}
+        # The configuration's or the script's: what counts is what is in force.
+        del found["deepspeed_config.gradient_accumulation_steps"]
+        found["shardwise_config.collective_timeout_s"] = self.timeout_s
+        found["TORCH_DISTRIBUTED_DEBUG"] = torch_debug()
+        found |= facts_of_steps(self.steps, self.accumulation, self.step_scheduler_with_optimizer)
+        found |= facts_of_loading(self.loading, self.rng_types, self.device_placement)
+        for kind in (GradScalerKwargs, AutocastKwargs):
+            for name, value in asdict(self.handlers.get(kind) or kind()).items():
+                found[f"{kind.__name__}.{name}"] = value
+        return found
+
+
+def facts_of_steps(steps: int, accumulation: GradientAccumulationPlugin, with_optimizer: bool) -> dict[str, Any]:
+    return {
+        "gradient_accumulation_steps": steps,
+        "GradientAccumulationPlugin.adjust_scheduler": accumulation.adjust_scheduler,
+        "GradientAccumulationPlugin.sync_with_dataloader": accumulation.sync_with_dataloader,
+        "Accelerator.step_scheduler_with_optimizer": with_optimizer,
+    }
+
+
+def facts_of_loading(loading: DataLoaderConfiguration, rng_types: Sequence[str], placed: bool) -> dict[str, Any]:
+    # How copies to the device are made is each rank's own.
+    given = {name: value for name, value in asdict(loading).items() if name != "non_blocking"}
+    return {
+        **{f"DataLoaderConfiguration.{name}": value for name, value in given.items()},
+        "Accelerator.rng_types": list(rng_types),
+        "Accelerator.device_placement": placed,
+    }
+
+
+def resolve(
+    *,
+    mixed_precision: Any,
+    cpu: bool,
+    dynamo_backend: Any,
+    plugins: DeepSpeedPlugin | dict[str, DeepSpeedPlugin] | None,
+    steps: int,
+    accumulation: GradientAccumulationPlugin | None,
+    kwargs_handlers: Sequence[Any] | None,
+    loading: DataLoaderConfiguration,
+    rng_types: Sequence[str] | None,
+    device_placement: bool,
+    step_scheduler_with_optimizer: bool,
+) -> Settings:
+    """The settings in force. The arguments are the Accelerator's. Raises ConfigError."""
+    handlers = handlers_by_type(kwargs_handlers)
+    config, steps = _configured(mixed_precision, cpu, plugins, steps, accumulation)
+    config = config.merged(dynamo_backend=getattr(dynamo_backend, "value", dynamo_backend))
+    types = ["generator"] if rng_types is None else list(rng_types)
+    if set(types) - {"generator", "torch", "cuda"}:
+        raise ConfigError(f"rng_types is {types}; it can hold 'generator', 'torch' and 'cuda'.")
+    engine, zero = config.engine, config.zero
+    group: InitProcessGroupKwargs | None = handlers.get(InitProcessGroupKwargs)
+    given = None if group is None or group.timeout is None else group.timeout.total_seconds()
+    precision = Precision.named(config.mixed_precision, engine.reduce_dtype)
+    return Settings(
+        config=config,
+        steps=steps,
+        accumulation=accumulation or GradientAccumulationPlugin(),
+        handlers=handlers,
+        timeout_s=engine.collective_timeout_s if given is None else given,
+        precision=precision,
+        scaler=loss_scaler(config, precision, handlers.get(GradScalerKwargs)),
+        plan=Plan.from_stage(
+            zero.zero_stage,
+            offload_optimizer=zero.offload_optimizer_device,
+            offload_param=zero.offload_param_device,
+        ),
+        loading=loading,
+        rng_types=types,
+        device_placement=device_placement,
+        step_scheduler_with_optimizer=step_scheduler_with_optimizer,
+    )
+
+
+def join_with(checked: Callable[[], Settings]) -> tuple[Ranks, Settings]:
+    """The run's ranks and the settings that `checked` gives, once all ranks are known to have the same. Collective.
+
+    Raises ConfigError on every rank if they differ; what `checked` raises on one rank, and RankError on the others.
+    """
+    settings, problem = attempt(checked)
+    if settings is None:
+        ranks = join_first(Config(), problem=problem)
+    else:
+        ranks = join_first(settings.config, timeout_s=settings.timeout_s)
+
+    def facts() -> dict[str, Any]:
+        if problem is not None:
+            raise problem
+        assert settings is not None
+        check_device(ranks, settings.config.use_cpu)
+        return settings.facts()
+
+    differing = ranks.compare(facts, "`Accelerator()`")
+    if differing:
+        raise ConfigError(disagreement("{ranks} have different settings", differing, SAME_EVERYWHERE))
+    assert settings is not None
+    return ranks, settings
+
+
+def refuse_others(**arguments: Any) -> None:
+    """ConfigError for an argument of the Accelerator that belongs to another way to shard, if it is given."""
+    for name, value in arguments.items():
+        if value is None:
+            continue
+        if name == "dynamo_plugin":
+            raise ConfigError(
+                "Accelerator: dynamo_plugin is accelerate's object. Use dynamo_backend, and dynamo_config in the "
+                "configuration for the rest."
+            )
+        raise ConfigError(
+            f"Accelerator: {name} is for another way to shard. Use zero_stage (0 to 3) in the configuration, or "
+            "deepspeed_plugin=DeepSpeedPlugin(zero_stage=3)."
+        )
+
+
+def _configured(
+    mixed_precision: Any,
+    cpu: bool,
+    plugins: DeepSpeedPlugin | dict[str, DeepSpeedPlugin] | None,
+    steps: int,
+    accumulation: GradientAccumulationPlugin | None,
+) -> tuple[Config, int]:
+    """The configuration in force, and the accumulation steps."""
+    config = Config.from_environment()
+    if isinstance(plugins, dict):
+        if len(plugins) != 1:
+            raise ConfigError(
+                f"deepspeed_plugins has {len(plugins)} entries; one Accelerator has one set of ZeRO settings. "
+                "Two models under one setting (a frozen teacher, say) need no second plugin."
+            )
+        plugins = next(iter(plugins.values()))
+    if accumulation is not None and accumulation.num_steps is not None:
+        if steps not in (1, accumulation.num_steps):
+            raise ConfigError(
+                f"gradient_accumulation_steps is {steps}, but gradient_accumulation_plugin says "
+                f"{accumulation.num_steps}. Give one of them."
+            )
+        steps = accumulation.num_steps
+    config = config.merged(
+        mixed_precision=getattr(mixed_precision, "value", mixed_precision),
+        cpu=cpu or None,
+        gradient_accumulation_steps=None,
+    )
+    if plugins is not None:
+        config = plugins.merged_into(config)
+    GradientAccumulationPlugin(num_steps=steps)  # refuses what is no whole number
+    if accumulation is not None and accumulation.sync_each_batch and RankEnvironment.read().rank == 0:
+        logger.warning(
+            "sync_each_batch has no effect: zero_stage 2 and 3 reduce every micro-batch anyway, and 0 and 1 add them "
+            "up locally with the same result."
+        )
+    said = config.zero.gradient_accumulation_steps
+    if said is not None:
+        config = config.merged(gradient_accumulation_steps=steps)  # says which of the two holds
+        return config, said
+    return config, steps
+
+
+def loss_scaler(config: Config, precision: Precision, given: GradScalerKwargs | None) -> LossScaler:
+    if given is not None:
+        if precision.compute is torch.float16 and not given.enabled:
+            return LossScaler(enabled=False)
+        return LossScaler.for_precision(
+            precision,
+            init_scale=given.init_scale,
+            growth_factor=given.growth_factor,
+            backoff_factor=given.backoff_factor,
+            growth_interval=given.growth_interval,
+        )
+    said = config.engine.loss_scale
+    if said.hysteresis != 1:
+        raise ConfigError(f"loss_scale.hysteresis is {said.hysteresis}: the scale falls at every overflow, which is 1.")
+    return LossScaler.for_precision(
+        precision,
+        init_scale=said.initial if said.static is None else said.static,
+        growth_interval=said.growth_interval,
+        min_scale=said.minimum,
+        dynamic=said.static is None,
+    )

@@ -1,0 +1,267 @@
+"""How a model is divided under a plan, and how many bytes each rank then holds: arithmetic on names and shapes.
+
+A portion is what will be one unit: some frozen weights, some trained ones of one dtype, and the plan that holds for it.
+The parameters may be on the meta device, for nothing of them is read. The bytes of a portion at rest, per rank:
+
+    frozen      B = layout in bytes                          B / world if sharded, else B
+    parameter   N numbers of c bytes                         c N / world if sharded, else c N
+    gradient    m bytes each (4, or 8 in double precision)   m N / world if the optimizer is sharded, else m N
+    optimizer   master: as gradient, or nothing where it is the weight itself (c = m, on one tier); moments: m for each
+                element that lies in the rank's interval, without padding, and 4 for the step count of each piece
+
+The layouts are those of `layout.py`, the units those of `units.py`, the placements those of `plan.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+
+from .layout import ALIGNMENT, Layout
+from .plan import WHOLE_ADAPTER_SHARE, Plan, Tier
+from .precision import Precision
+from .units import ROOT, UnitSpec
+
+Role = Literal["frozen", "parameter", "gradient", "optimizer"]
+Ledger = dict[tuple[Role, Tier], int]
+
+_STEP_COUNT_NBYTES = 4
+
+
+@dataclass(frozen=True)
+class Member:
+    """A parameter of a buffer: its name in the model, the user's own object, the dtype it computes in here."""
+
+    name: str
+    parameter: Parameter
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Portion:
+    """name, entries, in_turn: those of the unit; a bucket of whole weights has no entries.
+
+    trainable: members of one dtype.
+    """
+
+    name: str
+    entries: tuple[nn.Module, ...]
+    plan: Plan
+    frozen: tuple[Member, ...] = ()
+    trainable: tuple[Member, ...] = ()
+    in_turn: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the trained weights compute; `trainable` must not be empty."""
+        return self.trainable[0].dtype
+
+    @property
+    def master_itemsize(self) -> int:
+        return 8 if self.dtype == torch.float64 else 4
+
+    @property
+    def master_is_weight(self) -> bool:
+        return self.master_itemsize == self.dtype.itemsize and self.plan.parameter.tier is self.plan.optimizer.tier
+
+    def frozen_layout(self, world_size: int) -> Layout:
+        """In bytes."""
+        tensors = ((m.name, tuple(m.parameter.shape), m.parameter.numel() * m.dtype.itemsize) for m in self.frozen)
+        return Layout.pack(tensors, world_size if self.plan.frozen.sharded else 1, ALIGNMENT)
+
+    def trainable_layout(self, world_size: int) -> Layout:
+        """In numbers of `dtype`."""
+        tensors = ((m.name, tuple(m.parameter.shape), m.parameter.numel()) for m in self.trainable)
+        return Layout.pack(tensors, world_size if self.plan.optimizer.sharded else 1, ALIGNMENT // self.dtype.itemsize)
+
+    def gathered_nbytes(self, world_size: int) -> int:
+        """What its weights take on the device while they are whole, besides their shards; 0 if they never leave."""
+        nbytes = 0
+        if self.frozen and _leaves(self.plan.frozen.sharded, self.plan.frozen.tier, world_size):
+            nbytes += self.frozen_layout(world_size).numel
+        if self.trainable and _leaves(self.plan.parameter.sharded, self.plan.parameter.tier, world_size):
+            nbytes += self.trainable_layout(world_size).numel * self.dtype.itemsize
+        return nbytes
+
+    def optimized_numel(self, world_size: int) -> int:
+        """Elements that one rank's optimizer works on, padding included."""
+        layout = self.trainable_layout(world_size)
+        return layout.shard_numel if self.plan.optimizer.sharded else layout.numel
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module group before it is divided: the weights that are frozen, and those that are trained, of any dtypes."""
+
+    name: str
+    entries: tuple[nn.Module, ...]
+    in_turn: bool
+    frozen: tuple[Member, ...]
+    trained: tuple[Member, ...]
+
+
+def divide(
+    specs: Sequence[UnitSpec],
+    plan: Plan,
+    precision: Precision,
+    *,
+    whole_adapters: bool | Literal["auto"] = "auto",
+    bucket_nbytes: int,
+) -> list[Portion]:
+    """The portions of all specs in their order; trained weights that stay whole share buckets of `bucket_nbytes`.
+
+    whole_adapters: as ShardedModel takes it.
+    """
+    return apportion(parts_of(specs, precision), plan, whole_adapters, bucket_nbytes)
+
+
+def parts_of(specs: Sequence[UnitSpec], precision: Precision, *, trains: bool = True) -> list[Part]:
+    """The specs with their parameters told apart, each with the dtype that it computes in. trains: False: all are frozen."""
+    parts = []
+    for spec in specs:
+        members = [Member(name, p, precision.compute_dtype(p)) for name, p in spec.parameters.items()]
+        trained = tuple(m for m in members if trains and m.parameter.requires_grad)
+        frozen = tuple(m for m in members if m not in trained)
+        parts.append(Part(spec.name, tuple(spec.entries), spec.in_turn, frozen, trained))
+    return parts
+
+
+def apportion(
+    parts: Sequence[Part], plan: Plan, whole_adapters: bool | Literal["auto"], bucket_nbytes: int
+) -> list[Portion]:
+    """`divide` of parts."""
+    portions: list[Portion] = []
+    bucket: list[Member] = []
+
+    def close_bucket() -> None:
+        if bucket:
+            whole = plan.with_whole_parameters()
+            portions.append(Portion(f"bucket:{bucket[0].name}", (), whole, trainable=tuple(bucket)))
+            bucket.clear()
+
+    for part in parts:
+        trainable: dict[torch.dtype, list[Member]] = {}
+        for member in part.trained:
+            trainable.setdefault(member.dtype, []).append(member)
+        mine = _plan_of(part.frozen, part.trained, plan, whole_adapters)
+        own = list(trainable.values()) if mine.parameter.sharded else []
+        if part.frozen or own:
+            first = tuple(own[0]) if own else ()
+            portions.append(Portion(part.name, part.entries, mine, part.frozen, first, part.in_turn))
+        portions += [
+            Portion(part.name, part.entries, mine, trainable=tuple(more), in_turn=part.in_turn) for more in own[1:]
+        ]
+        for dtype, members in trainable.items() if not mine.parameter.sharded else ():
+            if bucket and (bucket[0].dtype != dtype or _nbytes(bucket) + _nbytes(members) > bucket_nbytes):
+                close_bucket()
+            bucket += members
+    close_bucket()
+    return portions
+
+
+def at_rest(portions: Sequence[Portion], world_size: int, *, gradients: bool = False) -> Ledger:
+    """Bytes on each rank by role and tier, as `ShardedModel.ledger` counts them: all ranks hold equally much.
+
+    gradients: count them as they rest between a backward and its step; else as if there were none.
+    """
+    found: Ledger = {}
+    for portion in portions:
+        plan = portion.plan
+        if portion.frozen:
+            layout = portion.frozen_layout(world_size)
+            _add(found, "frozen", plan.frozen.tier, layout.shard_numel if plan.frozen.sharded else layout.numel)
+        if portion.trainable:
+            layout = portion.trainable_layout(world_size)
+            kept = layout.shard_numel if plan.parameter.sharded else layout.numel
+            _add(found, "parameter", plan.parameter.tier, kept * portion.dtype.itemsize)
+            master = portion.optimized_numel(world_size) * portion.master_itemsize
+            # Offloaded, it waits for the step in host memory, also where the optimizer rests on a drive.
+            _add(found, "gradient", min(plan.optimizer.tier, Tier.CPU, key=_DISTANCE.index), master if gradients else 0)
+            _add(found, "optimizer", plan.optimizer.tier, 0 if portion.master_is_weight else master)
+    return found
+
+
+def moments_at_rest(
+    portions: Sequence[Portion], world_size: int, rank: int = 0, *, moments: int = 2, cuda: bool = False
+) -> Ledger:
+    """Bytes of the optimizer's states on `rank`, as `ShardedOptimizer.ledger` counts them: Adam's have 2 moments.
+
+    cuda: the device is a GPU. States that visit it for their step rest in slabs of the master's size; those that are changed
+    in place are a tensor for each interval, and ranks differ by the padding: rank 0 has the least of it.
+    """
+    found: Ledger = {}
+    for portion in portions:
+        if portion.trainable:
+            layout = portion.trainable_layout(world_size)
+            sizes = (
+                [piece.numel for piece in layout.pieces(rank)]
+                if portion.plan.optimizer.sharded
+                else [slot.numel for slot in layout.slots]
+            )
+            nbytes = sum(size * portion.master_itemsize * moments for size in sizes)
+            tier = portion.plan.optimizer.tier
+            if sizes and (tier is Tier.NVME or (tier is Tier.CPU and cuda)):
+                nbytes = portion.optimized_numel(world_size) * portion.master_itemsize * moments
+            nbytes += _STEP_COUNT_NBYTES * len(sizes)
+            _add(found, "optimizer", portion.plan.optimizer.tier, nbytes)
+    return found
+
+
+def gathered_at_once(portions: Sequence[Portion], model: nn.Module, world_size: int, prefetch: int) -> int:
+    """The most bytes of whole weights on the device at one time in a training step, besides all shards.
+
+    The root unit stays whole during a pass. Of the others there are the one in use and `prefetch` more, in the order of
+    the modules, and one more on its way where shards rest off the device; a unit that has been used is released before the
+    next one is gathered.
+    """
+    ahead = prefetch + any(t is not Tier.GPU for p in portions for t in (p.plan.frozen.tier, p.plan.parameter.tier))
+    order = {id(module): index for index, module in enumerate(model.modules())}
+    sizes = [portion.gathered_nbytes(world_size) for portion in portions]
+    root = sum(size for portion, size in zip(portions, sizes, strict=True) if portion.name == ROOT)
+    users: dict[int, set[int]] = {}
+    for index, portion in enumerate(portions):
+        if sizes[index] and portion.name != ROOT:
+            for entry in portion.entries:
+                users.setdefault(order[id(entry)], set()).add(index)
+    sequence = list(_distinct([users[place] for place in sorted(users)]))
+    windows = (set().union(*sequence[at : at + 1 + ahead]) for at in range(len(sequence)))
+    return root + max((sum(sizes[i] for i in window) for window in windows), default=0)
+
+
+# The nearest first.
+_DISTANCE = (Tier.GPU, Tier.CPU, Tier.NVME)
+
+
+def _distinct(sets: Sequence[set[int]]) -> Iterator[set[int]]:
+    """Without repeats of the one before: blocks that share a unit need it once."""
+    for index, found in enumerate(sets):
+        if index == 0 or found != sets[index - 1]:
+            yield found
+
+
+def _plan_of(
+    frozen: Sequence[Member], trainable: Sequence[Member], plan: Plan, whole_adapters: bool | Literal["auto"]
+) -> Plan:
+    if not plan.parameter.sharded or whole_adapters is False:
+        return plan
+    if whole_adapters is True or _nbytes(trainable) <= _nbytes(frozen) * WHOLE_ADAPTER_SHARE:
+        return plan.with_whole_parameters()
+    return plan
+
+
+def _leaves(sharded: bool, tier: Tier, world_size: int) -> bool:
+    return sharded and (world_size > 1 or tier is not Tier.GPU)
+
+
+def _nbytes(members: Sequence[Member]) -> int:
+    return sum(m.parameter.numel() * m.dtype.itemsize for m in members)
+
+
+def _add(found: Ledger, role: Role, tier: Tier, nbytes: int) -> None:
+    if nbytes:
+        found[role, tier] = found.get((role, tier), 0) + nbytes

@@ -1,0 +1,63 @@
+"""How the ranks of a save or a load end together: one error, the same words on every rank, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from ..errors import CheckpointError
+from .ranks import Ranks, attempt_or_interrupt
+
+T = TypeVar("T")
+
+
+def first_failure(ranks: Ranks, error: Exception | None) -> str | None:
+    """The words of the first rank that failed, on every rank; None if none did. Collective."""
+    return _first(ranks, ranks.gather_objects(agreed_words(error)))
+
+
+def raise_first(ranks: Ranks, texts: Sequence[str | None], error: Exception | None, what: str = "") -> None:
+    """CheckpointError with the words of the first rank that failed, if any did. No communication.
+
+    texts: of every rank, from `agreed_words`. error: this rank's own. what: how the error's text begins.
+    """
+    text = _first(ranks, texts)
+    if text is not None:
+        raise CheckpointError(f"{what}{text}") from error
+
+
+def _first(ranks: Ranks, texts: Sequence[str | None]) -> str | None:
+    for rank, text in enumerate(texts):
+        if text is not None:
+            return text if ranks.world_size == 1 else f"rank {rank}: {text}"
+    return None
+
+
+def together(ranks: Ranks, action: Callable[[], T], *, on: int | None = None, what: str = "") -> T | None:
+    """What `action` gives on this rank; if it raises anywhere, a CheckpointError with the same words on every rank.
+
+    on: the only rank that runs it; the others give None. what: how the error's text begins.
+    An interrupt (Ctrl-C, an exit) stays what it is on its own rank.
+    """
+    result, error = attempt_or_interrupt(action) if on is None or ranks.rank == on else (None, None)
+    texts = ranks.gather_objects(agreed_words(error))
+    if error is not None and not isinstance(error, Exception):
+        raise error
+    raise_first(ranks, texts, error, what)
+    return result
+
+
+def on_first(ranks: Ranks, action: Callable[[], T], what: str = "") -> T:
+    """What `action` gives on rank 0, on every rank; if it raises there, the same error on every rank."""
+    result = together(ranks, action, on=0, what=what)
+    found: T = ranks.broadcast_object(result)
+    return found
+
+
+def agreed_words(error: BaseException | None) -> str | None:
+    """How one rank tells its error to the others."""
+    if error is None:
+        return None
+    if not isinstance(error, Exception):
+        return f"{type(error).__name__} interrupted it"
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,79 @@
+"""The run that this process has joined, of which there is one: joining it once, by whatever asks first, and leaving it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+from ..config.schema import Config
+from ..errors import ConfigError
+from ..ranks.ranks import Ranks, attempt
+from .accumulation import GradientState
+
+if TYPE_CHECKING:
+    from ..front.accelerator import Accelerator
+
+
+class Run:
+    """What this process has joined. Class attributes, because there is one run per process."""
+
+    ranks: Ranks | None = None
+    accelerator: weakref.ref[Accelerator] | None = None
+
+
+def join_run(*, use_cpu: bool | None = None, timeout_s: float | None = None) -> Ranks:
+    """The ranks of this process's run; joins it at the first call, which is collective.
+
+    use_cpu:   None takes the configuration's answer.
+    timeout_s: how long a collective may wait, in seconds; None takes the configuration's.
+    Raises ConfigError if the run was already joined on a GPU and `use_cpu` is asked for now, and what `Ranks.join` raises.
+    """
+    if Run.ranks is not None:
+        check_device(Run.ranks, use_cpu)
+        return Run.ranks
+    config, problem = attempt(Config.from_environment)
+    ranks = join_first(config or Config(), use_cpu=use_cpu, timeout_s=timeout_s, problem=problem)
+    if problem is not None:
+        raise problem
+    return ranks
+
+
+def join_first(
+    config: Config, *, use_cpu: bool | None = None, timeout_s: float | None = None, problem: Exception | None = None
+) -> Ranks:
+    """The ranks of the run; joins it, by these settings, if this process has not. problem: see `Ranks.join`."""
+    if Run.ranks is None:
+        Run.ranks = Ranks.join(
+            use_cpu=config.use_cpu if use_cpu is None else use_cpu,
+            timeout_s=config.engine.collective_timeout_s if timeout_s is None else timeout_s,
+            problem=problem,
+        )
+    return Run.ranks
+
+
+def check_device(ranks: Ranks, use_cpu: bool | None) -> None:
+    """ConfigError if the run was joined on a GPU, and the CPU is asked for now."""
+    if use_cpu and ranks.device.type != "cpu":
+        raise ConfigError(
+            f"this process already joined the run on {ranks.device}; ask for the CPU where the first state or Accelerator is "
+            "made."
+        )
+
+
+def leave_run() -> None:
+    """Leave the run: after this the process may join another one."""
+    if Run.ranks is not None:
+        Run.ranks.leave()
+    forget_run()
+
+
+def forget_run() -> None:
+    """Drop the views of the run without taking the process group down; for whoever owns the group."""
+    Run.ranks = None
+    Run.accelerator = None
+    GradientState._reset_state()
+
+
+def remember_accelerator(accelerator: Accelerator) -> None:
+    """Make `accelerator` the one that AcceleratorState speaks of."""
+    Run.accelerator = weakref.ref(accelerator)

@@ -1,0 +1,284 @@
+"""The argument objects of an Accelerator: small dataclasses with accelerate's names and fields.
+
+Each field either has its effect here or is refused when the object is made: a setting that does nothing would be a lie
+told to the user. Loader settings are in `data/prepare.py`, accumulation in `run/process.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config.environment import RankEnvironment
+from ..config.schema import Config, ZeroConfig
+from ..errors import ConfigError
+
+logger = logging.getLogger("shardwise")
+
+
+@dataclass
+class ProjectConfiguration:
+    """Where a run writes.
+
+    project_dir, logging_dir:    logging_dir defaults to project_dir.
+    automatic_checkpoint_naming: number checkpoints below project_dir/checkpoints.
+    total_limit:                 complete checkpoints that are kept, the newest; None keeps all.
+    keep_best:                   so many more are kept, the best by the `metric` given to save_state.
+    smaller_is_better:           what "best" means.
+    iteration:                   the number of the next one.
+    save_on_each_node:           one process per machine writes what `Accelerator.save` is given, not only rank 0.
+    """
+
+    project_dir: str | os.PathLike[str] | None = None
+    logging_dir: str | os.PathLike[str] | None = None
+    automatic_checkpoint_naming: bool = False
+    total_limit: int | None = None
+    iteration: int = 0
+    save_on_each_node: bool = False
+    keep_best: int = 0
+    smaller_is_better: bool = True
+
+    def __post_init__(self) -> None:
+        if self.total_limit is not None and self.total_limit < 1:
+            raise ConfigError(f"ProjectConfiguration: total_limit is {self.total_limit}; keep at least one checkpoint.")
+        self.set_directories(self.project_dir)
+
+    def set_directories(self, project_dir: str | os.PathLike[str] | None = None) -> None:
+        """Set project_dir, and logging_dir where it is not set yet."""
+        self.project_dir = project_dir
+        if self.logging_dir is None:
+            self.logging_dir = project_dir
+
+
+class KwargsHandler:
+    """What `Accelerator(kwargs_handlers=[...])` takes."""
+
+    def to_kwargs(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        plain = type(self)()
+        own = {item.name: getattr(self, item.name) for item in fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in own.items() if value != getattr(plain, name)}
+
+
+@dataclass
+class InitProcessGroupKwargs(KwargsHandler):
+    """timeout: how long a collective may wait; None takes the configuration's collective_timeout_s.
+
+    The backend follows from the device (NCCL on CUDA, gloo on CPU) and the address from the launcher.
+    """
+
+    backend: str | None = None
+    init_method: str | None = None
+    timeout: timedelta | None = None
+
+    def __post_init__(self) -> None:
+        if self.backend not in (None, "nccl", "gloo"):
+            raise ConfigError(f"InitProcessGroupKwargs: backend {self.backend!r} is not supported; nccl and gloo are.")
+        if self.init_method not in (None, "env://"):
+            raise ConfigError(
+                "InitProcessGroupKwargs: init_method can only be env://, the address that the launcher set."
+            )
+
+
+@dataclass
+class GradScalerKwargs(KwargsHandler):
+    """The fp16 loss scale. Without this object the configuration's `loss_scale` holds."""
+
+    init_scale: float = 65536.0
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    growth_interval: int = 2000
+    enabled: bool = True
+
+
+@dataclass
+class AutocastKwargs(KwargsHandler):
+    """How `Accelerator.autocast` enters torch's autocast. Prepared models compute in the precision by themselves."""
+
+    enabled: bool = True
+    cache_enabled: bool | None = None
+
+
+@dataclass
+class DistributedDataParallelKwargs(KwargsHandler):
+    """Accepted for scripts that set it for DDP: the engine handles unused parameters and static graphs by itself.
+
+    A communication hook would change the numbers, so it is refused.
+    """
+
+    dim: int = 0
+    broadcast_buffers: bool = True
+    bucket_cap_mb: int = 25
+    find_unused_parameters: bool = False
+    check_reduction: bool = False
+    gradient_as_bucket_view: bool = False
+    static_graph: bool = False
+    comm_hook: Any = "no"
+    comm_wrapper: Any = "no"
+
+    def __post_init__(self) -> None:
+        if str(self.comm_hook) not in ("no", "None") or str(self.comm_wrapper) not in ("no", "None"):
+            raise ConfigError(
+                "DistributedDataParallelKwargs: comm_hook and comm_wrapper belong to torch's DDP, which is not "
+                "used. For 16-bit reductions set reduce_dtype: bf16 in shardwise_config."
+            )
+
+
+@dataclass
+class ProfileKwargs(KwargsHandler):
+    """What `Accelerator.profile` hands to torch.profiler.
+
+    activities:       "cpu", "cuda"; default: what there is.
+    schedule_option:  keywords of torch.profiler.schedule.
+    output_trace_dir: where every rank writes profile_{rank}.json in Chrome's format.
+    """
+
+    activities: Sequence[str] | None = None
+    schedule_option: dict[str, int] | None = None
+    on_trace_ready: Callable[..., Any] | None = None
+    record_shapes: bool = False
+    profile_memory: bool = False
+    with_stack: bool = False
+    with_flops: bool = False
+    with_modules: bool = False
+    output_trace_dir: str | os.PathLike[str] | None = None
+
+    def build(self, rank: int) -> torch.profiler.profile:
+        """A profiler that is not started yet; ConfigError for an unknown activity."""
+        known = {"cpu": torch.profiler.ProfilerActivity.CPU, "cuda": torch.profiler.ProfilerActivity.CUDA}
+        names = [name.lower() for name in self.activities or ()]
+        if set(names) - set(known):
+            raise ConfigError(f"ProfileKwargs: activities are {sorted(known)}, not {sorted(set(names) - set(known))}.")
+        ready = self.on_trace_ready
+        if ready is None and self.output_trace_dir is not None and self.schedule_option is not None:
+            ready = self.writer(rank)
+        return torch.profiler.profile(
+            activities=[known[name] for name in names] or None,
+            schedule=torch.profiler.schedule(**self.schedule_option) if self.schedule_option else None,
+            on_trace_ready=ready,
+            record_shapes=self.record_shapes,
+            profile_memory=self.profile_memory,
+            with_stack=self.with_stack,
+            with_flops=self.with_flops,
+            with_modules=self.with_modules,
+        )
+
+    def writer(self, rank: int) -> Callable[[torch.profiler.profile], None]:
+        """What writes a finished trace."""
+        assert self.output_trace_dir is not None
+        folder = Path(self.output_trace_dir)
+
+        def write(profile: torch.profiler.profile) -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            profile.export_chrome_trace(str(folder / f"profile_{rank}.json"))
+
+        return write
+
+
+@dataclass
+class DeepSpeedPlugin:
+    """The ZeRO settings of a script, over those of the configuration file; None means: not said here.
+
+    hf_ds_config: path of a DeepSpeed JSON file.
+    The Accelerator's `deepspeed_plugin` has the settings in force, and in `deepspeed_config` as a JSON file says them.
+    """
+
+    hf_ds_config: str | os.PathLike[str] | None = None
+    gradient_accumulation_steps: int | None = None
+    gradient_clipping: float | None = None
+    zero_stage: int | None = None
+    offload_optimizer_device: str | None = None
+    offload_param_device: str | None = None
+    offload_optimizer_nvme_path: str | None = None
+    offload_param_nvme_path: str | None = None
+    zero3_init_flag: bool | None = None
+    zero3_save_16bit_model: bool | None = None
+    train_micro_batch_size_per_gpu: int | None = None
+    train_batch_size: int | None = None
+    mixed_precision: str | None = field(default=None, repr=False)
+
+    @classmethod
+    def in_force(cls, config: Config) -> DeepSpeedPlugin | None:
+        """The settings of a configuration, or None if it has no ZeRO section."""
+        if config.deepspeed_config is None and config.distributed_type != "DEEPSPEED":
+            return None
+        zero = config.zero
+        return cls(
+            hf_ds_config=zero.deepspeed_config_file,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            gradient_clipping=zero.gradient_clipping,
+            zero_stage=zero.zero_stage,
+            offload_optimizer_device=zero.offload_optimizer_device,
+            offload_param_device=zero.offload_param_device,
+            offload_optimizer_nvme_path=zero.offload_optimizer_nvme_path,
+            offload_param_nvme_path=zero.offload_param_nvme_path,
+            zero3_init_flag=zero.zero3_init_flag,
+            zero3_save_16bit_model=zero.zero3_save_16bit_model,
+            train_micro_batch_size_per_gpu=config.engine.micro_batch_size,
+            train_batch_size=config.engine.train_batch_size,
+            mixed_precision=config.mixed_precision,
+        )
+
+    def merged_into(self, config: Config) -> Config:
+        """`config` with what this plugin says over it. Raises ConfigError."""
+        if self.hf_ds_config is not None:
+            if isinstance(self.hf_ds_config, dict):
+                raise ConfigError(
+                    "DeepSpeedPlugin: hf_ds_config is a dictionary; write it to a JSON file and give its path, "
+                    "or use the plugin's own arguments."
+                )
+            config = config.merged(**self._json_values(config))
+        said = {name: getattr(self, name) for name in ZeroConfig.model_fields if getattr(self, name, None) is not None}
+        said.setdefault("zero_stage", config.zero.zero_stage if config.deepspeed_config is not None else 2)
+        return config.merged(
+            **said,
+            micro_batch_size=self.train_micro_batch_size_per_gpu,
+            train_batch_size=self.train_batch_size,
+            mixed_precision=self.mixed_precision,
+        )
+
+    def _json_values(self, config: Config) -> dict[str, Any]:
+        """What the JSON file says, as keywords of `Config.merged`. Its notes are logged on rank 0."""
+        from ..config.deepspeed_json import LOSS_SCALE_WINDOW, read_deepspeed_json
+
+        assert self.hf_ds_config is not None
+        read = read_deepspeed_json(os.fspath(self.hf_ds_config))
+        if read.problems:
+            raise ConfigError("\n".join(read.problems))
+        clips = self.gradient_clipping is not None
+        for note in read.notes if RankEnvironment.read().rank == 0 else ():
+            if not (clips and "gradient_clipping" in note):
+                logger.warning(note)
+        flat: dict[str, Any] = {}
+        for key, value in read.values.items():
+            flat.update(value if key in ("deepspeed_config", "shardwise_config") else {key: value})
+        if (self.mixed_precision or flat.get("mixed_precision") or config.mixed_precision) == "fp16":
+            flat["loss_scale"] = {"growth_interval": LOSS_SCALE_WINDOW, **read.loss_scale}
+        return flat
+
+    @property
+    def deepspeed_config(self) -> dict[str, Any]:
+        """These settings in the words of a DeepSpeed JSON file."""
+        return {
+            "train_micro_batch_size_per_gpu": self.train_micro_batch_size_per_gpu or "auto",
+            "train_batch_size": self.train_batch_size or "auto",
+            "gradient_accumulation_steps": self.gradient_accumulation_steps or 1,
+            "gradient_clipping": self.gradient_clipping or 0.0,
+            "zero_optimization": {
+                "stage": self.zero_stage,
+                "offload_optimizer": {"device": self.offload_optimizer_device or "none"},
+                "offload_param": {"device": self.offload_param_device or "none"},
+            },
+            "bf16": {"enabled": self.mixed_precision == "bf16"},
+            "fp16": {"enabled": self.mixed_precision == "fp16"},
+        }
+
+    def is_zero3_init_enabled(self) -> bool:
+        return bool(self.zero3_init_flag)

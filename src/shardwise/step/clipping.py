@@ -1,0 +1,60 @@
+"""Norms over gradient shards, and the one factor by which a step scales them.
+
+Every element of the gradient lies on exactly one rank (or, with whole gradients, on every rank alike), so a global norm is
+a local sum of powers and one all_reduce of a few numbers. The factor that clips is not a pass over the gradients: it goes
+to the optimizer together with the loss scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..ranks.ranks import Ranks
+
+
+def global_norm(
+    shards: Sequence[Tensor], norm_type: float, ranks: Ranks, dtype: torch.dtype, *, sharded: bool
+) -> Tensor:
+    """The norm of all shards of all ranks together, a scalar on the rank's device.
+
+    shards:    this rank's, any device; there may be none.
+    norm_type: p of the p-norm, or infinity.
+    dtype:     of the norm and of the sums over ranks; the same on every rank.
+    sharded:   each rank holds its own elements; False when every rank holds all of them.
+    Collective if sharded.
+    """
+    if math.isinf(norm_type):
+        parts = [shard.abs().max().to(ranks.device, dtype) for shard in shards if shard.numel()]
+        largest = torch.stack(parts).max() if parts else torch.zeros((), dtype=dtype, device=ranks.device)
+        if sharded:
+            ranks.all_reduce(largest, "max")
+        return largest
+    total = power_sum(shards, norm_type, ranks.device, dtype)
+    if sharded:
+        ranks.all_reduce(total, "sum")
+    return total ** (1.0 / norm_type)
+
+
+def power_sum(shards: Sequence[Tensor], norm_type: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The sum of |element| ** norm_type over this rank's shards, a scalar on `device`."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for shard in shards:
+        if shard.numel():
+            by_device.setdefault(shard.device, []).append(shard)
+    total = torch.zeros((), dtype=dtype, device=device)
+    for group in by_device.values():
+        norms = torch.stack([norm.to(dtype) for norm in torch._foreach_norm(group, norm_type)])
+        total = total + (norms**norm_type).sum().to(device)
+    return total
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What the gradients are multiplied by so that their norm is at most max_norm: 1 if it is already.
+
+    The 1e-6 is torch.nn.utils.clip_grad_norm_'s, kept so that a clipped run has torch's numbers.
+    """
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)

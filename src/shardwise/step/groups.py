@@ -1,0 +1,204 @@
+"""What the groups of an optimizer hold: the pieces of the user's parameters that lie in this rank's master shards.
+
+    group 0: [q.lora_A (8, 512), q.lora_B (512, 8)]   ->   rank 0: [q.lora_A[0:4096], q.lora_B[0:1024]]
+                                                           rank 1: [q.lora_B[1024:4096]]
+
+Frozen parameters have no shards. Once they are trained, theirs come into the group that they have always belonged to.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from ..errors import OptimizerError
+from ..zero.gradients import Gradients
+from ..zero.guard import unasked
+from ..zero.sharded import ShardedModel
+from ..zero.unit import Unit
+from .visits import Shard
+
+# Those whose fused kernels take a gradient scale, on GPU and CPU.
+_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+
+
+class Groups:
+    """The groups of one optimizer.
+
+    parameters: the user's, group by group, as torch's verbs number them. as_set: of each group, the settings that were
+                changed here, as the user had set them.
+    shards:     what the optimizer holds on this rank. members: id(gradients) -> them and the places of what it drives there.
+    frozen:     those of `parameters` that have no shards.
+    strays:     id(parameter) -> gradients of the models that this optimizer does not step, and their place: in torch they are
+                clipped with the others, if a script says so.
+    norm_dtype: of norms over the gradients: fp64 where any of them is, as torch has it, else fp32. The same on every rank.
+    sole:       ids of gradients that no other optimizer reads: what a step does to them in place is nobody else's matter.
+    """
+
+    def __init__(self, optimizer: Optimizer, models: Sequence[ShardedModel]) -> None:
+        self.optimizer = optimizer
+        self.models = models
+        self.parameters: list[list[Parameter]] = []
+        self.as_set: list[dict[str, Any]] = []
+        self.shards: list[Shard] = []
+        self.members: dict[int, tuple[Gradients, list[int]]] = {}
+        self.sole: set[int] = set()
+        self.frozen: list[Parameter] = []
+        self.strays: dict[int, tuple[Gradients, int]] = {}
+        self.norm_dtype = torch.float32
+
+    def check(self, groups: Sequence[dict[str, Any]], first: int = 0) -> None:
+        """Raise OptimizerError if one of these groups holds what is no prepared model's. first: the number of the first one."""
+        known = {id(p) for model in self.models for p in model.model.parameters()}
+        name = type(self.optimizer).__name__
+        for number, group in enumerate(groups, first):
+            for place, parameter in enumerate(group["params"]):
+                if id(parameter) not in known:
+                    raise OptimizerError(
+                        f"parameter {place} of group {number} of this {name}, of shape {tuple(parameter.shape)}, belongs to "
+                        "no prepared model. Make the optimizer from the parameters of the model that you prepare, after "
+                        "adapters have been added to it."
+                    )
+
+    def take_over(self) -> None:
+        """Let every group from the first one that is new hold shards."""
+        homes = self._homes()
+        for number, group in enumerate(self.optimizer.param_groups):
+            if number < len(self.parameters):
+                continue
+            self.parameters.append(list(group["params"]))
+            self.as_set.append({})
+            group["params"] = []
+            self._join(number, self.parameters[number], homes)
+            if _steps_as_torchs(self.optimizer) and group.get("fused") is None and not group.get("foreach"):
+                # One kernel over all shards, which also takes the clip factor; torch's default is a loop on the CPU.
+                self.as_set[-1]["fused"] = group.get("fused")
+                group["fused"] = not (group.get("capturable") or group.get("differentiable"))
+        self._count()
+
+    def take_thawed(self, thawed: set[int]) -> list[Shard]:
+        """Parameters of these ids are trained from now on: their shards join the groups. Gives them."""
+        homes = {key: home for key, home in self._homes().items() if key in thawed}
+        before = len(self.shards)
+        for number, own in enumerate(self.parameters):
+            self._join(number, own, homes)
+        self._count()
+        return self.shards[before:]
+
+    @contextmanager
+    def as_given(
+        self, parameters: Sequence[Sequence[Parameter]] | None = None, state: Mapping[Any, Any] | None = None
+    ) -> Iterator[None]:
+        """Inside, the optimizer has the user's parameters in its groups and their settings as they were set, for torch's verbs.
+
+        parameters, state: what stands for the user's, and for the optimizer's states.
+        """
+        optimizer: Any = self.optimizer
+        groups, held = optimizer.param_groups, optimizer.state
+        now = [dict(group) for group in groups]
+        for group, own, as_set in zip(groups, parameters or self.parameters, self.as_set, strict=True):
+            group.update(as_set, params=list(own))
+        optimizer.state = held if state is None else state
+        try:
+            yield
+        finally:
+            optimizer.param_groups, optimizer.state = groups, held
+            for group, before, as_set in zip(groups, now, self.as_set, strict=False):  # a group may have been added
+                group.update({name: before[name] for name in ("params", *as_set)})
+
+    @property
+    def fused(self) -> bool:
+        """Whether its kernels take a scale of the gradients: one in fp32, which is not enough for gradients in fp64."""
+        takes = _steps_as_torchs(self.optimizer) and all(g.get("fused") for g in self.optimizer.param_groups)
+        return takes and self.norm_dtype == torch.float32
+
+    def units(self, model: ShardedModel) -> list[Unit]:
+        """The units of `model` that hold something of what is driven."""
+        return [unit for unit in model.units if unit.gradients is not None and id(unit.gradients) in self.members]
+
+    def driven(self) -> Iterator[Parameter]:
+        """The models' parameters that this optimizer changes, on this rank or another."""
+        for gradients, indices in self.members.values():
+            for index in indices:
+                yield gradients.buffer.members[index].parameter
+
+    def zero_frozen(self, set_to_none: bool) -> None:
+        """`zero_grad` for what has no shards: of a weight that was thawed since the last backward, there may be a gradient."""
+        with unasked():
+            for parameter in self.frozen:
+                if set_to_none:
+                    parameter.grad = None
+                elif parameter.grad is not None:
+                    parameter.grad.zero_()
+
+    def chosen(self, parameters: Sequence[Tensor]) -> list[Shard]:
+        """The shards of these, strays included; a shard's own tensor stands for itself."""
+        wanted = {id(p) for p in parameters}
+        own = [
+            shard for shard in self.shards
+            if id(shard.gradients.buffer.members[shard.index].parameter) in wanted or id(shard.tensor) in wanted
+        ]  # fmt: skip
+        return own + [shard for key in wanted & self.strays.keys() for shard in _shards_of(*self.strays[key])]
+
+    def is_all(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether these are all that the optimizer drives, and no strays: the same on every rank.
+
+        Asked of parameters, for this rank's shards may all be theirs; of shards only where there is one group that they can be.
+        """
+        given = {id(p) for p in parameters}
+        if given & self.strays.keys():
+            return False
+        one = len(self.optimizer.param_groups) == 1
+        return {id(p) for p in self.driven()} <= given or (one and {id(shard.tensor) for shard in self.shards} <= given)
+
+    def _homes(self) -> dict[int, tuple[Gradients, int]]:
+        """id(parameter) -> its gradients and its place among them."""
+        return {
+            id(member.parameter): (unit.gradients, index)
+            for model in self.models
+            for unit in model.units
+            if unit.gradients is not None
+            for index, member in enumerate(unit.gradients.buffer.members)
+        }
+
+    def _join(self, number: int, own: Sequence[Parameter], homes: dict[int, tuple[Gradients, int]]) -> None:
+        """What rests here of the parameters `own` joins group `number`."""
+        group = self.optimizer.param_groups[number]
+        for parameter in own:
+            if id(parameter) not in homes:
+                continue
+            gradients, index = homes[id(parameter)]
+            self.members.setdefault(id(gradients), (gradients, []))[1].append(index)
+            for shard in _shards_of(gradients, index):
+                shard.group = number
+                group["params"].append(shard.tensor)
+                self.shards.append(shard)
+
+    def _count(self) -> None:
+        driven = {id(parameter) for parameter in self.driven()}
+        self.frozen = [parameter for own in self.parameters for parameter in own if id(parameter) not in driven]
+        self.strays = {key: home for key, home in self._homes().items() if key not in driven}
+        self.sole = {key for key, (g, indices) in self.members.items() if len(indices) == len(g.buffer.members)}
+        every = [gradients for gradients, _ in (*self.members.values(), *self.strays.values())]
+        double = any(gradients.master.dtype == torch.float64 for gradients in every)
+        self.norm_dtype = torch.float64 if double else torch.float32
+
+
+def _steps_as_torchs(optimizer: Optimizer) -> bool:
+    """Whether its step is that of one of _FUSED: a class derived from it may have one that reads no scale."""
+    step = inspect.unwrap(type(optimizer).step)
+    return any(isinstance(optimizer, kind) and step is inspect.unwrap(kind.step) for kind in _FUSED)
+
+
+def _shards_of(gradients: Gradients, index: int) -> Iterator[Shard]:
+    """What rests here of one parameter."""
+    for piece in gradients.pieces():
+        if piece.slot == index:
+            yield Shard(gradients, piece.slot, piece.in_slot, piece.in_shard, piece.numel)

@@ -1,0 +1,164 @@
+"""What this rank holds of a run's tensors, as intervals of named parameters: the engine's side of a checkpoint.
+
+A checkpoint must not know how masters, frozen weights and optimizer states rest. Here each is a list of intervals, whatever
+the stage, the tier and the number of ranks:
+
+    trained/q.lora_A [0, 4096)        the fp32 master                       one per parameter that is trained
+    frozen/q.weight [65536, 131072)   in the dtype that it computes in
+    exp_avg/q.lora_A [0, 4096)        an optimizer's state of that parameter, see optimizer_state.py
+
+`read` gives a copy on the CPU and `write` takes one; nothing else of the engine shows. Where every rank holds the same
+(whole placements), `share` cuts the list so that the ranks together have each element once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..offload.nvme import fetch_part, put_part
+from ..offload.store import Slab
+from ..zero.gradients import Gradients
+from ..zero.sharded import ShardedModel
+from . import publishing
+
+# Numbers of elements at which `share` may cut: bytes stay in words of 8, whatever the dtype.
+_CUT = 64
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Elements of a flat buffer from `begin` on, in memory or in a slab; dtype: what its bytes are, where it is of bytes."""
+
+    flat: Tensor | Slab
+    begin: int
+    dtype: torch.dtype | None = None
+
+    def _range(self, first: int, numel: int) -> tuple[int, int]:
+        size = 1 if self.dtype is None else self.dtype.itemsize
+        return self.begin + first * size, numel * size
+
+    def look(self, first: int, numel: int) -> Tensor:
+        begin, count = self._range(first, numel)
+        if isinstance(self.flat, Slab) and not self.flat.in_memory:
+            found = fetch_part(self.flat, begin, count)
+        else:
+            flat = self.flat.tensor if isinstance(self.flat, Slab) else self.flat
+            found = flat[begin : begin + count].detach()
+        return found if self.dtype is None else found.view(self.dtype)
+
+    @torch.no_grad()
+    def write(self, first: int, values: Tensor) -> None:
+        begin, _ = self._range(first, values.numel())
+        if not isinstance(self.flat, Slab) or self.flat.in_memory:
+            self.look(first, values.numel()).copy_(values)
+            return
+        if self.dtype is not None:
+            values = values.to(self.dtype).contiguous().view(torch.uint8)
+        put_part(self.flat, begin, values)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Elements [begin, begin + numel) of one parameter in one role, on this rank.
+
+    name:   the parameter's name in its model; shape: the whole parameter's.
+    dtype:  in which it rests.
+    copied: every rank holds this very interval.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    begin: int
+    numel: int
+    dtype: torch.dtype
+    copied: bool
+    _rest: Rest
+    _first: int = 0
+
+    def read(self) -> Tensor:
+        """(numel,) on the CPU, the caller's own."""
+        return self.look().to("cpu", copy=True)
+
+    def look(self) -> Tensor:
+        """(numel,) where it rests, or a copy of what rests on a drive, for reading at once: not to keep or to change."""
+        return self._rest.look(self._first, self.numel)
+
+    def write(self, values: Tensor) -> None:
+        """Take (numel,) values of any floating dtype, or of this one. Raises StoreError where a drive fails."""
+        self._rest.write(self._first, values)
+
+    def part(self, begin: int, numel: int) -> Interval:
+        """The elements [begin, begin + numel) of the parameter, which must lie in this interval."""
+        return replace(self, begin=begin, numel=numel, _first=self._first + begin - self.begin)
+
+
+def trained(model: ShardedModel, rests: Callable[[Gradients], Slab] | None = None) -> list[Interval]:
+    """The masters of the trained weights on this rank, or what else rests in that form: the slab that `rests` gives."""
+    found = []
+    for unit in model.units:
+        gradients = unit.gradients
+        if gradients is not None:
+            copied = not unit.plan.optimizer.sharded and model.ranks.world_size > 1
+            for piece in gradients.pieces():
+                slot = gradients.buffer.layout.slots[piece.slot]
+                slab = gradients.master if rests is None else rests(gradients)
+                rest = Rest(slab, piece.in_shard)
+                found.append(Interval(slot.name, slot.shape, piece.in_slot, piece.numel, slab.dtype, copied, rest))
+    return found
+
+
+def frozen(model: ShardedModel) -> list[Interval]:
+    """The frozen weights on this rank. They rest as bytes; the intervals are counted in elements of their own dtype."""
+    found = []
+    for buffer in (unit.frozen for unit in model.units if unit.frozen is not None):
+        copied = not buffer.placement.sharded and model.ranks.world_size > 1
+        for piece in buffer.layout.pieces(buffer.rank):
+            slot, member = buffer.layout.slots[piece.slot], buffer.members[piece.slot]
+            size = member.dtype.itemsize
+            rest = Rest(buffer.own_slice if buffer.slab is None else buffer.slab, piece.in_shard, member.dtype)
+            begin, numel = piece.in_slot // size, piece.numel // size
+            found.append(Interval(slot.name, slot.shape, begin, numel, member.dtype, copied, rest))
+    return found
+
+
+def share(intervals: Sequence[Interval], rank: int, world_size: int) -> list[Interval]:
+    """Of intervals that every rank holds, this rank's equal part; the others as they are."""
+    copied = [interval for interval in intervals if interval.copied]
+    total = sum(interval.numel for interval in copied)
+    low, high = total * rank // world_size, total * (rank + 1) // world_size
+    mine = [interval for interval in intervals if not interval.copied]
+    start = 0
+    for interval in copied:
+        first, last = (_cut(bound - start, interval.numel) for bound in (low, high))
+        if first < last:
+            mine.append(interval.part(interval.begin + first, last - first))
+        start += interval.numel
+    return mine
+
+
+def _cut(bound: int, numel: int) -> int:
+    return min(numel, max(0, -(-bound // _CUT) * _CUT))
+
+
+# After.
+
+
+def publish(model: ShardedModel) -> None:
+    """The masters were written: bring them into the weights that compute. Collective."""
+    with torch.no_grad():
+        for unit in model.units:
+            gradients = unit.gradients
+            if gradients is None or gradients.in_place:
+                unit.cast()
+            elif not gradients.shares_weights:
+                kept, event = unit.deliver(model.fetched(gradients.master), 0)
+                model.engine.lanes.compute_waits(event)
+                del kept
+        for group in publishing.in_groups(model.units):
+            publishing.send(group)
+        publishing.arrive(model.units)
+    model.settle()

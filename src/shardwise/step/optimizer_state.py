@@ -1,0 +1,402 @@
+"""What an optimizer keeps beside the weights: its only owner, whether its constructor, a step or a load made it.
+
+    whole     step 3   exp_avg (8, 512)                what torch's state_dict holds of a parameter
+    rank 0    step 3   exp_avg [0, 2048)               in place, or in a slab where the plan rests it
+    rank 1    step 3   exp_avg [2048, 4096)
+
+An elementwise state has its parameter's shape and is cut as the parameter is. Anything else (step counts) is a number that goes
+with every piece. `intervals` is the one walk over the states: checkpoints write what it gives, and `whole` puts it together.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from ..errors import OptimizerError
+from ..zero.sharded import ShardedModel
+from .comparing import plain
+from .exchange import exchange
+from .groups import Groups
+from .intervals import Interval, Rest
+from .visits import OFFLOADED, Shard, resting_place
+
+# Which of the optimizer's models, and a parameter's name in it.
+Key = tuple[int, str]
+K = TypeVar("K")
+
+# The numbers of torch's optimizers, which a parameter without dimensions has beside elementwise states of the same shape.
+_NUMBERS = ("step", "mu_product", "eta", "mu")
+# Those of them that live beside their parameter only where a kernel on the device counts with them.
+_COUNTS = ("step", "mu_product")
+# How an optimizer computes belongs to the machine that it runs on, not to what is saved.
+MACHINE = ("fused", "foreach", "capturable", "differentiable")
+
+
+@dataclass(frozen=True)
+class StateOf:
+    """The states of one parameter's interval: elementwise ones, and numbers that go with all of it."""
+
+    key: Key
+    elementwise: dict[str, Interval]
+    numbers: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class WholeState:
+    """A whole parameter's states, told apart. elementwise: flat tensors of all its elements, on any device."""
+
+    elementwise: dict[str, Tensor]
+    numbers: dict[str, Any]
+
+
+class OptimizerState:
+    """The states of one optimizer on this rank.
+
+    optimizer: its dictionary `state` holds numbers, tensors that are changed in place, and stand-ins for what rests elsewhere.
+    models:    whose parameters it drives. groups: what it holds of them on this rank.
+    keys:      id(parameter) -> key, of what is trained. shapes, dtypes: by key, the parameter's and its master's.
+    dormant:   id(parameter) -> what a constructor made for one that is frozen.
+    """
+
+    def __init__(self, optimizer: Optimizer, models: Sequence[ShardedModel], groups: Groups) -> None:
+        self.optimizer = optimizer
+        self.models = models
+        self.groups = groups
+        self.ranks = models[0].ranks
+        self.dormant: dict[int, dict[str, Any]] = {}
+        self.keys: dict[int, Key] = {}
+        self.shapes: dict[Key, tuple[int, ...]] = {}
+        self.dtypes: dict[Key, torch.dtype] = {}
+        self._look()
+
+    def _look(self) -> None:
+        trained = [
+            ((number, slot.name), slot.shape, member.parameter, unit.gradients.master.dtype)
+            for number, model in enumerate(self.models)
+            for unit in model.units
+            if unit.gradients is not None
+            for slot, member in zip(unit.gradients.buffer.layout.slots, unit.gradients.buffer.members, strict=True)
+        ]
+        self.keys = {id(parameter): key for key, _, parameter, _ in trained}
+        self.shapes = {key: shape for key, shape, _, _ in trained}
+        self.dtypes = {key: dtype for key, _, _, dtype in trained}
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a rank holds only a part of them."""
+        return self.ranks.world_size > 1 and any(model.plan.optimizer.sharded for model in self.models)
+
+    @property
+    def besides(self) -> dict[Any, Any]:
+        """What the optimizer keeps under keys that are no parameters."""
+        return {key: value for key, value in self.optimizer.state.items() if not isinstance(key, Tensor)}
+
+    def refuse_released(self) -> None:
+        """Raise OptimizerError if one of the models has been released: its shards are nobody's weights any more."""
+        for model in self.models:
+            if model.released:
+                raise OptimizerError(
+                    f"this {type(self.optimizer).__name__} drives shards of a {type(model.model).__name__} that has been "
+                    "released (free_memory): it trains nothing any more. Make a new optimizer from the model's parameters, and "
+                    "prepare both."
+                )
+
+    # On this rank.
+
+    def _held(self) -> Iterator[tuple[Key, tuple[int, ...], int, bool, Shard]]:
+        """(key, shape, begin, copied, what the optimizer holds) of each interval on this rank."""
+        owners = {id(u.gradients): n for n, model in enumerate(self.models) for u in model.units if u.gradients}
+        for shard in self.groups.shards:
+            gradients = shard.gradients
+            slot = gradients.buffer.layout.slots[shard.index]
+            copied = not gradients.plan.optimizer.sharded and self.ranks.world_size > 1
+            yield (owners[id(gradients)], slot.name), slot.shape, shard.in_slot, copied, shard
+
+    def intervals(self) -> list[StateOf]:
+        """What the optimizer keeps for each interval on this rank; nothing for parameters that have taken no step."""
+        found = []
+        for key, shape, begin, copied, shard in self._held():
+            state = self.optimizer.state.get(shard.tensor)
+            if not state:
+                continue
+            elementwise, numbers = {}, {}
+            for name, value in state.items():
+                if name in shard.gradients.states and (isinstance(value, Tensor) or value is OFFLOADED):
+                    slab = shard.gradients.states[name]
+                    rest = Rest(slab, shard.begin)
+                    elementwise[name] = Interval(key[1], shape, begin, shard.numel, slab.dtype, copied, rest)
+                elif isinstance(value, Tensor) and value.shape == shard.tensor.shape:
+                    rest = Rest(value.view(-1), 0)
+                    elementwise[name] = Interval(key[1], shape, begin, shard.numel, value.dtype, copied, rest)
+                else:
+                    numbers[name] = value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+            found.append(StateOf(key, elementwise, numbers))
+        return found
+
+    def make(
+        self,
+        elementwise: Callable[[Key], Mapping[str, torch.dtype]],
+        numbers: Callable[[Key], Mapping[str, Any]],
+        besides: Mapping[Any, Any],
+    ) -> None:
+        """Replace all states by ones of the given kinds, for `Interval.write`, by the given numbers, and by `besides`.
+
+        elementwise, numbers: what a parameter has, by its key. Both empty: it has taken no step.
+        """
+        self.optimizer.state.clear()
+        self.optimizer.state.update(besides)
+        self._clear_slabs(elementwise)
+        self._make_for(set(self.shapes), elementwise, numbers)
+
+    def _make_for(
+        self,
+        keys: Collection[Key],
+        elementwise: Callable[[Key], Mapping[str, torch.dtype]],
+        numbers: Callable[[Key], Mapping[str, Any]],
+    ) -> None:
+        groups = {id(tensor): group for group in self.optimizer.param_groups for tensor in group["params"]}
+        for key, _, _, _, shard in self._held():
+            if key not in keys:
+                continue
+            tensor = shard.tensor
+            group = groups[id(tensor)]
+            on_device = any(group.get(flag) for flag in ("fused", "capturable"))
+            state: dict[str, Any] = {}
+            for name, value in numbers(key).items():
+                state[name] = value
+                if isinstance(value, Tensor):
+                    counts = name in _COUNTS and not on_device
+                    state[name] = value.to(torch.device("cpu") if counts else self.ranks.device, copy=True)
+                    if name == "step" and group.get("fused"):
+                        state[name] = state[name].float()  # the kernels take no other
+            for name, dtype in elementwise(key).items():
+                if shard.gradients.in_place:
+                    state[name] = torch.zeros_like(tensor, dtype=dtype, requires_grad=False)
+                else:
+                    state[name] = resting_place(self.models[key[0]], shard, name, dtype)
+            if state:
+                self.optimizer.state[tensor] = state
+
+    def _clear_slabs(self, elementwise: Callable[[Key], Mapping[str, torch.dtype]]) -> None:
+        """Let go of slabs for none of these states, where no other optimizer has a part in them; the others are used again."""
+        mine: dict[int, list[Shard]] = {}
+        wanted: dict[int, set[tuple[str, torch.dtype]]] = {}
+        for key, _, _, _, shard in self._held():
+            mine.setdefault(id(shard.gradients), []).append(shard)
+            wanted.setdefault(id(shard.gradients), set()).update(elementwise(key).items())
+        for shards in mine.values():
+            gradients = shards[0].gradients
+            if len(shards) == len(gradients.pieces()):
+                kept = wanted[id(gradients)]
+                gradients.states = {n: slab for n, slab in gradients.states.items() if (n, slab.dtype) in kept}
+
+    def settings(self) -> list[tuple[dict[str, Any], set[Key]]]:
+        """Each parameter group: its settings, and the keys of what this rank holds of it."""
+        keys = {id(shard.tensor): key for key, _, _, _, shard in self._held()}
+        return [
+            (
+                {name: value for name, value in group.items() if name != "params" and name not in MACHINE},
+                {keys[id(tensor)] for tensor in group["params"]},
+            )
+            for group in self.optimizer.param_groups
+        ]
+
+    # Whole.
+
+    def replace(self, whole: Mapping[Key, WholeState], besides: Mapping[Any, Any]) -> None:
+        """Let these be all states: this rank keeps its intervals of them. No communication; the device must be idle.
+
+        Raises StoreError where a drive fails.
+        """
+        self.make(*_kinds(whole), besides)
+        self._write(whole)
+
+    def _write(self, whole: Mapping[Key, WholeState]) -> None:
+        for state in self.intervals():
+            for name, interval in state.elementwise.items() if state.key in whole else ():
+                flat = whole[state.key].elementwise[name]
+                interval.write(flat[interval.begin : interval.begin + interval.numel])
+
+    def adopt(self) -> None:
+        """Take over the states that the optimizer has for the user's parameters. Collective.
+
+        They are its constructor's, or those that it has loaded or made in steps before prepare.
+        Raises OptimizerError for states that cannot be cut, and if those of the ranks differ.
+        """
+        apart = self.ranks.together(lambda: self._taken(self.groups.parameters))
+        sums = self.ranks.gather_numbers(digest(apart))
+        other = next((rank for rank, found in enumerate(sums) if found != sums[0]), None)
+        if other is not None:
+            raise OptimizerError(
+                f"this {type(self.optimizer).__name__} has other states on rank {other} than on rank 0: step counts or kinds "
+                "differ. Load the same state on every rank, before prepare or after it."
+            )
+        if any(sums):
+            self.ranks.together(lambda: self.replace(apart, self.besides))
+
+    def adopt_thawed(self, thawed: Collection[int]) -> None:
+        """These parameters are trained from now on, some of them by this optimizer. Collective where a drive is used."""
+        self._look()
+        for parameter in self.groups.driven():
+            if id(parameter) in thawed and id(parameter) in self.dormant:
+                self.optimizer.state[parameter] = self.dormant.pop(id(parameter))
+        apart = self._taken(self.groups.parameters)
+        if apart:
+            self._make_for(set(apart), *_kinds(apart))
+            self._write(apart)
+
+    def _taken(self, parameters: Sequence[Sequence[Parameter]]) -> dict[Key, WholeState]:
+        """What the optimizer's dictionary holds under the user's own parameters, which is taken out of it."""
+        found: dict[Key, dict[str, Any]] = {}
+        for group, own in zip(self.optimizer.param_groups, parameters, strict=True):
+            for parameter in own:
+                state = self.optimizer.state.pop(parameter, None)
+                key = self.keys.get(id(parameter))
+                if state and key is None:
+                    self.dormant[id(parameter)] = in_little_memory(state)
+                elif state and key is not None:
+                    found[key] = self._with_memory(state, key, group)
+        return split_states(found, self.shapes, lambda key: key[1])
+
+    def _with_memory(self, state: Mapping[str, Any], key: Key, group: Mapping[str, Any]) -> dict[str, Any]:
+        """What the constructor made of a parameter, in the master's dtype; made anew of one that had no memory then."""
+        found = dict(state)
+        if any(isinstance(value, Tensor) and value.is_meta for value in state.values()):
+            # What was made without values to look at is the same for every element.
+            one = Parameter(torch.zeros(1, dtype=self.dtypes[key]))
+            settings = {name: group.get(name, value) for name, value in self.optimizer.defaults.items()}
+            try:
+                anew = type(self.optimizer)([one], **settings).state[one]
+            except TypeError as error:
+                raise OptimizerError(
+                    f"{type(self.optimizer).__name__} made states for {key[1]} when it had no memory yet, and cannot be made "
+                    f"once more from its defaults ({error}). Make the optimizer after the model is prepared, or build the "
+                    "model outside of accelerator.init()."
+                ) from error
+            found = {
+                name: value.view(()).expand(self.shapes[key]) if _is_like(value, (1,)) else value
+                for name, value in anew.items()
+            }
+        for name, value in found.items():
+            if _is_like(value, self.shapes[key]) and value.is_floating_point() and name not in _NUMBERS:
+                found[name] = value.to(self.dtypes[key])
+        return found
+
+    def whole(self) -> dict[Key, dict[str, Any]]:
+        """Of each parameter that has states: its numbers, and tensors in its shape on the CPU, the caller's own.
+
+        The ranks must be settled. Collective where states are sharded. Raises StoreError; RankError for another rank's drive.
+        """
+        held = self.intervals()
+        if not self.sharded:
+            return {
+                state.key: state.numbers | {name: i.read().view(i.shape) for name, i in state.elementwise.items()}
+                for state in held
+            }
+        found: dict[Key, dict[str, Any]] = {}
+        for numbers in self.ranks.gather_objects({state.key: state.numbers for state in held}):
+            for key, values in numbers.items():
+                found.setdefault(key, dict(values))
+        mine = [((state.key, name), interval) for state in held for name, interval in state.elementwise.items()]
+        for (key, name), tensor in exchange(mine, self.ranks).items():
+            found[key][name] = tensor
+        return found
+
+    def settle(self) -> None:
+        """Finish what is under way, so that what rests is what counts. Collective where states are sharded."""
+        if not self.sharded:
+            self.settle_here()
+            return
+        for model in self.models:
+            model.settle()
+
+    def settle_here(self) -> None:
+        """`settle` for this rank alone. Raises StoreError for a write of a drive that failed."""
+        for model in self.models:
+            model.synchronize()
+            model.engine.stores.drain()
+
+
+def has_stepped(state: Mapping[str, Any]) -> bool:
+    """Whether these are states that steps have made: a constructor counts none, and makes all elements alike."""
+    if float(state.get("step", 0)) > 0:
+        return True
+    return any(isinstance(v, Tensor) and not v.is_meta and v.numel() > 1 and not _is_even(v) for v in state.values())
+
+
+def in_little_memory(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The same states, of which those with equal elements take the memory of one."""
+    return {
+        name: value.reshape(-1)[:1].clone().view((1,) * value.ndim).expand(value.shape)
+        if isinstance(value, Tensor) and not value.is_meta and value.numel() > 1 and _is_even(value)
+        else value
+        for name, value in state.items()
+    }
+
+
+def _is_even(value: Tensor) -> bool:
+    return bool((value == value.reshape(-1)[0]).all())
+
+
+def _kinds(
+    whole: Mapping[Key, WholeState],
+) -> tuple[Callable[[Key], Mapping[str, torch.dtype]], Callable[[Key], Mapping[str, Any]]]:
+    """The dtypes of elementwise states, and the numbers, by key."""
+    none = WholeState({}, {})
+    return (
+        lambda key: {name: value.dtype for name, value in whole.get(key, none).elementwise.items()},
+        lambda key: whole.get(key, none).numbers,
+    )
+
+
+def split_states(
+    states: Mapping[K, Mapping[str, Any]], shapes: Mapping[K, tuple[int, ...]], name_of: Callable[[K], str]
+) -> dict[K, WholeState]:
+    """Whole states by parameter, each with its elementwise ones and its numbers.
+
+    Elementwise states of a parameter without dimensions have the shape of numbers. They are those that are elementwise for a
+    parameter with dimensions, and those that no optimizer of torch has as a number.
+    Raises OptimizerError for a tensor that has dimensions, but not its parameter's.
+    """
+    numbers = set(_NUMBERS)
+    elementwise = set()
+    for key, state in states.items():
+        for name, value in state.items() if shapes[key] else ():
+            if _is_like(value, shapes[key]):
+                elementwise.add(name)
+            elif isinstance(value, Tensor) and not value.ndim:
+                numbers.add(name)
+    found: dict[K, WholeState] = {}
+    for key, state in states.items():
+        parts = found[key] = WholeState({}, {})
+        for name, value in state.items():
+            if isinstance(value, Tensor) and (value.ndim or not shapes[key]) and not _is_like(value, shapes[key]):
+                raise OptimizerError(
+                    f"the state {name} of {name_of(key)} has shape {tuple(value.shape)}, but the parameter's is {shapes[key]}."
+                )
+            if _is_like(value, shapes[key]) and (shapes[key] or name in elementwise or name not in numbers):
+                parts.elementwise[name] = value.detach().reshape(-1)
+            else:
+                parts.numbers[name] = value
+    return found
+
+
+def digest(states: Mapping[Key, WholeState], *more: Any) -> int:
+    """A sum over step counts, kinds of states and `more`: ranks that were given the same have the same; 0 of nothing."""
+    kinds = [
+        (key, sorted((name, plain(value)) for name, value in parts.numbers.items()), sorted(parts.elementwise))
+        for key, parts in states.items()
+    ]
+    return zlib.crc32(repr((kinds, more)).encode()) if states or more else 0
+
+
+def _is_like(value: Any, shape: tuple[int, ...]) -> bool:
+    return isinstance(value, Tensor) and tuple(value.shape) == shape

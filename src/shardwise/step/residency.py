@@ -1,0 +1,192 @@
+"""What stays on the device although the plan offloads or shards it, because there is room.
+
+A plan that offloads is a promise about the least memory, not a wish to be slow. After a measured step it is known what
+a step needs, and what is left of the budget is filled, in the order of what a byte saves per step:
+
+    optimizer   master, states and gradient of a unit: 16 bytes a parameter that go up and 12 that come down, never hidden
+    weights     a unit's shards: each byte goes up twice, mostly hidden behind the computation
+    whole       a frozen unit stays gathered: its collectives fall away too
+    turn        a unit stays gathered from a forward to its backward: one gather of two falls away
+
+What is moved is read where it is from then on, by the code that a plan without offload runs; so the numbers are that
+plan's. Every rank moves the same, as much as the rank with the least room can hold.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..offload.store import Slab
+from ..plan.plan import Tier
+from ..zero.flat import FlatBuffer
+from ..zero.sharded import ShardedModel
+from ..zero.unit import Unit
+from .visits import Shard
+
+log = logging.getLogger("shardwise")
+
+Move = Literal["optimizer", "weights", "whole"]
+
+# Of the budget, kept free: the allocator's fragments, and steps that need more than the measured one.
+_RESERVE = 0.05
+_MEASURE_AFTER = 2  # steps: the first one makes the optimizer's states
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One unit's part that can stay: what it is and the bytes that it takes on this rank's device."""
+
+    unit: int
+    move: Move
+    nbytes: int
+
+
+def choose(candidates: Sequence[Choice], room: int) -> list[Choice]:
+    """Those that fit into `room` bytes, in the order given; one that does not fit leaves room for smaller ones."""
+    chosen = []
+    for candidate in candidates:
+        if candidate.nbytes <= room:
+            chosen.append(candidate)
+            room -= candidate.nbytes
+    return chosen
+
+
+def room_beside(peak: int, device: torch.device, budget: int | str) -> int:
+    """Bytes that `budget` has left on `device` beside a peak of this process; on a CPU, which has no peak, all of a number.
+
+    budget: bytes for this process, or "auto" for all that the device has; part of it is kept free.
+    """
+    if device.type != "cuda":
+        return 0 if isinstance(budget, str) else budget
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)  # contexts, communicators, other processes
+    limit = total if isinstance(budget, str) else min(budget, total)
+    return int(limit * (1 - _RESERVE)) - peak - others
+
+
+class Residency:
+    """Fills a model's budget once, after a measured step.
+
+    budget: bytes of device memory for this process, or "auto" for all that the device has.
+    driven: ids of the gradients that the optimizer drives alone; only their states may move.
+    """
+
+    def __init__(self, model: ShardedModel, budget: int | str, driven: set[int]) -> None:
+        self.model = model
+        self.budget = budget
+        self._driven = driven
+        self.settled = False
+        self._steps = 0
+
+    def after_step(self, optimizer: Optimizer, shards: Sequence[Shard]) -> None:
+        """Collective. Called after every step; acts once."""
+        self._steps += 1
+        if self.settled or self._steps < _MEASURE_AFTER:
+            return
+        self.settled = True
+        ranks = self.model.ranks
+        room = min(ranks.gather_numbers(self._room()))
+        chosen = choose(self.candidates(), room)
+        self.model.schedule.abandon_open_pass()
+        self.model.synchronize()
+        for choice in chosen:
+            unit = self.model.units[choice.unit]
+            if choice.move == "optimizer":
+                _keep_optimizer(self.model, unit, optimizer, shards)
+            elif choice.move == "weights":
+                _keep_weights(self.model, unit)
+        whole = [self.model.units[c.unit] for c in chosen if c.move == "whole"]
+        self.model.schedule.keep_whole(whole)
+        over_turn = self.model.schedule.widen_turn(room - sum(choice.nbytes for choice in chosen))
+        self.model.synchronize()
+        if ranks.rank == 0:
+            log.warning("%s", self.table(chosen, room, over_turn))
+
+    def _room(self) -> int:
+        """Bytes of the budget that a step leaves free."""
+        device = self.model.ranks.device
+        return room_beside(torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0, device, self.budget)
+
+    def candidates(self) -> list[Choice]:
+        """Everything that is offloaded, best first."""
+        found: list[Choice] = []
+        units = list(enumerate(self.model.units))
+        for i, unit in units:
+            gradients = unit.gradients
+            if gradients is not None and id(gradients) in self._driven and gradients.master.tier is not Tier.GPU:
+                slabs = [gradients.master, *gradients.states.values()]
+                # The gradient stays too: it rests in the master's dtype.
+                found.append(Choice(i, "optimizer", sum(s.nbytes for s in slabs) + gradients.master.nbytes))
+        for i, unit in units:
+            nbytes = sum(part.slab.nbytes for part in _movable(unit) if part.slab is not None)
+            if nbytes:
+                found.append(Choice(i, "weights", nbytes))
+        for i, unit in units:
+            if unit.trainable is None and unit.frozen is not None and unit.frozen.slab is not None:
+                found.append(Choice(i, "whole", unit.frozen.whole_nbytes - unit.frozen.slab.nbytes))
+        return found
+
+    def table(self, chosen: Iterable[Choice], room: int, over_turn: int = 0) -> str:
+        """The placement in words, a line for each kind. over_turn: units that stay from a forward to its backward."""
+        lines = [f"gpu_memory_budget {self.budget}: {room / 1e6:,.1f} MB were free after a step. On the device stay:"]
+        chosen = list(chosen)
+        for move, what in (
+            ("optimizer", "optimizer states"),
+            ("weights", "weight shards"),
+            ("whole", "whole frozen units"),
+        ):
+            every = [c for c in self.candidates() if c.move == move]
+            kept = [c for c in chosen if c.move == move]
+            if kept or every:
+                size = sum(c.nbytes for c in kept) / 1e6
+                lines.append(
+                    f"  {what:<20} of {len(kept):>3} units, {size:,.1f} MB; offloaded still {len(every)} units"
+                )
+        if over_turn:
+            lines.append(f"  gathered weights     of {over_turn:>3} more units, from a forward to its backward")
+        return "\n".join(lines)
+
+
+def _movable(unit: Unit) -> list[FlatBuffer]:
+    """Buffers whose shards travel and are no masters; a master that is the weights itself moves as an optimizer's."""
+    shares = unit.gradients is not None and unit.gradients.shares_weights
+    return [part for part in unit.parts if part.travels and not (shares and part is unit.trainable)]
+
+
+def _on_device(model: ShardedModel, slab: Slab) -> Slab:
+    """The content of `slab` in a slab on the device."""
+    kept = model.engine.stores.gpu.allocate(slab.numel, slab.dtype, "")
+    kept.tensor.copy_(model.fetched(slab))
+    return kept
+
+
+def _keep_weights(model: ShardedModel, unit: Unit) -> None:
+    for part in _movable(unit):
+        assert part.slab is not None
+        part.slab = _on_device(model, part.slab)
+
+
+def _keep_optimizer(model: ShardedModel, unit: Unit, optimizer: Optimizer, shards: Sequence[Shard]) -> None:
+    gradients = unit.gradients
+    assert gradients is not None
+    mine = [shard for shard in shards if shard.gradients is gradients]
+    states: dict[str, Tensor] = {key: _on_device(model, slab).tensor for key, slab in gradients.states.items()}
+    master = _on_device(model, gradients.master)
+    if gradients.shares_weights and unit.trainable is not None:
+        unit.trainable.slab = master
+    gradients.rest_on_device(master)
+    for shard in mine:
+        state = optimizer.state.pop(shard.tensor, {})
+        shard.stand_on(master)
+        optimizer.state[shard.tensor] = {
+            key: states[key][shard.begin : shard.end] if key in states else value for key, value in state.items()
+        }
+    for number, group in enumerate(optimizer.param_groups):
+        group["params"] = [shard.tensor for shard in shards if shard.group == number]

@@ -1,0 +1,286 @@
+"""What an optimizer holds of a parameter on this rank, and the steps of shards that rest off the device.
+
+A shard whose master rests in host memory or on a drive visits the device for its step: chunk by chunk, master, states and
+gradient come up, the user's own optimizer runs on them there, and master and states go down again. So an offloaded step
+runs the very kernels of one that is not offloaded, and gives its bits:
+
+    up     | c0 | c1 | c2 | c3 |            16 bytes a parameter (fp32: master, two moments, gradient)
+    step        | c0 | c1 | c2 | c3 |       the cast into the weights that compute is part of it
+    down             | c0 | c1 | c2 | c3 |  12 bytes
+
+The host only enqueues: it is back in the script before the first chunk is down, and the next forward waits, unit by unit,
+for what it reads. The chunks go in the order in which the forward needs the units. Why the device and not the host's cores:
+docs/design/offload.md.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from ..offload.store import Arrival, Slab
+from ..zero.gradients import Gradients
+from ..zero.sharded import ShardedModel
+from ..zero.unit import Unit
+from . import publishing
+from .doubles import double
+from .running import run_step
+
+# Elements. 16 MiB of fp32 each: long enough for the link, short enough that a few of them are little memory. A multiple of a
+# page in 16 bits too, because files are written by the page.
+CHUNK = 4 << 20
+_AHEAD = 3  # chunks on their way up while one steps
+VISITING = _AHEAD + 3  # chunks that have memory on the device at most: those, the one that steps, two on their way down
+
+
+class Shard:
+    """One parameter's piece in this rank's master.
+
+    tensor: what the optimizer holds: a view of the master where that can be read in place, else a stand-in on the meta
+            device that has its shape. group: the number of its parameter group.
+    """
+
+    __slots__ = ("begin", "end", "gradients", "group", "in_slot", "index", "tensor")
+
+    def __init__(self, gradients: Gradients, index: int, in_slot: int, begin: int, numel: int) -> None:
+        self.gradients = gradients
+        self.index = index
+        self.begin, self.end = begin, begin + numel
+        self.in_slot = in_slot
+        self.group = 0
+        self.tensor: Parameter
+        self.stand_on(gradients.master)
+
+    def stand_on(self, master: Slab) -> None:
+        """Be the optimizer's view of its elements in `master`."""
+        if master.in_memory:
+            self.tensor = Parameter(master.tensor[self.begin : self.end])
+        else:
+            self.tensor = Parameter(torch.empty(self.numel, dtype=master.dtype, device="meta"))
+
+    @property
+    def numel(self) -> int:
+        return self.end - self.begin
+
+    def gradient(self) -> Tensor | None:
+        """The reduced gradient of this piece, or None if no rank used the parameter since the last step."""
+        at_rest = self.gradients.at_rest
+        return at_rest[self.begin : self.end] if at_rest is not None and self.gradients.used[self.index] else None
+
+
+class _Visit:
+    """Elements [begin, end) of one unit's master on the device, with what belongs to them."""
+
+    def __init__(self, unit: Unit, gradients: Gradients, begin: int, end: int) -> None:
+        self.unit = unit
+        self.gradients = gradients
+        self.begin, self.end = begin, end
+        self.master: Tensor
+        self.grad: Tensor
+        self.states: dict[str, Tensor] = {}
+        self.arrivals: list[Arrival] = []
+        self.held: list[Tensor] = []
+        self.down: torch.Event | None = None
+
+
+class Visits:
+    """Steps an optimizer over shards that are not in place."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def step(
+        self, model: ShardedModel, units: Sequence[Unit], shards: Sequence[Shard], factor: Tensor | None, *, fused: bool
+    ) -> None:
+        """One step of `shards`, which belong to `units` of `model` or to other models.
+
+        factor: what the gradients are multiplied by. fused: the optimizer takes it as a scale.
+        A drive's errors are noted; they are raised when the ranks agree on them.
+        """
+        engine = model.engine
+        lanes = engine.lanes
+        by_unit: dict[int, list[Shard]] = {}
+        for shard in shards:
+            by_unit.setdefault(id(shard.gradients), []).append(shard)
+        engine.stores.cpu.drain()  # gradients of several micro-batches are added up by a thread
+        begun = {id(shard) for shard in shards if self.optimizer.state.get(shard.tensor)}
+        lanes.step.wait(lanes.mark_compute())
+        if factor is not None:
+            # The computation's memory may be written again as soon as this returns, long before the lane has read it.
+            with lanes.step.on():
+                factor = factor.reciprocal().float() if fused else factor.clone()
+            lanes.compute_waits(lanes.step.mark())
+        coming: deque[_Visit] = deque()
+        going: deque[_Visit] = deque()
+
+        def finish() -> None:
+            visit = coming.popleft()
+            self._finish(model, visit, by_unit, begun, factor, fused, going)
+            if visit.end == visit.gradients.master.numel:  # also where a drive failed: the other ranks gather
+                publishing.send([visit.unit], after=lanes.step.mark())
+
+        for visit in self._visits(model.in_forward_order(units)):
+            self._bring(model, visit)
+            coming.append(visit)
+            if len(coming) > _AHEAD:
+                finish()
+        while coming:
+            finish()
+        while going:
+            lanes.step.wait(going.popleft().down)
+        publishing.arrive(units)
+        for unit in units:
+            if unit.trainable is not None and unit.trainable.slab is None:
+                lanes.compute_waits(unit.published)
+
+    def _visits(self, units: Sequence[Unit]) -> Iterator[_Visit]:
+        for unit in units:
+            gradients = unit.gradients
+            if gradients is not None and gradients.host is not None:
+                for begin in range(0, gradients.master.numel, CHUNK):
+                    yield _Visit(unit, gradients, begin, min(begin + CHUNK, gradients.master.numel))
+
+    def _bring(self, model: ShardedModel, visit: _Visit) -> None:
+        """Enqueue everything that the visit needs on its way up."""
+        gradients, lanes = visit.gradients, model.engine.lanes
+        assert gradients.host is not None
+        sources: list[Slab] = [gradients.master, gradients.host, *gradients.states.values()]
+        with lanes.step.on():
+            landings = [torch.empty(visit.end - visit.begin, dtype=s.dtype, device=lanes.device) for s in sources]
+        visit.master, visit.grad = landings[:2]
+        visit.states = dict(zip(gradients.states, landings[2:], strict=True))
+        lanes.up.wait(lanes.step.mark())
+        for slab, landing in zip(sources, landings, strict=True):
+            visit.arrivals.append(slab.fetch(landing, visit.begin))
+
+    def _finish(
+        self,
+        model: ShardedModel,
+        visit: _Visit,
+        by_unit: dict[int, list[Shard]],
+        begun: set[int],
+        factor: Tensor | None,
+        fused: bool,
+        going: deque[_Visit],
+    ) -> None:
+        """Step the elements of a visit and send them down again."""
+        engine, gradients = model.engine, visit.gradients
+        lanes = engine.lanes
+        if not engine.land(visit.arrivals, lanes.step.wait):
+            return
+        with lanes.step.on():
+            stepped = self._run(visit, by_unit.get(id(gradients), []), begun, factor, fused)
+            kept, event = visit.unit.deliver(visit.master, visit.begin)
+            visit.held.append(kept)
+            visit.unit.published = lanes.step.mark()
+            lanes.down.wait(visit.unit.published)
+            visit.down = event
+            for key, staged in visit.states.items():
+                _slab(model, gradients, key, staged.dtype)
+            for shard, state in stepped:
+                self.optimizer.state[shard.tensor] = self._resting(shard, state)
+            leaving = [(staged, gradients.states[key]) for key, staged in visit.states.items()]
+            if not gradients.shares_weights:
+                leaving.append((visit.master, gradients.master))
+            for staged, slab in leaving:
+                visit.down = slab.put(staged, visit.begin).enqueued()
+        going.append(visit)
+        if len(going) > 1:  # one behind, so that the next step does not wait for this one's way down
+            lanes.step.wait(going.popleft().down)
+
+    def _run(
+        self, visit: _Visit, shards: Sequence[Shard], begun: set[int], factor: Tensor | None, fused: bool
+    ) -> list[tuple[Shard, dict[str, Any]]]:
+        """Run the user's optimizer on what is there, with its present hyperparameters.
+
+        Gives the shards whose last elements were here, with the states that the optimizer has for them now.
+        """
+        grad = visit.grad if visit.grad.dtype == visit.master.dtype else visit.grad.to(visit.master.dtype)
+        if factor is not None and not fused:
+            grad.mul_(factor)
+        one = self._double(visit.master.device, factor if fused else None)
+        pieces: list[tuple[Shard, Parameter, slice]] = []
+        for shard in shards:
+            first, last = max(shard.begin, visit.begin), min(shard.end, visit.end)
+            if first >= last or not shard.gradients.used[shard.index]:
+                continue
+            where = slice(first - visit.begin, last - visit.begin)
+            piece = Parameter(visit.master[where])
+            piece.grad = grad[where]
+            if id(shard) in begun:
+                whole = last - first == shard.numel
+                scalars = self.optimizer.state[shard.tensor]
+                one.state[piece] = {
+                    key: visit.states[key][where] if key in visit.states else value if whole else _copy(value)
+                    for key, value in scalars.items()
+                }
+            one.param_groups[shard.group]["params"].append(piece)
+            pieces.append((shard, piece, where))
+        run_step(one)
+        stepped = []
+        for shard, piece, where in pieces:
+            state = one.state[piece]
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == piece.shape:
+                    if key not in visit.states:
+                        visit.states[key] = torch.zeros_like(visit.master, dtype=value.dtype)
+                    if value.data_ptr() != visit.states[key][where].data_ptr():
+                        visit.states[key][where].copy_(value)
+            if where.stop + visit.begin == shard.end:
+                stepped.append((shard, dict(state)))
+        return stepped
+
+    @staticmethod
+    def _resting(shard: Shard, state: dict[str, Any]) -> dict[str, Any]:
+        """What the optimizer's own dictionary holds: numbers as they are, tensors where they rest."""
+        slabs = shard.gradients.states
+        return {
+            key: _stand_in(slabs[key], shard) if key in slabs and isinstance(value, Tensor) and value.ndim else value
+            for key, value in state.items()
+        }
+
+    def _double(self, device: torch.device, factor: Tensor | None) -> Any:
+        """The user's optimizer once more, with its groups empty and no hooks of its own: those ran once for the step."""
+        one = double(self.optimizer)
+        one.grad_scale = one.found_inf = None
+        if factor is not None:
+            one.grad_scale = factor
+            one.found_inf = torch.zeros((), device=device)
+        return one
+
+
+class _Offloaded:
+    """Stands in the optimizer's state for a tensor that rests off the device, in `Gradients.states`."""
+
+    def __repr__(self) -> str:
+        return "(offloaded)"
+
+
+OFFLOADED = _Offloaded()
+
+
+def resting_place(model: ShardedModel, shard: Shard, key: str, dtype: torch.dtype) -> Any:
+    """Make room for state `key` of a shard that is not in place; gives what the optimizer's own dictionary holds for it."""
+    return _stand_in(_slab(model, shard.gradients, key, dtype), shard)
+
+
+def _stand_in(slab: Slab, shard: Shard) -> Any:
+    return slab.tensor[shard.begin : shard.end] if slab.in_memory else OFFLOADED
+
+
+def _slab(model: ShardedModel, gradients: Gradients, key: str, dtype: torch.dtype) -> Slab:
+    """Where this state of a unit rests."""
+    if key not in gradients.states:
+        store = model.engine.stores.of(gradients.plan.optimizer.tier, "optimizer")
+        gradients.states[key] = store.allocate(gradients.master.numel, dtype, f"{gradients.name}.{key}")
+    return gradients.states[key]
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
