@@ -524,9 +524,9 @@ def check_failed_drive(ranks: Ranks) -> Row:
             for step in range(3):
                 model(drawn(ranks, step, 0, 4, 1024)).square().mean().backward()
                 if step == 2:
-                    [gradients] = [unit.gradients for unit in sharded.units if unit.gradients is not None]
-                    failing.append(gradients.master)
-                    numel = gradients.master.numel
+                    [trained] = [unit.trained for unit in sharded.units if unit.trained is not None]
+                    failing.append(trained.master)
+                    numel = trained.master.numel
                     lanes.synchronize()
                     gc.collect()
                     if ranks.device.type == "cuda":

@@ -104,7 +104,7 @@ def main(task: str, folder: str) -> None:
     weights = dict(sharded.model.named_parameters())
     units: dict[str, int] = {}
     for unit in sharded.units:
-        for buffer in (unit.frozen, unit.trainable):
+        for buffer in unit.buffers:
             if buffer is not None:
                 units[unit.name] = units.get(unit.name, 0) + buffer.whole.numel() * buffer.dtype.itemsize
     expected = None
@@ -112,7 +112,7 @@ def main(task: str, folder: str) -> None:
         expected = dict(model_of(task, folder).named_parameters())
     equal = True
     for unit in sharded.units:
-        members = [m for b in (unit.frozen, unit.trainable) if b is not None for m in b.members]
+        members = [m for b in unit.buffers for m in b.members]
         with sharded.gathered([m.parameter for m in members]):
             if expected is not None:
                 for member in [m for m in members if m.name in expected]:

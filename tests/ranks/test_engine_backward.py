@@ -423,7 +423,7 @@ def _dropped(ranks, plan, steps):
         "model": weakref.ref(model),
         "engine": weakref.ref(sharded),
         "weight": weakref.ref(model.first.weight),
-        "gradients": weakref.ref(sharded.gradients()[0]),
+        "gradients": weakref.ref(sharded.trained()[0].gradients),
     }
     del model, sharded, optimizer, stepping
     gc.collect()

@@ -376,8 +376,8 @@ def _uninitialised(ranks, plan):
         for batch in inputs(3):
             loss_of(model, mine(batch, ranks.rank, ranks.world_size)).backward()
             for unit in sharded.units:
-                if unit.gradients is not None and unit.gradients.at_rest is not None:
-                    assert torch.isfinite(unit.gradients.at_rest).all()
+                if unit.trained is not None and unit.trained.gradients.at_rest is not None:
+                    assert torch.isfinite(unit.trained.gradients.at_rest).all()
             stepping.step()
             stepping.zero_grad()
         weights = weights_of(sharded)

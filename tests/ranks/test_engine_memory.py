@@ -288,7 +288,7 @@ def _largest_whole_at_once(ranks, plan):
         sharded, *_ = prepare(ranks, tower(depth=8), plan)
     finally:
         FlatBuffer.__init__, FlatBuffer.collapse = expand, collapse
-    largest = max(b.layout.numel * b.dtype.itemsize for u in sharded.units for b in (u.frozen, u.trainable) if b)
+    largest = max(b.layout.numel * b.dtype.itemsize for u in sharded.units for b in u.buffers)
     return most[0], largest
 
 

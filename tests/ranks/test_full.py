@@ -142,7 +142,7 @@ def _untrained(ranks: Any, plan: str, later: bool) -> None:
     model = tower()
     reference = copy.deepcopy(model)
     sharded = shard(ranks, model, plan, trains=False)
-    assert not sharded.gradients()
+    assert not sharded.trained()
     assert not {role for role, _ in sharded.ledger()} & {"gradient", "optimizer"}
     batch = inputs(1)[0]
     with torch.no_grad():

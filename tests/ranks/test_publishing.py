@@ -31,10 +31,10 @@ def _small(group_nbytes):
 def _recorded(ranks, sharded, cls=torch.optim.AdamW):
     """A list of what happens: ("step", names of what is stepped) and ("gather", names of the units)."""
     events = []
-    names = {unit.trainable.whole.data_ptr(): unit.name for unit in sharded.units}
+    names = {unit.trained.buffer.whole.data_ptr(): unit.name for unit in sharded.units}
     masters = {}
     for unit in sharded.units:
-        masters[unit.gradients.master.tensor.untyped_storage().data_ptr()] = unit.name
+        masters[unit.trained.master.tensor.untyped_storage().data_ptr()] = unit.name
     gather, step = ranks.all_gather_together, cls.step
 
     def noted_gather(wholes, shards):
@@ -67,9 +67,9 @@ def _whole_weights(sharded):
     """By name, what every rank's master says: gathered from the masters, not from the weights that compute."""
     found = {}
     for unit in sharded.units:
-        whole = sharded.whole.master(unit)
-        for index, member in enumerate(unit.trainable.members):
-            found[member.name] = unit.trainable.view(index, whole).to(unit.trainable.dtype)
+        whole = sharded.whole.master(unit.trained)
+        for index, member in enumerate(unit.trained.buffer.members):
+            found[member.name] = unit.trained.buffer.view(index, whole).to(unit.trained.buffer.dtype)
     return found
 
 
@@ -88,7 +88,7 @@ def _by_turns(ranks, plan, group_nbytes):
             seen.append(events)
         now = [[id(p) for p in group["params"]] for group in stepping.param_groups]
         assert now == [[id(p) for p in params] for params in held]
-        sizes = {unit.name: unit.trainable.whole_nbytes for unit in sharded.units}
+        sizes = {unit.name: unit.trained.buffer.whole_nbytes for unit in sharded.units}
         return seen, sizes
 
 

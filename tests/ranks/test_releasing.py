@@ -43,9 +43,11 @@ def _released(ranks, plan, precision, dtype):
     model = sharded.model
     masters = {}
     for unit in sharded.units:
-        if unit.trainable is not None:
-            whole = sharded.whole.master(unit)
-            masters |= {m.name: unit.trainable.view(i, whole).clone() for i, m in enumerate(unit.trainable.members)}
+        if unit.trained is not None:
+            whole = sharded.whole.master(unit.trained)
+            masters |= {
+                m.name: unit.trained.buffer.view(i, whole).clone() for i, m in enumerate(unit.trained.buffer.members)
+            }
     heard = _Lines()
     log = logging.getLogger("shardwise")
     log.addHandler(heard)

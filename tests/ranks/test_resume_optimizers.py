@@ -79,17 +79,17 @@ def _as_on_a_device(tier: str) -> Iterator[None]:
     """Small chunks, a page of 16 bits; and nothing that rests on the CPU is stepped in place if the tier is "visiting"."""
     from shardwise.plan.plan import Tier
     from shardwise.step import visits
-    from shardwise.zero.gradients import Gradients
+    from shardwise.zero.trained import Trained
 
     chunk, visits.CHUNK = visits.CHUNK, 2048
-    in_place = Gradients.in_place
+    in_place = Trained.in_place
     if tier == "visiting":
-        Gradients.in_place = property(lambda self: self.master.tier is Tier.GPU)  # type: ignore[method-assign,assignment]
+        Trained.in_place = property(lambda self: self.master.tier is Tier.GPU)  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
         visits.CHUNK = chunk  # the ranks are those of the tests to come
-        Gradients.in_place = in_place  # type: ignore[method-assign]
+        Trained.in_place = in_place  # type: ignore[method-assign]
 
 
 class Run:

@@ -83,7 +83,7 @@ def _overflow(ranks: Any, plan: str) -> None:
     _backward(ranks, sharded, steppers, inputs(1)[0])
     for shard_ in steppers[1].groups.shards[:1]:
         shard_.gradient().fill_(float("inf"))
-        shard_.gradients.changed()
+        shard_.trained.sums.changed()
     for stepper in steppers:
         stepper.optimizer.step()
     after = weights_of(sharded)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..errors import LayoutError
 
@@ -88,6 +89,31 @@ class Layout:
             if first < last:
                 found.append(Piece(index, first - slot.offset, first - begin, last - first))
         return tuple(found)
+
+
+@dataclass(frozen=True)
+class Region:
+    """The part of a whole flat tensor on which one rank works: its interval, or all of it where `rank` is None."""
+
+    layout: Layout
+    rank: int | None
+
+    @property
+    def numel(self) -> int:
+        return self.layout.numel if self.rank is None else self.layout.shard_numel
+
+    @property
+    def interval(self) -> slice:
+        """Of a tensor of (layout.numel,)."""
+        begin = 0 if self.rank is None else self.rank * self.numel
+        return slice(begin, begin + self.numel)
+
+    @cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The parts of slots that lie in it, in order."""
+        if self.rank is not None:
+            return self.layout.pieces(self.rank)
+        return tuple(Piece(i, 0, slot.offset, slot.numel) for i, slot in enumerate(self.layout.slots))
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -22,8 +22,8 @@ from torch import Tensor
 from ..errors import ConfigError, PrepareError
 from ..offload.store import Slab
 from ..plan.plan import Tier
-from ..zero.gradients import Gradients
 from ..zero.sharded import ShardedModel
+from ..zero.trained import Trained
 from . import intervals
 from .intervals import Interval
 
@@ -43,7 +43,7 @@ class ShardedEMA:
         self.model = model
         self.decay = decay
         self.updates = 0
-        self._slabs: dict[Gradients, Slab] = {}
+        self._slabs: dict[Trained, Slab] = {}
         model.settle()
         self._adopt()
         model.thawing.then.append(weakref.WeakMethod(self._take_thawed))
@@ -56,12 +56,12 @@ class ShardedEMA:
         Raises PrepareError for a released model, and inside `swapped`.
         """
         self._refuse("update")
-        gradients = self.model.gradients()
-        if all(g.master.tier is Tier.GPU for g in gradients):
+        trained = self.model.trained()
+        if all(g.master.tier is Tier.GPU for g in trained):
             self.model.follow_weights()
         else:
             self.model.settle()
-        for g in gradients:
+        for g in trained:
             now, slab = self.model.fetched(g.master), self._slabs[g]
             if not self.updates:
                 self._put(now, slab)
@@ -107,7 +107,7 @@ class ShardedEMA:
     def _exchange(self) -> None:
         """Averages and masters change places, and the weights that compute follow. Collective."""
         self.model.settle()
-        for g in self.model.gradients():
+        for g in self.model.trained():
             slab = self._slabs[g]
             master, average = (self.model.fetched(held).clone() for held in (g.master, slab))
             self._put(average, g.master)
@@ -118,7 +118,7 @@ class ShardedEMA:
     @torch.no_grad()
     def _adopt(self) -> None:
         """Begin with the weights, where there is no average of them yet."""
-        for g in self.model.gradients():
+        for g in self.model.trained():
             if g not in self._slabs:
                 store = self.model.engine.stores.of(g.plan.optimizer.tier, "optimizer")
                 self._slabs[g] = store.allocate(g.master.numel, g.master.dtype, f"{g.name}.average")

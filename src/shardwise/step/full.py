@@ -99,8 +99,8 @@ def _scale_of(parameter: Parameter) -> float:
     stepper = _stepper(parameter)
     if stepper is None or not stepper.scaler.enabled:
         return 1.0
-    held = [gradients for model in stepper.models for gradients in model.gradients() if gradients.at_rest is not None]
-    return stepper.scaler.value if held and held[0].scaled else 1.0
+    held = [trained for model in stepper.models for trained in model.trained() if trained.gradients.at_rest is not None]
+    return stepper.scaler.value if held and held[0].sums.scaled else 1.0
 
 
 def _intervals(owner: ShardedModel, parameter: Parameter, what: str) -> list[Interval]:

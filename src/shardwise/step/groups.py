@@ -19,9 +19,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ..errors import OptimizerError
-from ..zero.gradients import Gradients
 from ..zero.guard import unasked
 from ..zero.sharded import ShardedModel
+from ..zero.trained import Trained
 from ..zero.unit import Unit
 from .visits import Shard
 
@@ -48,10 +48,10 @@ class Groups:
         self.parameters: list[list[Parameter]] = []
         self.as_set: list[dict[str, Any]] = []
         self.shards: list[Shard] = []
-        self.members: dict[int, tuple[Gradients, list[int]]] = {}
+        self.members: dict[int, tuple[Trained, list[int]]] = {}
         self.sole: set[int] = set()
         self.frozen: list[Parameter] = []
-        self.strays: dict[int, tuple[Gradients, int]] = {}
+        self.strays: dict[int, tuple[Trained, int]] = {}
         self.norm_dtype = torch.float32
 
     def check(self, groups: Sequence[dict[str, Any]], first: int = 0) -> None:
@@ -121,13 +121,13 @@ class Groups:
 
     def units(self, model: ShardedModel) -> list[Unit]:
         """The units of `model` that hold something of what is driven."""
-        return [unit for unit in model.units if unit.gradients is not None and id(unit.gradients) in self.members]
+        return [unit for unit in model.units if unit.trained is not None and id(unit.trained) in self.members]
 
     def driven(self) -> Iterator[Parameter]:
         """The models' parameters that this optimizer changes, on this rank or another."""
-        for gradients, indices in self.members.values():
+        for trained, indices in self.members.values():
             for index in indices:
-                yield gradients.buffer.members[index].parameter
+                yield trained.buffer.members[index].parameter
 
     def zero_frozen(self, set_to_none: bool) -> None:
         """`zero_grad` for what has no shards: of a weight that was thawed since the last backward, there may be a gradient."""
@@ -143,7 +143,7 @@ class Groups:
         wanted = {id(p) for p in parameters}
         own = [
             shard for shard in self.shards
-            if id(shard.gradients.buffer.members[shard.index].parameter) in wanted or id(shard.tensor) in wanted
+            if id(shard.trained.buffer.members[shard.index].parameter) in wanted or id(shard.tensor) in wanted
         ]  # fmt: skip
         return own + [shard for key in wanted & self.strays.keys() for shard in _shards_of(*self.strays[key])]
 
@@ -158,25 +158,25 @@ class Groups:
         one = len(self.optimizer.param_groups) == 1
         return {id(p) for p in self.driven()} <= given or (one and {id(shard.tensor) for shard in self.shards} <= given)
 
-    def _homes(self) -> dict[int, tuple[Gradients, int]]:
+    def _homes(self) -> dict[int, tuple[Trained, int]]:
         """id(parameter) -> its gradients and its place among them."""
         return {
-            id(member.parameter): (unit.gradients, index)
+            id(member.parameter): (unit.trained, index)
             for model in self.models
             for unit in model.units
-            if unit.gradients is not None
-            for index, member in enumerate(unit.gradients.buffer.members)
+            if unit.trained is not None
+            for index, member in enumerate(unit.trained.buffer.members)
         }
 
-    def _join(self, number: int, own: Sequence[Parameter], homes: dict[int, tuple[Gradients, int]]) -> None:
+    def _join(self, number: int, own: Sequence[Parameter], homes: dict[int, tuple[Trained, int]]) -> None:
         """What rests here of the parameters `own` joins group `number`."""
         group = self.optimizer.param_groups[number]
         for parameter in own:
             if id(parameter) not in homes:
                 continue
-            gradients, index = homes[id(parameter)]
-            self.members.setdefault(id(gradients), (gradients, []))[1].append(index)
-            for shard in _shards_of(gradients, index):
+            trained, index = homes[id(parameter)]
+            self.members.setdefault(id(trained), (trained, []))[1].append(index)
+            for shard in _shards_of(trained, index):
                 shard.group = number
                 group["params"].append(shard.tensor)
                 self.shards.append(shard)
@@ -186,8 +186,8 @@ class Groups:
         self.frozen = [parameter for own in self.parameters for parameter in own if id(parameter) not in driven]
         self.strays = {key: home for key, home in self._homes().items() if key not in driven}
         self.sole = {key for key, (g, indices) in self.members.items() if len(indices) == len(g.buffer.members)}
-        every = [gradients for gradients, _ in (*self.members.values(), *self.strays.values())]
-        double = any(gradients.master.dtype == torch.float64 for gradients in every)
+        every = [trained for trained, _ in (*self.members.values(), *self.strays.values())]
+        double = any(trained.master.dtype == torch.float64 for trained in every)
         self.norm_dtype = torch.float64 if double else torch.float32
 
 
@@ -197,8 +197,8 @@ def _steps_as_torchs(optimizer: Optimizer) -> bool:
     return any(isinstance(optimizer, kind) and step is inspect.unwrap(kind.step) for kind in _FUSED)
 
 
-def _shards_of(gradients: Gradients, index: int) -> Iterator[Shard]:
+def _shards_of(trained: Trained, index: int) -> Iterator[Shard]:
     """What rests here of one parameter."""
-    for piece in gradients.pieces():
+    for piece in trained.region.pieces:
         if piece.slot == index:
-            yield Shard(gradients, piece.slot, piece.in_slot, piece.in_shard, piece.numel)
+            yield Shard(trained, piece.slot, piece.in_slot, piece.in_shard, piece.numel)

@@ -15,8 +15,9 @@ from torch import Tensor
 from ..plan.plan import Tier
 from ..plan.precision import LossScaler
 from ..ranks.ranks import Ranks
-from ..zero.gradients import Gradients, squared_norm
 from ..zero.sharded import ShardedModel
+from ..zero.sums import squared_norm
+from ..zero.trained import Trained
 from .clipping import clip_factor, global_norm, power_sum
 from .groups import Groups
 from .visits import Shard
@@ -34,34 +35,34 @@ class HeldGradients:
         self.scaler = scaler
         self.ranks: Ranks = models[0].ranks
 
-    def present(self) -> list[Gradients]:
+    def present(self) -> list[Trained]:
         """Those that hold a gradient at this moment."""
-        return [gradients for gradients, _ in self.groups.members.values() if gradients.at_rest is not None]
+        return [trained for trained, _ in self.groups.members.values() if trained.gradients.at_rest is not None]
 
     def carry_scale(self) -> None:
         """A backward is about to add to what is there: let that carry its loss scale too."""
         scale = self.scaler.value
-        for gradients, _ in self.groups.members.values():
-            if gradients.at_rest is not None:
-                carried = gradients.loss_scale if gradients.scaled else 1.0
+        for trained, _ in self.groups.members.values():
+            if trained.gradients.at_rest is not None:
+                carried = trained.sums.loss_scale if trained.sums.scaled else 1.0
                 if carried != scale:  # the step of another optimizer may have moved the scale
-                    gradients.multiply(torch.tensor(scale / carried))
-                gradients.scaled = True
-            gradients.loss_scale = scale
+                    trained.sums.multiply(torch.tensor(scale / carried))
+                trained.sums.scaled = True
+            trained.sums.loss_scale = scale
 
     def outstanding(self) -> tuple[Tensor | None, float]:
         """(the factor, the loss scale) that all gradients alike still wait for. Where they differ, they are multiplied now."""
         held = self.present()
         scale = self.scaler.value
-        if len({gradients.scaled for gradients in held}) > 1:
-            for gradients in held:
-                if gradients.scaled:
-                    gradients.multiply(torch.tensor(1.0 / scale))
-                    gradients.scaled = False
-        if len({id(gradients.factor) for gradients in held}) > 1:
-            for gradients in held:
-                gradients.apply_factor()
-        return (held[0].factor, scale if held[0].scaled else 1.0) if held else (None, scale)
+        if len({trained.sums.scaled for trained in held}) > 1:
+            for trained in held:
+                if trained.sums.scaled:
+                    trained.sums.multiply(torch.tensor(1.0 / scale))
+                    trained.sums.scaled = False
+        if len({id(trained.sums.factor) for trained in held}) > 1:
+            for trained in held:
+                trained.sums.apply_factor()
+        return (held[0].sums.factor, scale if held[0].sums.scaled else 1.0) if held else (None, scale)
 
     def look(self) -> None:
         """Take over what the script has done to gradients."""
@@ -74,17 +75,17 @@ class HeldGradients:
     def unscale(self) -> None:
         """Take the loss scale off the gradients, for scripts that look at them before the step."""
         self.look()
-        for gradients in self.present():
-            if gradients.scaled and self.scaler.enabled:
-                gradients.scaled = False
-                gradients.multiply(torch.tensor(1.0 / self.scaler.value))
+        for trained in self.present():
+            if trained.sums.scaled and self.scaler.enabled:
+                trained.sums.scaled = False
+                trained.sums.multiply(torch.tensor(1.0 / self.scaler.value))
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Inside, the optimizer's tensors have their gradients, unscaled and clipped; what is written there counts."""
         self.unscale()
-        for gradients in self.present():
-            gradients.apply_factor()
+        for trained in self.present():
+            trained.sums.apply_factor()
         self.wait_for_host()
         lent = [(s, g, g.to(s.tensor.dtype)) for s in self.groups.shards if (g := s.gradient()) is not None]
         for shard, _, given in lent:
@@ -128,11 +129,11 @@ class HeldGradients:
     def scale(self, shards: Sequence[Shard], factor: Tensor, *, everything: bool) -> None:
         """Multiply the gradients of `shards`. everything: these are all, and the step does it in its own pass."""
         earlier, _ = self.outstanding()
-        apart = [s for s in shards if not everything or id(s.gradients) not in self.groups.sole]
+        apart = [s for s in shards if not everything or id(s.trained) not in self.groups.sole]
         if everything:
-            for gradients in self.present():
-                if id(gradients) in self.groups.sole:
-                    gradients.factor = factor if earlier is None else earlier * factor
+            for trained in self.present():
+                if id(trained) in self.groups.sole:
+                    trained.sums.factor = factor if earlier is None else earlier * factor
         if apart:
             self.wait_for_host()
             multiply(self._gradients(apart), factor)
@@ -145,15 +146,15 @@ class HeldGradients:
         nothing is measured before somebody has clipped once.
         """
         whole = [g for g, indices in self.groups.members.values() if len(indices) == len(g.buffer.members)]
-        sums = [g for g in whole if g.square is None and g.at_rest is not None]
-        if any(g.host is not None for g in sums):
+        sums = [g for g in whole if g.gradients.square is None and g.gradients.at_rest is not None]
+        if any(g.gradients.host is not None for g in sums):
             self.wait_for_host()
-        known = {id(g): g.square for g in whole if g.square is not None}
-        known |= {id(g): squared_norm(g.at_rest).to(self.ranks.device) for g in sums}
-        for gradients in whole:
-            gradients.measured = True  # of the next backward, while it goes on
-        rest = [shard for shard in self.groups.shards if id(shard.gradients) not in known]
-        if any(shard.gradients.host is not None for shard in rest):
+        known = {id(g): g.gradients.square for g in whole if g.gradients.square is not None}
+        known |= {id(g): squared_norm(g.gradients.at_rest).to(self.ranks.device) for g in sums}
+        for trained in whole:
+            trained.gradients.measured = True  # of the next backward, while it goes on
+        rest = [shard for shard in self.groups.shards if id(shard.trained) not in known]
+        if any(shard.trained.gradients.host is not None for shard in rest):
             self.wait_for_host()
         total = power_sum(self._gradients(rest), 2.0, self.ranks.device, self.groups.norm_dtype)
         for square in known.values():
@@ -166,15 +167,15 @@ class HeldGradients:
 
     @staticmethod
     def _changed(shards: Iterable[Shard]) -> None:
-        for gradients in {id(shard.gradients): shard.gradients for shard in shards}.values():
-            gradients.changed()
+        for trained in {id(shard.trained): shard.trained for shard in shards}.values():
+            trained.sums.changed()
 
     def clip_value(self, parameters: Iterable[Tensor], value: float) -> None:
         """Clamp every element of the gradients of `parameters` to [-value, value]."""
         self.look()
         self.wait_for_host()
-        for gradients in self.present():
-            gradients.apply_factor()
+        for trained in self.present():
+            trained.sums.apply_factor()
         _, scale = self.outstanding()
         shards = self.groups.chosen([parameters] if isinstance(parameters, Tensor) else list(parameters))
         self._changed(shards)

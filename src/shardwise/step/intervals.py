@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ..offload.nvme import fetch_part, put_part
 from ..offload.store import Slab
-from ..zero.gradients import Gradients
 from ..zero.sharded import ShardedModel
+from ..zero.trained import Trained
 from . import publishing
 
 # Numbers of elements at which `share` may cut: bytes stay in words of 8, whatever the dtype.
@@ -96,16 +96,16 @@ class Interval:
         return replace(self, begin=begin, numel=numel, _first=self._first + begin - self.begin)
 
 
-def trained(model: ShardedModel, rests: Callable[[Gradients], Slab] | None = None) -> list[Interval]:
+def trained(model: ShardedModel, rests: Callable[[Trained], Slab] | None = None) -> list[Interval]:
     """The masters of the trained weights on this rank, or what else rests in that form: the slab that `rests` gives."""
     found = []
     for unit in model.units:
-        gradients = unit.gradients
-        if gradients is not None:
+        own = unit.trained
+        if own is not None:
             copied = not unit.plan.optimizer.sharded and model.ranks.world_size > 1
-            for piece in gradients.pieces():
-                slot = gradients.buffer.layout.slots[piece.slot]
-                slab = gradients.master if rests is None else rests(gradients)
+            for piece in own.region.pieces:
+                slot = own.buffer.layout.slots[piece.slot]
+                slab = own.master if rests is None else rests(own)
                 rest = Rest(slab, piece.in_shard)
                 found.append(Interval(slot.name, slot.shape, piece.in_slot, piece.numel, slab.dtype, copied, rest))
     return found
@@ -151,11 +151,13 @@ def publish(model: ShardedModel) -> None:
     """The masters were written: bring them into the weights that compute. Collective."""
     with torch.no_grad():
         for unit in model.units:
-            gradients = unit.gradients
-            if gradients is None or gradients.in_place:
-                unit.cast()
-            elif not gradients.shares_weights:
-                kept, event = unit.deliver(model.fetched(gradients.master), 0)
+            trained = unit.trained
+            if trained is None:
+                continue
+            if trained.in_place:
+                trained.cast()
+            elif not trained.shares_weights:
+                kept, event = trained.deliver(model.fetched(trained.master), 0)
                 model.engine.lanes.compute_waits(event)
                 del kept
         for group in publishing.in_groups(model.units):

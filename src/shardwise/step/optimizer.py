@@ -122,7 +122,7 @@ class ShardedOptimizer:
         on_disk = any(model.plan.optimizer.tier is Tier.NVME for model in models)
         handling = Handling(
             parted=self.ranks.world_size > 1 and any(model.plan.optimizer.sharded for model in models),
-            visits=on_disk or any(not g.in_place for model in models for g in model.gradients()),
+            visits=on_disk or any(not g.in_place for model in models for g in model.trained()),
             ranks=self.ranks.world_size,
         )
         groups = [group["params"] for group in optimizer.param_groups]
@@ -260,12 +260,12 @@ class ShardedOptimizer:
         """Bytes of the optimizer's states (moments and step counts) on this rank; the masters are in the model's ledger."""
         found: dict[tuple[Role, Tier], int] = {}
         for shard in self.groups.shards:
-            tier = shard.gradients.master.tier
+            tier = shard.trained.master.tier
             for value in self.optimizer.state.get(shard.tensor, {}).values():
-                if isinstance(value, Tensor) and (shard.gradients.in_place or not value.ndim):
+                if isinstance(value, Tensor) and (shard.trained.in_place or not value.ndim):
                     found["optimizer", tier] = found.get(("optimizer", tier), 0) + value.nbytes
-        for gradients, _ in self.groups.members.values():
-            for slab in gradients.states.values():
+        for trained, _ in self.groups.members.values():
+            for slab in trained.states.values():
                 found["optimizer", slab.tier] = found.get(("optimizer", slab.tier), 0) + slab.nbytes
         return found
 
@@ -335,11 +335,11 @@ class ShardedOptimizer:
         self._verdicts.forget()
         if not set_to_none:
             self.look()
-        for gradients, indices in self.groups.members.values():
+        for trained, indices in self.groups.members.values():
             if set_to_none:
-                gradients.forget(indices)
+                trained.gradients.forget(indices)
             else:
-                gradients.zero(indices)
+                trained.sums.zero(indices)
         self.groups.zero_frozen(set_to_none)
 
     @torch.no_grad()
@@ -351,28 +351,29 @@ class ShardedOptimizer:
         if scale != 1.0:
             unscale = torch.full((), 1.0 / scale, dtype=self.groups.norm_dtype, device=self.ranks.device)
             factor = unscale if factor is None else factor * unscale
-        here = [shard for shard in self.groups.shards if shard.gradients.in_place]
-        if any(shard.gradients.host is not None for shard in here):
+        here = [shard for shard in self.groups.shards if shard.trained.in_place]
+        if any(shard.trained.gradients.host is not None for shard in here):
             self.held.wait_for_host()
         grads = []
         for shard in here:
             gradient = shard.gradient()
             if gradient is not None:
                 # In place, unless another optimizer reads the same buffer, and counts on its own factor and scale.
-                shared = id(shard.gradients) not in self.groups.sole
+                shared = id(shard.trained) not in self.groups.sole
                 shard.tensor.grad = gradient.to(shard.tensor.dtype, copy=shared)
                 grads.append(shard.tensor.grad)
         driven: Any = self.optimizer
-        own = {id(s.gradients): s.gradients for s in here}.values()
-        multiplied = [g for g in own if id(g) in self.groups.sole and g.dtype_at_rest == g.master.dtype]
+        own = {id(s.trained): s.trained for s in here}.values()
+        alone = [trained for trained in own if id(trained) in self.groups.sole]
+        multiplied = [t for t in alone if t.sums.rest is not None and t.sums.rest.dtype == t.master.dtype]
         if factor is not None and grads and self.groups.fused:  # it multiplies in its own pass
             driven.grad_scale = factor.reciprocal().to(grads[0].device, torch.float32)
             driven.found_inf = torch.zeros((), device=grads[0].device)
         else:
             if factor is not None:
                 multiply(grads, factor)
-            for gradients in multiplied:
-                gradients.stepped()
+            for trained in multiplied:
+                trained.sums.stepped()
         units = [unit for model in self.models for unit in self.groups.units(model)]
         with publishing.fenced([model.engine for model in self.models]):
             try:
@@ -383,12 +384,12 @@ class ShardedOptimizer:
                     driven._opt_called = True  # LR schedulers check that the step came before theirs
                     for shard in here:
                         shard.tensor.grad = None
-                for gradients in multiplied:
-                    gradients.stepped()
+                for trained in multiplied:
+                    trained.sums.stepped()
                 for model in self.models:
                     visiting = [unit for unit in self.groups.units(model) if not _in_place(unit)]
                     if visiting:
-                        shards = [shard for shard in self.groups.shards if not shard.gradients.in_place]
+                        shards = [shard for shard in self.groups.shards if not shard.trained.in_place]
                         self._visits.step(model, visiting, shards, factor, fused=self.groups.fused)
                     if model.engine.stores.uses_disk:
                         model.drain()
@@ -408,8 +409,8 @@ class ShardedOptimizer:
             self._run()
         for group in groups:
             if apart:
-                mine = {id(unit.gradients) for unit in group}
-                with holding(self.optimizer, {id(shard.tensor) for shard in shards if id(shard.gradients) in mine}):
+                mine = {id(unit.trained) for unit in group}
+                with holding(self.optimizer, {id(shard.tensor) for shard in shards if id(shard.trained) in mine}):
                     run_step(self.optimizer)
             for unit in group:
                 unit.cast()
@@ -440,4 +441,4 @@ class ShardedOptimizer:
 
 
 def _in_place(unit: Unit) -> bool:
-    return unit.gradients is not None and unit.gradients.in_place
+    return unit.trained is not None and unit.trained.in_place

@@ -79,11 +79,11 @@ class OptimizerState:
 
     def _look(self) -> None:
         trained = [
-            ((number, slot.name), slot.shape, member.parameter, unit.gradients.master.dtype)
+            ((number, slot.name), slot.shape, member.parameter, unit.trained.master.dtype)
             for number, model in enumerate(self.models)
             for unit in model.units
-            if unit.gradients is not None
-            for slot, member in zip(unit.gradients.buffer.layout.slots, unit.gradients.buffer.members, strict=True)
+            if unit.trained is not None
+            for slot, member in zip(unit.trained.buffer.layout.slots, unit.trained.buffer.members, strict=True)
         ]
         self.keys = {id(parameter): key for key, _, parameter, _ in trained}
         self.shapes = {key: shape for key, shape, _, _ in trained}
@@ -113,12 +113,12 @@ class OptimizerState:
 
     def _held(self) -> Iterator[tuple[Key, tuple[int, ...], int, bool, Shard]]:
         """(key, shape, begin, copied, what the optimizer holds) of each interval on this rank."""
-        owners = {id(u.gradients): n for n, model in enumerate(self.models) for u in model.units if u.gradients}
+        owners = {id(u.trained): n for n, model in enumerate(self.models) for u in model.units if u.trained}
         for shard in self.groups.shards:
-            gradients = shard.gradients
-            slot = gradients.buffer.layout.slots[shard.index]
-            copied = not gradients.plan.optimizer.sharded and self.ranks.world_size > 1
-            yield (owners[id(gradients)], slot.name), slot.shape, shard.in_slot, copied, shard
+            trained = shard.trained
+            slot = trained.buffer.layout.slots[shard.index]
+            copied = not trained.plan.optimizer.sharded and self.ranks.world_size > 1
+            yield (owners[id(trained)], slot.name), slot.shape, shard.in_slot, copied, shard
 
     def intervals(self) -> list[StateOf]:
         """What the optimizer keeps for each interval on this rank; nothing for parameters that have taken no step."""
@@ -129,8 +129,8 @@ class OptimizerState:
                 continue
             elementwise, numbers = {}, {}
             for name, value in state.items():
-                if name in shard.gradients.states and (isinstance(value, Tensor) or value is OFFLOADED):
-                    slab = shard.gradients.states[name]
+                if name in shard.trained.states and (isinstance(value, Tensor) or value is OFFLOADED):
+                    slab = shard.trained.states[name]
                     rest = Rest(slab, shard.begin)
                     elementwise[name] = Interval(key[1], shape, begin, shard.numel, slab.dtype, copied, rest)
                 elif isinstance(value, Tensor) and value.shape == shard.tensor.shape:
@@ -178,7 +178,7 @@ class OptimizerState:
                     if name == "step" and group.get("fused"):
                         state[name] = state[name].float()  # the kernels take no other
             for name, dtype in elementwise(key).items():
-                if shard.gradients.in_place:
+                if shard.trained.in_place:
                     state[name] = torch.zeros_like(tensor, dtype=dtype, requires_grad=False)
                 else:
                     state[name] = resting_place(self.models[key[0]], shard, name, dtype)
@@ -190,13 +190,13 @@ class OptimizerState:
         mine: dict[int, list[Shard]] = {}
         wanted: dict[int, set[tuple[str, torch.dtype]]] = {}
         for key, _, _, _, shard in self._held():
-            mine.setdefault(id(shard.gradients), []).append(shard)
-            wanted.setdefault(id(shard.gradients), set()).update(elementwise(key).items())
+            mine.setdefault(id(shard.trained), []).append(shard)
+            wanted.setdefault(id(shard.trained), set()).update(elementwise(key).items())
         for shards in mine.values():
-            gradients = shards[0].gradients
-            if len(shards) == len(gradients.pieces()):
-                kept = wanted[id(gradients)]
-                gradients.states = {n: slab for n, slab in gradients.states.items() if (n, slab.dtype) in kept}
+            trained = shards[0].trained
+            if len(shards) == len(trained.region.pieces):
+                kept = wanted[id(trained)]
+                trained.states = {n: slab for n, slab in trained.states.items() if (n, slab.dtype) in kept}
 
     def settings(self) -> list[tuple[dict[str, Any], set[Key]]]:
         """Each parameter group: its settings, and the keys of what this rank holds of it."""

@@ -81,7 +81,7 @@ class OwnVerbs:
         return result
 
     def _check(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        if any(not shard.gradients.in_place for shard in self._held.groups.shards):
+        if any(not shard.trained.in_place for shard in self._held.groups.shards):
             raise OptimizerError(
                 f"{type(self.optimizer).__name__}.{name}() works on the parameters of its groups. Some of their masters "
                 "and states rest off the device, from where only step() fetches them: set offload_optimizer_device: none."

@@ -56,7 +56,7 @@ def send(units: Sequence[Unit], *, after: torch.Event | None = None) -> None:
         lane = engine.lanes.gather
         lane.wait(engine.lanes.mark_compute() if after is None else after)
         with lane.on():
-            buffers = [unit.trainable for unit in mine if unit.trainable is not None]
+            buffers = [unit.trained.buffer for unit in mine if unit.trained is not None]
             engine.ranks.all_gather_together([b.whole for b in buffers], [b.own_slice for b in buffers])
 
 
@@ -80,7 +80,7 @@ def fenced(engines: Sequence[Engine]) -> Iterator[None]:
 
 
 def _nbytes(unit: Unit) -> int:
-    return unit.trainable.whole_nbytes if unit.trainable is not None else 0
+    return unit.trained.buffer.whole_nbytes if unit.trained is not None else 0
 
 
 def _by_engine(units: Sequence[Unit]) -> list[tuple[Engine, list[Unit]]]:

@@ -119,17 +119,17 @@ class Residency:
         found: list[Choice] = []
         units = list(enumerate(self.model.units))
         for i, unit in units:
-            gradients = unit.gradients
-            if gradients is not None and id(gradients) in self._driven and gradients.master.tier is not Tier.GPU:
-                slabs = [gradients.master, *gradients.states.values()]
+            trained = unit.trained
+            if trained is not None and id(trained) in self._driven and trained.master.tier is not Tier.GPU:
+                slabs = [trained.master, *trained.states.values()]
                 # The gradient stays too: it rests in the master's dtype.
-                found.append(Choice(i, "optimizer", sum(s.nbytes for s in slabs) + gradients.master.nbytes))
+                found.append(Choice(i, "optimizer", sum(s.nbytes for s in slabs) + trained.master.nbytes))
         for i, unit in units:
             nbytes = sum(part.slab.nbytes for part in _movable(unit) if part.slab is not None)
             if nbytes:
                 found.append(Choice(i, "weights", nbytes))
         for i, unit in units:
-            if unit.trainable is None and unit.frozen is not None and unit.frozen.slab is not None:
+            if unit.trained is None and unit.frozen is not None and unit.frozen.slab is not None:
                 found.append(Choice(i, "whole", unit.frozen.whole_nbytes - unit.frozen.slab.nbytes))
         return found
 
@@ -156,8 +156,8 @@ class Residency:
 
 def _movable(unit: Unit) -> list[FlatBuffer]:
     """Buffers whose shards travel and are no masters; a master that is the weights itself moves as an optimizer's."""
-    shares = unit.gradients is not None and unit.gradients.shares_weights
-    return [part for part in unit.parts if part.travels and not (shares and part is unit.trainable)]
+    stepped = unit.trained.buffer if unit.trained is not None and unit.trained.shares_weights else None
+    return [part for part in unit.parts if part.travels and part is not stepped]
 
 
 def _on_device(model: ShardedModel, slab: Slab) -> Slab:
@@ -174,14 +174,14 @@ def _keep_weights(model: ShardedModel, unit: Unit) -> None:
 
 
 def _keep_optimizer(model: ShardedModel, unit: Unit, optimizer: Optimizer, shards: Sequence[Shard]) -> None:
-    gradients = unit.gradients
-    assert gradients is not None
-    mine = [shard for shard in shards if shard.gradients is gradients]
-    states: dict[str, Tensor] = {key: _on_device(model, slab).tensor for key, slab in gradients.states.items()}
-    master = _on_device(model, gradients.master)
-    if gradients.shares_weights and unit.trainable is not None:
-        unit.trainable.slab = master
-    gradients.rest_on_device(master)
+    trained = unit.trained
+    assert trained is not None
+    mine = [shard for shard in shards if shard.trained is trained]
+    states: dict[str, Tensor] = {key: _on_device(model, slab).tensor for key, slab in trained.states.items()}
+    master = _on_device(model, trained.master)
+    if trained.shares_weights:
+        trained.buffer.slab = master
+    trained.rest_on_device(master)
     for shard in mine:
         state = optimizer.state.pop(shard.tensor, {})
         shard.stand_on(master)

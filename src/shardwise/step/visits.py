@@ -25,8 +25,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ..offload.store import Arrival, Slab
-from ..zero.gradients import Gradients
 from ..zero.sharded import ShardedModel
+from ..zero.trained import Trained
 from ..zero.unit import Unit
 from . import publishing
 from .doubles import double
@@ -46,16 +46,16 @@ class Shard:
             device that has its shape. group: the number of its parameter group.
     """
 
-    __slots__ = ("begin", "end", "gradients", "group", "in_slot", "index", "tensor")
+    __slots__ = ("begin", "end", "group", "in_slot", "index", "tensor", "trained")
 
-    def __init__(self, gradients: Gradients, index: int, in_slot: int, begin: int, numel: int) -> None:
-        self.gradients = gradients
+    def __init__(self, trained: Trained, index: int, in_slot: int, begin: int, numel: int) -> None:
+        self.trained = trained
         self.index = index
         self.begin, self.end = begin, begin + numel
         self.in_slot = in_slot
         self.group = 0
         self.tensor: Parameter
-        self.stand_on(gradients.master)
+        self.stand_on(trained.master)
 
     def stand_on(self, master: Slab) -> None:
         """Be the optimizer's view of its elements in `master`."""
@@ -70,16 +70,18 @@ class Shard:
 
     def gradient(self) -> Tensor | None:
         """The reduced gradient of this piece, or None if no rank used the parameter since the last step."""
-        at_rest = self.gradients.at_rest
-        return at_rest[self.begin : self.end] if at_rest is not None and self.gradients.used[self.index] else None
+        at_rest = self.trained.gradients.at_rest
+        return (
+            at_rest[self.begin : self.end] if at_rest is not None and self.trained.gradients.used[self.index] else None
+        )
 
 
 class _Visit:
     """Elements [begin, end) of one unit's master on the device, with what belongs to them."""
 
-    def __init__(self, unit: Unit, gradients: Gradients, begin: int, end: int) -> None:
+    def __init__(self, unit: Unit, trained: Trained, begin: int, end: int) -> None:
         self.unit = unit
-        self.gradients = gradients
+        self.trained = trained
         self.begin, self.end = begin, end
         self.master: Tensor
         self.grad: Tensor
@@ -107,7 +109,7 @@ class Visits:
         lanes = engine.lanes
         by_unit: dict[int, list[Shard]] = {}
         for shard in shards:
-            by_unit.setdefault(id(shard.gradients), []).append(shard)
+            by_unit.setdefault(id(shard.trained), []).append(shard)
         engine.stores.cpu.drain()  # gradients of several micro-batches are added up by a thread
         begun = {id(shard) for shard in shards if self.optimizer.state.get(shard.tensor)}
         lanes.step.wait(lanes.mark_compute())
@@ -122,7 +124,7 @@ class Visits:
         def finish() -> None:
             visit = coming.popleft()
             self._finish(model, visit, by_unit, begun, factor, fused, going)
-            if visit.end == visit.gradients.master.numel:  # also where a drive failed: the other ranks gather
+            if visit.end == visit.trained.master.numel:  # also where a drive failed: the other ranks gather
                 publishing.send([visit.unit], after=lanes.step.mark())
 
         for visit in self._visits(model.in_forward_order(units)):
@@ -136,25 +138,25 @@ class Visits:
             lanes.step.wait(going.popleft().down)
         publishing.arrive(units)
         for unit in units:
-            if unit.trainable is not None and unit.trainable.slab is None:
+            if unit.trained is not None and unit.trained.buffer.slab is None:
                 lanes.compute_waits(unit.published)
 
     def _visits(self, units: Sequence[Unit]) -> Iterator[_Visit]:
         for unit in units:
-            gradients = unit.gradients
-            if gradients is not None and gradients.host is not None:
-                for begin in range(0, gradients.master.numel, CHUNK):
-                    yield _Visit(unit, gradients, begin, min(begin + CHUNK, gradients.master.numel))
+            trained = unit.trained
+            if trained is not None and trained.gradients.host is not None:
+                for begin in range(0, trained.master.numel, CHUNK):
+                    yield _Visit(unit, trained, begin, min(begin + CHUNK, trained.master.numel))
 
     def _bring(self, model: ShardedModel, visit: _Visit) -> None:
         """Enqueue everything that the visit needs on its way up."""
-        gradients, lanes = visit.gradients, model.engine.lanes
-        assert gradients.host is not None
-        sources: list[Slab] = [gradients.master, gradients.host, *gradients.states.values()]
+        trained, lanes = visit.trained, model.engine.lanes
+        assert trained.gradients.host is not None
+        sources: list[Slab] = [trained.master, trained.gradients.host, *trained.states.values()]
         with lanes.step.on():
             landings = [torch.empty(visit.end - visit.begin, dtype=s.dtype, device=lanes.device) for s in sources]
         visit.master, visit.grad = landings[:2]
-        visit.states = dict(zip(gradients.states, landings[2:], strict=True))
+        visit.states = dict(zip(trained.states, landings[2:], strict=True))
         lanes.up.wait(lanes.step.mark())
         for slab, landing in zip(sources, landings, strict=True):
             visit.arrivals.append(slab.fetch(landing, visit.begin))
@@ -170,24 +172,24 @@ class Visits:
         going: deque[_Visit],
     ) -> None:
         """Step the elements of a visit and send them down again."""
-        engine, gradients = model.engine, visit.gradients
+        engine, trained = model.engine, visit.trained
         lanes = engine.lanes
         if not engine.land(visit.arrivals, lanes.step.wait):
             return
         with lanes.step.on():
-            stepped = self._run(visit, by_unit.get(id(gradients), []), begun, factor, fused)
-            kept, event = visit.unit.deliver(visit.master, visit.begin)
+            stepped = self._run(visit, by_unit.get(id(trained), []), begun, factor, fused)
+            kept, event = trained.deliver(visit.master, visit.begin)
             visit.held.append(kept)
             visit.unit.published = lanes.step.mark()
             lanes.down.wait(visit.unit.published)
             visit.down = event
             for key, staged in visit.states.items():
-                _slab(model, gradients, key, staged.dtype)
+                _slab(model, trained, key, staged.dtype)
             for shard, state in stepped:
                 self.optimizer.state[shard.tensor] = self._resting(shard, state)
-            leaving = [(staged, gradients.states[key]) for key, staged in visit.states.items()]
-            if not gradients.shares_weights:
-                leaving.append((visit.master, gradients.master))
+            leaving = [(staged, trained.states[key]) for key, staged in visit.states.items()]
+            if not trained.shares_weights:
+                leaving.append((visit.master, trained.master))
             for staged, slab in leaving:
                 visit.down = slab.put(staged, visit.begin).enqueued()
         going.append(visit)
@@ -208,7 +210,7 @@ class Visits:
         pieces: list[tuple[Shard, Parameter, slice]] = []
         for shard in shards:
             first, last = max(shard.begin, visit.begin), min(shard.end, visit.end)
-            if first >= last or not shard.gradients.used[shard.index]:
+            if first >= last or not shard.trained.gradients.used[shard.index]:
                 continue
             where = slice(first - visit.begin, last - visit.begin)
             piece = Parameter(visit.master[where])
@@ -239,7 +241,7 @@ class Visits:
     @staticmethod
     def _resting(shard: Shard, state: dict[str, Any]) -> dict[str, Any]:
         """What the optimizer's own dictionary holds: numbers as they are, tensors where they rest."""
-        slabs = shard.gradients.states
+        slabs = shard.trained.states
         return {
             key: _stand_in(slabs[key], shard) if key in slabs and isinstance(value, Tensor) and value.ndim else value
             for key, value in state.items()
@@ -256,7 +258,7 @@ class Visits:
 
 
 class _Offloaded:
-    """Stands in the optimizer's state for a tensor that rests off the device, in `Gradients.states`."""
+    """Stands in the optimizer's state for a tensor that rests off the device, in `Trained.states`."""
 
     def __repr__(self) -> str:
         return "(offloaded)"
@@ -267,19 +269,19 @@ OFFLOADED = _Offloaded()
 
 def resting_place(model: ShardedModel, shard: Shard, key: str, dtype: torch.dtype) -> Any:
     """Make room for state `key` of a shard that is not in place; gives what the optimizer's own dictionary holds for it."""
-    return _stand_in(_slab(model, shard.gradients, key, dtype), shard)
+    return _stand_in(_slab(model, shard.trained, key, dtype), shard)
 
 
 def _stand_in(slab: Slab, shard: Shard) -> Any:
     return slab.tensor[shard.begin : shard.end] if slab.in_memory else OFFLOADED
 
 
-def _slab(model: ShardedModel, gradients: Gradients, key: str, dtype: torch.dtype) -> Slab:
+def _slab(model: ShardedModel, trained: Trained, key: str, dtype: torch.dtype) -> Slab:
     """Where this state of a unit rests."""
-    if key not in gradients.states:
-        store = model.engine.stores.of(gradients.plan.optimizer.tier, "optimizer")
-        gradients.states[key] = store.allocate(gradients.master.numel, dtype, f"{gradients.name}.{key}")
-    return gradients.states[key]
+    if key not in trained.states:
+        store = model.engine.stores.of(trained.plan.optimizer.tier, "optimizer")
+        trained.states[key] = store.allocate(trained.master.numel, dtype, f"{trained.name}.{key}")
+    return trained.states[key]
 
 
 def _copy(value: Any) -> Any:

@@ -102,7 +102,7 @@ class RecomputedBlocks(ReplacedForwards):
 
     def _weights(self) -> set[int]:
         """The storages of all weights, gathered or not."""
-        buffers = [buffer for unit in self._sharded.units for buffer in (unit.frozen, unit.trainable)]
+        buffers = [buffer for unit in self._sharded.units for buffer in unit.buffers]
         return {_storage(buffer.whole) for buffer in buffers if buffer is not None}
 
     def _after_step(self) -> None:

@@ -63,7 +63,7 @@ def gradient(parameter: Parameter, *, part: bool = False) -> Tensor | None:
     grad = _gradient_of(parameter)
     if part and grad is not None and not isinstance(grad, ShownGradient) and not in_backward():
         for owner in ShardedModel.all():  # a tensor that the script has assigned, the same on all ranks, becomes parts
-            if any(parameter is member for gradients in owner.gradients() for member in gradients.parameters):
+            if any(parameter is member for trained in owner.trained() for member in trained.parameters):
                 owner.look_at_gradients()
                 grad = _gradient_of(parameter)
     if not isinstance(grad, ShownGradient):

@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..offload.store import Slab
+from ..plan.layout import Region
 from ..plan.plan import Plan, Tier
-from ..plan.portions import Member, Part, apportion, parts_of
+from ..plan.portions import Member, Part, Portion, apportion, parts_of
 from ..plan.precision import Precision
 from ..plan.units import UnitSpec
 from .engine import Engine
 from .flat import FlatBuffer, give_memory
-from .gradients import Gradients
 from .quantised import QuantisedWeights
 from .sources import Makers, Source, fill_region
+from .trained import Trained
 from .unit import Unit
 
 # Trained weights that stay whole are reduced in buckets of at most this; the size that DDP found to hide best.
@@ -81,11 +82,8 @@ class Builder:
         for divided in portions:
             portion = self._quantised.with_scales(divided, self._sources, self._makers, self._engine.ranks)
             frozen = self._frozen(portion.frozen, portion.plan) if portion.frozen else None
-            trainable, gradients = None, None
-            if portion.trainable:
-                trainable, gradients = self._trainable(portion.trainable, portion.dtype, portion.plan)
-            entries = list(portion.entries)
-            unit = Unit(portion.name, entries, portion.plan, self._engine, frozen, trainable, gradients)
+            trained = self._trained(portion) if portion.trainable else None
+            unit = Unit(portion.name, list(portion.entries), portion.plan, self._engine, frozen, trained)
             unit.in_turn = portion.in_turn
             if unit.leaves:  # before the next one is built: the device never holds more than one whole unit
                 unit.release()
@@ -118,8 +116,8 @@ class Builder:
         made: list[Unit] = []
         for portion in apportion(parts, self._plan, self._whole_adapters, BUCKET_NBYTES):
             if portion.trainable:
-                trainable, gradients = self._trainable(portion.trainable, portion.dtype, portion.plan)
-                unit = Unit(portion.name, list(portion.entries), portion.plan, self._engine, None, trainable, gradients)
+                trained = self._trained(portion)
+                unit = Unit(portion.name, list(portion.entries), portion.plan, self._engine, None, trained)
                 unit.in_turn = portion.in_turn
                 made.append(unit)
         for unit, rest in losing:
@@ -151,7 +149,8 @@ class Builder:
         self._quantised.settle(members)
         return buffer
 
-    def _trainable(self, members: Sequence[Member], dtype: torch.dtype, plan: Plan) -> tuple[FlatBuffer, Gradients]:
+    def _trained(self, portion: Portion) -> Trained:
+        members, dtype, plan = portion.trainable, portion.dtype, portion.plan
         ranks, stores = self._engine.ranks, self._engine.stores
         buffer = FlatBuffer(
             members,
@@ -167,7 +166,8 @@ class Builder:
         )
         # The masters start from the user's own values, not from their 16-bit rounding.
         master_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        n = buffer.layout.shard_numel if plan.optimizer.sharded else buffer.layout.numel
+        region = Region(buffer.layout, ranks.rank if plan.optimizer.sharded else None)
+        n = region.numel
         if self._have_sources(members):
             own = torch.zeros(n, dtype=master_dtype, device=ranks.device)
             fill_region(buffer, self._sources, self._makers, ranks, own)
@@ -181,7 +181,7 @@ class Builder:
                     buffer.view(index, values).copy_(member.parameter.detach())
             ranks.broadcast(values)
             buffer.whole.copy_(values)
-            own = values[buffer.rank * n : (buffer.rank + 1) * n]
+            own = values[region.interval]
         self._settle_in(buffer)
         tier = plan.optimizer.tier
         shares = dtype == master_dtype and plan.parameter.tier is tier
@@ -192,7 +192,7 @@ class Builder:
             master = buffer.slab
         else:
             master = Slab(None, tier, n, master_dtype, buffer.own_slice if plan.optimizer.sharded else buffer.whole)
-        return buffer, Gradients(buffer, plan, self._engine, master, shares)
+        return Trained(buffer, region, plan, self._engine, master, shares)
 
     def _have_sources(self, members: Sequence[Member]) -> bool:
         return any(id(member.parameter) in self._sources for member in members)

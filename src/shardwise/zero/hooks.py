@@ -103,9 +103,9 @@ class Hooks:
                 # Of blocks in turn the first one's backward is the last that reads their unit.
                 if not unit.in_turn or module is unit.entries[0]:
                     entry.ending.append(unit)
-            if unit.gradients is not None and unit not in self._heard:
+            if unit.trained is not None and unit not in self._heard:
                 self._heard.add(unit)
-                for index, member in enumerate(unit.gradients.buffer.members):
+                for index, member in enumerate(unit.trained.buffer.members):
                     hook = _counted(self, unit, index)
                     parameter: Any = member.parameter  # torch does not annotate its hooks
                     trained = parameter.requires_grad
@@ -323,11 +323,12 @@ class Hooks:
             self.schedule.done(unit)
 
     def _gradient_arrived(self, unit: Unit, index: int) -> None:
-        assert unit.gradients is not None
+        assert unit.trained is not None
+        gradients = unit.trained.gradients
         if self.schedule.phase is not _BACKWARD or self._left:  # `_in_pass`, in every parameter's way
-            with unit.gradients.shown.without(index):  # the backward's first gradient is no script's
+            with gradients.shown.without(index):  # the backward's first gradient is no script's
                 self._begin_backward()
-        if unit.gradients.note(index):
+        if gradients.note(index):
             with torch.no_grad():  # of a backward that records one for itself
                 self.schedule.reducing.complete(unit)
 
@@ -376,7 +377,7 @@ class Hooks:
                 gradients.shown.put_back()
 
     def _gradients(self) -> list[Gradients]:
-        return [unit.gradients for unit in self.schedule.units if unit.gradients is not None]
+        return [unit.trained.gradients for unit in self.schedule.units if unit.trained is not None]
 
     @torch.no_grad()
     def _end_left_backward(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, Protocol
 from weakref import WeakMethod
 
@@ -12,52 +12,33 @@ import torch
 from torch import Tensor
 
 from ..errors import RankError
-from ..offload.store import Slab
 from ..ranks.ranks import Ranks
 from .flat import FlatBuffer
 
 
-class UnitGradients(Protocol):
-    """What is asked of a unit's gradients by those who show them to scripts; `Gradients` says what each member is."""
-
-    used: list[bool]
-
-    @property
-    def buffer(self) -> FlatBuffer: ...
-
-    @property
-    def master(self) -> Slab: ...
+class _Values(Protocol):
+    dtype: torch.dtype
 
     @property
     def version(self) -> tuple[int, int]: ...
 
-    @property
-    def parted(self) -> bool: ...
+
+class Normed(Protocol):
+    """What is asked of a unit's gradients; `Gradients` says what each member is."""
+
+    buffer: FlatBuffer
 
     @property
-    def has_own(self) -> bool: ...
-
-    @property
-    def is_own(self) -> bool: ...
-
-    def changed(self) -> None: ...
+    def sums(self) -> _Values: ...
 
     def parts(self, index: int) -> list[Tensor]: ...
-
-    def whole(self) -> Tensor: ...
-
-    def take_back(self, whole: Tensor) -> None: ...
-
-    def put(self, index: int, gradient: Tensor) -> None: ...
-
-    def forget(self, indices: Collection[int]) -> None: ...
 
 
 class Norms:
     """The norms of single gradients of one model: all of them are found together, in one collective."""
 
     def __init__(self, ranks: Ranks) -> None:
-        self._gradients: list[UnitGradients] = []
+        self._gradients: list[Normed] = []
         self._ranks = ranks
         self._known: dict[float, tuple[Any, dict[int, Tensor]]] = {}
         self._finish: WeakMethod[Callable[[], None]] | None = None
@@ -72,7 +53,7 @@ class Norms:
         if finish is not None:
             finish()
 
-    def count(self, gradients: UnitGradients) -> None:
+    def count(self, gradients: Normed) -> None:
         """These belong to the model too."""
         self._gradients.append(gradients)
 
@@ -85,9 +66,9 @@ class Norms:
                 "sharded: reading them is collective, so every rank reads the same ones in the same order."
             )
 
-    def of(self, gradients: UnitGradients, index: int, order: float) -> Tensor:
+    def of(self, gradients: Normed, index: int, order: float) -> Tensor:
         self.finish_pass()
-        state = tuple(g.version for g in self._gradients)
+        state = tuple(g.sums.version for g in self._gradients)
         known = self._known.get(order)
         if known is None or known[0] != state:
             self.meet(f"norms of order {order}", "gradients")
@@ -96,7 +77,7 @@ class Norms:
 
     def _all(self, order: float) -> dict[int, Tensor]:
         device = self._ranks.device
-        double = any(g.master.dtype == torch.float64 for g in self._gradients)
+        double = any(g.sums.dtype == torch.float64 for g in self._gradients)
         dtype = torch.float64 if double else torch.float32  # as torch has it
         rows = []
         for gradients in self._gradients:

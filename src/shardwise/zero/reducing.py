@@ -23,7 +23,7 @@ class Reducing:
         self._units = units
         self._ranks = ranks
         self._index = {id(unit): i for i, unit in enumerate(units)}
-        self._reduce_order = [i for i, unit in enumerate(units) if unit.gradients is not None][::-1]
+        self._reduce_order = [i for i, unit in enumerate(units) if unit.trained is not None][::-1]
         self._reduce_learned = False
         self._came: set[int] = set()
         self._came_in_order: list[int] = []
@@ -40,8 +40,8 @@ class Reducing:
         self._came_in_order = []
         self._reduced = 0
         for unit in self._units:
-            if unit.gradients is not None:
-                unit.gradients.expect(reduces=self._reduces, boundary=boundary)
+            if unit.trained is not None:
+                unit.trained.gradients.expect(reduces=self._reduces, boundary=boundary)
 
     def complete(self, unit: Unit) -> None:
         """Every gradient of `unit` has come: reduce it, and those that waited for it, as soon as their turn is there."""
@@ -61,8 +61,8 @@ class Reducing:
         self._came.add(index)
         self._came_in_order.append(index)
         if not self._reduces:
-            if unit.gradients is not None:
-                unit.gradients.collect()
+            if unit.trained is not None:
+                unit.trained.gradients.collect()
             return
         while self._reduced < len(self._reduce_order) and self._reduce_order[self._reduced] in self._came:
             self._reduce(self._reduce_order[self._reduced])
@@ -71,20 +71,20 @@ class Reducing:
     @property
     def _reduces(self) -> bool:
         """Whether this backward's gradients are averaged now, or kept whole until the boundary."""
-        return self._boundary or any(u.plan.gradient.sharded for u in self._units if u.gradients is not None)
+        return self._boundary or any(u.plan.gradient.sharded for u in self._units if u.trained is not None)
 
     def _reduce(self, index: int) -> None:
-        gradients = self._units[index].gradients
-        assert gradients is not None
-        gradients.reduce(self._boundary)
+        trained = self._units[index].trained
+        assert trained is not None
+        trained.gradients.reduce(self._boundary)
 
     def flush(self) -> None:
         """The backward is over: reduce what waited, and what never came as zeros."""
         if not self._reduces:
             for i in self._reduce_order:
-                gradients = self._units[i].gradients
-                if gradients is not None and (i not in self._came or i in self._late):
-                    gradients.collect()
+                trained = self._units[i].trained
+                if trained is not None and (i not in self._came or i in self._late):
+                    trained.gradients.collect()
             return
         for i in [*self._reduce_order[self._reduced :], *self._agreed_late()]:
             self._reduce(i)
@@ -109,5 +109,5 @@ class Reducing:
     def settle(self) -> None:
         """The boundary is reached: move reduced gradients to where they rest."""
         for unit in self._units:
-            if unit.gradients is not None and unit.gradients.state is not Grads.EMPTY:
-                unit.gradients.settle()
+            if unit.trained is not None and unit.trained.gradients.state is not Grads.EMPTY:
+                unit.trained.gradients.settle()

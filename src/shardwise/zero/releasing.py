@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..plan.portions import Member
 from .flat import FlatBuffer
+from .trained import Trained
 from .unit import Unit
 
 log = logging.getLogger("shardwise")
@@ -23,7 +24,7 @@ log = logging.getLogger("shardwise")
 
 @torch.no_grad()
 def dissolve(
-    units: Sequence[Unit], dtypes: Mapping[str, torch.dtype], whole_master: Callable[[Unit], Tensor], *, parted: bool
+    units: Sequence[Unit], dtypes: Mapping[str, torch.dtype], whole_master: Callable[[Trained], Tensor], *, parted: bool
 ) -> list[Member]:
     """Give every parameter its own memory, in its dtype of `dtypes`, by name. Collective unless the ranks have parted.
 
@@ -35,14 +36,14 @@ def dissolve(
         if unit.leaves:
             unit.gather()
             unit.arrive()
-        if unit.trainable is not None and unit.gradients is not None:
+        if (trained := unit.trained) is not None:
             # A master that is the weight itself is whole already, and has its dtype.
-            if unit.gradients.shares_weights:
-                _dissolve(unit.trainable, dtypes)
+            if trained.shares_weights:
+                _dissolve(trained.buffer, dtypes)
             elif parted and unit.plan.optimizer.sharded:
-                rounded += _dissolve(unit.trainable, dtypes)
+                rounded += _dissolve(trained.buffer, dtypes)
             else:
-                _dissolve(unit.trainable, dtypes, whole_master(unit))
+                _dissolve(trained.buffer, dtypes, whole_master(trained))
         if unit.frozen is not None:
             rounded += _dissolve(unit.frozen, dtypes)
     return rounded

@@ -468,7 +468,7 @@ class Schedule:
         for that reduction, and its gathers for its computation, the ranks would wait for each other for ever. So when the
         forwards differ, the scratch memory of the whole backward is kept instead.
         """
-        scratch = sum(unit.gradients.scratch_nbytes for unit in self.units if unit.gradients is not None)
+        scratch = sum(unit.trained.gradients.scratch_nbytes for unit in self.units if unit.trained is not None)
         if self.ranks.blocking or self.ranks.world_size == 1 or scratch <= self.reductions.BUDGET:
             return
         mine = zlib.crc32(repr((self._rounds, sorted(self._idle), self._used_in_forward)).encode())

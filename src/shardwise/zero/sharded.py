@@ -32,7 +32,6 @@ from .build import Builder, place_empty
 from .checks import check_model, paths_of
 from .engine import Doubts, Engine, Faults, Kind, ReductionsInFlight, Stores
 from .generation import room_for_weights, units_that_fit
-from .gradients import Gradients
 from .hooks import Hooks
 from .norms import Norms
 from .quantised import QuantisedWeights
@@ -42,6 +41,7 @@ from .sources import Makers, Sources, choose_makers
 from .statistics import RunningBuffers
 from .structure import Structure
 from .thawing import Thawing
+from .trained import Trained
 from .unit import Unit
 from .whole import WholeTensors
 from .writing import follow, has_strayed, write_back
@@ -177,7 +177,7 @@ class ShardedModel:
 
     def _parameters(self) -> Iterator[Parameter]:
         """Every weight that is in a buffer."""
-        buffers = (b for unit in self.units for b in (unit.frozen, unit.trainable) if b is not None)
+        buffers = (buffer for unit in self.units for buffer in unit.buffers)
         return (m.parameter for b in buffers for m in b.members)
 
     @property
@@ -230,7 +230,7 @@ class ShardedModel:
         self.accumulating = not boundary
         if boundary:
             self.schedule.reducing.settle()
-            gradients = self.gradients()
+            gradients = [trained.gradients for trained in self.trained()]
             # A parameter that no rank used keeps no gradient, as in one process: the optimizer must not touch it.
             used, thaws = self.thawing.vote([flag for g in gradients for flag in g.used])
             flags = iter(used)
@@ -239,8 +239,8 @@ class ShardedModel:
             if thaws:
                 self.thawing.thaw()
             self.running_buffers.step_ends()
-        for g in self.gradients():
-            g.shown.show()
+        for trained in self.trained():
+            trained.gradients.shown.show()
         for call in self.after_backward:
             call()
 
@@ -264,12 +264,12 @@ class ShardedModel:
     def look_at_gradients(self) -> None:
         """Take over what a script has done to `grad` of the parameters since a backward: dropped, assigned or changed it."""
         self._hooks.finish_interrupted()
-        for gradients in self.gradients():
-            gradients.shown.look()
+        for trained in self.trained():
+            trained.gradients.shown.look()
 
-    def gradients(self) -> list[Gradients]:
+    def trained(self) -> list[Trained]:
         """Of every unit that is trained."""
-        return [unit.gradients for unit in self.units if unit.gradients is not None]
+        return [unit.trained for unit in self.units if unit.trained is not None]
 
     def in_forward_order(self, units: Sequence[Unit]) -> list[Unit]:
         """`units` as the next forward will need them, as far as that is known; those without modules last."""
@@ -291,8 +291,8 @@ class ShardedModel:
 
     def drop_gradients(self) -> None:
         """Forget every gradient since the last step, reduced or not."""
-        for gradients in self.gradients():
-            gradients.drop()
+        for trained in self.trained():
+            trained.gradients.drop()
 
     def meet(self) -> None:
         """`synchronize`, and where ranks read each other's shards, wait until all have. Collective."""
@@ -325,11 +325,7 @@ class ShardedModel:
         chosen = self.units
         if parameters is not None:
             wanted = {id(p) for p in parameters}
-            chosen = [
-                u
-                for u in self.units
-                if any(id(m.parameter) in wanted for b in (u.frozen, u.trainable) if b for m in b.members)
-            ]
+            chosen = [u for u in self.units if any(id(m.parameter) in wanted for b in u.buffers for m in b.members)]
         return self._read(chosen, modify=modify)
 
     @contextmanager
@@ -390,7 +386,7 @@ class ShardedModel:
         """Let masters follow what a script has written into trained weights. Raises WriteError for what cannot count."""
         self._engine.doubts.settle()
         for unit in self.units:
-            if has_strayed(unit) and unit.gradients is not None:
+            if has_strayed(unit) and unit.trained is not None:
                 self._engine.lanes.join()  # what was written inside of a pass goes into the shards on a lane
                 follow(unit, self._engine.look_at, self.put_to_rest)
 
@@ -459,12 +455,12 @@ class ShardedModel:
         for unit in self.units:
             if unit.frozen is not None:
                 add("frozen", unit.frozen.tier, unit.frozen.bytes_at_rest)
-            if unit.trainable is not None and unit.gradients is not None:
-                add("parameter", unit.trainable.tier, unit.trainable.bytes_at_rest)
-                for tier, nbytes in unit.gradients.nbytes.items():
+            if (trained := unit.trained) is not None:
+                add("parameter", trained.buffer.tier, trained.buffer.bytes_at_rest)
+                for tier, nbytes in trained.sums.nbytes.items():
                     add("gradient", tier, nbytes)
-                if not unit.gradients.shares_weights:
-                    add("optimizer", unit.gradients.master.tier, unit.gradients.master.nbytes)
+                if not trained.shares_weights:
+                    add("optimizer", trained.master.tier, trained.master.nbytes)
         add("frozen", Tier.GPU, self._quantised.whole_nbytes)
         return found
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter, is_
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 from weakref import ref
 
 import torch
@@ -28,8 +28,10 @@ from torch import Tensor
 
 from ..errors import ReleasedParameterError
 from ..plan.portions import Member
+from .flat import FlatBuffer
 from .guard import METADATA, unasked
-from .norms import Norms, UnitGradients
+from .norms import Norms
+from .sums import Sums
 
 # By these a script may write without a trace that autograd's count of writes would show.
 _UNTRACED = {
@@ -173,6 +175,20 @@ def _with_wholes(value: Any, wholes: dict[int, ShownGradient], *, untraced: bool
     return value
 
 
+class UnitGradients(Protocol):
+    """What is asked of a unit's gradients by what shows them to scripts; `Gradients` says what each member is."""
+
+    used: list[bool]
+    buffer: FlatBuffer
+    sums: Sums
+
+    def parts(self, index: int) -> list[Tensor]: ...
+
+    def put(self, index: int, gradient: Tensor) -> None: ...
+
+    def forget(self, indices: Collection[int]) -> None: ...
+
+
 _grad_of = attrgetter("parameter.grad")  # for `map`: a step looks at every parameter several times
 
 
@@ -220,7 +236,7 @@ class Shown:
     def in_parts(self) -> bool:
         """Whether ranks hold parts, of all that there is, and nobody has put them together."""
         self._norms.finish_pass()  # one that was interrupted may have left sums of a rank's own
-        return self._flat is None and not self._source.has_own and self._source.parted
+        return self._flat is None and self._source.sums.own is None and self._source.sums.parted
 
     # For the engine.
 
@@ -317,7 +333,7 @@ class Shown:
         """What was written into whole gradients counts from here on."""
         flat, self._flat = self._flat, None
         if flat is not None and (self._untraced or flat._version != self._version):
-            self._source.take_back(flat)
+            self._source.sums.take_back(flat)
 
     # For scripts.
 
@@ -337,9 +353,9 @@ class Shown:
         self._refuse_dropped(index)
         source = self._source
         if self._flat is None:
-            if source.parted and not source.is_own:
+            if source.sums.parted and not source.sums.is_own:
                 self._norms.meet("a whole gradient", self.name_of(index))
-            self._flat = source.whole()
+            self._flat = source.sums.whole()
             self._version, self._untraced = self._flat._version, False
         self._untraced |= untraced
         return source.buffer.view(index, self._flat)
@@ -349,12 +365,12 @@ class Shown:
         self._norms.finish_pass()
         self._refuse_dropped(index)
         source = self._source
-        if source.has_own:
+        if source.sums.own is not None:
             return self.whole(index, untraced=True).view(-1)
         self._settle()
-        source.changed()
+        source.sums.changed()
         parts = source.parts(index)
-        return parts[0] if parts else torch.empty(0, dtype=source.master.dtype, device=source.buffer.whole.device)
+        return parts[0] if parts else torch.empty(0, dtype=source.sums.dtype, device=source.buffer.whole.device)
 
     def norm(self, index: int, order: float) -> Tensor:
         """The p-norm of one gradient over all ranks, a scalar on the device. Collective."""
@@ -365,4 +381,4 @@ class Shown:
         self._norms.finish_pass()
         for part in self._source.parts(index):
             func(part, *args, **kwargs)
-        self._source.changed()
+        self._source.sums.changed()

@@ -147,7 +147,7 @@ class Thawing:
         self._hooks.renew()
         self._look_for_frozen()
         if boundary is not None:
-            self._reduce([unit.gradients for unit in made if unit.gradients is not None], boundary)
+            self._reduce([unit.trained.gradients for unit in made if unit.trained is not None], boundary)
         for call in self.then:
             if (found := call()) is not None:
                 found({id(parameter) for _, parameter in wanted})

@@ -5,7 +5,7 @@
 
 A unit whose weights never leave (whole on the gpu, or a single rank without offload) is GATHERED for good: gather and
 release cost nothing, so that the schedule needs no second path. The unit knows lanes and collectives; it does not know which
-unit comes next (schedule), when autograd calls (hooks), or what an optimizer is. Its gradients: `gradients.py`.
+unit comes next (schedule), when autograd calls (hooks), or what an optimizer is. What it trains: `trained.py`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from __future__ import annotations
 from enum import Enum, auto
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import StoreError, UnitStateError, WriteError
 from ..offload.store import Arrival
-from ..plan.plan import Plan, Tier
+from ..plan.plan import Plan
 from .engine import Engine
 from .flat import FlatBuffer
-from .gradients import Gradients
+from .trained import Trained
 
 
 class Weights(Enum):
@@ -42,8 +42,7 @@ class Unit:
     """One module group.
 
     entries:   the modules that need the weights when they run. in_turn: they are blocks that run one after another.
-    frozen:    bytes of any dtypes, or None. trainable: numbers of one dtype, or None.
-    gradients: of the trainable buffer, or None.
+    frozen:    bytes of any dtypes, or None. trained: numbers of one dtype with all that belongs to them, or None.
     """
 
     def __init__(
@@ -53,18 +52,16 @@ class Unit:
         plan: Plan,
         engine: Engine,
         frozen: FlatBuffer | None,
-        trainable: FlatBuffer | None,
-        gradients: Gradients | None,
+        trained: Trained | None,
     ) -> None:
         self.name = name
         self.entries = entries
         self.in_turn = False
         self.plan = plan
         self.frozen = frozen
-        self.trainable = trainable
-        self.gradients = gradients
+        self.trained = trained
         self._engine = engine
-        self._parts = [b for b in (frozen, trainable) if b is not None and b.leaves]
+        self._parts = [buffer for buffer in self.buffers if buffer.leaves]
         self._coming: list[Arrival] = []
         self._arrived: torch.Event | None = None
         # The step that last changed the shard on the device, when that ran on a lane of its own.
@@ -72,6 +69,11 @@ class Unit:
         # Whether a script has written trained weights, which their masters do not know yet.
         self.strayed = False
         self.state = Weights.GATHERED
+
+    @property
+    def buffers(self) -> list[FlatBuffer]:
+        """What holds its weights: frozen ones, trained ones."""
+        return [b for b in (self.frozen, self.trained.buffer if self.trained is not None else None) if b is not None]
 
     @property
     def parts(self) -> list[FlatBuffer]:
@@ -89,7 +91,7 @@ class Unit:
     def change_frozen(self, frozen: FlatBuffer | None) -> None:
         """Hold these frozen weights from now on. The unit must be gathered, and `frozen` whole."""
         self.frozen = frozen
-        self._parts = [b for b in (frozen, self.trainable) if b is not None and b.leaves]
+        self._parts = [buffer for buffer in self.buffers if buffer.leaves]
 
     @property
     def travels(self) -> bool:
@@ -194,13 +196,12 @@ class Unit:
     def written(self) -> list[str]:
         """The weights that a script has written since this was asked, or since they came. The host may wait for the device."""
         found = []
-        for buffer in (self.frozen, self.trainable):
-            if buffer is not None:
-                indices = {*buffer.bring_back(), *buffer.guard.written()}
-                for index, then in buffer.guard.handed.take().items():
-                    if then is None or not torch.equal(buffer.view(index), then):
-                        indices.add(index)
-                found += [buffer.guard.names[index] for index in sorted(indices)]
+        for buffer in self.buffers:
+            indices = {*buffer.bring_back(), *buffer.guard.written()}
+            for index, then in buffer.guard.handed.take().items():
+                if then is None or not torch.equal(buffer.view(index), then):
+                    indices.add(index)
+            found += [buffer.guard.names[index] for index in sorted(indices)]
         return found
 
     def keep_written(self) -> None:
@@ -240,8 +241,6 @@ class Unit:
         except StoreError as error:
             self._engine.faults.note(error)
 
-    # After an optimizer step.
-
     @property
     def engine(self) -> Engine:
         return self._engine
@@ -249,30 +248,9 @@ class Unit:
     @property
     def publishes(self) -> bool:
         """Whether trained weights are whole on every rank but stepped in shards: see `publishing`."""
-        return self.gradients is not None and self.plan.optimizer.sharded and not self.plan.parameter.sharded
+        return self.trained is not None and self.trained.publishes
 
     def cast(self) -> None:
-        """Bring masters that were changed in place into this rank's part of the weights that compute, on the current stream."""
-        gradients = self.gradients
-        if gradients is not None and not gradients.shares_weights:
-            kept, event = self.deliver(gradients.master.tensor, 0)
-            self._engine.lanes.compute_waits(event)  # before the memory of `kept` is written again
-            del kept
-
-    def deliver(self, values: Tensor, begin: int) -> tuple[Tensor, torch.Event | None]:
-        """Write new masters, from element `begin` of this rank's region, into the weights that compute.
-
-        values: on the device; written on the current stream, which must be the lane that made them.
-        Gives what must live until the event is done.
-        """
-        buffer, gradients = self.trainable, self.gradients
-        assert buffer is not None
-        assert gradients is not None
-        if buffer.slab is None or buffer.slab.tier is Tier.GPU:
-            target = buffer.shard if self.plan.parameter.sharded else gradients.region(buffer.whole)
-            target[begin : begin + values.numel()].copy_(values, non_blocking=True)
-            return values, None
-        values = values.to(buffer.dtype)
-        lanes = self._engine.lanes
-        lanes.down.wait(lanes.mark_compute())
-        return values, buffer.slab.put(values, begin).enqueued()
+        """See `Trained.cast`; nothing where nothing is trained."""
+        if self.trained is not None:
+            self.trained.cast()

@@ -23,6 +23,7 @@ from ..ranks.ranks import Ranks, attempt_or_interrupt
 from .flat import FlatBuffer
 from .schedule import Schedule
 from .stand_ins import standing_in
+from .trained import Trained
 from .unit import Unit
 
 
@@ -72,8 +73,8 @@ class WholeTensors:
         """Every parameter, each once, in the order of `stream`; the same on every rank, and nothing is gathered."""
         found = []
         for unit in self._units:
-            for buffer in (unit.frozen, unit.trainable):
-                for member, slot in zip(buffer.members, buffer.layout.slots, strict=True) if buffer is not None else ():
+            for buffer in unit.buffers:
+                for member, slot in zip(buffer.members, buffer.layout.slots, strict=True):
                     trained = buffer is not unit.frozen
                     dtype = self._dtypes[member.name] if trained else member.dtype
                     found.append(WholeMember(member.name, member.parameter, slot.shape, dtype, trained))
@@ -93,22 +94,20 @@ class WholeTensors:
                     for index, member in enumerate(unit.frozen.members):
                         if wanted(member.name):
                             yield member.name, _frozen_reader(unit.frozen, index) if main else None
-            if unit.trainable is not None and any(wanted(m.name) for m in unit.trainable.members):
-                whole = self.master(unit)
-                for index, member in enumerate(unit.trainable.members):
+            if unit.trained is not None and any(wanted(m.name) for m in unit.trained.buffer.members):
+                whole, buffer = self.master(unit.trained), unit.trained.buffer
+                for index, member in enumerate(buffer.members):
                     if wanted(member.name):
                         dtype = self._dtypes[member.name]
-                        yield member.name, _trained_reader(unit.trainable, index, whole, dtype) if main else None
+                        yield member.name, _trained_reader(buffer, index, whole, dtype) if main else None
                 del whole
 
-    def master(self, unit: Unit) -> Tensor:
-        """The masters of a unit with trained weights, (layout.numel,) on the device. Collective."""
-        assert unit.gradients is not None
-        assert unit.trainable is not None
-        own = self._fetched(unit.gradients.master)
-        if not unit.plan.optimizer.sharded:
+    def master(self, trained: Trained) -> Tensor:
+        """The masters of a unit, (layout.numel,) on the device. Collective."""
+        own = self._fetched(trained.master)
+        if not trained.plan.optimizer.sharded:
             return own
-        whole = torch.empty(unit.trainable.layout.numel, dtype=own.dtype, device=self._ranks.device)
+        whole = torch.empty(trained.buffer.layout.numel, dtype=own.dtype, device=self._ranks.device)
         self._ranks.all_gather(whole, own)
         return whole
 

@@ -32,9 +32,7 @@ def write_back(units: Sequence[Unit], ranks: Ranks, fetch: Fetch, put: Put) -> N
     fetch, put: bring what rests in a slab to the device, and put it back there.
     """
     for unit in units:
-        for buffer in (unit.frozen, unit.trainable):
-            if buffer is None:
-                continue
+        for buffer in unit.buffers:
             buffer.bring_back()
             if ranks.world_size > 1:
                 ranks.broadcast(buffer.whole)
@@ -48,24 +46,25 @@ def write_back(units: Sequence[Unit], ranks: Ranks, fetch: Fetch, put: Put) -> N
 def follow(unit: Unit, fetch: Fetch, put: Put) -> None:
     """Let the masters of `unit` follow its trained weights, gathered or at rest."""
     unit.strayed = False
-    buffer, gradients = unit.trainable, unit.gradients
-    if buffer is None or gradients is None or gradients.shares_weights:
+    trained = unit.trained
+    if trained is None or trained.shares_weights:
         return
+    buffer = trained.buffer
     at_rest = buffer.slab is not None and unit.state is not Weights.GATHERED
-    now = fetch(buffer.slab) if at_rest and buffer.slab is not None else gradients.region(buffer.whole)
-    master = fetch(gradients.master)
+    now = fetch(buffer.slab) if at_rest and buffer.slab is not None else buffer.whole[trained.region.interval]
+    master = fetch(trained.master)
     new = torch.where(now != master.to(now.dtype), now.to(master.dtype), master)
-    if gradients.master.tier is Tier.GPU:
+    if trained.master.tier is Tier.GPU:
         master.copy_(new)
     else:
-        put(new, gradients.master)
+        put(new, trained.master)
 
 
 def has_strayed(unit: Unit) -> bool:
     """Whether a script may have written trained weights of `unit` that its masters do not know; of those that stay whole."""
     if unit.frozen is not None and not unit.frozen.leaves:
         unit.frozen.bring_back()
-    buffer = unit.trainable
+    buffer = unit.trained.buffer if unit.trained is not None else None
     if buffer is None or buffer.leaves:
         return unit.strayed
     written = bool(buffer.bring_back()) | bool(buffer.guard.written()) | bool(buffer.guard.handed.take())

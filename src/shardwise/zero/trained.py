@@ -1,0 +1,85 @@
+"""The trained weights of a unit: those that compute, their masters, what the optimizer keeps, and their gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..offload.store import Slab
+from ..plan.layout import Region
+from ..plan.plan import Plan, Tier
+from .engine import Engine
+from .flat import FlatBuffer
+from .gradients import Gradients
+from .sums import Sums
+
+
+class Trained:
+    """What a unit has of its trained weights, of one dtype.
+
+    buffer: the weights that compute. region: the part of it that this rank's optimizer works on.
+    master: (region.numel,) at rest on plan.optimizer.tier.
+    shares_weights: the master is the computing weights themselves, because dtype and place agree; it costs nothing.
+    states: what the optimizer keeps beside a master that is not in place, by key ("exp_avg"), each (region.numel,).
+    """
+
+    def __init__(
+        self, buffer: FlatBuffer, region: Region, plan: Plan, engine: Engine, master: Slab, shares_weights: bool
+    ) -> None:
+        self.buffer = buffer
+        self.region = region
+        self.plan = plan
+        self.master = master
+        self.shares_weights = shares_weights
+        self.states: dict[str, Slab] = {}
+        self._engine = engine
+        self.sums = Sums(buffer, region, master.dtype, engine, on_host=plan.optimizer.tier is not Tier.GPU)
+        self.gradients = Gradients(buffer, self.sums, engine)
+
+    @property
+    def name(self) -> str:
+        return self.buffer.members[0].name
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        return [member.parameter for member in self.buffer.members]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the optimizer can change the master where it rests; else it visits the device in the step."""
+        return self.master.in_memory and (self.master.tier is Tier.GPU or self._engine.lanes.device.type == "cpu")
+
+    @property
+    def publishes(self) -> bool:
+        """Whether the weights are whole on every rank but stepped in shards: see `publishing`."""
+        return self.plan.optimizer.sharded and not self.plan.parameter.sharded
+
+    def cast(self) -> None:
+        """Bring masters that were changed in place into this rank's part of the weights that compute, on the current stream."""
+        if not self.shares_weights:
+            kept, event = self.deliver(self.master.tensor, 0)
+            self._engine.lanes.compute_waits(event)  # before the memory of `kept` is written again
+            del kept
+
+    def deliver(self, values: Tensor, begin: int) -> tuple[Tensor, torch.Event | None]:
+        """Write new masters, from element `begin` of this rank's region, into the weights that compute.
+
+        values: on the device; written on the current stream, which must be the lane that made them.
+        Gives what must live until the event is done.
+        """
+        buffer = self.buffer
+        if buffer.slab is None or buffer.slab.tier is Tier.GPU:
+            target = buffer.shard if self.plan.parameter.sharded else buffer.whole[self.region.interval]
+            target[begin : begin + values.numel()].copy_(values, non_blocking=True)
+            return values, None
+        values = values.to(buffer.dtype)
+        lanes = self._engine.lanes
+        lanes.down.wait(lanes.mark_compute())
+        return values, buffer.slab.put(values, begin).enqueued()
+
+    def rest_on_device(self, master: Slab) -> None:
+        """From now on master, states and gradients stay on the device. Between steps only."""
+        self.sums.rest_on_device(master, keep=self.gradients.at_rest is not None)
+        self.master = master
+        self.states = {}
