@@ -234,8 +234,8 @@ def _estimated(ranks, folder, bits):
     from transformers import LlamaConfig
 
     from shardwise.estimate.meta_model import Adapters, build_meta_model
+    from shardwise.plan.blueprint import at_rest, divide
     from shardwise.plan.plan import Plan
-    from shardwise.plan.portions import at_rest, divide
     from shardwise.plan.precision import Precision
     from shardwise.plan.units import find_units
 
@@ -249,9 +249,9 @@ def _estimated(ranks, folder, bits):
         adapters = Adapters(8, ("q_proj", "v_proj"))
         meta = build_meta_model(str(folder), dtype="bf16", adapters=adapters, quantize=f"{bits}bit")
     plan = Plan.from_stage(3, offload_optimizer="none", offload_param="none")
-    portions = divide(find_units(meta), plan, Precision.named("bf16"), bucket_nbytes=1 << 20)
+    blueprints = divide(find_units(meta), plan, Precision.named("bf16"), bucket_nbytes=1 << 20)
     whole = sharded._quantised.whole_nbytes
-    return sharded.ledger()["frozen", "gpu"] - whole, at_rest(portions, ranks.world_size)["frozen", "gpu"]
+    return sharded.ledger()["frozen", "gpu"] - whole, at_rest(blueprints, ranks.world_size)["frozen", "gpu"]
 
 
 @pytest.mark.parametrize("bits", ["8", "4"])

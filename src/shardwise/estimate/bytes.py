@@ -13,8 +13,8 @@ from typing import Any, Literal
 from torch import nn
 
 from ..offload.host import BLOCK, Ring
+from ..plan.blueprint import Blueprint, Ledger, at_rest, divide, gathered_at_once, moments_at_rest
 from ..plan.plan import Plan, Tier
-from ..plan.portions import Ledger, Portion, at_rest, divide, gathered_at_once, moments_at_rest
 from ..plan.precision import Precision
 from ..plan.units import find_units
 from ..step.visits import CHUNK, VISITING
@@ -136,7 +136,7 @@ def estimate(model: nn.Module, choice: Choice, run: Run) -> Estimate:
     model: on the meta device or elsewhere; only names, shapes, dtypes and requires_grad are read.
     """
     plan = Plan.from_stage(choice.stage, offload_optimizer=choice.optimizer, offload_param=choice.param)
-    portions = divide(
+    blueprints = divide(
         find_units(model, run.units, unit_nbytes=UNIT_NBYTES if run.cuda else 0),
         plan,
         run.precision,
@@ -149,46 +149,48 @@ def estimate(model: nn.Module, choice: Choice, run: Run) -> Estimate:
         if count:
             nbytes[row, tier] = nbytes.get((row, tier), 0) + count
 
-    rest: Ledger = at_rest(portions, run.world_size, gradients=True)
-    moments: Ledger = moments_at_rest(portions, run.world_size, moments=run.moments, cuda=run.cuda)
+    rest: Ledger = at_rest(blueprints, run.world_size, gradients=True)
+    moments: Ledger = moments_at_rest(blueprints, run.world_size, moments=run.moments, cuda=run.cuda)
     for ledger in (rest, moments):
         for (role, tier), count in ledger.items():
             add(role, tier, count)
-    add("gathered units", Tier.GPU, gathered_at_once(portions, model, run.world_size, run.prefetch))
-    add("reductions", Tier.GPU, reductions(portions, run))
+    add("gathered units", Tier.GPU, gathered_at_once(blueprints, model, run.world_size, run.prefetch))
+    add("reductions", Tier.GPU, reductions(blueprints, run))
     if run.accumulates and not plan.gradient.sharded:
-        whole = sum(p.trainable_layout(run.world_size).numel * p.master_itemsize for p in portions if p.trainable)
+        whole = sum(
+            p.trainable_layout(run.world_size).numel * p.master_dtype.itemsize for p in blueprints if p.trainable
+        )
         add("whole gradients", Tier.GPU, whole)
-    for tier, count in offload_staging(portions, run).items():
+    for tier, count in offload_staging(blueprints, run).items():
         add("offload staging", tier, count)
     shape = decoder_shape(model) if run.batch is not None else None
     if shape is not None and run.batch is not None:
-        itemsize = run.precision.compute.itemsize if run.precision.compute else _widest(portions)
+        itemsize = run.precision.compute.itemsize if run.precision.compute else _widest(blueprints)
         kept = kept_nbytes(shape, run.batch, itemsize)
         add("activations", Tier.GPU, kept)
         add("logits and loss", Tier.GPU, peak_nbytes(shape, run.batch, itemsize) - kept)
     return Estimate(choice, nbytes)
 
 
-def reductions(portions: Sequence[Portion], run: Run) -> int:
-    """The gradients of one portion in its compute dtype, and those on their way to the other ranks in the reduce dtype.
+def reductions(blueprints: Sequence[Blueprint], run: Run) -> int:
+    """The gradients of one unit in its compute dtype, and those on their way to the other ranks in the reduce dtype.
 
     On a GPU several reductions are under way, up to the engine's budget, on a CPU one.
     """
-    trained = [portion for portion in portions if portion.trainable]
+    trained = [blueprint for blueprint in blueprints if blueprint.trainable]
     if not trained:
         return 0
-    numels = [portion.trainable_layout(run.world_size).numel for portion in trained]
+    numels = [blueprint.trainable_layout(run.world_size).numel for blueprint in trained]
     arriving = max(n * p.dtype.itemsize for n, p in zip(numels, trained, strict=True))
     sizes = [
-        n * (8 if p.master_itemsize == 8 else run.precision.reduce.itemsize)
+        n * (8 if p.master_dtype.itemsize == 8 else run.precision.reduce.itemsize)
         for n, p in zip(numels, trained, strict=True)
     ]
     under_way = min(sum(sizes), max(ReductionsInFlight.BUDGET, *sizes)) if run.cuda else max(sizes)
     return arriving + under_way
 
 
-def offload_staging(portions: Sequence[Portion], run: Run) -> dict[Tier, int]:
+def offload_staging(blueprints: Sequence[Blueprint], run: Run) -> dict[Tier, int]:
     """What offloading needs besides the resting places.
 
     GPU:  the chunks that visit the device in a step, each with master, gradient and moments; never more than there is.
@@ -196,13 +198,13 @@ def offload_staging(portions: Sequence[Portion], run: Run) -> dict[Tier, int]:
     Host: two rings of pinned blocks where a drive is used; one where micro-batches are added up in host memory.
     """
     found = dict.fromkeys(Tier, 0)
-    trained = [portion for portion in portions if portion.trainable]
+    trained = [blueprint for blueprint in blueprints if blueprint.trainable]
     tiers = {p.plan.optimizer.tier for p in trained}
     if Tier.NVME in tiers or (run.cuda and Tier.CPU in tiers):
-        numels = [p.optimized_numel(run.world_size) for p in trained]
+        numels = [p.region(run.world_size, 0).numel for p in trained]
         numel = min(sum(numels), VISITING * min(CHUNK, max(numels)))
-        found[Tier.GPU] = numel * (2 + run.moments) * max(p.master_itemsize for p in trained)
-    if Tier.NVME in tiers or any(Tier.NVME in (p.plan.frozen.tier, p.plan.parameter.tier) for p in portions):
+        found[Tier.GPU] = numel * (2 + run.moments) * max(p.master_dtype.itemsize for p in trained)
+    if Tier.NVME in tiers or any(Tier.NVME in (p.plan.frozen.tier, p.plan.parameter.tier) for p in blueprints):
         found[Tier.CPU] += 2 * Ring.LENGTH * BLOCK
     if run.cuda and run.accumulates and tiers - {Tier.GPU}:
         found[Tier.CPU] += Ring.LENGTH * BLOCK
@@ -218,5 +220,5 @@ def size(nbytes: int) -> str:
     return f"{nbytes} B"
 
 
-def _widest(portions: Sequence[Portion]) -> int:
-    return max(m.dtype.itemsize for p in portions for m in (*p.frozen, *p.trainable))
+def _widest(blueprints: Sequence[Blueprint]) -> int:
+    return max(m.dtype.itemsize for p in blueprints for m in (*p.frozen, *p.trainable))

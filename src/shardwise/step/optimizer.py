@@ -27,8 +27,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ..errors import OptimizerError, PrepareError
+from ..plan.blueprint import Role
 from ..plan.plan import Tier
-from ..plan.portions import Role
 from ..plan.precision import LossScaler
 from ..ranks.ranks import Ranks
 from ..zero.sharded import ShardedModel

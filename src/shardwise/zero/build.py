@@ -1,7 +1,7 @@
 """From modules to units: the flat buffers of a model, filled with rank 0's values, and what of them is trained later after all.
 
     specs      block 3: q, k (frozen), lora_A, lora_B (trained)
-    portions   block 3: frozen q k | trained lora_A lora_B        how it is divided: `portions.py`
+    blueprints   block 3: frozen q k | trained lora_A lora_B        how it is divided: `blueprint.py`
     unit       one buffer of bytes, one of numbers with gradients and masters
 
 A weight that is thawed leaves its frozen buffer, which is made anew without it, and gets a unit of its own with masters that
@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..offload.store import Slab
-from ..plan.layout import Region
+from ..plan.blueprint import Blueprint, Member, Part, apportion, parts_of
 from ..plan.plan import Plan, Tier
-from ..plan.portions import Member, Part, Portion, apportion, parts_of
 from ..plan.precision import Precision
 from ..plan.units import UnitSpec
 from .engine import Engine
@@ -78,13 +77,13 @@ class Builder:
         """
         units: list[Unit] = []
         parts = parts_of(specs, self._precision, trains=trains)
-        portions = apportion(parts, self._plan, self._whole_adapters, BUCKET_NBYTES)
-        for divided in portions:
-            portion = self._quantised.with_scales(divided, self._sources, self._makers, self._engine.ranks)
-            frozen = self._frozen(portion.frozen, portion.plan) if portion.frozen else None
-            trained = self._trained(portion) if portion.trainable else None
-            unit = Unit(portion.name, list(portion.entries), portion.plan, self._engine, frozen, trained)
-            unit.in_turn = portion.in_turn
+        blueprints = apportion(parts, self._plan, self._whole_adapters, BUCKET_NBYTES)
+        for divided in blueprints:
+            blueprint = self._quantised.with_scales(divided, self._sources, self._makers, self._engine.ranks)
+            frozen = self._frozen(blueprint) if blueprint.frozen else None
+            trained = self._trained(blueprint) if blueprint.trainable else None
+            unit = Unit(blueprint.name, list(blueprint.entries), blueprint.plan, self._engine, frozen, trained)
+            unit.in_turn = blueprint.in_turn
             if unit.leaves:  # before the next one is built: the device never holds more than one whole unit
                 unit.release()
             units.append(unit)
@@ -114,28 +113,29 @@ class Builder:
         if self._engine.peers is not None:
             self._engine.peers.meet()  # a shard that goes below may be the next one's memory, and others still copy from it
         made: list[Unit] = []
-        for portion in apportion(parts, self._plan, self._whole_adapters, BUCKET_NBYTES):
-            if portion.trainable:
-                trained = self._trained(portion)
-                unit = Unit(portion.name, list(portion.entries), portion.plan, self._engine, None, trained)
-                unit.in_turn = portion.in_turn
+        for blueprint in apportion(parts, self._plan, self._whole_adapters, BUCKET_NBYTES):
+            if blueprint.trainable:
+                trained = self._trained(blueprint)
+                unit = Unit(blueprint.name, list(blueprint.entries), blueprint.plan, self._engine, None, trained)
+                unit.in_turn = blueprint.in_turn
                 made.append(unit)
         for unit, rest in losing:
-            unit.change_frozen(self._frozen(rest, unit.plan) if rest else None)
+            left = Blueprint(unit.name, tuple(unit.entries), unit.plan, tuple(rest))
+            unit.change_frozen(self._frozen(left) if rest else None)
         for unit in (*made, *(unit for unit, _ in losing)):
             if unit.leaves:
                 unit.release()
         return made
 
-    def _frozen(self, members: Sequence[Member], plan: Plan) -> FlatBuffer:
-        ranks = self._engine.ranks
+    def _frozen(self, blueprint: Blueprint) -> FlatBuffer:
+        members, plan, ranks = blueprint.frozen, blueprint.plan, self._engine.ranks
         buffer = FlatBuffer(
             members,
+            blueprint.frozen_layout(ranks.world_size),
             dtype=torch.uint8,
             placement=plan.frozen,
             store=self._engine.stores.of(plan.frozen.tier, "param"),
             rank=ranks.rank,
-            world_size=ranks.world_size if plan.frozen.sharded else 1,
             device=ranks.device,
             peers=self._engine.peers,
         )
@@ -149,25 +149,24 @@ class Builder:
         self._quantised.settle(members)
         return buffer
 
-    def _trained(self, portion: Portion) -> Trained:
-        members, dtype, plan = portion.trainable, portion.dtype, portion.plan
+    def _trained(self, blueprint: Blueprint) -> Trained:
+        members, dtype, plan = blueprint.trainable, blueprint.dtype, blueprint.plan
         ranks, stores = self._engine.ranks, self._engine.stores
+        region = blueprint.region(ranks.world_size, ranks.rank)
         buffer = FlatBuffer(
             members,
+            region.layout,
             dtype=dtype,
             placement=plan.parameter,
             store=stores.of(plan.parameter.tier, "param"),
             rank=ranks.rank,
-            world_size=ranks.world_size if plan.optimizer.sharded else 1,
             device=ranks.device,
             # Offloaded states step chunk by chunk while other units are gathered: no fence fits in between.
             peers=self._engine.peers if plan.optimizer.tier is Tier.GPU else None,
             changes=True,
         )
         # The masters start from the user's own values, not from their 16-bit rounding.
-        master_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        region = Region(buffer.layout, ranks.rank if plan.optimizer.sharded else None)
-        n = region.numel
+        n, master_dtype, shares = region.numel, blueprint.master_dtype, blueprint.master_is_weight
         if self._have_sources(members):
             own = torch.zeros(n, dtype=master_dtype, device=ranks.device)
             fill_region(buffer, self._sources, self._makers, ranks, own)
@@ -184,7 +183,6 @@ class Builder:
             own = values[region.interval]
         self._settle_in(buffer)
         tier = plan.optimizer.tier
-        shares = dtype == master_dtype and plan.parameter.tier is tier
         if not shares:
             master = stores.of(tier, "optimizer").allocate(n, master_dtype, f"{members[0].name}.master")
             self._engine.put_to_rest(own, master)

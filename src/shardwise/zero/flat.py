@@ -22,9 +22,9 @@ from torch.nn import Parameter
 from ..errors import WriteError
 from ..offload.peers import PeerMemory
 from ..offload.store import MemoryStore, Slab, Store
-from ..plan.layout import ALIGNMENT, Layout
+from ..plan.blueprint import Member
+from ..plan.layout import Layout
 from ..plan.plan import Placement, Tier
-from ..plan.portions import Member
 from .guard import Guard, unasked
 
 # torch's own attribute, whatever a Parameter's class makes of it.
@@ -44,12 +44,12 @@ class FlatBuffer:
     def __init__(
         self,
         members: Sequence[Member],
+        layout: Layout,
         *,
         dtype: torch.dtype,
         placement: Placement,
         store: Store,
         rank: int,
-        world_size: int,
         device: torch.device,
         peers: PeerMemory | None = None,
         changes: bool = False,
@@ -57,15 +57,9 @@ class FlatBuffer:
         self.members = tuple(members)
         self.dtype = dtype
         self.placement = placement
-        self.rank = rank if world_size > 1 else 0
-        # Frozen weights are laid out in bytes, so an element of any dtype takes itemsize of them.
-        per_byte = dtype == torch.uint8
-        sizes = [m.parameter.numel() * (m.dtype.itemsize if per_byte else 1) for m in members]
-        self.layout = Layout.pack(
-            ((m.name, tuple(m.parameter.shape), size) for m, size in zip(members, sizes, strict=True)),
-            world_size,
-            ALIGNMENT // dtype.itemsize,
-        )
+        self.rank = rank if layout.world_size > 1 else 0
+        self.layout = layout
+        world_size = layout.world_size
         # member, gap, member, gap, ...: so that one split yields every member.
         ends = [slot.offset for slot in self.layout.slots[1:]] + [self.layout.numel]
         self._split_sizes = [

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..errors import PrepareError
 from ..files.scratch import give_back_free_memory
-from ..plan.portions import Member, Portion
+from ..plan.blueprint import Blueprint, Member
 from ..ranks.ranks import Ranks
 from .flat import give_memory
 from .sources import Makers, Source, agree_on_facts
@@ -70,16 +70,16 @@ class QuantisedWeights:
         return any(id(member.parameter) in self for member in members)
 
     def with_scales(
-        self, portion: Portion, sources: MutableMapping[int, Source], makers: Makers, ranks: Ranks
-    ) -> Portion:
+        self, blueprint: Blueprint, sources: MutableMapping[int, Source], makers: Makers, ranks: Ranks
+    ) -> Blueprint:
         """`portion` with its weights quantised and with their scales as members. Collective where it has such weights.
 
         sources: the entries of weights that are quantised here are taken out. makers: the rank that quantises each of them.
         Raises PrepareError on every rank if the library cannot do it on this device.
         """
-        quantised = [member for member in portion.frozen if id(member.parameter) in self]
+        quantised = [member for member in blueprint.frozen if id(member.parameter) in self]
         if not quantised:
-            return portion
+            return blueprint
         found = {id(m.parameter): sources.pop(id(m.parameter)) for m in quantised if id(m.parameter) in sources}
         if found:
             give_back_free_memory()  # of the unit before this one
@@ -97,7 +97,7 @@ class QuantisedWeights:
                     self._send(member.parameter, makers[id(member.parameter)], ranks)
         members: list[Member] = []
         whole: list[Tensor] = []
-        for member in portion.frozen:
+        for member in blueprint.frozen:
             members.append(member)
             if id(member.parameter) in self:
                 members[-1] = replace(member, dtype=member.parameter.dtype)
@@ -109,7 +109,7 @@ class QuantisedWeights:
         for tensor in whole if ranks.world_size > 1 else ():
             ranks.broadcast(tensor)
         self.whole_nbytes += sum(tensor.nbytes for tensor in whole)
-        return replace(portion, frozen=tuple(members))
+        return replace(blueprint, frozen=tuple(members))
 
     def _send(self, weight: Any, maker: int, ranks: Ranks) -> None:
         """Let every rank have what `maker` has made of `weight`, as the library leaves it."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..plan.portions import Member
+from ..plan.blueprint import Member
 from .flat import FlatBuffer
 from .trained import Trained
 from .unit import Unit

@@ -20,8 +20,8 @@ from torch.nn import Parameter
 from ..errors import PrepareError, StoreError, WriteError
 from ..offload.peers import GatherWith, PeerMemory
 from ..offload.store import Slab
+from ..plan.blueprint import Role
 from ..plan.plan import Plan, Tier
-from ..plan.portions import Role
 from ..plan.precision import Precision
 from ..plan.units import UnitSpec, find_units
 from ..ranks.lanes import Lanes

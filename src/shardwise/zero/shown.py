@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ReleasedParameterError
-from ..plan.portions import Member
+from ..plan.blueprint import Member
 from .flat import FlatBuffer
 from .guard import METADATA, unasked
 from .norms import Norms

@@ -1,7 +1,7 @@
 """How a model is divided under a plan, and how many bytes each rank then holds: arithmetic on names and shapes.
 
-A portion is what will be one unit: some frozen weights, some trained ones of one dtype, and the plan that holds for it.
-The parameters may be on the meta device, for nothing of them is read. The bytes of a portion at rest, per rank:
+A Blueprint is what will be one unit: some frozen weights, some trained ones of one dtype, and the plan that holds for it.
+The parameters may be on the meta device, for nothing of them is read. Its bytes at rest, per rank:
 
     frozen      B = layout in bytes                          B / world if sharded, else B
     parameter   N numbers of c bytes                         c N / world if sharded, else c N
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from .layout import ALIGNMENT, Layout
+from .layout import ALIGNMENT, Layout, Region
 from .plan import WHOLE_ADAPTER_SHARE, Plan, Tier
 from .precision import Precision
 from .units import ROOT, UnitSpec
@@ -43,7 +43,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Portion:
+class Blueprint:
     """name, entries, in_turn: those of the unit; a bucket of whole weights has no entries.
 
     trainable: members of one dtype.
@@ -62,12 +62,12 @@ class Portion:
         return self.trainable[0].dtype
 
     @property
-    def master_itemsize(self) -> int:
-        return 8 if self.dtype == torch.float64 else 4
+    def master_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
     def master_is_weight(self) -> bool:
-        return self.master_itemsize == self.dtype.itemsize and self.plan.parameter.tier is self.plan.optimizer.tier
+        return self.master_dtype == self.dtype and self.plan.parameter.tier is self.plan.optimizer.tier
 
     def frozen_layout(self, world_size: int) -> Layout:
         """In bytes."""
@@ -88,10 +88,9 @@ class Portion:
             nbytes += self.trainable_layout(world_size).numel * self.dtype.itemsize
         return nbytes
 
-    def optimized_numel(self, world_size: int) -> int:
-        """Elements that one rank's optimizer works on, padding included."""
-        layout = self.trainable_layout(world_size)
-        return layout.shard_numel if self.plan.optimizer.sharded else layout.numel
+    def region(self, world_size: int, rank: int) -> Region:
+        """The part of its trained weights that the optimizer of `rank` works on."""
+        return Region(self.trainable_layout(world_size), rank if self.plan.optimizer.sharded else None)
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,8 @@ def divide(
     *,
     whole_adapters: bool | Literal["auto"] = "auto",
     bucket_nbytes: int,
-) -> list[Portion]:
-    """The portions of all specs in their order; trained weights that stay whole share buckets of `bucket_nbytes`.
+) -> list[Blueprint]:
+    """The blueprints of all specs in their order; trained weights that stay whole share buckets of `bucket_nbytes`.
 
     whole_adapters: as ShardedModel takes it.
     """
@@ -133,15 +132,15 @@ def parts_of(specs: Sequence[UnitSpec], precision: Precision, *, trains: bool = 
 
 def apportion(
     parts: Sequence[Part], plan: Plan, whole_adapters: bool | Literal["auto"], bucket_nbytes: int
-) -> list[Portion]:
+) -> list[Blueprint]:
     """`divide` of parts."""
-    portions: list[Portion] = []
+    blueprints: list[Blueprint] = []
     bucket: list[Member] = []
 
     def close_bucket() -> None:
         if bucket:
             whole = plan.with_whole_parameters()
-            portions.append(Portion(f"bucket:{bucket[0].name}", (), whole, trainable=tuple(bucket)))
+            blueprints.append(Blueprint(f"bucket:{bucket[0].name}", (), whole, trainable=tuple(bucket)))
             bucket.clear()
 
     for part in parts:
@@ -152,42 +151,42 @@ def apportion(
         own = list(trainable.values()) if mine.parameter.sharded else []
         if part.frozen or own:
             first = tuple(own[0]) if own else ()
-            portions.append(Portion(part.name, part.entries, mine, part.frozen, first, part.in_turn))
-        portions += [
-            Portion(part.name, part.entries, mine, trainable=tuple(more), in_turn=part.in_turn) for more in own[1:]
+            blueprints.append(Blueprint(part.name, part.entries, mine, part.frozen, first, part.in_turn))
+        blueprints += [
+            Blueprint(part.name, part.entries, mine, trainable=tuple(more), in_turn=part.in_turn) for more in own[1:]
         ]
         for dtype, members in trainable.items() if not mine.parameter.sharded else ():
             if bucket and (bucket[0].dtype != dtype or _nbytes(bucket) + _nbytes(members) > bucket_nbytes):
                 close_bucket()
             bucket += members
     close_bucket()
-    return portions
+    return blueprints
 
 
-def at_rest(portions: Sequence[Portion], world_size: int, *, gradients: bool = False) -> Ledger:
+def at_rest(blueprints: Sequence[Blueprint], world_size: int, *, gradients: bool = False) -> Ledger:
     """Bytes on each rank by role and tier, as `ShardedModel.ledger` counts them: all ranks hold equally much.
 
     gradients: count them as they rest between a backward and its step; else as if there were none.
     """
     found: Ledger = {}
-    for portion in portions:
-        plan = portion.plan
-        if portion.frozen:
-            layout = portion.frozen_layout(world_size)
+    for blueprint in blueprints:
+        plan = blueprint.plan
+        if blueprint.frozen:
+            layout = blueprint.frozen_layout(world_size)
             _add(found, "frozen", plan.frozen.tier, layout.shard_numel if plan.frozen.sharded else layout.numel)
-        if portion.trainable:
-            layout = portion.trainable_layout(world_size)
+        if blueprint.trainable:
+            layout = blueprint.trainable_layout(world_size)
             kept = layout.shard_numel if plan.parameter.sharded else layout.numel
-            _add(found, "parameter", plan.parameter.tier, kept * portion.dtype.itemsize)
-            master = portion.optimized_numel(world_size) * portion.master_itemsize
+            _add(found, "parameter", plan.parameter.tier, kept * blueprint.dtype.itemsize)
+            master = blueprint.region(world_size, 0).numel * blueprint.master_dtype.itemsize
             # Offloaded, it waits for the step in host memory, also where the optimizer rests on a drive.
             _add(found, "gradient", min(plan.optimizer.tier, Tier.CPU, key=_DISTANCE.index), master if gradients else 0)
-            _add(found, "optimizer", plan.optimizer.tier, 0 if portion.master_is_weight else master)
+            _add(found, "optimizer", plan.optimizer.tier, 0 if blueprint.master_is_weight else master)
     return found
 
 
 def moments_at_rest(
-    portions: Sequence[Portion], world_size: int, rank: int = 0, *, moments: int = 2, cuda: bool = False
+    blueprints: Sequence[Blueprint], world_size: int, rank: int = 0, *, moments: int = 2, cuda: bool = False
 ) -> Ledger:
     """Bytes of the optimizer's states on `rank`, as `ShardedOptimizer.ledger` counts them: Adam's have 2 moments.
 
@@ -195,38 +194,33 @@ def moments_at_rest(
     in place are a tensor for each interval, and ranks differ by the padding: rank 0 has the least of it.
     """
     found: Ledger = {}
-    for portion in portions:
-        if portion.trainable:
-            layout = portion.trainable_layout(world_size)
-            sizes = (
-                [piece.numel for piece in layout.pieces(rank)]
-                if portion.plan.optimizer.sharded
-                else [slot.numel for slot in layout.slots]
-            )
-            nbytes = sum(size * portion.master_itemsize * moments for size in sizes)
-            tier = portion.plan.optimizer.tier
+    for blueprint in blueprints:
+        if blueprint.trainable:
+            sizes = [piece.numel for piece in blueprint.region(world_size, rank).pieces]
+            nbytes = sum(size * blueprint.master_dtype.itemsize * moments for size in sizes)
+            tier = blueprint.plan.optimizer.tier
             if sizes and (tier is Tier.NVME or (tier is Tier.CPU and cuda)):
-                nbytes = portion.optimized_numel(world_size) * portion.master_itemsize * moments
+                nbytes = blueprint.region(world_size, 0).numel * blueprint.master_dtype.itemsize * moments
             nbytes += _STEP_COUNT_NBYTES * len(sizes)
-            _add(found, "optimizer", portion.plan.optimizer.tier, nbytes)
+            _add(found, "optimizer", blueprint.plan.optimizer.tier, nbytes)
     return found
 
 
-def gathered_at_once(portions: Sequence[Portion], model: nn.Module, world_size: int, prefetch: int) -> int:
+def gathered_at_once(blueprints: Sequence[Blueprint], model: nn.Module, world_size: int, prefetch: int) -> int:
     """The most bytes of whole weights on the device at one time in a training step, besides all shards.
 
     The root unit stays whole during a pass. Of the others there are the one in use and `prefetch` more, in the order of
     the modules, and one more on its way where shards rest off the device; a unit that has been used is released before the
     next one is gathered.
     """
-    ahead = prefetch + any(t is not Tier.GPU for p in portions for t in (p.plan.frozen.tier, p.plan.parameter.tier))
+    ahead = prefetch + any(t is not Tier.GPU for p in blueprints for t in (p.plan.frozen.tier, p.plan.parameter.tier))
     order = {id(module): index for index, module in enumerate(model.modules())}
-    sizes = [portion.gathered_nbytes(world_size) for portion in portions]
-    root = sum(size for portion, size in zip(portions, sizes, strict=True) if portion.name == ROOT)
+    sizes = [blueprint.gathered_nbytes(world_size) for blueprint in blueprints]
+    root = sum(size for blueprint, size in zip(blueprints, sizes, strict=True) if blueprint.name == ROOT)
     users: dict[int, set[int]] = {}
-    for index, portion in enumerate(portions):
-        if sizes[index] and portion.name != ROOT:
-            for entry in portion.entries:
+    for index, blueprint in enumerate(blueprints):
+        if sizes[index] and blueprint.name != ROOT:
+            for entry in blueprint.entries:
                 users.setdefault(order[id(entry)], set()).add(index)
     sequence = list(_distinct([users[place] for place in sorted(users)]))
     windows = (set().union(*sequence[at : at + 1 + ahead]) for at in range(len(sequence)))

@@ -7,8 +7,8 @@ import torch
 
 from rig.engine import PLANS, adamw, inputs, loss_of, mine, prepare, tower, trained
 from rig.tiny import batches, share, tiny
+from shardwise.plan.blueprint import at_rest, divide, gathered_at_once, moments_at_rest
 from shardwise.plan.plan import Plan
-from shardwise.plan.portions import at_rest, divide, gathered_at_once, moments_at_rest
 from shardwise.plan.precision import Precision
 from shardwise.plan.units import find_units
 from shardwise.zero.build import BUCKET_NBYTES
@@ -26,7 +26,7 @@ def build(name):
     return tiny(*name.split("/"))
 
 
-def portions_of(model, plan, precision):
+def blueprints_of(model, plan, precision):
     stage, optimizer, param = PLANS[plan]
     chosen = Plan.from_stage(stage, offload_optimizer=optimizer, offload_param=param)
     return divide(find_units(model), chosen, Precision.named(precision), bucket_nbytes=BUCKET_NBYTES)
@@ -68,10 +68,10 @@ def test_the_arithmetic_gives_the_engines_bytes_under_every_plan(world, n, name,
     assert all(parameter.is_meta for parameter in model.parameters())
     for rank, found in enumerate(world(n).run(_ledgers, name, precision)):
         for plan, (backward, step, moments) in found.items():
-            portions = portions_of(model, plan, precision)
-            assert at_rest(portions, n, gradients=True) == backward, plan
-            assert at_rest(portions, n) == step, plan
-            assert moments_at_rest(portions, n, rank) == moments, plan
+            blueprints = blueprints_of(model, plan, precision)
+            assert at_rest(blueprints, n, gradients=True) == backward, plan
+            assert at_rest(blueprints, n) == step, plan
+            assert moments_at_rest(blueprints, n, rank) == moments, plan
 
 
 def _most_gathered(ranks, plan, prefetch):
@@ -109,6 +109,6 @@ def test_a_step_never_gathers_more_than_the_arithmetic_says(world, prefetch):
     with torch.device("meta"):
         model = build("llama/lora")
     for plan in ("3", "3-all"):
-        expected = gathered_at_once(portions_of(model, plan, "no"), model, 2, prefetch)
+        expected = gathered_at_once(blueprints_of(model, plan, "no"), model, 2, prefetch)
         for most in world(2).run(_most_gathered, plan, prefetch):
             assert most == expected
