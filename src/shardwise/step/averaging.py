@@ -62,15 +62,15 @@ class ShardedEMA:
         else:
             self.model.settle()
         for g in trained:
-            now, slab = self.model.fetched(g.master), self._slabs[g]
+            now, slab = self.model.engine.fetched(g.master), self._slabs[g]
             if not self.updates:
                 self._put(now, slab)
             elif slab.tier is Tier.GPU:
                 slab.tensor.lerp_(now, 1 - self.decay)
             else:
-                self._put(self.model.fetched(slab).lerp_(now, 1 - self.decay), slab)
+                self._put(self.model.engine.fetched(slab).lerp_(now, 1 - self.decay), slab)
         self.updates += 1
-        self.model.drain()
+        self.model.engine.drain()
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -109,10 +109,10 @@ class ShardedEMA:
         self.model.settle()
         for g in self.model.trained():
             slab = self._slabs[g]
-            master, average = (self.model.fetched(held).clone() for held in (g.master, slab))
+            master, average = (self.model.engine.fetched(held).clone() for held in (g.master, slab))
             self._put(average, g.master)
             self._put(master, slab)
-        self.model.drain()
+        self.model.engine.drain()
         intervals.publish(self.model)
 
     @torch.no_grad()
@@ -122,8 +122,8 @@ class ShardedEMA:
             if g not in self._slabs:
                 store = self.model.engine.stores.of(g.plan.optimizer.tier, "optimizer")
                 self._slabs[g] = store.allocate(g.master.numel, g.master.dtype, f"{g.name}.average")
-                self._put(self.model.fetched(g.master), self._slabs[g])
-        self.model.drain()
+                self._put(self.model.engine.fetched(g.master), self._slabs[g])
+        self.model.engine.drain()
 
     def _take_thawed(self, thawed: set[int]) -> None:
         self._adopt()
@@ -132,7 +132,7 @@ class ShardedEMA:
         if slab.tier is Tier.GPU:
             slab.tensor.copy_(values)
         else:
-            self.model.put_to_rest(values, slab)
+            self.model.engine.put_to_rest(values, slab)
 
 
 def refuse_swapped(models: Sequence[ShardedModel], verb: str) -> None:

@@ -105,7 +105,7 @@ def _scale_of(parameter: Parameter) -> float:
 
 def _intervals(owner: ShardedModel, parameter: Parameter, what: str) -> list[Interval]:
     """This rank's intervals of the parameter's master, or of a state of its optimizer."""
-    owner.meet()
+    owner.engine.meet()
     name = _name(owner, parameter)
     if what == "master":
         return [held for held in intervals.trained(owner) if held.name == name]

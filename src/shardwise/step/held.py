@@ -189,7 +189,7 @@ class HeldGradients:
         """Gradients that rest in host memory are there only when the copies are done."""
         for model in self.models:
             if model.plan.optimizer.tier is not Tier.GPU:
-                model.synchronize()
+                model.engine.synchronize()
 
 
 def multiply(grads: Sequence[Tensor], factor: Tensor) -> None:

@@ -392,7 +392,7 @@ class ShardedOptimizer:
                         shards = [shard for shard in self.groups.shards if not shard.trained.in_place]
                         self._visits.step(model, visiting, shards, factor, fused=self.groups.fused)
                     if model.engine.stores.uses_disk:
-                        model.drain()
+                        model.engine.drain()
             finally:
                 publishing.arrive(units)
 

@@ -321,7 +321,7 @@ class OptimizerState:
     def settle_here(self) -> None:
         """`settle` for this rank alone. Raises StoreError for a write of a drive that failed."""
         for model in self.models:
-            model.synchronize()
+            model.engine.synchronize()
             model.engine.stores.drain()
 
 

@@ -95,7 +95,7 @@ class Residency:
         room = min(ranks.gather_numbers(self._room()))
         chosen = choose(self.candidates(), room)
         self.model.schedule.abandon_open_pass()
-        self.model.synchronize()
+        self.model.engine.synchronize()
         for choice in chosen:
             unit = self.model.units[choice.unit]
             if choice.move == "optimizer":
@@ -105,7 +105,7 @@ class Residency:
         whole = [self.model.units[c.unit] for c in chosen if c.move == "whole"]
         self.model.schedule.keep_whole(whole)
         over_turn = self.model.schedule.widen_turn(room - sum(choice.nbytes for choice in chosen))
-        self.model.synchronize()
+        self.model.engine.synchronize()
         if ranks.rank == 0:
             log.warning("%s", self.table(chosen, room, over_turn))
 
@@ -163,7 +163,7 @@ def _movable(unit: Unit) -> list[FlatBuffer]:
 def _on_device(model: ShardedModel, slab: Slab) -> Slab:
     """The content of `slab` in a slab on the device."""
     kept = model.engine.stores.gpu.allocate(slab.numel, slab.dtype, "")
-    kept.tensor.copy_(model.fetched(slab))
+    kept.tensor.copy_(model.engine.fetched(slab))
     return kept
 
 

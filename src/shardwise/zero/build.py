@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from ..errors import PrepareError
 from ..offload.store import Slab
 from ..plan.blueprint import Blueprint, Member, Part, apportion, parts_of
 from ..plan.plan import Plan, Tier
 from ..plan.precision import Precision
 from ..plan.units import UnitSpec
+from ..ranks.ranks import Ranks
 from .engine import Engine
 from .flat import FlatBuffer, give_memory
 from .quantised import QuantisedWeights
@@ -200,3 +202,19 @@ class Builder:
         if buffer.slab is not None:
             self._engine.put_to_rest(buffer.own_slice, buffer.slab)
         buffer.adopt()
+
+
+def agree_on_shapes(specs: Sequence[UnitSpec], ranks: Ranks) -> None:
+    """Raise PrepareError on every rank if the ranks have not built the same model. Collective."""
+    mine = [
+        (n, tuple(p.shape), str(p.dtype), p.requires_grad, p.is_meta) for s in specs for n, p in s.parameters.items()
+    ]
+    theirs = ranks.broadcast_object(mine)
+    error = None
+    if mine != theirs:
+        differing = next((m[0] for m, t in zip(mine, theirs, strict=False) if m != t), "the number of parameters")
+        error = PrepareError(
+            f"the model of rank {ranks.rank} differs from rank 0's at {differing}: name, shape, dtype, "
+            "requires_grad, or having memory. Build the same model in the same way on every rank."
+        )
+    ranks.agree(error)

@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from torch import nn
 
-from ..errors import PrepareError, StoreError
-from ..plan.plan import Plan, Tier
-from .engine import Kind
+from ..errors import PrepareError
 from .quantised import refuse_other_kinds
 from .sources import Sources
-
-
-def paths_of(plan: Plan, given: Mapping[Kind, str]) -> dict[Kind, str]:
-    """The directories that the plan needs. Raises StoreError if one is missing."""
-    found: dict[Kind, str] = {}
-    needs: dict[Kind, bool] = {
-        "param": Tier.NVME in (plan.frozen.tier, plan.parameter.tier),
-        "optimizer": plan.optimizer.tier is Tier.NVME,
-    }
-    for kind, needed in needs.items():
-        if needed and kind not in given:
-            raise StoreError(f"{kind} rests on nvme, but no directory is given. Set offload_{kind}_nvme_path.")
-        if needed:
-            found[kind] = given[kind]
-    return found
 
 
 def check_model(model: nn.Module, prepared: Iterable[nn.Module], sources: Sources) -> None:

@@ -12,14 +12,29 @@ from torch import Tensor
 from ..errors import StoreError, WriteError
 from ..offload.host import HostStore
 from ..offload.nvme import NvmeStore
-from ..offload.peers import PeerMemory
+from ..offload.peers import GatherWith, PeerMemory
 from ..offload.store import Arrival, Done, MemoryStore, Slab, Store
-from ..plan.plan import Tier
+from ..plan.plan import Plan, Tier
 from ..ranks.lanes import Lanes
 from ..ranks.ranks import Ranks
 from .norms import Norms
 
 Kind = Literal["param", "optimizer"]
+
+
+def paths_of(plan: Plan, given: Mapping[Kind, str]) -> dict[Kind, str]:
+    """The directories that the plan needs. Raises StoreError if one is missing."""
+    found: dict[Kind, str] = {}
+    needs: dict[Kind, bool] = {
+        "param": Tier.NVME in (plan.frozen.tier, plan.parameter.tier),
+        "optimizer": plan.optimizer.tier is Tier.NVME,
+    }
+    for kind, needed in needs.items():
+        if needed and kind not in given:
+            raise StoreError(f"{kind} rests on nvme, but no directory is given. Set offload_{kind}_nvme_path.")
+        if needed:
+            found[kind] = given[kind]
+    return found
 
 
 @dataclass(frozen=True)
@@ -93,6 +108,25 @@ class Engine:
     peers: PeerMemory | None = None
     share: Share = field(default_factory=Share)
 
+    @classmethod
+    def open(
+        cls,
+        plan: Plan,
+        ranks: Ranks,
+        reduce_dtype: torch.dtype,
+        *,
+        nvme_paths: Mapping[Kind, str],
+        gather_with: GatherWith,
+        serial: bool,
+    ) -> Engine:
+        """What the plan needs, the same on every rank. serial: everything on one lane. Collective; raises StoreError."""
+        lanes = Lanes(ranks.device, serial=serial)
+        stores = ranks.together(lambda: Stores.make(lanes, ranks.rank, paths_of(plan, nvme_paths)))
+        sharded = plan.frozen.sharded or plan.parameter.sharded
+        peers = PeerMemory.open(ranks, lanes, gather_with) if sharded else None
+        reductions, faults = ReductionsInFlight(lanes), Faults(ranks, stores.drives)
+        return cls(ranks, lanes, stores, reduce_dtype, reductions, faults, Norms(ranks), Doubts(), peers)
+
     def put_to_rest(self, values: Tensor, slab: Slab) -> None:
         """Put a device tensor to rest; its memory may go afterwards. A drive's error waits for the ranks to agree."""
         lanes = self.lanes
@@ -128,6 +162,32 @@ class Engine:
             waits(self.lanes.up.mark())  # of a part that failed some blocks may have come
             self.faults.note(errors[0])
         return not errors
+
+    def fetched(self, slab: Slab) -> Tensor:
+        """What rests in `slab`, on the device; the computation waits for it. Collective where a drive is used."""
+        out = self.look_at(slab)
+        if slab.tier is not Tier.GPU:
+            self.faults.agree()
+        return out
+
+    def drain(self) -> None:
+        """What was put is where it rests. Collective where a drive is used; raises StoreError."""
+        try:
+            self.stores.drain()
+        except StoreError as error:
+            self.faults.note(error)
+        self.faults.agree()
+
+    def synchronize(self) -> None:
+        """The host waits for everything that was enqueued on the device, and for what goes on in host memory."""
+        self.lanes.synchronize()
+        self.stores.cpu.drain()
+
+    def meet(self) -> None:
+        """`synchronize`, and where ranks read each other's shards, wait until all have. Collective."""
+        self.synchronize()
+        if self.peers is not None:
+            self.peers.meet()
 
 
 class Doubts:

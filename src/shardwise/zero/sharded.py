@@ -6,35 +6,31 @@ model up. It hangs nothing on the model: `find_sharded` looks it up in a side ta
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import Parameter
 
-from ..errors import PrepareError, StoreError, WriteError
-from ..offload.peers import GatherWith, PeerMemory
-from ..offload.store import Slab
+from ..errors import PrepareError
+from ..offload.peers import GatherWith
 from ..plan.blueprint import Role
 from ..plan.plan import Plan, Tier
 from ..plan.precision import Precision
 from ..plan.units import UnitSpec, find_units
-from ..ranks.lanes import Lanes
 from ..ranks.ranks import Ranks
-from .asking import asking
 from .buffers import place_buffers
-from .build import Builder, place_empty
-from .checks import check_model, paths_of
-from .engine import Doubts, Engine, Faults, Kind, ReductionsInFlight, Stores
+from .build import Builder, agree_on_shapes, place_empty
+from .checks import check_model
+from .engine import Engine, Kind
 from .generation import room_for_weights, units_that_fit
 from .hooks import Hooks
-from .norms import Norms
 from .quantised import QuantisedWeights
+from .reading import Reading
 from .releasing import dissolve, log_rounded
 from .schedule import Schedule
 from .sources import Makers, Sources, choose_makers
@@ -44,7 +40,6 @@ from .thawing import Thawing
 from .trained import Trained
 from .unit import Unit
 from .whole import WholeTensors
-from .writing import follow, has_strayed, write_back
 
 # Small blocks share a unit of at most this on a GPU: to gather and release one costs the host some 0.3 ms, in which NVLink
 # moves half of this. On a CPU there is no lane to hide a gather behind, and nothing is won.
@@ -77,7 +72,6 @@ class ShardedModel:
     trains:         False for a model that no optimizer steps: no masters, no gradients. What has gradients in a backward
                     after all, or comes to an optimizer, is thawed.
     generation_memory_budget: bytes of gathered weights while generating; "auto" for what is free, None for the fewest.
-    writes:         how often a script has written into its weights.
     whole:          the weights whole, one unit at a time.
     running_buffers: those that forwards change. swapped: its weights are averages now, see `averaging.py`.
     sync_gradients: set False before a backward whose gradients are accumulated only. accumulating: the last one was so.
@@ -116,7 +110,6 @@ class ShardedModel:
         self.gpu_memory_budget = gpu_memory_budget
         self.after_step: list[Callable[[], None]] = []
         self.after_backward: list[Callable[[], None]] = []
-        self.writes = 0
         self.generation_memory_budget = generation_memory_budget
         self._quantised = QuantisedWeights(model)
         own_sources = dict(sources or {})
@@ -127,42 +120,39 @@ class ShardedModel:
             return find_units(model, units, unit_nbytes=UNIT_NBYTES if ranks.device.type == "cuda" else 0)
 
         specs = ranks.together(divided)
-        self._agree_on_shapes(specs)
+        agree_on_shapes(specs, ranks)
         if own_sources:
             parameters = list({id(p): p for spec in specs for p in spec.parameters.values()}.values())
             makers = choose_makers(parameters, own_sources, self._quantised, ranks)
 
-        lanes = Lanes(ranks.device, serial=serial)
-        stores = ranks.together(lambda: Stores.make(lanes, ranks.rank, paths_of(plan, nvme_paths or {})))
-        reductions = ReductionsInFlight(lanes)
-        faults = Faults(ranks, stores.drives)
-        peers = PeerMemory.open(ranks, lanes, gather_with) if plan.frozen.sharded or plan.parameter.sharded else None
-        self._engine = Engine(ranks, lanes, stores, precision.reduce, reductions, faults, Norms(ranks), Doubts(), peers)
+        self._engine = engine = Engine.open(
+            plan, ranks, precision.reduce, nvme_paths=nvme_paths or {}, gather_with=gather_with, serial=serial
+        )
         self._dtypes = {name: p.dtype for name, p in model.named_parameters()}
-        self._builder = Builder(self._engine, plan, precision, whole_adapters, self._quantised, own_sources, makers)
+        self._builder = Builder(engine, plan, precision, whole_adapters, self._quantised, own_sources, makers)
         with torch.no_grad():
             place_buffers(model, ranks)
             place_empty(model, ranks.device, lambda _, parameter: precision.compute_dtype(parameter))
             self.running_buffers = RunningBuffers(model, ranks)
             self.units = self._builder.units(specs, trains=trains)
-        self.drain()
-        if peers is not None:
-            peers.meet()
-        self.schedule = Schedule(self.units, ranks, lanes, reductions, prefetch, faults)
+        engine.drain()
+        if engine.peers is not None:
+            engine.peers.meet()
+        self.schedule = Schedule(self.units, ranks, engine.lanes, engine.reductions, prefetch, engine.faults)
         self.whole = WholeTensors(
-            model, self.units, self.schedule, ranks, dtypes=self._dtypes, settle=self.settle, fetched=self.fetched
+            model, self.units, self.schedule, ranks, dtypes=self._dtypes, settle=self.settle, fetched=engine.fetched
         )
-        dtype = precision.compute
         self._hooks = Hooks(
             self.schedule,
             root=model,
             before=self._before_training,
             boundary=lambda: self.sync_gradients,
             after=self._after_backward,
-            compute_dtype=dtype,
+            compute_dtype=precision.compute,
         )
-        self._engine.norms.before_reading(self._hooks.finish_interrupted)
-        self.thawing = Thawing(self.units, self._builder, self._engine, self.schedule, self._hooks, self.drain)
+        engine.norms.before_reading(self._hooks.finish_interrupted)
+        self._reading = Reading(self.units, engine, self.schedule, self._hooks)
+        self.thawing = Thawing(self.units, self._builder, engine, self.schedule, self._hooks, engine.drain)
         self._structure = Structure(model, lambda: {id(p) for p in self._parameters()})
         _sharded[id(model)] = self
 
@@ -187,42 +177,14 @@ class ShardedModel:
 
     # Construction.
 
-    def _agree_on_shapes(self, specs: Sequence[UnitSpec]) -> None:
-        mine = [
-            (n, tuple(p.shape), str(p.dtype), p.requires_grad, p.is_meta)
-            for s in specs
-            for n, p in s.parameters.items()
-        ]
-        theirs = self.ranks.broadcast_object(mine)
-        error = None
-        if mine != theirs:
-            differing = next((m[0] for m, t in zip(mine, theirs, strict=False) if m != t), "the number of parameters")
-            error = PrepareError(
-                f"the model of rank {self.ranks.rank} differs from rank 0's at {differing}: name, shape, dtype, "
-                "requires_grad, or having memory. Build the same model in the same way on every rank."
-            )
-        self.ranks.agree(error)
-
-    def put_to_rest(self, values: Tensor, slab: Slab) -> None:
-        """See `Engine.put_to_rest`."""
-        self._engine.put_to_rest(values, slab)
-
     def settle(self) -> None:
         """Finish what is under way, so that what rests is what counts. Collective, like the end of a pass."""
         self._hooks.finish_interrupted()
         self.schedule.abandon_open_pass()
         self.schedule.stop_lingering()
         self.follow_weights()
-        self.meet()
-        self.drain()
-
-    def drain(self) -> None:
-        """What was put is where it rests. Collective where a drive is used; raises StoreError."""
-        try:
-            self._engine.stores.drain()
-        except StoreError as error:
-            self._engine.faults.note(error)
-        self._engine.faults.agree()
+        self._engine.meet()
+        self._engine.drain()
 
     # Training.
 
@@ -294,17 +256,6 @@ class ShardedModel:
         for trained in self.trained():
             trained.gradients.drop()
 
-    def meet(self) -> None:
-        """`synchronize`, and where ranks read each other's shards, wait until all have. Collective."""
-        self.synchronize()
-        if self._engine.peers is not None:
-            self._engine.peers.meet()
-
-    def synchronize(self) -> None:
-        """The host waits for everything that was enqueued on the device, and for what goes on in host memory."""
-        self._engine.lanes.synchronize()
-        self._engine.stores.cpu.drain()
-
     # Reading and leaving.
 
     @property
@@ -322,73 +273,16 @@ class ShardedModel:
         modify: at the end rank 0's values become everybody's, masters included. Without it every rank writes the same, as in
                 plain torch, or WriteError is raised on all.
         """
-        chosen = self.units
-        if parameters is not None:
-            wanted = {id(p) for p in parameters}
-            chosen = [u for u in self.units if any(id(m.parameter) in wanted for b in u.buffers for m in b.members)]
-        return self._read(chosen, modify=modify)
-
-    @contextmanager
-    def _read(self, units: Sequence[Unit], *, modify: bool) -> Iterator[None]:
-        self._hooks.finish_interrupted()
-        if self._hooks.in_pass:
-            with asking(self._hooks, units, modify=modify):
-                yield
-            return
-        self.ranks.require_same(
-            "gathered", {"modify": modify, "what is gathered": ", ".join(unit.name for unit in units)}
-        )
-        with self.schedule.hold(units):
-            error: BaseException | None = None
-            try:
-                try:
-                    # What is computed of the weights here may have its backward when they are released again.
-                    with self._hooks.saved.following():
-                        yield
-                except BaseException as caught:
-                    if not modify:
-                        raise
-                    error = caught
-                if modify:
-                    self.ranks.agree(error)
-                    self.writes += 1
-                    self.meet()
-                    write_back(units, self.ranks, self.fetched, self.put_to_rest)
-                    self.meet()
-                else:
-                    self._keep_written(units)
-            finally:
-                for unit in units:
-                    unit.written()  # what nobody has kept goes with the block
-
-    def _keep_written(self, units: Sequence[Unit]) -> None:
-        """What every rank has written into gathered weights goes into the shards. Collective.
-
-        Raises WriteError on every rank if some have written and others not, or not the same weights.
-        """
-        names = [name for unit in units for name in unit.written()]
-        said = self.ranks.gather_numbers(zlib.crc32("\n".join(names).encode()) if names else 0)
-        if len(set(said)) > 1:
-            who = ", ".join(str(rank) for rank, number in enumerate(said) if number)
-            raise WriteError(
-                f"weights were written inside `gathered` on rank {who}, and not the same ones on all ranks: the ranks would "
-                f"differ. On this rank: {', '.join(names[:3]) or 'none'}. Write on every rank, or in gathered(model, "
-                "modify=True), which takes rank 0's."
-            )
-        if any(said):
-            self.writes += 1
-            self.meet()
-            for unit in units:
-                unit.put_own()
-            self.meet()
+        return self._reading.gathered(parameters, modify=modify)
 
     def follow_weights(self) -> None:
         """Let masters follow what a script has written into trained weights. Raises WriteError for what cannot count."""
-        self._engine.doubts.settle()
-        for unit in self.units:
-            if has_strayed(unit) and unit.trained is not None:
-                self._engine.lanes.join()  # what was written inside of a pass goes into the shards on a lane
-                follow(unit, self._engine.look_at, self.put_to_rest)
+        self._reading.follow()
+
+    @property
+    def writes(self) -> int:
+        """How often a script has written into its weights."""
+        return self._reading.writes
 
     def generation(self, pinned: Sequence[Parameter] = ()) -> AbstractContextManager[None]:
         """Inside, forwards without gradients: ranks may run different numbers of them, as in generation. Collective.
@@ -437,32 +331,12 @@ class ShardedModel:
                 "it came. Save the adapter (save_pretrained of the PEFT model), or all with save_state."
             )
 
-    def fetched(self, slab: Slab) -> Tensor:
-        """What rests in `slab`, on the device; the computation waits for it. Collective where a drive is used."""
-        out = self._engine.look_at(slab)
-        if slab.tier is not Tier.GPU:
-            self._engine.faults.agree()
-        return out
-
     def ledger(self) -> dict[tuple[Role, Tier], int]:
         """Bytes on this rank by role and tier, now. The optimizer's moments are the ShardedOptimizer's to count."""
-        found: dict[tuple[Role, Tier], int] = {}
-
-        def add(role: Role, tier: Tier, nbytes: int) -> None:
-            if nbytes:
-                found[role, tier] = found.get((role, tier), 0) + nbytes
-
-        for unit in self.units:
-            if unit.frozen is not None:
-                add("frozen", unit.frozen.tier, unit.frozen.bytes_at_rest)
-            if (trained := unit.trained) is not None:
-                add("parameter", trained.buffer.tier, trained.buffer.bytes_at_rest)
-                for tier, nbytes in trained.sums.nbytes.items():
-                    add("gradient", tier, nbytes)
-                if not trained.shares_weights:
-                    add("optimizer", trained.master.tier, trained.master.nbytes)
-        add("frozen", Tier.GPU, self._quantised.whole_nbytes)
-        return found
+        found: dict[tuple[Role, Tier], int] = {("frozen", Tier.GPU): self._quantised.whole_nbytes}
+        for role, tier, nbytes in (row for unit in self.units for row in unit.at_rest):
+            found[role, tier] = found.get((role, tier), 0) + nbytes
+        return {key: nbytes for key, nbytes in found.items() if nbytes}
 
     def release(self) -> None:
         """Undo: whole weights in their own memory on the device, in the dtype that they came in, and no hooks. Collective.
@@ -484,7 +358,7 @@ class ShardedModel:
         place_empty(self.model, self.ranks.device, lambda name, _: self._dtypes[name])
         self._quantised.unsettle()
         if not self.ranks.parted:
-            self.meet()
+            self._engine.meet()
         self._engine.stores.close()
         self.released = True
         _sharded.pop(id(self.model), None)

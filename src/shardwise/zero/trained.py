@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from ..offload.store import Slab
+from ..plan.blueprint import Role
 from ..plan.layout import Region
 from ..plan.plan import Plan, Tier
 from .engine import Engine
@@ -77,6 +80,15 @@ class Trained:
         lanes = self._engine.lanes
         lanes.down.wait(lanes.mark_compute())
         return values, buffer.slab.put(values, begin).enqueued()
+
+    @property
+    def at_rest(self) -> Iterator[tuple[Role, Tier, int]]:
+        """What rests, in bytes; the optimizer's states are its own to count."""
+        yield "parameter", self.buffer.tier, self.buffer.bytes_at_rest
+        for tier, nbytes in self.sums.nbytes.items():
+            yield "gradient", tier, nbytes
+        if not self.shares_weights:
+            yield "optimizer", self.master.tier, self.master.nbytes
 
     def rest_on_device(self, master: Slab) -> None:
         """From now on master, states and gradients stay on the device. Between steps only."""

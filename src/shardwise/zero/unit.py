@@ -10,6 +10,7 @@ unit comes next (schedule), when autograd calls (hooks), or what an optimizer is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import Enum, auto
 
 import torch
@@ -17,7 +18,8 @@ from torch import nn
 
 from ..errors import StoreError, UnitStateError, WriteError
 from ..offload.store import Arrival
-from ..plan.plan import Plan
+from ..plan.blueprint import Role
+from ..plan.plan import Plan, Tier
 from .engine import Engine
 from .flat import FlatBuffer
 from .trained import Trained
@@ -74,6 +76,14 @@ class Unit:
     def buffers(self) -> list[FlatBuffer]:
         """What holds its weights: frozen ones, trained ones."""
         return [b for b in (self.frozen, self.trained.buffer if self.trained is not None else None) if b is not None]
+
+    @property
+    def at_rest(self) -> Iterator[tuple[Role, Tier, int]]:
+        """What rests of it on this rank, in bytes."""
+        if self.frozen is not None:
+            yield "frozen", self.frozen.tier, self.frozen.bytes_at_rest
+        if self.trained is not None:
+            yield from self.trained.at_rest
 
     @property
     def parts(self) -> list[FlatBuffer]:
