@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import types
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from typing import Any
 from weakref import WeakMethod, WeakValueDictionary
 
@@ -32,21 +31,19 @@ from ..plan.plan import Tier
 from ..plan.precision import LossScaler
 from ..ranks.ranks import Ranks
 from ..zero.sharded import ShardedModel
-from ..zero.unit import Unit
-from . import publishing
+from .applying import Applying
 from .averaging import refuse_swapped
 from .clipping import clip_factor
-from .elementwise import check_elementwise, steps_in_parts
+from .elementwise import check_elementwise
 from .groups import Groups
-from .held import HeldGradients, multiply
+from .held import HeldGradients
 from .optimizer_dict import OptimizerDict
 from .optimizer_state import OptimizerState, has_stepped
 from .optimizer_verbs import OwnVerbs
 from .residency import Residency
-from .running import holding, run_step
 from .trial import Handling, Trial
 from .verdicts import Verdicts
-from .visits import Shard, Visits
+from .visits import Shard
 
 log = logging.getLogger("shardwise")
 
@@ -98,8 +95,7 @@ class ShardedOptimizer:
         self._trial = self.ranks.together(self._tried)
         self.groups = Groups(optimizer, self.models)
         self.held = HeldGradients(self.groups, self.models, self.scaler)
-        self._visits = Visits(optimizer)
-        self._verbs: OwnVerbs | None = None
+        self._applying = Applying(optimizer, self.models, self.groups, self.held)
         thawed = self.ranks.together(self._to_thaw)
         for model in self.models:
             model.thawing.thaw(p for p in thawed if model.thawing.holds(p))
@@ -156,8 +152,8 @@ class ShardedOptimizer:
             setattr(self.optimizer, verb.__name__, types.MethodType(verb, self.optimizer))
         OptimizerDict(self.states, self.groups).install()
         if self._trial is not None:
-            self._verbs = OwnVerbs(self.states, self.held, self._trial)
-            self._verbs.install()
+            self._applying.verbs = OwnVerbs(self.states, self.held, self._trial)
+            self._applying.verbs.install()
         for model in self.models:
             model.thawing.then.append(WeakMethod(self._take_thawed))
 
@@ -300,7 +296,7 @@ class ShardedOptimizer:
             self._trial.look()
         if not self.held.present():
             if self._trial is not None and not accumulating:
-                self._run()  # it may count its steps, as in plain torch
+                self._applying.run()  # it may count its steps, as in plain torch
             return result
         self.steps += 1
         for model in self.models:
@@ -351,70 +347,7 @@ class ShardedOptimizer:
         if scale != 1.0:
             unscale = torch.full((), 1.0 / scale, dtype=self.groups.norm_dtype, device=self.ranks.device)
             factor = unscale if factor is None else factor * unscale
-        here = [shard for shard in self.groups.shards if shard.trained.in_place]
-        if any(shard.trained.gradients.host is not None for shard in here):
-            self.held.wait_for_host()
-        grads = []
-        for shard in here:
-            gradient = shard.gradient()
-            if gradient is not None:
-                # In place, unless another optimizer reads the same buffer, and counts on its own factor and scale.
-                shared = id(shard.trained) not in self.groups.sole
-                shard.tensor.grad = gradient.to(shard.tensor.dtype, copy=shared)
-                grads.append(shard.tensor.grad)
-        driven: Any = self.optimizer
-        own = {id(s.trained): s.trained for s in here}.values()
-        alone = [trained for trained in own if id(trained) in self.groups.sole]
-        multiplied = [t for t in alone if t.sums.rest is not None and t.sums.rest.dtype == t.master.dtype]
-        if factor is not None and grads and self.groups.fused:  # it multiplies in its own pass
-            driven.grad_scale = factor.reciprocal().to(grads[0].device, torch.float32)
-            driven.found_inf = torch.zeros((), device=grads[0].device)
-        else:
-            if factor is not None:
-                multiply(grads, factor)
-            for trained in multiplied:
-                trained.sums.stepped()
-        units = [unit for model in self.models for unit in self.groups.units(model)]
-        with publishing.fenced([model.engine for model in self.models]):
-            try:
-                try:
-                    self._step_in_place([unit for unit in units if _in_place(unit)], here)
-                finally:
-                    driven.grad_scale = driven.found_inf = None
-                    driven._opt_called = True  # LR schedulers check that the step came before theirs
-                    for shard in here:
-                        shard.tensor.grad = None
-                for trained in multiplied:
-                    trained.sums.stepped()
-                for model in self.models:
-                    visiting = [unit for unit in self.groups.units(model) if not _in_place(unit)]
-                    if visiting:
-                        shards = [shard for shard in self.groups.shards if not shard.trained.in_place]
-                        self._visits.step(model, visiting, shards, factor, fused=self.groups.fused)
-                    if model.engine.stores.uses_disk:
-                        model.engine.drain()
-            finally:
-                publishing.arrive(units)
-
-    def _run(self) -> None:
-        """The class's step, on what is in place."""
-        with self._verbs.as_in_the_class() if self._verbs is not None else nullcontext():
-            run_step(self.optimizer)
-
-    def _step_in_place(self, units: Sequence[Unit], shards: Sequence[Shard]) -> None:
-        """Step `shards`, which have their gradients, and send the weights of `units` as soon as they are there."""
-        groups = publishing.in_groups(units)
-        apart = len(groups) > 1 and steps_in_parts(self.optimizer)
-        if not apart:
-            self._run()
-        for group in groups:
-            if apart:
-                mine = {id(unit.trained) for unit in group}
-                with holding(self.optimizer, {id(shard.tensor) for shard in shards if id(shard.trained) in mine}):
-                    run_step(self.optimizer)
-            for unit in group:
-                unit.cast()
-            publishing.send(group)
+        self._applying.apply(factor)
 
     def _agree(self) -> Tensor | None:
         """The gradients' global 2-norm as the step will see it before clipping, if anything needs it. One all_reduce.
@@ -438,7 +371,3 @@ class ShardedOptimizer:
         factor, scale = self.held.outstanding()
         norm = facts[0].sqrt() / scale
         return norm if factor is None else norm * factor
-
-
-def _in_place(unit: Unit) -> bool:
-    return unit.trained is not None and unit.trained.in_place

@@ -1,0 +1,110 @@
+"""One step of the optimizer's class on all shards: those whose masters rest where they are stepped, and those that visit.
+
+What multiplies the gradients is left to the optimizer's own kernel where that takes a scale. New weights go to every rank group
+by group, as soon as they are there: see `publishing.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..zero.sharded import ShardedModel
+from ..zero.unit import Unit
+from . import publishing
+from .elementwise import steps_in_parts
+from .groups import Groups
+from .held import HeldGradients, multiply
+from .optimizer_verbs import OwnVerbs
+from .running import holding, run_step
+from .visits import Shard, Visits
+
+
+class Applying:
+    """Of one optimizer over the shards of `models`. verbs: the optimizer's own methods, where they need care in a step."""
+
+    def __init__(
+        self, optimizer: Optimizer, models: Sequence[ShardedModel], groups: Groups, held: HeldGradients
+    ) -> None:
+        self.optimizer = optimizer
+        self.models = models
+        self.groups = groups
+        self.held = held
+        self.verbs: OwnVerbs | None = None
+        self._visits = Visits(optimizer)
+
+    def apply(self, factor: Tensor | None) -> None:
+        """Step everything that has a gradient. factor: a scalar by which gradients are multiplied first. Collective."""
+        here = [shard for shard in self.groups.shards if shard.trained.in_place]
+        if any(shard.trained.gradients.host is not None for shard in here):
+            self.held.wait_for_host()
+        grads = []
+        for shard in here:
+            gradient = shard.gradient()
+            if gradient is not None:
+                # In place, unless another optimizer reads the same buffer, and counts on its own factor and scale.
+                shared = id(shard.trained) not in self.groups.sole
+                shard.tensor.grad = gradient.to(shard.tensor.dtype, copy=shared)
+                grads.append(shard.tensor.grad)
+        driven: Any = self.optimizer
+        own = {id(s.trained): s.trained for s in here}.values()
+        alone = [trained for trained in own if id(trained) in self.groups.sole]
+        multiplied = [t for t in alone if t.sums.rest is not None and t.sums.rest.dtype == t.master.dtype]
+        if factor is not None and grads and self.groups.fused:  # it multiplies in its own pass
+            driven.grad_scale = factor.reciprocal().to(grads[0].device, torch.float32)
+            driven.found_inf = torch.zeros((), device=grads[0].device)
+        else:
+            if factor is not None:
+                multiply(grads, factor)
+            for trained in multiplied:
+                trained.sums.stepped()
+        units = [unit for model in self.models for unit in self.groups.units(model)]
+        with publishing.fenced([model.engine for model in self.models]):
+            try:
+                try:
+                    self._step_in_place([unit for unit in units if _in_place(unit)], here)
+                finally:
+                    driven.grad_scale = driven.found_inf = None
+                    driven._opt_called = True  # LR schedulers check that the step came before theirs
+                    for shard in here:
+                        shard.tensor.grad = None
+                for trained in multiplied:
+                    trained.sums.stepped()
+                for model in self.models:
+                    visiting = [unit for unit in self.groups.units(model) if not _in_place(unit)]
+                    if visiting:
+                        shards = [shard for shard in self.groups.shards if not shard.trained.in_place]
+                        self._visits.step(model, visiting, shards, factor, fused=self.groups.fused)
+                    if model.engine.stores.uses_disk:
+                        model.engine.drain()
+            finally:
+                publishing.arrive(units)
+
+    def run(self) -> None:
+        """The class's step, on what is in place."""
+        with self.verbs.as_in_the_class() if self.verbs is not None else nullcontext():
+            run_step(self.optimizer)
+
+    def _step_in_place(self, units: Sequence[Unit], shards: Sequence[Shard]) -> None:
+        """Step `shards`, which have their gradients, and send the weights of `units` as soon as they are there."""
+        groups = publishing.in_groups(units)
+        apart = len(groups) > 1 and steps_in_parts(self.optimizer)
+        if not apart:
+            self.run()
+        for group in groups:
+            if apart:
+                mine = {id(unit.trained) for unit in group}
+                with holding(self.optimizer, {id(shard.tensor) for shard in shards if id(shard.trained) in mine}):
+                    run_step(self.optimizer)
+            for unit in group:
+                unit.cast()
+            publishing.send(group)
+
+
+def _in_place(unit: Unit) -> bool:
+    return unit.trained is not None and unit.trained.in_place
