@@ -37,8 +37,8 @@ from shardwise.zero.schedule import Schedule
 from shardwise.zero.unit import Unit
 
 TIMED: list[tuple[Any, str]] = [
-    (hooks.Hooks, "_before_forward _after_forward _before_backward _after_backward _gradient_arrived _end_backward"),
-    (hooks, "_watch_inputs"),
+    (hooks.Hooks, "before_forward after_forward before_backward after_backward gradient_arrived _end_backward"),
+    (hooks, "watch_inputs"),
     (Schedule, "need done begin_forward end_forward begin_backward end_backward"),
     (Unit, "gather arrive release"),
     (FlatBuffer, "expand collapse copy_from_peers"),

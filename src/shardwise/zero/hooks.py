@@ -22,17 +22,15 @@ from contextlib import nullcontext
 from functools import partial
 from types import FrameType
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.utils.hooks import RemovableHandle
 
 from .ending import EndOfBackward
 from .forwards import Forwards, Running
 from .gradients import Gradients
-from .guard import unasked
+from .listening import Listening, watch_inputs
 from .nested import mapped, tensors_in
 from .saved import SavedWeights
 from .schedule import Phase, Schedule
@@ -79,73 +77,14 @@ class Hooks:
         self._following = False  # whether it packs the weights that autograd keeps
         recall = weakly(self.recall, gone=lambda _: True)
         self.saved = SavedWeights(schedule.units, recall, main=schedule.ranks.rank == 0)
-        self._handles: list[RemovableHandle] = []
-        self._listening: dict[int, RemovableHandle] = {}  # by the id of a weight that is to be thawed
-        self._entries: dict[nn.Module, Entry] = {}
-        self._heard: set[Unit] = set()  # those whose gradients are counted
-        self._listen(root)
+        self.listening = Listening(root, self)
         self.renew()
 
     def renew(self) -> None:
-        """The schedule may have other units. Not inside a forward.
-
-        A module that has hooks keeps them, so that they stay in their order among the script's own.
-        """
-        for entry in self._entries.values():
-            entry.clear()
-        for unit in self.schedule.units:
-            for module in unit.entries if unit.leaves else ():
-                if module not in self._entries:
-                    self._listen(module)
-                entry = self._entries[module]
-                entry.units.append(unit)
-                entry.names.append(unit.name)
-                # Of blocks in turn the first one's backward is the last that reads their unit.
-                if not unit.in_turn or module is unit.entries[0]:
-                    entry.ending.append(unit)
-            if unit.trained is not None and unit not in self._heard:
-                self._heard.add(unit)
-                for index, member in enumerate(unit.trained.buffer.members):
-                    hook = _counted(self, unit, index)
-                    parameter: Any = member.parameter  # torch does not annotate its hooks
-                    trained = parameter.requires_grad
-                    parameter.requires_grad_(
-                        True
-                    )  # torch takes hooks of no other, and keeps them when it is frozen again
-                    self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
-                    parameter.requires_grad_(trained)
-            for buffer in unit.parts:
-                buffer.guard.on_read = weakly(self.wanted, unit, gone=lambda _: False)
+        """The schedule may have other units. Not inside a forward."""
+        self.listening.renew(self.schedule.units)
         self._active.clear()
         self.saved.renew(self.schedule.units)
-
-    def _listen(self, module: nn.Module) -> None:
-        kind = len(self._entries)
-        entry = self._entries[module] = Entry(self._before_backward, self._after_backward)
-        before = _ModuleHook(self._before_forward, kind, entry)
-        after = _ModuleHook(self._after_forward, entry)
-        self._handles += [
-            module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
-            module.register_forward_hook(after, always_call=True),
-        ]
-
-    def listen_to(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Hear of a backward that comes to these, whose gradients nobody counts, and perhaps to no others."""
-        for parameter in parameters:
-            if id(parameter) not in self._listening:
-                of: Any = parameter  # torch does not annotate its hooks
-                with unasked():
-                    self._listening[id(parameter)] = of.register_post_accumulate_grad_hook(weakly(self._notice))
-
-    def stop_listening(self) -> None:
-        while self._listening:
-            self._listening.popitem()[1].remove()
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self.stop_listening()
 
     @property
     def in_forward(self) -> bool:
@@ -174,7 +113,7 @@ class Hooks:
 
     # Forward.
 
-    def _before_forward(
+    def before_forward(
         self,
         kind: int,
         entry: Entry,
@@ -197,7 +136,7 @@ class Hooks:
         if changed:
             args, kwargs = self._cast(args, kwargs)
         if recording and any(unit.leaves for unit in entry.ending) and not _transforming():
-            wrapped = _watch_inputs((args, kwargs), entry.ends)
+            wrapped = watch_inputs((args, kwargs), entry.ends)
             if wrapped is not None:
                 args, kwargs = wrapped
                 changed = True
@@ -239,7 +178,7 @@ class Hooks:
         args, kwargs = mapped((args, kwargs), _caster(self._compute_dtype))
         return args, kwargs
 
-    def _after_forward(self, entry: Entry, module: nn.Module, args: Any, output: Any) -> None:
+    def after_forward(self, entry: Entry, module: nn.Module, args: Any, output: Any) -> None:
         over = self._forwards.end(module)
         if self.schedule.holds and not torch.is_grad_enabled():
             return
@@ -312,17 +251,17 @@ class Hooks:
 
     # Backward. Autograd calls these, on its own thread when the device is a GPU.
 
-    def _before_backward(self, entry: Entry, _: Tensor) -> None:
+    def before_backward(self, entry: Entry, _: Tensor) -> None:
         if not self._in_pass:
             self._begin_backward()
         for unit in entry.units:
             self.schedule.need(unit)
 
-    def _after_backward(self, entry: Entry, *_: Tensor) -> None:
+    def after_backward(self, entry: Entry, *_: Tensor) -> None:
         for unit in entry.ending:
             self.schedule.done(unit)
 
-    def _gradient_arrived(self, unit: Unit, index: int) -> None:
+    def gradient_arrived(self, unit: Unit, index: int) -> None:
         assert unit.trained is not None
         gradients = unit.trained.gradients
         if self.schedule.phase is not _BACKWARD or self._left:  # `_in_pass`, in every parameter's way
@@ -332,7 +271,7 @@ class Hooks:
             with torch.no_grad():  # of a backward that records one for itself
                 self.schedule.reducing.complete(unit)
 
-    def _notice(self, _: Tensor) -> None:
+    def notice(self, _: Tensor) -> None:
         """A weight that nothing counts has got its gradient: a backward is running."""
         if not self._in_pass:
             self._begin_backward()
@@ -399,28 +338,6 @@ class Hooks:
             self.schedule.resume_forward(self._recording, [unit for unit, times in self._active.items() if times])
 
 
-class _ModuleHook(partial[Any]):
-    """A hook on a module. In a copy of the module, or in a file of it, there is one that does nothing, of Python's own.
-
-    So a copy is nobody's: it knows no engine, and who loads the file need not have this library.
-    """
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (nullcontext(), "__exit__")  # takes any arguments and gives None
-
-
-def _counted(hooks: Hooks, unit: Unit, index: int) -> Callable[[Tensor], None]:
-    """`weakly(hooks._gradient_arrived, unit)` for a parameter, written out because a step calls it for each of them."""
-    listener, source = ref(hooks), ref(unit)
-
-    def arrived(_: Tensor) -> None:
-        hooks, unit = listener(), source()
-        if hooks is not None and unit is not None:
-            hooks._gradient_arrived(unit, index)
-
-    return arrived
-
-
 def _transforming() -> bool:
     """Whether this runs inside of a transform of torch.func, where tensors are not what they seem and nothing can be sent."""
     return torch._C._functorch.peek_interpreter_stack() is not None
@@ -437,47 +354,6 @@ def _records_backward() -> bool:
     Only then gradients are recorded in it, but for those of a recomputation, where it may begin; its graph is kept as well.
     """
     return torch.is_grad_enabled() and bool(torch._C._autograd._get_current_graph_task_keep_graph())
-
-
-class _Watch(torch.autograd.Function):
-    """The identity. Its backward runs when every gradient of its inputs is ready, that is last in the module's backward."""
-
-    @staticmethod
-    def forward(ctx: Any, call: Callable[..., None], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.call = call
-        return tensors
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        ctx.call()
-        return (None, *gradients)
-
-
-def _has_views(tensor: Tensor) -> bool:
-    return tensor.layout is torch.jagged or (tensor.layout is torch.strided and not tensor.is_nested)
-
-
-def _watch_inputs(inputs: tuple[Any, Any], call: Callable[..., None]) -> tuple[Any, Any] | None:
-    """The inputs with those that need a gradient led through an identity that calls; None if none does.
-
-    Of a single tensor it is a view with a hook on its node: that costs the host half of what a Function costs, and the module
-    may write into it. Then the node is no part of the graph any more, and nobody calls. Nor does anyone where torch has no
-    views of an input, as of a sparse one.
-    """
-    tensors = {id(tensor): tensor for tensor in tensors_in(inputs) if tensor.requires_grad}
-    if not tensors or not all(map(_has_views, tensors.values())):
-        return None
-    if len(tensors) == 1:
-        first = next(iter(tensors.values()))
-        view = first.view_as(first)
-        assert view.grad_fn is not None
-        view.grad_fn.register_hook(call)
-        watched = {id(first): view}
-    else:
-        outputs = _Watch.apply(call, *tensors.values())  # type: ignore[no-untyped-call]
-        watched = dict(zip(tensors, outputs, strict=True))
-    args, kwargs = mapped(inputs, lambda tensor: watched.get(id(tensor), tensor))
-    return args, kwargs
 
 
 def _caster(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

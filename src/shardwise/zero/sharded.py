@@ -352,7 +352,7 @@ class ShardedModel:
         self._hooks.finish_interrupted()
         self.schedule.abandon_open_pass()
         self.drop_gradients()
-        self._hooks.remove()
+        self._hooks.listening.remove()
         self._engine.lanes.gather.wait(self._engine.lanes.mark_compute())
         rounded = dissolve(self.units, self._dtypes, self.whole.master, parted=self.ranks.parted)
         place_empty(self.model, self.ranks.device, lambda name, _: self._dtypes[name])

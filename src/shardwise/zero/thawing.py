@@ -67,7 +67,7 @@ class Thawing:
 
     def listen(self) -> None:
         """Before a forward: hear of a backward that comes to weights which shall be trained from now on, and to no others."""
-        self._hooks.listen_to([parameter for _, parameter in self._wanted()])
+        self._hooks.listening.listen_to([parameter for _, parameter in self._wanted()])
 
     def _look_for_frozen(self) -> None:
         buffers = [unit.frozen for unit in self._units if unit.frozen is not None]
@@ -134,7 +134,7 @@ class Thawing:
                 "see it. Leave that block before the first of these after requires_grad was set."
             )
         self._is_due = False
-        self._hooks.stop_listening()
+        self._hooks.listening.stop_listening()
         self._schedule.abandon_open_pass()
         self._schedule.stop_lingering()
         self._engine.lanes.gather.wait(self._engine.lanes.mark_compute())
