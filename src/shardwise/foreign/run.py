@@ -18,7 +18,7 @@ from ..checkpoint.write import Draft, Piece, whole_pieces
 from ..errors import CheckpointError
 from ..files.writer import Spec, dtype_name
 from ..ranks.ranks import attempt
-from ..step.optimizer_state import MACHINE
+from ..step.state_kinds import MACHINE
 
 MODEL = "model0"
 

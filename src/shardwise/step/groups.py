@@ -9,7 +9,7 @@ Frozen parameters have no shards. Once they are trained, theirs come into the gr
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ..errors import OptimizerError
+from ..plan.blueprint import Role
+from ..plan.plan import Tier
 from ..zero.guard import unasked
 from ..zero.sharded import ShardedModel
 from ..zero.trained import Trained
@@ -34,12 +36,12 @@ class Groups:
 
     parameters: the user's, group by group, as torch's verbs number them. as_set: of each group, the settings that were
                 changed here, as the user had set them.
-    shards:     what the optimizer holds on this rank. members: id(gradients) -> them and the places of what it drives there.
+    shards:     what the optimizer holds on this rank. members: id(trained) -> it and the places of what it drives there.
     frozen:     those of `parameters` that have no shards.
-    strays:     id(parameter) -> gradients of the models that this optimizer does not step, and their place: in torch they are
-                clipped with the others, if a script says so.
+    strays:     id(parameter) -> what is trained in the models that this optimizer does not step, and its place: in torch
+                their gradients are clipped with the others, if a script says so.
     norm_dtype: of norms over the gradients: fp64 where any of them is, as torch has it, else fp32. The same on every rank.
-    sole:       ids of gradients that no other optimizer reads: what a step does to them in place is nobody else's matter.
+    sole:       ids of what no other optimizer steps: what a step does to its gradients in place is nobody else's matter.
     """
 
     def __init__(self, optimizer: Optimizer, models: Sequence[ShardedModel]) -> None:
@@ -157,6 +159,29 @@ class Groups:
             return False
         one = len(self.optimizer.param_groups) == 1
         return {id(p) for p in self.driven()} <= given or (one and {id(shard.tensor) for shard in self.shards} <= given)
+
+    def holds(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether any of these is in the groups, frozen or not."""
+        mine = {id(parameter) for own in self.parameters for parameter in own}
+        return any(id(p) in mine for p in parameters)
+
+    def knows(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether all of these are the models'."""
+        mine = {id(parameter) for model in self.models for parameter in model.model.parameters()}
+        return all(id(p) in mine for p in parameters)
+
+    def ledger(self) -> dict[tuple[Role, Tier], int]:
+        """Bytes of the optimizer's states on this rank."""
+        found: dict[tuple[Role, Tier], int] = {}
+        for shard in self.shards:
+            tier = shard.trained.master.tier
+            for value in self.optimizer.state.get(shard.tensor, {}).values():
+                if isinstance(value, Tensor) and (shard.trained.in_place or not value.ndim):
+                    found["optimizer", tier] = found.get(("optimizer", tier), 0) + value.nbytes
+        for trained, _ in self.members.values():
+            for slab in trained.states.values():
+                found["optimizer", slab.tier] = found.get(("optimizer", slab.tier), 0) + slab.nbytes
+        return found
 
     def _homes(self) -> dict[int, tuple[Trained, int]]:
         """id(parameter) -> its gradients and its place among them."""

@@ -38,9 +38,10 @@ from .elementwise import check_elementwise
 from .groups import Groups
 from .held import HeldGradients
 from .optimizer_dict import OptimizerDict
-from .optimizer_state import OptimizerState, has_stepped
+from .optimizer_state import OptimizerState
 from .optimizer_verbs import OwnVerbs
 from .residency import Residency
+from .state_kinds import has_stepped
 from .trial import Handling, Trial
 from .verdicts import Verdicts
 from .visits import Shard
@@ -234,10 +235,6 @@ class ShardedOptimizer:
 
     # Clipping.
 
-    def look(self) -> None:
-        """Take over what the script has done to gradients."""
-        self.held.look()
-
     def unscale(self) -> None:
         """Take the loss scale off the gradients, for scripts that look at them before the step."""
         self.held.unscale()
@@ -254,26 +251,15 @@ class ShardedOptimizer:
 
     def ledger(self) -> dict[tuple[Role, Tier], int]:
         """Bytes of the optimizer's states (moments and step counts) on this rank; the masters are in the model's ledger."""
-        found: dict[tuple[Role, Tier], int] = {}
-        for shard in self.groups.shards:
-            tier = shard.trained.master.tier
-            for value in self.optimizer.state.get(shard.tensor, {}).values():
-                if isinstance(value, Tensor) and (shard.trained.in_place or not value.ndim):
-                    found["optimizer", tier] = found.get(("optimizer", tier), 0) + value.nbytes
-        for trained, _ in self.groups.members.values():
-            for slab in trained.states.values():
-                found["optimizer", slab.tier] = found.get(("optimizer", slab.tier), 0) + slab.nbytes
-        return found
+        return self.groups.ledger()
 
     def holds(self, parameters: Iterable[Tensor]) -> bool:
         """Whether any of `parameters` is in the optimizer's groups, frozen or not."""
-        mine = {id(parameter) for own in self.groups.parameters for parameter in own}
-        return any(id(p) in mine for p in parameters)
+        return self.groups.holds(parameters)
 
     def knows(self, parameters: Iterable[Tensor]) -> bool:
         """Whether all of `parameters` are its models'."""
-        mine = {id(parameter) for model in self.models for parameter in model.model.parameters()}
-        return all(id(p) in mine for p in parameters)
+        return self.groups.knows(parameters)
 
     # The step.
 
@@ -290,7 +276,7 @@ class ShardedOptimizer:
         self._verdicts.raise_if_bad()
         if any(model.at_boundary is False for model in self.models):
             return result
-        self.look()
+        self.held.look()
         accumulating = any(model.accumulating for model in self.models)
         if self._trial is not None and not accumulating:
             self._trial.look()
@@ -330,7 +316,7 @@ class ShardedOptimizer:
             return
         self._verdicts.forget()
         if not set_to_none:
-            self.look()
+            self.held.look()
         for trained, indices in self.groups.members.values():
             if set_to_none:
                 trained.gradients.forget(indices)

@@ -23,16 +23,8 @@ from torch.optim import Optimizer
 from ..errors import OptimizerError
 from .comparing import plain
 from .groups import Groups
-from .optimizer_state import (
-    MACHINE,
-    Key,
-    OptimizerState,
-    WholeState,
-    digest,
-    has_stepped,
-    in_little_memory,
-    split_states,
-)
+from .optimizer_state import OptimizerState
+from .state_kinds import MACHINE, Key, WholeState, digest, has_stepped, in_little_memory, split_states
 
 
 @dataclass(frozen=True)

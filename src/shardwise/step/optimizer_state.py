@@ -10,10 +10,8 @@ with every piece. `intervals` is the one walk over the states: checkpoints write
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,39 +20,23 @@ from torch.optim import Optimizer
 
 from ..errors import OptimizerError
 from ..zero.sharded import ShardedModel
-from .comparing import plain
 from .exchange import exchange
 from .groups import Groups
 from .intervals import Interval, Rest
+from .state_kinds import (
+    COUNTS,
+    MACHINE,
+    NUMBERS,
+    Key,
+    StateOf,
+    WholeState,
+    digest,
+    in_little_memory,
+    is_like,
+    kinds,
+    split_states,
+)
 from .visits import OFFLOADED, Shard, resting_place
-
-# Which of the optimizer's models, and a parameter's name in it.
-Key = tuple[int, str]
-K = TypeVar("K")
-
-# The numbers of torch's optimizers, which a parameter without dimensions has beside elementwise states of the same shape.
-_NUMBERS = ("step", "mu_product", "eta", "mu")
-# Those of them that live beside their parameter only where a kernel on the device counts with them.
-_COUNTS = ("step", "mu_product")
-# How an optimizer computes belongs to the machine that it runs on, not to what is saved.
-MACHINE = ("fused", "foreach", "capturable", "differentiable")
-
-
-@dataclass(frozen=True)
-class StateOf:
-    """The states of one parameter's interval: elementwise ones, and numbers that go with all of it."""
-
-    key: Key
-    elementwise: dict[str, Interval]
-    numbers: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class WholeState:
-    """A whole parameter's states, told apart. elementwise: flat tensors of all its elements, on any device."""
-
-    elementwise: dict[str, Tensor]
-    numbers: dict[str, Any]
 
 
 class OptimizerState:
@@ -173,7 +155,7 @@ class OptimizerState:
             for name, value in numbers(key).items():
                 state[name] = value
                 if isinstance(value, Tensor):
-                    counts = name in _COUNTS and not on_device
+                    counts = name in COUNTS and not on_device
                     state[name] = value.to(torch.device("cpu") if counts else self.ranks.device, copy=True)
                     if name == "step" and group.get("fused"):
                         state[name] = state[name].float()  # the kernels take no other
@@ -216,7 +198,7 @@ class OptimizerState:
 
         Raises StoreError where a drive fails.
         """
-        self.make(*_kinds(whole), besides)
+        self.make(*kinds(whole), besides)
         self._write(whole)
 
     def _write(self, whole: Mapping[Key, WholeState]) -> None:
@@ -250,7 +232,7 @@ class OptimizerState:
                 self.optimizer.state[parameter] = self.dormant.pop(id(parameter))
         apart = self._taken(self.groups.parameters)
         if apart:
-            self._make_for(set(apart), *_kinds(apart))
+            self._make_for(set(apart), *kinds(apart))
             self._write(apart)
 
     def _taken(self, parameters: Sequence[Sequence[Parameter]]) -> dict[Key, WholeState]:
@@ -282,11 +264,11 @@ class OptimizerState:
                     "model outside of accelerator.init()."
                 ) from error
             found = {
-                name: value.view(()).expand(self.shapes[key]) if _is_like(value, (1,)) else value
+                name: value.view(()).expand(self.shapes[key]) if is_like(value, (1,)) else value
                 for name, value in anew.items()
             }
         for name, value in found.items():
-            if _is_like(value, self.shapes[key]) and value.is_floating_point() and name not in _NUMBERS:
+            if is_like(value, self.shapes[key]) and value.is_floating_point() and name not in NUMBERS:
                 found[name] = value.to(self.dtypes[key])
         return found
 
@@ -323,80 +305,3 @@ class OptimizerState:
         for model in self.models:
             model.engine.synchronize()
             model.engine.stores.drain()
-
-
-def has_stepped(state: Mapping[str, Any]) -> bool:
-    """Whether these are states that steps have made: a constructor counts none, and makes all elements alike."""
-    if float(state.get("step", 0)) > 0:
-        return True
-    return any(isinstance(v, Tensor) and not v.is_meta and v.numel() > 1 and not _is_even(v) for v in state.values())
-
-
-def in_little_memory(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The same states, of which those with equal elements take the memory of one."""
-    return {
-        name: value.reshape(-1)[:1].clone().view((1,) * value.ndim).expand(value.shape)
-        if isinstance(value, Tensor) and not value.is_meta and value.numel() > 1 and _is_even(value)
-        else value
-        for name, value in state.items()
-    }
-
-
-def _is_even(value: Tensor) -> bool:
-    return bool((value == value.reshape(-1)[0]).all())
-
-
-def _kinds(
-    whole: Mapping[Key, WholeState],
-) -> tuple[Callable[[Key], Mapping[str, torch.dtype]], Callable[[Key], Mapping[str, Any]]]:
-    """The dtypes of elementwise states, and the numbers, by key."""
-    none = WholeState({}, {})
-    return (
-        lambda key: {name: value.dtype for name, value in whole.get(key, none).elementwise.items()},
-        lambda key: whole.get(key, none).numbers,
-    )
-
-
-def split_states(
-    states: Mapping[K, Mapping[str, Any]], shapes: Mapping[K, tuple[int, ...]], name_of: Callable[[K], str]
-) -> dict[K, WholeState]:
-    """Whole states by parameter, each with its elementwise ones and its numbers.
-
-    Elementwise states of a parameter without dimensions have the shape of numbers. They are those that are elementwise for a
-    parameter with dimensions, and those that no optimizer of torch has as a number.
-    Raises OptimizerError for a tensor that has dimensions, but not its parameter's.
-    """
-    numbers = set(_NUMBERS)
-    elementwise = set()
-    for key, state in states.items():
-        for name, value in state.items() if shapes[key] else ():
-            if _is_like(value, shapes[key]):
-                elementwise.add(name)
-            elif isinstance(value, Tensor) and not value.ndim:
-                numbers.add(name)
-    found: dict[K, WholeState] = {}
-    for key, state in states.items():
-        parts = found[key] = WholeState({}, {})
-        for name, value in state.items():
-            if isinstance(value, Tensor) and (value.ndim or not shapes[key]) and not _is_like(value, shapes[key]):
-                raise OptimizerError(
-                    f"the state {name} of {name_of(key)} has shape {tuple(value.shape)}, but the parameter's is {shapes[key]}."
-                )
-            if _is_like(value, shapes[key]) and (shapes[key] or name in elementwise or name not in numbers):
-                parts.elementwise[name] = value.detach().reshape(-1)
-            else:
-                parts.numbers[name] = value
-    return found
-
-
-def digest(states: Mapping[Key, WholeState], *more: Any) -> int:
-    """A sum over step counts, kinds of states and `more`: ranks that were given the same have the same; 0 of nothing."""
-    kinds = [
-        (key, sorted((name, plain(value)) for name, value in parts.numbers.items()), sorted(parts.elementwise))
-        for key, parts in states.items()
-    ]
-    return zlib.crc32(repr((kinds, more)).encode()) if states or more else 0
-
-
-def _is_like(value: Any, shape: tuple[int, ...]) -> bool:
-    return isinstance(value, Tensor) and tuple(value.shape) == shape
