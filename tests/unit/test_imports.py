@@ -168,10 +168,13 @@ def test_no_module_imports_from_a_level_below_it_in_the_drawing(module):
 ELASTIC = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run")
 
 
+# deepspeed.comm is torch.distributed under another name.
+HOMES_OF_GROUPS = ("ranks.joining", "ranks.ranks", "ranks.symmetric", "ranks.leaving", "compat.deepspeed.comm")
+
+
 def test_only_what_joins_and_leaves_and_ranks_import_torch_distributed():
     for module in modules():
-        # deepspeed.comm is torch.distributed under another name.
-        allowed = module in ("ranks.joining", "ranks.ranks", "ranks.leaving", "compat.deepspeed.comm")
+        allowed = module in HOMES_OF_GROUPS
         for found in imports_of(module):
             # The launcher starts processes through torch's elastic agent, which lives in torch.distributed too.
             if is_under(module, "cli") and is_under(found.name, *ELASTIC):

@@ -41,7 +41,7 @@ def engine(seen: list[str]) -> Any:
 
 def unit(name: str, nbytes: int, *, publishes: bool = True, of: Any = None) -> Any:
     buffer = SimpleNamespace(whole_nbytes=nbytes, whole=name, own_slice=name)
-    return SimpleNamespace(name=name, publishes=publishes, trainable=buffer, engine=of)
+    return SimpleNamespace(name=name, publishes=publishes, trained=SimpleNamespace(buffer=buffer), engine=of)
 
 
 def names(groups: list[list[Any]]) -> list[list[str]]:

@@ -56,7 +56,9 @@ def frozen_record(
         record["kept"] = store.name
         if not on_first(ranks, lambda: _is_there(store)):
             staging = open_staging(store, ranks)
-            write_checkpoint(staging, store, Draft(run.frozen_pieces()), ranks, describer(ranks.world_size, 0, -1))
+            write_checkpoint(
+                staging, store, Draft(run.of_models.frozen_pieces()), ranks, describer(ranks.world_size, 0, -1)
+            )
     return record
 
 

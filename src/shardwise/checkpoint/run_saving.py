@@ -25,7 +25,8 @@ from .model_facts import KeptAdapters, adapters_of, dtypes_of, facts_of
 from .patience import Progress, patiently
 from .read import Checkpoint
 from .run_folder import Place
-from .run_state import Changed, RunState
+from .run_models import Changed
+from .run_state import RunState
 from .saved_states import check_states, say_what_lacks
 from .write import Draft, open_staging, write_checkpoint
 
@@ -120,8 +121,8 @@ def load_run(
     assert changed is not None
     _thaw(run, changed, path)
     since = {f"model{number}/{name}" for number, found in enumerate(changed) for name in found.since}
-    groups = run.group_names()
-    together(ranks, lambda: run.check_groups(states, groups, since), what=what)
+    groups = run.of_optimizers.group_names()
+    together(ranks, lambda: run.of_optimizers.check_groups(states, groups, since), what=what)
     for hook in hooks:
         together(ranks, hook, what=what)
     frozen = compare_frozen(run, checkpoint, [found.since for found in changed], strict=strict)

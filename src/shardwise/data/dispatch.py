@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import IterDataPipe
 
 from ..errors import DataError, RankError
+from ..ranks.agreeing import attempt_or_interrupt, words_of
 from ..ranks.batches import broadcast_tensor, concatenate, is_column, leaves, map_leaves, send_to_device, slice_batch
 from .loader import PreparedLoader, refuse_empty_stream
 from .order import Round, cut_round
@@ -109,10 +110,8 @@ class DispatchedLoader(PreparedLoader):
             error: BaseException | None = None
             batch, message = None, _Message()
             if reader is not None:
-                try:
-                    batch, message = next(reader)
-                except BaseException as caught:  # Ctrl-C too: the others wait for this batch
-                    error, message = caught, _Message(error=f"{type(caught).__name__}: {caught}")
+                read, error = attempt_or_interrupt(lambda: next(reader))  # the others wait for this batch
+                batch, message = read or (None, _Message(error=words_of(error)))
             message = ranks.broadcast_object(message)
             if error is not None:
                 raise error

@@ -37,7 +37,7 @@ from ..run.plugins import AutocastKwargs, DeepSpeedPlugin, ProfileKwargs, Projec
 from ..run.process import AcceleratorState, DistributedType
 from ..run.tracking import Tracking, check_trackers
 from ..step.optimizer import ShardedOptimizer, find_sharded_optimizer
-from ..zero.guard import explain
+from ..zero.guard import explained
 from .checkpointing import Checkpointing
 from .entering import PreparedModel
 from .metrics import Metrics
@@ -321,13 +321,8 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
         scaled = self._scaler.scale(share)
         for entry in self._optimizers:
             entry.stepper.note_loss(loss)
-        try:
+        with explained():
             scaled.backward(**kwargs)  # type: ignore[no-untyped-call]
-        except RuntimeError as error:
-            told = explain(error)
-            if told is None:
-                raise
-            raise told from error
 
     def _stepper_of(self, parameters: Iterable[Tensor] | Tensor, verb: str) -> tuple[ShardedOptimizer, list[Tensor]]:
         """The optimizer that these parameters belong to: the same one on every rank, or PrepareError on every rank.

@@ -39,7 +39,7 @@ from ..data.prepare import DataLoaderConfiguration
 from ..errors import CheckpointError, ConfigError, PrepareError
 from ..files import disk
 from ..plan.precision import LossScaler
-from ..ranks.agree import first_failure, on_first, together
+from ..ranks.agree import on_first, together
 from ..ranks.ranks import Ranks, attempt
 from ..run.plugins import ProjectConfiguration
 from ..run.process import PartialState
@@ -181,11 +181,8 @@ class Checkpointing(PartialState):
 
     def finish_saving(self) -> None:
         """Wait for a save in the background. Raises CheckpointError, on every rank, if it failed. Collective."""
-        _, error = attempt(self._background.wait)
         if self._aside is not None:
-            text = first_failure(self._ranks, error)
-            if text is not None:
-                raise CheckpointError(text) from error
+            together(self._ranks, self._background.wait)
 
     def _run_state(self) -> RunState:
         return RunState(

@@ -76,13 +76,8 @@ class Preparing(PartialState):
         seed. A safetensors checkpoint is read in prepare, by each rank its own bytes.
         An error inside is every rank's: a rank whose own block went well raises RankError.
         """
-        problem: BaseException | None = None
-        try:
-            with building():
-                yield
-        except BaseException as error:
-            problem = error
-        self._ranks.agree(problem)
+        with self._ranks.agreeing(), building():
+            yield
 
     def prepare(self, *objects: Any, device_placement: Sequence[bool | None] | None = None) -> Any:
         """The objects, ready for the run, in the same order; a single one by itself. Collective.

@@ -1,4 +1,8 @@
-"""How the ranks of a save or a load end together: one error, the same words on every rank, or none."""
+"""How the ranks of a save or a load end together: one error, the same words on every rank, or none.
+
+Apart from `Ranks.together`, which raises what each rank met: behind a save or a load each rank catches one kind of error, so
+that all remove what was written, or all take the next checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +15,15 @@ from .ranks import Ranks, attempt_or_interrupt
 T = TypeVar("T")
 
 
-def first_failure(ranks: Ranks, error: Exception | None) -> str | None:
-    """The words of the first rank that failed, on every rank; None if none did. Collective."""
-    return _first(ranks, ranks.gather_objects(agreed_words(error)))
-
-
 def raise_first(ranks: Ranks, texts: Sequence[str | None], error: Exception | None, what: str = "") -> None:
     """CheckpointError with the words of the first rank that failed, if any did. No communication.
 
     texts: of every rank, from `agreed_words`. error: this rank's own. what: how the error's text begins.
     """
-    text = _first(ranks, texts)
-    if text is not None:
-        raise CheckpointError(f"{what}{text}") from error
-
-
-def _first(ranks: Ranks, texts: Sequence[str | None]) -> str | None:
     for rank, text in enumerate(texts):
         if text is not None:
-            return text if ranks.world_size == 1 else f"rank {rank}: {text}"
-    return None
+            who = f"rank {rank}: " if ranks.world_size > 1 else ""
+            raise CheckpointError(f"{what}{who}{text}") from error
 
 
 def together(ranks: Ranks, action: Callable[[], T], *, on: int | None = None, what: str = "") -> T | None:
@@ -47,9 +40,9 @@ def together(ranks: Ranks, action: Callable[[], T], *, on: int | None = None, wh
     return result
 
 
-def on_first(ranks: Ranks, action: Callable[[], T], what: str = "") -> T:
+def on_first(ranks: Ranks, action: Callable[[], T]) -> T:
     """What `action` gives on rank 0, on every rank; if it raises there, the same error on every rank."""
-    result = together(ranks, action, on=0, what=what)
+    result = together(ranks, action, on=0)
     found: T = ranks.broadcast_object(result)
     return found
 

@@ -1,4 +1,4 @@
-"""The ranks of a run and what they do together. Beside `joining.py` and `leaving.py` nothing else calls torch.distributed.
+"""The ranks of a run and what they do together. `joining.py`, `leaving.py`, `symmetric.py` beside it call torch.distributed.
 
 There are three groups. The data group moves tensors on the device (NCCL on CUDA, gloo on CPU). The reduce group does the
 same for gradients alone: a communicator needs its operations in the same order on every rank, and ranks that take
@@ -13,42 +13,33 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
-import json
-import logging
 import re
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config.agreement import Difference, differences, disagreement
-from ..config.environment import without_multicast
+from ..config.agreement import Difference, disagreement
 from ..errors import ConfigError, LayoutError, RankError
-from . import leaving
+from . import assembling, leaving, symmetric
+from .agreeing import attempt, attempt_or_interrupt, compared, raise_first, words_of
 from .joining import Joined, join_groups
-from .meeting import missed
-from .words import Words, exchanged, exchanges, go_on_from
+from .words import Words, exchanged
 
-log = logging.getLogger("shardwise")
+__all__ = ["Ranks", "ReduceOp", "attempt", "attempt_or_interrupt"]
 
 ReduceOp = Literal["sum", "mean", "max", "min"]
+_OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.AVG, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 T = TypeVar("T")
 P = ParamSpec("P")
-
-_MOST_COMPARED = 256  # facts of a rank that differ from rank 0's and go around
 
 # torch 2.13 renamed both and warns on the old names; torch 2.9 to 2.12 have only the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-# How often all ranks have come together in each call, see `Ranks.assemble`.
-_assembled: Counter[str] = Counter()
 
 
 # What gloo and the store say when another rank is not there.
@@ -246,21 +237,9 @@ class Ranks:
         """(numel,) zeros in the memory of every rank's device, all mapped into this process, in rank order. Collective.
 
         Needs ranks of one machine whose devices reach each other; raises what torch raises where they do not.
-        Source: torch's symmetric memory.
         """
-        import torch.distributed._symmetric_memory as symmetric
-
         assert self._data is not None
-        without_multicast()
-        pool = _pool_of_its_own(symmetric, self.device)
-        if pool is not None:
-            # Through torch's allocator, so that its statistics count these bytes too.
-            with torch.cuda.use_mem_pool(pool):
-                own = torch.zeros(numel, dtype=dtype, device=self.device)
-        else:
-            own = symmetric.empty(numel, dtype=dtype, device=self.device).zero_()
-        handle = symmetric.rendezvous(own, self._data)
-        return [own if r == self.rank else handle.get_buffer(r, (numel,), dtype) for r in range(self.world_size)]
+        return symmetric.map_shared(self._data, self.device, numel, dtype)
 
     @_waiting
     def all_reduce_gradient(self, gradient: Tensor) -> None:
@@ -275,8 +254,7 @@ class Ranks:
         self.counts["all_reduce"] += 1
         if self._data is None:
             return
-        ops = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.AVG, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-        dist.all_reduce(tensor, op=ops[op], group=self._data)
+        dist.all_reduce(tensor, op=_OPS[op], group=self._data)
 
     @_waiting
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
@@ -307,35 +285,9 @@ class Ranks:
         RankError, which says the same, after the timeout of all collectives. About 1 ms. The ranks leave marks in the store in
         which they met: a collective would get mixed up with what the ranks that are elsewhere do there.
         """
-        if self.world_size == 1:
-            return
-        store = dist.distributed_c10d._get_default_store()
-        place = f"shardwise/{call}/{_assembled[call]}"
-        store.set(f"{place}/{self.rank}", "here")
-        missing, present = list(range(self.world_size)), []
-        began, said = time.monotonic(), False
-        rule = f"{call} is collective{where and ' ' + where}: call it on every rank, not only on the main process."
-        while True:
-            present += [rank for rank in missing if store.check([f"{place}/{rank}"])]
-            missing = [rank for rank in missing if rank not in present]
-            if not missing:
-                break
-            waited = time.monotonic() - began
-            names = f"rank {', '.join(map(str, missing))}"
-            if waited >= self._timeout.total_seconds():
-                store.delete_key(f"{place}/{self.rank}")
-                raise RankError(
-                    f"{rule} Rank {self.rank} has waited {waited:.0f} s for {names}, which did not call it."
-                )
-            if waited >= say_after_s and not said:
-                said = True
-                if self.rank == min(present):
-                    log.warning("%s Rank %d has waited %.0f s for %s.", rule, self.rank, waited, names)
-            time.sleep(min(0.05, 0.001 + waited / 50))
-        if _assembled[call]:
-            # Every rank is in this call, so none looks for the marks of the one before.
-            store.delete_key(f"shardwise/{call}/{_assembled[call] - 1}/{self.rank}")
-        _assembled[call] += 1
+        if self.world_size > 1:
+            place = (_store(), self.rank, self.world_size)
+            assembling.assemble(*place, call, where, self._timeout, say_after_s=say_after_s)
 
     @_waiting
     def gather_numbers(self, number: int) -> list[int]:
@@ -391,7 +343,7 @@ class Ranks:
         A rank raises its own error; the others raise RankError, which names the first rank that failed and repeats its
         words. When every rank met the same one, each raises its own.
         """
-        _raise_first(error, self.gather_objects(_words(error)))
+        raise_first(error, self.gather_objects(words_of(error)))
 
     def together(self, action: Callable[[], T]) -> T:
         """What `action` gives on this rank; if it raises on any rank, an error on every rank, as `agree` raises it. Collective.
@@ -403,32 +355,23 @@ class Ranks:
         self.agree(error)
         return cast(T, result)
 
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """As `together`, for a block of the caller's: its error, or interrupt, is every rank's at its end. Collective."""
+        error: BaseException | None = None
+        try:
+            yield
+        except BaseException as caught:
+            error = caught
+        self.agree(error)
+
     def compare(self, facts: Callable[[], Mapping[str, Any]], where: str) -> list[Difference]:
         """What differs between the ranks' facts, the same list on every rank; [] for nothing. Collective.
 
         facts: plain JSON values by name. If it raises on any rank, an error on every rank, as `agree` raises it.
         where: the call that all ranks make, for a RankError if one does not.
         """
-        found, error = attempt(facts)
-        text = json.dumps(found, sort_keys=True)
-        try:
-            said = self.gather_objects((hashlib.sha256(text.encode()).hexdigest(), _words(error), exchanges()))
-        except RuntimeError as lost:  # a rank that is gone, or did not come in time
-            raise missed(where, self._timeout, lost.__cause__ or lost) from lost
-        if not self._is_aside:
-            go_on_from([count for *_, count in said])
-        _raise_first(error, [words for _, words, _ in said])
-        if len({digest for digest, *_ in said}) == 1:
-            return []
-        # A model has thousands of facts: only those that differ from rank 0's go around.
-        mine = dict(found or {})
-        first = self.broadcast_object(mine)
-        absent = object()
-        own = [key for key in {**first, **mine} if first.get(key, absent) != mine.get(key, absent)]
-        rows = self.gather_objects({key: [mine[key]] if key in mine else [] for key in own[:_MOST_COMPARED]})
-        keys = list(dict.fromkeys(key for row in rows for key in row))
-        theirs = {key: [first[key]] if key in first else [] for key in keys}
-        return differences([{key: entry[0] for key in keys if (entry := row.get(key, theirs[key]))} for row in rows])
+        return compared(self, facts, where, self._timeout, counted=not self._is_aside)
 
     def require_same(self, call: str, arguments: Mapping[str, Any]) -> None:
         """Raise ConfigError on every rank unless all ranks make `call` with these arguments, plain JSON values. Collective."""
@@ -436,49 +379,3 @@ class Ranks:
         if differing:
             remedy = "Call it in the same way on every rank."
             raise ConfigError(disagreement(f"{call} is called in another way on {{ranks}}", differing, remedy))
-
-
-def _pool_of_its_own(symmetric: Any, device: torch.device) -> Any:
-    """A pool of torch's for memory that ranks share, with nothing in it; None where torch has no such pools.
-
-    torch's own pool hands out again what was given back. Ranks give back when their garbage is collected, so one would get
-    memory that it has shared before, and skip the exchange in which the others wait for it.
-    """
-    pools = getattr(symmetric, "_symm_mem_pools", None)
-    if pools is None:
-        return None
-    pools.pop(device, None)
-    pool = symmetric.get_mem_pool(device)
-    pools.pop(device, None)
-    return pool
-
-
-def attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """What `action` gave, or what it raised."""
-    try:
-        return action(), None
-    except Exception as error:
-        return None, error
-
-
-def attempt_or_interrupt(action: Callable[[], T]) -> tuple[T | None, BaseException | None]:
-    """As `attempt`, for an action whose outcome the ranks agree on next: Ctrl-C or an exit inside is an outcome too."""
-    try:
-        return action(), None
-    except BaseException as error:
-        return None, error
-
-
-def _words(error: BaseException | None) -> str | None:
-    if error is None:
-        return None
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def _raise_first(error: BaseException | None, words: Sequence[str | None]) -> None:
-    """Raise this rank's own error, or that of the first rank that met one."""
-    if error is not None:
-        raise error
-    for rank, text in enumerate(words):
-        if text is not None:
-            raise RankError(f"rank {rank} failed: {text}")

@@ -5,12 +5,23 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from ..errors import ConfigError
 
-if TYPE_CHECKING:
-    from ..data.loader import PreparedLoader
+
+class ActiveLoader(Protocol):
+    """A prepared loader, as far as steps and metrics look at the one that is being read."""
+
+    end_of_dataloader: bool
+
+    @property
+    def remainder(self) -> int: ...
+
+    @property
+    def last_round(self) -> tuple[Any, ...] | None: ...
+
+    def trains(self) -> None: ...
 
 
 @dataclass
@@ -42,7 +53,7 @@ class GradientState:
     _plugin: GradientAccumulationPlugin | None = None
     _listener: Callable[[], None] | None = None
     # Loaders in the order in which their iterations began: an evaluation inside a training loop is on top.
-    _reading: list[weakref.ref[PreparedLoader]] = []  # noqa: RUF012 - shared by all instances on purpose
+    _reading: list[weakref.ref[ActiveLoader]] = []  # noqa: RUF012 - shared by all instances on purpose
 
     @classmethod
     def _reset_state(cls) -> None:
@@ -86,18 +97,18 @@ class GradientState:
     def sync_each_batch(self) -> bool:
         return self.plugin.sync_each_batch
 
-    def begin(self, loader: PreparedLoader) -> None:
+    def begin(self, loader: ActiveLoader) -> None:
         """`loader` starts to be read: it is the active one until it ends."""
         GradientState._reading.append(weakref.ref(loader))
 
-    def end(self, loader: PreparedLoader) -> None:
+    def end(self, loader: ActiveLoader) -> None:
         """One iteration over `loader` ended, at its end or by a `break`."""
         found = [index for index, ref in enumerate(GradientState._reading) if ref() is loader]
         if found:
             del GradientState._reading[found[-1]]
 
     @property
-    def active_dataloader(self) -> PreparedLoader | None:
+    def active_dataloader(self) -> ActiveLoader | None:
         """The prepared loader whose iteration began last and has not ended; None outside of all loops."""
         while GradientState._reading:
             loader = GradientState._reading[-1]()

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from ..config.schema import Config
 from ..errors import ConfigError
 from ..ranks.ranks import Ranks, attempt
 from .accumulation import GradientState
 
-if TYPE_CHECKING:
-    from ..front.accelerator import Accelerator
+
+class AcceleratorSettings(Protocol):
+    """An Accelerator, as far as the state of the run speaks of it."""
+
+    @property
+    def mixed_precision(self) -> str: ...
+
+    @property
+    def deepspeed_plugin(self) -> Any: ...
 
 
 class Run:
     """What this process has joined. Class attributes, because there is one run per process."""
 
     ranks: Ranks | None = None
-    accelerator: weakref.ref[Accelerator] | None = None
+    accelerator: weakref.ref[AcceleratorSettings] | None = None
 
 
 def join_run(*, use_cpu: bool | None = None, timeout_s: float | None = None) -> Ranks:
@@ -74,6 +81,6 @@ def forget_run() -> None:
     GradientState._reset_state()
 
 
-def remember_accelerator(accelerator: Accelerator) -> None:
+def remember_accelerator(accelerator: AcceleratorSettings) -> None:
     """Make `accelerator` the one that AcceleratorState speaks of."""
     Run.accelerator = weakref.ref(accelerator)

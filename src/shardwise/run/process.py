@@ -15,7 +15,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
+from typing import Any, ParamSpec, TypeVar, overload
 
 import numpy
 import torch
@@ -23,10 +23,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, DataError
 from ..ranks import batches
-from .joined import Run, forget_run, join_run, leave_run
-
-if TYPE_CHECKING:
-    from ..front.accelerator import Accelerator
+from .joined import AcceleratorSettings, Run, forget_run, join_run, leave_run
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -151,13 +148,8 @@ class PartialState:
             self._ranks.agree(None)  # the first ones' verdict
             yield
             return
-        try:
+        with self._ranks.agreeing():
             yield
-        except BaseException as error:
-            # An exit or Ctrl-C must release the others as surely as an error does; this rank keeps its own exception.
-            self._ranks.gather_objects(f"{type(error).__name__}: {error}")
-            raise
-        self._ranks.agree(None)
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """`print` on the first process of each machine."""
@@ -251,12 +243,12 @@ class PartialState:
 class AcceleratorState(PartialState):
     """The run's state with the settings of an Accelerator: by default, the one that was made last in this process."""
 
-    def __init__(self, cpu: bool | None = None, *, accelerator: Accelerator | None = None) -> None:
+    def __init__(self, cpu: bool | None = None, *, accelerator: AcceleratorSettings | None = None) -> None:
         super().__init__(cpu)
         self._given = accelerator
 
     @property
-    def _accelerator(self) -> Accelerator:
+    def _accelerator(self) -> AcceleratorSettings:
         accelerator = self._given
         if accelerator is None and Run.accelerator is not None:
             accelerator = Run.accelerator()

@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import StoreError
+from ..ranks.agreeing import FirstError
 from ..ranks.ranks import Ranks
 from .intervals import Interval
 
@@ -43,25 +43,25 @@ def exchange(held: Sequence[tuple[Label, Interval]], ranks: Ranks) -> dict[Label
     size = max((segment.end for stream in streams for one in stream for segment in one), default=0)
     sent = torch.zeros(size, dtype=torch.uint8, device=ranks.device)
     got = torch.empty(size * ranks.world_size, dtype=torch.uint8, device=ranks.device)
-    error: StoreError | None = None
+    first = FirstError()
+
+    def read(segment: _Segment) -> None:
+        interval = mine[segment.interval]
+        values = interval.part(interval.begin + segment.first, segment.numel).look()
+        sent[segment.begin : segment.end].copy_(values.contiguous().view(torch.uint8))
+
     for number in range(max(map(len, streams))):
         for segment in _of(streams[ranks.rank], number):
-            interval = mine[segment.interval]
-            try:
-                values = interval.part(interval.begin + segment.first, segment.numel).look()
-            except StoreError as caught:
-                error = caught  # the others are on their way into the collective
-                break
-            sent[segment.begin : segment.end].copy_(values.contiguous().view(torch.uint8))
+            first.attempt(lambda: read(segment))  # noqa: B023 - called at once
         ranks.all_gather(got, sent)
         here = got.to("cpu")
         for rank, stream in enumerate(streams):
             for segment in _of(stream, number):
                 label, _, _, begin, _ = table[rank][segment.interval]
-                first = begin + segment.first
-                target = found[label].view(-1)[first : first + segment.numel].view(torch.uint8)
+                at = begin + segment.first
+                target = found[label].view(-1)[at : at + segment.numel].view(torch.uint8)
                 target.copy_(here[rank * size + segment.begin : rank * size + segment.end])
-    ranks.agree(error)
+    ranks.agree(first.error)
     return found
 
 

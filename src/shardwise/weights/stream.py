@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..files.writer import Spec
-from ..ranks.ranks import attempt_or_interrupt
+from ..ranks.agreeing import FirstError
 from ..zero.sharded import ShardedModel
 from ..zero.whole import persistent_buffers
 from .export import WeightFiles
@@ -38,8 +38,6 @@ def save_streamed(
     Tied weights are written once. Collective; an error is raised on every rank. Raises PrepareError for a quantised base.
     """
     model.refuse_whole_state()
-    error: BaseException | None = None
-    weights: WeightFiles | None = None
     named, others = _names(model, rename)
     buffers, shared = _buffers(model, rename)
     local = {**others, **buffers}
@@ -54,11 +52,10 @@ def save_streamed(
         aliases = {**shared, **{other: names[0] for names in named.values() for other in names[1:]}}
         return WeightFiles(folder, specs, max_shard_size=max_shard_size, aliases=aliases)
 
-    main = model.ranks.rank == 0 and here
-    if main:
-        weights, error = attempt_or_interrupt(open_files)
+    first = FirstError()
+    weights = first.attempt(open_files) if model.ranks.rank == 0 and here else None
     # Nobody gathers a model for files that cannot be opened.
-    model.ranks.agree(error)
+    model.ranks.agree(first.error)
 
     def write(name: str, give: Callable[[], Tensor]) -> None:
         assert weights is not None
@@ -66,8 +63,8 @@ def save_streamed(
         weights.write(name, tensor.to(_cast(tensor.dtype, dtype)))
 
     for name, give in model.whole.stream(lambda name: bool(named.get(name))):
-        if main and error is None and give is not None:
-            _, error = attempt_or_interrupt(lambda: write(named[name][0], give))  # noqa: B023 - called at once
+        if weights is not None and give is not None:
+            first.attempt(lambda: write(named[name][0], give))  # noqa: B023 - called at once
 
     def finish() -> list[Path]:
         assert weights is not None
@@ -75,12 +72,10 @@ def save_streamed(
             write(name, tensor.detach)
         return weights.finish()
 
-    written: list[Path] | None = []
-    if main and error is None:
-        written, error = attempt_or_interrupt(finish)
-    if error is not None and weights is not None:
+    written = first.attempt(finish) if weights is not None else []
+    if first.error is not None and weights is not None:
         weights.abandon()
-    model.ranks.agree(error)
+    model.ranks.agree(first.error)
     return written or []
 
 

@@ -210,11 +210,14 @@ def agree_on_shapes(specs: Sequence[UnitSpec], ranks: Ranks) -> None:
         (n, tuple(p.shape), str(p.dtype), p.requires_grad, p.is_meta) for s in specs for n, p in s.parameters.items()
     ]
     theirs = ranks.broadcast_object(mine)
-    error = None
-    if mine != theirs:
+
+    def check() -> None:
+        if mine == theirs:
+            return
         differing = next((m[0] for m, t in zip(mine, theirs, strict=False) if m != t), "the number of parameters")
-        error = PrepareError(
+        raise PrepareError(
             f"the model of rank {ranks.rank} differs from rank 0's at {differing}: name, shape, dtype, "
             "requires_grad, or having memory. Build the same model in the same way on every rank."
         )
-    ranks.agree(error)
+
+    ranks.together(check)

@@ -14,8 +14,8 @@ error, before a kernel reads memory that is not there.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from operator import attrgetter
 from typing import Any, NamedTuple, NoReturn
@@ -279,6 +279,18 @@ def explain(error: RuntimeError) -> RuntimeError | None:
         "it, as in the steps before. Return what the loss is made of from the model's forward, or keep the weights until the "
         "backward is over: `with shardwise.gathered(model):` (on every rank) around the forward and the backward."
     )
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Around a backward: an error of a weight that is released is raised as `explain` says it."""
+    try:
+        yield
+    except RuntimeError as error:
+        told = explain(error)
+        if told is None:
+            raise
+        raise told from error
 
 
 def _refuse(parameter: Any, action: str) -> NoReturn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from torch.nn import Parameter
 
@@ -47,18 +47,11 @@ class Reading:
             "gathered", {"modify": modify, "what is gathered": ", ".join(unit.name for unit in units)}
         )
         with self._schedule.hold(units):
-            error: BaseException | None = None
             try:
-                try:
-                    # What is computed of the weights here may have its backward when they are released again.
-                    with self._hooks.saved.following():
-                        yield
-                except BaseException as caught:
-                    if not modify:
-                        raise
-                    error = caught
+                # What is computed of the weights here may have its backward when they are released again.
+                with self._ranks.agreeing() if modify else nullcontext(), self._hooks.saved.following():
+                    yield
                 if modify:
-                    self._ranks.agree(error)
                     self.writes += 1
                     self._engine.meet()
                     write_back(units, self._ranks, self._engine.fetched, self._engine.put_to_rest)

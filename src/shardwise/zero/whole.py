@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..offload.store import Slab
-from ..ranks.ranks import Ranks, attempt_or_interrupt
+from ..ranks.agreeing import FirstError
+from ..ranks.ranks import Ranks
 from .flat import FlatBuffer
 from .schedule import Schedule
 from .stand_ins import standing_in
@@ -117,13 +118,13 @@ class WholeTensors:
         Collective. Raises on every rank what went wrong on rank 0.
         """
         found: dict[str, Tensor] = {}
-        error: BaseException | None = None
+        first = FirstError()
         for name, give in self.stream(wanted):
-            if give is not None and error is None:
-                tensor, error = attempt_or_interrupt(lambda: give().to("cpu", copy=True))  # noqa: B023 - called at once
+            if give is not None:
+                tensor = first.attempt(lambda: give().to("cpu", copy=True))  # noqa: B023 - called at once
                 if tensor is not None:
                     found[name] = tensor
-        self._ranks.agree(error)
+        self._ranks.agree(first.error)
         return found
 
     def standing_in(self, tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]:

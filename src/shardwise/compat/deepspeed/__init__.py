@@ -1,7 +1,8 @@
 """What stands behind the names of DeepSpeed that `faces.py` lists. Imported under this name it is a package like any other.
 
     entry.py        initialize                     settings.py     the JSON, read as settings of shardwise
-    engine.py       DeepSpeedEngine                sections.py     its optimizer and scheduler
+    engine.py       DeepSpeedEngine                boundaries.py   where a step ends
+    sections.py     its optimizer and scheduler
     optimizer.py    what initialize returns        optimizers.py, schedules.py   DeepSpeed's own ones
     gathering.py    GatheredParameters             building.py     zero.Init
     fragments.py    safe_get_full_*                leaves.py       leaf modules

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ...checkpoint.directory import resolve
 from ...checkpoint.run_folder import RunFolder
@@ -22,12 +22,11 @@ from ...checkpoint.run_state import RunState
 from ...errors import CheckpointError, ConfigError
 from ...files.documents import SETTINGS_NBYTES, read_text
 from ...files.names import below
+from ...front.entering import PreparedModel
 from ...plan.precision import LossScaler
 from ...ranks.agree import on_first, together
 from ...run.plugins import ProjectConfiguration
-
-if TYPE_CHECKING:
-    from .engine import DeepSpeedEngine
+from .optimizer import ZeroOptimizer
 
 logger = logging.getLogger("shardwise")
 
@@ -42,8 +41,22 @@ if __name__ == "__main__":
 '''
 
 
+class Saved(Protocol):
+    """What of an engine is saved and brought back."""
+
+    optimizer: ZeroOptimizer | None
+    lr_scheduler: Any
+    global_steps: int
+    micro_steps: int
+    skipped_steps: int
+    loaded_checkpoint_tag: str | None
+
+    @property
+    def prepared(self) -> PreparedModel: ...
+
+
 def save(
-    engine: DeepSpeedEngine, save_dir: str, tag: str | None, client: dict[str, Any], latest: bool, without_frozen: bool
+    engine: Saved, save_dir: str, tag: str | None, client: dict[str, Any], latest: bool, without_frozen: bool
 ) -> bool:
     """See `DeepSpeedEngine.save_checkpoint`. Raises CheckpointError with the same words on every rank."""
     ranks = engine.prepared.sharded.ranks
@@ -91,7 +104,7 @@ def _write(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def _run_of(engine: DeepSpeedEngine, *, optimizer: bool = True, scheduler: bool = True) -> RunState:
+def _run_of(engine: Saved, *, optimizer: bool = True, scheduler: bool = True) -> RunState:
     sharded, wrapped, schedule = engine.prepared.sharded, engine.optimizer, engine.lr_scheduler
     kept = schedule if callable(getattr(schedule, "state_dict", None)) else None
     stepped = optimizer and wrapped is not None
@@ -108,7 +121,7 @@ def _run_of(engine: DeepSpeedEngine, *, optimizer: bool = True, scheduler: bool 
 
 
 def load(
-    engine: DeepSpeedEngine,
+    engine: Saved,
     load_dir: str,
     tag: str | None,
     *,

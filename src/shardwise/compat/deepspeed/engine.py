@@ -20,11 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError, PrepareError
+from ...errors import PrepareError
 from ...front.entering import PreparedModel
 from ...run.joined import join_run
 from ...tuning.compiling import CompiledBlocks
-from ...zero.guard import explain
+from ...zero.guard import explained
+from .boundaries import Boundaries
+from .checkpoints import load, save
 from .gathering import forget_marks, mark
 from .optimizer import ZeroOptimizer
 from .settings import Settings
@@ -47,6 +49,10 @@ _DESTROYED = (
     "this DeepSpeed engine has been destroyed and cannot train. Call deepspeed.initialize again. If this is Trainer.train() "
     "after an evaluate(), predict() or train() of the same Trainer: Trainer has kept the engine that accelerate destroyed, as "
     "it does with DeepSpeed. Set trainer.model_wrapped = trainer.model before train(), or make a new Trainer."
+)
+_NOT_ANSWERED = (
+    "the DeepSpeed engine of shardwise has no {!r}, and neither has the model in it. docs/design/deepspeed.md lists what is "
+    "answered."
 )
 
 
@@ -77,8 +83,7 @@ class DeepSpeedEngine(nn.Module):
         self.skipped_steps = 0
         self.loaded_checkpoint_tag: str | None = None
         self._prepared: PreparedModel | None = prepared
-        self._boundary: bool | None = None
-        self._quiet = 0
+        self._boundaries = Boundaries(settings)
         self._applied = False
         self.training = prepared.model.training
         self._compiled: list[CompiledBlocks] = []
@@ -91,10 +96,7 @@ class DeepSpeedEngine(nn.Module):
         except AttributeError:
             module = self.__dict__.get("_modules", {}).get("module")
             if module is None or not hasattr(module, name):
-                raise AttributeError(
-                    f"the DeepSpeed engine of shardwise has no {name!r}, and neither has the model in it. "
-                    "docs/design/deepspeed.md lists what is answered."
-                ) from None
+                raise AttributeError(_NOT_ANSWERED.format(name)) from None
             return getattr(module, name)
 
     # The pass.
@@ -118,12 +120,7 @@ class DeepSpeedEngine(nn.Module):
 
     def _announce(self) -> None:
         """Tell the model whether a step ends here; `step` does too, where the script has left a backward out."""
-        sharded = self.prepared.sharded
-        sharded.sync_gradients = sharded.at_boundary = self._ends_step() and not self._quiet
-
-    def _ends_step(self) -> bool:
-        """Whether a step may come now; where the script alone knows of its micro-batches, always."""
-        return (self._boundary is None and not self.settings.managed) or self.is_gradient_accumulation_boundary()
+        self._boundaries.tell(self.prepared.sharded, self.micro_steps)
 
     def backward(
         self,
@@ -143,14 +140,8 @@ class DeepSpeedEngine(nn.Module):
             raise PrepareError("engine.backward: this engine has no optimizer: it was made to evaluate.")
         share = loss / self.settings.steps if scale_wrt_gas and self.settings.steps > 1 else loss
         self._announce()
-        try:
-            with self.optimizer.backwards.divided_already():
-                self.optimizer.backward(share, retain_graph=retain_graph)
-        except RuntimeError as error:
-            told = explain(error)
-            if told is None:
-                raise
-            raise told from error
+        with explained(), self.optimizer.backwards.divided_already():
+            self.optimizer.backward(share, retain_graph=retain_graph)
         return share
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -168,12 +159,12 @@ class DeepSpeedEngine(nn.Module):
         """
         if self.optimizer is None:
             raise PrepareError("engine.step: this engine has no optimizer: it was made to evaluate.")
-        if self._quiet:
+        if self._boundaries.quiet:
             raise PrepareError(
                 "engine.step was called inside of no_sync, where gradients are not reduced. Step behind it."
             )
         self._applied = False
-        if self._ends_step():
+        if self._boundaries.may_step(self.micro_steps):
             stepper = self.optimizer.stepper
             self._announce()
             stepper.step()
@@ -188,32 +179,17 @@ class DeepSpeedEngine(nn.Module):
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the micro-batch that is at work ends a step; False where the script does not have them counted."""
-        if self._boundary is not None:
-            return self._boundary
-        return self.settings.managed and (self.micro_steps + 1) % self.settings.steps == 0
+        return self._boundaries.ends_step(self.micro_steps)
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """From now on, whether micro-batches end a step, in place of counting them."""
-        self._boundary = is_boundary
+        self._boundaries.said = is_boundary
         self._announce()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Backwards inside only accumulate on this rank. Raises ConfigError where gradients are sharded, as DeepSpeed does."""
-        if self.settings.stage >= 2:
-            raise ConfigError(
-                f"no_sync: gradients are sharded at stage {self.settings.stage}, and reduced in every backward. Leave it "
-                "out, or train at stage 0 or 1."
-            )
-        if self._quiet:
-            raise ConfigError("no_sync: it cannot be entered again inside of itself.")
-        self._quiet += 1
-        self._announce()
-        try:
-            yield
-        finally:
-            self._quiet -= 1
-            self._announce()
+        yield from self._boundaries.no_sync(self._announce)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, also of the micro-batches that are still to be stepped."""
@@ -308,10 +284,10 @@ class DeepSpeedEngine(nn.Module):
         return self.settings.clipping
 
     def bfloat16_enabled(self) -> bool:
-        return self.settings.precision.compute is torch.bfloat16
+        return self.settings.compute is torch.bfloat16
 
     def fp16_enabled(self) -> bool:
-        return self.settings.precision.compute is torch.float16
+        return self.settings.compute is torch.float16
 
     def dynamic_loss_scale(self) -> bool:
         return self.optimizer is not None and self.optimizer.dynamic_loss_scale
@@ -335,9 +311,7 @@ class DeepSpeedEngine(nn.Module):
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any] | None:
         """The whole state dict in the precision that the model computes in, on rank 0's CPU; None elsewhere. Collective."""
-        return consolidated(
-            self.prepared.sharded, self.settings.precision.compute, trained_only=exclude_frozen_parameters
-        )
+        return consolidated(self.prepared.sharded, self.settings.compute, trained_only=exclude_frozen_parameters)
 
     def module_state_dict(
         self, destination: Any = None, prefix: str = "", keep_vars: bool = False, **options: Any
@@ -349,7 +323,7 @@ class DeepSpeedEngine(nn.Module):
         """Write the weights in 16 bits as a file of torch. Collective; False at stage 3 without the key that allows it."""
         if self.settings.stage == 3 and not self.settings.gathers_on_save:
             return False
-        save_16bit(self.prepared.sharded, self.settings.precision.compute, Path(save_dir) / save_filename)
+        save_16bit(self.prepared.sharded, self.settings.compute, Path(save_dir) / save_filename)
         return True
 
     def save_checkpoint(
@@ -361,8 +335,6 @@ class DeepSpeedEngine(nn.Module):
         exclude_frozen_parameters: bool = False,
     ) -> bool:
         """Save the run as `save_dir/tag`; see checkpoints.py. Collective."""
-        from .checkpoints import save
-
         return save(self, save_dir, tag, dict(client_state or {}), save_latest, exclude_frozen_parameters)
 
     def load_checkpoint(
@@ -379,8 +351,6 @@ class DeepSpeedEngine(nn.Module):
 
         load_module_strict: False passes over weights that only one of the two has. load_module_only: nothing but the weights.
         """
-        from .checkpoints import load
-
         if custom_load_fn is not None:
             raise NotImplementedError("load_checkpoint: custom_load_fn is not taken; checkpoints are shardwise's own.")
         wanted = {"optimizer": load_optimizer_states, "scheduler": load_lr_scheduler_states, "counts": True}

@@ -19,6 +19,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...config.deepspeed_json import LOSS_SCALE_WINDOW, DeepSpeedFile, read_deepspeed_values
 from ...config.schema import Config
 from ...errors import ConfigError
@@ -76,6 +78,11 @@ class Settings:
     def steps(self) -> int:
         """Micro-batches per step."""
         return self.batch[2]
+
+    @property
+    def compute(self) -> torch.dtype | None:
+        """The dtype that the model computes in; None for its own."""
+        return self.precision.compute
 
     @property
     def stage(self) -> int:

@@ -1,0 +1,173 @@
+"""What a checkpoint keeps of a run's optimizers: moments, counts, the settings of parameter groups; taken and brought back.
+
+    optimizer0/<state>/model0/<name>    each rank its intervals
+    state of each rank                  numbers of states, names in parameter groups
+    state of rank 0 besides             group settings, step counts
+
+Optimizers are known by their order, their states by the names of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..ranks.ranks import Ranks
+from ..step.intervals import Interval
+from ..step.optimizer import ShardedOptimizer
+from ..zero.sharded import ShardedModel
+from .read import Checkpoint
+from .run_models import fill, pieces_of
+from .saved_states import check_counts
+from .write import Piece
+
+
+@dataclass(frozen=True)
+class RunOptimizers:
+    """The optimizers of a run, by their order, and its models, in which their parameters are."""
+
+    ranks: Ranks
+    steppers: Sequence[ShardedOptimizer]
+    models: Sequence[ShardedModel]
+
+    # Taking.
+
+    def taken(self, pieces: list[Piece]) -> list[dict[str, Any]]:
+        """What of each is no tensor, for this rank's state; its part of the tensors goes into `pieces`."""
+        return [self._taken(number, pieces) for number in range(len(self.steppers))]
+
+    def _taken(self, number: int, pieces: list[Piece]) -> dict[str, Any]:
+        stepper = self.steppers[number]
+        homes = self._homes(stepper)
+        held: dict[str, list[Interval]] = {}
+        numbers: dict[str, dict[str, Any]] = {}
+        for state in stepper.states.intervals():
+            model, name = state.key
+            for key, interval in state.elementwise.items():
+                held.setdefault(f"optimizer{number}/{key}/model{homes[model]}", []).append(interval)
+            numbers[f"model{homes[model]}/{name}"] = state.numbers
+        for prefix, found in held.items():
+            pieces += pieces_of(self.ranks, prefix, found)
+        groups = stepper.states.settings()
+        mine: dict[str, Any] = {
+            "numbers": numbers,
+            "names": [sorted(f"model{homes[model]}/{name}" for model, name in names) for _, names in groups],
+        }
+        if self.ranks.rank == 0:
+            mine["groups"] = [settings for settings, _ in groups]
+            mine["sizes"] = _sizes(stepper)
+            mine["steps"] = stepper.steps
+            mine["step_was_skipped"] = stepper.step_was_skipped
+            mine["besides"] = stepper.states.besides
+        return mine
+
+    def _homes(self, stepper: ShardedOptimizer) -> list[int]:
+        """Each of the optimizer's models as a number among the run's."""
+        return [next(n for n, model in enumerate(self.models) if model is own) for own in stepper.models]
+
+    def group_names(self) -> list[list[set[str]]]:
+        """For each optimizer, the names in each of its groups, over all ranks. Collective."""
+        mine = []
+        for stepper in self.steppers:
+            homes = self._homes(stepper)
+            mine.append([sorted(f"model{homes[m]}/{n}" for m, n in names) for _, names in stepper.states.settings()])
+        rows = self.ranks.gather_objects(mine)
+        return [_united([row[number] for row in rows]) for number in range(len(self.steppers))]
+
+    # Bringing back.
+
+    def check_groups(
+        self, states: Sequence[dict[str, Any]], now: Sequence[Sequence[set[str]]], since: set[str]
+    ) -> None:
+        """Raise CheckpointError, before anything is changed, if the parameter groups are not those that were saved.
+
+        now: what `group_names` gave. since: addresses of weights that were not trained when it was saved.
+        """
+        for number, groups in enumerate(now):
+            then = _united([state["optimizers"][number]["names"] for state in states])
+            mine = [names - since for names in groups]
+            odd = next((names for names in mine if names and names not in then), None)
+            gone = next((names for names in then if names and names not in mine), None)
+            if odd is not None or gone is not None:
+                which = odd if odd is not None else gone
+                assert which is not None
+                raise CheckpointError(
+                    f"the parameter groups of optimizer {number} are not those that were saved: there, as here, should be one "
+                    f"of exactly the {len(which)} parameters with {min(which)}. Build the groups as they were, those that "
+                    "add_param_group has added included, before load_state."
+                )
+            saved = states[0]["optimizers"][number]
+            check_counts(number, saved, _sizes(self.steppers[number]))
+
+    def restore(self, checkpoint: Checkpoint, states: Sequence[dict[str, Any]]) -> None:
+        """Read this rank's intervals of the states. No communication."""
+        for number, stepper in enumerate(self.steppers):
+            self._restore_states(checkpoint, number, stepper, states)
+
+    def _restore_states(
+        self, checkpoint: Checkpoint, number: int, stepper: ShardedOptimizer, states: Sequence[dict[str, Any]]
+    ) -> None:
+        homes = self._homes(stepper)
+        numbers: dict[str, dict[str, Any]] = {}
+        for state in states:
+            numbers.update(state["optimizers"][number]["numbers"])
+        kinds: dict[str, dict[str, torch.dtype]] = {}
+        for address in checkpoint.addresses(f"optimizer{number}/"):
+            _, key, parameter = address.split("/", 2)
+            kinds.setdefault(parameter, {})[key] = checkpoint.dtype(address)
+        stepper.states.make(
+            lambda key: kinds.get(f"model{homes[key[0]]}/{key[1]}", {}),
+            lambda key: numbers.get(f"model{homes[key[0]]}/{key[1]}", {}),
+            states[0]["optimizers"][number].get("besides", {}),
+        )
+        for made in stepper.states.intervals():
+            for name, interval in made.elementwise.items():
+                fill(checkpoint, f"optimizer{number}/{name}/model{homes[made.key[0]]}", [interval])
+
+    def restore_groups(
+        self, states: Sequence[dict[str, Any]], now: Sequence[Sequence[set[str]]], since: set[str]
+    ) -> None:
+        """Group settings and step counts. now, since: as `check_groups` has seen them."""
+        for number, stepper in enumerate(self.steppers):
+            self._restore_groups(number, stepper, states, now[number], since)
+
+    def _restore_groups(
+        self,
+        number: int,
+        stepper: ShardedOptimizer,
+        states: Sequence[dict[str, Any]],
+        now: Sequence[set[str]],
+        since: set[str],
+    ) -> None:
+        saved = states[0]["optimizers"][number]
+        then = _united([state["optimizers"][number]["names"] for state in states])
+        for place, (group, names) in enumerate(zip(stepper.optimizer.param_groups, now, strict=True)):
+            same = [index for index, other in enumerate(then) if other == names - since]
+            if same:  # of groups without trained weights, which are all alike, the one in its place
+                _update(group, saved["groups"][place if place in same else same[0]])
+        stepper.resume(saved["steps"], saved["step_was_skipped"])
+
+
+def _sizes(stepper: ShardedOptimizer) -> list[int]:
+    """How many parameters of the user's each group has, frozen ones included."""
+    return [len(own) for own in stepper.groups.parameters]
+
+
+def _update(group: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Settings of a group. A tensor (a learning rate) stays the object that it is: groups may share it, and scripts hold it."""
+    for name, value in saved.items():
+        own = group.get(name)
+        if isinstance(own, Tensor) and isinstance(value, Tensor) and own.shape == value.shape:
+            own.detach().copy_(value)
+        else:
+            group[name] = value
+
+
+def _united(rows: Sequence[Sequence[Sequence[str]]]) -> list[set[str]]:
+    """Group by group, the names that any rank has."""
+    return [set().union(*(row[index] for row in rows)) for index in range(len(rows[0]))]
