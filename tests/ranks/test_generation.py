@@ -93,7 +93,7 @@ def _counted(ranks, plan, budget):
         ranks.counts.clear()
         generate(model, ranks.rank, 1)
         inside = dict(ranks.counts)
-        kept = len(sharded.schedule.rounds.kept)
+        kept = len(sharded.schedule.gathers.kept)
     return inside, kept, sum(unit.leaves for unit in sharded.units)
 
 
@@ -247,7 +247,7 @@ def _released(ranks, plan, budget):
     before = [unit.state.name for unit in sharded.units]
     with sharded.generation(), torch.no_grad():
         sharded.model(batches_of_numbers(1)[0])
-    return before, [unit.state.name for unit in sharded.units], sharded.schedule.rounds.kept
+    return before, [unit.state.name for unit in sharded.units], sharded.schedule.gathers.kept
 
 
 @pytest.mark.parametrize("budget", ["auto", None, 3_000])

@@ -86,7 +86,7 @@ def test_the_window_is_open_only_while_all_ranks_use_the_same_units() -> None:
         window = ReductionsInFlight(cast(Lanes, RecordingLanes()))
         schedule = Schedule([], cast(Ranks, TwoRanks(other)), cast(Lanes, RecordingLanes()), window)
         window.BUDGET = -1  # type: ignore[misc] - so that a model without units is above it
-        schedule._agree_on_window()
+        schedule._learned.agree_on_window([])
         assert window.bounded is bounded
 
 
@@ -99,10 +99,10 @@ def test_what_ranks_say_of_their_route_differs_by_its_order_too() -> None:
     window.BUDGET = -1  # type: ignore[misc]
     for route in ([0, 1, 2], [2, 1, 0], [0, 1, 0, 2], [0, 0, 1, 1, 2]):
         schedule.phase = Phase.FORWARD
-        schedule._used_in_forward = []
+        schedule._used = []
         for index in route:
             schedule.need(cast(Any, units[index]))
-        schedule._agree_on_window()
+        schedule._learned.agree_on_window(schedule._used)
     straight, reversed_, looped, repeated = ranks.said
     assert len({straight, reversed_, looped}) == 3
     assert repeated == straight

@@ -6,23 +6,6 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 
 
-class Order:
-    """The agreed sequence of one kind of pass, and how far this pass has come in it.
-
-    sequence: unit indices, or None until the ranks have agreed.
-    issued:   how many of them have been enqueued. at: the position of the unit in use.
-    """
-
-    def __init__(self) -> None:
-        self.sequence: list[int] | None = None
-        self.issued = 0
-        self.at = -1
-
-    def restart(self) -> None:
-        self.issued = 0
-        self.at = -1
-
-
 def merge(seen: Sequence[Sequence[int]]) -> list[int]:
     """A sequence that holds every rank's as a subsequence, in rank 0's order where they agree."""
     merged = list(seen[0])

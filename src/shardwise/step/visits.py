@@ -25,6 +25,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ..offload.store import Arrival, Slab
+from ..zero.generation import in_forward_order
 from ..zero.sharded import ShardedModel
 from ..zero.trained import Trained
 from ..zero.unit import Unit
@@ -127,7 +128,7 @@ class Visits:
             if visit.end == visit.trained.master.numel:  # also where a drive failed: the other ranks gather
                 publishing.send([visit.unit], after=lanes.step.mark())
 
-        for visit in self._visits(model.in_forward_order(units)):
+        for visit in self._visits(in_forward_order(units, model.schedule)):
             self._bring(model, visit)
             coming.append(visit)
             if len(coming) > _AHEAD:

@@ -255,7 +255,7 @@ class ReductionsInFlight:
     def __init__(self, lanes: Lanes) -> None:
         self._lanes = lanes
         self._held: list[tuple[Arrival, Tensor]] = []
-        # False keeps all of them to the end of the backward: see Schedule._agree_on_window.
+        # False keeps all of them to the end of the backward: see Learned.agree_on_window.
         self.bounded = True
 
     @property

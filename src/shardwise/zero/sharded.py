@@ -27,7 +27,7 @@ from .buffers import place_buffers
 from .build import Builder, agree_on_shapes, place_empty
 from .checks import check_model
 from .engine import Engine, Kind
-from .generation import room_for_weights, units_that_fit
+from .generation import units_to_keep
 from .hooks import Hooks
 from .quantised import QuantisedWeights
 from .reading import Reading
@@ -38,7 +38,6 @@ from .statistics import RunningBuffers
 from .structure import Structure
 from .thawing import Thawing
 from .trained import Trained
-from .unit import Unit
 from .whole import WholeTensors
 
 # Small blocks share a unit of at most this on a GPU: to gather and release one costs the host some 0.3 ms, in which NVLink
@@ -233,12 +232,6 @@ class ShardedModel:
         """Of every unit that is trained."""
         return [unit.trained for unit in self.units if unit.trained is not None]
 
-    def in_forward_order(self, units: Sequence[Unit]) -> list[Unit]:
-        """`units` as the next forward will need them, as far as that is known; those without modules last."""
-        place = {i: n for n, i in reversed(list(enumerate(self.schedule.forward_sequence)))}
-        last = len(self.units)
-        return sorted(units, key=lambda unit: place.get(self.schedule.index[id(unit)], last))
-
     @property
     def gradient_share(self) -> float:
         """What the gradients of the coming backwards are multiplied by. To be set between two passes; 1 in the beginning.
@@ -291,19 +284,9 @@ class ShardedModel:
         there is no collective inside. pinned: parameters that are read outside of forwards; their units stay in any case.
         """
         self._hooks.finish_interrupted()
-        return self.schedule.generating(lambda: self._units_to_keep({id(p) for p in pinned}))
-
-    def _units_to_keep(self, pinned: set[int]) -> list[int]:
-        ranks, schedule = self.ranks, self.schedule
-        room = min(ranks.gather_numbers(room_for_weights(ranks.device, self.generation_memory_budget)))
-        order = [schedule.index[id(u)] for u in self.in_forward_order([u for u in self.units if u.leaves])]
-        here = [
-            i for i in order if any(id(m.parameter) in pinned for part in self.units[i].parts for m in part.members)
-        ]
-        sizes = [sum(part.whole_nbytes for part in unit.parts) for unit in self.units]
-        # The one in use, those ahead of it, and one on its way from another tier.
-        window = 1 + schedule.prefetch + any(unit.travels for unit in self.units)
-        return units_that_fit(sizes, order, here, window, room)
+        return self.schedule.generating(
+            lambda: units_to_keep(self.schedule, self.ranks, self.generation_memory_budget, {id(p) for p in pinned})
+        )
 
     def state_dict(self, *, trainable_only: bool = False) -> dict[str, Any]:
         """Full tensors by the model's own names, on the CPU of rank 0; an empty dict on the others.
