@@ -186,6 +186,7 @@ class Engine:
 
     def _shardwise(self, case: Case, place: Place, reduce_dtype: str) -> Trainee:
         from shardwise.config.compiling import CompileConfig
+        from shardwise.config.sections import EngineConfig
         from shardwise.plan.plan import Plan
         from shardwise.plan.precision import LossScaler, Precision
         from shardwise.step.optimizer import ShardedOptimizer
@@ -217,11 +218,13 @@ class Engine:
             plan=plan,
             ranks=place.ranks,
             precision=precision,
-            prefetch=self.prefetch,
+            options=EngineConfig(
+                prefetch_units=self.prefetch,
+                gpu_memory_budget="auto" if "budget" in self.options else None,
+                gather_with="nccl" if "nccl" in self.options else "auto",
+            ),
             nvme_paths=dict.fromkeys(("param", "optimizer"), tempfile.gettempdir()),
-            gpu_memory_budget="auto" if "budget" in self.options else None,
             serial="serial" in self.options,
-            gather_with="nccl" if "nccl" in self.options else "auto",
         )
         clipping = 1.0 if "clip" in self.options else None
         stepper = ShardedOptimizer(

@@ -22,6 +22,7 @@ from cases import CASES, Case, pick_case
 from engines import Engine
 from measure import run_alone
 from place import Place
+from shardwise.config.sections import EngineConfig
 from shardwise.estimate.activations import Batch
 from shardwise.estimate.bytes import AT_REST, Choice, Estimate, Run, estimate
 from shardwise.plan.plan import Tier
@@ -82,7 +83,7 @@ def expect(engine: Engine, case: Case, place: Place, model: nn.Module | None = N
         world_size=place.world_size,
         precision=Precision.named("bf16"),
         cuda=place.cuda,
-        prefetch=engine.prefetch,
+        options=EngineConfig(prefetch_units=engine.prefetch),
         batch=Batch(case.rows, case.length, case.checkpointing),
     )
     if model is None:

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from cases import Case, pick_case
 from measure import free
 from place import Place
+from shardwise.config.sections import EngineConfig
 from shardwise.plan.plan import Plan, Tier
 from shardwise.plan.precision import Precision
 from shardwise.weights.integrations import connect, generation
@@ -191,7 +192,7 @@ def on_the_device(work: Work, hbm: float) -> list[Form]:
         form.bound_s = read_by_a_forward(whole) / hbm
     sharded = shard(model, place)
     work.measure([(forms[0], whole), (forms[1], model)], lambda: generation(sharded))
-    sharded.generation_memory_budget = None
+    sharded.options = EngineConfig(generation_memory_budget=None)
     work.measure([(forms[2], model)], lambda: generation(sharded))
     return forms
 
@@ -214,7 +215,7 @@ def shard(model: nn.Module, place: Place, *, offloaded: bool = False) -> Sharded
         plan=Plan.from_stage(3, offload_optimizer=tier, offload_param=tier),
         ranks=place.ranks,
         precision=Precision.named("bf16"),
-        generation_memory_budget=None if offloaded else "auto",
+        options=EngineConfig(generation_memory_budget=None if offloaded else "auto"),
     )
     connect(model)
     return sharded

@@ -31,6 +31,7 @@ from table import Check, Row, run
 from torch import Tensor, nn
 
 from shardwise.config.compiling import CompileConfig
+from shardwise.config.sections import EngineConfig
 from shardwise.errors import StoreError
 from shardwise.offload import peers
 from shardwise.offload.host import HostStore
@@ -51,10 +52,14 @@ CYCLES = int(LATE_S * 1.8e9)  # of torch.cuda._sleep, which counts the multiproc
 
 
 def prepare(ranks: Ranks, model: nn.Module, stage: int, **settings: Any) -> tuple[ShardedModel, torch.optim.Optimizer]:
-    """The model sharded in fp32, and SGD with momentum on it. settings: of the Plan where they begin with "offload"."""
+    """The model sharded in fp32, and SGD with momentum on it. settings: of the Plan where they begin with "offload", options of
+    the engine by their names in a file, and keywords of ShardedModel.
+    """
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
     plan = Plan.from_stage(stage, **{key: settings.pop(key) for key in list(settings) if key.startswith("offload")})
-    sharded = ShardedModel(model, plan=plan, ranks=ranks, **{"precision": Precision.named("no"), **settings})
+    options = EngineConfig(**{key: settings.pop(key) for key in list(settings) if key in EngineConfig.model_fields})
+    keywords = {"precision": Precision.named("no"), "options": options, **settings}
+    sharded = ShardedModel(model, plan=plan, ranks=ranks, **keywords)
     ShardedOptimizer(optimizer, [sharded])
     return sharded, optimizer
 

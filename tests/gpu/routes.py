@@ -13,6 +13,7 @@ import torch
 from by_hand import average_gradients, weights_apart
 from torch import Tensor, nn
 
+from shardwise.config.sections import EngineConfig
 from shardwise.plan.plan import Plan
 from shardwise.plan.precision import Precision
 from shardwise.ranks.ranks import Ranks
@@ -62,9 +63,7 @@ def train_on_routes(ranks: Ranks, gather_with: str, units: Sequence[str] | None,
         plan=Plan.from_stage(3),
         ranks=ranks,
         precision=Precision.named("no"),
-        prefetch=prefetch,
-        units=units,
-        gather_with=gather_with,  # type: ignore[arg-type]
+        options=EngineConfig(prefetch_units=prefetch, units=units, gather_with=gather_with),  # type: ignore[arg-type]
     )
     _stepper = ShardedOptimizer(stepping, [sharded])
     apart = 0.0

@@ -32,6 +32,7 @@ from table import Check, Row, run
 
 from shardwise.building.deferred_tensors import sources_of
 from shardwise.building.loading import building
+from shardwise.config.sections import EngineConfig
 from shardwise.offload import host, peers
 from shardwise.plan.plan import Plan
 from shardwise.plan.precision import LossScaler, Precision
@@ -193,10 +194,8 @@ def train_sharded(
         plan=plan,
         ranks=ranks,
         precision=precision,
-        prefetch=setting.prefetch,
-        units=units,
+        options=EngineConfig(prefetch_units=setting.prefetch, units=units, gather_with=setting.gather_with),
         nvme_paths=dict.fromkeys(("param", "optimizer"), tempfile.gettempdir()),
-        gather_with=setting.gather_with,
     )
     stepper = ShardedOptimizer(optimizer, [sharded], scaler=LossScaler.for_precision(precision), gradient_clipping=None)
     losses, norms, found = [], [], {}

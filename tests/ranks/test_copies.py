@@ -20,6 +20,7 @@ import shardwise
 from ranks.test_front_training import fresh
 from rig.engine import Tower, adamw, inputs, loss_of, mine, prepare, shard, tower, trained, weights_of
 from rig.tiny import tiny_llama
+from shardwise.config.check import merged
 from shardwise.errors import ReleasedParameterError
 from shardwise.zero.sharded import find_sharded
 
@@ -171,7 +172,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def _of_a_library(ranks: Any, setting: str, way: str) -> None:
     """What the front end puts in place of a model's methods stays behind, too."""
     accelerator = fresh(3)
-    accelerator._config = accelerator._config.merged(**SETTINGS[setting])
+    accelerator._config = merged(accelerator._config, **SETTINGS[setting])
     reference, model = tiny_llama(), tiny_llama()
     model = accelerator.prepare(model)
     ids = torch.arange(8).view(1, 8)

@@ -7,6 +7,7 @@ import pytest
 from rig.engine import adamw, prepare, trained
 from rig.tiny import batches, checkpointed, share, tiny
 from shardwise import Accelerator, DeepSpeedPlugin
+from shardwise.config.check import merged
 from shardwise.run.process import forget_run
 from shardwise.tuning.losses import LeanLoss, LogitsLoss
 
@@ -67,7 +68,7 @@ def test_a_head_that_is_the_embedding_trains_the_same(world):
 def _configured(ranks):
     forget_run()
     accelerator = Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(zero_stage=3))
-    accelerator._config = accelerator._config.merged(loss_chunk_tokens=4)
+    accelerator._config = merged(accelerator._config, loss_chunk_tokens=4)
     model = tiny("llama", "lora")
     optimizer = adamw(trained(model))
     accelerator.prepare(model, optimizer)

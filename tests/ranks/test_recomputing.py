@@ -11,6 +11,7 @@ import torch
 from rig.engine import adamw, prepare
 from rig.tiny import batches, checkpointed, share, tiny
 from shardwise import Accelerator, DeepSpeedPlugin
+from shardwise.config.check import merged
 from shardwise.config.compiling import CompileConfig
 from shardwise.errors import PrepareError
 from shardwise.run.process import forget_run
@@ -209,7 +210,7 @@ def _through_the_accelerator(ranks, mode, budget):
     logging.getLogger("shardwise").addHandler(handler)
     plugin = DeepSpeedPlugin(zero_stage=3, mixed_precision="no")
     accelerator = Accelerator(cpu=True, deepspeed_plugin=plugin)
-    accelerator._config = accelerator._config.merged(activation_checkpointing=mode, gpu_memory_budget=budget)
+    accelerator._config = merged(accelerator._config, activation_checkpointing=mode, gpu_memory_budget=budget)
     model = tiny("llama", "full")
     optimizer = adamw(model.parameters())
     accelerator.prepare(model, optimizer)

@@ -108,7 +108,8 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def shard(ranks: Any, model: nn.Module, plan: str = "3", precision: str = "no", **settings: Any) -> Any:
-    """The ShardedModel of `model` under one of PLANS."""
+    """The ShardedModel of `model` under one of PLANS. settings: keywords of it, and options by their names in a file."""
+    from shardwise.config.sections import EngineConfig
     from shardwise.plan.plan import Plan
     from shardwise.plan.precision import Precision
     from shardwise.zero.sharded import ShardedModel
@@ -117,7 +118,11 @@ def shard(ranks: Any, model: nn.Module, plan: str = "3", precision: str = "no", 
     chosen = Plan.from_stage(stage, offload_optimizer=optimizer, offload_param=param)
     if "nvme" in (optimizer, param) and "nvme_paths" not in settings:
         settings["nvme_paths"] = dict.fromkeys(("param", "optimizer"), tempfile.gettempdir())
-    return ShardedModel(model, plan=chosen, ranks=ranks, precision=Precision.named(precision), **settings)
+    if "prefetch" in settings:
+        settings["prefetch_units"] = settings.pop("prefetch")
+    options = EngineConfig(**{key: settings.pop(key) for key in list(settings) if key in EngineConfig.model_fields})
+    precise = Precision.named(precision)
+    return ShardedModel(model, plan=chosen, ranks=ranks, precision=precise, options=options, **settings)
 
 
 def prepare(

@@ -16,6 +16,7 @@ from shardwise.config.agreement import (
     ranks_said,
     settings_of,
 )
+from shardwise.config.check import checked
 from shardwise.config.schema import Config
 
 
@@ -41,7 +42,7 @@ def test_settings_are_plain_and_complete():
     ],
 )
 def test_two_spellings_of_one_thing_are_alike(one, other):
-    assert settings_of(Config.checked(one)) == settings_of(Config.checked(other))
+    assert settings_of(checked(one)) == settings_of(checked(other))
 
 
 def test_a_difference_names_key_ranks_and_values():

@@ -12,7 +12,7 @@ import pytest
 
 from shardwise.cli.flags import FLAGS
 from shardwise.cli.main import run
-from shardwise.config.resolve import key_of
+from shardwise.config.schema import key_of
 
 ENTRY = "from shardwise.cli.main import main; main()"
 

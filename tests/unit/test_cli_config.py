@@ -149,7 +149,7 @@ def test_a_wrong_answer_is_told_at_its_question() -> None:
 
 
 def test_each_question_has_a_line_of_help() -> None:
-    assert all(question.help and "\n" not in question.help for question in QUESTIONS)
+    assert all(question.words.help and "\n" not in question.words.help for question in QUESTIONS)
 
 
 def test_arrow_keys_choose(capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,7 +164,7 @@ def test_arrow_keys_choose(capsys: pytest.CaptureFixture[str]) -> None:
         assert ask_in_terminal(stage, 1, lambda value: None) == 2
         keys.send_text("\x7fx" + ENTER + "\x7f8" + ENTER)  # a wrong answer stays on the line until it is right
         assert ask_in_terminal(steps, 1, lambda value: problem_with("gradient_accumulation_steps", value)) == "8"
-    assert stage.help in capsys.readouterr().out
+    assert stage.words.help in capsys.readouterr().out
 
 
 def test_without_a_terminal_the_command_works(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from shardwise.compat.deepspeed import settings
 from shardwise.compat.deepspeed.sections import make_optimizer, make_scheduler
+from shardwise.config.check import checked
 from shardwise.config.schema import Config
 from shardwise.errors import ConfigError
 
@@ -150,7 +151,7 @@ def test_what_cannot_be_done_is_refused_by_name(values, said):
 
 
 def test_shardwises_own_section_lies_over_the_launchers_settings():
-    base = Config.checked({"shardwise_config": {"fast_lora": False, "prefetch_units": 2}, "use_cpu": True})
+    base = checked({"shardwise_config": {"fast_lora": False, "prefetch_units": 2}, "use_cpu": True})
     own = {"gpu_memory_budget": "2GB", "activation_checkpointing": "auto", "fast_lora": True, "loss_chunk_tokens": 64}
     found = read({"zero_optimization": {"stage": 3}, "shardwise": {**own, "compile": "eager"}}, base=base).config
     assert (found.engine.fast_lora, found.engine.prefetch_units, found.use_cpu) == (True, 2, True)

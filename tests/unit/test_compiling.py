@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from rig.tiny import batches, checkpointed, tiny
+from shardwise.config.check import checked, merged
 from shardwise.config.compiling import CompileConfig
-from shardwise.config.schema import Config
 from shardwise.errors import ConfigError, PrepareError
 from shardwise.tuning.blocks import recomputed
 from shardwise.tuning.compiling import CompiledBlocks, CompiledLoss, blocks_to_compile
@@ -40,15 +40,15 @@ def test_reentrant_checkpointing_is_refused():
     ],
 )
 def test_every_spelling_of_the_backend_is_read(values):
-    config = Config.checked(values)
+    config = checked(values)
     assert config.compiling is not None
     assert config.compiling.dynamo_backend == "inductor"
-    assert Config.checked(config.to_values()) == config
+    assert checked(config.to_values()) == config
 
 
 @pytest.mark.parametrize("values", [{}, {"dynamo_backend": "NO"}, {"dynamo_backend": False}, {"dynamo_config": {}}])
 def test_without_a_backend_nothing_is_compiled(values):
-    assert Config.checked(values).compiling is None
+    assert checked(values).compiling is None
 
 
 def _graphs(stage, mode="reduce-overhead", **engine):
@@ -63,14 +63,14 @@ def _graphs(stage, mode="reduce-overhead", **engine):
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_cuda_graphs_are_refused_where_weights_do_not_stay_at_one_address(mode):
     with pytest.raises(ConfigError, match="records CUDA graphs, and gathered weights do not stay at one address"):
-        Config.checked(_graphs(3, mode))
-    assert Config.checked(_graphs(3, mode, gpu_memory_budget="auto")).compiling.records_graphs
-    assert Config.checked(_graphs(2, mode)).compiling.records_graphs
+        checked(_graphs(3, mode))
+    assert checked(_graphs(3, mode, gpu_memory_budget="auto")).compiling.records_graphs
+    assert checked(_graphs(2, mode)).compiling.records_graphs
 
 
 def test_cuda_graphs_are_refused_where_blocks_change_after_some_steps():
     with pytest.raises(ConfigError, match="activation_checkpointing: auto changes"):
-        Config.checked(_graphs(2, activation_checkpointing="auto"))
+        checked(_graphs(2, activation_checkpointing="auto"))
 
 
 def _loss_and_gradient(model, batch):
@@ -111,7 +111,7 @@ def test_another_loss_is_left_as_it_is():
 
 
 def test_a_keyword_wins_over_the_file():
-    config = Config.checked({"dynamo_config": {"dynamo_backend": "inductor"}}).merged(dynamo_backend="eager")
+    config = merged(checked({"dynamo_config": {"dynamo_backend": "inductor"}}), dynamo_backend="eager")
     assert config.compiling is not None
     assert config.compiling.dynamo_backend == "eager"
 

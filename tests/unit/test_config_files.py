@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from shardwise.config.check import checked
 from shardwise.config.deepspeed_json import read_deepspeed_json
 from shardwise.config.resolve import resolve
 from shardwise.config.schema import Config
@@ -80,9 +81,9 @@ def test_the_guides_file_is_taken_unchanged() -> None:
 
 
 CONFIGS = [
-    Config.checked({"distributed_type": "NO"}),
-    Config.checked({"distributed_type": "MULTI_CPU", "use_cpu": True, "num_processes": 2}),
-    Config.checked(
+    checked({"distributed_type": "NO"}),
+    checked({"distributed_type": "MULTI_CPU", "use_cpu": True, "num_processes": 2}),
+    checked(
         {
             "distributed_type": "DEEPSPEED",
             "num_processes": 8,
@@ -95,8 +96,8 @@ CONFIGS = [
             "deepspeed_config": {"zero_stage": 3, "offload_param_device": "cpu", "gradient_accumulation_steps": 4},
         }
     ),
-    Config.checked({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2, "gradient_clipping": 0.5}}),
-    Config.checked({"shardwise_config": {"prefetch_units": 2, "units": ["Block"]}}),
+    checked({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2, "gradient_clipping": 0.5}}),
+    checked({"shardwise_config": {"prefetch_units": 2, "units": ["Block"]}}),
 ]
 
 

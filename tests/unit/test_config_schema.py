@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from shardwise.config.rules import check
+from shardwise.config.check import check, checked, from_environment, merged
+from shardwise.config.rules import notes
 from shardwise.config.schema import ENVIRONMENT_KEY, Config, EngineConfig, LossScaleConfig, ZeroConfig
 from shardwise.errors import ConfigError
 
@@ -42,7 +43,7 @@ def zero(**settings: object) -> dict[str, object]:
 
 
 def test_the_guides_file_is_taken_as_it_is() -> None:
-    config = Config.checked(GUIDE)
+    config = checked(GUIDE)
     assert config.zero.zero_stage == 3
     assert config.zero.offload_optimizer_device == config.zero.offload_param_device == "cpu"
     assert config.zero.gradient_clipping == 1.0
@@ -51,9 +52,9 @@ def test_the_guides_file_is_taken_as_it_is() -> None:
 
 
 def test_zero3_init_flag_needs_a_note_below_stage_3_only() -> None:
-    assert Config.checked(GUIDE).zero.zero3_init_flag
-    assert Config.checked(GUIDE).notes() == []
-    (note,) = Config.checked(zero(zero_stage=2, zero3_init_flag=True)).notes()
+    assert checked(GUIDE).zero.zero3_init_flag
+    assert notes(checked(GUIDE)) == []
+    (note,) = notes(checked(zero(zero_stage=2, zero3_init_flag=True)))
     assert "no effect at zero_stage 2" in note
 
 
@@ -124,7 +125,7 @@ def test_machines_must_fit_together() -> None:
 def test_every_problem_is_told_at_once() -> None:
     values = zero(zero_stage=5, gradient_clipping="x", offload_param_device="cpu", zer=1) | {"num_processes": "x"}
     with pytest.raises(ConfigError) as error:
-        Config.checked(values)
+        checked(values)
     lines = str(error.value).splitlines()
     # offload_param_device is right by itself, and the rule about it cannot be judged while the stage is wrong.
     assert len(lines) == 4
@@ -145,12 +146,12 @@ def test_every_problem_is_told_at_once() -> None:
     ],
 )
 def test_yaml_spellings_are_understood(values: dict[str, object], key: str, expected: object) -> None:
-    assert getattr(Config.checked(values), key) == expected
+    assert getattr(checked(values), key) == expected
 
 
 @pytest.mark.parametrize("spelling", [None, "none", "auto", 0, 0.0, "no", False])
 def test_no_clipping_means_none(spelling: object) -> None:
-    assert Config.checked(zero(zero_stage=2, gradient_clipping=spelling)).zero.gradient_clipping is None
+    assert checked(zero(zero_stage=2, gradient_clipping=spelling)).zero.gradient_clipping is None
     assert ZeroConfig().gradient_clipping is None
 
 
@@ -159,18 +160,18 @@ def test_the_default_is_one_process_without_sharding() -> None:
     assert config.zero.zero_stage == 0
     assert config.gradient_accumulation_steps == 1
     assert config.engine == EngineConfig()
-    assert Config.from_environment({}) == config
+    assert from_environment({}) == config
 
 
 def test_a_worker_finds_the_launchers_config() -> None:
     values = {**GUIDE, "shardwise_config": {"units": "Block, Other", "whole_adapters": "false", "reduce_dtype": "auto"}}
-    config = Config.checked(values)
+    config = checked(values)
     assert config.engine.units == ["Block", "Other"]
     assert config.engine.whole_adapters is False
     assert config.engine.reduce_dtype == "fp32"
-    assert Config.from_environment(config.to_environment()) == config
-    default_stage = Config.checked({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}})
-    assert Config.from_environment(default_stage.to_environment()) == default_stage
+    assert from_environment(config.to_environment()) == config
+    default_stage = checked({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}})
+    assert from_environment(default_stage.to_environment()) == default_stage
 
 
 def test_debug_makes_torch_compare_collectives() -> None:
@@ -181,42 +182,42 @@ def test_debug_makes_torch_compare_collectives() -> None:
 @pytest.mark.parametrize("text", ["{", "[]", json.dumps({"zero": 1})])
 def test_a_broken_variable_is_a_config_error(text: str) -> None:
     with pytest.raises(ConfigError, match=ENVIRONMENT_KEY):
-        Config.from_environment({ENVIRONMENT_KEY: text})
+        from_environment({ENVIRONMENT_KEY: text})
 
 
 def test_keywords_of_the_accelerator_win() -> None:
-    config = Config.checked(GUIDE).merged(mixed_precision="bf16", cpu=True, zero_stage=None, units=["Block"])
+    config = merged(checked(GUIDE), mixed_precision="bf16", cpu=True, zero_stage=None, units=["Block"])
     assert (config.mixed_precision, config.use_cpu, config.zero.zero_stage) == ("bf16", True, 3)
     assert config.engine.units == ["Block"]
-    assert Config().merged(zero_stage=3).distributed_type == "DEEPSPEED"
+    assert merged(Config(), zero_stage=3).distributed_type == "DEEPSPEED"
 
 
 def test_accumulation_of_the_file_wins_and_says_so_once() -> None:
     said: list[str] = []
-    config = Config.checked(GUIDE).merged(gradient_accumulation_steps=4, on_note=said.append)
+    config = merged(checked(GUIDE), gradient_accumulation_steps=4, on_note=said.append)
     assert config.gradient_accumulation_steps == 1
     assert len(said) == 1
-    assert Config.checked(GUIDE).merged(gradient_accumulation_steps=1, on_note=said.append) == config
+    assert merged(checked(GUIDE), gradient_accumulation_steps=1, on_note=said.append) == config
     assert len(said) == 1
 
 
 def test_accumulation_of_the_script_counts_where_the_file_is_silent() -> None:
-    config = Config().merged(gradient_accumulation_steps=4)
+    config = merged(Config(), gradient_accumulation_steps=4)
     assert config.gradient_accumulation_steps == 4
     assert config.distributed_type == "NO"
-    silent = Config.checked(zero(zero_stage=3, gradient_accumulation_steps="auto"))
-    assert silent.merged(gradient_accumulation_steps=4).gradient_accumulation_steps == 4
+    silent = checked(zero(zero_stage=3, gradient_accumulation_steps="auto"))
+    assert merged(silent, gradient_accumulation_steps=4).gradient_accumulation_steps == 4
 
 
 def test_a_wrong_keyword_is_told_as_the_accelerators() -> None:
     with pytest.raises(ConfigError, match=r"Accelerator: mixed_precision: 'x' is not one of"):
-        Config().merged(mixed_precision="x")
+        merged(Config(), mixed_precision="x")
     with pytest.raises(ConfigError, match="mixed_precison: unknown key; did you mean mixed_precision"):
-        Config().merged(mixed_precison="bf16")
+        merged(Config(), mixed_precison="bf16")
 
 
 def test_batch_sizes_are_held_against_the_loader() -> None:
-    config = Config.checked(zero(zero_stage=2) | {"shardwise_config": {"micro_batch_size": 4, "train_batch_size": 8}})
+    config = checked(zero(zero_stage=2) | {"shardwise_config": {"micro_batch_size": 4, "train_batch_size": 8}})
     config.check_batch_sizes(4, world_size=2)
     with pytest.raises(ConfigError, match="batches of 3"):
         config.check_batch_sizes(3, world_size=2)

@@ -19,9 +19,10 @@ import torch
 from safetensors.torch import save_file
 
 from shardwise.checkpoint.merge import merge
+from shardwise.config.check import from_environment
 from shardwise.config.deepspeed_json import read_deepspeed_json
 from shardwise.config.resolve import resolve
-from shardwise.config.schema import ENVIRONMENT_KEY, Config
+from shardwise.config.schema import ENVIRONMENT_KEY
 from shardwise.config.yaml_file import read_yaml
 from shardwise.errors import CheckpointError, ConfigError, LoadingError, ShardwiseError
 from shardwise.estimate.meta_model import build_meta_model
@@ -362,7 +363,7 @@ def test_a_merge_does_not_write_through_a_link(tmp_path):
 
 def test_the_configuration_of_the_environment_is_read_with_the_same_limits():
     for text in ("[" * 100_000, "{", "[]", '{"num_processes": %s}' % ("9" * 5000)):
-        found = words_of(lambda: Config.from_environment({ENVIRONMENT_KEY: text}))  # noqa: B023
+        found = words_of(lambda: from_environment({ENVIRONMENT_KEY: text}))  # noqa: B023
         assert ENVIRONMENT_KEY in found
 
 

@@ -21,9 +21,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config.check import checked
 from ..config.machine import environment_value, export, host_memory_bytes, memory_limit_bytes, oom_kills
 from ..config.resolve import Resolution
-from ..config.schema import Config
 from ..errors import LaunchError
 from ..files.documents import read_json
 from . import worker
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 # Failures that the agent sees within this time of the first may be causes; later ones were stopped by the agent itself.
 SAME_MOMENT_S = 3
 GRACE_S = 30
+# What runs in the worker's place where `import deepspeed` is to find shardwise: by its path, as the worker.
+_AS_DEEPSPEED = str(Path(worker.__file__).parents[1] / "compat" / "worker.py")
 CONNECT_WITHIN_S = 900
 
 
@@ -88,7 +90,7 @@ def _with_devices(plan: LaunchPlan, devices: int) -> LaunchPlan:
     config = plan.config
     if origins.get(("num_processes",)) == "one for each GPU":
         del origins[("num_processes",)]
-        config = Config.checked({**config.to_values(), "num_processes": None})
+        config = checked({**config.to_values(), "num_processes": None})
     check_devices(config, origins, devices)
     made = make_plan(
         Resolution(config, origins, []),
@@ -117,7 +119,7 @@ def _for_restart(plan: LaunchPlan) -> LaunchPlan:
     if wanted == plan.local_processes:
         return plan
     engine = {**plan.config.to_values().get("shardwise_config", {}), "restart_processes": None}
-    config = Config.checked({**plan.config.to_values(), "num_processes": wanted, "shardwise_config": engine})
+    config = checked({**plan.config.to_values(), "num_processes": wanted, "shardwise_config": engine})
     made = make_plan(
         Resolution(config, plan.origins, []),
         script=plan.script,
@@ -162,7 +164,8 @@ def _launch(plan: LaunchPlan, directory: Path, restarts: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    command = [worker.__file__, *(["-m"] if plan.is_module else []), plan.script, *plan.arguments]
+    started = _AS_DEEPSPEED if plan.as_deepspeed else worker.__file__
+    command = [started, *(["-m"] if plan.is_module else []), plan.script, *plan.arguments]
     # The agent takes "$$" and "${local_rank}" in arguments as macros; the script's are to arrive as they are.
     command = [part.replace("$", "$$") for part in command]
     for attempt in range(3):

@@ -1,7 +1,7 @@
 """`shardwise config`: the guide's questions, one by one, and the YAML file that they lead to.
 
-The questions are a table. Each has a key of the schema, a condition on the answers so far, a default, and one line of
-help. A flag answers its question beforehand; without a terminal flags must answer all that apply, or `--default` the
+The questions are a table. Each has a key of the schema, which has its words, a default, and a condition on the answers so
+far. A flag answers its question beforehand; without a terminal flags must answer all that apply, or `--default` the
 rest. An answer is checked when it is given, by the same schema that checks a file.
 """
 
@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ..config.check import check
 from ..config.machine import visible_gpus
-from ..config.resolve import key_of, resolve
-from ..config.rules import check
-from ..config.schema import Config
+from ..config.resolve import resolve
+from ..config.rules import notes
+from ..config.schema import Config, every_setting, key_of, value_of
+from ..config.setting import Wording, setting_of
 from ..config.yaml_file import default_file, write_yaml
 from ..errors import ConfigError
 
@@ -28,28 +30,20 @@ _HELPERS = (USE_ZERO, USE_JSON, CLIP)
 
 
 @dataclass(frozen=True)
-class Choice:
-    value: Any
-    text: str
-
-
-@dataclass(frozen=True)
 class Question:
-    """One question.
+    """One question of the dialogue.
 
-    name:    the setting that it answers (or one of `_HELPERS`).
-    text:    what is asked; help: one line on what it means.
-    choices: for a question answered with the arrow keys; a bool default makes it yes or no; else a line is typed.
+    name:    the setting that it answers, whose words are the schema's (or one of `_HELPERS`).
     default: from the answers so far.
     when:    does it apply to the answers so far?
+    words:   text, help and choices; with choices it is answered with the arrow keys, else a bool default makes it yes or no,
+             else a line is typed.
     """
 
     name: str
-    text: str
-    help: str
     default: Callable[[Answers], Any]
-    choices: tuple[Choice, ...] = ()
-    when: Callable[[Answers], bool] = lambda answers: True
+    when: Callable[[Answers], bool]
+    words: Wording
 
 
 def _several(answers: Answers) -> bool:
@@ -73,175 +67,76 @@ def _one_for_each_gpu(answers: Answers) -> int:
     return int(answers["num_machines"]) * (1 if answers["use_cpu"] else gpus or 1)
 
 
+def _question(
+    name: str,
+    default: Callable[[Answers], Any],
+    when: Callable[[Answers], bool] = lambda answers: True,
+    words: Wording | None = None,
+) -> Question:
+    words = words or _WORDS[name]
+    assert words is not None, f"the schema has no question for {name}"
+    return Question(name, default, when, words)
+
+
+_WORDS = {key[-1]: setting_of(info).asked for key, info in every_setting()}
+
+# The dialogue: its order, and what its answers so far mean for the next question.
 QUESTIONS: tuple[Question, ...] = (
-    Question(
-        "use_cpu",
-        "What will you train on?",
-        "On GPUs the ranks talk through NCCL, on CPUs through gloo.",
-        lambda answers: visible_gpus() == 0,
-        (Choice(False, "GPUs"), Choice(True, "CPU only")),
-    ),
-    Question("num_machines", "How many machines?", "1, unless the run spans several hosts.", lambda answers: 1),
-    Question(
-        "machine_rank",
-        "Which of them is this one?",
-        "From 0; machine 0 is where the others connect to.",
-        lambda answers: 0,
-        when=_several,
-    ),
-    Question(
-        "main_process_ip",
-        "Address of machine 0?",
-        "An IP address or host name that every machine can reach.",
-        lambda answers: "",
-        when=_several,
-    ),
-    Question(
-        "main_process_port",
-        "Port on machine 0?",
-        "A port that is free there and open to the other machines.",
-        lambda answers: 29500,
-        when=_several,
-    ),
-    Question(
-        "same_network",
-        "Are all machines in one network?",
-        "No for hosts of different networks, such as two clouds.",
-        lambda answers: True,
-        when=_several,
-    ),
-    Question(
-        "rdzv_backend",
-        "How do the machines find each other?",
-        "static: ranks follow machine_rank. c10d: they are given out as machines arrive.",
-        lambda answers: "static",
-        (Choice("static", "static"), Choice("c10d", "c10d")),
-        when=_several,
-    ),
-    Question(
-        "debug",
-        "Check every collective over the ranks while running?",
-        "Finds ranks that went different ways; slower.",
-        lambda answers: False,
-    ),
-    Question(
+    _question("use_cpu", lambda answers: visible_gpus() == 0),
+    _question("num_machines", lambda answers: 1),
+    _question("machine_rank", lambda answers: 0, _several),
+    _question("main_process_ip", lambda answers: "", _several),
+    _question("main_process_port", lambda answers: 29500, _several),
+    _question("same_network", lambda answers: True, _several),
+    _question("rdzv_backend", lambda answers: "static", _several),
+    _question("debug", lambda answers: False),
+    _question(
         USE_ZERO,
-        "Shard the training state over the processes (ZeRO)?",
-        "Needed for models that do not fit; written as DEEPSPEED, the name that this schema has for it.",
         lambda answers: True,
-    ),
-    Question(
-        USE_JSON,
-        "Take the ZeRO settings from a DeepSpeed JSON file?",
-        "Yes only if you have one; the questions that it answers are skipped.",
-        lambda answers: False,
-        when=_zero,
-    ),
-    Question(
-        "deepspeed_config_file",
-        "Path of the JSON file?",
-        "As seen from where you launch, or from this YAML file.",
-        lambda answers: "",
-        when=lambda answers: _zero(answers) and answers[USE_JSON],
-    ),
-    Question(
-        "zero_stage",
-        "Which ZeRO stage?",
-        "A higher stage needs less memory and more traffic. With LoRA most of the memory is parameters: take 3.",
-        lambda answers: 3,
-        (
-            Choice(0, "0  nothing sharded"),
-            Choice(1, "1  optimizer states"),
-            Choice(2, "2  optimizer states and gradients"),
-            Choice(3, "3  optimizer states, gradients and parameters"),
+        words=Wording(
+            "Shard the training state over the processes (ZeRO)?",
+            "Needed for models that do not fit; written as DEEPSPEED, the name that this schema has for it.",
         ),
-        when=_by_hand,
     ),
-    Question(
-        "offload_optimizer_device",
-        "Where do the optimizer states rest?",
-        "cpu and nvme free GPU memory; the states then visit the GPU in every step.",
-        lambda answers: "none",
-        (Choice("none", "on the device"), Choice("cpu", "cpu"), Choice("nvme", "nvme")),
-        when=lambda answers: _stage(answers) >= 1,
+    _question(
+        USE_JSON,
+        lambda answers: False,
+        _zero,
+        Wording(
+            "Take the ZeRO settings from a DeepSpeed JSON file?",
+            "Yes only if you have one; the questions that it answers are skipped.",
+        ),
     ),
-    Question(
+    _question("deepspeed_config_file", lambda answers: "", lambda answers: _zero(answers) and answers[USE_JSON]),
+    _question("zero_stage", lambda answers: 3, _by_hand),
+    _question("offload_optimizer_device", lambda answers: "none", lambda answers: _stage(answers) >= 1),
+    _question(
         "offload_optimizer_nvme_path",
-        "Directory on the drive, for optimizer states?",
-        "A fast local drive; the files of a run are removed when it ends.",
         lambda answers: "/local_nvme",
-        when=lambda answers: _stage(answers) >= 1 and answers["offload_optimizer_device"] == "nvme",
+        lambda answers: _stage(answers) >= 1 and answers["offload_optimizer_device"] == "nvme",
     ),
-    Question(
-        "offload_param_device",
-        "Where do the parameters rest?",
-        "cpu, nvme: each block is copied to the GPU when it is used.",
-        lambda answers: "none",
-        (Choice("none", "on the device"), Choice("cpu", "cpu"), Choice("nvme", "nvme")),
-        when=lambda answers: _stage(answers) == 3,
-    ),
-    Question(
+    _question("offload_param_device", lambda answers: "none", lambda answers: _stage(answers) == 3),
+    _question(
         "offload_param_nvme_path",
-        "Directory on the drive, for parameters?",
-        "A fast local drive; the files of a run are removed when it ends.",
         lambda answers: answers.get("offload_optimizer_nvme_path") or "/local_nvme",
-        when=lambda answers: _stage(answers) == 3 and answers["offload_param_device"] == "nvme",
+        lambda answers: _stage(answers) == 3 and answers["offload_param_device"] == "nvme",
     ),
-    Question(
-        "gradient_accumulation_steps",
-        "How many micro-batches for each optimizer step?",
-        "Gradient accumulation: more, for a larger batch in the same memory.",
-        lambda answers: 1,
-        when=_by_hand,
-    ),
-    Question(
+    _question("gradient_accumulation_steps", lambda answers: 1, _by_hand),
+    _question(
         CLIP,
-        "Clip gradients?",
-        "Scales all gradients down when their global norm is above a value.",
         lambda answers: False,
-        when=_by_hand,
+        _by_hand,
+        Wording("Clip gradients?", "Scales all gradients down when their global norm is above a value."),
     ),
-    Question(
-        "gradient_clipping",
-        "Clip above which norm?",
-        "1.0 is common.",
-        lambda answers: 1.0,
-        when=lambda answers: _by_hand(answers) and answers[CLIP],
-    ),
-    Question(
-        "zero3_save_16bit_model",
-        "Save whole 16-bit weights under stage 3?",
-        "The saved model can then be loaded without shardwise.",
-        lambda answers: True,
-        when=lambda answers: _stage(answers) == 3,
-    ),
-    Question(
-        "zero3_init_flag",
-        "Construct the model sharded?",
-        "For models that no process can hold; this version still builds them whole and says so.",
-        lambda answers: False,
-        when=lambda answers: _stage(answers) == 3,
-    ),
-    Question(
-        "gpu_ids",
-        "Which GPUs of this machine?",
-        "all, or numbers with commas such as 0,1.",
-        lambda answers: "all",
-        when=lambda answers: not answers["use_cpu"],
-    ),
-    Question(
-        "num_processes",
-        "How many processes in total?",
-        "One for each GPU, over all machines.",
-        _one_for_each_gpu,
-    ),
-    Question(
+    _question("gradient_clipping", lambda answers: 1.0, lambda answers: _by_hand(answers) and answers[CLIP]),
+    _question("zero3_save_16bit_model", lambda answers: True, lambda answers: _stage(answers) == 3),
+    _question("zero3_init_flag", lambda answers: False, lambda answers: _stage(answers) == 3),
+    _question("gpu_ids", lambda answers: "all", lambda answers: not answers["use_cpu"]),
+    _question("num_processes", _one_for_each_gpu),
+    _question(
         "mixed_precision",
-        "Mixed precision?",
-        "What the model computes in. bf16 needs no loss scale; fp16 is for older GPUs.",
         lambda answers: "no" if answers["use_cpu"] else "bf16",
-        (Choice("no", "no  (fp32)"), Choice("bf16", "bf16"), Choice("fp16", "fp16")),
-        when=lambda answers: not (_zero(answers) and answers[USE_JSON]),
+        lambda answers: not (_zero(answers) and answers[USE_JSON]),
     ),
 )
 
@@ -258,7 +153,7 @@ def run_config(
         ask = ask_in_terminal
     config = answer(settings, ask=ask, take_defaults=take_defaults)
     write_yaml(config, path)
-    for note in config.notes():
+    for note in notes(config):
         print(f"note: {note}", file=sys.stderr)
     print(f"configuration written to {path}")
     print(f"next: shardwise launch {f'--config_file {path} ' if config_file else ''}SCRIPT")
@@ -323,10 +218,7 @@ def _implied(settings: Mapping[str, str | bool]) -> Answers:
 def _normal(flags: Config | None, name: str, typed: str | bool) -> Any:
     """A flag's value as the schema reads it: "3" is 3."""
     assert flags is not None
-    section: Any = flags
-    for part in key_of(name)[:-1]:
-        section = getattr(section, part)
-    found = getattr(section, name, None) if section is not None else None
+    found = value_of(flags, name)
     return typed if found is None else found
 
 
@@ -346,14 +238,13 @@ def ask_in_terminal(question: Question, default: Any, wrong: Callable[[Any], str
     """Put one question: arrow keys for choices, y or n, or a line of text that is asked again until it fits."""
     import questionary
 
-    print(f"\n  {question.help}")
-    if question.choices:
-        choices = [questionary.Choice(choice.text, value=choice.value) for choice in question.choices]
+    words = question.words
+    print(f"\n  {words.help}")
+    if words.choices:
+        choices = [questionary.Choice(text, value=value) for value, text in words.choices.items()]
         first = next(choice for choice in choices if choice.value == default)
-        return questionary.select(question.text, choices=choices, default=first).unsafe_ask()
+        return questionary.select(words.text, choices=choices, default=first).unsafe_ask()
     if isinstance(default, bool):
-        return questionary.confirm(question.text, default=default).unsafe_ask()
-    reply = questionary.text(
-        question.text, default=str(default), validate=lambda text: wrong(text) or True
-    ).unsafe_ask()
+        return questionary.confirm(words.text, default=default).unsafe_ask()
+    reply = questionary.text(words.text, default=str(default), validate=lambda text: wrong(text) or True).unsafe_ask()
     return reply.strip()

@@ -29,6 +29,19 @@ class Asked:
     attention: str = "sdpa"
     checkpointing: bool = False
 
+    def check(self) -> None:
+        """Raises ConfigError for a value that a flag does not take."""
+        rank = _count("lora_r", self.lora_r)
+        _count("sequence_length", self.sequence_length)
+        if self.attention not in ("sdpa", "eager"):
+            raise ConfigError(f"--attention: {self.attention!r} is not one of sdpa, eager")
+        if self.quantize not in (None, "8bit", "4bit"):
+            raise ConfigError(f"--quantize: {self.quantize!r} is not one of 8bit, 4bit")
+        if self.dtype not in (None, "fp32", "bf16", "fp16"):
+            raise ConfigError(f"--dtype: {self.dtype!r} is not one of fp32, bf16, fp16")
+        if self.quantize is not None and rank is None:
+            raise ConfigError("--quantize: quantised weights cannot be trained; add --lora_r")
+
 
 def run_estimate(
     model: str,
@@ -40,47 +53,16 @@ def run_estimate(
 ) -> None:
     """Print the estimate. Raises ConfigError for a wrong setting, or a model that cannot be built."""
     config = resolve(settings, config_file).config
-    rank = _count("lora_r", asked.lora_r)
-    length = _count("sequence_length", asked.sequence_length)
-    if asked.attention not in ("sdpa", "eager"):
-        raise ConfigError(f"--attention: {asked.attention!r} is not one of sdpa, eager")
-    if asked.quantize not in (None, "8bit", "4bit"):
-        raise ConfigError(f"--quantize: {asked.quantize!r} is not one of 8bit, 4bit")
-    if asked.dtype not in (None, "fp32", "bf16", "fp16"):
-        raise ConfigError(f"--dtype: {asked.dtype!r} is not one of fp32, bf16, fp16")
-    if asked.quantize is not None and rank is None:
-        raise ConfigError("--quantize: quantised weights cannot be trained; add --lora_r")
+    asked.check()
 
     # From here on it takes seconds: torch is imported.
-    from ..estimate.activations import Batch
-    from ..estimate.bytes import CHOICES, Choice, Machine, Run, estimate
-    from ..estimate.meta_model import Adapters, build_meta_model
-    from ..plan.precision import Precision
+    from ..estimate.bytes import CHOICES, Choice, Machine, estimate
 
-    adapters = None
-    if rank is not None:
-        adapters = Adapters(rank, _names(asked.target_modules), _names(asked.modules_to_save))
-    built = build_meta_model(model, dtype=asked.dtype, adapters=adapters, quantize=asked.quantize)
-    engine, zero = config.engine, config.zero
+    built = _built(model, asked)
+    zero = config.zero
     gpus = 0 if config.use_cpu else visible_gpus(config.gpu_ids) or 0
     machine = Machine(gpus, gpu_memory_bytes(), _host(), free_disk_bytes(_disk(config)))
-    world_size = config.num_processes or max(1, gpus) * config.num_machines
-    batch = None
-    if length is not None:
-        rows = engine.micro_batch_size or 1
-        checkpointing = asked.checkpointing or engine.activation_checkpointing != "none"
-        batch = Batch(rows, length, checkpointing, asked.attention, engine.loss_chunk_tokens, engine.loss_keeps_logits)
-    run = Run(
-        world_size=world_size,
-        local_processes=-(-world_size // config.num_machines),
-        precision=Precision.named(config.mixed_precision, engine.reduce_dtype),
-        cuda=not config.use_cpu,
-        prefetch=engine.prefetch_units,
-        units=engine.units,
-        whole_adapters="auto" if isinstance(engine.whole_adapters, str) else engine.whole_adapters,
-        accumulates=config.gradient_accumulation_steps > 1,
-        batch=batch,
-    )
+    run = run_of(config, asked, gpus)
     chosen = estimate(built, Choice(zero.zero_stage, zero.offload_optimizer_device, zero.offload_param_device), run)
     every = [estimate(built, choice, run) for choice in CHOICES]
     total, trained = _counts(built)
@@ -90,7 +72,7 @@ def run_estimate(
             "class": type(built).__name__,
             "parameters": total,
             "trained": trained,
-            "num_processes": world_size,
+            "num_processes": run.world_size,
             "mixed_precision": config.mixed_precision,
             "quantize": asked.quantize,
             "plan": {**chosen.as_values(), "shortages": machine.shortages(chosen, run)},
@@ -99,10 +81,45 @@ def run_estimate(
         print(json.dumps(facts, indent=1))
         return
     print(f"{model}: {total:,} parameters, {trained:,} of them trained; mixed precision {config.mixed_precision}")
-    print(f"{world_size} process(es), {run.local_processes} on this machine; AdamW; {_batch_text(built, run)}")
+    print(f"{run.world_size} process(es), {run.local_processes} on this machine; AdamW; {_batch_text(built, run)}")
     if asked.quantize:
         print(f"the frozen linear weights in {asked.quantize}: codes and scales as an estimate of what libraries keep")
     print("\n".join(["", *rows_of(chosen), "", *table(every, machine, run)]))
+
+
+def _built(model: str, asked: Asked) -> Any:
+    """The model without memory, with what the flags do to it."""
+    from ..estimate.meta_model import Adapters, build_meta_model
+
+    rank = _count("lora_r", asked.lora_r)
+    adapters = None
+    if rank is not None:
+        adapters = Adapters(rank, _names(asked.target_modules), _names(asked.modules_to_save))
+    return build_meta_model(model, dtype=asked.dtype, adapters=adapters, quantize=asked.quantize)
+
+
+def run_of(config: Config, asked: Asked, gpus: int) -> Run:
+    """What the bytes depend on besides the model and its plan. gpus: of this machine."""
+    from ..estimate.activations import Batch
+    from ..estimate.bytes import Run
+    from ..plan.precision import Precision
+
+    engine, length = config.engine, _count("sequence_length", asked.sequence_length)
+    world_size = config.num_processes or max(1, gpus) * config.num_machines
+    batch = None
+    if length is not None:
+        rows = engine.micro_batch_size or 1
+        checkpointing = asked.checkpointing or engine.activation_checkpointing != "none"
+        batch = Batch(rows, length, checkpointing, asked.attention, engine.loss_chunk_tokens, engine.loss_keeps_logits)
+    return Run(
+        world_size=world_size,
+        local_processes=-(-world_size // config.num_machines),
+        precision=Precision.named(config.mixed_precision, engine.reduce_dtype),
+        cuda=not config.use_cpu,
+        options=engine,
+        accumulates=config.gradient_accumulation_steps > 1,
+        batch=batch,
+    )
 
 
 def rows_of(found: Estimate) -> list[str]:

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 
 from ..config.machine import environment_value
 from ..config.resolve import Resolution, resolve
-from ..config.rules import Key
-from ..config.schema import ENVIRONMENT_KEY, Config
+from ..config.schema import ENVIRONMENT_KEY, Config, Key
 from ..config.yaml_file import default_file
 from ..errors import ConfigError, ShardwiseError
 from .launch_plan import LaunchPlan, make_plan

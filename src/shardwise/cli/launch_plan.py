@@ -17,12 +17,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..config.check import checked
 from ..config.environment import task_of_srun
 from ..config.launchers import LOOPBACK
 from ..config.machine import environment_value, physical_gpus, usable_cores, visible_gpus
 from ..config.resolve import Resolution
-from ..config.rules import Key
-from ..config.schema import Config
+from ..config.schema import Config, Key
 from ..errors import ConfigError, LaunchError
 from . import worker
 from .as_deepspeed import variables
@@ -169,7 +169,7 @@ def fill_processes(resolution: Resolution, devices: int | None) -> Resolution:
         changes["distributed_type"] = "MULTI_CPU" if config.use_cpu else "MULTI_GPU"
         origins[("distributed_type",)] = "because there are several processes"
     # Checked again: what was unknown before, such as the batch sizes of a DeepSpeed file, can now be compared.
-    return replace(resolution, config=Config.checked({**config.to_values(), **changes}), origins=origins)
+    return replace(resolution, config=checked({**config.to_values(), **changes}), origins=origins)
 
 
 def make_plan(
@@ -265,9 +265,7 @@ def _under_srun(resolution: Resolution) -> Resolution:
     if ("machine_rank",) in origins or config.num_machines != task.world_size:
         return resolution
     origins[("machine_rank",)] = "SLURM_PROCID, because srun starts one launcher for each machine"
-    return replace(
-        resolution, config=Config.checked({**config.to_values(), "machine_rank": task.rank}), origins=origins
-    )
+    return replace(resolution, config=checked({**config.to_values(), "machine_rank": task.rank}), origins=origins)
 
 
 def is_of_this_machine(address: str) -> bool:

@@ -7,10 +7,9 @@ added:
   - an exception is written to a record instead of the terminal, with the time in nanoseconds, so that the launcher can
     show the first failing rank's traceback and not every rank's at once;
   - in a run that asked for ZeRO, other libraries' training objects are refused (`config/foreign.py`);
-  - where AS_DEEPSPEED is set, `import deepspeed` finds shardwise (`compat/`), which is imported for it: only this file's start
-    knows the variable, so no process that the script starts is touched;
   - a process that cannot leave after a failure (a thread that waits for a dead peer) is ended after a while.
-This file imports the standard library only until then, and reads the environment that the launcher wrote for it.
+This file imports the standard library only until then, and reads the environment that the launcher wrote for it. What is to
+be done in the process before the script is handed to `main`: by `compat/worker.py`, which is started in its place.
 """
 
 from __future__ import annotations
@@ -25,21 +24,23 @@ import sys
 import time
 import traceback
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 REPORTS = "SHARDWISE_REPORTS"  # the directory for records
 LAUNCHER = "SHARDWISE_LAUNCHER"  # the launcher's process id
 BIND = "SHARDWISE_BIND_CORES"  # set: each process keeps to cores of its own
-AS_DEEPSPEED = "SHARDWISE_AS_DEEPSPEED"  # set: by `launch --as-deepspeed` and `python -m shardwise.compat`
+AS_DEEPSPEED = "SHARDWISE_AS_DEEPSPEED"  # set where compat/worker.py runs in this file's place, for a script that asks
 RESTART = "SHARDWISE_RESTART"  # how often all ranks were started again before, where the launcher itself does that
 LEAVE_WITHIN_S = 10  # after a failure was recorded
 _PR_SET_PDEATHSIG = 1
 
 
-def main() -> None:
-    """`worker.py [-m] script args...`"""
+def main(before: Callable[[], None] | None = None) -> None:
+    """`worker.py [-m] script args...`. before: what is done first; its error is recorded like the script's."""
     del sys.argv[0]
+    # The names of the file that was started would be cleared when the script takes its place.
+    sys.modules["__shardwise_worker__"] = sys.modules["__main__"]
     _die_with_launcher()
     _keep_to_own_cores()
     if RESTART in os.environ:
@@ -47,14 +48,14 @@ def main() -> None:
         os.environ["TORCHELASTIC_RESTART_COUNT"] = os.environ[RESTART]
     # The warning before the end of a job: a script that does not listen for it is not ended by it.
     signal.signal(signal.SIGUSR1, lambda *_: None)
+    if before is None:
+        os.environ.pop(AS_DEEPSPEED, None)  # of a launcher around this one
     reports = os.environ.get(REPORTS, "")
     _write(reports, f"pid-{os.getpid()}", {"rank": _rank()})
     foreign = _watch_foreign_trainers()
     try:
-        if os.environ.get(AS_DEEPSPEED):
-            from shardwise.compat import as_deepspeed
-
-            as_deepspeed()
+        if before is not None:
+            before()
         if sys.argv[0] == "-m":
             del sys.argv[0]
             _run_module(sys.argv[0])
@@ -76,9 +77,10 @@ def main() -> None:
     except BaseException as error:
         _show_at_exit(error)
         kind = type(error)
-        # The frames of this file are not the user's.
+        # The frames of this file, and of the one that started it, are not the user's.
+        own = {__file__, sys.modules["__shardwise_worker__"].__file__, runpy.__file__, "<frozen runpy>"}
         trace = error.__traceback__
-        while trace is not None and trace.tb_frame.f_code.co_filename in (__file__, runpy.__file__, "<frozen runpy>"):
+        while trace is not None and trace.tb_frame.f_code.co_filename in own:
             trace = trace.tb_next
         text = "".join(traceback.format_exception(kind, error, trace))
         # A hook of the user's (rich, a tracker) is called; torch.distributed's only puts the rank before each line.
@@ -130,8 +132,6 @@ def _run_script(path: str) -> None:
         code = compile(file.read(), path, "exec")
     module = types.ModuleType("__main__")
     module.__dict__.update(__file__=path, __builtins__=__builtins__, __spec__=None, __cached__=None)
-    # This module's own names would be cleared with it.
-    sys.modules["__shardwise_worker__"] = sys.modules["__main__"]
     sys.modules["__main__"] = module
     exec(code, module.__dict__)
 

@@ -20,7 +20,8 @@ def main() -> None:
     begin = sys.orig_argv.index("-m")
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:begin], str(Path(worker.__file__)), *sys.argv[1:]])
+    started = str(Path(__file__).with_name("worker.py"))
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:begin], started, *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Every machine has a configuration file of its own and every process its own environment, so two ranks can be told different
 things. `AGREED` has the keys that then change numbers, or the number and order of messages between the ranks; `OWN` those
-that are a machine's own, with the reason. Every key of the schema is in one of the two. This file compares plain values; who
+that are a machine's own, with the reason, which the schema gives (`setting.py`). This file compares plain values; who
 carries them from rank to rank is told in `ranks/meeting.py` and `Ranks.compare`.
 """
 
@@ -13,110 +13,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel
-
 from .compiling import CompileConfig
-from .schema import Config, EngineConfig, LossScaleConfig, ZeroConfig
+from .schema import Config, every_setting
+from .setting import setting_of
 
-# A machine's own, or of no effect: key -> why ranks may differ in it.
-OWN: dict[str, str] = {
-    "compute_environment": "has one value",
-    "machine_rank": "tells the machines apart",
-    "main_process_ip": "machines may reach machine 0 by different names",
-    "main_process_port": "the ranks have met when this is compared",
-    "rdzv_backend": "the ranks have met when this is compared",
-    "same_network": "has no effect on the run",
-    "main_training_function": "has no effect",
-    "gpu_ids": "the GPUs of this machine",
-    "enable_cpu_affinity": "the cores of this machine",
-    "dynamo_backend": "the older spelling of dynamo_config.dynamo_backend, which is compared as it is in force",
-    "deepspeed_config.deepspeed_config_file": "a path of this machine; what the file says is compared key by key",
-    "deepspeed_config.offload_optimizer_nvme_path": "a path of this machine",
-    "deepspeed_config.offload_param_nvme_path": "a path of this machine",
-    "deepspeed_config.deepspeed_moe_layer_cls_names": "has no effect",
-    "deepspeed_config.deepspeed_multinode_launcher": "has no effect on running processes",
-    "shardwise_config.threads_per_rank": "the cores of this machine",
-    # Refused unless empty: there is nothing to compare.
-    **dict.fromkeys(
-        (
-            *("downcast_bf16", "fsdp_config", "megatron_lm_config", "fp8_config", "mpirun_config"),
-            *("tpu_name", "tpu_zone", "tpu_use_cluster", "tpu_use_sudo", "tpu_vm", "tpu_env"),
-            *("parallelism_config", "commands", "command_file"),
-            "deepspeed_config.deepspeed_hostfile",
-            "deepspeed_config.deepspeed_exclusion_filter",
-            "deepspeed_config.deepspeed_inclusion_filter",
-        ),
-        "is empty",
-    ),
-}
-
-# Compared. A size of memory is here too: the rank with the least room decides, so machines with different GPUs need no
-# different numbers; and a rank without a budget would not take part where the others ask each other for theirs.
-AGREED: tuple[str, ...] = (
-    "distributed_type",
-    "mixed_precision",
-    "num_processes",
-    "num_machines",
-    "use_cpu",
-    "debug",
-    "deepspeed_config.zero_stage",
-    "deepspeed_config.gradient_accumulation_steps",
-    "deepspeed_config.gradient_clipping",
-    "deepspeed_config.offload_optimizer_device",
-    "deepspeed_config.offload_param_device",
-    "deepspeed_config.zero3_init_flag",
-    "deepspeed_config.zero3_save_16bit_model",
-    "shardwise_config.reduce_dtype",
-    "shardwise_config.prefetch_units",
-    "shardwise_config.gather_with",
-    "shardwise_config.units",
-    "shardwise_config.whole_adapters",
-    "shardwise_config.gpu_memory_budget",
-    "shardwise_config.generation_memory_budget",
-    "shardwise_config.scheduler_steps_per_process",
-    "shardwise_config.collective_timeout_s",
-    "shardwise_config.loss_chunk_tokens",
-    "shardwise_config.loss_keeps_logits",
-    "shardwise_config.fast_lora",
-    "shardwise_config.activation_checkpointing",
-    "shardwise_config.max_restarts",
-    "shardwise_config.restart_processes",
-    "shardwise_config.loss_scale.static",
-    "shardwise_config.loss_scale.initial",
-    "shardwise_config.loss_scale.growth_interval",
-    "shardwise_config.loss_scale.hysteresis",
-    "shardwise_config.loss_scale.minimum",
-    "shardwise_config.train_batch_size",
-    "shardwise_config.micro_batch_size",
-    "dynamo_config.dynamo_backend",
-    "dynamo_config.dynamo_mode",
-    "dynamo_config.dynamo_use_fullgraph",
-    "dynamo_config.dynamo_use_dynamic",
-    "dynamo_config.dynamo_use_regional_compilation",
-)
+# A machine's own, or of no effect: key -> why ranks may differ in it. The others are compared. A size of memory is among those:
+# the rank with the least room decides, so machines with different GPUs need no different numbers; and a rank without a budget
+# would not take part where the others ask each other for theirs.
+_WHY = {".".join(key): setting_of(info).own for key, info in every_setting()}
+OWN: dict[str, str] = {key: why for key, why in _WHY.items() if why is not None}
+AGREED: tuple[str, ...] = tuple(key for key in _WHY if key not in OWN)
 
 VERSIONS = ("shardwise version", "torch version")
 OBJECTS = "the list of objects"
 # Where one of these differs, other facts differ with it: they are told alone.
 _ALONE = (VERSIONS[0], OBJECTS)
-_SECTIONS: dict[str, type[BaseModel]] = {
-    "deepspeed_config": ZeroConfig,
-    "shardwise_config": EngineConfig,
-    "dynamo_config": CompileConfig,
-    "shardwise_config.loss_scale": LossScaleConfig,
-}
 SAME_EVERYWHERE = "Give every machine the same configuration, flags and packages, and every rank the same script."
 _MOST = 8  # differences that one error lists
 
 
 def keys_of_schema() -> list[str]:
     """Every key of the configuration that has no keys below it, dotted."""
-    found: list[str] = []
-    models: list[tuple[str, type[BaseModel]]] = [("", Config)]
-    models += [(f"{name}.", section) for name, section in _SECTIONS.items()]
-    for above, model in models:
-        found += [f"{above}{name}" for name in model.model_fields if f"{above}{name}" not in _SECTIONS]
-    return found
+    return list(_WHY)
 
 
 def settings_of(config: Config) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..files.documents import SETTINGS_NBYTES, parse_json, read_text, shown
-from .rules import Key, Problem, nearest
+from .check import nearest
+from .schema import Key
 from .yaml_file import SettingsFile, parse_yaml
 
 _SCRIPT = (
@@ -318,8 +319,7 @@ class _Reader:
         return f"{self.file.place(theirs) or self.file.path}: {'.'.join(theirs)}"
 
     def problem(self, theirs: Key, text: str) -> None:
-        problem = Problem(theirs, text)
-        self.found.problems.append(f"{self.file.place(theirs) or self.file.path}: {'.'.join(theirs)}: {problem.text}")
+        self.found.problems.append(f"{self.file.place(theirs) or self.file.path}: {'.'.join(theirs)}: {text}")
 
 
 def _switched_off(value: Any) -> bool:

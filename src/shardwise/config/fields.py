@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -23,7 +24,15 @@ def wrong(text: str) -> PydanticCustomError:
     return PydanticCustomError("shardwise", "{text}", {"text": text})
 
 
-def whole_number(minimum: int, maximum: int | None = None) -> BeforeValidator:
+@dataclass(frozen=True, slots=True)
+class Kind(BeforeValidator):
+    """A kind of value. metavar: what stands for one in --help. empty: of a key that has no value."""
+
+    metavar: str | None = None
+    empty: bool = False
+
+
+def whole_number(minimum: int, maximum: int | None = None) -> Kind:
     """A whole number within limits; digits in a string will do, a boolean will not, though Python calls it an int."""
 
     def check(value: Any) -> int:
@@ -44,12 +53,10 @@ def whole_number(minimum: int, maximum: int | None = None) -> BeforeValidator:
             raise wrong(f"{number} is out of range: {limits}")
         return number
 
-    return BeforeValidator(check)
+    return Kind(check, metavar="N")
 
 
-def one_of(
-    *choices: Any, refused: dict[Any, str] | None = None, case: Callable[[str], str] = str.lower
-) -> BeforeValidator:
+def one_of(*choices: Any, refused: dict[Any, str] | None = None, case: Callable[[str], str] = str.lower) -> Kind:
     """One of `choices`, in any letter case. `refused` gives a reason of its own for a value that others would take."""
 
     def check(value: Any) -> Any:
@@ -66,7 +73,7 @@ def one_of(
                 raise wrong(refused[found])
         raise wrong(f"{value!r} is not one of {', '.join(str(choice) for choice in choices)}")
 
-    return BeforeValidator(check)
+    return Kind(check, metavar="|".join(str(choice) for choice in choices))
 
 
 def _yes_or_no(value: Any) -> bool:
@@ -80,7 +87,7 @@ def _yes_or_no(value: Any) -> bool:
     raise wrong(f"{value!r} is not true or false")
 
 
-def number(minimum: float, *, above: bool = False) -> BeforeValidator:
+def number(minimum: float, *, above: bool = False) -> Kind:
     """A finite number, `minimum` or more (or strictly `above` it)."""
 
     def check(value: Any) -> float:
@@ -94,7 +101,7 @@ def number(minimum: float, *, above: bool = False) -> BeforeValidator:
             raise wrong(f"{found:g} is out of range: {'above' if above else 'at least'} {minimum:g}")
         return found
 
-    return BeforeValidator(check)
+    return Kind(check, metavar="NUMBER")
 
 
 def _text(value: Any) -> str:
@@ -112,30 +119,19 @@ def _names(value: Any) -> list[str]:
     return list(value)
 
 
-def none_if(*words: Any) -> BeforeValidator:
-    """Take each of `words` (and null) as None."""
+def optional(kind: Kind, *words: Any) -> Kind:
+    """`kind`, or None for null and for each of `words`."""
 
     def check(value: Any) -> Any:
         lowered = value.strip().lower() if isinstance(value, str) else value
         if lowered is None or any(lowered == word and type(lowered) is type(word) for word in words):
             return None
-        return value
+        return kind.func(value)  # type: ignore[call-arg]
 
-    return BeforeValidator(check)
-
-
-def optional(kind: BeforeValidator, *words: Any) -> BeforeValidator:
-    """`kind`, or None for null and for each of `words`."""
-    empty = none_if(*words)
-
-    def check(value: Any) -> Any:
-        value = empty.func(value)  # type: ignore[call-arg]
-        return None if value is None else kind.func(value)  # type: ignore[call-arg]
-
-    return BeforeValidator(check)
+    return Kind(check, metavar=kind.metavar)
 
 
-def absent(why: str) -> BeforeValidator:
+def absent(why: str) -> Kind:
     """A key that other tools' files carry empty: taken when it is empty or off, else refused with `why`."""
 
     def check(value: Any) -> None:
@@ -143,11 +139,11 @@ def absent(why: str) -> BeforeValidator:
             return
         raise wrong(why)
 
-    return BeforeValidator(check)
+    return Kind(check, empty=True)
 
 
-Flag = Annotated[bool, BeforeValidator(_yes_or_no)]
-Text = Annotated[str, BeforeValidator(_text)]
-OptionalText = Annotated[str | None, optional(BeforeValidator(_text), "none", "")]
-OptionalNames = Annotated[list[str] | None, optional(BeforeValidator(_names), "none", "auto", "")]
+Flag = Annotated[bool, Kind(_yes_or_no, metavar="true|false")]
+Text = Annotated[str, Kind(_text)]
+OptionalText = Annotated[str | None, optional(Kind(_text), "none", "")]
+OptionalNames = Annotated[list[str] | None, optional(Kind(_names, metavar="NAMES"), "none", "auto", "")]
 OptionalCount = Annotated[int | None, optional(whole_number(1), "auto", "none", "")]

@@ -13,9 +13,10 @@ from typing import Any
 
 from ..errors import ConfigError
 from . import usage
+from .check import check
 from .deepspeed_json import DeepSpeedFile, find_json, read_deepspeed_json
-from .rules import Key, Problem, check, notes
-from .schema import Config, EngineConfig, ZeroConfig
+from .rules import Problem, notes
+from .schema import Config, Key, key_of
 from .yaml_file import SettingsFile, read_yaml
 
 # A flag for one of these asks for ZeRO, whatever the file says; the others of deepspeed_config fit any run.
@@ -37,17 +38,6 @@ class Resolution:
 
     def origin(self, key: Key) -> str:
         return self.origins.get(key, "default")
-
-
-def key_of(name: str) -> Key:
-    """Where a flag's setting lives: ("deepspeed_config", "zero_stage") for zero_stage."""
-    if name in Config.model_fields:
-        return (name,)
-    if name in ZeroConfig.model_fields:
-        return ("deepspeed_config", name)
-    if name in EngineConfig.model_fields:
-        return ("shardwise_config", name)
-    raise KeyError(name)
 
 
 def resolve(

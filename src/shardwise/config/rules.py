@@ -1,46 +1,19 @@
-"""Which settings go together: the check of a whole configuration, all of it, before anything starts.
+"""Which settings go together: a table of rules over a whole configuration, and what is legal but without effect.
 
-`check` gives either a Config or every problem at once. Where a key is wrong by itself it is set aside, and the rules
-look at the rest; so one run of the launcher shows a wrong type, an unknown key and an illegal pair together. `notes`
-tells what is legal but without effect.
+A rule names the key that an error is told of and looks at a Config whose values are right one by one; `check.py` asks all of
+them before anything starts. What a plan refuses too is said in `offloads.py`, once for both.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from .offloads import NVME_PATH, refused_offload
+from .schema import Config, Key, LossScaleConfig
 
-from .compiling import CompileConfig
-from .schema import Config, EngineConfig, LossScaleConfig, ZeroConfig
-
-Key = tuple[str, ...]
-
-# Keys of a DeepSpeed JSON that people put into a YAML's deepspeed_config, where accelerate does not look at them.
-_OF_THE_JSON = {
-    *(
-        "bf16",
-        "fp16",
-        "zero_optimization",
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "optimizer",
-        "scheduler",
-    ),
-    *("steps_per_print", "wall_clock_breakdown", "activation_checkpointing", "aio", "communication_data_type"),
-}
-
-# What other files call a key that has another name, or no use, here. The text follows "unknown key".
-_SECTIONS: dict[Key, type[BaseModel]] = {
-    (): Config,
-    ("deepspeed_config",): ZeroConfig,
-    ("shardwise_config",): EngineConfig,
-    ("shardwise_config", "loss_scale"): LossScaleConfig,
-    ("dynamo_config",): CompileConfig,
-}
+# What is wrong with a configuration, or None.
+Look = Callable[[Config], str | None]
 
 
 @dataclass(frozen=True)
@@ -52,241 +25,195 @@ class Problem:
     also: tuple[Key, ...] = ()
 
 
-def nearest(word: str, known: list[str]) -> str:
-    """`; did you mean zero_stage?`, or nothing where no known word is near."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+@dataclass(frozen=True)
+class Rule:
+    """Settings that cannot all be meant. key: that the error is told of. also: the others that `look` compares it with."""
+
+    key: Key
+    also: tuple[Key, ...]
+    look: Look
 
 
-def check(values: Mapping[str, Any]) -> tuple[Config | None, list[Problem]]:
-    """The Config of `values` and no problem, or None and every problem found."""
-    values = _without_legacy(values)
-    try:
-        config = Config.model_validate(values)
-        problems: list[Problem] = []
-    except ValidationError as error:
-        problems = _problems(error)
-        rest = values
-        for problem in problems:
-            rest = _dropped(rest, problem.key)
-        config = Config.model_validate(rest)
-    set_aside = {problem.key for problem in problems}
-    for problem in _conflicts(config):
-        if not {problem.key, *problem.also} & set_aside:
-            problems.append(problem)
-    return (None, problems) if problems else (config, [])
+RULES: list[Rule] = []
 
 
-def _without_legacy(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Old files say `fp16: true` where new ones say `mixed_precision: fp16`."""
-    plain = dict(values)
-    if isinstance(plain.get("fp16"), bool) and plain.pop("fp16"):
-        plain.setdefault("mixed_precision", "fp16")
-    return plain
+def conflicts(config: Config) -> list[Problem]:
+    """Every set of settings that cannot all be meant, in the order of the rules."""
+    found = ((rule, rule.look(config)) for rule in RULES)
+    return [Problem(rule.key, text, rule.also) for rule, text in found if text is not None]
 
 
-def _problems(error: ValidationError) -> list[Problem]:
-    found = []
-    for detail in error.errors(include_url=False, include_context=False):
-        # Positions in a list say nothing to a reader of the file; the key of the list does.
-        key = tuple(part for part in detail["loc"] if isinstance(part, str))
-        if detail["type"] == "extra_forbidden":
-            section = _SECTIONS.get(key[:-1])
-            known = sorted(section.model_fields) if section else []
-            text = f"unknown key{nearest(key[-1], known) or _section_of(key[-1])}"
-            if key[:-1] == ("deepspeed_config",) and key[-1] in _OF_THE_JSON:
-                text = (
-                    "is a key of DeepSpeed's JSON: put it into the file that deepspeed_config_file names, or write "
-                    "mixed_precision, zero_stage and the like here"
-                )
-        elif detail["type"] == "model_type":
-            text = f"{detail['input']!r} is not a section with keys of its own"
-        else:
-            text = detail["msg"]
-        found.append(Problem(key, text))
-    return found
+def _rule(key: str, *also: str) -> Callable[[Look], Look]:
+    """The function below is the rule of this dotted key."""
+
+    def add(look: Look) -> Look:
+        RULES.append(Rule(tuple(key.split(".")), tuple(tuple(name.split(".")) for name in also), look))
+        return look
+
+    return add
 
 
-def _section_of(word: str) -> str:
-    """For a key in the wrong section: the section that has one of that name."""
-    for path, model in _SECTIONS.items():
-        if word in model.model_fields:
-            return f"; it belongs into {'.'.join(path) or 'the top level'}"
-    for path, model in _SECTIONS.items():
-        close = difflib.get_close_matches(word, sorted(model.model_fields), n=1, cutoff=0.75)
-        if close:
-            return f"; did you mean {close[0]} of {'.'.join(path) or 'the top level'}?"
-    return ""
+# ZeRO, and where its shards rest.
 
 
-def _dropped(values: Mapping[str, Any], key: Key) -> dict[str, Any]:
-    rest = dict(values)
-    if len(key) > 1 and isinstance(rest.get(key[0]), dict):
-        rest[key[0]] = _dropped(rest[key[0]], key[1:])
-    elif key:
-        rest.pop(key[0], None)
-    return rest
+@_rule("deepspeed_config", "distributed_type")
+def _zero_in_another_run(config: Config) -> str | None:
+    kind = config.distributed_type
+    if kind == "DEEPSPEED" or config.zero.zero_stage == 0:
+        return None
+    return f"distributed_type is {kind}, which has no ZeRO; set distributed_type: DEEPSPEED or remove this section"
 
 
-def _zero(name: str) -> Key:
-    return ("deepspeed_config", name)
+def _of_zero(key: str, *also: str) -> Callable[[Look], Look]:
+    """A rule within a deepspeed_config, which is not looked at where there should be none."""
+
+    def add(look: Look) -> Look:
+        _rule(f"deepspeed_config.{key}", *also)(lambda c: None if _zero_in_another_run(c) else look(c))
+        return look
+
+    return add
 
 
-def _conflicts(config: Config) -> list[Problem]:
-    """Every pair of settings that cannot both be meant."""
-    found: list[Problem] = []
-    stage_key = _zero("zero_stage")
-    if config.distributed_type != "DEEPSPEED" and config.zero.zero_stage != 0:
-        found.append(
-            Problem(
-                ("deepspeed_config",),
-                f"distributed_type is {config.distributed_type}, which has no ZeRO; set distributed_type: DEEPSPEED "
-                "or remove this section",
-                (("distributed_type",),),
-            )
-        )
-    else:
-        zero = config.zero
-        if zero.offload_param_device != "none" and zero.zero_stage != 3:
-            found.append(
-                Problem(
-                    _zero("offload_param_device"),
-                    f"{zero.offload_param_device} needs zero_stage 3, where parameters are sharded; zero_stage is "
-                    f"{zero.zero_stage}",
-                    (stage_key,),
-                )
-            )
-        if zero.offload_optimizer_device != "none" and zero.zero_stage == 0:
-            found.append(
-                Problem(
-                    _zero("offload_optimizer_device"),
-                    f"{zero.offload_optimizer_device} needs zero_stage 1, 2 or 3, where the optimizer is sharded; "
-                    "zero_stage is 0",
-                    (stage_key,),
-                )
-            )
-        for role in ("optimizer", "param"):
-            device, path = _zero(f"offload_{role}_device"), _zero(f"offload_{role}_nvme_path")
-            if getattr(zero, device[1]) == "nvme" and not getattr(zero, path[1]):
-                found.append(
-                    Problem(
-                        path, "is needed for the device nvme: a directory on the drive, such as /mnt/nvme", (device,)
-                    )
-                )
-        launcher = zero.deepspeed_multinode_launcher
-        if launcher not in (None, "standard") and config.num_machines > 1:
-            found.append(
-                Problem(
-                    _zero("deepspeed_multinode_launcher"),
-                    f"{launcher!r} is not supported; write standard and run `shardwise launch` on every machine",
-                    (("num_machines",),),
-                )
-            )
-    if config.use_cpu and config.distributed_type == "MULTI_GPU":
-        found.append(
-            Problem(
-                ("use_cpu",),
-                "true contradicts distributed_type MULTI_GPU; set distributed_type: MULTI_CPU, or use_cpu: false",
-                (("distributed_type",),),
-            )
-        )
-    if config.use_cpu and config.gpu_ids not in (None, "all"):
-        found.append(Problem(("gpu_ids",), f"{config.gpu_ids!r} contradicts use_cpu: true", (("use_cpu",),)))
-    found += _machine_conflicts(config)
-    engine = config.engine
-    if engine.loss_scale != LossScaleConfig() and config.mixed_precision != "fp16":
-        found.append(
-            Problem(
-                ("shardwise_config", "loss_scale"),
-                f"a loss scale is for mixed_precision fp16 only; mixed_precision is {config.mixed_precision}",
-                (("mixed_precision",),),
-            )
-        )
-    if engine.train_batch_size and engine.micro_batch_size and config.num_processes:
-        product = engine.micro_batch_size * config.gradient_accumulation_steps * config.num_processes
-        if product != engine.train_batch_size and config.zero.gradient_accumulation_steps:
-            found.append(
-                Problem(
-                    ("shardwise_config", "train_batch_size"),
-                    f"{engine.train_batch_size} is not {engine.micro_batch_size} per process x "
-                    f"{config.gradient_accumulation_steps} accumulation step(s) x {config.num_processes} process(es) "
-                    f"= {product}",
-                    (("num_processes",), ("shardwise_config", "micro_batch_size")),
-                )
-            )
-    return found + _graph_conflicts(config)
+@_of_zero("offload_param_device", "deepspeed_config.zero_stage")
+def _param_is_whole(config: Config) -> str | None:
+    return refused_offload("param", config.zero.offload_param_device, config.zero.zero_stage)
 
 
-def _graph_conflicts(config: Config) -> list[Problem]:
-    """CUDA graphs read weights where they were recorded."""
+@_of_zero("offload_optimizer_device", "deepspeed_config.zero_stage")
+def _optimizer_is_whole(config: Config) -> str | None:
+    return refused_offload("optimizer", config.zero.offload_optimizer_device, config.zero.zero_stage)
+
+
+@_of_zero("offload_optimizer_nvme_path", "deepspeed_config.offload_optimizer_device")
+def _optimizer_without_directory(config: Config) -> str | None:
+    zero = config.zero
+    return NVME_PATH if zero.offload_optimizer_device == "nvme" and not zero.offload_optimizer_nvme_path else None
+
+
+@_of_zero("offload_param_nvme_path", "deepspeed_config.offload_param_device")
+def _param_without_directory(config: Config) -> str | None:
+    zero = config.zero
+    return NVME_PATH if zero.offload_param_device == "nvme" and not zero.offload_param_nvme_path else None
+
+
+@_of_zero("deepspeed_multinode_launcher", "num_machines")
+def _another_launcher(config: Config) -> str | None:
+    launcher = config.zero.deepspeed_multinode_launcher
+    if launcher in (None, "standard") or config.num_machines == 1:
+        return None
+    return f"{launcher!r} is not supported; write standard and run `shardwise launch` on every machine"
+
+
+# Devices, processes and machines.
+
+
+@_rule("use_cpu", "distributed_type")
+def _cpu_or_gpus(config: Config) -> str | None:
+    if not config.use_cpu or config.distributed_type != "MULTI_GPU":
+        return None
+    return "true contradicts distributed_type MULTI_GPU; set distributed_type: MULTI_CPU, or use_cpu: false"
+
+
+@_rule("gpu_ids", "use_cpu")
+def _gpus_of_a_cpu_run(config: Config) -> str | None:
+    given = config.use_cpu and config.gpu_ids not in (None, "all")
+    return f"{config.gpu_ids!r} contradicts use_cpu: true" if given else None
+
+
+@_rule("num_processes", "num_machines")
+def _uneven_machines(config: Config) -> str | None:
+    processes, machines = config.num_processes, config.num_machines
+    if processes is None or processes % machines == 0:
+        return None
+    return f"{processes} processes cannot be spread evenly over {machines} machines (it counts all machines)"
+
+
+@_rule("num_processes", "distributed_type")
+def _several_processes_of_one(config: Config) -> str | None:
+    if config.distributed_type != "NO" or config.num_processes is None or config.num_processes == 1:
+        return None
+    return f"{config.num_processes} contradicts distributed_type NO, which is one process; take MULTI_GPU or MULTI_CPU"
+
+
+@_rule("machine_rank", "num_machines")
+def _no_such_machine(config: Config) -> str | None:
+    rank, machines = config.machine_rank, config.num_machines
+    return f"{rank} is not below num_machines {machines}; ranks of machines count from 0" if rank >= machines else None
+
+
+@_rule("main_process_ip", "num_machines")
+def _no_address(config: Config) -> str | None:
+    machines = config.num_machines
+    if machines == 1 or config.main_process_ip is not None:
+        return None
+    return f"is needed with num_machines {machines}: the address of machine 0"
+
+
+@_rule("main_process_port", "num_machines")
+def _no_port(config: Config) -> str | None:
+    machines = config.num_machines
+    if machines == 1 or config.main_process_port:
+        return None
+    return f"is needed with num_machines {machines}: a free port of machine 0, the same number on every machine"
+
+
+@_rule("gpu_ids")
+def _odd_gpus(config: Config) -> str | None:
+    ids = [part.strip() for part in str(config.gpu_ids).split(",")]
+    if config.gpu_ids in (None, "all") or (all(part.isdigit() for part in ids) and len(set(ids)) == len(ids)):
+        return None
+    return f"{config.gpu_ids!r} is not 'all' or different numbers such as 0,1"
+
+
+# Precision, batches, graphs.
+
+
+@_rule("shardwise_config.loss_scale", "mixed_precision")
+def _scale_without_fp16(config: Config) -> str | None:
+    if config.engine.loss_scale == LossScaleConfig() or config.mixed_precision == "fp16":
+        return None
+    return f"a loss scale is for mixed_precision fp16 only; mixed_precision is {config.mixed_precision}"
+
+
+@_rule("shardwise_config.train_batch_size", "num_processes", "shardwise_config.micro_batch_size")
+def _batches_that_do_not_multiply(config: Config) -> str | None:
+    total, micro, processes = config.engine.train_batch_size, config.engine.micro_batch_size, config.num_processes
+    if not total or not micro or not processes or not config.zero.gradient_accumulation_steps:
+        return None
+    steps = config.gradient_accumulation_steps
+    if micro * steps * processes == total:
+        return None
+    return (
+        f"{total} is not {micro} per process x {steps} accumulation step(s) x {processes} process(es) = "
+        f"{micro * steps * processes}"
+    )
+
+
+# CUDA graphs read weights where they were recorded.
+
+
+@_rule("dynamo_config.dynamo_mode", "shardwise_config.gpu_memory_budget")
+def _graphs_of_weights_that_move(config: Config) -> str | None:
     compiling = config.compiling
     if compiling is None or not compiling.records_graphs:
-        return []
-    mode = ("dynamo_config", "dynamo_mode")
-    found = []
-    if config.zero.zero_stage == 3 and config.engine.gpu_memory_budget is None:
-        text = (
-            f"{compiling.dynamo_mode} records CUDA graphs, and gathered weights do not stay at one address; set "
-            "shardwise_config.gpu_memory_budget, within which they do, or take default"
-        )
-        found.append(Problem(mode, text, (("shardwise_config", "gpu_memory_budget"),)))
-    if config.engine.activation_checkpointing == "auto":
-        text = (
-            f"{compiling.dynamo_mode} records CUDA graphs, and activation_checkpointing: auto changes what a block does "
-            "after the third step; take all or none, or dynamo_mode default"
-        )
-        found.append(Problem(mode, text, (("shardwise_config", "activation_checkpointing"),)))
-    return found
+        return None
+    if config.zero.zero_stage < 3 or config.engine.gpu_memory_budget is not None:
+        return None
+    return (
+        f"{compiling.dynamo_mode} records CUDA graphs, and gathered weights do not stay at one address; set "
+        "shardwise_config.gpu_memory_budget, within which they do, or take default"
+    )
 
 
-def _machine_conflicts(config: Config) -> list[Problem]:
-    found: list[Problem] = []
-    processes, machines = config.num_processes, config.num_machines
-    if processes is not None and processes % machines:
-        found.append(
-            Problem(
-                ("num_processes",),
-                f"{processes} processes cannot be spread evenly over {machines} machines (it counts all machines)",
-                (("num_machines",),),
-            )
-        )
-    if config.distributed_type == "NO" and processes is not None and processes > 1:
-        found.append(
-            Problem(
-                ("num_processes",),
-                f"{processes} contradicts distributed_type NO, which is one process; take MULTI_GPU or MULTI_CPU",
-                (("distributed_type",),),
-            )
-        )
-    if config.machine_rank >= machines:
-        found.append(
-            Problem(
-                ("machine_rank",),
-                f"{config.machine_rank} is not below num_machines {machines}; ranks of machines count from 0",
-                (("num_machines",),),
-            )
-        )
-    if machines > 1 and config.main_process_ip is None:
-        found.append(
-            Problem(
-                ("main_process_ip",),
-                f"is needed with num_machines {machines}: the address of machine 0",
-                (("num_machines",),),
-            )
-        )
-    if machines > 1 and not config.main_process_port:
-        found.append(
-            Problem(
-                ("main_process_port",),
-                f"is needed with num_machines {machines}: a free port of machine 0, the same number on every machine",
-                (("num_machines",),),
-            )
-        )
-    if config.gpu_ids not in (None, "all"):
-        ids = [part.strip() for part in str(config.gpu_ids).split(",")]
-        if not all(part.isdigit() for part in ids) or len(set(ids)) != len(ids):
-            found.append(Problem(("gpu_ids",), f"{config.gpu_ids!r} is not 'all' or different numbers such as 0,1"))
-    return found
+@_rule("dynamo_config.dynamo_mode", "shardwise_config.activation_checkpointing")
+def _graphs_of_blocks_that_change(config: Config) -> str | None:
+    compiling = config.compiling
+    if compiling is None or not compiling.records_graphs or config.engine.activation_checkpointing != "auto":
+        return None
+    return (
+        f"{compiling.dynamo_mode} records CUDA graphs, and activation_checkpointing: auto changes what a block does "
+        "after the third step; take all or none, or dynamo_mode default"
+    )
 
 
 def notes(config: Config) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..files.documents import shown
 from .deepspeed_json import LOSS_SCALE_WINDOW
-from .rules import Key
+from .schema import Key
 
 Get = Callable[[Key], Any]
 # (key, value, where it comes from)

@@ -1,6 +1,6 @@
 """The YAML file of a run: read with the line of every key, written in the guide's schema with a comment for each key.
 
-Reading gives plain values and places; whether they make sense is asked of `rules.check` by `front/settings.py`. Writing leaves
+Reading gives plain values and places; whether they make sense is asked of `check.check` by `front/settings.py`. Writing leaves
 out what accelerate does not know (`shardwise_config`) while it is all default, so that both tools can read the file.
 """
 
@@ -17,10 +17,9 @@ import yaml
 
 from ..errors import ConfigError
 from ..files.documents import SETTINGS_NBYTES, read_text
-from .schema import Config
+from .schema import Config, Key, every_setting
+from .setting import setting_of
 from .yaml_loader import Loader, check_expansion
-
-Key = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -84,32 +83,8 @@ def _keys(node: yaml.MappingNode, above: Key) -> Iterator[tuple[Key, int]]:
             yield from _keys(value_node, key)
 
 
-# One comment for each key that is written: what it does, in a few words.
-COMMENTS: dict[str, str] = {
-    "compute_environment": "this machine, not a cloud service",
-    "distributed_type": "DEEPSPEED: ZeRO; MULTI_GPU and MULTI_CPU: whole copies; NO: one process",
-    "downcast_bf16": "TPU only",
-    "debug": "check every collective over the ranks (slower)",
-    "machine_rank": "which machine this is, from 0",
-    "main_process_ip": "address of machine 0",
-    "main_process_port": "a free port of machine 0",
-    "main_training_function": "TPU only",
-    "mixed_precision": "no, bf16 or fp16",
-    "num_machines": "how many machines",
-    "num_processes": "processes in total, over all machines",
-    "rdzv_backend": "how machines find each other: static or c10d",
-    "same_network": "are all machines in one network?",
-    "gpu_ids": "GPUs of this machine to use",
-    "use_cpu": "train on the CPU even where there are GPUs",
-    "zero_stage": "0 nothing sharded, 1 optimizer, 2 + gradients, 3 + parameters",
-    "gradient_accumulation_steps": "micro-batches for each optimizer step",
-    "gradient_clipping": "global norm; 0.0 is no clipping",
-    "offload_optimizer_device": "none or cpu",
-    "offload_param_device": "none or cpu (stage 3)",
-    "zero3_init_flag": "construct the model sharded (stage 3)",
-    "zero3_save_16bit_model": "save consolidated 16-bit weights (stage 3)",
-    "deepspeed_config_file": "a DeepSpeed JSON file to take the ZeRO settings from",
-}
+# What each key does, in a few words, beside those that are written.
+_COMMENTS = {key[-1]: setting_of(info).comment for key, info in every_setting()}
 
 _ALWAYS = (
     *("compute_environment", "debug", "distributed_type", "machine_rank", "main_training_function", "mixed_precision"),
@@ -156,8 +131,9 @@ def to_yaml(config: Config) -> str:
 
 def _entry(key: str, value: Any) -> list[str]:
     text = yaml.safe_dump({key: value}, default_flow_style=False, width=1000).rstrip("\n").split("\n")
-    if key in COMMENTS and len(text) == 1:
-        text[0] = f"{text[0]}  # {COMMENTS[key]}"
+    comment = _COMMENTS.get(key)
+    if comment is not None and len(text) == 1:
+        text[0] = f"{text[0]}  # {comment}"
     return text
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
+from ..config.sections import EngineConfig
 from ..offload.host import BLOCK, Ring
 from ..plan.blueprint import Blueprint, Ledger, at_rest, divide, gathered_at_once, moments_at_rest
 from ..plan.plan import Plan, Tier
@@ -20,7 +21,7 @@ from ..plan.units import find_units
 from ..step.visits import CHUNK, VISITING
 from ..zero.build import BUCKET_NBYTES
 from ..zero.engine import ReductionsInFlight
-from ..zero.sharded import UNIT_NBYTES
+from ..zero.sharded import DEFAULTS, UNIT_NBYTES
 from .activations import Batch, decoder_shape, kept_nbytes, peak_nbytes
 
 # By role, at rest; then what comes and goes in a step.
@@ -60,6 +61,7 @@ class Run:
     """What the bytes depend on besides model and plan; the defaults are the engine's.
 
     local_processes: of one machine. cuda: ranks are GPUs. accumulates: a step has several micro-batches.
+    options:         as ShardedModel takes them.
     batch:           None leaves activations out. moments: fp32 states of the optimizer for each element, AdamW's 2.
     """
 
@@ -67,9 +69,7 @@ class Run:
     local_processes: int = 1
     precision: Precision = field(default_factory=Precision)
     cuda: bool = True
-    prefetch: int = 1
-    units: Sequence[str] | None = None
-    whole_adapters: bool | Literal["auto"] = "auto"
+    options: EngineConfig = DEFAULTS
     accumulates: bool = False
     batch: Batch | None = None
     moments: int = 2
@@ -137,10 +137,10 @@ def estimate(model: nn.Module, choice: Choice, run: Run) -> Estimate:
     """
     plan = Plan.from_stage(choice.stage, offload_optimizer=choice.optimizer, offload_param=choice.param)
     blueprints = divide(
-        find_units(model, run.units, unit_nbytes=UNIT_NBYTES if run.cuda else 0),
+        find_units(model, run.options.units, unit_nbytes=UNIT_NBYTES if run.cuda else 0),
         plan,
         run.precision,
-        whole_adapters=run.whole_adapters,
+        whole_adapters=run.options.whole_adapters,
         bucket_nbytes=BUCKET_NBYTES,
     )
     nbytes: dict[tuple[str, Tier], int] = {}
@@ -154,7 +154,7 @@ def estimate(model: nn.Module, choice: Choice, run: Run) -> Estimate:
     for ledger in (rest, moments):
         for (role, tier), count in ledger.items():
             add(role, tier, count)
-    add("gathered units", Tier.GPU, gathered_at_once(blueprints, model, run.world_size, run.prefetch))
+    add("gathered units", Tier.GPU, gathered_at_once(blueprints, model, run.world_size, run.options.prefetch_units))
     add("reductions", Tier.GPU, reductions(blueprints, run))
     if run.accumulates and not plan.gradient.sharded:
         whole = sum(

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import cast
 
 from torch import nn
 
@@ -21,7 +20,6 @@ from ..building.deferred_tensors import deferred_if_it_fails, sources_of
 from ..building.loading import build_without_memory
 from ..config.foreign import note_prepared
 from ..config.schema import Config, ZeroConfig
-from ..offload.peers import GatherWith
 from ..plan.plan import Plan
 from ..plan.precision import Precision
 from ..ranks.ranks import Ranks
@@ -106,13 +104,8 @@ def into_engine(
             plan=plan,
             ranks=ranks,
             precision=precision,
-            prefetch=engine.prefetch_units,
-            units=engine.units,
-            whole_adapters="auto" if isinstance(engine.whole_adapters, str) else engine.whole_adapters,
+            options=engine,
             nvme_paths=_nvme_paths(zero),
-            gather_with=cast(GatherWith, engine.gather_with),
-            gpu_memory_budget=engine.gpu_memory_budget,
-            generation_memory_budget=engine.generation_memory_budget,
             sources=sources,
             trains=trains,
         )

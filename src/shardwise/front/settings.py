@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..config.agreement import SAME_EVERYWHERE, disagreement, settings_of
+from ..config.check import from_environment, merged
 from ..config.environment import RankEnvironment, torch_debug
 from ..config.schema import Config
 from ..data.prepare import DataLoaderConfiguration
@@ -126,7 +127,7 @@ def resolve(
     """The settings in force. The arguments are the Accelerator's. Raises ConfigError."""
     handlers = handlers_by_type(kwargs_handlers)
     config, steps = _configured(mixed_precision, cpu, plugins, steps, accumulation)
-    config = config.merged(dynamo_backend=getattr(dynamo_backend, "value", dynamo_backend))
+    config = merged(config, dynamo_backend=getattr(dynamo_backend, "value", dynamo_backend))
     types = ["generator"] if rng_types is None else list(rng_types)
     if set(types) - {"generator", "torch", "cuda"}:
         raise ConfigError(f"rng_types is {types}; it can hold 'generator', 'torch' and 'cuda'.")
@@ -203,7 +204,7 @@ def _configured(
     accumulation: GradientAccumulationPlugin | None,
 ) -> tuple[Config, int]:
     """The configuration in force, and the accumulation steps."""
-    config = Config.from_environment()
+    config = from_environment()
     if isinstance(plugins, dict):
         if len(plugins) != 1:
             raise ConfigError(
@@ -218,7 +219,8 @@ def _configured(
                 f"{accumulation.num_steps}. Give one of them."
             )
         steps = accumulation.num_steps
-    config = config.merged(
+    config = merged(
+        config,
         mixed_precision=getattr(mixed_precision, "value", mixed_precision),
         cpu=cpu or None,
         gradient_accumulation_steps=None,
@@ -233,7 +235,7 @@ def _configured(
         )
     said = config.zero.gradient_accumulation_steps
     if said is not None:
-        config = config.merged(gradient_accumulation_steps=steps)  # says which of the two holds
+        config = merged(config, gradient_accumulation_steps=steps)  # says which of the two holds
         return config, said
     return config, steps
 
@@ -250,8 +252,6 @@ def loss_scaler(config: Config, precision: Precision, given: GradScalerKwargs | 
             growth_interval=given.growth_interval,
         )
     said = config.engine.loss_scale
-    if said.hysteresis != 1:
-        raise ConfigError(f"loss_scale.hysteresis is {said.hysteresis}: the scale falls at every overflow, which is 1.")
     return LossScaler.for_precision(
         precision,
         init_scale=said.initial if said.static is None else said.static,

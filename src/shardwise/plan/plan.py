@@ -22,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from ..config.offloads import Offloaded, refused_offload
 from ..errors import PlanError
 
 
@@ -91,19 +92,16 @@ class Plan:
         if stage not in (0, 1, 2, 3):
             raise PlanError(f"zero_stage is {stage}; it is one of 0, 1, 2, 3.")
         tiers = {}
-        for name, device in (("offload_optimizer", offload_optimizer), ("offload_param", offload_param)):
+        devices: dict[Offloaded, str] = {"optimizer": offload_optimizer, "param": offload_param}
+        for role, device in devices.items():
             if device not in ("none", "cpu", "nvme"):
-                raise PlanError(f"{name}_device is {device!r}; it is one of none, cpu, nvme.")
-            tiers[name] = Tier.GPU if device == "none" else Tier(device)
-        if tiers["offload_optimizer"] is not Tier.GPU and stage < 1:
-            raise PlanError("offload_optimizer_device needs a sharded optimizer: zero_stage 1, 2 or 3.")
-        if tiers["offload_param"] is not Tier.GPU and stage < 3:
-            raise PlanError(
-                f"offload_param_device is {offload_param} but zero_stage is {stage}. Only zero_stage 3 "
-                "shards parameters: set zero_stage: 3, or offload_param_device: none."
-            )
-        weights = Placement(stage >= 3, tiers["offload_param"])
-        optimizer = Placement(stage >= 1, tiers["offload_optimizer"])
+                raise PlanError(f"offload_{role}_device is {device!r}; it is one of none, cpu, nvme.")
+            problem = refused_offload(role, device, stage)
+            if problem is not None:
+                raise PlanError(f"offload_{role}_device: {problem}.")
+            tiers[role] = Tier.GPU if device == "none" else Tier(device)
+        weights = Placement(stage >= 3, tiers["param"])
+        optimizer = Placement(stage >= 1, tiers["optimizer"])
         offloaded = stage >= 2 and optimizer.tier is not Tier.GPU
         gradient = Placement(stage >= 2, Tier.CPU if offloaded else Tier.GPU)
         return cls(frozen=weights, parameter=weights, gradient=gradient, optimizer=optimizer)

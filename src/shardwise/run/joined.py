@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any, Protocol
 
+from ..config.check import from_environment
 from ..config.schema import Config
 from ..errors import ConfigError
 from ..ranks.ranks import Ranks, attempt
@@ -38,7 +39,7 @@ def join_run(*, use_cpu: bool | None = None, timeout_s: float | None = None) -> 
     if Run.ranks is not None:
         check_device(Run.ranks, use_cpu)
         return Run.ranks
-    config, problem = attempt(Config.from_environment)
+    config, problem = attempt(from_environment)
     ranks = join_first(config or Config(), use_cpu=use_cpu, timeout_s=timeout_s, problem=problem)
     if problem is not None:
         raise problem

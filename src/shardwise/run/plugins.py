@@ -1,7 +1,7 @@
 """The argument objects of an Accelerator: small dataclasses with accelerate's names and fields.
 
 Each field either has its effect here or is refused when the object is made: a setting that does nothing would be a lie
-told to the user. Loader settings are in `data/prepare.py`, accumulation in `run/process.py`.
+told to the user. Loader settings are in `data/prepare.py`, accumulation in `run/accumulation.py`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from ..config.check import merged
 from ..config.environment import RankEnvironment
-from ..config.schema import Config, ZeroConfig
+from ..config.schema import Config, value_of
 from ..errors import ConfigError
 
 logger = logging.getLogger("shardwise")
@@ -182,6 +183,10 @@ class ProfileKwargs(KwargsHandler):
         return write
 
 
+# Fields of the plugin that the schema has under another name.
+_KEYS = {"hf_ds_config": "deepspeed_config_file", "train_micro_batch_size_per_gpu": "micro_batch_size"}
+
+
 @dataclass
 class DeepSpeedPlugin:
     """The ZeRO settings of a script, over those of the configuration file; None means: not said here.
@@ -209,22 +214,8 @@ class DeepSpeedPlugin:
         """The settings of a configuration, or None if it has no ZeRO section."""
         if config.deepspeed_config is None and config.distributed_type != "DEEPSPEED":
             return None
-        zero = config.zero
-        return cls(
-            hf_ds_config=zero.deepspeed_config_file,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            gradient_clipping=zero.gradient_clipping,
-            zero_stage=zero.zero_stage,
-            offload_optimizer_device=zero.offload_optimizer_device,
-            offload_param_device=zero.offload_param_device,
-            offload_optimizer_nvme_path=zero.offload_optimizer_nvme_path,
-            offload_param_nvme_path=zero.offload_param_nvme_path,
-            zero3_init_flag=zero.zero3_init_flag,
-            zero3_save_16bit_model=zero.zero3_save_16bit_model,
-            train_micro_batch_size_per_gpu=config.engine.micro_batch_size,
-            train_batch_size=config.engine.train_batch_size,
-            mixed_precision=config.mixed_precision,
-        )
+        said = {item.name: value_of(config, _KEYS.get(item.name, item.name)) for item in fields(cls)}
+        return cls(**{**said, "gradient_accumulation_steps": config.gradient_accumulation_steps})
 
     def merged_into(self, config: Config) -> Config:
         """`config` with what this plugin says over it. Raises ConfigError."""
@@ -234,18 +225,15 @@ class DeepSpeedPlugin:
                     "DeepSpeedPlugin: hf_ds_config is a dictionary; write it to a JSON file and give its path, "
                     "or use the plugin's own arguments."
                 )
-            config = config.merged(**self._json_values(config))
-        said = {name: getattr(self, name) for name in ZeroConfig.model_fields if getattr(self, name, None) is not None}
-        said.setdefault("zero_stage", config.zero.zero_stage if config.deepspeed_config is not None else 2)
-        return config.merged(
-            **said,
-            micro_batch_size=self.train_micro_batch_size_per_gpu,
-            train_batch_size=self.train_batch_size,
-            mixed_precision=self.mixed_precision,
-        )
+            config = merged(config, **self._json_values(config))
+        said = {_KEYS.get(item.name, item.name): getattr(self, item.name) for item in fields(self)}
+        del said["deepspeed_config_file"]  # which has been read
+        if self.zero_stage is None:
+            said["zero_stage"] = config.zero.zero_stage if config.deepspeed_config is not None else 2
+        return merged(config, **said)
 
     def _json_values(self, config: Config) -> dict[str, Any]:
-        """What the JSON file says, as keywords of `Config.merged`. Its notes are logged on rank 0."""
+        """What the JSON file says, as keywords of `merged`. Its notes are logged on rank 0."""
         from ..config.deepspeed_json import LOSS_SCALE_WINDOW, read_deepspeed_json
 
         assert self.hf_ds_config is not None

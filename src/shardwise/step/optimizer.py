@@ -161,9 +161,9 @@ class ShardedOptimizer:
     def _fill_budgets(self) -> None:
         """Measure a step, and fill what a budget leaves free."""
         self._residencies = [
-            Residency(model, model.gpu_memory_budget, self.groups.sole)
+            Residency(model, model.options.gpu_memory_budget, self.groups.sole)
             for model in self.models
-            if model.gpu_memory_budget is not None
+            if model.options.gpu_memory_budget is not None
         ]
 
     def _take_thawed(self, thawed: set[int]) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..config.offloads import NVME_PATH
 from ..errors import StoreError, WriteError
 from ..offload.host import HostStore
 from ..offload.nvme import NvmeStore
@@ -31,7 +32,7 @@ def paths_of(plan: Plan, given: Mapping[Kind, str]) -> dict[Kind, str]:
     }
     for kind, needed in needs.items():
         if needed and kind not in given:
-            raise StoreError(f"{kind} rests on nvme, but no directory is given. Set offload_{kind}_nvme_path.")
+            raise StoreError(f"offload_{kind}_nvme_path {NVME_PATH}.")
         if needed:
             found[kind] = given[kind]
     return found

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
 from torch.nn import Parameter
 
+from ..config.sections import EngineConfig
 from ..errors import PrepareError
-from ..offload.peers import GatherWith
 from ..plan.blueprint import Role
 from ..plan.plan import Plan, Tier
 from ..plan.precision import Precision
@@ -44,6 +44,8 @@ from .whole import WholeTensors
 # moves half of this. On a CPU there is no lane to hide a gather behind, and nothing is won.
 UNIT_NBYTES = 160 << 20
 
+DEFAULTS = EngineConfig()
+
 # id(model) -> its ShardedModel, which the hooks on the model keep alive: when the model goes, both go.
 _sharded: WeakValueDictionary[int, ShardedModel] = WeakValueDictionary()
 
@@ -60,17 +62,12 @@ class ShardedModel:
     model:          stays the same object of the same class, and its parameters the same objects.
     plan:           placement of each role.
     precision:      the compute and reduce dtypes.
-    prefetch:       units gathered ahead of the one in use.
-    units:          block classes or module paths; None finds them.
-    whole_adapters: True keeps trainable weights whole on the gpu at stage 3, False shards them, 'auto' keeps those that
-                    are at most 1/16 of what is frozen in their unit.
+    options:        the engine's settings, whole and by their names in a file; `EngineConfig` tells what each does.
     sources:        of the parameters on the meta device: each rank reads its own interval from them.
-    gather_with:    "copy_engine" lets ranks of one machine copy shards from each other, "nccl" gathers with its kernels, "auto"
-                    takes the first where it is possible.
+    nvme_paths:     directories of what rests on nvme. serial: one lane does everything, for measurements.
     after_step:     called after every step of an optimizer on this model, on every rank. after_backward: after a backward.
     trains:         False for a model that no optimizer steps: no masters, no gradients. What has gradients in a backward
                     after all, or comes to an optimizer, is thawed.
-    generation_memory_budget: bytes of gathered weights while generating; "auto" for what is free, None for the fewest.
     whole:          the weights whole, one unit at a time.
     running_buffers: those that forwards change. swapped: its weights are averages now, see `averaging.py`.
     sync_gradients: set False before a backward whose gradients are accumulated only. accumulating: the last one was so.
@@ -86,15 +83,10 @@ class ShardedModel:
         plan: Plan,
         ranks: Ranks,
         precision: Precision,
-        prefetch: int = 1,
-        units: Sequence[str] | None = None,
-        whole_adapters: bool | Literal["auto"] = "auto",
+        options: EngineConfig = DEFAULTS,
         sources: Sources | None = None,
         nvme_paths: Mapping[Kind, str] | None = None,
-        gpu_memory_budget: int | str | None = None,
-        generation_memory_budget: int | str | None = "auto",
         serial: bool = False,
-        gather_with: GatherWith = "auto",
         trains: bool = True,
     ) -> None:
         self.model = model
@@ -106,17 +98,16 @@ class ShardedModel:
         self.at_boundary: bool | None = None
         self.released = False
         self.swapped = False
-        self.gpu_memory_budget = gpu_memory_budget
+        self.options = options
         self.after_step: list[Callable[[], None]] = []
         self.after_backward: list[Callable[[], None]] = []
-        self.generation_memory_budget = generation_memory_budget
         self._quantised = QuantisedWeights(model)
         own_sources = dict(sources or {})
         makers: Makers = {}
 
         def divided() -> list[UnitSpec]:
             check_model(model, [sharded.model for sharded in _sharded.values()], own_sources)
-            return find_units(model, units, unit_nbytes=UNIT_NBYTES if ranks.device.type == "cuda" else 0)
+            return find_units(model, options.units, unit_nbytes=UNIT_NBYTES if ranks.device.type == "cuda" else 0)
 
         specs = ranks.together(divided)
         agree_on_shapes(specs, ranks)
@@ -125,10 +116,10 @@ class ShardedModel:
             makers = choose_makers(parameters, own_sources, self._quantised, ranks)
 
         self._engine = engine = Engine.open(
-            plan, ranks, precision.reduce, nvme_paths=nvme_paths or {}, gather_with=gather_with, serial=serial
+            plan, ranks, precision.reduce, nvme_paths=nvme_paths or {}, gather_with=options.gather_with, serial=serial
         )
         self._dtypes = {name: p.dtype for name, p in model.named_parameters()}
-        self._builder = Builder(engine, plan, precision, whole_adapters, self._quantised, own_sources, makers)
+        self._builder = Builder(engine, plan, precision, options.whole_adapters, self._quantised, own_sources, makers)
         with torch.no_grad():
             place_buffers(model, ranks)
             place_empty(model, ranks.device, lambda _, parameter: precision.compute_dtype(parameter))
@@ -137,7 +128,9 @@ class ShardedModel:
         engine.drain()
         if engine.peers is not None:
             engine.peers.meet()
-        self.schedule = Schedule(self.units, ranks, engine.lanes, engine.reductions, prefetch, engine.faults)
+        self.schedule = Schedule(
+            self.units, ranks, engine.lanes, engine.reductions, options.prefetch_units, engine.faults
+        )
         self.whole = WholeTensors(
             model, self.units, self.schedule, ranks, dtypes=self._dtypes, settle=self.settle, fetched=engine.fetched
         )
@@ -285,7 +278,9 @@ class ShardedModel:
         """
         self._hooks.finish_interrupted()
         return self.schedule.generating(
-            lambda: units_to_keep(self.schedule, self.ranks, self.generation_memory_budget, {id(p) for p in pinned})
+            lambda: units_to_keep(
+                self.schedule, self.ranks, self.options.generation_memory_budget, {id(p) for p in pinned}
+            )
         )
 
     def state_dict(self, *, trainable_only: bool = False) -> dict[str, Any]:

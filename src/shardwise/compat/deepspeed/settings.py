@@ -21,8 +21,10 @@ from typing import Any
 
 import torch
 
+from ...config.check import checked, from_environment
 from ...config.deepspeed_json import LOSS_SCALE_WINDOW, DeepSpeedFile, read_deepspeed_values
-from ...config.schema import Config
+from ...config.schema import Config, EngineConfig
+from ...config.setting import setting_of
 from ...errors import ConfigError
 from ...files.documents import SETTINGS_NBYTES, parse_json, read_text, shown
 from ...front.settings import loss_scaler
@@ -31,11 +33,8 @@ from ...plan.precision import LossScaler, Precision
 
 # DeepSpeed's, where its file does not say.
 CLIPPING = 1.0
-# The keys of "shardwise" in the JSON: those of EngineConfig that act in such a program, and the compiler.
-_OWN = (
-    *("gpu_memory_budget", "generation_memory_budget", "activation_checkpointing", "fast_lora", "loss_chunk_tokens"),
-    *("loss_keeps_logits", "reduce_dtype", "prefetch_units", "gather_with", "units", "whole_adapters"),
-)
+# The keys of "shardwise" in the JSON: those of EngineConfig that act in such a program; the compiler comes to them.
+_OWN = tuple(name for name, info in EngineConfig.model_fields.items() if setting_of(info).in_json)
 _TAG_VALIDATION = ("ignore", "warn", "fail")  # every rank gives the same tag here in any case
 _REDUCTION = "gradient_allreduce_op"
 _MANAGED = "managed_gradient_accumulation"
@@ -128,7 +127,7 @@ def read(source: Any, world_size: int, *, base: Config | None = None) -> Setting
     """The settings of a configuration. base: below it, the launcher's. Raises ConfigError with a line for each thing wrong."""
     raw, name = load(source)
     said = unfolded(without_auto(raw))
-    base = Config.from_environment() if base is None else base
+    base = from_environment() if base is None else base
     found = read_deepspeed_values(said, name, aside=("optimizer", "scheduler", "shardwise", _MANAGED, _REDUCTION))
     if not isinstance(said.get(_MANAGED, True), bool):
         found.problems.append(f"{name}: {_MANAGED}: {said[_MANAGED]!r} is neither true nor false")
@@ -141,7 +140,7 @@ def read(source: Any, world_size: int, *, base: Config | None = None) -> Setting
     if found.problems:
         raise ConfigError("\n".join(found.problems))
     values = _merged(base, found, raw.get("shardwise") or {}, name)  # where "auto" is a setting
-    config = Config.checked(values, lambda key: found.places.get(key) or f"{name}: {'.'.join(key)}")
+    config = checked(values, lambda key: found.places.get(key) or f"{name}: {'.'.join(key)}")
     precision = Precision.named(config.mixed_precision, config.engine.reduce_dtype)
     zero = config.zero
     clipping = said.get("gradient_clipping")

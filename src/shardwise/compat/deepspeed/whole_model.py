@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...config.schema import Config
+from ...config.check import checked
 from ...errors import ConfigError
 from ...front.entering import PreparedModel
 from ...ranks.agree import together
@@ -27,7 +27,7 @@ def compiled(prepared: PreparedModel, backend: str, options: Mapping[str, Any]) 
     if unknown:
         raise ConfigError(f"engine.compile: {', '.join(unknown)} is not taken; known are {', '.join(_WORDS)}.")
     values = {_WORDS[name]: value for name, value in given.items()}
-    config = Config.checked({"dynamo_config": {"dynamo_backend": str(backend).lower(), **values}}).compiling
+    config = checked({"dynamo_config": {"dynamo_backend": str(backend).lower(), **values}}).compiling
     return [] if config is None else [CompiledBlocks(blocks_to_compile(prepared.model, None), config, prepared.sharded)]
 
 
