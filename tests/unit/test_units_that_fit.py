@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from shardwise.errors import PrepareError
-from shardwise.zero.generation import room_for_weights, units_that_fit
+from shardwise.zero.budget import Budget
+from shardwise.zero.generation import units_that_fit
 from shardwise.zero.quantised import refuse_other_kinds
 
 SIZES = [10, 40, 40, 30, 20]
@@ -32,9 +33,9 @@ def test_the_first_units_stay_beside_those_on_their_way(pinned, window, room, ke
 
 def test_a_budget_is_bytes_or_all_of_a_cpu_or_nothing():
     cpu = torch.device("cpu")
-    assert room_for_weights(cpu, 5) == 5
-    assert room_for_weights(cpu, None) == 0
-    assert room_for_weights(cpu, "auto") > 1 << 50
+    assert Budget(cpu, 5).for_generation() == 5
+    assert Budget(cpu, None).for_generation() == 0
+    assert Budget(cpu, "auto").for_generation() > 1 << 50
 
 
 class Several(torch.Tensor):
@@ -49,3 +50,9 @@ def test_weights_that_are_several_tensors_are_refused_by_name():
     model.weight = nn.Parameter(torch.ones(2, 2).as_subclass(Several), requires_grad=False)
     with pytest.raises(PrepareError, match="weight is a"):
         refuse_other_kinds(model)
+
+
+def test_a_cpu_has_no_peak_and_nothing_beside_auto():
+    cpu = torch.device("cpu")
+    assert [Budget(cpu, limit).beside(7) for limit in (5, None, "auto")] == [5, 0, 0]
+    assert Budget(cpu, 5).peak(reserved=True) == 0

@@ -19,12 +19,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ..offload.store import Slab
 from ..plan.plan import Tier
+from ..zero.budget import FILLED_AFTER, Budget
 from ..zero.flat import FlatBuffer
 from ..zero.sharded import ShardedModel
 from ..zero.unit import Unit
@@ -33,10 +33,6 @@ from .visits import Shard
 log = logging.getLogger("shardwise")
 
 Move = Literal["optimizer", "weights", "whole"]
-
-# Of the budget, kept free: the allocator's fragments, and steps that need more than the measured one.
-_RESERVE = 0.05
-_MEASURE_AFTER = 2  # steps: the first one makes the optimizer's states
 
 
 @dataclass(frozen=True)
@@ -58,19 +54,6 @@ def choose(candidates: Sequence[Choice], room: int) -> list[Choice]:
     return chosen
 
 
-def room_beside(peak: int, device: torch.device, budget: int | str) -> int:
-    """Bytes that `budget` has left on `device` beside a peak of this process; on a CPU, which has no peak, all of a number.
-
-    budget: bytes for this process, or "auto" for all that the device has; part of it is kept free.
-    """
-    if device.type != "cuda":
-        return 0 if isinstance(budget, str) else budget
-    free, total = torch.cuda.mem_get_info(device)
-    others = total - free - torch.cuda.memory_reserved(device)  # contexts, communicators, other processes
-    limit = total if isinstance(budget, str) else min(budget, total)
-    return int(limit * (1 - _RESERVE)) - peak - others
-
-
 class Residency:
     """Fills a model's budget once, after a measured step.
 
@@ -88,11 +71,12 @@ class Residency:
     def after_step(self, optimizer: Optimizer, shards: Sequence[Shard]) -> None:
         """Collective. Called after every step; acts once."""
         self._steps += 1
-        if self.settled or self._steps < _MEASURE_AFTER:
+        if self.settled or self._steps < FILLED_AFTER:
             return
         self.settled = True
         ranks = self.model.ranks
-        room = min(ranks.gather_numbers(self._room()))
+        budget = Budget(ranks.device, self.budget)
+        room = min(ranks.gather_numbers(budget.beside(budget.peak(reserved=True))))
         chosen = choose(self.candidates(), room)
         self.model.schedule.abandon_open_pass()
         self.model.engine.synchronize()
@@ -108,11 +92,6 @@ class Residency:
         self.model.engine.synchronize()
         if ranks.rank == 0:
             log.warning("%s", self.table(chosen, room, over_turn))
-
-    def _room(self) -> int:
-        """Bytes of the budget that a step leaves free."""
-        device = self.model.ranks.device
-        return room_beside(torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0, device, self.budget)
 
     def candidates(self) -> list[Choice]:
         """Everything that is offloaded, best first."""

@@ -32,15 +32,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import PrepareError
-from ..step.residency import room_beside
+from ..zero.budget import COUNTED_AFTER, FILLED_AFTER, KEPT_AFTER, Budget
 from ..zero.sharded import ShardedModel
 from ..zero.statistics import RunningBuffers, unchanged
 from .blocks import ReplacedForwards, forward_of, recomputed, repeated_blocks, without_cache
 
 logger = logging.getLogger("shardwise")
 
-_COUNT_AFTER = 1  # steps: then a block of each kind is kept, and its bytes counted
-_MEASURE_AFTER = 2  # then the peak is, with the optimizer's states there and what stays on the device settled
 _GRANULE = 512  # bytes to which a GPU's allocator rounds
 
 _FILLED_CACHE = (
@@ -107,21 +105,18 @@ class RecomputedBlocks(ReplacedForwards):
 
     def _after_step(self) -> None:
         self._steps += 1
-        device = self._sharded.ranks.device
+        budget = Budget(self._sharded.ranks.device, self._budget)
         # The last block of each kind: at the loss, where a step may peak, it is what would be kept first.
         kinds = {block.kind: block for block in self._blocks}
-        if self._steps == _COUNT_AFTER:
+        if self._steps == COUNTED_AFTER:
             for block in kinds.values():
                 block.counts = _Counts()
-        elif self._steps == _MEASURE_AFTER:
+        elif self._steps == FILLED_AFTER:
             for block in kinds.values():
                 block.measured, block.counts = block.counts, None
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-        elif self._steps == _MEASURE_AFTER + 1:
-            assert self._budget is not None
-            peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-            room = room_beside(peak, device, self._budget)
+            budget.reset_peak()
+        elif self._steps == KEPT_AFTER:
+            room = budget.beside(budget.peak(reserved=False))
             self._keep({kind: block.measured for kind, block in kinds.items()}, room)
 
     def _keep(self, measured: dict[_Kind, _Counts | None], room: int) -> None:

@@ -8,14 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-import torch
-
 from ..ranks.ranks import Ranks
+from .budget import Budget
 from .schedule import Schedule
 from .unit import Unit
-
-# Of a GPU's memory, kept free of weights under the budget "auto": keys, values and activations of the generation.
-_RESERVE = 0.1
 
 
 def units_that_fit(
@@ -38,20 +34,6 @@ def units_that_fit(
     return kept
 
 
-def room_for_weights(device: torch.device, budget: int | str | None) -> int:
-    """Bytes that gathered weights may take on `device`. budget: bytes, "auto" for what is free, None for as few as possible."""
-    if budget is None:
-        return 0
-    if not isinstance(budget, str):
-        return budget
-    if device.type != "cuda":
-        return 1 << 62
-    free, total = torch.cuda.mem_get_info(device)
-    # What the allocator holds and nobody uses is free too.
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(0, int(free - _RESERVE * total))
-
-
 def in_forward_order(units: Sequence[Unit], schedule: Schedule) -> list[Unit]:
     """`units` as the next forward will need them, as far as that is known; those without modules last."""
     place = {i: n for n, i in reversed(list(enumerate(schedule.forward_sequence)))}
@@ -62,9 +44,9 @@ def in_forward_order(units: Sequence[Unit], schedule: Schedule) -> list[Unit]:
 def units_to_keep(schedule: Schedule, ranks: Ranks, budget: int | str | None, pinned: Collection[int]) -> list[int]:
     """The units that stay gathered while the model generates, on the rank with the least room. Collective.
 
-    budget: as `room_for_weights` takes it. pinned: ids of parameters whose units stay in any case.
+    budget: bytes, "auto" for what is free, None for as few as possible. pinned: ids of parameters whose units stay in any case.
     """
-    room = min(ranks.gather_numbers(room_for_weights(ranks.device, budget)))
+    room = min(ranks.gather_numbers(Budget(ranks.device, budget).for_generation()))
     units = schedule.units
     order = [schedule.index[id(u)] for u in in_forward_order([u for u in units if u.leaves], schedule)]
     here = [i for i in order if any(id(m.parameter) in pinned for part in units[i].parts for m in part.members)]
