@@ -25,8 +25,6 @@ BENCH_PROCESSES ?= 2
 PYTEST_ARGS ?=
 # Test files that run side by side, each with rank processes of its own.
 WORKERS ?= 2
-BENCH_CASES ?= bart lora8b
-BENCH_PROCESSES ?= 2
 
 # Without a CUDA device the processes talk over gloo, on the CPU.
 CPU_FLAG = $(shell $(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "--use_cpu")')

@@ -43,13 +43,7 @@ class UnitSpec:
     in_turn: bool = False
 
 
-def find_units(
-    model: nn.Module,
-    names: Sequence[str] | None = None,
-    *,
-    side_min_numel: int = SIDE_UNIT_MIN_NUMEL,
-    unit_nbytes: int = 0,
-) -> list[UnitSpec]:
+def find_units(model: nn.Module, names: Sequence[str] | None = None, *, unit_nbytes: int = 0) -> list[UnitSpec]:
     """Group the model's parameters into units; every parameter with elements is in exactly one.
 
     names:       block classes (`LlamaDecoderLayer`) or module paths with wildcards (`model.layers.*`); None finds them.
@@ -63,7 +57,7 @@ def find_units(
     for path, module in model.named_modules():
         if module in spine:
             for child_name, child in module.named_children():
-                if child not in spine and child not in homes and _numel(child) >= side_min_numel:
+                if child not in spine and child not in homes and _numel(child) >= SIDE_UNIT_MIN_NUMEL:
                     homes[child] = f"{path}.{child_name}" if path else child_name
     owners = _owners(model, homes)
 
