@@ -23,7 +23,7 @@ from ..offload.store import Slab
 from ..plan.blueprint import Role
 from ..plan.plan import Plan, Tier
 from ..plan.precision import Precision
-from ..plan.units import UnitSpec, find_units
+from ..plan.units import FoundUnits, UnitSpec, find_units
 from ..ranks.lanes import Lanes
 from ..ranks.ranks import Ranks
 from .asking import asking
@@ -67,7 +67,7 @@ class ShardedModel:
     plan:           placement of each role.
     precision:      the compute and reduce dtypes.
     prefetch:       units gathered ahead of the one in use.
-    units:          block classes or module paths; None finds them.
+    units:          block classes or module paths; None finds them; or those that were found.
     whole_adapters: True keeps trainable weights whole on the gpu at stage 3, False shards them, 'auto' keeps those that
                     are at most 1/16 of what is frozen in their unit.
     sources:        of the parameters on the meta device: each rank reads its own interval from them.
@@ -94,7 +94,7 @@ class ShardedModel:
         ranks: Ranks,
         precision: Precision,
         prefetch: int = 1,
-        units: Sequence[str] | None = None,
+        units: Sequence[str] | FoundUnits | None = None,
         whole_adapters: bool | Literal["auto"] = "auto",
         sources: Sources | None = None,
         nvme_paths: Mapping[Kind, str] | None = None,
