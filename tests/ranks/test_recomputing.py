@@ -209,7 +209,7 @@ def _through_the_accelerator(ranks, mode, budget):
     logging.getLogger("shardwise").addHandler(handler)
     plugin = DeepSpeedPlugin(zero_stage=3, mixed_precision="no")
     accelerator = Accelerator(cpu=True, deepspeed_plugin=plugin)
-    accelerator._config = accelerator._config.merged(activation_checkpointing=mode, gpu_memory_budget=budget)
+    accelerator._run.config = accelerator._run.config.merged(activation_checkpointing=mode, gpu_memory_budget=budget)
     model = tiny("llama", "full")
     optimizer = adamw(model.parameters())
     accelerator.prepare(model, optimizer)
