@@ -137,7 +137,10 @@ class Accelerator(PartialState):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
         def __setattr__(self, name, value):
-            super().__setattr__(name, value) if name not in _IN_RUN else setattr(self._run, name, value)
+            if name in _IN_RUN:
+                setattr(self._run, name, value)
+            else:
+                super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *_IN_RUN})
@@ -323,4 +326,5 @@ class Accelerator(PartialState):
             raise error or later  # type: ignore[misc]
 
 
+# What a script reads and sets by name. It is no property, so that `vars(Accelerator)` has the verbs and facts alone.
 _IN_RUN = frozenset(Accelerator.__annotations__)

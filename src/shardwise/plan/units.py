@@ -13,10 +13,12 @@ embeddings) forms a unit with all of those modules as its entries; one that the 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 from torch import nn
 from torch.nn import Parameter
@@ -63,6 +65,13 @@ class FoundUnits:
         """Look through the model. The arguments and errors are those of `find_units`."""
         blocks = _blocks(model, names)
         return cls(tuple(_specs(model, blocks, side_min_numel)), blocks, names is not None)
+
+    @cached_property
+    def repeated(self) -> list[nn.Module]:
+        """Modules of a class that repeats, each a unit of its own, in the model's order."""
+        alone = [spec.entries[0] for spec in self.specs if spec.name != ROOT and len(spec.entries) == 1]
+        often = Counter(type(module) for module in alone)
+        return [module for module in alone if often[type(module)] > 1]
 
     def within(self, unit_nbytes: int) -> list[UnitSpec]:
         """The units, of which neighbouring blocks that were found share one of at most `unit_nbytes`."""

@@ -79,14 +79,13 @@ def initialize(
         left.release()
     raw = settings.raw
     driven = ranks.together(lambda: _optimizer_of(optimizer, model, model_parameters, raw))
-    ready = ranks.together(lambda: CheckedModel.of(model, settings.config))
-    prepared = into_engine(ready, settings.config, settings.plan, settings.precision, ranks, trains=driven is not None)
+    found = ranks.together(lambda: CheckedModel.of(model, settings.config))
+    prepared = into_engine(found, settings.config, settings.plan, settings.precision, ranks, trains=driven is not None)
     scaler = settings.scaler()
     wrapped = None
     if driven is not None:
-        clipping = settings.clipping or None
         stepper = ShardedOptimizer(
-            driven, [prepared.sharded], scaler=scaler, gradient_clipping=clipping, measures_norm=True
+            driven, [prepared.sharded], scaler=scaler, gradient_clipping=settings.clipping or None, measures_norm=True
         )
         backwards = Backwards(prepared.sharded, settings.steps, sums=settings.sums, needs_scale=scaler.enabled)
         wrapped = optimizer_class(settings.stage)(driven, stepper, scaler, backwards)
