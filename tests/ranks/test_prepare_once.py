@@ -6,12 +6,15 @@ from contextlib import ExitStack
 from unittest.mock import patch
 
 import pytest
+from torch.utils.data import DataLoader
 
 from rig.engine import adamw, trained
 from rig.tiny import tiny
 from shardwise import Accelerator, DeepSpeedPlugin
 from shardwise.compat.deepspeed.entry import initialize
-from shardwise.errors import PrepareError, RankError
+from shardwise.data.prepare import check_data_loader
+from shardwise.errors import DataError, PrepareError, RankError
+from shardwise.front import prepare_checks, preparing
 from shardwise.plan.units import FoundUnits
 from shardwise.run.process import forget_run
 from shardwise.tuning.losses import LeanLoss, LogitsLoss
@@ -115,12 +118,35 @@ def test_what_is_refused_is_as_it_was_and_can_be_prepared_apart(world, where):
 
 
 def _misnamed(ranks):
-    accelerator = fresh(units=["LlamaDecoderLayr"])
-    model = tiny("llama")
-    with pytest.raises(PrepareError, match="Did you mean LlamaDecoderLayer"):
-        accelerator.prepare(model)
+    accelerator = fresh(units=["LlamaDecoderLayer"])
+    good, bad = tiny("llama"), tiny("bart")
+    before = _states(good) + _states(bad)
+    with pytest.raises(PrepareError, match="'LlamaDecoderLayer' is neither the class nor the path of a module of Bart"):
+        accelerator.prepare(good, bad)
+    assert all(vars(module) == kept for module, kept in before)
+    accelerator.prepare(good)
     accelerator.free_memory()
 
 
-def test_a_unit_that_is_misnamed_is_refused_before_anything_is_sharded(world):
+def test_a_unit_that_one_model_does_not_have_is_refused_before_the_other_is_sharded(world):
     world(2).run(_misnamed)
+
+
+def _loaders(ranks):
+    accelerator = fresh()
+    loader = DataLoader(list(range(8)), batch_size=1)
+    watched = [
+        patch.object(module, "check_data_loader", wraps=check_data_loader) for module in (prepare_checks, preparing)
+    ]
+    with watched[0] as in_prepare, watched[1] as alone:
+        accelerator.prepare(loader)
+        assert (in_prepare.call_count, alone.call_count) == (1, 0)
+        accelerator.prepare_data_loader(loader)
+        assert (in_prepare.call_count, alone.call_count) == (1, 1)
+    for prepare in (accelerator.prepare, accelerator.prepare_data_loader):
+        with pytest.raises(DataError, match="is empty"):
+            prepare(DataLoader([], batch_size=1))
+
+
+def test_a_loader_is_checked_once(world):
+    world(2).run(_loaders)
