@@ -52,10 +52,18 @@ def test_what_is_set_acts():
     assert (accelerator._run.rng_types, accelerator._run.step_scheduler_with_optimizer) == (["xla"], False)
 
 
+class Own(Accelerator):
+    @property
+    def asked(self):
+        return None.merged
+
+
 def test_an_attribute_that_there_is_not_is_refused_and_a_script_may_add_its_own():
     accelerator = Accelerator(cpu=True)
     with pytest.raises(AttributeError, match="'Accelerator' object has no attribute 'devise'"):
         accelerator.devise  # noqa: B018
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'merged'"):
+        Own(cpu=True).asked  # noqa: B018
     accelerator.note = 3
     assert accelerator.note == 3
     assert not hasattr(Accelerator.__new__(Accelerator), "step")
@@ -79,11 +87,11 @@ def test_a_verb_tells_its_signature_and_what_it_does():
 
 
 def test_a_subclass_may_overrule_a_verb():
-    class Own(Accelerator):
+    class Gathering(Accelerator):
         def gather(self, tensor):
             return ("own", super().gather(tensor))
 
-    assert Own(cpu=True).gather(()) == ("own", ())
+    assert Gathering(cpu=True).gather(()) == ("own", ())
 
 
 def classes(folder: str):

@@ -134,7 +134,7 @@ class Accelerator(PartialState):
         def __getattr__(self, name):
             if name in _IN_RUN:
                 return getattr(self._run, name)
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            return super().__getattribute__(name)  # raises once more what it raised, also within a property
 
         def __setattr__(self, name, value):
             if name in _IN_RUN:
@@ -180,43 +180,43 @@ class Accelerator(PartialState):
 
     @property
     def split_batches(self) -> bool:
-        return self.dataloader_config.split_batches
+        return self._run.dataloader_config.split_batches
 
     @property
     def dispatch_batches(self) -> bool | None:
-        return self.dataloader_config.dispatch_batches
+        return self._run.dataloader_config.dispatch_batches
 
     @property
     def even_batches(self) -> bool:
-        return self.dataloader_config.even_batches
+        return self._run.dataloader_config.even_batches
 
     @even_batches.setter
     def even_batches(self, value: bool) -> None:
-        self.dataloader_config.even_batches = value
+        self._run.dataloader_config.even_batches = value
 
     @property
     def use_seedable_sampler(self) -> bool:
-        return self.dataloader_config.use_seedable_sampler
+        return self._run.dataloader_config.use_seedable_sampler
 
     @property
     def non_blocking(self) -> bool:
-        return self.dataloader_config.non_blocking
+        return self._run.dataloader_config.non_blocking
 
     @property
     def use_stateful_dataloader(self) -> bool:
-        return self.dataloader_config.use_stateful_dataloader
+        return self._run.dataloader_config.use_stateful_dataloader
 
     @property
     def project_dir(self) -> str | os.PathLike[str] | None:
-        return self.project_configuration.project_dir
+        return self._run.project_configuration.project_dir
 
     @property
     def logging_dir(self) -> str | os.PathLike[str] | None:
-        return self.project_configuration.logging_dir
+        return self._run.project_configuration.logging_dir
 
     @property
     def save_iteration(self) -> int:
-        return self.project_configuration.iteration
+        return self._run.project_configuration.iteration
 
     @property
     def should_save_model(self) -> bool:
@@ -231,20 +231,20 @@ class Accelerator(PartialState):
     @property
     def sync_gradients(self) -> bool:
         """Whether this micro-batch ends an optimizer step."""
-        return self.gradient_state.sync_gradients
+        return self._run.gradient_state.sync_gradients
 
     @sync_gradients.setter
     def sync_gradients(self, value: bool) -> None:
         self._run.by_script = True
-        self.gradient_state.sync_gradients = value
+        self._run.gradient_state.sync_gradients = value
 
     @property
     def gradient_accumulation_steps(self) -> int:
-        return self.gradient_state.num_steps
+        return self._run.gradient_state.num_steps
 
     @gradient_accumulation_steps.setter
     def gradient_accumulation_steps(self, value: int) -> None:
-        self.gradient_state.plugin.num_steps = GradientAccumulationPlugin(num_steps=value).num_steps
+        self._run.gradient_state.plugin.num_steps = GradientAccumulationPlugin(num_steps=value).num_steps
 
     # Its verbs, by the file that they are in.
 
@@ -313,7 +313,7 @@ class Accelerator(PartialState):
         """
         _, error = attempt(self.finish_saving)
         self._run.folder.release()
-        for tracker in self.trackers:
+        for tracker in self._run.trackers:
             _, broken = attempt(getattr(tracker, "finish", lambda: None))
             if isinstance(broken, OSError):
                 logger.warning("The tracker %s could not be closed: %s.", getattr(tracker, "name", tracker), broken)
