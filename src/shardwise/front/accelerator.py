@@ -326,5 +326,5 @@ class Accelerator(PartialState):
             raise error or later  # type: ignore[misc]
 
 
-# What a script reads and sets by name. It is no property, so that `vars(Accelerator)` has the verbs and facts alone.
+# What a script reads and sets by name, passed on as it is; see `docs/design/front_end.md` for why these are no properties.
 _IN_RUN = frozenset(Accelerator.__annotations__)

@@ -74,7 +74,7 @@ class Run:
         self.schedulers: list[LRScheduler] = []
         self.dataloaders: list[PreparedLoader] = []
         self.averages: list[ShardedEMA] = []
-        # Accumulation. step: micro-batches since the last one that ended a step of `accumulate` at a loader's end.
+        # Accumulation. step: micro-batches since the last batch of a loader.
         self.gradient_state = GradientState()
         self.step = 0
         self.by_script = False  # whether the script has ever said itself where a step ends
