@@ -284,7 +284,7 @@ def _links_among_them(ranks: Any, folder: str) -> None:
     assert torch.cat([p.detach().reshape(-1) for p in model.parameters()]).tolist() == expected[1]
     other.free_memory()
     # The limit removes no link and nothing behind one.
-    run.accelerator._run_folder.release()
+    run.accelerator._run.folder.release()
     again = Run(folder, total_limit=1)
     again.accelerator.load_state()
     for _ in range(2):
