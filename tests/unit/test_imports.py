@@ -17,7 +17,7 @@
     cli         the commands; torch only inside functions
     compat      what answers for DeepSpeed
 
-A file may import from its own level and from those above it in this drawing. Each dangerous thing has one home.
+A file may import from its own folder and from those above it in this drawing. Each dangerous thing has one home.
 """
 
 from __future__ import annotations
@@ -42,12 +42,15 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("offload",),
     ("zero",),
     ("step",),
-    ("building", "tuning"),
+    ("building",),
+    ("tuning",),
     ("run",),
     ("data",),
     ("weights",),
     ("checkpoint",),
-    ("estimate", "foreign", "front"),
+    ("estimate",),
+    ("foreign",),
+    ("front",),
     ("cli",),
     ("compat",),
 )
