@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from rig.engine import tower, train_both
+from rig.engine import inputs, largest_difference, loss_of, mine, plain_step, prepare, tower, train_both, weights_of
 from shardwise.ranks.group import Group
 
 
@@ -49,20 +50,45 @@ def _two_by_two(ranks):
     return found
 
 
-def _trains(ranks, plan, clipping):
+def _trains(ranks, plan):
     grouped = _two_by_two(ranks)
-    model = tower()
-    elements = sum(p.numel() for p in model.parameters())
-    sharded, _ = train_both(grouped, model, plan, clipping=clipping)
-    held = sum(unit.trained.region.numel for unit in sharded.units)
-    return held / elements, grouped.shards.counts, grouped.copies.counts
+    sharded, _ = train_both(grouped, tower(), plan)
+    parts = {unit.trained.region.numel / unit.trained.buffer.layout.numel for unit in sharded.units}
+    return parts, grouped.shards.counts, grouped.copies.counts
 
 
 @pytest.mark.parametrize("plan", ["0", "2", "3"])
 def test_pairs_that_divide_a_copy_train_as_one_process(world, plan):
     """Nothing but the groups says so: each rank steps half of the masters, and gradients meet over pairs, then over copies."""
-    for part, shards, copies in world(4).run(_trains, plan, None):
-        assert 1.0 <= part < 1.1 if plan == "0" else 0.5 <= part < 0.6
+    for parts, shards, copies in world(4).run(_trains, plan):
+        assert parts == {1.0 if plan == "0" else 0.5}
         reductions = shards["all_reduce_gradient"] + shards["reduce_scatter"]
         assert copies == {"all_reduce_gradient": reductions}
         assert reductions > 0
+
+
+def _clips(ranks, plan):
+    grouped, reference, model = _two_by_two(ranks), tower(), tower()
+    make = partial(torch.optim.SGD, lr=0.1)
+    plain = make(reference.parameters())
+    sharded, stepper, stepping = prepare(grouped, model, plan, optimizer=make, clipping=0.01)
+    norms = []
+    for step, batch in enumerate(inputs(3)):
+        plain_step(reference, batch, 4, step, loss_of)
+        expected = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.01)
+        plain.step()
+        plain.zero_grad()
+        loss_of(model, mine(batch, ranks.rank, 4), ranks.rank, step).backward()
+        norms.append((float(expected), float(stepper.clip_norm(model.parameters(), 1e6))))
+        stepping.step()
+        stepping.zero_grad()
+    return norms, largest_difference(weights_of(sharded), reference)
+
+
+@pytest.mark.parametrize("plan", ["0", "2", "3"])
+def test_pairs_that_divide_a_copy_clip_by_the_norm_of_one_copy(world, plan):
+    """Both the norm that a script asks for, and the one of the message of a step, over which all ranks add up."""
+    for norms, difference in world(4).run(_clips, plan):
+        for expected, found in norms:
+            assert found == pytest.approx(expected, rel=1e-5)
+        assert difference <= 1e-6
