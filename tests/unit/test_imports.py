@@ -172,7 +172,10 @@ ELASTIC = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.dis
 
 
 # deepspeed.comm is torch.distributed under another name.
-HOMES_OF_GROUPS = ("ranks.joining", "ranks.ranks", "ranks.symmetric", "ranks.leaving", "compat.deepspeed.comm")
+HOMES_OF_GROUPS = (
+    *(f"ranks.{file}" for file in ("joining", "ranks", "group", "symmetric", "leaving")),
+    "compat.deepspeed.comm",
+)
 
 
 def test_only_what_joins_and_leaves_and_ranks_import_torch_distributed():
