@@ -12,6 +12,7 @@ import torch
 
 from rig.engine import Tower, adamw, inputs, loss_of, mine, prepare, tower
 from shardwise.errors import OptimizerError, RankError, StoreError
+from shardwise.plan.plan import Tier
 
 pytestmark = pytest.mark.thinned(2)
 
@@ -175,7 +176,7 @@ def _written(ranks, folder):
         block.requires_grad_(False)
     with _plan(3, "none", "nvme"):
         sharded, _, stepping = prepare(ranks, model, "chosen", nvme_paths={"param": str(folder)}, whole_adapters=True)
-    store = sharded.engine.stores.nvme["param"]
+    store = sharded.engine.stores.of(Tier.NVME, "param")
     before = store.bytes_written
     slabs = [unit.frozen.slab for unit in sharded.units if unit.frozen is not None]
     assert len(slabs) == len(store.files) > 0
@@ -255,7 +256,7 @@ def test_a_failing_drive_is_one_clear_error_on_every_rank(world, tmp_path, kind)
 
 
 def test_a_part_of_a_slab_is_read_and_written_whatever_pages_it_meets(tmp_path):
-    from shardwise.offload.nvme import NvmeStore, fetch_part, put_part
+    from shardwise.offload.nvme import NvmeStore
     from shardwise.ranks.lanes import Lanes
 
     store = NvmeStore(tmp_path, Lanes(torch.device("cpu")), 0)
@@ -264,10 +265,10 @@ def test_a_part_of_a_slab_is_read_and_written_whatever_pages_it_meets(tmp_path):
     slab.put(content).enqueued()
     store.drain()
     for begin, numel in ((0, 7), (1021, 3), (1023, 4_000_000), (4_999_990, 11), (0, 5_000_001)):
-        assert torch.equal(fetch_part(slab, begin, numel), content[begin : begin + numel])
+        assert torch.equal(slab.read_part(begin, numel), content[begin : begin + numel])
         content[begin : begin + numel] += 1
-        put_part(slab, begin, content[begin : begin + numel])
-    assert torch.equal(fetch_part(slab, 0, content.numel()), content)
+        slab.write_part(begin, content[begin : begin + numel])
+    assert torch.equal(slab.read_part(0, content.numel()), content)
     store.close()
 
 

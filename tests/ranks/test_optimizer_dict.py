@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rig.engine import Tower, inputs, mine, prepare
 from shardwise.errors import OptimizerError, RankError, StoreError
+from shardwise.plan.plan import Tier
 
 PLANS = ("0", "1", "3", "3-all", "3-disk")
 
@@ -451,7 +452,7 @@ def _files(ranks: Any, folder: str) -> tuple[tuple[int, int], tuple[int, int]]:
     paths = dict.fromkeys(("param", "optimizer"), folder)
     sharded, model, stepping = _prepared(ranks, "3-disk", OPTIMIZERS["AdamW"], nvme_paths=paths)
     _step(ranks, model, stepping, inputs(1)[0])
-    store = sharded.engine.stores.nvme["optimizer"]
+    store = sharded.engine.stores.of(Tier.NVME, "optimizer")
     before = len(store.files), store.files.nbytes
     for _ in range(3):
         stepping.load_state_dict(stepping.state_dict())
@@ -465,22 +466,22 @@ def test_loading_again_takes_no_more_room_on_a_drive(world, tmp_path):
 
 
 def _failing_drive(ranks: Any) -> str:
-    from shardwise.step import intervals
+    from shardwise.offload.nvme import FileSlab
 
     _, model, stepping = _prepared(ranks, "3-disk", OPTIMIZERS["AdamW"])
     _step(ranks, model, stepping, inputs(1)[0])
-    real = intervals.fetch_part
+    real = FileSlab.read_part
 
     def failing(*_: Any) -> Any:
         raise StoreError("rank 1 could not read it.")
 
     if ranks.rank == 1:
-        intervals.fetch_part = failing
+        FileSlab.read_part = failing
     try:
         with pytest.raises((StoreError, RankError)) as caught:
             stepping.state_dict()
     finally:
-        intervals.fetch_part = real
+        FileSlab.read_part = real
     check_alike(stepping.state_dict(), stepping.state_dict(), 0.0)
     return str(caught.value)
 

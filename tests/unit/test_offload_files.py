@@ -18,7 +18,7 @@ import torch
 from shardwise.errors import StoreError
 from shardwise.offload import files, nvme, threads
 from shardwise.offload.files import PAGE, Files, take_space
-from shardwise.offload.nvme import NvmeStore, fetch_part, put_part
+from shardwise.offload.nvme import NvmeStore
 from shardwise.ranks import lanes
 from shardwise.ranks.lanes import Lanes
 from shardwise.zero.engine import Faults
@@ -69,7 +69,7 @@ def test_a_slab_that_nobody_holds_gives_its_file_back(store, way):
     gc.collect()
     assert len(store.files) == 1
     assert store.files.nbytes < 200_000
-    assert torch.equal(fetch_part(kept, 0, 5000), torch.ones(5000))
+    assert torch.equal(kept.read_part(0, 5000), torch.ones(5000))
     assert list(store.folder.iterdir()) == []
 
 
@@ -128,7 +128,7 @@ def test_a_forked_child_holds_nothing_and_takes_nothing_from_its_parent(store):
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert torch.equal(fetch_part(slab, 0, 5000), torch.ones(5000))
+    assert torch.equal(slab.read_part(0, 5000), torch.ones(5000))
 
 
 def held_by(pid, folder):
@@ -261,7 +261,7 @@ def test_a_full_drive_is_told_in_bytes_and_stays_the_cause(store, monkeypatch):
         with pytest.raises(StoreError, match=words):
             store.drain()
         with pytest.raises(StoreError, match=words):
-            fetch_part(slab, 0, 5)
+            slab.read_part(0, 5)
     store.drain()
 
 
@@ -276,12 +276,12 @@ def test_bytes_that_could_not_be_written_say_why_until_they_are_written_anew(sto
     monkeypatch.undo()
     for _ in range(2):  # for good, and not once
         with pytest.raises(StoreError, match=words):
-            fetch_part(slab, 0, 10_000)
-    assert torch.equal(fetch_part(slab, 0, 4096), torch.ones(4096)), "the rest of it is there"
+            slab.read_part(0, 10_000)
+    assert torch.equal(slab.read_part(0, 4096), torch.ones(4096)), "the rest of it is there"
     store.drain()
     slab.put(torch.full((2048,), 2.0), 4096).enqueued()
     store.drain()
-    assert torch.equal(fetch_part(slab, 4096, 2048), torch.full((2048,), 2.0))
+    assert torch.equal(slab.read_part(4096, 2048), torch.full((2048,), 2.0))
 
 
 def test_of_several_failures_the_first_is_told_and_told_once(store, monkeypatch):
@@ -297,7 +297,7 @@ def test_of_several_failures_the_first_is_told_and_told_once(store, monkeypatch)
     with pytest.raises(StoreError, match=r"could not write 20,480 bytes of first in .*No space left"):
         store.drain()
     with pytest.raises(StoreError, match=r"could not read 20,480 bytes of second in .*another drive"):
-        fetch_part(second, 0, 5120)
+        second.read_part(0, 5120)
     store.drain()
 
 
@@ -306,7 +306,7 @@ def test_a_call_that_stops_short_goes_on_and_has_the_reason_of_the_next(store, m
     monkeypatch.setattr(nvme, "read_at", lambda d, b, o: os.preadv(d, [b[0][:PAGE]], o))
     slab = full(store, 9216, 4.0)
     store.drain()
-    assert torch.equal(fetch_part(slab, 0, 9216), torch.full((9216,), 4.0))
+    assert torch.equal(slab.read_part(0, 9216), torch.full((9216,), 4.0))
     calls = [0]
 
     def then_full(descriptor, buffers, offset):
@@ -324,7 +324,7 @@ def test_a_call_that_stops_short_goes_on_and_has_the_reason_of_the_next(store, m
     store.drain()
     monkeypatch.setattr(nvme, "read_at", lambda d, b, o: 0)
     with pytest.raises(StoreError, match=r"read 36,864 bytes of weights in .*ends after 0 of them .*last checkpoint"):
-        fetch_part(slab, 0, 9216)
+        slab.read_part(0, 9216)
     monkeypatch.setattr(nvme, "write_at", lambda d, b, o: 0)
     slab.put(torch.zeros(9216))
     with pytest.raises(StoreError, match=r"write 36,864 bytes of weights in .*it took 0 of them and no more"):
@@ -428,6 +428,6 @@ def test_a_part_that_was_put_is_read_after_a_file_was_dropped(store):
     slabs = [full(store, 2048, float(value)) for value in range(4)]
     del slabs[1]
     slabs.append(full(store, 2048, 9.0))
-    put_part(slabs[0], 100, torch.full((50,), 5.0))
+    slabs[0].write_part(100, torch.full((50,), 5.0))
     store.drain()
-    assert [fetch_part(slab, 0, 1).item() for slab in slabs] == [0.0, 2.0, 3.0, 9.0]
+    assert [slab.read_part(0, 1).item() for slab in slabs] == [0.0, 2.0, 3.0, 9.0]

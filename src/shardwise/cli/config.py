@@ -15,6 +15,7 @@ from typing import Any
 
 from ..config.check import check
 from ..config.machine import visible_gpus
+from ..config.offloads import DEVICES
 from ..config.resolve import resolve
 from ..config.rules import notes
 from ..config.schema import Config, every_setting, key_of, value_of
@@ -113,13 +114,13 @@ QUESTIONS: tuple[Question, ...] = (
     _question(
         "offload_optimizer_nvme_path",
         lambda answers: "/local_nvme",
-        lambda answers: _stage(answers) >= 1 and answers["offload_optimizer_device"] == "nvme",
+        lambda answers: _stage(answers) >= 1 and DEVICES[answers["offload_optimizer_device"]].on_disk,
     ),
     _question("offload_param_device", lambda answers: "none", lambda answers: _stage(answers) == 3),
     _question(
         "offload_param_nvme_path",
         lambda answers: answers.get("offload_optimizer_nvme_path") or "/local_nvme",
-        lambda answers: _stage(answers) == 3 and answers["offload_param_device"] == "nvme",
+        lambda answers: _stage(answers) == 3 and DEVICES[answers["offload_param_device"]].on_disk,
     ),
     _question("gradient_accumulation_steps", lambda answers: 1, _by_hand),
     _question(

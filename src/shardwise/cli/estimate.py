@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..config.machine import free_disk_bytes, gpu_memory_bytes, host_memory_bytes, memory_limit_bytes, visible_gpus
+from ..config.offloads import MEDIA
 from ..config.resolve import resolve
 from ..config.schema import Config
 from ..errors import ConfigError
@@ -125,19 +126,18 @@ def run_of(config: Config, asked: Asked, gpus: int) -> Run:
 def rows_of(found: Estimate) -> list[str]:
     """One plan: a line for each kind of bytes, a column for each tier."""
     from ..estimate.bytes import AT_REST, PASSING, size
-    from ..plan.plan import Tier
 
     lines = [f"{found.choice}, bytes of one rank", f"  {'':<18}{'GPU':>10}{'host':>10}{'disk':>10}"]
 
     def line(name: str, values: list[int]) -> str:
         return f"  {name:<18}" + "".join(f"{size(value) if value else '-':>10}" for value in values)
 
-    for rows, name, total in ((AT_REST, "at rest", found.rest), (PASSING, "at the peak", found.peak)):
+    for rows, name, all_of in ((AT_REST, "at rest", AT_REST), (PASSING, "at the peak", (*AT_REST, *PASSING))):
         for row in rows:
-            values = [found.nbytes.get((row, tier), 0) for tier in Tier]
+            values = [found.taken(medium, [row]) for medium in MEDIA]
             if any(values):
                 lines.append(line(row, values))
-        lines.append(line(f"= {name}", [total(tier) for tier in Tier]))
+        lines.append(line(f"= {name}", [found.taken(medium, all_of) for medium in MEDIA]))
     return lines
 
 
@@ -153,7 +153,7 @@ def table(every: list[Estimate], machine: Machine, run: Run) -> list[str]:
     head = f"  {'plan':<46}{'GPU rest':>10}{'GPU peak':>10}{'host':>10}{'disk':>10}  fits"
     lines = [f"every plan, bytes of one rank; this machine has {what}" + (f"; {sizes}" if sizes else ""), head]
     for found in every:
-        values = [found.rest(Tier.GPU), *(found.peak(tier) for tier in Tier)]
+        values = [found.rest(Tier.GPU), *(found.taken(medium) for medium in MEDIA)]
         short = machine.shortages(found, run)
         sizes = "".join(f"{size(value) if value else '-':>10}" for value in values)
         lines.append(f"  {found.choice!s:<46}{sizes}  {'no: ' + '; '.join(short) if short else 'yes'}")

@@ -17,6 +17,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..files.documents import SETTINGS_NBYTES, parse_json, read_text, shown
 from .check import nearest
+from .offloads import OFFLOADS
 from .schema import Key
 from .yaml_file import SettingsFile, parse_yaml
 
@@ -228,7 +229,7 @@ class _Reader:
         stage = zero.setdefault("zero_stage", 0)
         for role, first in (("offload_param", 3), ("offload_optimizer", 1)):
             device = zero.get(f"{role}_device", "none")
-            if isinstance(stage, int) and 0 <= stage < first and device in ("cpu", "nvme"):
+            if isinstance(stage, int) and 0 <= stage < first and device in OFFLOADS:
                 zero[f"{role}_device"] = "none"
                 self.found.notes.append(
                     f"{self.file.path}: zero_optimization.{role}: no effect at stage {stage}, as in DeepSpeed; it is for stage "

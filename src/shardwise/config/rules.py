@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .offloads import NVME_PATH, refused_offload
+from .offloads import DEVICES, WITH_DIRECTORY, no_directory, refused_offload
 from .schema import Config, Key, LossScaleConfig
 
 # What is wrong with a configuration, or None.
@@ -86,14 +86,14 @@ def _optimizer_is_whole(config: Config) -> str | None:
 
 @_of_zero("offload_optimizer_nvme_path", "deepspeed_config.offload_optimizer_device")
 def _optimizer_without_directory(config: Config) -> str | None:
-    zero = config.zero
-    return NVME_PATH if zero.offload_optimizer_device == "nvme" and not zero.offload_optimizer_nvme_path else None
+    device = config.zero.offload_optimizer_device
+    return no_directory(device) if DEVICES[device].on_disk and not config.zero.offload_optimizer_nvme_path else None
 
 
 @_of_zero("offload_param_nvme_path", "deepspeed_config.offload_param_device")
 def _param_without_directory(config: Config) -> str | None:
-    zero = config.zero
-    return NVME_PATH if zero.offload_param_device == "nvme" and not zero.offload_param_nvme_path else None
+    device = config.zero.offload_param_device
+    return no_directory(device) if DEVICES[device].on_disk and not config.zero.offload_param_nvme_path else None
 
 
 @_of_zero("deepspeed_multinode_launcher", "num_machines")
@@ -224,8 +224,8 @@ def notes(config: Config) -> list[str]:
         if getattr(zero, name) and zero.zero_stage < 3:
             said.append(f"{name}: has no effect at zero_stage {zero.zero_stage}; it is for zero_stage 3.")
     for name in ("offload_optimizer_nvme_path", "offload_param_nvme_path"):
-        if getattr(zero, name) and getattr(zero, name.replace("nvme_path", "device")) != "nvme":
-            said.append(f"{name}: has no effect, because the device is not nvme.")
+        if getattr(zero, name) and not DEVICES[getattr(zero, name.replace("nvme_path", "device"))].on_disk:
+            said.append(f"{name}: has no effect, because the device is not {WITH_DIRECTORY}.")
     offloads = {zero.offload_optimizer_device, zero.offload_param_device} != {"none"}
     if (
         config.engine.gpu_memory_budget is not None

@@ -26,6 +26,7 @@ from .fields import (
     whole_number,
     wrong,
 )
+from .offloads import DEVICES, OFFLOADS, WITH_DIRECTORY, either
 from .setting import ENGINE, PROCESSES, TRAINING, ZERO, Setting, Wording
 
 _HYSTERESIS = dict.fromkeys(range(2, 100), "the scale falls at every overflow; only 1 is taken")
@@ -67,8 +68,9 @@ def _budget(value: Any) -> int | str:
 
 _AUTO_OR_FLAG = Kind(_auto_or_flag, metavar="auto|true|false")
 _BUDGET = optional(Kind(_budget, metavar="SIZE"), "none", "")
-_DEVICE = one_of("none", "cpu", "nvme")
-_DEVICES = {"none": "on the device", "cpu": "cpu", "nvme": "nvme"}
+_DEVICE = one_of(*DEVICES)
+_DEVICES = {"none": "on the device", **{device: device for device in OFFLOADS}}
+_ONE_OF_THEM = either([*DEVICES], "or")
 _FAST_DRIVE = "A fast local drive; the files of a run are removed when it ends."
 _OWN_PATH = "a path of this machine"
 
@@ -129,10 +131,10 @@ class ZeroConfig(Section):
         Setting(
             "Where optimizer states rest.",
             ZERO,
-            comment="none, cpu or nvme",
+            comment=_ONE_OF_THEM,
             asked=Wording(
                 "Where do the optimizer states rest?",
-                "cpu and nvme free GPU memory; the states then visit the GPU in every step.",
+                f"{either(OFFLOADS, 'and')} free GPU memory; the states then visit the GPU in every step.",
                 _DEVICES,
             ),
         ),
@@ -143,16 +145,18 @@ class ZeroConfig(Section):
         Setting(
             "Where parameter shards rest (stage 3).",
             ZERO,
-            comment="none, cpu or nvme (stage 3)",
+            comment=f"{_ONE_OF_THEM} (stage 3)",
             asked=Wording(
-                "Where do the parameters rest?", "cpu, nvme: each block is copied to the GPU when it is used.", _DEVICES
+                "Where do the parameters rest?",
+                f"{', '.join(OFFLOADS)}: each block is copied to the GPU when it is used.",
+                _DEVICES,
             ),
         ),
     ] = "none"
     offload_optimizer_nvme_path: Annotated[
         OptionalText,
         Setting(
-            "Directory for the device nvme.",
+            f"Directory for the device {WITH_DIRECTORY}.",
             ZERO,
             "DIR",
             after="deepspeed_config_file",
@@ -163,7 +167,7 @@ class ZeroConfig(Section):
     offload_param_nvme_path: Annotated[
         OptionalText,
         Setting(
-            "Directory for the device nvme.",
+            f"Directory for the device {WITH_DIRECTORY}.",
             ZERO,
             "DIR",
             after="offload_optimizer_nvme_path",

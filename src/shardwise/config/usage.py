@@ -17,6 +17,7 @@ from typing import Any
 
 from ..files.documents import shown
 from .deepspeed_json import LOSS_SCALE_WINDOW
+from .offloads import OFFLOADS
 from .schema import Key
 
 Get = Callable[[Key], Any]
@@ -54,7 +55,7 @@ def without_effect(get: Get, flags: Mapping[str, Any]) -> list[tuple[Put, str]]:
     found: list[tuple[Put, str]] = []
     stage, offload = number(get(("deepspeed_config", "zero_stage"))), ("deepspeed_config", "offload_param_device")
     device = word(get(offload))
-    if "offload_param_device" not in flags and device in ("cpu", "nvme") and stage is not None and stage < 3:
+    if "offload_param_device" not in flags and device in OFFLOADS and stage is not None and stage < 3:
         note = f"offload_param_device: {device} has no effect at zero_stage {stage}, where parameters are whole."
         found.append(((offload, "none", f"because zero_stage is {stage}"), note))
     if word(get(("downcast_bf16",))) in ("true", "yes", "1"):

@@ -6,14 +6,16 @@ formula beside each term here. The model is on the meta device; nothing is alloc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
+from ..config.offloads import DEVICES, MEDIA, OFFLOADS, Medium
 from ..config.sections import EngineConfig
 from ..offload.host import BLOCK, Ring
+from ..offload.tiers import ON_DISK
 from ..plan.blueprint import Blueprint, Ledger, at_rest, divide, gathered_at_once, moments_at_rest
 from ..plan.plan import Plan, Tier
 from ..plan.precision import Precision
@@ -36,7 +38,7 @@ PROCESS_NBYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Choice:
-    """A stage and what of it is offloaded: "none", "cpu" or "nvme"."""
+    """A stage and what of it is offloaded: each one of DEVICES."""
 
     stage: int
     optimizer: str = "none"
@@ -51,8 +53,8 @@ class Choice:
 # Every stage with every offload that it allows; parameters go where the optimizer is, or stay.
 CHOICES = (
     Choice(0),
-    *(Choice(stage, tier) for stage in (1, 2, 3) for tier in ("none", "cpu", "nvme")),
-    *(Choice(3, tier, tier) for tier in ("cpu", "nvme")),
+    *(Choice(stage, tier) for stage in (1, 2, 3) for tier in DEVICES),
+    *(Choice(3, tier, tier) for tier in OFFLOADS),
 )
 
 
@@ -90,6 +92,10 @@ class Estimate:
         """The most that a step needs there: everything that rests, and everything that passes at once."""
         return sum(count for (_, place), count in self.nbytes.items() if place is tier)
 
+    def taken(self, medium: Medium, rows: Iterable[str] = (*AT_REST, *PASSING)) -> int:
+        """Bytes of these rows on all tiers of a medium; `peak` is of all rows."""
+        return sum(count for (row, tier), count in self.nbytes.items() if tier.medium == medium and row in rows)
+
     def as_values(self) -> dict[str, Any]:
         """For JSON."""
         return {
@@ -114,7 +120,7 @@ class Machine:
     def shortages(self, estimate: Estimate, run: Run) -> list[str]:
         """Why the plan does not fit, a few words each; [] if it does. What is not known is taken to be enough."""
         local = run.local_processes
-        device, host, disk = (estimate.peak(tier) for tier in Tier)
+        device, host, disk = (estimate.taken(medium) for medium in MEDIA)
         host = local * (host + PROCESS_NBYTES)
         found = []
         if not run.cuda:
@@ -195,17 +201,17 @@ def offload_staging(blueprints: Sequence[Blueprint], run: Run) -> dict[Tier, int
 
     GPU:  the chunks that visit the device in a step, each with master, gradient and moments; never more than there is.
           Weights are fetched straight into their gathered buffer and need nothing.
-    Host: two rings of pinned blocks where a drive is used; one where micro-batches are added up in host memory.
+    Host: what each store on a disk takes; a ring of pinned blocks where micro-batches are added up in host memory.
     """
     found = dict.fromkeys(Tier, 0)
     trained = [blueprint for blueprint in blueprints if blueprint.trainable]
     tiers = {p.plan.optimizer.tier for p in trained}
-    if Tier.NVME in tiers or (run.cuda and Tier.CPU in tiers):
+    if any(tier.visits(cuda=run.cuda) for tier in tiers):
         numels = [p.region(run.world_size, 0).numel for p in trained]
         numel = min(sum(numels), VISITING * min(CHUNK, max(numels)))
         found[Tier.GPU] = numel * (2 + run.moments) * max(p.master_dtype.itemsize for p in trained)
-    if Tier.NVME in tiers or any(Tier.NVME in (p.plan.frozen.tier, p.plan.parameter.tier) for p in blueprints):
-        found[Tier.CPU] += 2 * Ring.LENGTH * BLOCK
+    every = tiers.union(*((p.plan.frozen.tier, p.plan.parameter.tier) for p in blueprints))
+    found[Tier.CPU] += sum(ON_DISK[tier].staging_nbytes for tier in every if tier.on_disk)
     if run.cuda and run.accumulates and tiers - {Tier.GPU}:
         found[Tier.CPU] += Ring.LENGTH * BLOCK
     return found

@@ -47,12 +47,36 @@ class FileSlab(Slab):
     name: what errors call it. file: None where it could not be made; then every byte of it is in `writing`, as failed.
     """
 
+    store: NvmeStore
+
     def __init__(self, store: NvmeStore, numel: int, dtype: torch.dtype, name: str) -> None:
         super().__init__(store, Tier.NVME, numel, dtype)
         self.name = name
         self.file: File | None = None
         self.writing: list[_Part] = []  # writes under way, and those that failed
         self.reading: list[_Part] = []
+
+    def read_part(self, begin: int, numel: int) -> Tensor:
+        lanes = self.store.lanes
+        out = torch.empty(numel, dtype=self.dtype, device=lanes.device)
+        lanes.up.wait(lanes.mark_compute())
+        try:
+            lanes.compute_waits(self.fetch(out, begin).enqueued())
+        except StoreError:
+            self.store.take_fault()  # it is told here
+            raise
+        return out
+
+    def write_part(self, begin: int, values: Tensor) -> None:
+        """Files are written in whole pages, so what shares the first and the last page is read and written again."""
+        lanes, page = self.store.lanes, PAGE // self.dtype.itemsize
+        first = begin // page * page
+        last = min(-(-(begin + values.numel()) // page) * page, self.numel)
+        whole = self.read_part(first, last - first)
+        whole[begin - first : begin - first + values.numel()].copy_(values)
+        lanes.down.wait(lanes.mark_compute())
+        lanes.compute_waits(self.put(whole, first).enqueued())
+        self.store.drain()
 
 
 @dataclass
@@ -187,14 +211,12 @@ class NvmeStore:
             raise first
 
     def take_fault(self) -> StoreError | None:
-        """What failed first since the last call, also where nobody has waited for it yet; for whoever tells it."""
         with self._enqueue:
             fault, self._fault = self._fault, None
         return fault
 
     @property
     def staging_nbytes(self) -> int:
-        """Bytes of pinned memory that transfers go through; they hold nothing at rest."""
         return self._incoming.nbytes + self._outgoing.nbytes
 
     def close(self) -> None:
@@ -313,36 +335,6 @@ def _parts(begin: int, end: int) -> list[tuple[int, int]]:
     """Bytes [begin, end) cut into stretches that fit a block together with what alignment adds in front."""
     size = BLOCK if begin % PAGE == 0 else BLOCK - PAGE
     return [(first, min(end, first + size)) for first in range(begin, end, size)]
-
-
-def fetch_part(slab: Slab, begin: int, numel: int) -> Tensor:
-    """(numel,) elements of a slab from `begin` on, on the device, there when this returns. Raises StoreError."""
-    assert isinstance(slab.store, NvmeStore)
-    lanes = slab.store.lanes
-    out = torch.empty(numel, dtype=slab.dtype, device=lanes.device)
-    lanes.up.wait(lanes.mark_compute())
-    try:
-        lanes.compute_waits(slab.fetch(out, begin).enqueued())
-    except StoreError:
-        slab.store.take_fault()  # it is told here
-        raise
-    return out
-
-
-def put_part(slab: Slab, begin: int, values: Tensor) -> None:
-    """Overwrite elements from `begin` on; on the drive when this returns. Raises StoreError.
-
-    Files are written in whole pages, so what shares the first and the last page is read and written again.
-    """
-    assert isinstance(slab.store, NvmeStore)
-    lanes, page = slab.store.lanes, PAGE // slab.dtype.itemsize
-    first = begin // page * page
-    last = min(-(-(begin + values.numel()) // page) * page, slab.numel)
-    whole = fetch_part(slab, first, last - first)
-    whole[begin - first : begin - first + values.numel()].copy_(values)
-    lanes.down.wait(lanes.mark_compute())
-    lanes.compute_waits(slab.put(whole, first).enqueued())
-    slab.store.drain()
 
 
 def _end(threads: DeviceThreads, files: Files) -> None:

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..errors import StoreError
 from ..plan.plan import Tier
 from ..ranks.lanes import Lanes
 
@@ -71,6 +72,15 @@ class Slab:
         assert self.store is not None
         return self.store.put(source, self, begin)
 
+    def read_part(self, begin: int, numel: int) -> Tensor:
+        """(numel,) elements from `begin` on, to read at once: where they rest, or a copy on the device. Raises StoreError."""
+        return self.tensor[begin : begin + numel].detach()
+
+    @torch.no_grad()
+    def write_part(self, begin: int, values: Tensor) -> None:
+        """Overwrite elements from `begin` on; they rest there when this returns. Raises StoreError."""
+        self.read_part(begin, values.numel()).copy_(values)
+
     @property
     def tensor(self) -> Tensor:
         assert self._tensor is not None, f"a slab on {self.tier} cannot be read in place"
@@ -121,6 +131,15 @@ class Store(Protocol):
         """Return once what was put or added rests there, as far as threads do it. Raises StoreError."""
         ...
 
+    def take_fault(self) -> StoreError | None:
+        """What failed first since the last call, also where nobody has waited for it yet; for whoever tells it."""
+        ...
+
+    @property
+    def staging_nbytes(self) -> int:
+        """Bytes of host memory that transfers go through; they hold nothing at rest."""
+        ...
+
     def close(self) -> None:
         """Give everything back."""
         ...
@@ -157,6 +176,13 @@ class MemoryStore:
 
     def drain(self) -> None:
         pass
+
+    def take_fault(self) -> StoreError | None:
+        return None
+
+    @property
+    def staging_nbytes(self) -> int:
+        return 0
 
     def close(self) -> None:
         pass

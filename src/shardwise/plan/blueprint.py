@@ -180,7 +180,9 @@ def at_rest(blueprints: Sequence[Blueprint], world_size: int, *, gradients: bool
             _add(found, "parameter", plan.parameter.tier, kept * blueprint.dtype.itemsize)
             master = blueprint.region(world_size, 0).numel * blueprint.master_dtype.itemsize
             # Offloaded, it waits for the step in host memory, also where the optimizer rests on a drive.
-            _add(found, "gradient", min(plan.optimizer.tier, Tier.CPU, key=_DISTANCE.index), master if gradients else 0)
+            _add(
+                found, "gradient", min(plan.optimizer.tier, Tier.CPU, key=list(Tier).index), master if gradients else 0
+            )
             _add(found, "optimizer", plan.optimizer.tier, 0 if blueprint.master_is_weight else master)
     return found
 
@@ -199,7 +201,7 @@ def moments_at_rest(
             sizes = [piece.numel for piece in blueprint.region(world_size, rank).pieces]
             nbytes = sum(size * blueprint.master_dtype.itemsize * moments for size in sizes)
             tier = blueprint.plan.optimizer.tier
-            if sizes and (tier is Tier.NVME or (tier is Tier.CPU and cuda)):
+            if sizes and tier.visits(cuda=cuda):
                 nbytes = blueprint.region(world_size, 0).numel * blueprint.master_dtype.itemsize * moments
             nbytes += _STEP_COUNT_NBYTES * len(sizes)
             _add(found, "optimizer", blueprint.plan.optimizer.tier, nbytes)
@@ -225,10 +227,6 @@ def gathered_at_once(blueprints: Sequence[Blueprint], model: nn.Module, world_si
     sequence = list(_distinct([users[place] for place in sorted(users)]))
     windows = (set().union(*sequence[at : at + 1 + ahead]) for at in range(len(sequence)))
     return root + max((sum(sizes[i] for i in window) for window in windows), default=0)
-
-
-# The nearest first.
-_DISTANCE = (Tier.GPU, Tier.CPU, Tier.NVME)
 
 
 def _distinct(sets: Sequence[set[int]]) -> Iterator[set[int]]:

@@ -20,18 +20,11 @@ This file is pure data; it knows neither tensors nor processes. Source of the st
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from enum import StrEnum
 
-from ..config.offloads import Offloaded, refused_offload
+from ..config.offloads import DEVICES, Offloaded, Tier, refused_offload
 from ..errors import PlanError
 
-
-class Tier(StrEnum):
-    """Where bytes rest. GPU is the rank's device, also when that is a CPU; CPU is host memory beside it; NVME is files."""
-
-    GPU = "gpu"
-    CPU = "cpu"
-    NVME = "nvme"
+__all__ = ["WHOLE_ADAPTER_SHARE", "Placement", "Plan", "Tier"]
 
 
 @dataclass(frozen=True)
@@ -77,16 +70,18 @@ class Plan:
                     f"{role} is whole but rests on {placement.tier}. Only shards can be offloaded: raise "
                     "zero_stage, or keep it on the gpu."
                 )
-            if placement.tier is Tier.NVME and role == "gradient":
-                raise PlanError("gradients cannot rest on nvme: they are read as soon as they are there. Use cpu.")
+            if placement.tier.on_disk and role == "gradient":
+                raise PlanError(
+                    f"gradients cannot rest on {placement.tier}: they are read as soon as they are there. Use cpu."
+                )
 
     @classmethod
     def from_stage(cls, stage: int, *, offload_optimizer: str = "none", offload_param: str = "none") -> Plan:
         """The plan of a ZeRO stage.
 
         stage:             0 to 3, a column of the table above.
-        offload_optimizer: 'none', 'cpu' or 'nvme'; gradients follow the optimizer to host memory. Stages 1 to 3.
-        offload_param:     'none', 'cpu' or 'nvme'; frozen and trainable weights. Stage 3 only.
+        offload_optimizer: one of DEVICES; gradients follow the optimizer to host memory. Stages 1 to 3.
+        offload_param:     one of DEVICES; frozen and trainable weights. Stage 3 only.
         Raises PlanError for a stage outside 0 to 3, an unknown device, or an offload that the stage does not allow.
         """
         if stage not in (0, 1, 2, 3):
@@ -94,12 +89,12 @@ class Plan:
         tiers = {}
         devices: dict[Offloaded, str] = {"optimizer": offload_optimizer, "param": offload_param}
         for role, device in devices.items():
-            if device not in ("none", "cpu", "nvme"):
-                raise PlanError(f"offload_{role}_device is {device!r}; it is one of none, cpu, nvme.")
+            if device not in DEVICES:
+                raise PlanError(f"offload_{role}_device is {device!r}; it is one of {', '.join(DEVICES)}.")
             problem = refused_offload(role, device, stage)
             if problem is not None:
                 raise PlanError(f"offload_{role}_device: {problem}.")
-            tiers[role] = Tier.GPU if device == "none" else Tier(device)
+            tiers[role] = DEVICES[device]
         weights = Placement(stage >= 3, tiers["param"])
         optimizer = Placement(stage >= 1, tiers["optimizer"])
         offloaded = stage >= 2 and optimizer.tier is not Tier.GPU

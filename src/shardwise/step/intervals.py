@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..offload.nvme import fetch_part, put_part
 from ..offload.store import Slab
 from ..zero.sharded import ShardedModel
 from ..zero.trained import Trained
@@ -43,22 +42,19 @@ class Rest:
 
     def look(self, first: int, numel: int) -> Tensor:
         begin, count = self._range(first, numel)
-        if isinstance(self.flat, Slab) and not self.flat.in_memory:
-            found = fetch_part(self.flat, begin, count)
-        else:
-            flat = self.flat.tensor if isinstance(self.flat, Slab) else self.flat
-            found = flat[begin : begin + count].detach()
+        flat = self.flat
+        found = flat.read_part(begin, count) if isinstance(flat, Slab) else flat[begin : begin + count].detach()
         return found if self.dtype is None else found.view(self.dtype)
 
     @torch.no_grad()
     def write(self, first: int, values: Tensor) -> None:
         begin, _ = self._range(first, values.numel())
-        if not isinstance(self.flat, Slab) or self.flat.in_memory:
+        if not isinstance(self.flat, Slab):
             self.look(first, values.numel()).copy_(values)
             return
         if self.dtype is not None:
             values = values.to(self.dtype).contiguous().view(torch.uint8)
-        put_part(self.flat, begin, values)
+        self.flat.write_part(begin, values)
 
 
 @dataclass(frozen=True)

@@ -117,10 +117,10 @@ class ShardedOptimizer:
             raise PrepareError(
                 f"this {type(optimizer).__name__} has been prepared already. Prepare each optimizer once."
             )
-        on_disk = any(model.plan.optimizer.tier is Tier.NVME for model in models)
+        out_of_place = any(not model.plan.optimizer.tier.in_place for model in models)
         handling = Handling(
             parted=self.ranks.shards.size > 1 and any(model.plan.optimizer.sharded for model in models),
-            visits=on_disk or any(not g.in_place for model in models for g in model.trained()),
+            visits=out_of_place or any(not g.in_place for model in models for g in model.trained()),
             ranks=self.ranks.world_size,
         )
         groups = [group["params"] for group in optimizer.param_groups]

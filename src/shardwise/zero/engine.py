@@ -9,13 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..config.offloads import NVME_PATH
+from ..config.offloads import no_directory
 from ..errors import StoreError, WriteError
 from ..offload.host import HostStore
-from ..offload.nvme import NvmeStore
 from ..offload.peers import GatherWith, PeerMemory
 from ..offload.store import Arrival, Done, MemoryStore, Slab, Store
-from ..plan.plan import Plan, Tier
+from ..offload.tiers import ON_DISK
+from ..plan.plan import Placement, Plan, Tier
 from ..ranks.lanes import Lanes
 from ..ranks.ranks import Ranks
 from .norms import Norms
@@ -23,48 +23,49 @@ from .norms import Norms
 Kind = Literal["param", "optimizer"]
 
 
-def paths_of(plan: Plan, given: Mapping[Kind, str]) -> dict[Kind, str]:
-    """The directories that the plan needs. Raises StoreError if one is missing."""
-    found: dict[Kind, str] = {}
-    needs: dict[Kind, bool] = {
-        "param": Tier.NVME in (plan.frozen.tier, plan.parameter.tier),
-        "optimizer": plan.optimizer.tier is Tier.NVME,
-    }
-    for kind, needed in needs.items():
-        if needed and kind not in given:
-            raise StoreError(f"offload_{kind}_nvme_path {NVME_PATH}.")
-        if needed:
-            found[kind] = given[kind]
+def directories(plan: Plan, given: Mapping[Kind, str]) -> dict[tuple[Tier, Kind], str]:
+    """The directories that the plan needs, of those given. Raises StoreError if one is missing."""
+    found: dict[tuple[Tier, Kind], str] = {}
+    rests: tuple[tuple[Kind, Placement], ...] = (
+        ("param", plan.frozen),
+        ("param", plan.parameter),
+        ("optimizer", plan.optimizer),
+    )
+    for kind, placement in rests:
+        if placement.tier.on_disk:
+            if kind not in given:
+                raise StoreError(f"offload_{kind}_nvme_path {no_directory(placement.tier)}.")
+            found[placement.tier, kind] = given[kind]
     return found
 
 
 @dataclass(frozen=True)
 class Stores:
-    """Where shards rest. nvme: by what lies there, because weights and states may have a directory each."""
+    """Where shards rest. on_disk: by what lies there too, because weights and states may have a directory each."""
 
     gpu: MemoryStore
     cpu: HostStore
-    nvme: Mapping[Kind, NvmeStore]
+    on_disk: Mapping[tuple[Tier, Kind], Store]
 
     @classmethod
-    def make(cls, lanes: Lanes, rank: int, nvme_paths: Mapping[Kind, str]) -> Stores:
-        """nvme_paths: a directory for each kind that rests on nvme. Raises StoreError if one cannot be used."""
-        by_path = {path: NvmeStore(path, lanes, rank) for path in dict.fromkeys(nvme_paths.values())}
-        nvme = {kind: by_path[path] for kind, path in nvme_paths.items()}
-        return cls(MemoryStore(lanes), HostStore(lanes), nvme)
+    def make(cls, lanes: Lanes, rank: int, paths: Mapping[tuple[Tier, Kind], str]) -> Stores:
+        """paths: see `directories`; what shares one shares a store. Raises StoreError if one cannot be used."""
+        places = dict.fromkeys((tier, path) for (tier, _), path in paths.items())
+        made = {(tier, path): ON_DISK[tier].open(path, lanes, rank) for tier, path in places}
+        return cls(MemoryStore(lanes), HostStore(lanes), {at: made[at[0], path] for at, path in paths.items()})
 
     def of(self, tier: Tier, kind: Kind) -> Store:
-        if tier is Tier.NVME:
-            return self.nvme[kind]
+        if tier.on_disk:
+            return self.on_disk[tier, kind]
         return self.gpu if tier is Tier.GPU else self.cpu
 
     @property
-    def drives(self) -> tuple[NvmeStore, ...]:
-        return tuple(dict.fromkeys(self.nvme.values()))
+    def drives(self) -> tuple[Store, ...]:
+        return tuple(dict.fromkeys(self.on_disk.values()))
 
     @property
     def uses_disk(self) -> bool:
-        return bool(self.nvme)
+        return bool(self.on_disk)
 
     @property
     def staging_nbytes(self) -> int:
@@ -122,7 +123,7 @@ class Engine:
     ) -> Engine:
         """What the plan needs, the same on every rank. serial: everything on one lane. Collective; raises StoreError."""
         lanes = Lanes(ranks.device, serial=serial)
-        stores = ranks.together(lambda: Stores.make(lanes, ranks.rank, paths_of(plan, nvme_paths)))
+        stores = ranks.together(lambda: Stores.make(lanes, ranks.rank, directories(plan, nvme_paths)))
         sharded = plan.frozen.sharded or plan.parameter.sharded
         peers = PeerMemory.open(ranks, lanes, gather_with) if sharded else None
         reductions, faults = ReductionsInFlight(lanes), Faults(ranks, stores.drives)
@@ -226,7 +227,7 @@ class Faults:
     """
 
     ranks: Ranks
-    drives: Sequence[NvmeStore] = ()
+    drives: Sequence[Store] = ()
     errors: list[StoreError] = field(default_factory=list)
 
     def note(self, error: StoreError) -> None:
