@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
     parser.add_argument(
-        "--old", type=Path, help="a checkout; its src/ is what is measured, by this checkout's benchmarks"
+        "--old", type=Path, help="a checkout that has this file; its src/ is what is measured, by its own benchmarks"
     )
     parser.add_argument("--new", type=Path, help="another one")
     parser.add_argument("--cases", default="lora8b", help="of cases.py, separated by commas")
@@ -99,7 +99,8 @@ def duel(case: str, options: argparse.Namespace) -> dict[str, Any]:
         "old_ms": statistics.median(old),
         "new_ms": statistics.median(new),
         "ratio": {"median": statistics.median(ratios), "quartiles": [quartiles[0], quartiles[2]], "of": ratios},
-        "loss_difference": max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=True)),
+        # Beside the first loss: a batch that is learned by heart has a loss of nothing in the end, and bf16 rounds.
+        "loss_difference": max(abs(a - b) for a, b in zip(*losses, strict=True)) / abs(losses[0][0]),
     }
 
 
@@ -114,7 +115,8 @@ class Side:
         self.ranks = options.nproc
         self.milliseconds: list[float] = []
         self.losses: list[float] = []
-        command = [sys.executable, __file__, "--worker", str(self.folder), "--cases", case, "--engine", options.engine]
+        own = tree.resolve() / "benchmarks" / "duel.py"  # which knows where its engine's files are
+        command = [sys.executable, str(own), "--worker", str(self.folder), "--cases", case, "--engine", options.engine]
         for key in ("turns", "steps", "warmup", "layers"):
             command += [f"--{key}", str(getattr(options, key))] if getattr(options, key) is not None else []
         command += [flag for flag, on in (("--tiny", options.tiny), ("--use-cpu", options.use_cpu)) if on]

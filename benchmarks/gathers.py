@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
 def measure(place: Place, lanes: Lanes, nbytes: int) -> dict[str, float]:
     """Milliseconds by what was done."""
     ranks = place.ranks
-    shared = ranks.map_shared(nbytes, torch.uint8)
+    shared = ranks.shards.map_shared(nbytes, torch.uint8)
     whole = torch.zeros(ranks.world_size * nbytes, dtype=torch.uint8, device=place.device)
     turn = [(ranks.rank + step) % ranks.world_size for step in range(ranks.world_size)]
     pairs = [(whole[r * nbytes : (r + 1) * nbytes], shared[r]) for r in turn]
@@ -62,7 +62,7 @@ def measure(place: Place, lanes: Lanes, nbytes: int) -> dict[str, float]:
             target.copy_(source, non_blocking=True)
 
     def by_nccl() -> None:
-        ranks.all_gather(whole, shared[ranks.rank])
+        ranks.shards.all_gather(whole, shared[ranks.shards.rank])
 
     def product() -> None:
         torch.mm(left, right)
@@ -96,7 +96,7 @@ def measure(place: Place, lanes: Lanes, nbytes: int) -> dict[str, float]:
     figures = {
         "gather by copy engines": each(copies, 10),
         "gather by NCCL": each(by_nccl, 10),
-        "fence": each(ranks.fence, 50),
+        "fence": each(ranks.shards.fence, 50),
         "product, alone": each(product, PRODUCTS),
     }
     # As many gathers as last about as long as the products.

@@ -74,15 +74,16 @@ class Delays:
                 self.stream(chance=0.3)
             return real_copy(target, source, non_blocking)
 
+        group = self.ranks.shards  # all ranks: what goes over the run goes through it too
         for name in names:
-            setattr(self.ranks, name, self._late(getattr(self.ranks, name)))
+            setattr(group, name, self._late(getattr(group, name)))
         Tensor.copy_ = late_copy  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
             Tensor.copy_ = real_copy  # type: ignore[method-assign]
             for name in names:
-                delattr(self.ranks, name)
+                delattr(group, name)
 
     def _late(self, collective: Callable[..., None]) -> Callable[..., None]:
         def late(*args: Any, **kwargs: Any) -> None:

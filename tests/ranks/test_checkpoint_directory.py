@@ -239,7 +239,7 @@ def _hooks_and_failures(ranks: Any, folder: str) -> None:
     # A failure in the background is the next save's error, on every rank, and the one after it works.
     with disk.watched(Failing(2 if ranks.rank == 1 else None, full_disk)):
         run.accelerator.save_state(async_=True)
-        run.accelerator._background._thread.join()  # type: ignore[union-attr]
+        run.accelerator._run.background._thread.join()  # type: ignore[union-attr]
     with pytest.raises(CheckpointError, match=r"rank 1: .*No space left"):
         run.accelerator.save_state()
     assert run.accelerator.save_state() != saved

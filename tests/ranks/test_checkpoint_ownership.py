@@ -198,16 +198,16 @@ def test_what_is_not_a_checkpoint_is_not_replaced(world, tmp_path):
 
 
 def _through_links(ranks: Any, folder: str) -> None:
-    root, disk = Path(folder), Path(folder) / "disk"
+    root, drive = Path(folder), Path(folder) / "disk"
 
     def prepare() -> None:
-        disk.mkdir()
-        (root / "state").symlink_to(disk / "state")
+        drive.mkdir()
+        (root / "state").symlink_to(drive / "state")
         (root / "unmounted").symlink_to(root / "other_disk" / "state")
         (root / "loop").symlink_to("loop")
-        (root / "foreign").symlink_to(disk / "data")
-        (disk / "data").mkdir()
-        (disk / "data" / "a.txt").write_text("precious")
+        (root / "foreign").symlink_to(drive / "data")
+        (drive / "data").mkdir()
+        (drive / "data" / "a.txt").write_text("precious")
 
     _on_first(ranks, prepare)
     run = Run(folder)
@@ -217,12 +217,12 @@ def _through_links(ranks: Any, folder: str) -> None:
         with disk.watched(lambda operation, path: seen.append(path)):
             assert run.accelerator.save_state(root / "state") == str(root / "state")
         assert (root / "state").is_symlink()
-        assert read_manifest(disk / "state").step == expected
+        assert read_manifest(drive / "state").step == expected
     # All that was written lies on the other disk, so that the last rename stays on it.
     assert seen
-    assert all(disk in path.parents or path == disk for path in seen)
+    assert all(drive in path.parents or path == drive for path in seen)
     ranks.barrier()
-    assert {path.name for path in disk.iterdir()} == {"state", "data", ".lock-state"}
+    assert {path.name for path in drive.iterdir()} == {"state", "data", ".lock-state"}
     weights = run.weights()
     run.train()
     assert run.accelerator.load_state(root / "state") == str(root / "state")
@@ -235,7 +235,7 @@ def _through_links(ranks: Any, folder: str) -> None:
     assert not (root / "other_disk").exists()
 
     # A kill while it was replaced: the earlier one lies beside the target, not beside the link.
-    _on_first(ranks, lambda: (disk / "state").rename(disk / ".replaced-state"))
+    _on_first(ranks, lambda: (drive / "state").rename(drive / ".replaced-state"))
     run.accelerator.load_state(root / "state")
     assert run.weights() == weights
     run.close()
@@ -248,7 +248,7 @@ def test_a_save_through_a_link_replaces_what_it_leads_to(world, tmp_path):
 
 def _links_among_them(ranks: Any, folder: str) -> None:
     root = Path(folder)
-    place, disk = root / "checkpoints", root / "disk"
+    place, drive = root / "checkpoints", root / "disk"
     run = Run(folder, total_limit=2)
     expected = [run.weights()]
     for _ in range(2):
@@ -257,9 +257,9 @@ def _links_among_them(ranks: Any, folder: str) -> None:
         expected.append(run.weights())
 
     def link() -> None:
-        disk.mkdir()
-        (place / "checkpoint_0").rename(disk / "moved")
-        (place / "checkpoint_0").symlink_to(disk / "moved")
+        drive.mkdir()
+        (place / "checkpoint_0").rename(drive / "moved")
+        (place / "checkpoint_0").symlink_to(drive / "moved")
         (place / "latest").symlink_to("checkpoint_0")
         (place / "gone").symlink_to("nowhere")
         (place / "round").symlink_to("round")
@@ -284,7 +284,7 @@ def _links_among_them(ranks: Any, folder: str) -> None:
     assert torch.cat([p.detach().reshape(-1) for p in model.parameters()]).tolist() == expected[1]
     other.free_memory()
     # The limit removes no link and nothing behind one.
-    run.accelerator._run_folder.release()
+    run.accelerator._run.folder.release()
     again = Run(folder, total_limit=1)
     again.accelerator.load_state()
     for _ in range(2):
@@ -294,7 +294,7 @@ def _links_among_them(ranks: Any, folder: str) -> None:
     again.close()
     assert {"checkpoint_0", "latest", "gone", "round", "checkpoint_3"} <= set(names(place))
     assert "checkpoint_1" not in names(place)
-    Checkpoint(disk / "moved").verify()
+    Checkpoint(drive / "moved").verify()
 
 
 def test_links_among_the_checkpoints_are_other_names_of_them(world, tmp_path):

@@ -74,7 +74,7 @@ def _slow(ranks: Any, folder: str, who: int, operation: str, async_: bool) -> tu
             accelerator.finish_saving()
         took = time.monotonic() - began
         accelerator.load_state(target)
-        accelerator._run_folder.release()
+        accelerator._run.folder.release()
     Checkpoint(target).verify()
     return took, lines
 
@@ -103,7 +103,7 @@ def _slow_load(ranks: Any, folder: str) -> list[str]:
     with impatient(2.0) as (accelerator, model, optimizer), said() as lines:
         _train(accelerator, model, optimizer)
         accelerator.save_state(target)
-        run = accelerator._run_state()
+        run = accelerator._run.state()
         assert run.models
         original = type(run).restore_tensors
 
@@ -117,7 +117,7 @@ def _slow_load(ranks: Any, folder: str) -> list[str]:
             accelerator.load_state(target)
         finally:
             type(run).restore_tensors = original  # type: ignore[method-assign]
-        accelerator._run_folder.release()
+        accelerator._run.folder.release()
     return lines
 
 
@@ -148,7 +148,7 @@ def _stopped(ranks: Any, folder: str) -> tuple[str, float]:
         finally:
             if ranks.rank == 0:
                 os.kill(pids[1], signal.SIGCONT)
-            accelerator._run_folder.release()
+            accelerator._run.folder.release()
     return "saved", 0.0
 
 
@@ -176,7 +176,7 @@ def _interrupted(ranks: Any, folder: str) -> str:
         except KeyboardInterrupt:
             return "interrupted"
         finally:
-            accelerator._run_folder.release()
+            accelerator._run.folder.release()
     return "saved"
 
 

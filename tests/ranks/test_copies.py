@@ -172,7 +172,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def _of_a_library(ranks: Any, setting: str, way: str) -> None:
     """What the front end puts in place of a model's methods stays behind, too."""
     accelerator = fresh(3)
-    accelerator._config = merged(accelerator._config, **SETTINGS[setting])
+    accelerator._run.config = merged(accelerator._run.config, **SETTINGS[setting])
     reference, model = tiny_llama(), tiny_llama()
     model = accelerator.prepare(model)
     ids = torch.arange(8).view(1, 8)

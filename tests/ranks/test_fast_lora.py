@@ -80,7 +80,7 @@ def _through_the_accelerator(ranks, tuning, wanted):
     handler.emit = lambda record: said.append(record.getMessage())
     logging.getLogger("shardwise").addHandler(handler)
     accelerator = Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(zero_stage=3, mixed_precision="no"))
-    accelerator._config = merged(accelerator._config, fast_lora=wanted)
+    accelerator._run.config = merged(accelerator._run.config, fast_lora=wanted)
     model = tiny("llama", tuning)
     accelerator.prepare(model, adamw([p for p in model.parameters() if p.requires_grad]))
     replaced = sum("forward" in vars(module) for module in model.modules())

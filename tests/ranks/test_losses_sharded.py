@@ -68,7 +68,7 @@ def test_a_head_that_is_the_embedding_trains_the_same(world):
 def _configured(ranks):
     forget_run()
     accelerator = Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(zero_stage=3))
-    accelerator._config = merged(accelerator._config, loss_chunk_tokens=4)
+    accelerator._run.config = merged(accelerator._run.config, loss_chunk_tokens=4)
     model = tiny("llama", "lora")
     optimizer = adamw(trained(model))
     accelerator.prepare(model, optimizer)

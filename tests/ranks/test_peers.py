@@ -11,6 +11,7 @@ import tempfile
 import time
 import uuid
 from contextlib import contextmanager
+from functools import partial, partialmethod
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,11 @@ import torch
 from rig.engine import inputs, loss_of, mine, prepare, shard, tower, trained, weights_of
 from shardwise.errors import PrepareError
 from shardwise.offload import peers
-from shardwise.ranks.ranks import Ranks
+from shardwise.ranks.group import Group
 from shardwise.zero.unit import Unit
 
 
-def _mapped(ranks, numel, dtype):
+def _mapped(ranks, _, numel, dtype):
     path = Path(tempfile.gettempdir()) / f"shardwise-peers-{uuid.uuid4().hex}"
     paths = ranks.broadcast_object(None if ranks.rank else [f"{path}-{r}" for r in range(ranks.world_size)])
     torch.from_file(paths[ranks.rank], shared=True, size=numel, dtype=dtype).zero_()
@@ -35,11 +36,11 @@ def _mapped(ranks, numel, dtype):
 
 
 @contextmanager
-def mapped_files(late=-1):
+def mapped_files(ranks, late=-1):
     """Inside, shards are shared through files. late: the rank that is slow at every gather and step; -1 for none."""
-    before = peers._why_not, peers._trial, Ranks.map_shared, peers.MIN_SHARD_NBYTES, Unit.gather
+    before = peers._why_not, peers._trial, Group.map_shared, peers.MIN_SHARD_NBYTES, Unit.gather
     peers._why_not = peers._trial = lambda ranks: None
-    Ranks.map_shared, peers.MIN_SHARD_NBYTES = _mapped, 1
+    Group.map_shared, peers.MIN_SHARD_NBYTES = partialmethod(partial(_mapped, ranks)), 1
 
     def gather(unit):
         if unit._engine.ranks.rank == late:
@@ -50,7 +51,7 @@ def mapped_files(late=-1):
     try:
         yield
     finally:
-        peers._why_not, peers._trial, Ranks.map_shared, peers.MIN_SHARD_NBYTES, Unit.gather = before
+        peers._why_not, peers._trial, Group.map_shared, peers.MIN_SHARD_NBYTES, Unit.gather = before
 
 
 def _model(tuning):
@@ -82,7 +83,7 @@ def trains_as_with_collectives(ranks, tuning, precision, accumulate, late):
     settings = {"precision": precision, "accumulate": accumulate}
     expected = _losses_and_weights(ranks, copy.deepcopy(model), "nccl", **settings)
     ranks.counts.clear()
-    with mapped_files(late):
+    with mapped_files(ranks, late):
         found = _losses_and_weights(ranks, model, "copy_engine", **settings)
     assert found[0] == expected[0]
     assert all(torch.equal(value, expected[1][name]) for name, value in found[1].items())
@@ -107,7 +108,7 @@ def frozen_need_no_fence(ranks):
     model = tower()
     for parameter in trained(model)[:-1]:
         parameter.requires_grad_(False)
-    with mapped_files():
+    with mapped_files(ranks):
         sharded, _, stepping = prepare(ranks, model, gather_with="copy_engine", whole_adapters=True)
     ranks.counts.clear()
     loss_of(sharded.model, mine(inputs(1)[0], ranks.rank, ranks.world_size)).backward()
@@ -121,7 +122,7 @@ def test_frozen_weights_need_no_fence(world):
 
 
 def modified_weights_reach_every_rank(ranks, late):
-    with mapped_files(late):
+    with mapped_files(ranks, late):
         sharded = shard(ranks, _model("frozen"), gather_with="copy_engine")
         for value in (1.0, 2.0, 3.0):
             weight = sharded.model.blocks[1].up.weight
@@ -178,7 +179,7 @@ def test_more_units_stay_gathered_over_the_turn(world):
 def budget_keeps_units_gathered(ranks, late):
     expected = _losses_and_weights(ranks, _model("frozen"), "nccl", 1, precision="bf16")
     ranks.counts.clear()
-    with mapped_files(late):
+    with mapped_files(ranks, late):
         found = _losses_and_weights(
             ranks, _model("frozen"), "copy_engine", 1, precision="bf16", gpu_memory_budget=1 << 30
         )

@@ -35,7 +35,7 @@ def _recorded(ranks, sharded, cls=torch.optim.AdamW):
     masters = {}
     for unit in sharded.units:
         masters[unit.trained.master.tensor.untyped_storage().data_ptr()] = unit.name
-    gather, step = ranks.all_gather_together, cls.step
+    gather, step = ranks.shards.all_gather_together, cls.step
 
     def noted_gather(wholes, shards):
         events.append(("gather", [names[whole.data_ptr()] for whole in wholes]))
@@ -46,11 +46,11 @@ def _recorded(ranks, sharded, cls=torch.optim.AdamW):
         events.append(("step", sorted({masters[p.untyped_storage().data_ptr()] for p in held})))
         return step(self, *args)
 
-    ranks.all_gather_together, cls.step = noted_gather, noted_step
+    ranks.shards.all_gather_together, cls.step = noted_gather, noted_step
     try:
         yield events
     finally:
-        del ranks.all_gather_together
+        del ranks.shards.all_gather_together
         cls.step = step
 
 

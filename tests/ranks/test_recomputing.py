@@ -210,7 +210,7 @@ def _through_the_accelerator(ranks, mode, budget):
     logging.getLogger("shardwise").addHandler(handler)
     plugin = DeepSpeedPlugin(zero_stage=3, mixed_precision="no")
     accelerator = Accelerator(cpu=True, deepspeed_plugin=plugin)
-    accelerator._config = merged(accelerator._config, activation_checkpointing=mode, gpu_memory_budget=budget)
+    accelerator._run.config = merged(accelerator._run.config, activation_checkpointing=mode, gpu_memory_budget=budget)
     model = tiny("llama", "full")
     optimizer = adamw(model.parameters())
     accelerator.prepare(model, optimizer)

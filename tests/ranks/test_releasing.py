@@ -145,7 +145,7 @@ def test_an_optimizer_of_a_released_model_says_so(world):
 
 def _parted(ranks, plan, precision):
     sharded, _, _ = _trained(ranks, plan, precision, "fp32")
-    data, ranks._data = ranks._data, None  # as leaving the run does
+    data, ranks.shards._data = ranks.shards._data, None  # as leaving the run does
     try:
         if plan == "3":
             with pytest.raises(PrepareError, match=r"Call free_memory\(\) before end_training"):
@@ -154,7 +154,7 @@ def _parted(ranks, plan, precision):
             sharded.release()
             return {name: p.detach().clone() for name, p in sharded.model.named_parameters()}
     finally:
-        ranks._data = data
+        ranks.shards._data = data
     return {}
 
 

@@ -244,7 +244,7 @@ def test_what_begins_to_change_later_is_said(world):
 def _by_the_engine(ranks: Any, mode: str) -> None:
     """Recomputed by the engine, blocks move their statistics on once, as if nothing were recomputed."""
     accelerator = fresh(3)
-    accelerator._config = merged(accelerator._config, activation_checkpointing=mode)
+    accelerator._run.config = merged(accelerator._run.config, activation_checkpointing=mode)
     model = net()
     reference = copy.deepcopy(model)
     optimizer, plain = adamw(trained(model)), adamw(trained(reference))
@@ -270,7 +270,7 @@ def _of_other_kinds(ranks: Any) -> None:
     """A nested and a sparse buffer beside statistics: they are left alone, in a recomputation too."""
     warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors is in prototype")
     accelerator = fresh(0)
-    accelerator._config = merged(accelerator._config, activation_checkpointing="all")
+    accelerator._run.config = merged(accelerator._run.config, activation_checkpointing="all")
     model = net()
     for block in model.blocks:
         if ranks.world_size == 1:  # which cannot be sent when a model is prepared

@@ -130,7 +130,7 @@ def trained(accelerator: Accelerator) -> str:
         optimizer.step()
         optimizer.zero_grad()
     found = hashlib.sha256()
-    with accelerator._models[0].sharded.gathered():
+    with accelerator._run.models[0].sharded.gathered():
         for parameter in model.parameters():
             found.update(parameter.detach().clone().numpy().tobytes())
     accelerator.free_memory()

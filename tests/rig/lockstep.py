@@ -110,6 +110,7 @@ class FakeRanks:
         self._steps = steps
         self.rank = rank
         self.world_size = steps.count
+        self.shards = self  # all of them hold one copy together
         self.blocking = steps.blocking
         self.lost = None
 

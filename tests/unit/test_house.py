@@ -73,3 +73,8 @@ def test_every_file_and_room_of_src_is_read():
     assert [house.room_of(name) for name in ("errors", "plan.layout", "compat.deepspeed.engine", "")] == [
         *("errors", "plan", "compat/deepspeed", "")
     ]
+
+
+def test_there_is_no_circle_of_files_and_none_of_folders():
+    _, _, files, rooms = house.measured()
+    assert files == rooms == []

@@ -11,7 +11,7 @@ from torch import nn
 
 from rig.tiny import batches, tiny
 from shardwise.errors import LossError, PrepareError, ShardwiseError
-from shardwise.tuning.losses import LeanLoss, LogitsLoss, cross_entropy, head_cross_entropy
+from shardwise.tuning.losses import LeanLoss, LogitsLoss, check_loss, cross_entropy, head_cross_entropy
 
 TOKENS, WIDTH, WORDS = 37, 12, 53
 
@@ -235,11 +235,45 @@ def test_a_model_that_changes_its_logits_is_refused_in_words():
         model(**batches("llama", 1, 2)[0])
 
 
-def test_an_encoder_decoder_is_refused():
+TAKING = [LeanLoss, LogitsLoss, check_loss]
+
+
+@pytest.mark.parametrize("take", TAKING)
+def test_an_encoder_decoder_is_refused(take):
     with pytest.raises(PrepareError, match="not a causal language model"):
-        LeanLoss(tiny("bart"))
+        take(tiny("bart"))
 
 
-def test_a_model_of_ones_own_is_refused():
+@pytest.mark.parametrize("take", TAKING)
+def test_a_model_of_ones_own_is_refused(take):
     with pytest.raises(PrepareError, match="head_cross_entropy"):
-        LeanLoss(nn.Linear(2, 2))
+        take(nn.Linear(2, 2))
+
+
+class _Fixed(nn.Module):
+    """A causal model whose loss is its own matter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(2, 2)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    @property
+    def loss_function(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize("take", TAKING)
+def test_a_loss_that_cannot_be_set_is_refused_in_words(take):
+    with pytest.raises(PrepareError, match="the loss_function of _Fixed cannot be set"):
+        take(_Fixed())
+
+
+@pytest.mark.parametrize("name", ["llama", "tied"])
+def test_checking_a_loss_changes_nothing(name):
+    model = tiny(name)
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    check_loss(model)
+    assert all(vars(module) == kept for module, kept in before)

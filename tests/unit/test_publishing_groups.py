@@ -30,7 +30,9 @@ class RecordingLane:
 
 def engine(seen: list[str]) -> Any:
     return SimpleNamespace(
-        ranks=SimpleNamespace(all_gather_together=lambda wholes, shards: seen.append(f"gather {' '.join(wholes)}")),
+        ranks=SimpleNamespace(
+            shards=SimpleNamespace(all_gather_together=lambda wholes, _: seen.append(f"gather {' '.join(wholes)}"))
+        ),
         lanes=SimpleNamespace(
             gather=RecordingLane(seen),
             mark_compute=lambda: "compute",

@@ -102,12 +102,11 @@ def prepare_data_loader(
     """The part of `loader` that this rank reads, as a new loader. Collective: rank 0's seed goes to all.
 
     slice_fn: cuts a dispatched batch: (batch, slice, process_index=, num_processes=) -> batch.
-    Raises DataError if the loader cannot be sharded (see `check_data_loader`), on every rank.
+    The caller has checked it with `check_data_loader`. Raises DataError, on every rank, for settings that do not go together.
     """
     settings = settings or DataLoaderConfiguration()
     if isinstance(loader, PreparedLoader):
         return loader
-    check_data_loader(loader, ranks.world_size, settings)
     iterable = isinstance(loader.dataset, IterableDataset)
     dispatch = settings.dispatch_batches
     if dispatch is None:

@@ -1,54 +1,52 @@
 """The Accelerator: a script's one object, over the engine, the loaders and the run's state.
 
-It holds what a script prepared and passes each call to the part that does it; it has no numerics of its own. The user's
-model, optimizer and scheduler stay the same objects: the engine works below them. `prepare` checks everything on every
-rank before the first collective, so that a mistake is one error on all ranks.
-
-    run/process.py    who goes first, printing, splitting (inherited)
-    data/prepare.py       prepared loaders                       run/scheduler.py   schedulers that step with the optimizer
-    zero/         models and optimizers                  run/tracking.py, run/plugins.py, weights/export.py
-    front/checkpointing.py   saving and loading the run
+It is a facade: what it knows lies in its Run (`front/run.py`), and each verb is a function over a Run in the file that it is
+listed under; it has no numerics of its own. The user's model, optimizer and scheduler stay the same objects: the engine works
+below them. `prepare` checks everything on every rank before the first collective, so that a mistake is one error on all ranks.
 """
 
 from __future__ import annotations
 
-import gc
+import functools
+import inspect
 import logging
 import os
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-
-from ..building.loading import build_without_memory
-from ..data.prepare import DataLoaderConfiguration, PreparedLoader
+from ..data.prepare import DataLoaderConfiguration
 from ..data.prepare import skip_first_batches as skip_batches_of
-from ..errors import PrepareError, ShardwiseError
 from ..plan.precision import LossScaler
 from ..ranks.ranks import attempt
 from ..run.accumulation import GradientAccumulationPlugin, GradientState
 from ..run.joined import leave_run, remember_accelerator
-from ..run.plugins import AutocastKwargs, DeepSpeedPlugin, ProfileKwargs, ProjectConfiguration
-from ..run.process import AcceleratorState, DistributedType
-from ..run.tracking import Tracking, check_trackers
-from ..step.optimizer import ShardedOptimizer, find_sharded_optimizer
-from ..zero.guard import explained
-from .checkpointing import Checkpointing
-from .entering import PreparedModel
-from .metrics import Metrics
-from .preparing import PreparedOptimizer, Preparing
-from .saving import Saving
-from .settings import Settings, join_with, refuse_others, resolve
+from ..run.plugins import DeepSpeedPlugin, ProjectConfiguration
+from ..run.process import AcceleratorState, DistributedType, PartialState
+from . import checkpointing, metrics, preparing, reporting, saving, training
+from .run import Run
+from .settings import Settings, act_on_process, join_with, loading_of, project_of, refuse_others, resolve
 
 logger = logging.getLogger("shardwise")
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
+
+def _over_run(verb: Callable[Concatenate[Run, P], R]) -> Callable[Concatenate[Accelerator, P], R]:
+    """The method that passes a call on to `verb`, with the Accelerator's Run; its signature and docstring are the verb's."""
+
+    @functools.wraps(verb)
+    def method(self: Accelerator, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return verb(self._run, *args, **kwargs)
+
+    taken = inspect.signature(verb)
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    method.__signature__ = taken.replace(parameters=[own, *list(taken.parameters.values())[1:]])  # type: ignore[attr-defined]
+    method.__qualname__ = f"Accelerator.{method.__name__}"
+    return method
+
+
+class Accelerator(PartialState):
     """Prepares a script's objects for the run that it was launched in. Making one is collective: the ranks compare settings.
 
     The arguments are accelerate's. What the launcher's configuration says holds; a keyword given here overrules it,
@@ -60,7 +58,18 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
     log_with:  trackers; see `run/tracking.py`.
     Raises ConfigError: on every rank if the ranks have different settings, of which config/agreement.py has the list. A rank
     whose own settings are wrong raises what is wrong, the others RankError.
+
+    The attributes below may be read and set, too; they lie in the Run.
     """
+
+    device_placement: bool
+    dataloader_config: DataLoaderConfiguration
+    rng_types: list[str]
+    project_configuration: ProjectConfiguration
+    step_scheduler_with_optimizer: bool
+    trackers: list[Any]
+    gradient_state: GradientState
+    step: int
 
     def __init__(
         self,
@@ -86,12 +95,8 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
         deepspeed_plugins: DeepSpeedPlugin | dict[str, DeepSpeedPlugin] | None = None,
         parallelism_config: Any = None,
     ) -> None:
-        project = project_config or ProjectConfiguration(project_dir=project_dir)
-        if project_dir is not None and project.project_dir is None:
-            project.set_directories(project_dir)
-        loading = dataloader_config or DataLoaderConfiguration()
-        if split_batches is not None:
-            loading.split_batches = split_batches
+        project = project_of(project_config, project_dir)
+        loading = loading_of(dataloader_config, split_batches)
 
         def checked() -> Settings:
             refuse_others(
@@ -101,7 +106,6 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
                 parallelism_config=parallelism_config,
                 dynamo_plugin=dynamo_plugin,
             )
-            self._log_with = check_trackers(log_with, project.logging_dir)
             return resolve(
                 mixed_precision=mixed_precision,
                 cpu=cpu,
@@ -111,43 +115,39 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
                 accumulation=gradient_accumulation_plugin,
                 kwargs_handlers=kwargs_handlers,
                 loading=loading,
+                project=project,
+                log_with=log_with,
                 rng_types=rng_types,
                 device_placement=device_placement,
                 step_scheduler_with_optimizer=step_scheduler_with_optimizer,
             )
 
-        self._ranks, settings = join_with(checked)
-        self._config = settings.config
-        engine, zero = self._config.engine, self._config.zero
-        if engine.threads_per_rank is not None:
-            torch.set_num_threads(engine.threads_per_rank)
-        build_without_memory(zero.zero3_init_flag and zero.zero_stage == 3)
-        self._plugin = DeepSpeedPlugin.in_force(self._config)
-        self._precision, self._scaler, self._plan = settings.precision, settings.scaler, settings.plan
-        self.device_placement = device_placement
-        self.dataloader_config = loading
-        self.rng_types = settings.rng_types
-        self.project_configuration = project
-        self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
-        self._autocast = settings.handlers.get(AutocastKwargs) or AutocastKwargs()
-        self._profile = settings.handlers.get(ProfileKwargs) or ProfileKwargs()
-        self.trackers: list[Any] = []
-        settings.accumulation.num_steps = settings.steps
-        self.gradient_state = GradientState()
-        GradientState.configure(settings.accumulation, _listener(self))
-        self._models: list[PreparedModel] = []
-        self._optimizers: list[PreparedOptimizer] = []
-        self._schedulers: list[LRScheduler] = []
-        self._dataloaders: list[PreparedLoader] = []
-        self._init_checkpointing()
-        self._trigger = False
-        self._by_script = False
-        self.step = 0
+        ranks, settings = join_with(checked)
+        super().__init__()  # a view of the run that has just been joined
+        act_on_process(settings)
+        self._run = Run(ranks, settings)
+        GradientState.configure(settings.accumulation, training.listener(self._run))
         remember_accelerator(self)
+
+    if not TYPE_CHECKING:  # a checker shall know the attributes above and no others
+
+        def __getattr__(self, name):
+            if name in _IN_RUN:
+                return getattr(self._run, name)
+            return super().__getattribute__(name)  # raises once more what it raised, also within a property
+
+        def __setattr__(self, name, value):
+            if name in _IN_RUN:
+                setattr(self._run, name, value)
+            else:
+                super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *_IN_RUN})
 
     def __repr__(self) -> str:
         place = f"rank {self.process_index} of {self.num_processes}"
-        return f"Accelerator({self._plan}; mixed precision {self.mixed_precision}; {place})"
+        return f"Accelerator({self._run.plan}; mixed precision {self.mixed_precision}; {place})"
 
     # What the run is.
 
@@ -157,22 +157,22 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
 
     @property
     def distributed_type(self) -> DistributedType:
-        return DistributedType.DEEPSPEED if self._plugin is not None else super().distributed_type
+        return DistributedType.DEEPSPEED if self._run.plugin is not None else super().distributed_type
 
     @property
     def mixed_precision(self) -> str:
         """ "no", "fp16" or "bf16"."""
-        return self._config.mixed_precision
+        return self._run.config.mixed_precision
 
     @property
     def deepspeed_plugin(self) -> DeepSpeedPlugin | None:
         """The ZeRO settings in force, or None in a run without them."""
-        return self._plugin
+        return self._run.plugin
 
     @property
     def scaler(self) -> LossScaler | None:
         """The fp16 loss scale; None in other precisions."""
-        return self._scaler if self._scaler.enabled else None
+        return self._run.scaler if self._run.scaler.enabled else None
 
     @property
     def multi_device(self) -> bool:
@@ -180,249 +180,128 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
 
     @property
     def split_batches(self) -> bool:
-        return self.dataloader_config.split_batches
+        return self._run.dataloader_config.split_batches
 
     @property
     def dispatch_batches(self) -> bool | None:
-        return self.dataloader_config.dispatch_batches
+        return self._run.dataloader_config.dispatch_batches
 
     @property
     def even_batches(self) -> bool:
-        return self.dataloader_config.even_batches
+        return self._run.dataloader_config.even_batches
 
     @even_batches.setter
     def even_batches(self, value: bool) -> None:
-        self.dataloader_config.even_batches = value
+        self._run.dataloader_config.even_batches = value
 
     @property
     def use_seedable_sampler(self) -> bool:
-        return self.dataloader_config.use_seedable_sampler
+        return self._run.dataloader_config.use_seedable_sampler
 
     @property
     def non_blocking(self) -> bool:
-        return self.dataloader_config.non_blocking
+        return self._run.dataloader_config.non_blocking
 
     @property
     def use_stateful_dataloader(self) -> bool:
-        return self.dataloader_config.use_stateful_dataloader
+        return self._run.dataloader_config.use_stateful_dataloader
 
     @property
     def project_dir(self) -> str | os.PathLike[str] | None:
-        return self.project_configuration.project_dir
+        return self._run.project_configuration.project_dir
 
     @property
     def logging_dir(self) -> str | os.PathLike[str] | None:
-        return self.project_configuration.logging_dir
+        return self._run.project_configuration.logging_dir
 
     @property
     def save_iteration(self) -> int:
-        return self.project_configuration.iteration
+        return self._run.project_configuration.iteration
 
     @property
     def should_save_model(self) -> bool:
         """True on the process that `save_model` writes on."""
         return self.is_main_process
 
-    # Accumulation.
+    @property
+    def optimizer_step_was_skipped(self) -> bool:
+        """Whether the last step of any prepared optimizer was skipped, because fp16 gradients overflowed."""
+        return any(entry.stepper.step_was_skipped for entry in self._run.optimizers)
 
     @property
     def sync_gradients(self) -> bool:
         """Whether this micro-batch ends an optimizer step."""
-        return self.gradient_state.sync_gradients
+        return self._run.gradient_state.sync_gradients
 
     @sync_gradients.setter
     def sync_gradients(self, value: bool) -> None:
-        self._by_script = True
-        self.gradient_state.sync_gradients = value
+        self._run.by_script = True
+        self._run.gradient_state.sync_gradients = value
 
     @property
     def gradient_accumulation_steps(self) -> int:
-        return self.gradient_state.num_steps
+        return self._run.gradient_state.num_steps
 
     @gradient_accumulation_steps.setter
     def gradient_accumulation_steps(self, value: int) -> None:
-        self.gradient_state.plugin.num_steps = GradientAccumulationPlugin(num_steps=value).num_steps
+        self._run.gradient_state.plugin.num_steps = GradientAccumulationPlugin(num_steps=value).num_steps
 
-    def _declare_sync(self) -> None:
-        """Where a step ends has been said: by a micro-batch of `accumulate`, or by the script."""
-        self._push_sync()
-        for prepared in self._models:
-            prepared.sharded.at_boundary = prepared.sharded.sync_gradients
+    # Its verbs, by the file that they are in.
 
-    def _push_sync(self) -> None:
-        for prepared in self._models:
-            prepared.sharded.sync_gradients = self.sync_gradients and not prepared.quiet
+    init = _over_run(preparing.init)
+    prepare = _over_run(preparing.prepare)
+    prepare_model = _over_run(preparing.prepare_model)
+    prepare_optimizer = _over_run(preparing.prepare_optimizer)
+    prepare_scheduler = _over_run(preparing.prepare_scheduler)
+    prepare_data_loader = _over_run(preparing.prepare_data_loader)
+    generation = _over_run(preparing.generation)
+    verify_device_map = _over_run(preparing.verify_device_map)
+    free_memory = _over_run(preparing.free_memory)
+    clear = _over_run(preparing.clear)
 
-    @contextmanager
-    def accumulate(self, *models: nn.Module) -> Iterator[None]:
-        """One micro-batch of `gradient_accumulation_steps`; the last batch of a loader ends a step in any case.
+    accumulate = _over_run(training.accumulate)
+    no_sync = _over_run(training.no_sync)
+    join_uneven_inputs = _over_run(training.join_uneven_inputs)
+    backward = _over_run(training.backward)
+    autocast = _over_run(training.autocast)
+    clip_grad_norm_ = _over_run(training.clip_grad_norm_)
+    clip_grad_value_ = _over_run(training.clip_grad_value_)
+    unscale_gradients = _over_run(training.unscale_gradients)
 
-        Inside, optimizer.step(), optimizer.zero_grad() and a prepared scheduler's step() act only where a step ends.
-        """
-        self._by_script = True
-        self._count_micro_batch()
-        yield
+    gather = _over_run(metrics.gather)
+    gather_for_metrics = _over_run(metrics.gather_for_metrics)
+    reduce = _over_run(metrics.reduce)
+    pad_across_processes = _over_run(metrics.pad_across_processes)
+    set_trigger = _over_run(metrics.set_trigger)
+    check_trigger = _over_run(metrics.check_trigger)
 
-    def _count_micro_batch(self) -> None:
-        state = self.gradient_state
-        if state.sync_with_dataloader and state.end_of_dataloader:
-            self.step = 0
-            state.sync_gradients = True
-        else:
-            self.step += 1
-            state.sync_gradients = self.step % state.num_steps == 0
+    ema = _over_run(checkpointing.ema)
+    register_for_checkpointing = _over_run(checkpointing.register_for_checkpointing)
+    register_save_state_pre_hook = _over_run(checkpointing.register_save_state_pre_hook)
+    register_load_state_pre_hook = _over_run(checkpointing.register_load_state_pre_hook)
+    stop_requested = _over_run(checkpointing.stop_requested)
+    save_state = _over_run(checkpointing.save_state)
+    finish_saving = _over_run(checkpointing.finish_saving)
+    load_state = _over_run(checkpointing.load_state)
+    has_checkpoint = _over_run(checkpointing.has_checkpoint)
 
-    @contextmanager
-    def no_sync(self, model: nn.Module) -> Iterator[None]:
-        """Backward passes inside only accumulate the gradients of `model`."""
-        self._by_script = True
-        found = [prepared for prepared in self._models if prepared.model is model]
-        for prepared in found:
-            prepared.quiet += 1
-        self._push_sync()
-        try:
-            yield
-        finally:
-            for prepared in found:
-                prepared.quiet -= 1
-            self._push_sync()
+    unwrap_model = _over_run(saving.unwrap_model)
+    get_state_dict = _over_run(saving.get_state_dict)
+    save = _over_run(saving.save)
+    save_model = _over_run(saving.save_model)
 
-    @contextmanager
-    def join_uneven_inputs(self, joinables: Sequence[Any], even_batches: bool | None = None) -> Iterator[None]:
-        """Nothing needs joining while the ranks read equally many batches, as they do by default: then it does nothing.
-
-        Raises ShardwiseError for even_batches=False with more than one rank: a rank without a batch cannot take part in
-        the gathers of the others' forward.
-        """
-        even = self.even_batches if even_batches is None else even_batches
-        if self.use_distributed and not even:
-            raise ShardwiseError(
-                "join_uneven_inputs: with even_batches=False the ranks read different numbers of batches, "
-                "and a rank that has none left cannot take part in the others' gathers. Leave "
-                "even_batches on; gather_for_metrics drops the repeated samples."
-            )
-        yield
-
-    # Training.
-
-    def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        """Backward of the loss divided by the accumulation steps, and scaled in fp16. kwargs go to torch's backward.
-
-        In a script that never says where a step ends (`accumulate`, `no_sync`, `sync_gradients`), each call is one
-        micro-batch: so `gradient_accumulation_steps` of a configuration acts in the plainest of loops too.
-        """
-        if not self._by_script and self.gradient_accumulation_steps > 1:
-            self._count_micro_batch()
-        self._push_sync()
-        loader = self.gradient_state.active_dataloader
-        if loader is not None:
-            loader.trains()
-        share = loss / self.gradient_accumulation_steps if self.gradient_accumulation_steps > 1 else loss
-        scaled = self._scaler.scale(share)
-        for entry in self._optimizers:
-            entry.stepper.note_loss(loss)
-        with explained():
-            scaled.backward(**kwargs)  # type: ignore[no-untyped-call]
-
-    def _stepper_of(self, parameters: Iterable[Tensor] | Tensor, verb: str) -> tuple[ShardedOptimizer, list[Tensor]]:
-        """The optimizer that these parameters belong to: the same one on every rank, or PrepareError on every rank.
-
-        A rank may hold no element of an optimizer, and then finds no parameter in its groups: the ranks say together which is
-        meant. With one optimizer nobody waits for that but such a rank. Parameters that no optimizer steps are clipped beside
-        those of any that has their model.
-        """
-        items = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        owned = self._ranks.any_of([entry.holds(items) for entry in self._optimizers])
-        owners = [entry for entry, meant in zip(self._optimizers, owned, strict=True) if meant]
-        owners = owners or [entry for entry in self._optimizers if items and entry.stepper.knows(items)][:1]
-        if not owners:
-            raise PrepareError(
-                f"{verb}: none of these parameters belongs to a prepared optimizer, or to its model. Prepare the model "
-                "and its optimizer, and pass model.parameters()."
-            )
-        if len(owners) > 1:
-            raise PrepareError(
-                f"{verb}: these parameters belong to {len(owners)} optimizers. Call it once for each, with "
-                "that optimizer's parameters."
-            )
-        return owners[0].stepper, items
-
-    def clip_grad_norm_(
-        self, parameters: Iterable[Tensor] | Tensor, max_norm: float, norm_type: float = 2.0
-    ) -> Tensor | None:
-        """Clip the gradients of this step to a global norm, and give the norm before clipping, over all ranks.
-
-        None, without clipping, while gradients are only accumulated: they have no norm yet.
-        """
-        if not self.sync_gradients:
-            return None
-        stepper, items = self._stepper_of(parameters, "clip_grad_norm_")
-        return stepper.clip_norm(items, max_norm, norm_type=norm_type)
-
-    def clip_grad_value_(self, parameters: Iterable[Tensor] | Tensor, clip_value: float) -> None:
-        """Clip each element of this step's gradients to [-clip_value, clip_value]; nothing while accumulating."""
-        if self.sync_gradients:
-            stepper, items = self._stepper_of(parameters, "clip_grad_value_")
-            stepper.clip_value(items, clip_value)
-
-    def unscale_gradients(self, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> None:
-        """Take the loss scale off the gradients of these optimizers (None: of all), for scripts that look at `p.grad`.
-
-        Clipping and steps undo it by themselves. Raises PrepareError for an optimizer that is not prepared.
-        """
-        given = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
-        steppers = [find_sharded_optimizer(item) for item in given]
-        if None in steppers:
-            raise PrepareError("unscale_gradients: this optimizer is not prepared.")
-        for stepper in steppers if given else [entry.stepper for entry in self._optimizers]:
-            if stepper is not None:
-                stepper.unscale()
-
-    @property
-    def optimizer_step_was_skipped(self) -> bool:
-        """Whether the last step of any prepared optimizer was skipped, because fp16 gradients overflowed."""
-        return any(entry.stepper.step_was_skipped for entry in self._optimizers)
-
-    @contextmanager
-    def autocast(self, autocast_handler: AutocastKwargs | None = None) -> Iterator[None]:
-        """Torch's autocast in the run's precision, for computations outside of a prepared model."""
-        handler = autocast_handler or self._autocast
-        dtype = self._precision.compute
-        if dtype is None:
-            yield
-            return
-        with torch.autocast(
-            self.device.type, dtype=dtype, enabled=handler.enabled, cache_enabled=handler.cache_enabled
-        ):
-            yield
+    init_trackers = _over_run(reporting.init_trackers)
+    get_tracker = _over_run(reporting.get_tracker)
+    log = _over_run(reporting.log)
+    profile = _over_run(reporting.profile)
 
     def skip_first_batches(self, dataloader: Any, num_batches: int = 0) -> Any:
         """A loader of the rest of an epoch, in the very same order; see `data.skip_first_batches`."""
         return skip_batches_of(dataloader, num_batches)
 
-    def free_memory(self, *objects: Any) -> list[None]:
-        """Let go of everything prepared: models get whole weights back in place. Gives a None for each argument. Collective.
-
-        Weights have the dtype in which they came; trained ones have the values of their masters, frozen ones those that they
-        computed with. Prepared optimizers are done for: make new ones. Call it before `end_training`.
-        """
-        for prepared in self._models:
-            prepared.release()
-        for known in (self._models, self._optimizers, self._schedulers, self._dataloaders, self._averages):
-            known.clear()
-        self.step = 0
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return [None] * len(objects)
-
-    def clear(self, *objects: Any) -> list[None]:
-        """As `free_memory`."""
-        return self.free_memory(*objects)
-
     def wait_for_everyone(self) -> None:
         """Return once every rank has come here. Raises NonFiniteError if the last step's loss was not finite."""
-        for entry in self._optimizers:
+        for entry in self._run.optimizers:
             entry.stepper.raise_if_bad()
         super().wait_for_everyone()
 
@@ -433,8 +312,8 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
         leaves the others waiting. A disk that takes nothing more is a warning then, for the training is finished.
         """
         _, error = attempt(self.finish_saving)
-        self._release_locks()
-        for tracker in self.trackers:
+        self._run.folder.release()
+        for tracker in self._run.trackers:
             _, broken = attempt(getattr(tracker, "finish", lambda: None))
             if isinstance(broken, OSError):
                 logger.warning("The tracker %s could not be closed: %s.", getattr(tracker, "name", tracker), broken)
@@ -447,12 +326,5 @@ class Accelerator(Preparing, Saving, Checkpointing, Tracking, Metrics):
             raise error or later  # type: ignore[misc]
 
 
-def _listener(accelerator: Accelerator) -> Callable[[], None]:
-    reference = weakref.ref(accelerator)
-
-    def push() -> None:
-        alive = reference()
-        if alive is not None:
-            alive._declare_sync()
-
-    return push
+# What a script reads and sets by name, passed on as it is; see `docs/design/front_end.md` for why these are no properties.
+_IN_RUN = frozenset(Accelerator.__annotations__)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -22,11 +23,12 @@ from ..config.foreign import note_prepared
 from ..config.schema import Config, ZeroConfig
 from ..plan.plan import Plan
 from ..plan.precision import Precision
+from ..plan.units import FoundUnits
 from ..ranks.ranks import Ranks
 from ..tuning.blocks import ReplacedForwards
 from ..tuning.compiling import CompiledBlocks, CompiledLoss, blocks_to_compile
 from ..tuning.lora import FastLora
-from ..tuning.losses import LeanLoss, LogitsLoss
+from ..tuning.losses import LeanLoss, LogitsLoss, check_loss
 from ..tuning.recomputing import RecomputedBlocks, blocks_to_recompute
 from ..weights.integrations import connect
 from ..zero.engine import Kind
@@ -60,32 +62,46 @@ class PreparedModel:
         self.sharded.release()
 
 
-def blocks_in_engine(model: nn.Module, config: Config) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The blocks of a model that is not sharded yet which are to be compiled, and to be recomputed.
+@dataclass(frozen=True)
+class CheckedModel:
+    """A model that the settings of a run can act on, and what was found of it while nothing was changed.
 
-    Raises PrepareError where the settings ask for one of these and the model has none that it can be done to.
+    units: where its weights belong. compiled, recomputed: the blocks that are to be compiled, and to be recomputed.
     """
-    engine = config.engine
-    compiled = blocks_to_compile(model, engine.units) if config.compiling is not None else []
-    recomputed: list[nn.Module] = []
-    if engine.activation_checkpointing != "none":
-        recomputed = blocks_to_recompute(model, engine.activation_checkpointing, engine.units)
-    return compiled, recomputed
+
+    model: nn.Module
+    units: FoundUnits
+    compiled: list[nn.Module]
+    recomputed: list[nn.Module]
+
+    @classmethod
+    def of(cls, model: nn.Module, config: Config) -> CheckedModel:
+        """Look through a model that is not sharded yet, once.
+
+        Raises PrepareError where the settings ask for something that cannot be done to this model.
+        """
+        engine = config.engine
+        units = FoundUnits.of(model, engine.units)
+        compiled = blocks_to_compile(model, units) if config.compiling is not None else []
+        recomputed: list[nn.Module] = []
+        if engine.activation_checkpointing != "none":
+            recomputed = blocks_to_recompute(model, engine.activation_checkpointing, units)
+        if engine.loss_chunk_tokens is not None:
+            check_loss(model)
+        return cls(model, units, compiled, recomputed)
 
 
 def into_engine(
-    model: nn.Module, config: Config, plan: Plan, precision: Precision, ranks: Ranks, *, trains: bool = True
+    checked: CheckedModel, config: Config, plan: Plan, precision: Precision, ranks: Ranks, *, trains: bool = True
 ) -> PreparedModel:
-    """Shard `model` by the settings of the run. Collective.
+    """Shard the model by the settings of the run, which it was checked for. Collective.
 
     trains: False for a model that no optimizer steps; see ShardedModel.
     Raises PrepareError on every rank.
     """
-    engine, zero = config.engine, config.zero
+    model, engine, zero = checked.model, config.engine, config.zero
     parameters = list(model.parameters())
-    # Found before the weights are sharded.
-    blocks, recomputed = blocks_in_engine(model, config)
-    if engine.activation_checkpointing != "none" and not recomputed and ranks.rank == 0:
+    if engine.activation_checkpointing != "none" and not checked.recomputed and ranks.rank == 0:
         logger.warning(
             "activation_checkpointing: this %s recomputes its blocks by itself, which is left as it is.",
             type(model).__name__,
@@ -105,12 +121,13 @@ def into_engine(
             ranks=ranks,
             precision=precision,
             options=engine,
+            found=checked.units,
             nvme_paths=_nvme_paths(zero),
             sources=sources,
             trains=trains,
         )
     connect(model)
-    changes = _changes(model, config, sharded, blocks, recomputed)
+    changes = _changes(checked, config, sharded)
     note_prepared(type(model).__name__)
     return PreparedModel(model, sharded, changes, parameters)
 
@@ -123,11 +140,9 @@ def _nvme_paths(zero: ZeroConfig) -> dict[Kind, str]:
     return {kind: path for kind, path in paths.items() if path is not None}
 
 
-def _changes(
-    model: nn.Module, config: Config, sharded: ShardedModel, blocks: list[nn.Module], recomputed: list[nn.Module]
-) -> list[Change]:
-    """Do to `model` what the settings ask for beside sharding it."""
-    engine = config.engine
+def _changes(checked: CheckedModel, config: Config, sharded: ShardedModel) -> list[Change]:
+    """Do to the model what the settings ask for beside sharding it."""
+    model, blocks, recomputed, engine = checked.model, checked.compiled, checked.recomputed, config.engine
     changes: list[Change] = []
     # Not under a compiler, which sees and fuses the passes, and would make a graph of each replaced layer.
     if engine.fast_lora is True and config.compiling is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -9,8 +10,75 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from ..data.prepare import PreparedLoader
+from ..data.prepare import PreparedLoader, check_data_loader
 from ..errors import OptimizerError, PrepareError
+from ..step.optimizer import find_sharded_optimizer
+from ..zero.sharded import find_sharded
+from .entering import CheckedModel
+from .run import Run
+
+
+def placements_of(run: Run, objects: Sequence[Any], given: Sequence[bool | None] | None) -> list[bool]:
+    """Of each object, whether it is put on the device. given: as the script says; None takes the Accelerator's answer."""
+    flags = [None] * len(objects) if given is None else list(given)
+    if len(flags) != len(objects):
+        raise PrepareError(f"device_placement has {len(flags)} entries for {len(objects)} objects.")
+    placements = [run.device_placement if flag is None else flag for flag in flags]
+    for item, placed in zip(objects, placements, strict=True):
+        if isinstance(item, nn.Module) and not placed:
+            devices = (p.device for p in item.parameters() if not p.is_meta)
+            stray = next((device for device in devices if device.type != run.ranks.device.type), None)
+            if stray is not None:
+                raise PrepareError(
+                    f"device_placement=False, but the model has parameters on {stray}: shards live on the "
+                    f"rank's device, {run.ranks.device}. Move the model there, or leave placement on."
+                )
+    return placements
+
+
+def check_objects(run: Run, objects: Sequence[Any]) -> list[CheckedModel]:
+    """Everything that this rank can know to be wrong by itself; gives what was found of the models, in their order."""
+    for item in objects:
+        check_other(item)
+    models = [item for item in objects if isinstance(item, nn.Module)]
+    checked = []
+    for index, model in enumerate(models):
+        check_model(model)
+        _check_apart(run, model, models[:index])
+        checked.append(CheckedModel.of(model, run.config))
+    known = {id(p) for model in models for p in model.parameters()}
+    known = known.union(*(prepared.ids for prepared in run.models))
+    for optimizer in (item for item in objects if isinstance(item, Optimizer)):
+        if find_sharded_optimizer(optimizer) is None:
+            check_optimizer(optimizer, known, bool(models or run.models))
+    loaders = [item for item in objects if isinstance(item, DataLoader)]
+    for loader in loaders:
+        if not isinstance(loader, PreparedLoader):
+            check_data_loader(loader, run.ranks.world_size, run.dataloader_config)
+    sizes = [size for size in map(batch_size_of, loaders) if size is not None]
+    if sizes:
+        micro = min(sizes) // (run.ranks.world_size if run.dataloader_config.split_batches else 1)
+        run.config.check_batch_sizes(micro, run.ranks.world_size)
+    return checked
+
+
+def _check_apart(run: Run, model: nn.Module, others: Sequence[nn.Module]) -> None:
+    """Raise PrepareError for a model that is prepared, or shares weights with one that is or with `others` of this call."""
+    if any(model is other for other in others):
+        raise PrepareError(f"the same {type(model).__name__} is given to `prepare` twice. Give it once.")
+    if find_sharded(model) is not None:
+        raise PrepareError(
+            f"this {type(model).__name__} is prepared already. A prepared model stays the same object: "
+            "use it as it is, or call free_memory() before preparing it anew."
+        )
+    shared = {id(p) for other in others for p in other.parameters()}
+    shared = shared.union(*(prepared.ids for prepared in run.models))
+    name = next((name for name, p in model.named_parameters() if id(p) in shared), None)
+    if name is not None:
+        raise PrepareError(
+            f"{name} of this {type(model).__name__} also belongs to another prepared model. Prepare "
+            "the one that contains both."
+        )
 
 
 def check_model(model: nn.Module) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from ..building.loading import build_without_memory
 from ..config.agreement import SAME_EVERYWHERE, disagreement, settings_of
 from ..config.check import from_environment, merged
 from ..config.environment import RankEnvironment, torch_debug
@@ -28,7 +30,9 @@ from ..run.plugins import (
     GradScalerKwargs,
     InitProcessGroupKwargs,
     ProfileKwargs,
+    ProjectConfiguration,
 )
+from ..run.tracking import check_trackers
 
 logger = logging.getLogger("shardwise")
 
@@ -60,7 +64,7 @@ class Settings:
     """What an Accelerator works by: its arguments over the launcher's configuration, checked.
 
     steps:   micro-batches per optimizer step. accumulation: the rest about them.
-    loading: how data loaders are prepared.
+    loading: how data loaders are prepared. project: where checkpoints and logs go. log_with: names of trackers, and trackers.
     """
 
     config: Config
@@ -72,6 +76,8 @@ class Settings:
     scaler: LossScaler
     plan: Plan
     loading: DataLoaderConfiguration
+    project: ProjectConfiguration
+    log_with: list[Any]
     rng_types: list[str]
     device_placement: bool
     step_scheduler_with_optimizer: bool
@@ -120,11 +126,14 @@ def resolve(
     accumulation: GradientAccumulationPlugin | None,
     kwargs_handlers: Sequence[Any] | None,
     loading: DataLoaderConfiguration,
+    project: ProjectConfiguration,
+    log_with: Any,
     rng_types: Sequence[str] | None,
     device_placement: bool,
     step_scheduler_with_optimizer: bool,
 ) -> Settings:
     """The settings in force. The arguments are the Accelerator's. Raises ConfigError."""
+    trackers = check_trackers(log_with, project.logging_dir)
     handlers = handlers_by_type(kwargs_handlers)
     config, steps = _configured(mixed_precision, cpu, plugins, steps, accumulation)
     config = merged(config, dynamo_backend=getattr(dynamo_backend, "value", dynamo_backend))
@@ -149,6 +158,8 @@ def resolve(
             offload_param=zero.offload_param_device,
         ),
         loading=loading,
+        project=project,
+        log_with=trackers,
         rng_types=types,
         device_placement=device_placement,
         step_scheduler_with_optimizer=step_scheduler_with_optimizer,
@@ -178,6 +189,31 @@ def join_with(checked: Callable[[], Settings]) -> tuple[Ranks, Settings]:
         raise ConfigError(disagreement("{ranks} have different settings", differing, SAME_EVERYWHERE))
     assert settings is not None
     return ranks, settings
+
+
+def act_on_process(settings: Settings) -> None:
+    """Do what settings change in this process as a whole: threads, how models are built from here on, steps of accumulation."""
+    engine, zero = settings.config.engine, settings.config.zero
+    if engine.threads_per_rank is not None:
+        torch.set_num_threads(engine.threads_per_rank)
+    build_without_memory(zero.zero3_init_flag and zero.zero_stage == 3)
+    settings.accumulation.num_steps = settings.steps
+
+
+def project_of(given: ProjectConfiguration | None, folder: str | os.PathLike[str] | None) -> ProjectConfiguration:
+    """Where checkpoints and logs go. folder: the project_dir that the script names beside `given`, which holds."""
+    project = given or ProjectConfiguration(project_dir=folder)
+    if folder is not None and project.project_dir is None:
+        project.set_directories(folder)
+    return project
+
+
+def loading_of(given: DataLoaderConfiguration | None, split_batches: bool | None) -> DataLoaderConfiguration:
+    """How loaders are prepared. split_batches: overrules `given` where the script says it."""
+    loading = given or DataLoaderConfiguration()
+    if split_batches is not None:
+        loading.split_batches = split_batches
+    return loading
 
 
 def refuse_others(**arguments: Any) -> None:

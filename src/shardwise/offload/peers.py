@@ -52,7 +52,7 @@ class PeerMemory:
     @classmethod
     def open(cls, ranks: Ranks, lanes: Lanes, gather_with: GatherWith) -> PeerMemory | None:
         """None where NCCL shall gather, or must: then PrepareError for "copy_engine". Collective."""
-        if gather_with == "nccl" or ranks.world_size == 1:
+        if gather_with == "nccl" or ranks.shards.size == 1:
             return None
         reason = _why_not(ranks)
         if reason is None:
@@ -77,9 +77,9 @@ class PeerMemory:
         """
         if numel * dtype.itemsize < MIN_SHARD_NBYTES:
             return None
-        shared = self.ranks.map_shared(numel, dtype)
+        shared = self.ranks.shards.map_shared(numel, dtype)
         self.changing |= changes
-        slab = Slab(store, Tier.GPU, numel, dtype, shared[self.ranks.rank])
+        slab = Slab(store, Tier.GPU, numel, dtype, shared[self.ranks.shards.rank])
         slab.peers = shared
         return slab
 
@@ -97,7 +97,7 @@ class PeerMemory:
 
     def _fence(self) -> None:
         with self.lanes.gather.on():
-            self.ranks.fence()
+            self.ranks.shards.fence()
 
     def meet(self) -> None:
         """Return when no rank's device has anything left to do. Collective."""
@@ -109,7 +109,7 @@ def _why_not(ranks: Ranks) -> str | None:
     """What stands against peer copies, known without a trial; the same on every rank. Collective."""
     if ranks.device.type != "cuda":
         return "the ranks run on CPUs"
-    if ranks.world_size != ranks.local_world_size:
+    if ranks.shards.size > ranks.local_world_size:
         return "the ranks are on several machines"
     blind = torch.cuda.device_count() < ranks.local_world_size
     if any(ranks.any_of([blind])):
@@ -127,9 +127,10 @@ def _trial(ranks: Ranks) -> str | None:
     """Share a little memory and read all of it; gives what went wrong on this rank."""
     failed: str | None = None
     shared: Sequence[Tensor] = ()
+    shards = ranks.shards
     try:
-        shared = ranks.map_shared(MIN_SHARD_NBYTES, torch.uint8)
-        shared[ranks.rank].fill_(1 + ranks.rank % 200)
+        shared = shards.map_shared(MIN_SHARD_NBYTES, torch.uint8)
+        shared[shards.rank].fill_(1 + shards.rank % 200)
         torch.cuda.synchronize(ranks.device)
     except Exception as error:  # whatever torch or the driver says: NCCL can always gather
         failed = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

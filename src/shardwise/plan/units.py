@@ -13,10 +13,12 @@ embeddings) forms a unit with all of those modules as its entries; one that the 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 from torch import nn
 from torch.nn import Parameter
@@ -43,15 +45,58 @@ class UnitSpec:
     in_turn: bool = False
 
 
-def find_units(model: nn.Module, names: Sequence[str] | None = None, *, unit_nbytes: int = 0) -> list[UnitSpec]:
+@dataclass(frozen=True)
+class FoundUnits:
+    """Where the parameters of one model belong, before neighbouring blocks share a unit: looked for once, used by whoever asks.
+
+    specs:  the units, root first; nobody changes them.
+    blocks: the outermost blocks, with their paths.
+    named:  whether the user has named the blocks, which then stay apart.
+    """
+
+    specs: tuple[UnitSpec, ...]
+    blocks: dict[nn.Module, str]
+    named: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, names: Sequence[str] | None = None) -> FoundUnits:
+        """Look through the model. The arguments and errors are those of `find_units`."""
+        blocks = _blocks(model, names)
+        return cls(tuple(_specs(model, blocks)), blocks, names is not None)
+
+    @cached_property
+    def repeated(self) -> list[nn.Module]:
+        """Modules of a class that repeats, each a unit of its own, in the model's order."""
+        alone = [spec.entries[0] for spec in self.specs if spec.name != ROOT and len(spec.entries) == 1]
+        often = Counter(type(module) for module in alone)
+        return [module for module in alone if often[type(module)] > 1]
+
+    def within(self, unit_nbytes: int) -> list[UnitSpec]:
+        """The units, of which neighbouring blocks that were found share one of at most `unit_nbytes`."""
+        if self.named or unit_nbytes == 0:
+            return list(self.specs)
+        return _grouped(self.specs, self.blocks, unit_nbytes)
+
+
+def find_units(
+    model: nn.Module,
+    names: Sequence[str] | FoundUnits | None = None,
+    *,
+    unit_nbytes: int = 0,
+) -> list[UnitSpec]:
     """Group the model's parameters into units; every parameter with elements is in exactly one.
 
-    names:       block classes (`LlamaDecoderLayer`) or module paths with wildcards (`model.layers.*`); None finds them.
+    names:       block classes (`LlamaDecoderLayer`) or module paths with wildcards (`model.layers.*`); None finds them;
+                 or what was found of this model before.
     unit_nbytes: neighbouring blocks that were found, not named, share a unit of at most this many bytes.
     Returns the units in the order in which the model defines them, root first.
     Raises PrepareError if a name matches no module.
     """
-    blocks = _blocks(model, names)
+    found = names if isinstance(names, FoundUnits) else FoundUnits.of(model, names)
+    return found.within(unit_nbytes)
+
+
+def _specs(model: nn.Module, blocks: dict[nn.Module, str]) -> list[UnitSpec]:
     spine = _spine(model, blocks)
     homes: dict[nn.Module, str] = dict(blocks)
     for path, module in model.named_modules():
@@ -77,7 +122,7 @@ def find_units(model: nn.Module, names: Sequence[str] | None = None, *, unit_nby
     order = {id(module): index for index, module in enumerate(model.modules())}
     found = [unit for unit in units.values() if unit.parameters]
     found.sort(key=lambda unit: -1 if unit.name == ROOT else min(order[id(entry)] for entry in unit.entries))
-    return found if names is not None or unit_nbytes == 0 else _grouped(found, blocks, unit_nbytes)
+    return found
 
 
 def _grouped(units: Sequence[UnitSpec], blocks: dict[nn.Module, str], unit_nbytes: int) -> list[UnitSpec]:
@@ -94,9 +139,12 @@ def _grouped(units: Sequence[UnitSpec], blocks: dict[nn.Module, str], unit_nbyte
             and unit.entries[0] in blocks
             and type(unit.entries[0]) is type(previous.entries[-1])
         ):
-            previous.entries += unit.entries
-            previous.parameters.update(unit.parameters)
-            previous.in_turn = True
+            grouped[-1] = UnitSpec(
+                previous.name,
+                [*previous.entries, *unit.entries],
+                {**previous.parameters, **unit.parameters},
+                in_turn=True,
+            )
             room -= nbytes
         else:
             grouped.append(unit)

@@ -1,5 +1,5 @@
-"""Making the process groups of a run, once the ranks have met: see `meeting.py`. With `collectives.py` the only caller of
-torch.distributed."""
+"""Making the process groups of a run, once the ranks have met: see `meeting.py`. With its neighbours that `ranks.py`
+names the only caller of torch.distributed."""
 
 from __future__ import annotations
 

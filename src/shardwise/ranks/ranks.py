@@ -1,10 +1,12 @@
-"""The ranks of a run and what they do together. `joining.py`, `leaving.py`, `symmetric.py` beside it call torch.distributed.
+"""The ranks of a run and what they do together. Beside it `group.py`, `joining.py`, `leaving.py`, `symmetric.py` call
+torch.distributed.
 
-There are three groups. The data group moves tensors on the device (NCCL on CUDA, gloo on CPU). The reduce group does the
-same for gradients alone: a communicator needs its operations in the same order on every rank, and ranks that take
-different branches reach gathers and reductions in different interleavings, though each kind in the same order. The control
-group is always gloo and moves small facts between host processes: which error a rank met, an object, a barrier, which
-unit is needed next. It never waits behind a gather, and agreement works while a GPU is busy.
+    shards, copies   which ranks divide a model's buffers, and which hold the same part: values, see `group.py`
+    all ranks        the processes of the run, whatever they hold: `rank` of `world_size`
+
+Tensors move on the device (NCCL on CUDA, gloo on CPU), gradients over a communicator of their own. The control group is
+always gloo and moves small facts between host processes: which error a rank met, an object, a barrier, which unit is needed
+next. It never waits behind a gather, and agreement works while a GPU is busy.
 
 With one rank no process group is made and every collective is a copy or nothing: the callers need no second path.
 """
@@ -12,66 +14,30 @@ With one rank no process group is made and every collective is a copy or nothing
 from __future__ import annotations
 
 import copy
-import functools
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, ParamSpec, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..config.agreement import Difference, disagreement
-from ..errors import ConfigError, LayoutError, RankError
-from . import assembling, leaving, symmetric
+from ..errors import ConfigError
+from . import assembling, leaving
 from .agreeing import attempt, attempt_or_interrupt, compared, raise_first, words_of
+from .group import Group, ReduceOp
 from .joining import Joined, join_groups
+from .waiting import Attendance, waiting
 from .words import Words, exchanged
 
 __all__ = ["Ranks", "ReduceOp", "attempt", "attempt_or_interrupt"]
 
-ReduceOp = Literal["sum", "mean", "max", "min"]
-_OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.AVG, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 T = TypeVar("T")
-P = ParamSpec("P")
 
-# torch 2.13 renamed both and warns on the old names; torch 2.9 to 2.12 have only the old ones.
+# torch 2.13 renamed it and warns on the old name; torch 2.9 to 2.12 have only the old one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-# What gloo and the store say when another rank is not there.
-_MISSING = re.compile(r"timed? ?out|connection|pair closure|broken pipe|socket", re.IGNORECASE)
-
-
-def _waiting(collective: Callable[P, T]) -> Callable[P, T]:
-    """A collective that says in a sentence, RankError, that another rank did not come; and at once from then on.
-
-    Of NCCL's, which only enqueue, torch's watchdog tells.
-    """
-
-    @functools.wraps(collective)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        ranks: Ranks = args[0]  # type: ignore[assignment]
-        if ranks.lost is not None:
-            raise RankError(ranks.lost)
-        try:
-            return collective(*args, **kwargs)
-        except RankError:
-            raise
-        except RuntimeError as error:
-            if _MISSING.search(str(error)) is None:
-                raise
-            ranks.lost = (
-                f"rank {ranks.rank} waited for the other ranks in {collective.__name__}, and at least one did not come: it "
-                f"was interrupted, has ended, or does something else. ({' '.join(str(error).split())[:200]}) Nothing that "
-                "needs all ranks works any more: end this one too, and resume from a checkpoint."
-            )
-            raise RankError(ranks.lost) from error
-
-    return call
 
 
 def _store() -> Any:
@@ -82,12 +48,15 @@ def _store() -> Any:
 class Ranks:
     """This process, its device, and the collectives over all processes of the run.
 
-    rank, world_size:             over all machines.
+    rank, world_size:             the processes of the run, over all machines; not how a buffer is divided.
+    shards:                       the ranks that hold one copy of a model together: all of them.
+    copies:                       the ranks that hold the same shards as this one: itself alone.
     local_rank, local_world_size: on this machine.
     device:                       cuda:local_rank or cpu.
     words:                        what a rank leaves for others without waiting for them.
-    lost:                         what a collective said that another rank did not come to; None while all are there.
-    counts:                       how often each collective ran on this rank, by name; tests hold it against the design.
+    attendance:                   whether the other ranks are there.
+    counts:                       how often each collective ran on this rank, by name; tests hold it against the design. What
+                                  goes over copies, these count themselves.
     """
 
     def __init__(self, joined: Joined) -> None:
@@ -99,15 +68,21 @@ class Ranks:
         self.counts: Counter[str] = Counter()
         self._owns_group = joined.owned
         self._timeout = joined.timeout
-        self._data, self._control = joined.data, joined.control
-        self._reduce = None if joined.data is None else dist.group.WORLD
+        self._control = joined.control
         self._told: dist.Work | None = None  # a vote whose outcome this rank knew
         self._is_aside = False
         self._asides: list[Ranks] = []
-        self.lost: str | None = None
+        self.attendance = Attendance(joined.rank)
+        self._everyone = self._all_of(joined)
+        self.shards = self._everyone
+        self.copies = Group.alone(joined.device, self.attendance)
         self.words = Words(joined.rank, _store if joined.world_size > 1 else None, joined.timeout)
         if self.world_size > 1:
             leaving.remember(self, made_world=joined.owned)
+
+    def _all_of(self, joined: Joined) -> Group:
+        place = (joined.rank, joined.world_size, joined.device, self.attendance, self.counts)
+        return Group(*place, joined.data, None if joined.data is None else dist.group.WORLD)
 
     @classmethod
     def join(cls, *, use_cpu: bool = False, timeout_s: float = 600.0, problem: Exception | None = None) -> Ranks:
@@ -132,14 +107,20 @@ class Ranks:
     @property
     def parted(self) -> bool:
         """Whether this process has left the run: nothing that needs the other ranks works any more."""
-        return self.world_size > 1 and self._data is None
+        return self._everyone.parted
+
+    @property
+    def lost(self) -> str | None:
+        """What a collective said that another rank did not come to; None while all are there."""
+        return self.attendance.lost
 
     def let_go(self) -> tuple[list[dist.ProcessGroup], dist.Work | None]:
         """Forget the process groups, those aside too; gives them, and a vote under way in the last. For `leaving` alone."""
         groups = [group for other in self._asides for group in other.let_go()[0]]
-        groups += [group for group in (self._data, self._reduce, self._control) if group is not None]
+        groups += [group for held in (self._everyone, self.shards, self.copies) for group in held.let_go()]
+        groups += [self._control] if self._control is not None else []
         told = self._told
-        self._data = self._reduce = self._control = self._told = None
+        self._control = self._told = None
         return groups, told
 
     def aside(self) -> Ranks:
@@ -151,8 +132,12 @@ class Ranks:
         other.counts = Counter()
         other._owns_group = False
         other._is_aside = True
-        other._data = other._reduce = other._told = None
+        other._told = None
         other._asides = []
+        other.attendance = copy.copy(self.attendance)
+        other._everyone, other.shards, other.copies = (
+            group.aside(other.attendance, other.counts) for group in (self._everyone, self.shards, self.copies)
+        )
         self._asides.append(other)
         if self._control is not None:
             other._control = dist.new_group(backend="gloo", timeout=self._timeout)
@@ -166,102 +151,21 @@ class Ranks:
     @property
     def blocking(self) -> bool:
         """Whether a collective holds the host until every rank has come: gloo does, NCCL holds only its stream."""
-        return self.world_size > 1 and self.device.type == "cpu"
+        return self._everyone.blocking
 
-    # Tensors, on the device, over the data group. Each runs on the current stream; the caller orders streams.
+    # Tensors, on the device, over all processes of the run; what shards and copies do, their groups have.
 
-    @_waiting
-    def all_gather(self, whole: Tensor, shard: Tensor) -> None:
-        """Concatenate every rank's `shard` into `whole`, in rank order.
+    def all_gather(self, whole: Tensor, part: Tensor) -> None:
+        """`Group.all_gather` over all ranks."""
+        self._everyone.all_gather(whole, part)
 
-        whole: (world_size * n,); shard: (n,), same dtype; may be this rank's slice of `whole`.
-        Raises LayoutError if the sizes do not fit.
-        """
-        if whole.numel() != self.world_size * shard.numel():
-            raise LayoutError(
-                f"all_gather: whole has {whole.numel()} elements, which is not {self.world_size} ranks "
-                f"times the shard's {shard.numel()}."
-            )
-        self.counts["all_gather"] += 1
-        if self._data is None:
-            if whole.data_ptr() != shard.data_ptr():
-                whole.copy_(shard)
-            return
-        _all_gather(whole, shard, group=self._data)
-
-    @_waiting
-    def all_gather_together(self, wholes: Sequence[Tensor], shards: Sequence[Tensor]) -> None:
-        """`all_gather` of several buffers, of any dtypes, as one collective: NCCL runs them in one kernel.
-
-        gloo has no such call that works for mixed dtypes and sends them one after another.
-        """
-        if len(wholes) == 1 or self._data is None or self.blocking:
-            for whole, shard in zip(wholes, shards, strict=True):
-                self.all_gather(whole, shard)
-            self.counts["all_gather"] -= len(wholes) - 1
-            return
-        self.counts["all_gather"] += 1
-        self._data._start_coalescing(self.device)
-        for whole, shard in zip(wholes, shards, strict=True):
-            _all_gather(whole, shard, group=self._data, async_op=True)
-        self._data._end_coalescing(self.device).wait()
-
-    @_waiting
-    def reduce_scatter(self, partial: Tensor, out: Tensor) -> None:
-        """Average `partial` over the ranks, leaving this rank's slice in `out`.
-
-        partial: (world_size * n,), this rank's own gradients; scratch afterwards.
-        out:     (n,), same dtype; may be this rank's slice of `partial`.
-        Source: ZeRO (arXiv 1910.02054), section 5. Raises LayoutError if the sizes do not fit.
-        """
-        if partial.numel() != self.world_size * out.numel():
-            raise LayoutError(
-                f"reduce_scatter: partial has {partial.numel()} elements, which is not {self.world_size} "
-                f"ranks times the output's {out.numel()}."
-            )
-        self.counts["reduce_scatter"] += 1
-        if self._data is None:
-            if partial.data_ptr() != out.data_ptr():
-                out.copy_(partial)
-            return
-        _reduce_scatter(out, partial, op=dist.ReduceOp.AVG, group=self._reduce)
-
-    @_waiting
-    def fence(self) -> None:
-        """Hold the current stream until every rank's has come to its own call. Over the data group."""
-        self.counts["fence"] += 1
-        if self._data is not None:
-            dist.all_reduce(torch.zeros(1, device=self.device), group=self._data)
-
-    def map_shared(self, numel: int, dtype: torch.dtype) -> list[Tensor]:
-        """(numel,) zeros in the memory of every rank's device, all mapped into this process, in rank order. Collective.
-
-        Needs ranks of one machine whose devices reach each other; raises what torch raises where they do not.
-        """
-        assert self._data is not None
-        return symmetric.map_shared(self._data, self.device, numel, dtype)
-
-    @_waiting
-    def all_reduce_gradient(self, gradient: Tensor) -> None:
-        """Average a whole gradient over the ranks, in place: what reduce_scatter is for a plan that keeps it whole."""
-        self.counts["all_reduce_gradient"] += 1
-        if self._reduce is not None:
-            dist.all_reduce(gradient, op=dist.ReduceOp.AVG, group=self._reduce)
-
-    @_waiting
     def all_reduce(self, tensor: Tensor, op: ReduceOp = "sum") -> None:
-        """Combine `tensor` over the ranks, in place, on every rank."""
-        self.counts["all_reduce"] += 1
-        if self._data is None:
-            return
-        dist.all_reduce(tensor, op=_OPS[op], group=self._data)
+        """`Group.all_reduce` over all ranks."""
+        self._everyone.all_reduce(tensor, op)
 
-    @_waiting
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
-        """Overwrite `tensor`, which is contiguous, with rank `source`'s on every rank. As bytes: backends lack some dtypes."""
-        self.counts["broadcast"] += 1
-        if self._data is not None and tensor.numel():
-            dist.broadcast(tensor.detach().view(-1).view(torch.uint8), src=source, group=self._data)
+        """`Group.broadcast` over all ranks."""
+        self._everyone.broadcast(tensor, source)
 
     # Facts, between host processes, over the control group.
 
@@ -271,7 +175,7 @@ class Ranks:
             exchanged()
         return self._control
 
-    @_waiting
+    @waiting
     def barrier(self) -> None:
         """Return once every rank has called it."""
         if (control := self._exchange()) is not None:
@@ -289,7 +193,7 @@ class Ranks:
             place = (_store(), self.rank, self.world_size)
             assembling.assemble(*place, call, where, self._timeout, say_after_s=say_after_s)
 
-    @_waiting
+    @waiting
     def gather_numbers(self, number: int) -> list[int]:
         """Every rank's whole number, in rank order. About 0.1 ms between processes of one machine."""
         self.counts["gather_numbers"] += 1
@@ -299,7 +203,7 @@ class Ranks:
         _all_gather(numbers, torch.tensor([number]), group=control)
         return [int(n) for n in numbers]
 
-    @_waiting
+    @waiting
     def any_of(self, flags: list[bool]) -> list[bool]:
         """Element by element, whether the flag is set on any rank. Every rank passes as many flags.
 
@@ -319,7 +223,7 @@ class Ranks:
         sent.wait()
         return [bool(v) for v in votes.tolist()]
 
-    @_waiting
+    @waiting
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's `value`, in rank order, on every rank. The values are pickled."""
         if (control := self._exchange()) is None:
@@ -328,7 +232,7 @@ class Ranks:
         dist.all_gather_object(values, value, group=control)
         return values
 
-    @_waiting
+    @waiting
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
         """Rank `source`'s `value`, on every rank."""
         if (control := self._exchange()) is None:

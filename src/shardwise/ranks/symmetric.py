@@ -12,7 +12,7 @@ from ..config.environment import without_multicast
 
 
 def map_shared(group: dist.ProcessGroup, device: torch.device, numel: int, dtype: torch.dtype) -> list[Tensor]:
-    """See `Ranks.map_shared`. Collective over `group`."""
+    """See `Group.map_shared`. Collective over `group`."""
     import torch.distributed._symmetric_memory as symmetric
 
     without_multicast()

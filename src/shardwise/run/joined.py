@@ -22,7 +22,7 @@ class AcceleratorSettings(Protocol):
     def deepspeed_plugin(self) -> Any: ...
 
 
-class Run:
+class Joined:
     """What this process has joined. Class attributes, because there is one run per process."""
 
     ranks: Ranks | None = None
@@ -36,9 +36,9 @@ def join_run(*, use_cpu: bool | None = None, timeout_s: float | None = None) -> 
     timeout_s: how long a collective may wait, in seconds; None takes the configuration's.
     Raises ConfigError if the run was already joined on a GPU and `use_cpu` is asked for now, and what `Ranks.join` raises.
     """
-    if Run.ranks is not None:
-        check_device(Run.ranks, use_cpu)
-        return Run.ranks
+    if Joined.ranks is not None:
+        check_device(Joined.ranks, use_cpu)
+        return Joined.ranks
     config, problem = attempt(from_environment)
     ranks = join_first(config or Config(), use_cpu=use_cpu, timeout_s=timeout_s, problem=problem)
     if problem is not None:
@@ -50,13 +50,13 @@ def join_first(
     config: Config, *, use_cpu: bool | None = None, timeout_s: float | None = None, problem: Exception | None = None
 ) -> Ranks:
     """The ranks of the run; joins it, by these settings, if this process has not. problem: see `Ranks.join`."""
-    if Run.ranks is None:
-        Run.ranks = Ranks.join(
+    if Joined.ranks is None:
+        Joined.ranks = Ranks.join(
             use_cpu=config.use_cpu if use_cpu is None else use_cpu,
             timeout_s=config.engine.collective_timeout_s if timeout_s is None else timeout_s,
             problem=problem,
         )
-    return Run.ranks
+    return Joined.ranks
 
 
 def check_device(ranks: Ranks, use_cpu: bool | None) -> None:
@@ -70,18 +70,18 @@ def check_device(ranks: Ranks, use_cpu: bool | None) -> None:
 
 def leave_run() -> None:
     """Leave the run: after this the process may join another one."""
-    if Run.ranks is not None:
-        Run.ranks.leave()
+    if Joined.ranks is not None:
+        Joined.ranks.leave()
     forget_run()
 
 
 def forget_run() -> None:
     """Drop the views of the run without taking the process group down; for whoever owns the group."""
-    Run.ranks = None
-    Run.accelerator = None
+    Joined.ranks = None
+    Joined.accelerator = None
     GradientState._reset_state()
 
 
 def remember_accelerator(accelerator: AcceleratorSettings) -> None:
     """Make `accelerator` the one that AcceleratorState speaks of."""
-    Run.accelerator = weakref.ref(accelerator)
+    Joined.accelerator = weakref.ref(accelerator)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, DataError
 from ..ranks import batches
-from .joined import AcceleratorSettings, Run, forget_run, join_run, leave_run
+from .joined import AcceleratorSettings, Joined, forget_run, join_run, leave_run
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -73,7 +73,7 @@ class PartialState:
 
     @property
     def initialized(self) -> bool:
-        return Run.ranks is not None
+        return Joined.ranks is not None
 
     @property
     def num_processes(self) -> int:
@@ -250,8 +250,8 @@ class AcceleratorState(PartialState):
     @property
     def _accelerator(self) -> AcceleratorSettings:
         accelerator = self._given
-        if accelerator is None and Run.accelerator is not None:
-            accelerator = Run.accelerator()
+        if accelerator is None and Joined.accelerator is not None:
+            accelerator = Joined.accelerator()
         if accelerator is None:
             raise ConfigError("AcceleratorState: no Accelerator has been made in this process yet.")
         return accelerator

@@ -1,4 +1,4 @@
-"""Trackers, where `Accelerator.log` sends numbers on the main process, and profiles, which every rank takes.
+"""Trackers, where `Accelerator.log` sends numbers on the main process: `front/reporting.py` drives them.
 
 A tracker is any object with `log(values, step=None, **kwargs)`; `store_init_configuration(config)` and `finish()` are
 called if it has them, and `name` names it. `GeneralTracker` is a base class for one's own. "tensorboard" is the one
@@ -9,16 +9,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import ConfigError
-from .plugins import ProfileKwargs, ProjectConfiguration
-from .process import PartialState
 
 
 class GeneralTracker:
@@ -111,62 +106,7 @@ def check_trackers(log_with: Any, logging_dir: str | os.PathLike[str] | None) ->
     return found
 
 
-class Tracking(PartialState):
-    """The reporting verbs of an Accelerator."""
-
-    project_configuration: ProjectConfiguration
-    trackers: list[Any]
-    _log_with: list[Any]
-    _profile: ProfileKwargs
-
-    def init_trackers(
-        self, project_name: str, config: dict[str, Any] | None = None, init_kwargs: dict[str, Any] | None = None
-    ) -> None:
-        """Start the trackers of `log_with`, on the main process. init_kwargs: keywords per tracker name."""
-        if not self.is_main_process:
-            return
-        for item in self._log_with:
-            tracker = item
-            if isinstance(item, str):
-                assert self.project_configuration.logging_dir is not None
-                tracker = TensorBoardTracker(
-                    project_name, Path(self.project_configuration.logging_dir), **(init_kwargs or {}).get(item, {})
-                )
-            elif callable(getattr(item, "start", None)):
-                item.start()
-            if config is not None and callable(getattr(tracker, "store_init_configuration", None)):
-                tracker.store_init_configuration(config)
-            self.trackers.append(tracker)
-
-    def get_tracker(self, name: str, unwrap: bool = False) -> Any:
-        """The tracker of this name on the main process; an inert GeneralTracker elsewhere. Raises ConfigError."""
-        for tracker in self.trackers:
-            if getattr(tracker, "name", type(tracker).__name__) == name:
-                return getattr(tracker, "tracker", tracker) if unwrap else tracker
-        if not self.is_main_process:
-            return _Inert()
-        known = [getattr(tracker, "name", type(tracker).__name__) for tracker in self.trackers]
-        raise ConfigError(f"get_tracker: no tracker named {name!r}; started are {known}.")
-
-    def log(
-        self, values: dict[str, Any], step: int | None = None, log_kwargs: dict[str, dict[str, Any]] | None = None
-    ) -> None:
-        """Give `values` to every tracker, on the main process. log_kwargs: keywords per tracker name."""
-        for tracker in self.trackers:
-            name = getattr(tracker, "name", type(tracker).__name__)
-            tracker.log(values, step=step, **(log_kwargs or {}).get(name, {}))
-
-    @contextmanager
-    def profile(self, profile_handler: ProfileKwargs | None = None) -> Iterator[torch.profiler.profile]:
-        """Profile the block on this rank; see ProfileKwargs."""
-        handler = profile_handler or self._profile
-        with handler.build(self.process_index) as profiler:
-            yield profiler
-        if handler.output_trace_dir is not None and handler.schedule_option is None:
-            handler.writer(self.process_index)(profiler)
-
-
-class _Inert:
+class InertTracker:
     """Stands in for a tracker on ranks that have none: every call does nothing."""
 
     def __getattr__(self, name: str) -> Any:

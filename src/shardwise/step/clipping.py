@@ -1,8 +1,7 @@
 """Norms over gradient shards, and the one factor by which a step scales them.
 
-Every element of the gradient lies on exactly one rank (or, with whole gradients, on every rank alike), so a global norm is
-a local sum of powers and one all_reduce of a few numbers. The factor that clips is not a pass over the gradients: it goes
-to the optimizer together with the loss scale.
+A global norm is a local sum of powers and one all_reduce of a few numbers: see `zero/norms.py`. The factor that clips is not a
+pass over the gradients: it goes to the optimizer together with the loss scale.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ranks.ranks import Ranks
+from ..zero.norms import over_shards
 
 
 def global_norm(
@@ -30,13 +30,9 @@ def global_norm(
     if math.isinf(norm_type):
         parts = [shard.abs().max().to(ranks.device, dtype) for shard in shards if shard.numel()]
         largest = torch.stack(parts).max() if parts else torch.zeros((), dtype=dtype, device=ranks.device)
-        if sharded:
-            ranks.all_reduce(largest, "max")
-        return largest
+        return over_shards(largest, norm_type, ranks, sharded=sharded)
     total = power_sum(shards, norm_type, ranks.device, dtype)
-    if sharded:
-        ranks.all_reduce(total, "sum")
-    return total ** (1.0 / norm_type)
+    return over_shards(total, norm_type, ranks, sharded=sharded) ** (1.0 / norm_type)
 
 
 def power_sum(shards: Sequence[Tensor], norm_type: float, device: torch.device, dtype: torch.dtype) -> Tensor:

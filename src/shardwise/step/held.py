@@ -15,6 +15,7 @@ from torch import Tensor
 from ..plan.plan import Tier
 from ..plan.precision import LossScaler
 from ..ranks.ranks import Ranks
+from ..zero.norms import over_shards
 from ..zero.sharded import ShardedModel
 from ..zero.sums import squared_norm
 from ..zero.trained import Trained
@@ -113,10 +114,7 @@ class HeldGradients:
         sharded = self.models[0].plan.optimizer.sharded
         earlier, scale = self.outstanding()
         if norm_type == 2 and self.groups.is_all(parameters):
-            total = self.square()
-            if sharded:
-                self.ranks.all_reduce(total, "sum")
-            norm = total.sqrt() / scale
+            norm = over_shards(self.square(), 2.0, self.ranks, sharded=sharded).sqrt() / scale
         else:
             self.wait_for_host()
             held, dtype = self._gradients(shards), self.groups.norm_dtype

@@ -98,7 +98,7 @@ def trained(model: ShardedModel, rests: Callable[[Trained], Slab] | None = None)
     for unit in model.units:
         own = unit.trained
         if own is not None:
-            copied = not unit.plan.optimizer.sharded and model.ranks.world_size > 1
+            copied = not unit.plan.optimizer.sharded and model.ranks.shards.size > 1
             for piece in own.region.pieces:
                 slot = own.buffer.layout.slots[piece.slot]
                 slab = own.master if rests is None else rests(own)
@@ -111,7 +111,7 @@ def frozen(model: ShardedModel) -> list[Interval]:
     """The frozen weights on this rank. They rest as bytes; the intervals are counted in elements of their own dtype."""
     found = []
     for buffer in (unit.frozen for unit in model.units if unit.frozen is not None):
-        copied = not buffer.placement.sharded and model.ranks.world_size > 1
+        copied = not buffer.placement.sharded and model.ranks.shards.size > 1
         for piece in buffer.layout.pieces(buffer.rank):
             slot, member = buffer.layout.slots[piece.slot], buffer.members[piece.slot]
             size = member.dtype.itemsize

@@ -30,6 +30,7 @@ from ..plan.blueprint import Role
 from ..plan.plan import Tier
 from ..plan.precision import LossScaler
 from ..ranks.ranks import Ranks
+from ..zero.norms import addend
 from ..zero.sharded import ShardedModel
 from .applying import Applying
 from .averaging import refuse_swapped
@@ -118,7 +119,7 @@ class ShardedOptimizer:
             )
         out_of_place = any(not model.plan.optimizer.tier.in_place for model in models)
         handling = Handling(
-            parted=self.ranks.world_size > 1 and any(model.plan.optimizer.sharded for model in models),
+            parted=self.ranks.shards.size > 1 and any(model.plan.optimizer.sharded for model in models),
             visits=out_of_place or any(not g.in_place for model in models for g in model.trained()),
             ranks=self.ranks.world_size,
         )
@@ -346,8 +347,7 @@ class ShardedOptimizer:
         facts = torch.zeros(1 + self._verdicts.numel, dtype=self.groups.norm_dtype, device=ranks.device)
         if wants_norm:
             self.held.outstanding()
-            total = self.held.square()
-            facts[0] = total if self.models[0].plan.optimizer.sharded else total / ranks.world_size
+            facts[0] = addend(self.held.square(), ranks, sharded=self.models[0].plan.optimizer.sharded)
         self._verdicts.write(facts[1:], self.optimizer.param_groups)
         if ranks.world_size > 1:
             ranks.all_reduce(facts)

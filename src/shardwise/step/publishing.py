@@ -57,7 +57,7 @@ def send(units: Sequence[Unit], *, after: torch.Event | None = None) -> None:
         lane.wait(engine.lanes.mark_compute() if after is None else after)
         with lane.on():
             buffers = [unit.trained.buffer for unit in mine if unit.trained is not None]
-            engine.ranks.all_gather_together([b.whole for b in buffers], [b.own_slice for b in buffers])
+            engine.ranks.shards.all_gather_together([b.whole for b in buffers], [b.own_slice for b in buffers])
 
 
 def arrive(units: Sequence[Unit]) -> None:

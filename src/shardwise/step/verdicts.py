@@ -4,6 +4,8 @@ A rank's loss may be NaN, or it may clip by another number than the others, or s
 schedule that looks at each rank's own validation loss: it would step alone, in silence. A step sends one all_reduce in any
 case, so every rank adds a few numbers of its own to it.
 
+The sum of squares is that of one copy of the model, whatever is sharded: `zero/norms.py`.
+
     message   sum of squares | rank 0: loss is bad, learning rate, max_norm, ... | rank 1: ... | ...
 """
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import MethodType, SimpleNamespace
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..plan.units import ROOT, find_units
+from ..plan.units import FoundUnits
 
 logger = logging.getLogger("shardwise")
 
@@ -27,14 +26,12 @@ _CACHES = ("past_key_values", "past_key_value", "layer_past")
 _said: set[str] = set()
 
 
-def repeated_blocks(model: nn.Module, units: Sequence[str] | None = None) -> list[nn.Module]:
+def repeated_blocks(model: nn.Module, units: Sequence[str] | FoundUnits | None = None) -> list[nn.Module]:
     """Modules of a class that repeats, each a unit of its own, in the model's order. The model is not sharded yet.
 
-    units: as ShardedModel takes it.
+    units: as `find_units` takes them.
     """
-    found = [spec.entries[0] for spec in find_units(model, units) if spec.name != ROOT and len(spec.entries) == 1]
-    often = Counter(type(module) for module in found)
-    return [module for module in found if often[type(module)] > 1]
+    return (units if isinstance(units, FoundUnits) else FoundUnits.of(model, units)).repeated
 
 
 def without_cache(kwargs: dict[str, Any], otherwise: str) -> bool:

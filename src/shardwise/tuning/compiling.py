@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..config.compiling import CompileConfig
 from ..errors import PrepareError
+from ..plan.units import FoundUnits
 from ..zero.sharded import ShardedModel
 from .blocks import ReplacedForwards, forward_of, recomputed, repeated_blocks, without_cache
 from .losses import ReplacedLoss, causal_models
@@ -38,8 +39,8 @@ _FILLED_CACHE = (
 )
 
 
-def blocks_to_compile(model: nn.Module, units: Sequence[str] | None = None) -> list[nn.Module]:
-    """The repeated blocks of a model that is not sharded yet; units: as ShardedModel takes it.
+def blocks_to_compile(model: nn.Module, units: Sequence[str] | FoundUnits | None = None) -> list[nn.Module]:
+    """The repeated blocks of a model that is not sharded yet; units: as `find_units` takes them.
 
     Raises PrepareError if there is none, or if one recomputes its activations re-entrantly: autograd would then run inside of
     a graph.

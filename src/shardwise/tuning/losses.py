@@ -15,6 +15,7 @@ cross_entropy refuses, these refuse before anything is computed.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -315,13 +316,25 @@ def causal_models(model: nn.Module) -> Iterator[Any]:
             yield module
 
 
+def check_loss(model: nn.Module) -> None:
+    """Raise what LeanLoss and LogitsLoss would raise for `model`, which stays as it is."""
+    _model_and_head(model)
+
+
 def _model_and_head(model: nn.Module) -> tuple[Any, Any]:
-    """The transformers model in `model`, and its head. Raises PrepareError."""
+    """The transformers model in `model`, whose loss can be replaced, and its head. Raises PrepareError."""
     for module in causal_models(model):
         find = getattr(module, "get_output_embeddings", None)
         head = find() if find is not None else None
-        if head is not None:
-            return module, head
+        if head is None:
+            continue
+        kind = inspect.getattr_static(type(module), "loss_function")
+        if isinstance(kind, property) and kind.fset is None:
+            raise PrepareError(
+                f"loss_chunk_tokens: the loss_function of {type(module).__name__} cannot be set, so its loss cannot be had in "
+                "chunks. Leave it out, or call shardwise.losses.head_cross_entropy yourself."
+            )
+        return module, head
     raise PrepareError(
         f"loss_chunk_tokens: {type(model).__name__} is not a causal language model of transformers. Leave it out, or call "
         "shardwise.losses.head_cross_entropy yourself."

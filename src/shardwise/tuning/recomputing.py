@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import PrepareError
+from ..plan.units import FoundUnits
 from ..zero.budget import COUNTED_AFTER, FILLED_AFTER, KEPT_AFTER, Budget
 from ..zero.sharded import ShardedModel
 from ..zero.statistics import RunningBuffers, unchanged
@@ -47,8 +48,10 @@ _FILLED_CACHE = (
 )
 
 
-def blocks_to_recompute(model: nn.Module, mode: str, units: Sequence[str] | None = None) -> list[nn.Module]:
-    """The blocks that `mode` ("all" or "auto") acts on, of a model that is not sharded yet; units: as ShardedModel takes it.
+def blocks_to_recompute(
+    model: nn.Module, mode: str, units: Sequence[str] | FoundUnits | None = None
+) -> list[nn.Module]:
+    """The blocks that `mode` ("all" or "auto") acts on, of a model that is not sharded yet; units: as `find_units` takes them.
 
     None of them where transformers' own checkpointing is on already and `mode` is "all": that is what it does.
     Raises PrepareError if there is no block that repeats, or if `mode` is "auto" and transformers' own is on.

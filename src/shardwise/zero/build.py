@@ -133,11 +133,11 @@ class Builder:
         members, plan, ranks = blueprint.frozen, blueprint.plan, self._engine.ranks
         buffer = FlatBuffer(
             members,
-            blueprint.frozen_layout(ranks.world_size),
+            blueprint.frozen_layout(ranks.shards.size),
             dtype=torch.uint8,
             placement=plan.frozen,
             store=self._engine.stores.of(plan.frozen.tier, "param"),
-            rank=ranks.rank,
+            rank=ranks.shards.rank,
             device=ranks.device,
             peers=self._engine.peers,
         )
@@ -154,14 +154,14 @@ class Builder:
     def _trained(self, blueprint: Blueprint) -> Trained:
         members, dtype, plan = blueprint.trainable, blueprint.dtype, blueprint.plan
         ranks, stores = self._engine.ranks, self._engine.stores
-        region = blueprint.region(ranks.world_size, ranks.rank)
+        region = blueprint.region(ranks.shards.size, ranks.shards.rank)
         buffer = FlatBuffer(
             members,
             region.layout,
             dtype=dtype,
             placement=plan.parameter,
             store=stores.of(plan.parameter.tier, "param"),
-            rank=ranks.rank,
+            rank=ranks.shards.rank,
             device=ranks.device,
             # Offloaded states step chunk by chunk while other units are gathered: no fence fits in between.
             peers=self._engine.peers if plan.optimizer.tier is Tier.GPU else None,
@@ -174,7 +174,7 @@ class Builder:
             fill_region(buffer, self._sources, self._makers, ranks, own)
             buffer.own_slice.copy_(own)
             if plan.optimizer.sharded and not plan.parameter.sharded:
-                ranks.all_gather(buffer.whole, buffer.own_slice)
+                ranks.shards.all_gather(buffer.whole, buffer.own_slice)
         else:
             values = torch.zeros(buffer.layout.numel, dtype=master_dtype, device=ranks.device)
             if ranks.rank == 0:

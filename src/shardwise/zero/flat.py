@@ -59,7 +59,7 @@ class FlatBuffer:
         self.placement = placement
         self.rank = rank if layout.world_size > 1 else 0
         self.layout = layout
-        world_size = layout.world_size
+        shards = layout.world_size
         # member, gap, member, gap, ...: so that one split yields every member.
         ends = [slot.offset for slot in self.layout.slots[1:]] + [self.layout.numel]
         self._split_sizes = [
@@ -74,7 +74,7 @@ class FlatBuffer:
         self._base, self._addresses = 0, list[int]()  # where `whole` was last, and where they belong then
         self._nbytes = self.whole.untyped_storage().nbytes()
         # A single rank's shard is the whole: only offloading makes the storage worth giving back.
-        self.leaves = placement.sharded and (world_size > 1 or placement.tier is not Tier.GPU)
+        self.leaves = placement.sharded and (shards > 1 or placement.tier is not Tier.GPU)
         self._fixed = False
         self.slab: Slab | None = None
         self._copies: list[tuple[Tensor, Tensor]] = []
@@ -85,7 +85,7 @@ class FlatBuffer:
             if self.slab is None:
                 self.slab = store.allocate(n, dtype, members[0].name)
             # This rank's own first, then the others in turn, so that not all ranks read from one.
-            turn = [(rank + step) % world_size for step in range(world_size)] if self.slab.peers else []
+            turn = [(rank + step) % shards for step in range(shards)] if self.slab.peers else []
             self._copies = [(self.whole[r * n : (r + 1) * n], self.slab.peers[r]) for r in turn]
 
     @property

@@ -90,21 +90,24 @@ class Gradients:
     def reduce(self, boundary: bool = True) -> None:
         """Average over the ranks what this rank has, and add this rank's region to what is already there.
 
+        The one place where gradients meet: over the ranks that hold one copy together, then over the copies.
         boundary: this is the last micro-batch before a step.
         Runs on the reduce lane. Parameters without a gradient count as zeros, so that every rank may call it.
         """
         self._move(Grads.REDUCING)
         engine, lanes, sums = self._engine, self._engine.lanes, self.sums
+        shards, copies = engine.ranks.shards, engine.ranks.copies
         engine.reductions.make_room(self.scratch_nbytes)
         partial = sums.with_own(self._take())
         lanes.reduce.wait(lanes.mark_compute())
         with lanes.reduce.on():
             if sums.region.rank is not None:
                 out = partial[sums.region.interval]
-                engine.ranks.reduce_scatter(partial, out)
+                shards.reduce_scatter(partial, out)
             else:
                 out = partial
-                engine.ranks.all_reduce_gradient(out)
+                shards.all_reduce_gradient(out)
+            copies.all_reduce_gradient(out)
             done = sums.add(out, boundary=boundary, measured=self.measured)
         engine.reductions.add(done, partial)
 

@@ -21,7 +21,7 @@ from ..errors import PrepareError
 from ..plan.blueprint import Role
 from ..plan.plan import Plan, Tier
 from ..plan.precision import Precision
-from ..plan.units import UnitSpec, find_units
+from ..plan.units import FoundUnits, UnitSpec
 from ..ranks.ranks import Ranks
 from .buffers import place_buffers
 from .build import Builder, agree_on_shapes, place_empty
@@ -33,11 +33,12 @@ from .quantised import QuantisedWeights
 from .reading import Reading
 from .releasing import dissolve, log_rounded
 from .schedule import Schedule
-from .sources import Makers, Sources, choose_makers
+from .sources import Sources, choose_makers
 from .statistics import RunningBuffers
 from .structure import Structure
 from .thawing import Thawing
 from .trained import Trained
+from .unit import Unit
 from .whole import WholeTensors
 
 # Small blocks share a unit of at most this on a GPU: to gather and release one costs the host some 0.3 ms, in which NVLink
@@ -63,6 +64,7 @@ class ShardedModel:
     plan:           placement of each role.
     precision:      the compute and reduce dtypes.
     options:        the engine's settings, whole and by their names in a file; `EngineConfig` tells what each does.
+    found:          its units, where somebody has looked for them already by these options.
     sources:        of the parameters on the meta device: each rank reads its own interval from them.
     nvme_paths:     directories of what rests on nvme. serial: one lane does everything, for measurements.
     after_step:     called after every step of an optimizer on this model, on every rank. after_backward: after a backward.
@@ -84,50 +86,38 @@ class ShardedModel:
         ranks: Ranks,
         precision: Precision,
         options: EngineConfig = DEFAULTS,
+        found: FoundUnits | None = None,
         sources: Sources | None = None,
         nvme_paths: Mapping[Kind, str] | None = None,
         serial: bool = False,
         trains: bool = True,
     ) -> None:
-        self.model = model
-        self.plan = plan
-        self.ranks = ranks
+        self.model, self.plan, self.ranks = model, plan, ranks
         self.precision = precision
         self.sync_gradients = True
         self.accumulating = False
         self.at_boundary: bool | None = None
-        self.released = False
-        self.swapped = False
+        self.released = self.swapped = False
         self.options = options
         self.after_step: list[Callable[[], None]] = []
         self.after_backward: list[Callable[[], None]] = []
         self._quantised = QuantisedWeights(model)
         own_sources = dict(sources or {})
-        makers: Makers = {}
 
-        def divided() -> list[UnitSpec]:
+        def checked() -> FoundUnits:
             check_model(model, [sharded.model for sharded in _sharded.values()], own_sources)
-            return find_units(model, options.units, unit_nbytes=UNIT_NBYTES if ranks.device.type == "cuda" else 0)
+            return found or FoundUnits.of(model, options.units)
 
-        specs = ranks.together(divided)
+        specs = ranks.together(checked).within(UNIT_NBYTES if ranks.device.type == "cuda" else 0)
         agree_on_shapes(specs, ranks)
-        if own_sources:
-            parameters = list({id(p): p for spec in specs for p in spec.parameters.values()}.values())
-            makers = choose_makers(parameters, own_sources, self._quantised, ranks)
+        makers = choose_makers(specs, own_sources, self._quantised, ranks) if own_sources else {}
 
         self._engine = engine = Engine.open(
             plan, ranks, precision.reduce, nvme_paths=nvme_paths or {}, gather_with=options.gather_with, serial=serial
         )
         self._dtypes = {name: p.dtype for name, p in model.named_parameters()}
         self._builder = Builder(engine, plan, precision, options.whole_adapters, self._quantised, own_sources, makers)
-        with torch.no_grad():
-            place_buffers(model, ranks)
-            place_empty(model, ranks.device, lambda _, parameter: precision.compute_dtype(parameter))
-            self.running_buffers = RunningBuffers(model, ranks)
-            self.units = self._builder.units(specs, trains=trains)
-        engine.drain()
-        if engine.peers is not None:
-            engine.peers.meet()
+        self.running_buffers, self.units = self._placed(specs, trains)
         self.schedule = Schedule(
             self.units, ranks, engine.lanes, engine.reductions, options.prefetch_units, engine.faults
         )
@@ -147,6 +137,19 @@ class ShardedModel:
         self.thawing = Thawing(self.units, self._builder, engine, self.schedule, self._hooks, engine.drain)
         self._structure = Structure(model, lambda: {id(p) for p in self._parameters()})
         _sharded[id(model)] = self
+
+    def _placed(self, specs: Sequence[UnitSpec], trains: bool) -> tuple[RunningBuffers, list[Unit]]:
+        """Everything of the model on the device or at rest: its buffers, and its units. Collective."""
+        model, ranks, engine = self.model, self.ranks, self._engine
+        with torch.no_grad():
+            place_buffers(model, ranks)
+            place_empty(model, ranks.device, lambda _, parameter: self.precision.compute_dtype(parameter))
+            running = RunningBuffers(model, ranks)
+            units = self._builder.units(specs, trains=trains)
+        engine.drain()
+        if engine.peers is not None:
+            engine.peers.meet()
+        return running, units
 
     @staticmethod
     def all() -> list[ShardedModel]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..files.scratch import give_back_free_memory
+from ..plan.units import UnitSpec
 from ..ranks.ranks import Ranks
 from .flat import FlatBuffer
 
@@ -70,12 +71,13 @@ Sources = Mapping[int, Source]
 Makers = Mapping[int, int]
 
 
-def choose_makers(parameters: Sequence[Parameter], sources: Sources, whole: Container[int], ranks: Ranks) -> Makers:
+def choose_makers(specs: Sequence[UnitSpec], sources: Sources, whole: Container[int], ranks: Ranks) -> Makers:
     """Who makes each of the weights that are made whole: the largest first, each by the rank with the fewest bytes so far.
 
     whole: ids of weights that are made whole, whatever their source says. Collective: how it is made is rank 0's word.
     """
-    sized = [(p, p.numel() * p.dtype.itemsize) for p in parameters if id(p) in sources]
+    parameters = {id(p): p for spec in specs for p in spec.parameters.values()}
+    sized = [(p, p.numel() * p.dtype.itemsize) for key, p in parameters.items() if key in sources]
     own = [sources[id(p)] for p, _ in sized]
     mine = [(source.made_by, source.history()) for source in own]
     told = ranks.broadcast_object(mine)

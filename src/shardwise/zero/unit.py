@@ -141,7 +141,7 @@ class Unit:
 
         Weights that are whole, or on their way, are gathered once more: another rank asks for them.
         """
-        lane, ranks = self._engine.lanes.gather, self._engine.ranks
+        lane, shards = self._engine.lanes.gather, self._engine.ranks.shards
         if self.state is Weights.GATHERING:
             self.arrive()
         again = self.state is Weights.GATHERED
@@ -157,7 +157,7 @@ class Unit:
             sent = [part for part in self._parts if not part.has_peers]
             if sent:
                 sources = [part.own_slice if part.travels else part.shard for part in sent]
-                ranks.all_gather_together([part.whole for part in sent], sources)
+                shards.all_gather_together([part.whole for part in sent], sources)
             for part in self._parts:
                 part.copy_from_peers()
             self._arrived = lane.mark()

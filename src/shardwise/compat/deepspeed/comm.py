@@ -47,7 +47,7 @@ from torch.distributed import (  # type: ignore[attr-defined]  # noqa: F401 - na
 from ...config.environment import RankEnvironment
 from ...errors import ConfigError
 from ...ranks.ranks import Ranks
-from ...run.joined import Run, join_run
+from ...run.joined import Joined, join_run
 
 
 def init_distributed(
@@ -90,12 +90,12 @@ def _leave_world_of_one() -> None:
 
 def joined() -> Ranks | None:
     """The run, if this process has joined it."""
-    return Run.ranks
+    return Joined.ranks
 
 
 def met() -> Ranks | None:
     """The run, which is joined here if the script has initialized torch.distributed by itself. Collective."""
-    return join_run() if Run.ranks is None and dist.is_initialized() else Run.ranks
+    return join_run() if Joined.ranks is None and dist.is_initialized() else Joined.ranks
 
 
 def get_rank(group: Any = None) -> int:  # noqa: F811 - torch's name of the argument

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from ...errors import ConfigError, OptimizerError
-from ...front.entering import into_engine
+from ...front.entering import CheckedModel, into_engine
 from ...ranks.ranks import Ranks
 from ...run.joined import join_run
 from ...step.optimizer import ShardedOptimizer
@@ -79,13 +79,13 @@ def initialize(
         left.release()
     raw = settings.raw
     driven = ranks.together(lambda: _optimizer_of(optimizer, model, model_parameters, raw))
-    prepared = into_engine(model, settings.config, settings.plan, settings.precision, ranks, trains=driven is not None)
+    found = ranks.together(lambda: CheckedModel.of(model, settings.config))
+    prepared = into_engine(found, settings.config, settings.plan, settings.precision, ranks, trains=driven is not None)
     scaler = settings.scaler()
     wrapped = None
     if driven is not None:
-        clipping = settings.clipping or None
         stepper = ShardedOptimizer(
-            driven, [prepared.sharded], scaler=scaler, gradient_clipping=clipping, measures_norm=True
+            driven, [prepared.sharded], scaler=scaler, gradient_clipping=settings.clipping or None, measures_norm=True
         )
         backwards = Backwards(prepared.sharded, settings.steps, sums=settings.sums, needs_scale=scaler.enabled)
         wrapped = optimizer_class(settings.stage)(driven, stepper, scaler, backwards)

@@ -1,0 +1,65 @@
+"""What an Accelerator tells of a run: numbers to trackers (`run/tracking.py`), on the main process; profiles of each rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError
+from ..run.plugins import ProfileKwargs
+from ..run.tracking import InertTracker, TensorBoardTracker
+from .run import Run
+
+
+def init_trackers(
+    run: Run, project_name: str, config: dict[str, Any] | None = None, init_kwargs: dict[str, Any] | None = None
+) -> None:
+    """Start the trackers of `log_with`, on the main process. init_kwargs: keywords per tracker name."""
+    if not run.is_main_process:
+        return
+    for item in run.log_with:
+        tracker = item
+        if isinstance(item, str):
+            assert run.project_configuration.logging_dir is not None
+            tracker = TensorBoardTracker(
+                project_name, Path(run.project_configuration.logging_dir), **(init_kwargs or {}).get(item, {})
+            )
+        elif callable(getattr(item, "start", None)):
+            item.start()
+        if config is not None and callable(getattr(tracker, "store_init_configuration", None)):
+            tracker.store_init_configuration(config)
+        run.trackers.append(tracker)
+
+
+def get_tracker(run: Run, name: str, unwrap: bool = False) -> Any:
+    """The tracker of this name on the main process; an inert GeneralTracker elsewhere. Raises ConfigError."""
+    for tracker in run.trackers:
+        if getattr(tracker, "name", type(tracker).__name__) == name:
+            return getattr(tracker, "tracker", tracker) if unwrap else tracker
+    if not run.is_main_process:
+        return InertTracker()
+    known = [getattr(tracker, "name", type(tracker).__name__) for tracker in run.trackers]
+    raise ConfigError(f"get_tracker: no tracker named {name!r}; started are {known}.")
+
+
+def log(
+    run: Run, values: dict[str, Any], step: int | None = None, log_kwargs: dict[str, dict[str, Any]] | None = None
+) -> None:
+    """Give `values` to every tracker, on the main process. log_kwargs: keywords per tracker name."""
+    for tracker in run.trackers:
+        name = getattr(tracker, "name", type(tracker).__name__)
+        tracker.log(values, step=step, **(log_kwargs or {}).get(name, {}))
+
+
+@contextmanager
+def profile(run: Run, profile_handler: ProfileKwargs | None = None) -> Iterator[torch.profiler.profile]:
+    """Profile the block on this rank; see ProfileKwargs."""
+    handler = profile_handler or run.profile
+    with handler.build(run.ranks.rank) as profiler:
+        yield profiler
+    if handler.output_trace_dir is not None and handler.schedule_option is None:
+        handler.writer(run.ranks.rank)(profiler)

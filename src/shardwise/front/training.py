@@ -1,0 +1,195 @@
+"""An Accelerator's verbs of a training step: where a step ends, backward, clipping."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..errors import PrepareError, ShardwiseError
+from ..run.plugins import AutocastKwargs
+from ..step.optimizer import ShardedOptimizer, find_sharded_optimizer
+from ..zero.guard import explained
+from .run import Run
+
+# Where a step ends.
+
+
+def listener(run: Run) -> Callable[[], None]:
+    """What is to be called whenever `sync_gradients` is set: it tells the models of `run`, and does not keep it alive."""
+    reference = weakref.ref(run)
+
+    def declared() -> None:
+        """Where a step ends has been said: by a micro-batch of `accumulate`, or by the script."""
+        alive = reference()
+        if alive is None:
+            return
+        push_sync(alive)
+        for prepared in alive.models:
+            prepared.sharded.at_boundary = prepared.sharded.sync_gradients
+
+    return declared
+
+
+def push_sync(run: Run) -> None:
+    """Tell the prepared models whether the coming backward ends a step."""
+    for prepared in run.models:
+        prepared.sharded.sync_gradients = run.gradient_state.sync_gradients and not prepared.quiet
+
+
+@contextmanager
+def accumulate(run: Run, *models: nn.Module) -> Iterator[None]:
+    """One micro-batch of `gradient_accumulation_steps`; the last batch of a loader ends a step in any case.
+
+    Inside, optimizer.step(), optimizer.zero_grad() and a prepared scheduler's step() act only where a step ends.
+    """
+    run.by_script = True
+    _count_micro_batch(run)
+    yield
+
+
+def _count_micro_batch(run: Run) -> None:
+    state = run.gradient_state
+    if state.sync_with_dataloader and state.end_of_dataloader:
+        run.step = 0
+        state.sync_gradients = True
+    else:
+        run.step += 1
+        state.sync_gradients = run.step % state.num_steps == 0
+
+
+@contextmanager
+def no_sync(run: Run, model: nn.Module) -> Iterator[None]:
+    """Backward passes inside only accumulate the gradients of `model`."""
+    run.by_script = True
+    found = [prepared for prepared in run.models if prepared.model is model]
+    for prepared in found:
+        prepared.quiet += 1
+    push_sync(run)
+    try:
+        yield
+    finally:
+        for prepared in found:
+            prepared.quiet -= 1
+        push_sync(run)
+
+
+@contextmanager
+def join_uneven_inputs(run: Run, joinables: Sequence[Any], even_batches: bool | None = None) -> Iterator[None]:
+    """Nothing needs joining while the ranks read equally many batches, as they do by default: then it does nothing.
+
+    Raises ShardwiseError for even_batches=False with more than one rank: a rank without a batch cannot take part in
+    the gathers of the others' forward.
+    """
+    even = run.dataloader_config.even_batches if even_batches is None else even_batches
+    if run.ranks.world_size > 1 and not even:
+        raise ShardwiseError(
+            "join_uneven_inputs: with even_batches=False the ranks read different numbers of batches, "
+            "and a rank that has none left cannot take part in the others' gathers. Leave "
+            "even_batches on; gather_for_metrics drops the repeated samples."
+        )
+    yield
+
+
+# Backward.
+
+
+def backward(run: Run, /, loss: Tensor, **kwargs: Any) -> None:
+    """Backward of the loss divided by the accumulation steps, and scaled in fp16. kwargs go to torch's backward.
+
+    In a script that never says where a step ends (`accumulate`, `no_sync`, `sync_gradients`), each call is one
+    micro-batch: so `gradient_accumulation_steps` of a configuration acts in the plainest of loops too.
+    """
+    steps = run.gradient_state.num_steps
+    if not run.by_script and steps > 1:
+        _count_micro_batch(run)
+    push_sync(run)
+    loader = run.gradient_state.active_dataloader
+    if loader is not None:
+        loader.trains()
+    share = loss / steps if steps > 1 else loss
+    scaled = run.scaler.scale(share)
+    for entry in run.optimizers:
+        entry.stepper.note_loss(loss)
+    with explained():
+        scaled.backward(**kwargs)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def autocast(run: Run, autocast_handler: AutocastKwargs | None = None) -> Iterator[None]:
+    """Torch's autocast in the run's precision, for computations outside of a prepared model."""
+    handler = autocast_handler or run.autocast
+    dtype = run.precision.compute
+    if dtype is None:
+        yield
+        return
+    with torch.autocast(
+        run.ranks.device.type, dtype=dtype, enabled=handler.enabled, cache_enabled=handler.cache_enabled
+    ):
+        yield
+
+
+# Clipping.
+
+
+def _stepper_of(run: Run, parameters: Iterable[Tensor] | Tensor, verb: str) -> tuple[ShardedOptimizer, list[Tensor]]:
+    """The optimizer that these parameters belong to: the same one on every rank, or PrepareError on every rank.
+
+    A rank may hold no element of an optimizer, and then finds no parameter in its groups: the ranks say together which is
+    meant. With one optimizer nobody waits for that but such a rank. Parameters that no optimizer steps are clipped beside
+    those of any that has their model.
+    """
+    items = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    owned = run.ranks.any_of([entry.holds(items) for entry in run.optimizers])
+    owners = [entry for entry, meant in zip(run.optimizers, owned, strict=True) if meant]
+    owners = owners or [entry for entry in run.optimizers if items and entry.stepper.knows(items)][:1]
+    if not owners:
+        raise PrepareError(
+            f"{verb}: none of these parameters belongs to a prepared optimizer, or to its model. Prepare the model "
+            "and its optimizer, and pass model.parameters()."
+        )
+    if len(owners) > 1:
+        raise PrepareError(
+            f"{verb}: these parameters belong to {len(owners)} optimizers. Call it once for each, with "
+            "that optimizer's parameters."
+        )
+    return owners[0].stepper, items
+
+
+def clip_grad_norm_(
+    run: Run, parameters: Iterable[Tensor] | Tensor, max_norm: float, norm_type: float = 2.0
+) -> Tensor | None:
+    """Clip the gradients of this step to a global norm, and give the norm before clipping, over all ranks.
+
+    None, without clipping, while gradients are only accumulated: they have no norm yet.
+    """
+    if not run.gradient_state.sync_gradients:
+        return None
+    stepper, items = _stepper_of(run, parameters, "clip_grad_norm_")
+    return stepper.clip_norm(items, max_norm, norm_type=norm_type)
+
+
+def clip_grad_value_(run: Run, parameters: Iterable[Tensor] | Tensor, clip_value: float) -> None:
+    """Clip each element of this step's gradients to [-clip_value, clip_value]; nothing while accumulating."""
+    if run.gradient_state.sync_gradients:
+        stepper, items = _stepper_of(run, parameters, "clip_grad_value_")
+        stepper.clip_value(items, clip_value)
+
+
+def unscale_gradients(run: Run, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> None:
+    """Take the loss scale off the gradients of these optimizers (None: of all), for scripts that look at `p.grad`.
+
+    Clipping and steps undo it by themselves. Raises PrepareError for an optimizer that is not prepared.
+    """
+    given = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    steppers = [find_sharded_optimizer(item) for item in given]
+    if None in steppers:
+        raise PrepareError("unscale_gradients: this optimizer is not prepared.")
+    for stepper in steppers if given else [entry.stepper for entry in run.optimizers]:
+        if stepper is not None:
+            stepper.unscale()
