@@ -12,6 +12,7 @@ from rig.engine import adamw, trained
 from rig.tiny import tiny
 from shardwise import Accelerator, DeepSpeedPlugin
 from shardwise.compat.deepspeed.entry import initialize
+from shardwise.config.check import merged
 from shardwise.data.prepare import check_data_loader
 from shardwise.errors import DataError, PrepareError, RankError
 from shardwise.front import prepare_checks, preparing
@@ -25,7 +26,7 @@ EVERYTHING = {"dynamo_backend": "eager", "activation_checkpointing": "all", "los
 def fresh(**settings):
     forget_run()
     accelerator = Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(zero_stage=3))
-    accelerator._run.config = accelerator._run.config.merged(**settings)
+    accelerator._run.config = merged(accelerator._run.config, **settings)
     return accelerator
 
 

@@ -94,6 +94,21 @@ def test_a_subclass_may_overrule_a_verb():
     assert Gathering(cpu=True).gather(()) == ("own", ())
 
 
+def test_a_verb_that_is_another_by_name_is_that_of_a_subclass():
+    class Preparing(Accelerator):
+        def prepare(self, *objects, **keywords):
+            return ("own", *objects)
+
+        def free_memory(self, *objects):
+            return ["own"]
+
+    accelerator = Preparing(cpu=True)
+    assert [accelerator.prepare_model(1), accelerator.prepare_optimizer(2), accelerator.prepare_scheduler(3)] == [
+        ("own", 1), ("own", 2), ("own", 3)
+    ]  # fmt: skip
+    assert accelerator.clear() == ["own"]
+
+
 def classes(folder: str):
     for module in modules():
         if module.startswith(f"{folder}."):

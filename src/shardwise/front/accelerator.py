@@ -14,6 +14,10 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
 from ..data.prepare import DataLoaderConfiguration
 from ..data.prepare import skip_first_batches as skip_batches_of
 from ..plan.precision import LossScaler
@@ -250,14 +254,30 @@ class Accelerator(PartialState):
 
     init = _over_run(preparing.init)
     prepare = _over_run(preparing.prepare)
-    prepare_model = _over_run(preparing.prepare_model)
-    prepare_optimizer = _over_run(preparing.prepare_optimizer)
-    prepare_scheduler = _over_run(preparing.prepare_scheduler)
     prepare_data_loader = _over_run(preparing.prepare_data_loader)
     generation = _over_run(preparing.generation)
     verify_device_map = _over_run(preparing.verify_device_map)
     free_memory = _over_run(preparing.free_memory)
-    clear = _over_run(preparing.clear)
+
+    # Those that are another verb by name: of a subclass, its own.
+
+    def prepare_model(
+        self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> Any:
+        """As `prepare(model)`. evaluation_mode changes nothing: without an optimizer a model is only evaluated."""
+        return self.prepare(model, device_placement=[device_placement])
+
+    def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Any:
+        """As `prepare(optimizer)`; its model must have been prepared."""
+        return self.prepare(optimizer, device_placement=[device_placement])
+
+    def prepare_scheduler(self, scheduler: LRScheduler) -> Any:
+        """As `prepare(scheduler)`."""
+        return self.prepare(scheduler)
+
+    def clear(self, *objects: Any) -> list[None]:
+        """As `free_memory`."""
+        return self.free_memory(*objects)
 
     accumulate = _over_run(training.accumulate)
     no_sync = _over_run(training.no_sync)

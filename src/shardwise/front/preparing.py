@@ -91,23 +91,6 @@ def generation(run: Run, model: nn.Module) -> Iterator[None]:
         yield
 
 
-def prepare_model(
-    run: Run, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
-) -> Any:
-    """As `prepare(model)`. evaluation_mode changes nothing: without an optimizer a model is only evaluated."""
-    return prepare(run, model, device_placement=[device_placement])
-
-
-def prepare_optimizer(run: Run, optimizer: Optimizer, device_placement: bool | None = None) -> Any:
-    """As `prepare(optimizer)`; its model must have been prepared."""
-    return prepare(run, optimizer, device_placement=[device_placement])
-
-
-def prepare_scheduler(run: Run, scheduler: LRScheduler) -> Any:
-    """As `prepare(scheduler)`."""
-    return prepare(run, scheduler)
-
-
 def prepare_data_loader(
     run: Run,
     data_loader: DataLoader[Any],
@@ -197,8 +180,3 @@ def free_memory(run: Run, *objects: Any) -> list[None]:
     if run.ranks.device.type == "cuda":
         torch.cuda.empty_cache()
     return [None] * len(objects)
-
-
-def clear(run: Run, *objects: Any) -> list[None]:
-    """As `free_memory`."""
-    return free_memory(run, *objects)
