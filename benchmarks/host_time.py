@@ -26,6 +26,7 @@ from cases import CASES, pick_case
 from engines import Engine
 from measure import take_step, timed_step
 from place import Place
+from shardwise.ranks.group import Group
 from shardwise.ranks.lanes import Lane, Lanes
 from shardwise.ranks.ranks import Ranks
 from shardwise.step import running
@@ -43,7 +44,8 @@ TIMED: list[tuple[Any, str]] = [
     (Unit, "gather arrive release"),
     (FlatBuffer, "expand collapse copy_from_peers"),
     (Gradients, "reduce _take drop"),
-    (Ranks, "reduce_scatter any_of all_reduce"),
+    (Group, "reduce_scatter"),
+    (Ranks, "any_of all_reduce"),
     (Lane, "__enter__ __exit__ mark wait"),
     (Lanes, "mark_compute compute_waits"),
     (ShardedOptimizer, "step _agree _apply zero_grad"),

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 from unittest.mock import _patch, patch
 
-from torch import nn
-
 from rig.engine import Block
 
 BLOCK_NBYTES = sum(p.numel() * p.element_size() for p in Block().parameters())
@@ -14,10 +12,7 @@ BLOCK_NBYTES = sum(p.numel() * p.element_size() for p in Block().parameters())
 
 def grouped(blocks: int) -> _patch[Any]:
     """Inside, at most so many of a tower's blocks share a unit."""
-    from shardwise.plan.units import find_units
-    from shardwise.zero import sharded
+    from shardwise.plan.units import FoundUnits
 
-    def find(model: nn.Module, names: Any, **_: Any) -> Any:
-        return find_units(model, names, unit_nbytes=blocks * BLOCK_NBYTES)
-
-    return patch.object(sharded, "find_units", find)
+    real = FoundUnits.within
+    return patch.object(FoundUnits, "within", lambda self, _: real(self, blocks * BLOCK_NBYTES))
