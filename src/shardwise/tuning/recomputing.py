@@ -83,7 +83,7 @@ class RecomputedBlocks(ReplacedForwards):
     def __init__(self, blocks: Sequence[nn.Module], sharded: ShardedModel, budget: int | str | None) -> None:
         super().__init__()
         self._sharded = sharded
-        self._budget = budget
+        self._budget = Budget(sharded.ranks.device, budget)
         self._steps = 0
         self._blocks = [_Block(module, self._weights, sharded.running_buffers) for module in blocks]
         for block in self._blocks:
@@ -103,12 +103,10 @@ class RecomputedBlocks(ReplacedForwards):
 
     def _weights(self) -> set[int]:
         """The storages of all weights, gathered or not."""
-        buffers = [buffer for unit in self._sharded.units for buffer in unit.buffers]
-        return {_storage(buffer.whole) for buffer in buffers if buffer is not None}
+        return {_storage(buffer.whole) for unit in self._sharded.units for buffer in unit.buffers}
 
     def _after_step(self) -> None:
         self._steps += 1
-        budget = Budget(self._sharded.ranks.device, self._budget)
         # The last block of each kind: at the loss, where a step may peak, it is what would be kept first.
         kinds = {block.kind: block for block in self._blocks}
         if self._steps == COUNTED_AFTER:
@@ -117,9 +115,9 @@ class RecomputedBlocks(ReplacedForwards):
         elif self._steps == FILLED_AFTER:
             for block in kinds.values():
                 block.measured, block.counts = block.counts, None
-            budget.reset_peak()
+            self._budget.reset_peak()
         elif self._steps == KEPT_AFTER:
-            room = budget.beside(budget.peak(reserved=False))
+            room = self._budget.beside(self._budget.peak(reserved=False))
             self._keep({kind: block.measured for kind, block in kinds.items()}, room)
 
     def _keep(self, measured: dict[_Kind, _Counts | None], room: int) -> None:
