@@ -20,6 +20,7 @@ from ..errors import CheckpointError
 from ..ranks.ranks import Ranks
 from ..step.intervals import Interval
 from ..step.optimizer import ShardedOptimizer
+from ..step.state_kinds import Key
 from ..zero.sharded import ShardedModel
 from .read import Checkpoint
 from .run_models import fill, pieces_of
@@ -56,7 +57,7 @@ class RunOptimizers:
         groups = stepper.states.settings()
         mine: dict[str, Any] = {
             "numbers": numbers,
-            "names": [sorted(f"model{homes[model]}/{name}" for model, name in names) for _, names in groups],
+            "names": _names(groups, homes),
         }
         if self.ranks.rank == 0:
             mine["groups"] = [settings for settings, _ in groups]
@@ -72,10 +73,7 @@ class RunOptimizers:
 
     def group_names(self) -> list[list[set[str]]]:
         """For each optimizer, the names in each of its groups, over all ranks. Collective."""
-        mine = []
-        for stepper in self.steppers:
-            homes = self._homes(stepper)
-            mine.append([sorted(f"model{homes[m]}/{n}" for m, n in names) for _, names in stepper.states.settings()])
+        mine = [_names(stepper.states.settings(), self._homes(stepper)) for stepper in self.steppers]
         rows = self.ranks.gather_objects(mine)
         return [_united([row[number] for row in rows]) for number in range(len(self.steppers))]
 
@@ -151,6 +149,11 @@ class RunOptimizers:
             if same:  # of groups without trained weights, which are all alike, the one in its place
                 _update(group, saved["groups"][place if place in same else same[0]])
         stepper.resume(saved["steps"], saved["step_was_skipped"])
+
+
+def _names(groups: Sequence[tuple[dict[str, Any], set[Key]]], homes: Sequence[int]) -> list[list[str]]:
+    """Of each group, the names of what is trained in it, sorted. groups: from `OptimizerState.settings`."""
+    return [sorted(f"model{homes[model]}/{name}" for model, name in names) for _, names in groups]
 
 
 def _sizes(stepper: ShardedOptimizer) -> list[int]:
