@@ -33,26 +33,27 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "shardwise"
 
 # A folder may import from those above it here, and within itself; its own __init__.py is on its level.
-LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "version"),
-    ("files",),
-    ("config",),
-    ("plan",),
-    ("ranks",),
-    ("offload",),
-    ("zero",),
-    ("step",),
-    ("building",),
-    ("tuning",),
-    ("run",),
-    ("data",),
-    ("weights",),
-    ("checkpoint",),
-    ("estimate",),
-    ("foreign",),
-    ("front",),
-    ("cli",),
-    ("compat",),
+LEVELS = (
+    "errors",
+    "version",
+    "files",
+    "config",
+    "plan",
+    "ranks",
+    "offload",
+    "zero",
+    "step",
+    "building",
+    "tuning",
+    "run",
+    "data",
+    "weights",
+    "checkpoint",
+    "estimate",
+    "foreign",
+    "front",
+    "cli",
+    "compat",
 )
 # The package itself may re-export what it holds.
 PACKAGES = ("",)
@@ -115,10 +116,7 @@ def _is_type_checking(node: ast.AST) -> bool:
 
 
 def level_of(module: str) -> int | None:
-    for level, names in enumerate(LEVELS):
-        if any(module == name or module.startswith(name + ".") for name in names):
-            return level
-    return None
+    return next((level for level, name in enumerate(LEVELS) if is_under(module, name)), None)
 
 
 def own_module(name: str) -> str | None:
