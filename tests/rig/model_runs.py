@@ -16,7 +16,7 @@ from rig import Worlds
 from rig.engine import inputs, mine, prepare, trained, weights_of
 from rig.packing import PACKED, opened
 from rig.random_models import CORES, Token, Where, built
-from shardwise.ranks.ranks import attempt
+from shardwise.ranks.agreeing import attempt
 
 STEPS = 5
 

@@ -17,7 +17,7 @@ from rig.scripts import Plain, Prepared, Script, rebuild
 from rig.settings import Setting
 from rig.verbs import VERBS
 from shardwise.errors import ShardwiseError
-from shardwise.ranks.ranks import attempt
+from shardwise.ranks.agreeing import attempt
 
 
 def problem_of(world: Worlds, setting: Setting, program: Program) -> str | None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from ..errors import CheckpointError
 from ..files import disk
 from ..files.documents import printed
-from ..ranks.ranks import attempt
+from ..ranks.agreeing import attempt
 from .checks import STORE
 from .manifest import Manifest
 from .places import REPLACED, STAGING, discard, followed

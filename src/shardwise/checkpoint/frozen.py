@@ -20,7 +20,8 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..ranks.agree import on_first, together
-from ..ranks.ranks import Ranks, attempt
+from ..ranks.agreeing import attempt
+from ..ranks.ranks import Ranks
 from ..step import intervals
 from ..zero.sharded import ShardedModel
 from . import directory

@@ -26,7 +26,7 @@ from ..files import disk
 from ..files.documents import printed, read_configuration, read_json_object, shown
 from ..files.safetensors_header import read_header
 from ..files.writer import Spec, dtype_named
-from ..ranks.ranks import attempt
+from ..ranks.agreeing import attempt
 from ..weights.export import WeightFiles
 
 _PREFIX = "base_model.model."

@@ -23,7 +23,8 @@ from typing import TypeVar
 
 from ..errors import CheckpointError
 from ..ranks.agree import agreed_words, raise_first
-from ..ranks.ranks import Ranks, attempt
+from ..ranks.agreeing import attempt
+from ..ranks.ranks import Ranks
 
 T = TypeVar("T")
 logger = logging.getLogger("shardwise")

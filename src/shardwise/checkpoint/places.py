@@ -19,7 +19,7 @@ from pathlib import Path
 from ..errors import CheckpointError
 from ..files import disk
 from ..files.documents import printed, read_json
-from ..ranks.ranks import attempt
+from ..ranks.agreeing import attempt
 from .manifest import FORMAT, MANIFEST
 from .read import read_manifest
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from ..files.documents import shown
-from ..ranks.ranks import attempt
+from ..ranks.agreeing import attempt
 from ..run.plugins import ProjectConfiguration
 from . import directory
 from .lineage import Lineage

@@ -31,7 +31,8 @@ from ..data.positions import go_to, match, position
 from ..errors import CheckpointError
 from ..files.writer import as_bytes
 from ..plan.precision import LossScaler
-from ..ranks.ranks import Ranks, attempt_or_interrupt
+from ..ranks.agreeing import attempt_or_interrupt
+from ..ranks.ranks import Ranks
 from ..step import intervals
 from ..step.averaging import ShardedEMA, refuse_swapped
 from ..step.optimizer import ShardedOptimizer

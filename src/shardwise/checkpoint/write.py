@@ -27,7 +27,8 @@ from ..files import disk
 from ..files.documents import check_json, printed
 from ..files.writer import Spec, TensorFile
 from ..ranks.agree import together
-from ..ranks.ranks import Ranks, attempt
+from ..ranks.agreeing import attempt
+from ..ranks.ranks import Ranks
 from .manifest import MANIFEST, Entry, Index, Manifest, Part, text_checksum
 from .patience import Progress, patiently
 from .places import MARK, STAGING, discard, left_behind, make_staging, put_in_place, refuse_taken

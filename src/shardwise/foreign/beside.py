@@ -17,7 +17,7 @@ import numpy
 from ..checkpoint.generators import check_generator_states
 from ..errors import CheckpointError
 from ..files.documents import printed
-from ..ranks.ranks import attempt
+from ..ranks.agreeing import attempt
 from .pickles import Fields, array_of_words, read_pickle
 from .run import ForeignRun, can_be_kept
 

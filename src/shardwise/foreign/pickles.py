@@ -17,7 +17,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ..errors import CheckpointError
 from ..files.documents import opened, printed, shown
-from ..ranks.ranks import attempt
+from ..ranks.agreeing import attempt
 
 _NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")
 # What becomes inert, by its name in the file.

@@ -17,7 +17,7 @@ from ..checkpoint.codec import encode
 from ..checkpoint.write import Draft, Piece, whole_pieces
 from ..errors import CheckpointError
 from ..files.writer import Spec, dtype_name
-from ..ranks.ranks import attempt
+from ..ranks.agreeing import attempt
 from ..step.state_kinds import MACHINE
 
 MODEL = "model0"

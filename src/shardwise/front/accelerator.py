@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..data.prepare import DataLoaderConfiguration
 from ..data.prepare import skip_first_batches as skip_batches_of
 from ..plan.precision import LossScaler
-from ..ranks.ranks import attempt
+from ..ranks.agreeing import attempt
 from ..run.accumulation import GradientAccumulationPlugin, GradientState
 from ..run.joined import leave_run, remember_accelerator
 from ..run.plugins import DeepSpeedPlugin, ProjectConfiguration

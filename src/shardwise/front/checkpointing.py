@@ -32,7 +32,8 @@ from ..checkpoint.write import open_staging, write_checkpoint
 from ..errors import CheckpointError, ConfigError, PrepareError
 from ..files import disk
 from ..ranks.agree import on_first, together
-from ..ranks.ranks import Ranks, attempt
+from ..ranks.agreeing import attempt
+from ..ranks.ranks import Ranks
 from ..step.averaging import ShardedEMA
 from ..zero.access import prepared_as
 from .run import Run

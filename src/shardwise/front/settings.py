@@ -19,8 +19,9 @@ from ..data.prepare import DataLoaderConfiguration
 from ..errors import ConfigError
 from ..plan.plan import Plan
 from ..plan.precision import LossScaler, Precision
+from ..ranks.agreeing import attempt
 from ..ranks.meeting import versions
-from ..ranks.ranks import Ranks, attempt
+from ..ranks.ranks import Ranks
 from ..run.accumulation import GradientAccumulationPlugin
 from ..run.joined import check_device, join_first
 from ..run.plugins import (

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from ..errors import CheckpointError
-from .ranks import Ranks, attempt_or_interrupt
+from .agreeing import attempt_or_interrupt
+from .ranks import Ranks
 
 T = TypeVar("T")
 

@@ -26,13 +26,11 @@ from torch import Tensor
 from ..config.agreement import Difference, disagreement
 from ..errors import ConfigError
 from . import assembling, leaving
-from .agreeing import attempt, attempt_or_interrupt, compared, raise_first, words_of
+from .agreeing import attempt_or_interrupt, compared, raise_first, words_of
 from .group import Group, ReduceOp
 from .joining import Joined, join_groups
 from .waiting import Attendance, waiting
 from .words import Words, exchanged
-
-__all__ = ["Ranks", "ReduceOp", "attempt", "attempt_or_interrupt"]
 
 T = TypeVar("T")
 

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 from ..config.check import from_environment
 from ..config.schema import Config
 from ..errors import ConfigError
-from ..ranks.ranks import Ranks, attempt
+from ..ranks.agreeing import attempt
+from ..ranks.ranks import Ranks
 from .accumulation import GradientState
 
 

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, RankError
 from ..files.names import below
-from ..ranks.ranks import Ranks, attempt_or_interrupt
+from ..ranks.agreeing import attempt_or_interrupt
+from ..ranks.ranks import Ranks
 from ..zero.sharded import ShardedModel
 from .adapters import Contents, contents_of, is_saved_as_adapters, on_whole, readable_state, state_of, undisturbed
 from .export import refuse_empty
