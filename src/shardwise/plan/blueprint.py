@@ -82,9 +82,9 @@ class Blueprint:
     def gathered_nbytes(self, world_size: int) -> int:
         """What its weights take on the device while they are whole, besides their shards; 0 if they never leave."""
         nbytes = 0
-        if self.frozen and _leaves(self.plan.frozen.sharded, self.plan.frozen.tier, world_size):
+        if self.frozen and self.plan.frozen.leaves(world_size):
             nbytes += self.frozen_layout(world_size).numel
-        if self.trainable and _leaves(self.plan.parameter.sharded, self.plan.parameter.tier, world_size):
+        if self.trainable and self.plan.parameter.leaves(world_size):
             nbytes += self.trainable_layout(world_size).numel * self.dtype.itemsize
         return nbytes
 
@@ -244,10 +244,6 @@ def _plan_of(
     if whole_adapters is True or _nbytes(trainable) <= _nbytes(frozen) * WHOLE_ADAPTER_SHARE:
         return plan.with_whole_parameters()
     return plan
-
-
-def _leaves(sharded: bool, tier: Tier, world_size: int) -> bool:
-    return sharded and (world_size > 1 or tier is not Tier.GPU)
 
 
 def _nbytes(members: Sequence[Member]) -> int:

@@ -34,6 +34,13 @@ class Placement:
     sharded: bool
     tier: Tier = Tier.GPU
 
+    def leaves(self, shards: int) -> bool:
+        """Whether the whole of it comes and goes. shards: the ranks that divide it.
+
+        A single rank's shard is the whole: only offloading makes its storage worth giving back.
+        """
+        return self.sharded and (shards > 1 or self.tier is not Tier.GPU)
+
     def __str__(self) -> str:
         return f"{'shard' if self.sharded else 'whole'} {self.tier}"
 

@@ -73,8 +73,7 @@ class FlatBuffer:
         self._watched: list[Tensor] = []  # those
         self._base, self._addresses = 0, list[int]()  # where `whole` was last, and where they belong then
         self._nbytes = self.whole.untyped_storage().nbytes()
-        # A single rank's shard is the whole: only offloading makes the storage worth giving back.
-        self.leaves = placement.sharded and (shards > 1 or placement.tier is not Tier.GPU)
+        self.leaves = placement.leaves(shards)
         self._fixed = False
         self.slab: Slab | None = None
         self._copies: list[tuple[Tensor, Tensor]] = []
