@@ -5,8 +5,9 @@ data set) inside: collation, workers, pinning and the user's overrides are kept,
 holds. Three things are added to an iteration: batches arrive on the device, one batch is read ahead so that the last
 one is known as such when it is given out, and the order of an epoch is a function of (seed, epoch):
 
-    order = f(seed + epoch)     seed: drawn on rank 0 when the loader is prepared, the same on all ranks
-                                epoch: counts by itself, also after a `break`; `set_epoch(e)` overrules it
+    seed: drawn on rank 0 when the loader is prepared, the same on all ranks
+    epoch: counts by itself, also after a `break`; `set_epoch(e)` overrules it
+    order: the one that a generator at `seed` makes after those of the epochs before (`Course.begin_order`)
 
 so that skipping the first n batches on resume gives the rest of the very same epoch. A sampler with a generator of the
 user's keeps it: the ranks take rank 0's state at the start of an epoch, and the loader's state_dict carries it.
@@ -26,8 +27,8 @@ from ..ranks.batches import send_to_device
 from ..ranks.ranks import Ranks
 from ..run.accumulation import GradientState
 from ..run.process import synchronize_rng_states
-from .course import Course
-from .order import LaterBatches, RankBatches, RankSamples, Round, fresh_generator, samplers_inside
+from .course import Course, can_run_on
+from .order import LaterBatches, RankBatches, RankSamples, Round, samplers_inside
 from .workers import Note, WorkerStart, own_dataset, share_sockets, with_note
 
 T = TypeVar("T")
@@ -112,6 +113,8 @@ class PreparedLoader(DataLoader[Any]):
         state: dict[str, Any] = {"seed": course.seed, "epoch": course.epoch, "batches": 0, "trained": course.trained}
         if course.begun is not None:
             state["batches"] = course.given
+        if course.runs_on:
+            state["runs_on"] = True
         if self._own_generator is not None:
             begun = course.begun is not None and course.generator_state is not None
             state["generator"] = course.generator_state if begun else self._own_generator.get_state()
@@ -134,6 +137,8 @@ class PreparedLoader(DataLoader[Any]):
                 "not, or the other way round. Build the loader as it was when its state was saved."
             )
         self._course.seed = state["seed"]
+        # Without the word it was saved when each epoch had a seed of its own, and goes on so.
+        self._course.runs_on = state.get("runs_on", False) and can_run_on(self._seeded)
         self.set_epoch(state["epoch"])
         # After set_epoch, which forgets a position in another epoch.
         self._course.resume = state["batches"] if position else 0
@@ -167,8 +172,7 @@ class PreparedLoader(DataLoader[Any]):
             synchronize_rng_states(kinds, own)
         course.generator_state = None if own is None else own.get_state()
         if course.seed is not None and not self._seeds_workers:
-            for part in self._seeded:
-                part.generator = fresh_generator(course.seed + epoch)
+            course.begin_order(self._seeded, epoch)
         dataset: Any = self.dataset
         for part in (*samplers_inside(self._index_sampler), dataset):
             if hasattr(part, "set_epoch") and not isinstance(part, (RankBatches, LaterBatches)):
