@@ -78,7 +78,9 @@ def notebook_launcher(
         return
     port = int(use_port)
     if port == 0 and num_nodes > 1:
-        raise ConfigError("notebook_launcher: use_port is 0, a free port; with several machines all must know it. Name one.")
+        raise ConfigError(
+            "notebook_launcher: use_port is 0, a free port; with several machines all must know it. Name one."
+        )
     endpoint = rdzv_endpoint or f"{master_addr}:{port or _free_port(master_addr)}"
     meeting = dict(rdzv_conf or {})
     if rdzv_backend == "static":
@@ -185,7 +187,9 @@ def _launch(verb: str, worker: _Worker, **settings: Any) -> None:
 def _check_forkable(verb: str) -> None:
     """LaunchError for what a forked worker could not use."""
     if sys.platform == "win32":
-        raise LaunchError(f"{verb} forks its workers, which Windows cannot. Write the script and use `shardwise launch`.")
+        raise LaunchError(
+            f"{verb} forks its workers, which Windows cannot. Write the script and use `shardwise launch`."
+        )
     if Joined.ranks is not None:
         raise LaunchError(
             f"{verb}: this process has an Accelerator, or a PartialState, and its workers cannot take that over. Make it "
@@ -220,7 +224,9 @@ def _own_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    held = {number: signal.getsignal(number) for name in _SIGNALS if (number := getattr(signal, name, None)) is not None}
+    held = {
+        number: signal.getsignal(number) for name in _SIGNALS if (number := getattr(signal, name, None)) is not None
+    }
     try:
         yield
     finally:
@@ -235,7 +241,9 @@ def _quiet_agent() -> Iterator[None]:
     if environment_value("TORCH_LOGS") is not None or environment_value("LOGLEVEL") is not None:
         yield
         return
-    found = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.startswith("torch.distr")]
+    found = [
+        logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.startswith("torch.distr")
+    ]
     held = [(logger, logger.level) for logger in found]
     try:
         for logger in found:

@@ -347,7 +347,8 @@ class ShardedOptimizer:
         facts = torch.zeros(1 + self._verdicts.numel, dtype=self.groups.norm_dtype, device=ranks.device)
         if wants_norm:
             self.held.outstanding()
-            facts[0] = addend(self.held.square(), ranks, sharded=self.models[0].plan.optimizer.sharded)
+            own = self.held.square()
+            facts[0] = addend(own, ranks, sharded=self.models[0].plan.optimizer.sharded)
         self._verdicts.write(facts[1:], self.optimizer.param_groups)
         if ranks.world_size > 1:
             ranks.all_reduce(facts)
@@ -355,5 +356,8 @@ class ShardedOptimizer:
         if not wants_norm:
             return None
         factor, scale = self.held.outstanding()
-        norm = facts[0].sqrt() / scale
+        power = facts[0]
+        if any(model.engine.share.alone for model in self.models):
+            power = torch.where(torch.isfinite(power), own, power)  # what overflows on one rank is skipped on all
+        norm = power.sqrt() / scale
         return norm if factor is None else norm * factor
