@@ -1,4 +1,4 @@
-"""Ranks started from within a process. Each case runs in a process of its own, which has joined nothing, as a notebook's has."""
+"""Ranks started from within a process. Each case runs in a process of its own that has joined nothing, as a notebook's."""
 
 import os
 import signal
@@ -167,7 +167,7 @@ def _refusals():
         debug_launcher(print)
     accelerator.end_training()
     torch.cuda.is_initialized = lambda: True
-    with pytest.raises(LaunchError, match="CUDA is initialised in this process.*Restart the kernel"):
+    with pytest.raises(LaunchError, match=r"CUDA is initialised in this process.*Restart the kernel"):
         debug_launcher(print)
 
 

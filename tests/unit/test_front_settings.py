@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib
-import logging
 import json
+import logging
 import re
 import subprocess
 import sys

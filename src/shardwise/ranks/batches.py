@@ -35,7 +35,7 @@ def map_leaves(function: Leaf, data: Any, is_leaf: Callable[[Any], bool] | None 
         return type(data)(map_leaves(function, item, is_leaf) for item in data)
     if isinstance(data, Mapping):
         items = {key: map_leaves(function, value, is_leaf) for key, value in data.items()}
-        if not isinstance(data, MutableMapping):
+        if type(data) is dict or not isinstance(data, MutableMapping):  # torch.compile cannot trace a copy
             return items
         # Copying keeps what a constructor would lose: a default factory, a tokenizer's encodings, a class's fields.
         result = copy.copy(data)
@@ -70,7 +70,7 @@ def send_to_device(
     def move(item: Any) -> Any:
         if isinstance(item, Mapping) and skipped & set(item):
             moved = {key: value if key in skipped else again(value) for key, value in item.items()}
-            if not isinstance(item, MutableMapping):
+            if type(item) is dict or not isinstance(item, MutableMapping):
                 return moved
             result = copy.copy(item)
             result.update(moved)

@@ -8,32 +8,30 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 from .joined import join_run
 
-S = TypeVar("S")
-P = ParamSpec("P")
-R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-def on_main_process(function: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R | None]:
+def on_main_process(function: F) -> F:
     """Decorator for a tracker's methods: on the other processes they do nothing, if the tracker is `main_process_only`."""
 
     @functools.wraps(function)
-    def method(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R | None:
+    def method(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, "main_process_only", False) and join_run().rank > 0:
             return None
         return function(self, *args, **kwargs)
 
-    return method
+    return cast(F, method)
 
 
 class GeneralTracker:
     """A base for trackers of one's own: override `log`, and the others as needed.
 
     name:                       by which `get_tracker`, `init_kwargs` and `log_kwargs` find it.
-    requires_logging_directory: whether the constructor takes a directory behind the project's name, for one that is made by name.
+    requires_logging_directory: whether the constructor takes a directory behind the project's name, where it is made by name.
     main_process_only:          what `on_main_process` asks. An Accelerator speaks to trackers on the main process alone.
     """
 
@@ -42,7 +40,7 @@ class GeneralTracker:
     main_process_only = True
 
     def __init__(self, _blank: bool = False) -> None:
-        """_blank: for calls written for accelerate, which checks the attributes above unless it is set; here they have values."""
+        """_blank: accelerate checks the attributes above unless it is set; here they have values."""
 
     @property
     def tracker(self) -> Any:

@@ -60,11 +60,11 @@ def notebook_launcher(
     function:        makes its Accelerator itself, and touches the GPU only inside.
     num_processes:   on this machine; None takes one for each GPU, or one. With one, on one machine, it is called in place.
     mixed_precision: "no", "fp16" or "bf16", for Accelerators that say nothing else.
-    use_port, master_addr: where the ranks meet, on machine 0; 0 takes a free port, for one machine.
-    node_rank, num_nodes:  which of the machines this is, each of which calls this function.
-    rdzv_backend, rdzv_endpoint, rdzv_conf, rdzv_id: torch's rendezvous, "static" or "c10d" for instance.
-    max_restarts:    how often all workers are started again after a failure. monitor_interval: seconds between two looks at them.
-    log_line_prefix_template: torch's, before each line of a log.
+    use_port:        where the ranks meet on `master_addr`, machine 0; 0 takes a free port, for one machine.
+    node_rank:       which of the `num_nodes` machines this is, each of which calls this function.
+    rdzv_...:        torch's rendezvous, "static" or "c10d" for instance.
+    max_restarts:    how often all workers are started again. monitor_interval: seconds between two looks at them.
+    log_line_prefix_template: torch's, of its logs.
     Raises ConfigError for arguments that cannot be; LaunchError if this process cannot be forked, or a worker failed, with its
     traceback; KeyboardInterrupt as usual, when the workers have ended.
     """
@@ -76,17 +76,10 @@ def notebook_launcher(
         with exported(config.to_environment()):
             function(*args)
         return
-    port = int(use_port)
-    if port == 0 and num_nodes > 1:
-        raise ConfigError(
-            "notebook_launcher: use_port is 0, a free port; with several machines all must know it. Name one."
-        )
-    endpoint = rdzv_endpoint or f"{master_addr}:{port or _free_port(master_addr)}"
-    meeting = dict(rdzv_conf or {})
-    if rdzv_backend == "static":
-        meeting["rank"] = node_rank
-    else:
-        meeting.setdefault("is_host", node_rank == 0)
+    if int(use_port) == 0 and num_nodes > 1:
+        raise ConfigError("notebook_launcher: use_port is 0, a free port; several machines must all know it. Name one.")
+    endpoint = rdzv_endpoint or f"{master_addr}:{int(use_port) or _free_port(master_addr)}"
+    place = {"rank": node_rank} if rdzv_backend == "static" else {"is_host": node_rank == 0}
     _launch(
         "notebook_launcher",
         _Worker(function, tuple(args), config.to_environment()),
@@ -96,7 +89,7 @@ def notebook_launcher(
         run_id=rdzv_id,
         rdzv_backend=rdzv_backend,
         rdzv_endpoint=endpoint,
-        rdzv_configs=meeting,
+        rdzv_configs={**place, **(rdzv_conf or {})},
         max_restarts=max_restarts,
         monitor_interval=monitor_interval,
         log_line_prefix_template=log_line_prefix_template,
@@ -195,7 +188,7 @@ def _check_forkable(verb: str) -> None:
             f"{verb}: this process has an Accelerator, or a PartialState, and its workers cannot take that over. Make it "
             "inside of the function; restart the kernel, or call its end_training() before."
         )
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         found = _on_cuda(vars(sys.modules["__main__"]))
         who = f" (by {', '.join(found)})" if found else ""
         raise LaunchError(

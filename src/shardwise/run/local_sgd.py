@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any
 
 from torch import nn
 
@@ -68,14 +67,14 @@ class LocalSGD:
             block.__exit__(kind, error, trace)
 
     def step(self) -> None:
-        """Count a step, after the optimizer's; at every `local_sgd_steps`th of them the weights are averaged. Collective then."""
+        """Count a step, after the optimizer's; at every `local_sgd_steps`th the weights are averaged. Collective then."""
         self.num_steps += 1
         if self._block is not None and self.num_steps % (self.local_sgd_steps or 1) == 0:
             average(self._sharded)
 
     @property
     def _sharded(self) -> ShardedModel:
-        found: Any = find_sharded(self.model)
+        found = find_sharded(self.model)
         if found is None:
             raise PrepareError(f"LocalSGD: this {type(self.model).__name__} is not prepared. Prepare it before.")
         return found

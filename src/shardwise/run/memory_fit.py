@@ -45,7 +45,7 @@ def clear_device_cache(garbage_collection: bool = False) -> None:
     """Give memory back that torch keeps of the device for later. garbage_collection: collect garbage before."""
     if garbage_collection:
         gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
 
 
@@ -66,9 +66,10 @@ def find_executable_batch_size(
 
     reduce_batch_size_fn: the next size after one that failed, as `f()` or, if it has a parameter, as `f(size)`; by default
                           0.9 of it. What counts as out of memory: `should_reduce_batch_size`.
-    All ranks try the smaller size if one ran out of memory. A rank that does so while the others wait for it in a
-    collective leaves them there until their timeout. Another error of one rank is a RankError on the others. A later call begins with the size that fitted last. Raises TypeError for
-    arguments that the function cannot take beside a batch size, RuntimeError when the size reaches 0.
+    All ranks try the smaller size if one ran out of memory; another error of one rank is a RankError on the others. A rank
+    that runs out of memory while the others wait for it in a collective leaves them there until their timeout. A later call
+    begins with the size that fitted last. Raises TypeError for arguments that the function cannot take beside a batch size,
+    RuntimeError when the size reaches 0.
     """
     if function is None:
         return functools.partial(

@@ -95,10 +95,10 @@ class TensorBoardTracker(Adapter):
     @on_main_process
     def start(self) -> None:
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            library: Any = importlib.import_module("torch.utils.tensorboard")
         except ImportError:  # tensorboardX is the same writer without tensorboard
-            SummaryWriter = importlib.import_module("tensorboardX").SummaryWriter
-        self.writer = SummaryWriter(self.logging_dir, **self.init_kwargs)
+            library = importlib.import_module("tensorboardX")
+        self.writer = library.SummaryWriter(self.logging_dir, **self.init_kwargs)
 
     @property
     def tracker(self) -> Any:

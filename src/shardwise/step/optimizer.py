@@ -30,7 +30,7 @@ from ..plan.blueprint import Role
 from ..plan.plan import Tier
 from ..plan.precision import LossScaler
 from ..ranks.ranks import Ranks
-from ..zero.norms import addend
+from ..zero.norms import addend, own_power
 from ..zero.sharded import ShardedModel
 from .applying import Applying
 from .averaging import refuse_swapped
@@ -356,8 +356,6 @@ class ShardedOptimizer:
         if not wants_norm:
             return None
         factor, scale = self.held.outstanding()
-        power = facts[0]
-        if any(model.engine.share.alone for model in self.models):
-            power = torch.where(torch.isfinite(power), own, power)  # what overflows on one rank is skipped on all
-        norm = power.sqrt() / scale
+        alone = self.models[0].engine.share.alone
+        norm = (own_power(own, facts[0]) if alone else facts[0]).sqrt() / scale
         return norm if factor is None else norm * factor
