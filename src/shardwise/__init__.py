@@ -46,6 +46,7 @@ _HOMES = {
         "ProjectConfiguration",
     ),
     "run.tracking": ("GeneralTracker",),
+    "run.launchers": ("debug_launcher", "notebook_launcher"),
     "errors": ("ShardwiseError",),
     "run.memory": ("MemoryTracker",),
     "zero.access": ("gathered", "gradient"),

@@ -252,7 +252,7 @@ def test_what_only_concerns_a_rank_itself_may_differ(world, keywords):
     assert world(2).run(_given, keywords) == world(2).run(_given, {})
 
 
-@pytest.mark.parametrize("keywords", [{"rng_types": ["nonsense"]}, {"fsdp_plugin": 1}, {"log_with": "wandb"}])
+@pytest.mark.parametrize("keywords", [{"rng_types": ["nonsense"]}, {"fsdp_plugin": 1}, {"log_with": "nonsense"}])
 def test_a_rank_that_is_asked_for_nonsense_tells_the_others(world, keywords):
     other, own = world(2).run(_given, keywords)
     assert own.startswith("ConfigError: ")

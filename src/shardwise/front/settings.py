@@ -33,7 +33,7 @@ from ..run.plugins import (
     ProfileKwargs,
     ProjectConfiguration,
 )
-from ..run.tracking import check_trackers
+from ..run.tracking import filter_trackers
 
 logger = logging.getLogger("shardwise")
 
@@ -134,7 +134,7 @@ def resolve(
     step_scheduler_with_optimizer: bool,
 ) -> Settings:
     """The settings in force. The arguments are the Accelerator's. Raises ConfigError."""
-    trackers = check_trackers(log_with, project.logging_dir)
+    trackers = filter_trackers(log_with, project.logging_dir)
     handlers = handlers_by_type(kwargs_handlers)
     config, steps = _configured(mixed_precision, cpu, plugins, steps, accumulation)
     config = merged(config, dynamo_backend=getattr(dynamo_backend, "value", dynamo_backend))

@@ -55,6 +55,11 @@ class GradientState:
     # Loaders in the order in which their iterations began: an evaluation inside a training loop is on top.
     _reading: list[weakref.ref[ActiveLoader]] = []  # noqa: RUF012 - shared by all instances on purpose
 
+    def __init__(self, gradient_accumulation_plugin: GradientAccumulationPlugin | None = None) -> None:
+        """gradient_accumulation_plugin: what holds from now on; None leaves what the last Accelerator was given."""
+        if gradient_accumulation_plugin is not None:
+            GradientState._plugin = gradient_accumulation_plugin
+
     @classmethod
     def _reset_state(cls) -> None:
         cls._sync_gradients, cls._plugin, cls._listener = True, None, None

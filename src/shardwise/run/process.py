@@ -288,7 +288,7 @@ def gather_object(object: Any) -> list[Any]:  # noqa: A002 - the name that scrip
 
 
 def reduce(tensor: Any, reduction: str = "mean", scale: float = 1.0) -> Any:
-    """The tensors summed or averaged over the ranks; see `batches.reduce`."""
+    """The tensors combined over the ranks, "sum", "mean", "max" or "min"; see `batches.reduce`."""
     return batches.reduce(join_run(), tensor, reduction, scale)
 
 

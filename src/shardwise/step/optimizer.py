@@ -30,7 +30,7 @@ from ..plan.blueprint import Role
 from ..plan.plan import Tier
 from ..plan.precision import LossScaler
 from ..ranks.ranks import Ranks
-from ..zero.norms import addend
+from ..zero.norms import addend, own_power
 from ..zero.sharded import ShardedModel
 from .applying import Applying
 from .averaging import refuse_swapped
@@ -347,7 +347,8 @@ class ShardedOptimizer:
         facts = torch.zeros(1 + self._verdicts.numel, dtype=self.groups.norm_dtype, device=ranks.device)
         if wants_norm:
             self.held.outstanding()
-            facts[0] = addend(self.held.square(), ranks, sharded=self.models[0].plan.optimizer.sharded)
+            own = self.held.square()
+            facts[0] = addend(own, ranks, sharded=self.models[0].plan.optimizer.sharded)
         self._verdicts.write(facts[1:], self.optimizer.param_groups)
         if ranks.world_size > 1:
             ranks.all_reduce(facts)
@@ -355,5 +356,6 @@ class ShardedOptimizer:
         if not wants_norm:
             return None
         factor, scale = self.held.outstanding()
-        norm = facts[0].sqrt() / scale
+        alone = self.models[0].engine.share.alone
+        norm = (own_power(own, facts[0]) if alone else facts[0]).sqrt() / scale
         return norm if factor is None else norm * factor

@@ -191,11 +191,12 @@ class ShardedModel:
             # A parameter that no rank used keeps no gradient, as in one process: the optimizer must not touch it.
             used, thaws = self.thawing.vote([flag for g in gradients for flag in g.used])
             flags = iter(used)
-            for g in gradients:
+            for g in gradients if not self._engine.share.alone else ():
                 g.used = list(islice(flags, len(g.used)))
             if thaws:
                 self.thawing.thaw()
-            self.running_buffers.step_ends()
+            if not self._engine.share.alone:
+                self.running_buffers.step_ends()
         for trained in self.trained():
             trained.gradients.shown.show()
         for call in self.after_backward:
