@@ -1,20 +1,18 @@
 """shardwise trains models that do not fit: ZeRO-1/2/3 and offload on torch.distributed.
 
-`from shardwise import Accelerator` replaces the import from accelerate. Names are loaded when first used, so that the
-commands start without torch.
+`from shardwise import Accelerator` replaces the import from accelerate, and so it is with accelerate's other modules that
+scripts import from: `names/table.py` has them all. Names are loaded when first used, so that the commands start without torch.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any
 
 from .config.foreign import watch
+from .names.modules import Finder, public_modules, resolve
+from .names.table import NAMES
 from .version import __version__
 
 _HOMES = {
@@ -53,39 +51,25 @@ _HOMES = {
     "step.averaging": ("ShardedEMA",),
     "run.memory_fit": ("find_executable_batch_size", "release_memory"),
 }
-# Modules that programs import by a path of their own; where the files are.
-_MODULES = {
-    "shardwise.logging": ".run.logging",
-    "shardwise.losses": ".tuning.losses",
-    "shardwise.memory": ".run.memory",
-    "shardwise.plugins": ".run.plugins",
-    "shardwise.tracking": ".run.tracking",
-}
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = ["__version__", *sorted(_HOME_OF)]  # noqa: PLE0604 - the names are texts
+__all__ = ["__version__", *sorted({*_HOME_OF, *NAMES[""]})]  # noqa: PLE0604 - the names are texts
 
 watch()
 
 
-class _Modules(MetaPathFinder, Loader):
-    """Finds _MODULES under their public paths: the very modules, not copies."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        return ModuleSpec(name, self) if name in _MODULES else None
-
-    def exec_module(self, module: ModuleType) -> None:
-        sys.modules[module.__name__] = importlib.import_module(_MODULES[module.__name__], __name__)
-
-
-sys.meta_path.append(_Modules())
+sys.meta_path.append(Finder())
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'shardwise' has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+    if name in _HOME_OF:
+        return getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+    if name in NAMES[""]:
+        return resolve(name)
+    if name in public_modules():
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module 'shardwise' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *public_modules()})

@@ -69,6 +69,15 @@ class PreparedLoader(DataLoader[Any]):
         return len(dataset)
 
     @property
+    def base_dataloader(self) -> PreparedLoader:
+        """Itself: what accelerate wraps is here a loader of the user's own class."""
+        return self
+
+    @property
+    def gradient_state(self) -> GradientState:
+        return GradientState()
+
+    @property
     def iteration(self) -> int:
         """The epoch under way, or else the next one."""
         return self._course.epoch
@@ -349,17 +358,17 @@ def copy_loader(loader: DataLoader[Any], cls: type[DataLoader[Any]]) -> Any:
     return result
 
 
-def skip_first_batches(loader: T, num_batches: int = 0) -> T:
+def skip_first_batches(dataloader: T, num_batches: int = 0) -> T:
     """A loader of the rest of an epoch: without its first `num_batches`, in the very same order.
 
     That is the epoch that a `break` left, or else the one that would come next. It shares the epoch count with
-    `loader`: looping over `loader` afterwards gives the next epoch. Of a map-style data set nothing skipped is read.
+    `dataloader`: looping over that afterwards gives the next epoch. Of a map-style data set nothing skipped is read.
     """
-    if not isinstance(loader, DataLoader):
-        raise DataError(f"skip_first_batches takes a DataLoader, not a {type(loader).__name__}.")
+    if not isinstance(dataloader, DataLoader):
+        raise DataError(f"skip_first_batches takes a DataLoader, not a {type(dataloader).__name__}.")
     if num_batches < 0:
         raise DataError(f"skip_first_batches: num_batches is {num_batches}; it cannot be negative.")
-    result: T = _without_first(loader, num_batches)
+    result: T = _without_first(dataloader, num_batches)
     return result
 
 

@@ -54,9 +54,9 @@ class Accelerator(PartialState):
     """Prepares a script's objects for the run that it was launched in. Making one is collective: the ranks compare settings.
 
     The arguments are accelerate's. What the launcher's configuration says holds; a keyword given here overrules it,
-    except gradient_accumulation_steps, where the configuration wins. fsdp, megatron, tensor-parallel and dynamo plugins
-    are refused.
-    dynamo_backend: compile the blocks of prepared models with torch.compile; see `tuning/compiling.py`.
+    except gradient_accumulation_steps, where the configuration wins. fsdp, megatron and tensor-parallel plugins are refused.
+    dynamo_backend: compile the blocks of prepared models with torch.compile; see `tuning/compiling.py`. dynamo_plugin: the same,
+    with the rest of what accelerate's `dynamo_config` says.
     step_scheduler_with_optimizer: False makes a prepared scheduler step whenever its `step` is called.
     rng_types: generators that take rank 0's state when an epoch starts: "generator" (a sampler's own), "torch", "cuda".
     log_with:  trackers; see `run/tracking.py`.
@@ -108,12 +108,12 @@ class Accelerator(PartialState):
                 torch_tp_plugin=torch_tp_plugin,
                 megatron_lm_plugin=megatron_lm_plugin,
                 parallelism_config=parallelism_config,
-                dynamo_plugin=dynamo_plugin,
             )
             return resolve(
                 mixed_precision=mixed_precision,
                 cpu=cpu,
                 dynamo_backend=dynamo_backend,
+                dynamo_plugin=dynamo_plugin,
                 plugins=deepspeed_plugins or deepspeed_plugin,
                 steps=gradient_accumulation_steps,
                 accumulation=gradient_accumulation_plugin,
