@@ -115,6 +115,7 @@ def test_star_import_and_dir_give_the_names_and_the_package_names_its_modules():
     assert set(NAMES["utils"]) <= set(dir(shardwise.utils))
     assert {"utils", "state", "data_loader", "logging", "optimizer"} <= set(dir(shardwise))
     assert set(NAMES[""]) <= set(shardwise.__all__)
+    assert all(name in NAMES[""] for name in shardwise._TABLED)
     with pytest.raises(AttributeError, match="nothing_of_this"):
         shardwise.utils.nothing_of_this  # noqa: B018
     with pytest.raises(ModuleNotFoundError):
@@ -302,6 +303,7 @@ def test_saved_objects_are_loaded_again_without_code(tmp_path):
     assert torch.equal(utils.load_state_dict(tmp_path / "one.bin")["a"], weight)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_repeated_blocks_are_compiled_in_place():
     from shardwise import utils
 

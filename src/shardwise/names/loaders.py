@@ -131,6 +131,10 @@ class SkipDataLoader(DataLoader[Any]):
         _refuse_stateful(use_stateful_dataloader)
         self.skip_batches = skip_batches
 
+    @property
+    def base_dataloader(self) -> SkipDataLoader:
+        return self
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for index, batch in enumerate(super().__iter__()):
             if index >= self.skip_batches:
