@@ -2,9 +2,9 @@
 
     python tools/resolve_imports.py CHECKOUT... [--list]
 
-Reads the Python files below each folder that use an Accelerator, and asks the installed shardwise for each name that they import
-from accelerate, or read as an attribute of it. Nothing of a script runs. A name that is there and refused counts as unresolved, as
-it is printed; `accelerate.test_utils` is a rig and no API, so it is printed apart and does not count.
+Reads the Python files below each folder that use an Accelerator, and asks the installed shardwise for each name that they
+import from accelerate, or read as an attribute of it. Nothing of a script runs. A name that is there and refused counts as
+unresolved, as it is printed; `accelerate.test_utils` is a rig and no API, so it is printed apart and does not count.
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ def report(folder: Path, *, every: bool) -> None:
     if rig:
         print(f"  not counted, accelerate's test rig: {', '.join(f'{name} in {count}' for name, count in rig.items())}")
     for script in found if every else ():
-        print(f"  {'ok ' if not script.unresolved else 'no '} {script.path.relative_to(folder)} {sorted(script.unresolved)}")
+        print(
+            f"  {'ok ' if not script.unresolved else 'no '} {script.path.relative_to(folder)} {sorted(script.unresolved)}"
+        )
 
 
 def main() -> None:

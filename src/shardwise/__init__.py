@@ -56,9 +56,28 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 # What accelerate has at its top beside these, most of it refused; `names/table.py` says which.
 _TABLED = (
-    *("DDPCommunicationHookType", "FullyShardedDataParallelPlugin", "ParallelismConfig", "cpu_offload", "cpu_offload_with_hook"),
-    *("debug_launcher", "disk_offload", "dispatch_model", "infer_auto_device_map", "init_empty_weights", "init_on_device"),
-    *("is_rich_available", "load_checkpoint_and_dispatch", "load_checkpoint_in_model", "notebook_launcher", "prepare_pippy"),
+    *(
+        "DDPCommunicationHookType",
+        "FullyShardedDataParallelPlugin",
+        "ParallelismConfig",
+        "cpu_offload",
+        "cpu_offload_with_hook",
+    ),
+    *(
+        "debug_launcher",
+        "disk_offload",
+        "dispatch_model",
+        "infer_auto_device_map",
+        "init_empty_weights",
+        "init_on_device",
+    ),
+    *(
+        "is_rich_available",
+        "load_checkpoint_and_dispatch",
+        "load_checkpoint_in_model",
+        "notebook_launcher",
+        "prepare_pippy",
+    ),
 )
 
 __all__ = ["__version__", *sorted({*_HOME_OF, *_TABLED})]  # noqa: PLE0604 - the names are texts

@@ -1,4 +1,4 @@
-"""accelerate's names where scripts import them from: the table against the accelerate that is installed, and what each name does.
+"""accelerate's names where scripts import them from: the table against the installed accelerate, and what each name does.
 
 The comparison goes one way: a name of the installed accelerate that the table does not have fails; one that only newer versions
 have does not.
@@ -148,7 +148,7 @@ def test_a_function_is_not_hidden_by_the_module_of_its_name():
 def test_a_refused_name_can_be_imported_and_says_why_when_it_is_used(name, word):
     path = next(path for path, names in NAMES.items() if name in names)
     found = getattr(importlib.import_module(f"shardwise.{path}" if path else "shardwise"), name)
-    for use in (lambda: found(), lambda: found(1, stage=2), lambda: found.SOMETHING, lambda: list(found)):
+    for use in (found, lambda: found(1, stage=2), lambda: found.SOMETHING, lambda: list(found)):
         with pytest.raises(ShardwiseError, match=name) as caught:
             use()
         assert word in str(caught.value)
@@ -167,7 +167,7 @@ def test_structures_are_rebuilt_as_their_own_types():
 
     from shardwise import utils
 
-    pair = namedtuple("pair", "one two")  # noqa: PYI024
+    pair = namedtuple("pair", "one two")
     data = {"a": torch.arange(6.0).reshape(3, 2).half(), "b": [pair(torch.zeros(3), 5), "text"]}
     as_fp32 = utils.convert_to_fp32(data)
     assert as_fp32["a"].dtype == torch.float32
@@ -231,9 +231,7 @@ def test_questions_about_models_have_the_answers_of_accelerate():
     model.tied.weight = model[0].weight
     assert utils.find_tied_parameters(model) == theirs.find_tied_parameters(model) == [["0.weight", "tied.weight"]]
     for options in ({}, {"dtype": torch.float16}, {"special_dtypes": {"0.weight": torch.int8}}, {"buffers_only": True}):
-        assert dict(utils.compute_module_sizes(model, **options)) == dict(
-            theirs.compute_module_sizes(model, **options)
-        )
+        assert dict(utils.compute_module_sizes(model, **options)) == dict(theirs.compute_module_sizes(model, **options))
     for dtype in (torch.float32, torch.bfloat16, torch.bool, torch.int64, torch.float8_e4m3fn):
         assert utils.dtype_byte_size(dtype) == theirs.dtype_byte_size(dtype)
     assert utils.dtype_byte_size(utils.CustomDtype.INT4) == 0.5
@@ -258,7 +256,6 @@ def test_questions_about_models_have_the_answers_of_accelerate():
 def test_what_is_installed_is_said_as_accelerate_says_it():
     """Of packages; devices and libraries that shardwise does not use are always absent here."""
     from accelerate.utils import imports as theirs
-
     from shardwise.utils import imports
 
     absent = {"is_pippy_available", "is_torch_xla_available", "is_xccl_available", "is_xpu_available"}
@@ -281,8 +278,9 @@ def test_empty_weights_have_no_memory_and_nothing_stays_changed():
 
 
 def test_a_basic_config_is_a_file_of_our_own_schema(tmp_path):
-    from shardwise.config.yaml_file import read_yaml
     from shardwise.utils import write_basic_config
+
+    from shardwise.config.yaml_file import read_yaml
 
     path = tmp_path / "folder" / "default.yaml"
     assert write_basic_config("bf16", path) == path
@@ -328,8 +326,9 @@ def test_repeated_blocks_are_compiled_in_place():
 
 
 def test_the_plugin_of_dynamo_acts_through_the_setting():
-    from shardwise.config.schema import Config
     from shardwise.utils import DynamoBackend, TorchDynamoPlugin
+
+    from shardwise.config.schema import Config
 
     config = TorchDynamoPlugin(backend=DynamoBackend.EAGER, fullgraph=True).merged_into(Config())
     assert config.compiling is not None

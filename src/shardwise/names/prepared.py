@@ -31,7 +31,7 @@ class AcceleratedOptimizer(metaclass=_OfPrepared):
     def __new__(cls, optimizer: Optimizer, device_placement: bool = True, scaler: Any = None) -> Any:
         if not cls.is_one(optimizer):
             raise ConfigError(
-                f"AcceleratedOptimizer: this {type(optimizer).__name__} is not prepared. Use accelerator.prepare(model, optimizer)."
+                f"AcceleratedOptimizer: this {type(optimizer).__name__} is not prepared. Give it to accelerator.prepare."
             )
         if scaler is not None:
             raise ConfigError("AcceleratedOptimizer: a scaler has no effect; the engine scales. Use GradScalerKwargs.")
@@ -43,7 +43,7 @@ class AcceleratedOptimizer(metaclass=_OfPrepared):
 
 
 class AcceleratedScheduler(metaclass=_OfPrepared):
-    """A prepared schedule. `AcceleratedScheduler(scheduler, optimizers)` prepares it, with accelerate's rules, and gives it back.
+    """A prepared schedule. `AcceleratedScheduler(scheduler, optimizers)` prepares it by accelerate's rules and gives it back.
 
     optimizers:          one or several; the schedule rests where a step of one of them was skipped.
     step_with_optimizer: False lets each call step, once.

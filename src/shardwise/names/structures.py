@@ -54,7 +54,7 @@ def honor_type(obj: Any, generator: Iterator[Any]) -> Any:
     """A sequence of the type of `obj` from what `generator` gives; of a named tuple, by position."""
     if is_namedtuple(obj):
         return type(obj)(*generator)
-    return type(obj)(generator)  # type: ignore[call-arg]
+    return type(obj)(generator)
 
 
 def recursively_apply(
@@ -75,8 +75,8 @@ def recursively_apply(
             return func(item, *args, **kwargs)
         if error_on_other_type:
             raise TypeError(
-                f"Unsupported types ({type(item)}) passed to `{getattr(func, '__name__', func)}`. Only nested "
-                f"list/tuple/dicts of objects that are valid for `{getattr(test_type, '__name__', test_type)}` should be passed."
+                f"Unsupported types ({type(item)}) passed to `{getattr(func, '__name__', func)}`. Give nested "
+                f"lists, tuples and dictionaries of what `{getattr(test_type, '__name__', test_type)}` is true of."
             )
         return item
 

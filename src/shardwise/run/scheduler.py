@@ -74,7 +74,12 @@ def _stepping_class(plain: type[LRScheduler]) -> type[LRScheduler]:
                     return
                 plain.step(self, *args, **kwargs)
 
-        body: dict[str, Any] = {"step": step, "__doc__": plain.__doc__, "__module__": plain.__module__, "__reduce_ex__": _reduce}
+        body: dict[str, Any] = {
+            "step": step,
+            "__doc__": plain.__doc__,
+            "__module__": plain.__module__,
+            "__reduce_ex__": _reduce,
+        }
         if not hasattr(plain, "scheduler"):
             body["scheduler"] = _Itself()
         _classes[plain] = type(plain.__name__, (plain,), body)

@@ -43,6 +43,7 @@ from .optimizer_state import OptimizerState
 from .optimizer_verbs import OwnVerbs
 from .residency import Residency
 from .state_kinds import has_stepped
+from .telling import FlagOnOptimizer
 from .trial import Handling, Trial
 from .verdicts import Verdicts
 from .visits import Shard
@@ -73,6 +74,8 @@ class ShardedOptimizer:
     that are not the models'; PrepareError for one that is prepared already.
     """
 
+    step_was_skipped = FlagOnOptimizer()
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -91,10 +94,6 @@ class ShardedOptimizer:
         self.gradient_clipping = gradient_clipping
         self.measures_norm = measures_norm
         self.norm: Tensor | None = None
-        # Readable as accelerate's wrapper has them, unless the class has something of its own under these names.
-        self._says_skipped = not hasattr(optimizer, "step_was_skipped")
-        if not hasattr(optimizer, "optimizer"):
-            vars(optimizer)["optimizer"] = optimizer
         self.step_was_skipped = False
         self.steps = 0
         self._verdicts = Verdicts(self.ranks, models[0].engine.lanes)
@@ -112,17 +111,6 @@ class ShardedOptimizer:
         self._fill_budgets()
         self._install()
         _steppers[id(optimizer)] = self
-
-    @property
-    def step_was_skipped(self) -> bool:
-        """Whether the last step was skipped, because fp16 gradients overflowed; `optimizer.step_was_skipped` says it too."""
-        return self._step_was_skipped
-
-    @step_was_skipped.setter
-    def step_was_skipped(self, value: bool) -> None:
-        self._step_was_skipped = value
-        if self._says_skipped:
-            vars(self.optimizer)["step_was_skipped"] = value
 
     # Taking over.
 
