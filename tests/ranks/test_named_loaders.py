@@ -1,4 +1,4 @@
-"""accelerate's names for loaders, samplers, optimizers and schedules: their meaning, and what `isinstance` says of prepared ones."""
+"""accelerate's names for loaders, samplers, optimizers and schedules: what they mean, and `isinstance` of what is prepared."""
 
 from __future__ import annotations
 

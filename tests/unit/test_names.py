@@ -256,6 +256,7 @@ def test_questions_about_models_have_the_answers_of_accelerate():
 def test_what_is_installed_is_said_as_accelerate_says_it():
     """Of packages; devices and libraries that shardwise does not use are always absent here."""
     from accelerate.utils import imports as theirs
+
     from shardwise.utils import imports
 
     absent = {"is_pippy_available", "is_torch_xla_available", "is_xccl_available", "is_xpu_available"}
@@ -278,9 +279,8 @@ def test_empty_weights_have_no_memory_and_nothing_stays_changed():
 
 
 def test_a_basic_config_is_a_file_of_our_own_schema(tmp_path):
-    from shardwise.utils import write_basic_config
-
     from shardwise.config.yaml_file import read_yaml
+    from shardwise.utils import write_basic_config
 
     path = tmp_path / "folder" / "default.yaml"
     assert write_basic_config("bf16", path) == path
@@ -326,9 +326,8 @@ def test_repeated_blocks_are_compiled_in_place():
 
 
 def test_the_plugin_of_dynamo_acts_through_the_setting():
-    from shardwise.utils import DynamoBackend, TorchDynamoPlugin
-
     from shardwise.config.schema import Config
+    from shardwise.utils import DynamoBackend, TorchDynamoPlugin
 
     config = TorchDynamoPlugin(backend=DynamoBackend.EAGER, fullgraph=True).merged_into(Config())
     assert config.compiling is not None
