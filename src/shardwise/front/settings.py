@@ -141,6 +141,10 @@ def resolve(
     config, steps = _configured(mixed_precision, cpu, plugins, steps, accumulation)
     config = merged(config, dynamo_backend=getattr(dynamo_backend, "value", dynamo_backend))
     if dynamo_plugin is not None:
+        if not isinstance(dynamo_plugin, TorchDynamoPlugin):
+            raise ConfigError(
+                f"Accelerator: dynamo_plugin is a {type(dynamo_plugin).__name__}, not a TorchDynamoPlugin."
+            )
         if dynamo_backend is not None:
             raise ConfigError("Accelerator: dynamo_backend and dynamo_plugin are given. Give one of them.")
         config = dynamo_plugin.merged_into(config)
