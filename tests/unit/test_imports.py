@@ -14,6 +14,7 @@
     weights     whole weights into files
     checkpoint  a run into files and back
     estimate    bytes before the run    foreign  other libraries' checkpoints    front   the Accelerator
+    names       accelerate's names where scripts import them
     cli         the commands; torch only inside functions
     compat      what answers for DeepSpeed
 
@@ -52,6 +53,7 @@ LEVELS = (
     "estimate",
     "foreign",
     "front",
+    "names",
     "cli",
     "compat",
 )

@@ -70,6 +70,15 @@ class PreparedLoader(DataLoader[Any]):
         return len(dataset)
 
     @property
+    def base_dataloader(self) -> PreparedLoader:
+        """Itself: what accelerate wraps is here a loader of the user's own class."""
+        return self
+
+    @property
+    def gradient_state(self) -> GradientState:
+        return GradientState()
+
+    @property
     def iteration(self) -> int:
         """The epoch under way, or else the next one."""
         return self._course.epoch

@@ -69,8 +69,8 @@ class RankBatches:
         self.last_round: Round | None = None
         if split and (self.batch_size is None or self.batch_size % world_size != 0):
             raise DataError(
-                f"split_batches: a batch size of {self.batch_size} cannot be cut into {world_size} equal parts. "
-                f"Use a batch_size that is a multiple of {world_size}, or split_batches=False."
+                f"split_batches: a batch size of {self.batch_size} cannot be cut into {world_size} equal parts. Use a "
+                f"batch_size that is a round multiple of {world_size}, or split_batches=False."
             )
 
     @property
@@ -265,8 +265,8 @@ class RankSamples(IterableDataset[Any]):
     ) -> None:
         if split and batch_size % world_size != 0:
             raise DataError(
-                f"split_batches: a batch size of {batch_size} cannot be cut into {world_size} equal parts. "
-                f"Use a batch_size that is a multiple of {world_size}, or split_batches=False."
+                f"split_batches: a batch size of {batch_size} cannot be cut into {world_size} equal parts. Use a batch_size "
+                f"that is a round multiple of {world_size}, or split_batches=False."
             )
         self.dataset = dataset
         self.batch_size = batch_size

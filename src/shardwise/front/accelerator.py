@@ -11,6 +11,7 @@ import functools
 import inspect
 import logging
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
@@ -23,10 +24,12 @@ from ..data.prepare import skip_first_batches as skip_batches_of
 from ..plan.precision import LossScaler
 from ..ranks.agreeing import attempt
 from ..run.accumulation import GradientAccumulationPlugin, GradientState
+from ..run.beside import tell_accelerator
 from ..run.joined import leave_run, remember_accelerator
 from ..run.plugins import DeepSpeedPlugin, ProjectConfiguration
 from ..run.process import AcceleratorState, DistributedType, PartialState
 from . import checkpointing, metrics, preparing, reporting, saving, training
+from .of_accelerate import own
 from .run import Run
 from .settings import Settings, act_on_process, join_with, loading_of, project_of, refuse_others, resolve
 
@@ -53,15 +56,14 @@ def _over_run(verb: Callable[Concatenate[Run, P], R]) -> Callable[Concatenate[Ac
 class Accelerator(PartialState):
     """Prepares a script's objects for the run that it was launched in. Making one is collective: the ranks compare settings.
 
-    The arguments are accelerate's. What the launcher's configuration says holds; a keyword given here overrules it,
-    except gradient_accumulation_steps, where the configuration wins. fsdp, megatron, tensor-parallel and dynamo plugins
-    are refused.
-    dynamo_backend: compile the blocks of prepared models with torch.compile; see `tuning/compiling.py`.
-    step_scheduler_with_optimizer: False makes a prepared scheduler step whenever its `step` is called.
-    rng_types: generators that take rank 0's state when an epoch starts: "generator" (a sampler's own), "torch", "cuda".
-    log_with:  trackers; see `run/tracking.py`.
-    Raises ConfigError: on every rank if the ranks have different settings, of which config/agreement.py has the list. A rank
-    whose own settings are wrong raises what is wrong, the others RankError.
+    The arguments are accelerate's. What the launcher's configuration says holds; a keyword given here overrules it, except
+    gradient_accumulation_steps, where the configuration wins. fsdp, megatron and tensor-parallel plugins are refused.
+    dynamo_backend: compile the blocks of prepared models with torch.compile; see `tuning/compiling.py`. dynamo_plugin: the
+    same, with the rest of what accelerate's `dynamo_config` says. step_scheduler_with_optimizer: False makes a prepared
+    scheduler step whenever its `step` is called. rng_types: generators that take rank 0's state when an epoch starts:
+    "generator" (a sampler's own), "torch", "cuda". log_with:  trackers; see `run/tracking.py`. Raises ConfigError: on every
+    rank if the ranks have different settings, of which config/agreement.py has the list. A rank whose own settings are
+    wrong raises what is wrong, the others RankError.
 
     The attributes below may be read and set, too; they lie in the Run.
     """
@@ -99,27 +101,24 @@ class Accelerator(PartialState):
         deepspeed_plugins: DeepSpeedPlugin | dict[str, DeepSpeedPlugin] | None = None,
         parallelism_config: Any = None,
     ) -> None:
-        project = project_of(project_config, project_dir)
-        loading = loading_of(dataloader_config, split_batches)
-
         def checked() -> Settings:
             refuse_others(
                 fsdp_plugin=fsdp_plugin,
                 torch_tp_plugin=torch_tp_plugin,
                 megatron_lm_plugin=megatron_lm_plugin,
                 parallelism_config=parallelism_config,
-                dynamo_plugin=dynamo_plugin,
             )
-            return resolve(
+            return resolve(  # a script may have kept its other imports from accelerate
                 mixed_precision=mixed_precision,
                 cpu=cpu,
                 dynamo_backend=dynamo_backend,
-                plugins=deepspeed_plugins or deepspeed_plugin,
+                dynamo_plugin=own(dynamo_plugin),
+                plugins=own(deepspeed_plugins or deepspeed_plugin),
                 steps=gradient_accumulation_steps,
-                accumulation=gradient_accumulation_plugin,
-                kwargs_handlers=kwargs_handlers,
-                loading=loading,
-                project=project,
+                accumulation=own(gradient_accumulation_plugin),
+                kwargs_handlers=own(kwargs_handlers),
+                loading=loading_of(own(dataloader_config), split_batches),
+                project=project_of(own(project_config), project_dir),
                 log_with=log_with,
                 rng_types=rng_types,
                 device_placement=device_placement,
@@ -132,6 +131,7 @@ class Accelerator(PartialState):
         self._run = Run(ranks, settings)
         GradientState.configure(settings.accumulation, training.listener(self._run))
         remember_accelerator(self)
+        tell_accelerator(weakref.ref(self), preparing.later_batches)
 
     if not TYPE_CHECKING:  # a checker shall know the attributes above and no others
 

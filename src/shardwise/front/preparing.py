@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from ..building.loading import building
-from ..data.prepare import PreparedLoader, check_data_loader
+from ..data.prepare import PreparedLoader, check_data_loader, skip_first_batches
 from ..data.prepare import prepare_data_loader as loader_of_rank
 from ..run.accumulation import GradientState
 from ..run.scheduler import Rhythm, is_prepared
@@ -160,6 +160,11 @@ def _prepare_scheduler(run: Run, scheduler: LRScheduler) -> None:
     set_rhythm(scheduler, Rhythm(times, run.step_scheduler_with_optimizer, skipped))
     if not known:
         run.schedulers.append(scheduler)
+
+
+def later_batches(loader: Any, num_batches: int) -> Any:
+    """As `skip_first_batches` of a prepared loader; None for anything else."""
+    return skip_first_batches(loader, num_batches) if isinstance(loader, PreparedLoader) else None
 
 
 def verify_device_map(run: Run, model: nn.Module) -> bool:

@@ -38,6 +38,8 @@ class PreparedOptimizer:
     def __init__(self, optimizer: Optimizer, stepper: ShardedOptimizer) -> None:
         self.optimizer = optimizer
         self.stepper = stepper
+        if not hasattr(optimizer, "optimizer"):
+            vars(optimizer)["optimizer"] = optimizer  # as accelerate's wrapper has it
 
     def holds(self, parameters: Sequence[Tensor]) -> bool:
         """Whether it drives any of these: parameters of its model, or the shards that its groups hold now."""

@@ -23,6 +23,7 @@ from ..ranks.agreeing import attempt
 from ..ranks.meeting import versions
 from ..ranks.ranks import Ranks
 from ..run.accumulation import GradientAccumulationPlugin
+from ..run.dynamo import TorchDynamoPlugin
 from ..run.joined import check_device, join_first
 from ..run.plugins import (
     AutocastKwargs,
@@ -122,6 +123,7 @@ def resolve(
     mixed_precision: Any,
     cpu: bool,
     dynamo_backend: Any,
+    dynamo_plugin: TorchDynamoPlugin | None,
     plugins: DeepSpeedPlugin | dict[str, DeepSpeedPlugin] | None,
     steps: int,
     accumulation: GradientAccumulationPlugin | None,
@@ -138,6 +140,14 @@ def resolve(
     handlers = handlers_by_type(kwargs_handlers)
     config, steps = _configured(mixed_precision, cpu, plugins, steps, accumulation)
     config = merged(config, dynamo_backend=getattr(dynamo_backend, "value", dynamo_backend))
+    if dynamo_plugin is not None:
+        if not isinstance(dynamo_plugin, TorchDynamoPlugin):
+            raise ConfigError(
+                f"Accelerator: dynamo_plugin is a {type(dynamo_plugin).__name__}, not a TorchDynamoPlugin."
+            )
+        if dynamo_backend is not None:
+            raise ConfigError("Accelerator: dynamo_backend and dynamo_plugin are given. Give one of them.")
+        config = dynamo_plugin.merged_into(config)
     types = ["generator"] if rng_types is None else list(rng_types)
     if set(types) - {"generator", "torch", "cuda"}:
         raise ConfigError(f"rng_types is {types}; it can hold 'generator', 'torch' and 'cuda'.")
@@ -222,11 +232,6 @@ def refuse_others(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value is None:
             continue
-        if name == "dynamo_plugin":
-            raise ConfigError(
-                "Accelerator: dynamo_plugin is accelerate's object. Use dynamo_backend, and dynamo_config in the "
-                "configuration for the rest."
-            )
         raise ConfigError(
             f"Accelerator: {name} is for another way to shard. Use zero_stage (0 to 3) in the configuration, or "
             "deepspeed_plugin=DeepSpeedPlugin(zero_stage=3)."

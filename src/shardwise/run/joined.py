@@ -10,6 +10,7 @@ from ..config.schema import Config
 from ..errors import ConfigError
 from ..ranks.agreeing import attempt
 from ..ranks.ranks import Ranks
+from . import beside
 from .accumulation import GradientState
 
 
@@ -57,6 +58,7 @@ def join_first(
             timeout_s=config.engine.collective_timeout_s if timeout_s is None else timeout_s,
             problem=problem,
         )
+        beside.tell(Joined.ranks)
     return Joined.ranks
 
 
@@ -81,6 +83,7 @@ def forget_run() -> None:
     Joined.ranks = None
     Joined.accelerator = None
     GradientState._reset_state()
+    beside.forget()
 
 
 def remember_accelerator(accelerator: AcceleratorSettings) -> None:

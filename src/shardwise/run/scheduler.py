@@ -46,6 +46,13 @@ def is_prepared(scheduler: LRScheduler) -> bool:
     return scheduler in _rhythms
 
 
+class _Itself:
+    """`scheduler.scheduler`, as accelerate's wrapper has it. What an instance has under that name is seen first."""
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else instance
+
+
 def _stepping_class(plain: type[LRScheduler]) -> type[LRScheduler]:
     if plain not in _classes:
 
@@ -67,7 +74,14 @@ def _stepping_class(plain: type[LRScheduler]) -> type[LRScheduler]:
                     return
                 plain.step(self, *args, **kwargs)
 
-        body = {"step": step, "__doc__": plain.__doc__, "__module__": plain.__module__, "__reduce_ex__": _reduce}
+        body: dict[str, Any] = {
+            "step": step,
+            "__doc__": plain.__doc__,
+            "__module__": plain.__module__,
+            "__reduce_ex__": _reduce,
+        }
+        if not hasattr(plain, "scheduler"):
+            body["scheduler"] = _Itself()
         _classes[plain] = type(plain.__name__, (plain,), body)
         _classes[plain].__qualname__ = plain.__qualname__
     return _classes[plain]

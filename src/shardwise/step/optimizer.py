@@ -43,6 +43,7 @@ from .optimizer_state import OptimizerState
 from .optimizer_verbs import OwnVerbs
 from .residency import Residency
 from .state_kinds import has_stepped
+from .telling import FlagOnOptimizer
 from .trial import Handling, Trial
 from .verdicts import Verdicts
 from .visits import Shard
@@ -72,6 +73,8 @@ class ShardedOptimizer:
     Collective. Raises, on every rank: OptimizerError for an optimizer that is not elementwise, or holds parameters
     that are not the models'; PrepareError for one that is prepared already.
     """
+
+    step_was_skipped = FlagOnOptimizer()
 
     def __init__(
         self,
