@@ -362,7 +362,7 @@ def skip_first_batches(dataloader: T, num_batches: int = 0) -> T:
     """A loader of the rest of an epoch: without its first `num_batches`, in the very same order.
 
     That is the epoch that a `break` left, or else the one that would come next. It shares the epoch count with
-    `dataloader`: looping over that afterwards gives the next epoch. Of a map-style data set nothing skipped is read.
+    `dataloader`: looping over `dataloader` afterwards gives the next epoch. Of a map-style data set nothing skipped is read.
     """
     if not isinstance(dataloader, DataLoader):
         raise DataError(f"skip_first_batches takes a DataLoader, not a {type(dataloader).__name__}.")

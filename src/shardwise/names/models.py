@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config.kinds import CustomDtype
 from ..run.plugins import AutocastKwargs
 from ..run.process import AcceleratorState, DistributedType
-from .kinds import CustomDtype
 from .structures import ConvertOutputsToFp32
 
 _UNITS = {"GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "GB": 10**9, "MB": 10**6, "KB": 10**3}
