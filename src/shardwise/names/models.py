@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import re
+import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -33,7 +33,7 @@ def is_compiled_module(module: nn.Module) -> bool:
 
 def is_peft_model(model: nn.Module) -> bool:
     """Whether it is a PeftModel, also inside of `torch.compile` and of torch's wrappers for several devices."""
-    if importlib.util.find_spec("peft") is None:
+    if "peft" not in sys.modules:  # nobody has made one
         return False
     from peft import PeftModel
 

@@ -35,8 +35,8 @@ HOMES: dict[str, str] = {
     "run.memory_fit": "clear_device_cache find_executable_batch_size release_memory should_reduce_batch_size",
     "config.variables": """clear_environment get_int_from_env parse_choice_from_env parse_flag_from_env patch_environment
         purge_accelerate_environment str_to_bool""",
-    "config.kinds": """BaseEnum ComputeEnvironment CustomDtype DDPCommunicationHookType DynamoBackend EnumWithContains LoggerType
-        PrecisionType RNGType""",
+    "config.kinds": """BaseEnum ComputeEnvironment CustomDtype DDPCommunicationHookType DynamoBackend EnumWithContains
+        LoggerType PrecisionType RNGType""",
     "names.installed": """STR_OPERATION_TO_FUNC are_libraries_initialized compare_versions is_4bit_bnb_available
         is_8bit_bnb_available is_aim_available is_amdsmi_available is_bf16_available is_bitsandbytes_multi_backend_available
         is_bnb_available is_boto3_available is_clearml_available is_comet_ml_available is_cuda_available is_datasets_available
