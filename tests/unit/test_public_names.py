@@ -41,7 +41,8 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     "shardwise.utils": tuple(
         name
         for name in NAMES["utils"]
-        if (ROWS[name].home or "").startswith(("names.", "config.variables", "run.dynamo")) and not name.isupper()
+        if (ROWS[name].home or "").startswith(("names.", "config.kinds", "config.variables", "run.dynamo"))
+        and not name.isupper()
     ),
 }
 Described = str | dict[str, str]

@@ -11,7 +11,6 @@ import functools
 import inspect
 import logging
 import os
-import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
@@ -25,7 +24,7 @@ from ..plan.precision import LossScaler
 from ..ranks.agreeing import attempt
 from ..run.accumulation import GradientAccumulationPlugin, GradientState
 from ..run.beside import tell_accelerator
-from ..run.joined import leave_run, remember_accelerator
+from ..run.joined import accelerator_in_force, leave_run, remember_accelerator
 from ..run.plugins import DeepSpeedPlugin, ProjectConfiguration
 from ..run.process import AcceleratorState, DistributedType, PartialState
 from . import checkpointing, metrics, preparing, reporting, saving, training
@@ -131,7 +130,7 @@ class Accelerator(PartialState):
         self._run = Run(ranks, settings)
         GradientState.configure(settings.accumulation, training.listener(self._run))
         remember_accelerator(self)
-        tell_accelerator(weakref.ref(self), preparing.later_batches)
+        tell_accelerator(accelerator_in_force, preparing.later_batches)
 
     if not TYPE_CHECKING:  # a checker shall know the attributes above and no others
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -31,6 +32,13 @@ from ..step.optimizer import ShardedOptimizer
 from .entering import PreparedModel
 from .settings import Settings
 
+_prepared: WeakSet[Optimizer] = WeakSet()
+
+
+def is_prepared_optimizer(optimizer: Any) -> bool:
+    """Whether an Accelerator has prepared it."""
+    return isinstance(optimizer, Optimizer) and optimizer in _prepared
+
 
 class PreparedOptimizer:
     """An optimizer in the engine."""
@@ -40,6 +48,7 @@ class PreparedOptimizer:
         self.stepper = stepper
         if not hasattr(optimizer, "optimizer"):
             vars(optimizer)["optimizer"] = optimizer  # as accelerate's wrapper has it
+        _prepared.add(optimizer)
 
     def holds(self, parameters: Sequence[Tensor]) -> bool:
         """Whether it drives any of these: parameters of its model, or the shards that its groups hold now."""

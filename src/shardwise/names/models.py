@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import re
+import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config.kinds import CustomDtype
 from ..run.plugins import AutocastKwargs
 from ..run.process import AcceleratorState, DistributedType
-from .kinds import CustomDtype
 from .structures import ConvertOutputsToFp32
 
 _UNITS = {"GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "GB": 10**9, "MB": 10**6, "KB": 10**3}
@@ -33,7 +33,7 @@ def is_compiled_module(module: nn.Module) -> bool:
 
 def is_peft_model(model: nn.Module) -> bool:
     """Whether it is a PeftModel, also inside of `torch.compile` and of torch's wrappers for several devices."""
-    if importlib.util.find_spec("peft") is None:
+    if "peft" not in sys.modules:  # nobody has made one
         return False
     from peft import PeftModel
 

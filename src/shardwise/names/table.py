@@ -22,7 +22,8 @@ HOMES: dict[str, str] = {
     "data.prepare": "DataLoaderConfiguration skip_first_batches",
     "data.loader": "PreparedLoader:DataLoaderAdapter PreparedLoader:DataLoaderStateMixin",
     "run.plugins": """AutocastKwargs DeepSpeedPlugin DistributedDataParallelKwargs GradScalerKwargs InitProcessGroupKwargs
-        KwargsHandler ProfileKwargs ProjectConfiguration get_active_deepspeed_plugin""",
+        KwargsHandler ProfileKwargs ProjectConfiguration""",
+    "run.deepspeed_plugins": "get_active_deepspeed_plugin",
     "run.dynamo": "TorchDynamoPlugin",
     "run.dummies": "DummyOptim DummyScheduler",
     "run.logging": "MultiProcessAdapter get_logger",
@@ -34,8 +35,8 @@ HOMES: dict[str, str] = {
     "run.memory_fit": "clear_device_cache find_executable_batch_size release_memory should_reduce_batch_size",
     "config.variables": """clear_environment get_int_from_env parse_choice_from_env parse_flag_from_env patch_environment
         purge_accelerate_environment str_to_bool""",
-    "names.kinds": """BaseEnum ComputeEnvironment CustomDtype DDPCommunicationHookType DynamoBackend EnumWithContains LoggerType
-        PrecisionType RNGType""",
+    "config.kinds": """BaseEnum ComputeEnvironment CustomDtype DDPCommunicationHookType DynamoBackend EnumWithContains
+        LoggerType PrecisionType RNGType""",
     "names.installed": """STR_OPERATION_TO_FUNC are_libraries_initialized compare_versions is_4bit_bnb_available
         is_8bit_bnb_available is_aim_available is_amdsmi_available is_bf16_available is_bitsandbytes_multi_backend_available
         is_bnb_available is_boto3_available is_clearml_available is_comet_ml_available is_cuda_available is_datasets_available
@@ -244,7 +245,9 @@ ALIASES: dict[str, str] = {
 }
 
 # Homes that are being written: a row of theirs need not resolve yet.
-PENDING = frozenset({"run.dummies", "run.launchers", "run.local_sgd", "run.memory_fit", "run.plugins", "run.tracking"})
+PENDING = frozenset(
+    {"run.dummies", "run.launchers", "run.local_sgd", "run.deepspeed_plugins", "run.memory_fit", "run.tracking"}
+)
 
 
 class Row(NamedTuple):

@@ -86,6 +86,11 @@ def forget_run() -> None:
     beside.forget()
 
 
+def accelerator_in_force() -> AcceleratorSettings | None:
+    """The Accelerator that was made last, if it lives."""
+    return None if Joined.accelerator is None else Joined.accelerator()
+
+
 def remember_accelerator(accelerator: AcceleratorSettings) -> None:
     """Make `accelerator` the one that AcceleratorState speaks of."""
     Joined.accelerator = weakref.ref(accelerator)
