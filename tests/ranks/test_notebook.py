@@ -12,7 +12,7 @@ import torch
 from rig.fresh import fresh_ranks
 
 
-def alone(function, *args, timeout_s=60.0):
+def alone(function, *args, timeout_s=120.0):
     [outcome] = fresh_ranks(function, [{}], *args, timeout_s=timeout_s)
     assert outcome.error is None, outcome.error
     assert outcome.code == 0
