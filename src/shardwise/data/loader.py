@@ -28,7 +28,7 @@ from ..ranks.ranks import Ranks
 from ..run.accumulation import GradientState
 from ..run.process import synchronize_rng_states
 from .course import Course, can_run_on
-from .order import LaterBatches, RankBatches, RankSamples, Round, samplers_inside
+from .order import LaterBatches, RankBatches, RankSamples, Round, refuse_empty_stream, samplers_inside
 from .workers import Note, WorkerStart, own_dataset, share_sockets, with_note
 
 T = TypeVar("T")
@@ -330,19 +330,6 @@ class PreparedLoader(DataLoader[Any]):
         if isinstance(dealer, RankSamples) and self.num_workers:
             return None  # each worker completed a last round of its own
         return None if dealer is None else dealer.last_round
-
-
-def refuse_empty_stream(dataset: Any) -> None:
-    inner = dataset.dataset if isinstance(dataset, RankSamples) else dataset
-    if getattr(dataset, "drop_last", False):
-        return
-    raise DataError(
-        f"the iterable data set {type(inner).__name__} gave no sample. It is empty, or it can be read only "
-        "once: make its __iter__ start anew each time."
-    )
-
-
-_classes: dict[tuple[type, type], type] = {}
 
 
 def subclass(part: type, user: type) -> type:

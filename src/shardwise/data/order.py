@@ -309,6 +309,19 @@ class RankSamples(IterableDataset[Any]):
             yield from collected[mine]
 
 
+def refuse_empty_stream(dataset: Any) -> None:
+    inner = dataset.dataset if isinstance(dataset, RankSamples) else dataset
+    if getattr(dataset, "drop_last", False):
+        return
+    raise DataError(
+        f"the iterable data set {type(inner).__name__} gave no sample. It is empty, or it can be read only "
+        "once: make its __iter__ start anew each time."
+    )
+
+
+_classes: dict[tuple[type, type], type] = {}
+
+
 def samplers_inside(sampler: Any) -> Iterable[Any]:
     """A sampler and those that it wraps, outermost first."""
     seen: set[int] = set()
