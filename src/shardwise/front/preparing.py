@@ -65,7 +65,7 @@ def prepare(run: Run, *objects: Any, device_placement: Sequence[bool | None] | N
     refuse_or_warn(run.ranks.compare(facts, "`prepare`"), say=run.is_main_process)
     result = list(objects)
     for model in models:
-        run.models.append(into_engine(model, run.config, run.plan, run.precision, run.ranks))
+        run.models.append(into_engine(model, run.config, run.plan, run.precision, run.ranks, in_fp32=True))
     push_sync(run)
     for item in objects:
         if isinstance(item, Optimizer):

@@ -92,8 +92,8 @@ class Listening:
     def _listen(self, module: nn.Module) -> None:
         kind, owner = len(self._entries), self._owner
         entry = self._entries[module] = Entry(owner.before_backward, owner.after_backward)
-        before = _ModuleHook(owner.before_forward, kind, entry)
-        after = _ModuleHook(owner.after_forward, entry)
+        before = ModuleHook(owner.before_forward, kind, entry)
+        after = ModuleHook(owner.after_forward, entry)
         self._handles += [
             module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
             module.register_forward_hook(after, always_call=True),
@@ -118,7 +118,7 @@ class Listening:
         self.stop_listening()
 
 
-class _ModuleHook(partial[Any]):
+class ModuleHook(partial[Any]):
     """A hook on a module. In a copy of the module, or in a file of it, there is one that does nothing, of Python's own.
 
     So a copy is nobody's: it knows no engine, and who loads the file need not have this library.
