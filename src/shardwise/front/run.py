@@ -28,14 +28,15 @@ from ..run.accumulation import GradientState
 from ..run.plugins import AutocastKwargs, DeepSpeedPlugin, ProfileKwargs
 from ..step.averaging import ShardedEMA
 from ..step.optimizer import ShardedOptimizer
+from ..step.plain import PlainOptimizer
 from .entering import PreparedModel
 from .settings import Settings
 
 
 class PreparedOptimizer:
-    """An optimizer in the engine."""
+    """An optimizer in the engine, or one beside it: see `PlainOptimizer`."""
 
-    def __init__(self, optimizer: Optimizer, stepper: ShardedOptimizer) -> None:
+    def __init__(self, optimizer: Optimizer, stepper: ShardedOptimizer | PlainOptimizer) -> None:
         self.optimizer = optimizer
         self.stepper = stepper
 
@@ -97,13 +98,14 @@ class Run:
 
     def state(self) -> RunState:
         """What a checkpoint keeps of it."""
+        steppers = [entry.stepper for entry in self.optimizers]
         return RunState(
             ranks=self.ranks,
             models=[prepared.sharded for prepared in self.models],
-            steppers=[entry.stepper for entry in self.optimizers],
+            steppers=[s for s in steppers if isinstance(s, ShardedOptimizer)],
             schedulers=self.schedulers,
             loaders=self.dataloaders,
-            objects=self.custom_objects,
+            objects=[*self.custom_objects, *(s for s in steppers if isinstance(s, PlainOptimizer))],
             averages=self.averages,
             scaler=self.scaler,
         )

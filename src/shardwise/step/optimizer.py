@@ -242,12 +242,24 @@ class ShardedOptimizer:
 
     def clip_norm(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
         """See `HeldGradients.clip_norm`. Collective."""
-        self._verdicts.note_clipping(max_norm=float(max_norm), norm_type=float(norm_type))
+        self.note_clipping(max_norm=float(max_norm), norm_type=float(norm_type))
         return self.held.clip_norm(parameters, max_norm, norm_type)
+
+    def gradient_norm(self, parameters: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+        """See `HeldGradients.norm`. Collective."""
+        return self.held.norm(parameters, norm_type)
+
+    def multiply_gradients(self, parameters: Sequence[Tensor], factor: Tensor) -> None:
+        """See `HeldGradients.multiply`."""
+        self.held.multiply(parameters, factor)
+
+    def note_clipping(self, **numbers: float) -> None:
+        """See `Verdicts.note_clipping`."""
+        self._verdicts.note_clipping(**numbers)
 
     def clip_value(self, parameters: Iterable[Tensor], value: float) -> None:
         """See `HeldGradients.clip_value`."""
-        self._verdicts.note_clipping(clip_value=float(value))
+        self.note_clipping(clip_value=float(value))
         self.held.clip_value(parameters, value)
 
     def ledger(self) -> dict[tuple[Role, Tier], int]:

@@ -1,7 +1,7 @@
 """Outputs of a prepared model in fp32, where it computes in 16 bits: what accelerate's plain runs give a script.
 
-One hook on the outermost module, none on the blocks in it. Autograd records the conversion, so the backward comes to the model in
-its own dtype. What needs no conversion stays the very object that the model gave.
+One hook on the outermost module, none on the blocks in it. Autograd records the conversion, so the backward comes to the model
+in its own dtype. What needs no conversion stays the very object that the model gave.
 """
 
 from __future__ import annotations

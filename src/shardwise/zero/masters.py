@@ -58,7 +58,7 @@ class MastersInStateDicts:
             self._sharded.before_following.remove(self._take)
 
     def _home(self, parameter: Any) -> tuple[Trained, int] | None:
-        """What trains it, and its place there; None unless the script made it in its master's dtype, and it computes in less."""
+        """What trains it, and where; None unless the script made it in its master's dtype and it computes in less."""
         trained = self._sharded.trained()
         key = [id(one) for one in trained]
         if self._homes[0] != key:
