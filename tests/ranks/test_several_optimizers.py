@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from shardwise import Accelerator, DeepSpeedPlugin
+from shardwise import Accelerator, DeepSpeedPlugin, GradScalerKwargs
 from shardwise.errors import PrepareError
 from shardwise.run.process import forget_run
 
@@ -18,7 +18,10 @@ from shardwise.run.process import forget_run
 def fresh(stage=0, precision="no", **keywords):
     forget_run()
     plugin = DeepSpeedPlugin(zero_stage=stage) if stage else None
-    return Accelerator(cpu=True, mixed_precision=precision, deepspeed_plugin=plugin, **keywords)
+    handlers = [GradScalerKwargs(init_scale=256.0)]
+    return Accelerator(
+        cpu=True, mixed_precision=precision, deepspeed_plugin=plugin, kwargs_handlers=handlers, **keywords
+    )
 
 
 def net(seed, width=5):

@@ -45,7 +45,8 @@ Change = ReplacedForwards | LeanLoss | LogitsLoss | CompiledLoss | Fp32Outputs |
 class PreparedModel:
     """A model in the engine, and the parameters that it had when it went in.
 
-    changes: what was done to the model beside sharding it. quiet: how many no_sync blocks are open.
+    changes: what was done to the model beside sharding it. quiet: how many no_sync blocks are open; triggered: how many
+    trigger_sync_in_backward.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class PreparedModel:
         self.changes = list(changes)
         self.parameters = parameters
         self.ids = {id(parameter) for parameter in parameters}
-        self.quiet = 0
+        self.quiet = self.triggered = 0
 
     def give_own_outputs(self) -> None:
         """Leave outputs in the dtype in which the model computes, from now on."""

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from ..data.prepare import PreparedLoader, check_data_loader
-from ..errors import OptimizerError, PrepareError
+from ..errors import ConfigError, OptimizerError, PrepareError
 from ..step.optimizer import find_sharded_optimizer
 from ..step.plain import PlainOptimizer
 from ..zero.sharded import find_sharded
@@ -42,6 +42,11 @@ def check_objects(run: Run, objects: Sequence[Any]) -> list[CheckedModel]:
     for item in objects:
         check_other(item)
     models = [item for item in objects if isinstance(item, nn.Module)]
+    if models and run.precision.compute is not None and not run.native_amp:
+        raise ConfigError(
+            f"accelerator.native_amp was set to False, but mixed_precision is {run.config.mixed_precision}: the model would "
+            "compute in 16 bits all the same. Make the Accelerator with mixed_precision='no'."
+        )
     checked = []
     for index, model in enumerate(models):
         check_model(model)

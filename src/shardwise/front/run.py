@@ -61,9 +61,12 @@ class Run:
         self.precision = settings.precision
         self.scaler = settings.scaler
         self.plugin = DeepSpeedPlugin.in_force(settings.config)
-        self.autocast: AutocastKwargs = settings.handlers.get(AutocastKwargs) or AutocastKwargs()
-        self.profile: ProfileKwargs = settings.handlers.get(ProfileKwargs) or ProfileKwargs()
+        self.plugin_name = settings.plugin_name
+        self.settings = settings
         # Those that a script may set too, under these names.
+        self.autocast_handler: AutocastKwargs | None = settings.handlers.get(AutocastKwargs)
+        self.profile_handler: ProfileKwargs | None = settings.handlers.get(ProfileKwargs)
+        self.native_amp = settings.precision.compute is not None
         self.device_placement = settings.device_placement
         self.dataloader_config = settings.loading
         self.rng_types = settings.rng_types

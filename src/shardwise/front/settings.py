@@ -23,7 +23,7 @@ from ..ranks.agreeing import attempt
 from ..ranks.meeting import versions
 from ..ranks.ranks import Ranks
 from ..run.accumulation import GradientAccumulationPlugin
-from ..run.joined import check_device, join_first
+from ..run.joined import check_device, configuration_in_force, join_first
 from ..run.plugins import (
     AutocastKwargs,
     DeepSpeedPlugin,
@@ -64,13 +64,16 @@ def handlers_by_type(handlers: Sequence[Any] | None) -> dict[type, Any]:
 class Settings:
     """What an Accelerator works by: its arguments over the launcher's configuration, checked.
 
-    steps:   micro-batches per optimizer step. accumulation: the rest about them.
+    steps:   micro-batches per optimizer step. accumulation: the rest about them. accumulates: whether the script has said them;
+             False where those of an earlier Accelerator hold.
+    plugin_name: of the ZeRO settings, where the script gives a dictionary of them.
     loading: how data loaders are prepared. project: where checkpoints and logs go. log_with: names of trackers, and trackers.
     """
 
     config: Config
     steps: int
     accumulation: GradientAccumulationPlugin
+    accumulates: bool
     handlers: dict[type, Any]
     timeout_s: float
     precision: Precision
@@ -79,6 +82,7 @@ class Settings:
     loading: DataLoaderConfiguration
     project: ProjectConfiguration
     log_with: list[Any]
+    plugin_name: str | None
     rng_types: list[str]
     device_placement: bool
     step_scheduler_with_optimizer: bool
@@ -133,10 +137,15 @@ def resolve(
     device_placement: bool,
     step_scheduler_with_optimizer: bool,
 ) -> Settings:
-    """The settings in force. The arguments are the Accelerator's. Raises ConfigError."""
+    """The settings in force. The arguments are the Accelerator's. Raises ConfigError.
+
+    The configuration of an Accelerator that lives holds for what the script does not say to this one.
+    """
+    in_force = configuration_in_force()
+    accumulates = in_force is None or steps != 1 or accumulation is not None
     trackers = check_trackers(log_with, project.logging_dir)
     handlers = handlers_by_type(kwargs_handlers)
-    config, steps = _configured(mixed_precision, cpu, plugins, steps, accumulation)
+    config, steps = _configured(in_force, mixed_precision, cpu, plugins, steps, accumulation)
     config = merged(config, dynamo_backend=getattr(dynamo_backend, "value", dynamo_backend))
     types = ["generator"] if rng_types is None else list(rng_types)
     if set(types) - {"generator", "torch", "cuda"}:
@@ -149,6 +158,7 @@ def resolve(
         config=config,
         steps=steps,
         accumulation=accumulation or GradientAccumulationPlugin(),
+        accumulates=accumulates,
         handlers=handlers,
         timeout_s=engine.collective_timeout_s if given is None else given,
         precision=precision,
@@ -161,6 +171,7 @@ def resolve(
         loading=loading,
         project=project,
         log_with=trackers,
+        plugin_name=next(iter(plugins)) if isinstance(plugins, dict) else None,
         rng_types=types,
         device_placement=device_placement,
         step_scheduler_with_optimizer=step_scheduler_with_optimizer,
@@ -234,6 +245,7 @@ def refuse_others(**arguments: Any) -> None:
 
 
 def _configured(
+    in_force: Config | None,
     mixed_precision: Any,
     cpu: bool,
     plugins: DeepSpeedPlugin | dict[str, DeepSpeedPlugin] | None,
@@ -241,7 +253,7 @@ def _configured(
     accumulation: GradientAccumulationPlugin | None,
 ) -> tuple[Config, int]:
     """The configuration in force, and the accumulation steps."""
-    config = from_environment()
+    config = in_force or from_environment()
     if isinstance(plugins, dict):
         if len(plugins) != 1:
             raise ConfigError(

@@ -22,18 +22,19 @@ from .run import Run
 # Where a step ends.
 
 
-def listener(run: Run) -> Callable[[], None]:
+def listener(run: Run) -> Callable[[], bool]:
     """What is to be called whenever `sync_gradients` is set: it tells the models of `run`, and does not keep it alive."""
     reference = weakref.ref(run)
 
-    def declared() -> None:
-        """Where a step ends has been said: by a micro-batch of `accumulate`, or by the script."""
+    def declared() -> bool:
+        """Where a step ends has been said: by a micro-batch of `accumulate`, or by the script. False once the run is gone."""
         alive = reference()
         if alive is None:
-            return
+            return False
         push_sync(alive)
         for prepared in alive.models:
             prepared.sharded.at_boundary = prepared.sharded.sync_gradients
+        return True
 
     return declared
 
@@ -41,7 +42,8 @@ def listener(run: Run) -> Callable[[], None]:
 def push_sync(run: Run) -> None:
     """Tell the prepared models whether the coming backward ends a step."""
     for prepared in run.models:
-        prepared.sharded.sync_gradients = run.gradient_state.sync_gradients and not prepared.quiet
+        ends = run.gradient_state.sync_gradients and not prepared.quiet
+        prepared.sharded.sync_gradients = ends or bool(prepared.triggered)
 
 
 @contextmanager
@@ -79,6 +81,42 @@ def no_sync(run: Run, model: nn.Module) -> Iterator[None]:
         for prepared in found:
             prepared.quiet -= 1
         push_sync(run)
+
+
+@contextmanager
+def trigger_sync_in_backward(run: Run, model: nn.Module) -> Iterator[None]:
+    """Backward passes inside end the accumulation of `model`'s gradients, also where `no_sync` or a micro-batch says otherwise.
+
+    A step behind it uses them; on every rank alike. Does nothing for a model that is not prepared.
+    """
+    found = [prepared for prepared in run.models if prepared.model is model]
+    earlier = [prepared.sharded.at_boundary for prepared in found]
+    for prepared in found:
+        prepared.triggered += 1
+        prepared.sharded.at_boundary = None
+    push_sync(run)
+    try:
+        yield
+    finally:
+        for prepared, said in zip(found, earlier, strict=True):
+            prepared.triggered -= 1
+            if prepared.sharded.accumulating:  # no backward came
+                prepared.sharded.at_boundary = said
+        push_sync(run)
+
+
+@contextmanager
+def maybe_context_parallel(run: Run, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """Does nothing: no sequence is divided over ranks, so each has its buffers whole."""
+    yield
+
+
+def lomo_backward(run: Run, loss: Tensor, learning_rate: float) -> None:
+    """Raises ShardwiseError: LOMO updates weights inside of the backward, before their gradients have been averaged."""
+    raise ShardwiseError(
+        "lomo_backward: LOMO changes weights inside of the backward, where shardwise has not averaged their gradients yet. Use "
+        "an optimizer of torch.optim, with zero_stage 2 or 3, or with offload_optimizer_device: cpu, to save memory."
+    )
 
 
 @contextmanager
@@ -125,9 +163,9 @@ def backward(run: Run, /, loss: Tensor, **kwargs: Any) -> None:
 @contextmanager
 def autocast(run: Run, autocast_handler: AutocastKwargs | None = None) -> Iterator[None]:
     """Torch's autocast in the run's precision, for computations outside of a prepared model."""
-    handler = autocast_handler or run.autocast
+    handler = autocast_handler or run.autocast_handler or AutocastKwargs()
     dtype = run.precision.compute
-    if dtype is None:
+    if dtype is None or not run.native_amp:
         yield
         return
     with torch.autocast(
@@ -187,13 +225,14 @@ def clip_grad_norm_(
     order = float(norm_type)
     norms = []
     for stepper, items in steppers:
-        stepper.note_clipping(max_norm=float(max_norm), norm_type=order)
-        norms.append(stepper.gradient_norm(items, order).to(run.ranks.device))
+        if isinstance(stepper, ShardedOptimizer):
+            stepper.verdicts.note_clipping(max_norm=float(max_norm), norm_type=order)
+        norms.append(stepper.held.norm(items, order).to(run.ranks.device))
     every = torch.stack([norm.to(max(norms, key=lambda one: one.dtype.itemsize).dtype) for norm in norms])
     total: Tensor = torch.linalg.vector_norm(every, order)
     factor = clip_factor(total, float(max_norm))
     for stepper, items in steppers:
-        stepper.multiply_gradients(items, factor)
+        stepper.held.multiply(items, factor)
     return total
 
 

@@ -121,13 +121,18 @@ class PlainOptimizer:
 
     # Clipping.
 
-    def gradient_norm(self, parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
+    @property
+    def held(self) -> PlainOptimizer:
+        """Whom to ask of its gradients: as of a ShardedOptimizer."""
+        return self
+
+    def norm(self, parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
         """Of the gradients of these parameters, loss scale removed."""
         self.unscale()
         return torch.nn.utils.get_total_norm(self._gradients(parameters), norm_type)
 
     @torch.no_grad()
-    def multiply_gradients(self, parameters: Iterable[Tensor], factor: Tensor) -> None:
+    def multiply(self, parameters: Iterable[Tensor], factor: Tensor) -> None:
         """Multiply the gradients of these parameters. factor: a scalar."""
         for gradient in self._gradients(parameters):
             gradient.mul_(factor.to(gradient.device))
@@ -135,12 +140,9 @@ class PlainOptimizer:
     def clip_norm(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clip the gradients of `parameters` together to `max_norm` and return their norm before it."""
         items = list(parameters)
-        norm = self.gradient_norm(items, norm_type)
-        self.multiply_gradients(items, clip_factor(norm, max_norm))
+        norm = self.norm(items, norm_type)
+        self.multiply(items, clip_factor(norm, max_norm))
         return norm
-
-    def note_clipping(self, **numbers: float) -> None:
-        """There is no other rank that could clip by others."""
 
     def clip_value(self, parameters: Iterable[Tensor], value: float) -> None:
         """Clamp every element of the gradients of `parameters` to [-value, value]."""
