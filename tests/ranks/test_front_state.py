@@ -204,6 +204,17 @@ def test_a_triggered_backward_ends_the_accumulation(world, n, stage):
         torch.testing.assert_close(state[name], value)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of what its compiler imports
+def test_wrappers_of_torch_come_off():
+    accelerator = Accelerator(cpu=True)
+    model = nn.Linear(2, 2)
+    assert accelerator.unwrap_model(nn.DataParallel(nn.DataParallel(model))) is model
+    compiled = torch.compile(nn.DataParallel(model))
+    assert accelerator.unwrap_model(compiled) is compiled
+    assert compiled._orig_mod is model
+    assert accelerator.unwrap_model(compiled, keep_torch_compile=False) is model
+
+
 # Pickles.
 
 
