@@ -11,7 +11,6 @@ ends for all ranks if one of them fails: the others get its error instead of wai
 from __future__ import annotations
 
 import functools
-import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from ..config.environment import fork_launched
 from ..errors import ConfigError, DataError
 from ..ranks import batches
 from .joined import Joined, forget_run, join_run, leave_run
@@ -105,7 +105,7 @@ class PartialState:
     @property
     def fork_launched(self) -> bool:
         """Whether a launcher forked this process, as accelerate's notebook launcher says of those that it does."""
-        return os.environ.get("FORK_LAUNCHED", "0").lower() in ("1", "true", "yes")
+        return fork_launched()
 
     def set_device(self) -> None:
         """Make the rank's device torch's current one, as joining the run has done."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..zero.listening import ModuleHook
+from ..zero.listening import change_outputs
 
 _SHORT = (torch.float16, torch.bfloat16)
 
@@ -23,16 +23,11 @@ class Fp32Outputs:
     """The outputs of `model` are fp32, until `undo`. Copies of the model have its own outputs."""
 
     def __init__(self, model: nn.Module) -> None:
-        # Before every other hook: those of the script, made before or later, see what the caller of the model will see.
-        self._handle = model.register_forward_hook(ModuleHook(_convert), prepend=True)
+        self._handle = change_outputs(model, in_fp32)
 
     def undo(self) -> None:
         """Give the model its own outputs back."""
         self._handle.remove()
-
-
-def _convert(module: nn.Module, args: Any, output: Any) -> Any:
-    return in_fp32(output)
 
 
 def in_fp32(value: Any) -> Any:

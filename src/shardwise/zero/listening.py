@@ -128,6 +128,24 @@ class ModuleHook(partial[Any]):
         return getattr, (nullcontext(), "__exit__")  # takes any arguments and gives None
 
 
+def change_outputs(module: nn.Module, change: Callable[[Any], Any]) -> RemovableHandle:
+    """From now on a call of `module` gives `change(output)`: every other hook on it, earlier or later, is given that too."""
+    return module.register_forward_hook(ModuleHook(_changed, change), prepend=True)
+
+
+def _changed(change: Callable[[Any], Any], module: nn.Module, args: Any, output: Any) -> Any:
+    return change(output)
+
+
+def call_before_forwards(module: nn.Module, call: Callable[[], None]) -> RemovableHandle:
+    """From now on `call` comes before every other hook on `module`."""
+    return module.register_forward_pre_hook(ModuleHook(_called, call), prepend=True)
+
+
+def _called(call: Callable[[], None], module: nn.Module, args: Any) -> None:
+    call()
+
+
 def _counted(hooks: Hears, unit: Unit, index: int) -> Callable[[Tensor], None]:
     """`weakly(hooks.gradient_arrived, unit)` for a parameter, written out because a step calls it for each of them."""
     listener, source = ref(hooks), ref(unit)

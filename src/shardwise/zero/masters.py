@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..plan.plan import Tier
 from .guard import Released
-from .listening import ModuleHook
+from .listening import ModuleHook, call_before_forwards
 from .sharded import ShardedModel
 from .trained import Trained
 
@@ -104,12 +104,8 @@ class MastersInStateDicts:
             if not self._told:
                 self._told = True
                 self._sharded.before_following.append(self._take)
-                before = ModuleHook(self._before_forward)
-                self._handles.append(self._sharded.model.register_forward_pre_hook(before, prepend=True))
+                self._handles.append(call_before_forwards(self._sharded.model, self._take))
         return shown
-
-    def _before_forward(self, module: nn.Module, args: Any) -> None:
-        self._take()
 
     @torch.no_grad()
     def _take(self) -> None:
