@@ -182,7 +182,7 @@ def _state(ranks, precision, stage):
         state = {name: value.clone() for name, value in model.state_dict().items()}
         part = {name: value.clone() for name, value in model.head.state_dict().items()}
     file = io.BytesIO()
-    if not (stage == 3 and ranks.world_size > 1):
+    if ranks.rank == 0 and not (stage == 3 and ranks.world_size > 1):  # under `if is_main_process`: nobody waits
         torch.save(accelerator.unwrap_model(model).state_dict(), file)
         file.seek(0)
         read = torch.load(file)
