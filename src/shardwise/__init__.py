@@ -20,8 +20,8 @@ from .version import __version__
 _HOMES = {
     "front.accelerator": ("Accelerator",),
     "run.accumulation": ("GradientAccumulationPlugin", "GradientState"),
+    "run.accelerator_state": ("AcceleratorState",),
     "run.process": (
-        "AcceleratorState",
         "DistributedType",
         "PartialState",
         "broadcast",

@@ -3,9 +3,9 @@
 import inspect
 
 import pytest
-import shardwise.tracking
 
 import shardwise
+import shardwise.tracking
 from shardwise.run import local_sgd, memory_fit
 from shardwise.run.logging import get_logger
 

@@ -138,7 +138,7 @@ def test_the_loss_scale_is_the_one_asked_for():
     accelerator = Accelerator(cpu=True, mixed_precision="fp16", kwargs_handlers=[handler])
     assert accelerator.scaler.value == 8.0
     assert accelerator.scaler.growth_interval == 3
-    assert Accelerator(cpu=True).scaler is None
+    assert Accelerator(cpu=True, mixed_precision="no").scaler is None
 
 
 def test_one_process_trains_without_a_launcher():

@@ -332,6 +332,9 @@ class PreparedLoader(DataLoader[Any]):
         return None if dealer is None else dealer.last_round
 
 
+_classes: dict[tuple[type, type], type] = {}
+
+
 def subclass(part: type, user: type) -> type:
     """`part` mixed in before the user's loader class, made once per pair."""
     if user is DataLoader:

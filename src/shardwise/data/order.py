@@ -319,9 +319,6 @@ def refuse_empty_stream(dataset: Any) -> None:
     )
 
 
-_classes: dict[tuple[type, type], type] = {}
-
-
 def samplers_inside(sampler: Any) -> Iterable[Any]:
     """A sampler and those that it wraps, outermost first."""
     seen: set[int] = set()

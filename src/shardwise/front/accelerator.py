@@ -22,13 +22,15 @@ from ..data.prepare import DataLoaderConfiguration
 from ..data.prepare import skip_first_batches as skip_batches_of
 from ..plan.precision import LossScaler
 from ..ranks.agreeing import attempt
+from ..run.accelerator_state import AcceleratorState
 from ..run.accumulation import GradientAccumulationPlugin, GradientState
 from ..run.beside import tell_accelerator
 from ..run.joined import accelerator_in_force, leave_run, remember_accelerator
-from ..run.plugins import DeepSpeedPlugin, ProjectConfiguration
-from ..run.process import AcceleratorState, DistributedType, PartialState
-from . import checkpointing, metrics, preparing, reporting, saving, training
+from ..run.plugins import AutocastKwargs, DeepSpeedPlugin, ProfileKwargs, ProjectConfiguration
+from ..run.process import DistributedType, PartialState
+from . import checkpointing, facts, metrics, preparing, reporting, saving, training
 from .of_accelerate import own
+from .pickling import reduced
 from .run import Run
 from .settings import Settings, act_on_process, join_with, loading_of, project_of, refuse_others, resolve
 
@@ -52,6 +54,11 @@ def _over_run(verb: Callable[Concatenate[Run, P], R]) -> Callable[Concatenate[Ac
     return method
 
 
+def _fact(of: Callable[[Run], Any]) -> Any:
+    """A property that gives what the Run says."""
+    return property(lambda self: of(self._run))
+
+
 class Accelerator(PartialState):
     """Prepares a script's objects for the run that it was launched in. Making one is collective: the ranks compare settings.
 
@@ -73,6 +80,10 @@ class Accelerator(PartialState):
     project_configuration: ProjectConfiguration
     step_scheduler_with_optimizer: bool
     trackers: list[Any]
+    log_with: list[Any]
+    native_amp: bool
+    autocast_handler: AutocastKwargs | None
+    profile_handler: ProfileKwargs | None
     gradient_state: GradientState
     step: int
 
@@ -128,8 +139,8 @@ class Accelerator(PartialState):
         super().__init__()  # a view of the run that has just been joined
         act_on_process(settings)
         self._run = Run(ranks, settings)
-        GradientState.configure(settings.accumulation, training.listener(self._run))
-        remember_accelerator(self)
+        GradientState.configure(settings.accumulation if settings.accumulates else None, training.listener(self._run))
+        remember_accelerator(self, settings.config)
         tell_accelerator(accelerator_in_force, preparing.later_batches)
 
     if not TYPE_CHECKING:  # a checker shall know the attributes above and no others
@@ -137,16 +148,23 @@ class Accelerator(PartialState):
         def __getattr__(self, name):
             if name in _IN_RUN:
                 return getattr(self._run, name)
+            if name in facts.FACTS:
+                return facts.FACTS[name](self._run)
             return super().__getattribute__(name)  # raises once more what it raised, also within a property
 
         def __setattr__(self, name, value):
             if name in _IN_RUN:
                 setattr(self._run, name, value)
+            elif name in facts.FACTS:
+                raise AttributeError(f"Accelerator.{name} is a fact of the run, and cannot be set.")
             else:
                 super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *_IN_RUN})
+        return sorted({*super().__dir__(), *_IN_RUN, *facts.FACTS})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return reduced(self)
 
     def __repr__(self) -> str:
         place = f"rank {self.process_index} of {self.num_processes}"
@@ -181,13 +199,13 @@ class Accelerator(PartialState):
     def multi_device(self) -> bool:
         return self.use_distributed
 
-    @property
-    def split_batches(self) -> bool:
-        return self._run.dataloader_config.split_batches
-
-    @property
-    def dispatch_batches(self) -> bool | None:
-        return self._run.dataloader_config.dispatch_batches
+    split_batches = _fact(lambda run: run.dataloader_config.split_batches)
+    dispatch_batches = _fact(lambda run: run.dataloader_config.dispatch_batches)
+    use_seedable_sampler = _fact(lambda run: run.dataloader_config.use_seedable_sampler)
+    non_blocking = _fact(lambda run: run.dataloader_config.non_blocking)
+    use_stateful_dataloader = _fact(lambda run: run.dataloader_config.use_stateful_dataloader)
+    deepspeed_plugins = _fact(facts.deepspeed_plugins)
+    dynamo_plugin = _fact(lambda run: run.config.compiling)
 
     @property
     def even_batches(self) -> bool:
@@ -196,18 +214,6 @@ class Accelerator(PartialState):
     @even_batches.setter
     def even_batches(self, value: bool) -> None:
         self._run.dataloader_config.even_batches = value
-
-    @property
-    def use_seedable_sampler(self) -> bool:
-        return self._run.dataloader_config.use_seedable_sampler
-
-    @property
-    def non_blocking(self) -> bool:
-        return self._run.dataloader_config.non_blocking
-
-    @property
-    def use_stateful_dataloader(self) -> bool:
-        return self._run.dataloader_config.use_stateful_dataloader
 
     @property
     def project_dir(self) -> str | os.PathLike[str] | None:
@@ -280,6 +286,9 @@ class Accelerator(PartialState):
 
     accumulate = _over_run(training.accumulate)
     no_sync = _over_run(training.no_sync)
+    trigger_sync_in_backward = _over_run(training.trigger_sync_in_backward)
+    maybe_context_parallel = _over_run(training.maybe_context_parallel)
+    lomo_backward = _over_run(training.lomo_backward)
     join_uneven_inputs = _over_run(training.join_uneven_inputs)
     backward = _over_run(training.backward)
     autocast = _over_run(training.autocast)

@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from ..data.prepare import PreparedLoader, check_data_loader
-from ..errors import OptimizerError, PrepareError
+from ..errors import ConfigError, OptimizerError, PrepareError
 from ..step.optimizer import find_sharded_optimizer
+from ..step.plain import PlainOptimizer
 from ..zero.sharded import find_sharded
 from .entering import CheckedModel
 from .run import Run
@@ -41,6 +42,11 @@ def check_objects(run: Run, objects: Sequence[Any]) -> list[CheckedModel]:
     for item in objects:
         check_other(item)
     models = [item for item in objects if isinstance(item, nn.Module)]
+    if models and run.precision.compute is not None and not run.native_amp:
+        raise ConfigError(
+            f"accelerator.native_amp was set to False, but mixed_precision is {run.config.mixed_precision}: the model would "
+            "compute in 16 bits all the same. Make the Accelerator with mixed_precision='no'."
+        )
     checked = []
     for index, model in enumerate(models):
         check_model(model)
@@ -50,7 +56,10 @@ def check_objects(run: Run, objects: Sequence[Any]) -> list[CheckedModel]:
     known = known.union(*(prepared.ids for prepared in run.models))
     for optimizer in (item for item in objects if isinstance(item, Optimizer)):
         if find_sharded_optimizer(optimizer) is None:
-            check_optimizer(optimizer, known, bool(models or run.models))
+            check_optimizer(optimizer, known, bool(models or run.models), alone=run.ranks.world_size == 1)
+    for entry in run.optimizers:
+        if isinstance(entry.stepper, PlainOptimizer) and entry.stepper.holds(p for m in models for p in m.parameters()):
+            check_optimizer(entry.optimizer, known, True, alone=False)
     loaders = [item for item in objects if isinstance(item, DataLoader)]
     for loader in loaders:
         if not isinstance(loader, PreparedLoader):
@@ -113,7 +122,15 @@ def check_other(item: Any) -> None:
         )
 
 
-def check_optimizer(optimizer: Optimizer, known: set[int], any_model: bool) -> None:
+def check_optimizer(optimizer: Optimizer, known: set[int], any_model: bool, *, alone: bool) -> None:
+    """Raise PrepareError or OptimizerError unless it can be driven.
+
+    known: ids of the parameters of prepared models. alone: one process may step what belongs to none of them (see
+    `step/plain.py`); of several nobody would average its gradients.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if alone and not held & known:
+        return
     if not any_model:
         raise PrepareError(
             f"the {type(optimizer).__name__} is prepared before any model. Prepare its model first, or "

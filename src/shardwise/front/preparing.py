@@ -20,7 +20,8 @@ from ..data.prepare import prepare_data_loader as loader_of_rank
 from ..run.accumulation import GradientState
 from ..run.scheduler import Rhythm, is_prepared
 from ..run.scheduler import prepare_scheduler as set_rhythm
-from ..step.optimizer import ShardedOptimizer, find_sharded_optimizer
+from ..step.optimizer import ShardedOptimizer
+from ..step.plain import PlainOptimizer
 from ..weights.integrations import generation as keep_for_generation
 from ..zero.access import prepared_as
 from .entering import CheckedModel, into_engine
@@ -65,11 +66,17 @@ def prepare(run: Run, *objects: Any, device_placement: Sequence[bool | None] | N
     refuse_or_warn(run.ranks.compare(facts, "`prepare`"), say=run.is_main_process)
     result = list(objects)
     for model in models:
-        run.models.append(into_engine(model, run.config, run.plan, run.precision, run.ranks))
+        run.models.append(into_engine(model, run.config, run.plan, run.precision, run.ranks, in_fp32=True))
     push_sync(run)
+    came = set().union(*(prepared.ids for prepared in run.models[len(run.models) - len(models) :]))
+    for entry in run.optimizers:
+        plain = entry.stepper
+        if isinstance(plain, PlainOptimizer) and came & {id(p) for p in plain.parameters}:  # prepared before its model
+            plain.undo()
+            entry.stepper = _stepper(run, entry.optimizer)
     for item in objects:
-        if isinstance(item, Optimizer):
-            _prepare_optimizer(run, item)
+        if isinstance(item, Optimizer) and not any(entry.optimizer is item for entry in run.optimizers):
+            run.optimizers.append(PreparedOptimizer(item, _stepper(run, item)))
     for index, item in enumerate(objects):
         if isinstance(item, DataLoader):
             result[index] = _prepare_loader(run, item, placements[index])
@@ -112,15 +119,22 @@ def _facts(run: Run, objects: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def _prepare_optimizer(run: Run, optimizer: Optimizer) -> None:
-    if find_sharded_optimizer(optimizer) is not None:
-        return
+def _stepper(run: Run, optimizer: Optimizer) -> ShardedOptimizer | PlainOptimizer:
+    """What drives it from now on."""
     ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     owners = [prepared.sharded for prepared in run.models if prepared.ids & ids]
-    stepper = ShardedOptimizer(
-        optimizer, owners, scaler=run.scaler, gradient_clipping=run.config.zero.gradient_clipping
+    clipping = run.config.zero.gradient_clipping
+    if owners:
+        return ShardedOptimizer(optimizer, owners, scaler=run.scaler, gradient_clipping=clipping)
+    logger.warning(
+        "None of the parameters of this %s belongs to a prepared model: it steps them as in plain torch. If it was meant for a "
+        "model that is prepared, make it from that model's parameters.",
+        type(optimizer).__name__,
     )
-    run.optimizers.append(PreparedOptimizer(optimizer, stepper))
+    state = run.gradient_state
+    return PlainOptimizer(
+        optimizer, scaler=run.scaler, ends_step=lambda: state.sync_gradients, gradient_clipping=clipping
+    )
 
 
 def _prepare_loader(
@@ -180,6 +194,9 @@ def free_memory(run: Run, *objects: Any) -> list[None]:
     """
     for prepared in run.models:
         prepared.release()
+    for entry in run.optimizers:
+        if isinstance(entry.stepper, PlainOptimizer):
+            entry.stepper.undo()
     run.forget_prepared()
     gc.collect()
     if run.ranks.device.type == "cuda":

@@ -57,7 +57,7 @@ def log(
 @contextmanager
 def profile(run: Run, profile_handler: ProfileKwargs | None = None) -> Iterator[torch.profiler.profile]:
     """Profile the block on this rank; see ProfileKwargs."""
-    handler = profile_handler or run.profile
+    handler = profile_handler or run.profile_handler or ProfileKwargs()
     with handler.build(run.ranks.rank) as profiler:
         yield profiler
     if handler.output_trace_dir is not None and handler.schedule_option is None:

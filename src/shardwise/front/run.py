@@ -29,6 +29,7 @@ from ..run.accumulation import GradientState
 from ..run.plugins import AutocastKwargs, DeepSpeedPlugin, ProfileKwargs
 from ..step.averaging import ShardedEMA
 from ..step.optimizer import ShardedOptimizer
+from ..step.plain import PlainOptimizer
 from .entering import PreparedModel
 from .settings import Settings
 
@@ -41,9 +42,9 @@ def is_prepared_optimizer(optimizer: Any) -> bool:
 
 
 class PreparedOptimizer:
-    """An optimizer in the engine."""
+    """An optimizer in the engine, or one beside it: see `PlainOptimizer`."""
 
-    def __init__(self, optimizer: Optimizer, stepper: ShardedOptimizer) -> None:
+    def __init__(self, optimizer: Optimizer, stepper: ShardedOptimizer | PlainOptimizer) -> None:
         self.optimizer = optimizer
         self.stepper = stepper
         if not hasattr(optimizer, "optimizer"):
@@ -71,9 +72,12 @@ class Run:
         self.precision = settings.precision
         self.scaler = settings.scaler
         self.plugin = DeepSpeedPlugin.in_force(settings.config)
-        self.autocast: AutocastKwargs = settings.handlers.get(AutocastKwargs) or AutocastKwargs()
-        self.profile: ProfileKwargs = settings.handlers.get(ProfileKwargs) or ProfileKwargs()
+        self.plugin_name = settings.plugin_name
+        self.settings = settings
         # Those that a script may set too, under these names.
+        self.autocast_handler: AutocastKwargs | None = settings.handlers.get(AutocastKwargs)
+        self.profile_handler: ProfileKwargs | None = settings.handlers.get(ProfileKwargs)
+        self.native_amp = settings.precision.compute is not None
         self.device_placement = settings.device_placement
         self.dataloader_config = settings.loading
         self.rng_types = settings.rng_types
@@ -108,13 +112,14 @@ class Run:
 
     def state(self) -> RunState:
         """What a checkpoint keeps of it."""
+        steppers = [entry.stepper for entry in self.optimizers]
         return RunState(
             ranks=self.ranks,
             models=[prepared.sharded for prepared in self.models],
-            steppers=[entry.stepper for entry in self.optimizers],
+            steppers=[s for s in steppers if isinstance(s, ShardedOptimizer)],
             schedulers=self.schedulers,
             loaders=self.dataloaders,
-            objects=self.custom_objects,
+            objects=[*self.custom_objects, *(s for s in steppers if isinstance(s, PlainOptimizer))],
             averages=self.averages,
             scaler=self.scaler,
         )

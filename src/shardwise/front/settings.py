@@ -24,7 +24,7 @@ from ..ranks.meeting import versions
 from ..ranks.ranks import Ranks
 from ..run.accumulation import GradientAccumulationPlugin
 from ..run.dynamo import TorchDynamoPlugin
-from ..run.joined import check_device, join_first
+from ..run.joined import check_device, configuration_in_force, join_first
 from ..run.plugins import (
     AutocastKwargs,
     DeepSpeedPlugin,
@@ -65,13 +65,16 @@ def handlers_by_type(handlers: Sequence[Any] | None) -> dict[type, Any]:
 class Settings:
     """What an Accelerator works by: its arguments over the launcher's configuration, checked.
 
-    steps:   micro-batches per optimizer step. accumulation: the rest about them.
+    steps:   micro-batches per optimizer step. accumulation: the rest about them. accumulates: whether the script has said them;
+             False where those of an earlier Accelerator hold.
+    plugin_name: of the ZeRO settings, where the script gives a dictionary of them.
     loading: how data loaders are prepared. project: where checkpoints and logs go. log_with: names of trackers, and trackers.
     """
 
     config: Config
     steps: int
     accumulation: GradientAccumulationPlugin
+    accumulates: bool
     handlers: dict[type, Any]
     timeout_s: float
     precision: Precision
@@ -80,6 +83,7 @@ class Settings:
     loading: DataLoaderConfiguration
     project: ProjectConfiguration
     log_with: list[Any]
+    plugin_name: str | None
     rng_types: list[str]
     device_placement: bool
     step_scheduler_with_optimizer: bool
@@ -135,19 +139,16 @@ def resolve(
     device_placement: bool,
     step_scheduler_with_optimizer: bool,
 ) -> Settings:
-    """The settings in force. The arguments are the Accelerator's. Raises ConfigError."""
+    """The settings in force. The arguments are the Accelerator's. Raises ConfigError.
+
+    The configuration of an Accelerator that lives holds for what the script does not say to this one.
+    """
+    in_force = configuration_in_force()
+    accumulates = in_force is None or steps != 1 or accumulation is not None
     trackers = filter_trackers(log_with, project.logging_dir)
     handlers = handlers_by_type(kwargs_handlers)
-    config, steps = _configured(mixed_precision, cpu, plugins, steps, accumulation)
-    config = merged(config, dynamo_backend=getattr(dynamo_backend, "value", dynamo_backend))
-    if dynamo_plugin is not None:
-        if not isinstance(dynamo_plugin, TorchDynamoPlugin):
-            raise ConfigError(
-                f"Accelerator: dynamo_plugin is a {type(dynamo_plugin).__name__}, not a TorchDynamoPlugin."
-            )
-        if dynamo_backend is not None:
-            raise ConfigError("Accelerator: dynamo_backend and dynamo_plugin are given. Give one of them.")
-        config = dynamo_plugin.merged_into(config)
+    config, steps = _configured(in_force, mixed_precision, cpu, plugins, steps, accumulation)
+    config = _compiling(config, dynamo_backend, dynamo_plugin)
     types = ["generator"] if rng_types is None else list(rng_types)
     if set(types) - {"generator", "torch", "cuda"}:
         raise ConfigError(f"rng_types is {types}; it can hold 'generator', 'torch' and 'cuda'.")
@@ -159,6 +160,7 @@ def resolve(
         config=config,
         steps=steps,
         accumulation=accumulation or GradientAccumulationPlugin(),
+        accumulates=accumulates,
         handlers=handlers,
         timeout_s=engine.collective_timeout_s if given is None else given,
         precision=precision,
@@ -171,10 +173,22 @@ def resolve(
         loading=loading,
         project=project,
         log_with=trackers,
+        plugin_name=next(iter(plugins)) if isinstance(plugins, dict) else None,
         rng_types=types,
         device_placement=device_placement,
         step_scheduler_with_optimizer=step_scheduler_with_optimizer,
     )
+
+
+def _compiling(config: Config, backend: Any, plugin: TorchDynamoPlugin | None) -> Config:
+    """The configuration with what the script says of torch.compile."""
+    if plugin is None:
+        return merged(config, dynamo_backend=getattr(backend, "value", backend))
+    if not isinstance(plugin, TorchDynamoPlugin):
+        raise ConfigError(f"Accelerator: dynamo_plugin is a {type(plugin).__name__}, not a TorchDynamoPlugin.")
+    if backend is not None:
+        raise ConfigError("Accelerator: dynamo_backend and dynamo_plugin are given. Give one of them.")
+    return plugin.merged_into(config)
 
 
 def join_with(checked: Callable[[], Settings]) -> tuple[Ranks, Settings]:
@@ -239,6 +253,7 @@ def refuse_others(**arguments: Any) -> None:
 
 
 def _configured(
+    in_force: Config | None,
     mixed_precision: Any,
     cpu: bool,
     plugins: DeepSpeedPlugin | dict[str, DeepSpeedPlugin] | None,
@@ -246,7 +261,7 @@ def _configured(
     accumulation: GradientAccumulationPlugin | None,
 ) -> tuple[Config, int]:
     """The configuration in force, and the accumulation steps."""
-    config = from_environment()
+    config = in_force or from_environment()
     if isinstance(plugins, dict):
         if len(plugins) != 1:
             raise ConfigError(

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config.kinds import CustomDtype
+from ..run.accelerator_state import AcceleratorState
 from ..run.plugins import AutocastKwargs
-from ..run.process import AcceleratorState, DistributedType
+from ..run.process import DistributedType
 from .structures import ConvertOutputsToFp32
 
 _UNITS = {"GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "GB": 10**9, "MB": 10**6, "KB": 10**3}

@@ -15,7 +15,8 @@ from typing import NamedTuple
 HOMES: dict[str, str] = {
     "front.accelerator": "Accelerator",
     "run.accumulation": "GradientAccumulationPlugin GradientState",
-    "run.process": """AcceleratorState DistributedType PartialState broadcast broadcast_object_list gather gather_object
+    "run.accelerator_state": "AcceleratorState",
+    "run.process": """DistributedType PartialState broadcast broadcast_object_list gather gather_object
         pad_across_processes reduce set_seed synchronize_rng_states wait_for_everyone""",
     "ranks.batches": "concatenate send_to_device",
     "errors": "DataError:DistributedOperationException",

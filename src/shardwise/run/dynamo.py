@@ -8,7 +8,7 @@ from typing import Any
 from ..config.check import merged
 from ..config.schema import Config
 from ..errors import ConfigError
-from .plugins import KwargsHandler
+from .handlers import KwargsHandler
 
 
 @dataclass

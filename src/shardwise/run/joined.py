@@ -23,12 +23,19 @@ class AcceleratorSettings(Protocol):
     @property
     def deepspeed_plugin(self) -> Any: ...
 
+    @property
+    def deepspeed_plugins(self) -> Any: ...
+
+    @property
+    def dynamo_plugin(self) -> Any: ...
+
 
 class Joined:
     """What this process has joined. Class attributes, because there is one run per process."""
 
     ranks: Ranks | None = None
-    accelerator: weakref.ref[AcceleratorSettings] | None = None
+    # In the order in which they were made, each with the configuration that it works by.
+    accelerators: list[tuple[weakref.ref[AcceleratorSettings], Config]] = []  # noqa: RUF012
 
 
 def join_run(*, use_cpu: bool | None = None, timeout_s: float | None = None) -> Ranks:
@@ -81,16 +88,22 @@ def leave_run() -> None:
 def forget_run() -> None:
     """Drop the views of the run without taking the process group down; for whoever owns the group."""
     Joined.ranks = None
-    Joined.accelerator = None
+    Joined.accelerators = []
     GradientState._reset_state()
     beside.forget()
 
 
+def remember_accelerator(accelerator: AcceleratorSettings, config: Config) -> None:
+    """Make `accelerator` the one that AcceleratorState speaks of, as long as it lives; then the one before it again."""
+    Joined.accelerators = [(known, its) for known, its in Joined.accelerators if known() is not None]
+    Joined.accelerators.append((weakref.ref(accelerator), config))
+
+
 def accelerator_in_force() -> AcceleratorSettings | None:
-    """The Accelerator that was made last, if it lives."""
-    return None if Joined.accelerator is None else Joined.accelerator()
+    """The Accelerator that was made last of those that live."""
+    return next((found for known, _ in reversed(Joined.accelerators) if (found := known()) is not None), None)
 
 
-def remember_accelerator(accelerator: AcceleratorSettings) -> None:
-    """Make `accelerator` the one that AcceleratorState speaks of."""
-    Joined.accelerator = weakref.ref(accelerator)
+def configuration_in_force() -> Config | None:
+    """The configuration of that one, which holds for what a script does not say to another: one run has one set of settings."""
+    return next((config for known, config in reversed(Joined.accelerators) if known() is not None), None)

@@ -20,6 +20,7 @@ from ..config.check import merged
 from ..config.environment import RankEnvironment
 from ..config.schema import Config, value_of
 from ..errors import ConfigError
+from .handlers import KwargsHandler
 
 logger = logging.getLogger("shardwise")
 
@@ -56,16 +57,6 @@ class ProjectConfiguration:
         self.project_dir = project_dir
         if self.logging_dir is None:
             self.logging_dir = project_dir
-
-
-class KwargsHandler:
-    """What `Accelerator(kwargs_handlers=[...])` takes."""
-
-    def to_kwargs(self) -> dict[str, Any]:
-        """The fields that differ from their defaults."""
-        plain = type(self)()
-        own = {item.name: getattr(self, item.name) for item in fields(self)}  # type: ignore[arg-type]
-        return {name: value for name, value in own.items() if value != getattr(plain, name)}
 
 
 @dataclass
@@ -123,12 +114,14 @@ class DistributedDataParallelKwargs(KwargsHandler):
     static_graph: bool = False
     comm_hook: Any = "no"
     comm_wrapper: Any = "no"
+    comm_state_option: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if str(self.comm_hook) not in ("no", "None") or str(self.comm_wrapper) not in ("no", "None"):
+        hooks = (self.comm_hook, self.comm_wrapper)
+        if self.comm_state_option or any(str(getattr(hook, "value", hook)) not in ("no", "None") for hook in hooks):
             raise ConfigError(
-                "DistributedDataParallelKwargs: comm_hook and comm_wrapper belong to torch's DDP, which is not "
-                "used. For 16-bit reductions set reduce_dtype: bf16 in shardwise_config."
+                "DistributedDataParallelKwargs: comm_hook, comm_wrapper and comm_state_option belong to torch's DDP, which is "
+                "not used. For 16-bit reductions set reduce_dtype: bf16 in shardwise_config."
             )
 
 
