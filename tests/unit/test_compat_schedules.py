@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from shardwise.compat.deepspeed import schedules
-from shardwise.compat.deepspeed.schedules import LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
+from shardwise.run import deepspeed_schedules as schedules
+from shardwise.run.deepspeed_schedules import LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
 from shardwise.errors import ConfigError
 
 

@@ -24,7 +24,7 @@ from .backwards import Backwards
 from .comm import init_distributed
 from .engine import DeepSpeedEngine, former_engine
 from .optimizer import ZeroOptimizer, optimizer_class
-from .sections import make_optimizer, make_scheduler
+from ...run.deepspeed_sections import make_optimizer, make_scheduler
 
 logger = logging.getLogger("shardwise")
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ...errors import ConfigError
-from . import schedules
-from .optimizers import DeepSpeedCPUAdagrad, DeepSpeedCPUAdam, Lion
+from ..errors import ConfigError
+from . import deepspeed_schedules as schedules
+from .deepspeed_optimizers import DeepSpeedCPUAdagrad, DeepSpeedCPUAdam, Lion
 
 _OTHERS = {
     **dict.fromkeys(("lamb", "onebitlamb"), "it takes the norm of each whole weight"),
