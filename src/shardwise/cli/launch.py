@@ -80,7 +80,8 @@ def describe_config(config: Config, origins: Mapping[Key, str]) -> list[str]:
     full["deepspeed_config"] = config.zero.model_dump(mode="json")
     for name, value in sorted(full.items()):
         for key, inner in _rows((name,), value):
-            origin = origins.get(key, "default")
+            above = [key[:length] for length in range(len(key), 1, -1)]
+            origin = next((origins[part] for part in above if part in origins), origins.get(key, "default"))
             unused = "loss_scale" in key and config.mixed_precision != "fp16"
             # `fsdp_config: {}` and its like say nothing; a `gradient_clipping: none` that was given does.
             if not unused and (inner not in (None, {}, []) or (origin != "default" and len(key) > 1)):

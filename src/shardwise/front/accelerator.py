@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..data.prepare import DataLoaderConfiguration
 from ..data.prepare import skip_first_batches as skip_batches_of
+from ..errors import ConfigError
 from ..plan.precision import LossScaler
 from ..ranks.agreeing import attempt
 from ..run.accumulation import GradientAccumulationPlugin, GradientState
@@ -110,11 +111,13 @@ class Accelerator(PartialState):
                 parallelism_config=parallelism_config,
                 dynamo_plugin=dynamo_plugin,
             )
+            if deepspeed_plugin is not None and deepspeed_plugins is not None:
+                raise ConfigError("Accelerator: deepspeed_plugin and deepspeed_plugins are two names of one argument.")
             return resolve(
                 mixed_precision=mixed_precision,
                 cpu=cpu,
                 dynamo_backend=dynamo_backend,
-                plugins=deepspeed_plugins or deepspeed_plugin,
+                plugins=deepspeed_plugin if deepspeed_plugins is None else deepspeed_plugins,
                 steps=gradient_accumulation_steps,
                 accumulation=gradient_accumulation_plugin,
                 kwargs_handlers=kwargs_handlers,
@@ -172,6 +175,11 @@ class Accelerator(PartialState):
     def deepspeed_plugin(self) -> DeepSpeedPlugin | None:
         """The ZeRO settings in force, or None in a run without them."""
         return self._run.plugin
+
+    @property
+    def deepspeed_plugins(self) -> DeepSpeedPlugin | dict[str, DeepSpeedPlugin] | None:
+        """As they were given; `deepspeed_plugin` is the one in force."""
+        return self._run.plugins
 
     @property
     def scaler(self) -> LossScaler | None:

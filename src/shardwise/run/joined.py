@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any, Protocol
 
-from ..config.check import from_environment
+from ..config.accelerate_variables import configuration
 from ..config.schema import Config
 from ..errors import ConfigError
 from ..ranks.agreeing import attempt
@@ -40,8 +40,9 @@ def join_run(*, use_cpu: bool | None = None, timeout_s: float | None = None) -> 
     if Joined.ranks is not None:
         check_device(Joined.ranks, use_cpu)
         return Joined.ranks
-    config, problem = attempt(from_environment)
-    ranks = join_first(config or Config(), use_cpu=use_cpu, timeout_s=timeout_s, problem=problem)
+    found, problem = attempt(configuration)
+    config = Config() if found is None else found[0]
+    ranks = join_first(config, use_cpu=use_cpu, timeout_s=timeout_s, problem=problem)
     if problem is not None:
         raise problem
     return ranks
