@@ -5,13 +5,14 @@ Nothing here imports torch until all checks have passed; a mistake is told withi
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Mapping
 
 from ..config.machine import environment_value
 from ..config.resolve import Resolution, resolve
-from ..config.schema import ENVIRONMENT_KEY, Config, Key
+from ..config.schema import ENVIRONMENT_KEY, SECTIONS, Config, Key
 from ..config.yaml_file import default_file
 from ..errors import ConfigError, ShardwiseError
 from .launch_plan import LaunchPlan, make_plan
@@ -80,8 +81,7 @@ def describe_config(config: Config, origins: Mapping[Key, str]) -> list[str]:
     full["deepspeed_config"] = config.zero.model_dump(mode="json")
     for name, value in sorted(full.items()):
         for key, inner in _rows((name,), value):
-            above = [key[:length] for length in range(len(key), 1, -1)]
-            origin = next((origins[part] for part in above if part in origins), origins.get(key, "default"))
+            origin = origins.get(key, "default")
             unused = "loss_scale" in key and config.mixed_precision != "fp16"
             # `fsdp_config: {}` and its like say nothing; a `gradient_clipping: none` that was given does.
             if not unused and (inner not in (None, {}, []) or (origin != "default" and len(key) > 1)):
@@ -91,7 +91,7 @@ def describe_config(config: Config, origins: Mapping[Key, str]) -> list[str]:
 
 
 def _rows(key: Key, value: object) -> list[tuple[Key, object]]:
-    if isinstance(value, dict) and value:
+    if isinstance(value, dict) and value and key in SECTIONS:
         return [row for name, inner in value.items() for row in _rows((*key, name), inner)]
     return [(key, value)]
 
@@ -99,6 +99,8 @@ def _rows(key: Key, value: object) -> list[tuple[Key, object]]:
 def _plain(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, dict) and value:
+        return json.dumps(value)
     if isinstance(value, list):
         return ",".join(str(part) for part in value)
     return "none" if value is None or value == {} else str(value)
