@@ -125,7 +125,11 @@ def _same(ranks, stage, micro_steps):
     for name, value in weights.items():
         torch.testing.assert_close(value, wanted[2][name], rtol=0, atol=1e-6)
     config = accelerator.deepspeed_plugin.deepspeed_config
-    found = (config["train_micro_batch_size_per_gpu"], config["train_batch_size"], config["gradient_accumulation_steps"])
+    found = (
+        config["train_micro_batch_size_per_gpu"],
+        config["train_batch_size"],
+        config["gradient_accumulation_steps"],
+    )
     assert found == (2, 2 * ranks.world_size * micro_steps, micro_steps)
     assert config["optimizer"]["params"]["lr"] == RATE
     assert config["scheduler"]["params"] == {
@@ -176,7 +180,9 @@ def _function(ranks):
     def schedule(optimizer):
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
 
-    model, optimizer, scheduler = accelerator.prepare(model, dummy, DummyScheduler(dummy, lr_scheduler_callable=schedule))
+    model, optimizer, scheduler = accelerator.prepare(
+        model, dummy, DummyScheduler(dummy, lr_scheduler_callable=schedule)
+    )
     for step in range(3):
         assert optimizer.param_groups[0]["lr"] == pytest.approx(RATE / (step + 1))
         accelerator.backward(model(torch.ones(2, 8)).sum())
@@ -213,7 +219,12 @@ def _refused(ranks, sections, objects, kind, text):
         ({"scheduler": SCHEDULER}, ["own", "schedule"], PrepareError, "has a scheduler section"),
         ({}, ["own", "dummy schedule"], PrepareError, "there is none"),
         ({"optimizer": OPTIMIZER}, ["dummy", "schedule"], PrepareError, "Give a DummyScheduler"),
-        ({"optimizer": OPTIMIZER, "scheduler": SCHEDULER}, ["dummy", "dummy schedule of dummy"], ValueError, "total_num_steps"),
+        (
+            {"optimizer": OPTIMIZER, "scheduler": SCHEDULER},
+            ["dummy", "dummy schedule of dummy"],
+            ValueError,
+            "total_num_steps",
+        ),
         ({"optimizer": {"type": "Lamb", "params": {}}}, ["dummy"], ValueError, "cannot work on shards"),
         ({"optimizer": {"type": "AdamX", "params": {}}}, ["dummy"], ValueError, "is unknown"),
     ],
@@ -223,7 +234,10 @@ def test_a_section_and_a_script_that_do_not_fit_are_told_on_every_rank(world, se
 
 
 TEMPLATES = {
-    "adam flags": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True, "adam_w_mode": True}},
+    "adam flags": {
+        "type": "AdamW",
+        "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True, "adam_w_mode": True},
+    },
     "plain": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}},
 }
 

@@ -63,7 +63,12 @@ def _own_run():
         ({"kwargs_handlers": [object()]}, "not one of"),
         ({"kwargs_handlers": [AutocastKwargs(), AutocastKwargs()]}, "two objects"),
         (
-            {"deepspeed_plugins": {"a": DeepSpeedPlugin(mixed_precision="bf16"), "b": DeepSpeedPlugin(mixed_precision="no")}},
+            {
+                "deepspeed_plugins": {
+                    "a": DeepSpeedPlugin(mixed_precision="bf16"),
+                    "b": DeepSpeedPlugin(mixed_precision="no"),
+                }
+            },
             "differ in mixed_precision",
         ),
         ({"deepspeed_plugins": {}}, "empty dictionary"),

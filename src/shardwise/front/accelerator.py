@@ -20,10 +20,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..data.prepare import DataLoaderConfiguration
 from ..data.prepare import skip_first_batches as skip_batches_of
-from ..errors import ConfigError
 from ..plan.precision import LossScaler
 from ..ranks.agreeing import attempt
 from ..run.accumulation import GradientAccumulationPlugin, GradientState
+from ..run.deepspeed_plugins import plugins_of
 from ..run.joined import leave_run, remember_accelerator
 from ..run.plugins import DeepSpeedPlugin, ProjectConfiguration
 from ..run.process import AcceleratorState, DistributedType, PartialState
@@ -111,13 +111,11 @@ class Accelerator(PartialState):
                 parallelism_config=parallelism_config,
                 dynamo_plugin=dynamo_plugin,
             )
-            if deepspeed_plugin is not None and deepspeed_plugins is not None:
-                raise ConfigError("Accelerator: deepspeed_plugin and deepspeed_plugins are two names of one argument.")
             return resolve(
                 mixed_precision=mixed_precision,
                 cpu=cpu,
                 dynamo_backend=dynamo_backend,
-                plugins=deepspeed_plugin if deepspeed_plugins is None else deepspeed_plugins,
+                plugins=plugins_of(deepspeed_plugin, deepspeed_plugins),
                 steps=gradient_accumulation_steps,
                 accumulation=gradient_accumulation_plugin,
                 kwargs_handlers=kwargs_handlers,

@@ -76,7 +76,7 @@ def micro_batch_size(run: Run, loaders: Sequence[DataLoader[Any]]) -> int | None
 def _check_batch_sizes(run: Run, micro: int) -> None:
     """Compare with what the configuration promises; what the script itself has written is its to know, and told."""
     plugin = run.plugin
-    written = plugin is not None and plugin.wrote_batch_sizes
+    written = plugin is not None and plugin.open.wrote_batch_sizes
     try:
         run.config.check_batch_sizes(micro, run.ranks.world_size)
     except ConfigError as error:

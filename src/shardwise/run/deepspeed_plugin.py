@@ -8,10 +8,8 @@ The configuration file of the launcher lies below both. Of several plugins one i
 
 from __future__ import annotations
 
-import copy
-import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -21,18 +19,11 @@ from torch import nn
 from ..building.loading import build_without_memory, built_without_memory
 from ..config.accelerate_variables import below_a_plugin, configuration
 from ..config.check import checked, merged
-from ..config.deepspeed_json import (
-    LOSS_SCALE_WINDOW,
-    DeepSpeedFile,
-    read_deepspeed_json,
-    read_deepspeed_values,
-)
-from ..config.environment import RankEnvironment
+from ..config.deepspeed_json import LOSS_SCALE_WINDOW
 from ..config.schema import Config, value_of
 from ..errors import ConfigError, PrepareError, ShardwiseError
+from .deepspeed_open import OpenConfiguration, check_precision, keywords_of, tell, words_of
 from .deepspeed_words import AUTO, HfDeepSpeedConfig, fill_match, keys_of
-
-logger = logging.getLogger("shardwise")
 
 # Fields of the plugin that the schema has under another name, and those that it has not.
 _KEYS = {
@@ -80,21 +71,17 @@ class DeepSpeedPlugin:
     def __post_init__(self) -> None:
         self._selected = False
         self._problem: ConfigError | None = None  # told where all ranks hear of it
-        self._path = self.hf_ds_config if isinstance(self.hf_ds_config, (str, os.PathLike)) else None
-        self._described = self.hf_ds_config not in (None, "none")
         self._filled: dict[str, Any] = {}
-        self._seen: dict[str, Any] = {}
-        self.wrote_batch_sizes = False  # the script did, by hand
         self.config: Config | None = None  # in force, once an Accelerator has taken the plugin
-        if not self._described:
+        given = self.hf_ds_config
+        described = given not in (None, "none")
+        try:
+            self.hf_ds_config = HfDeepSpeedConfig(given if described else {})
+        except ConfigError as error:
+            self._problem = error
             self.hf_ds_config = HfDeepSpeedConfig({})
-        else:
-            try:
-                self.hf_ds_config = HfDeepSpeedConfig(self.hf_ds_config)
-            except ConfigError as error:
-                self._problem = error
-                return
-        self._seen = copy.deepcopy(self.deepspeed_config)
+        path = given if isinstance(given, (str, os.PathLike)) else None
+        self.open = OpenConfiguration(self.hf_ds_config, path, described=described)
         try:
             config = self.merged_into(configuration()[0], say=False)
         except ShardwiseError:
@@ -103,10 +90,10 @@ class DeepSpeedPlugin:
             if item.name not in (*_NO_SETTING, "mixed_precision") and getattr(self, item.name) is None:
                 self._filled[item.name] = _field_of(config, item.name)
                 setattr(self, item.name, self._filled[item.name])
-        if not self._described:
-            words = _words(config)
-            steps = config.zero.gradient_accumulation_steps or AUTO
-            self._write({**words, "gradient_accumulation_steps": steps}, without=("bf16", "fp16"))
+        if not described:
+            words = words_of(config)
+            del words["bf16"], words["fp16"]  # the Accelerator's to say
+            self.open.write({**words, "gradient_accumulation_steps": config.zero.gradient_accumulation_steps or AUTO})
 
     @classmethod
     def in_force(cls, config: Config) -> DeepSpeedPlugin | None:
@@ -129,19 +116,18 @@ class DeepSpeedPlugin:
         if below is not None and config.distributed_type != "DEEPSPEED":
             config = merged(config, **_zero_keywords(below))
         said = self._said()
-        written = self._changed()
-        self._note_batch_sizes(written)
+        written = self.open.changed()
         told: dict[str, Any] = {}
-        if self._described or written:
-            read = self._read(None if self._described else written)
+        if self.open.described or written:
+            read = self.open.read(None if self.open.described else written)
             if "mixed_precision" in said and read.values.get("mixed_precision") == "no":
                 read.values.pop("mixed_precision")
-            told = _keywords(read)
-            if self._described and "zero_stage" in said and self.get_value("zero_optimization.stage") is None:
+            told = keywords_of(read)
+            if self.open.described and "zero_stage" in said and self.get_value("zero_optimization.stage") is None:
                 told.pop("zero_stage", None)
-            self._check_precision(told, said.get("mixed_precision") or config.mixed_precision)
+            check_precision(told, said.get("mixed_precision") or config.mixed_precision)
             precision = told.get("mixed_precision") or said.get("mixed_precision") or config.mixed_precision
-            if precision == "fp16" and self._described:
+            if precision == "fp16" and self.open.described:
                 told["loss_scale"] = {"growth_interval": LOSS_SCALE_WINDOW, **read.loss_scale}
             if say:
                 clips = said.get("gradient_clipping") is not None
@@ -160,12 +146,11 @@ class DeepSpeedPlugin:
 
         Raises ConfigError for what cannot change once an Accelerator is made, and for what is wrong.
         """
-        written = self._changed()
+        written = self.open.changed()
         if not written:
             return config
-        self._note_batch_sizes(written)
-        read = self._read(written)
-        told = _keywords(read)
+        read = self.open.read(written)
+        told = keywords_of(read)
         precision = told.pop("mixed_precision", config.mixed_precision)
         if precision != config.mixed_precision or read.loss_scale:
             raise ConfigError(
@@ -182,7 +167,7 @@ class DeepSpeedPlugin:
             values = changed.to_values()
             values.setdefault("deepspeed_config", {})["gradient_accumulation_steps"] = steps
             changed = checked(values, lambda key: f"deepspeed_config: {key[-1]}")
-        self._seen = copy.deepcopy(self.deepspeed_config)
+        self.open.look()
         return changed
 
     def adopt(self, config: Config, steps: int | None = None) -> None:
@@ -192,7 +177,7 @@ class DeepSpeedPlugin:
             if item.name not in (*_NO_SETTING, "mixed_precision"):
                 setattr(self, item.name, _field_of(config, item.name))
         self.gradient_accumulation_steps = steps or config.gradient_accumulation_steps
-        self._write({**_words(config), "gradient_accumulation_steps": self.gradient_accumulation_steps})
+        self.open.write({**words_of(config), "gradient_accumulation_steps": self.gradient_accumulation_steps})
         self.config = config
 
     def _said(self) -> dict[str, Any]:
@@ -205,60 +190,9 @@ class DeepSpeedPlugin:
             found[_KEYS.get(item.name, item.name)] = value
         return found
 
-    def _note_batch_sizes(self, written: Mapping[str, Any]) -> None:
-        sizes = ("train_batch_size", "train_micro_batch_size_per_gpu")
-        self.wrote_batch_sizes = self.wrote_batch_sizes or any(isinstance(written.get(name), int) for name in sizes)
-
-    def _changed(self) -> dict[str, Any]:
-        """The keys at the top of `deepspeed_config` that have changed since it was looked at; None for one that is gone."""
-        now = self.deepspeed_config
-        return {
-            key: now.get(key)
-            for key in dict.fromkeys((*now, *self._seen))
-            if key not in now or key not in self._seen or now[key] != self._seen[key]
-        }
-
-    def _read(self, part: dict[str, Any] | None) -> DeepSpeedFile:
-        """The configuration, or a `part` of it, as our settings. Raises ConfigError with a line for each thing wrong."""
-        if part is None and self._path is not None and os.path.exists(self._path) and not self._changed():
-            read = read_deepspeed_json(os.fspath(self._path))  # which tells the lines
-        else:
-            read = read_deepspeed_values(
-                copy.deepcopy(self.deepspeed_config if part is None else part), "deepspeed_config"
-            )
-        if read.problems:
-            raise ConfigError("\n".join(read.problems))
-        if part is not None and "zero_optimization" not in part:
-            read.values.get("deepspeed_config", {}).pop("zero_stage", None)
-        return read
-
-    def _check_precision(self, told: Mapping[str, Any], asked: str) -> None:
-        found = told.get("mixed_precision", "no")
-        if found != "no" and asked not in ("no", found):
-            raise ConfigError(
-                f"mixed_precision is {asked}, and the DeepSpeed configuration enables {found}. Make them the same, or write "
-                "'auto' there."
-            )
-
-    def _write(self, words: dict[str, Any], without: tuple[str, ...] = ()) -> None:
-        """Put settings where `deepspeed_config` has "auto", or where no configuration was given; then it is as looked at."""
-        if self._described:
-            given = {key: HfDeepSpeedConfig(words).get_value(key) for key in keys_of(words)}
-            for key in keys_of(self.deepspeed_config):
-                if given.get(key, AUTO) != AUTO:
-                    fill_match(self.hf_ds_config, key, [], given, must_match=False)
-            for name in ("bf16", "fp16", "gradient_accumulation_steps"):
-                self.deepspeed_config.setdefault(name, words[name])
-        else:
-            self.deepspeed_config.update({key: value for key, value in words.items() if key not in without})
-        self._seen = copy.deepcopy(self.deepspeed_config)
-
     def fill(self, given: Mapping[str, Any]) -> None:
-        """Put what `prepare` has found out where `deepspeed_config` says "auto"."""
-        for key in keys_of(self.deepspeed_config):
-            if key in given and self.is_auto(key):
-                fill_match(self.hf_ds_config, key, [], given, must_match=False)
-        self._seen = copy.deepcopy(self.deepspeed_config)
+        """Put what `prepare` has found out, by dotted key, where `deepspeed_config` says "auto"."""
+        self.open.fill(given)
 
     # The configuration, as accelerate's plugin shows it.
 
@@ -267,12 +201,11 @@ class DeepSpeedPlugin:
         """The configuration in DeepSpeed's words; writing into it counts."""
         if self._problem is not None:
             raise self._problem
-        found: dict[str, Any] = self.hf_ds_config.config
-        return found
+        return self.open.words.config
 
     @deepspeed_config.setter
     def deepspeed_config(self, values: dict[str, Any]) -> None:
-        self.hf_ds_config.config = values
+        self.open.words.config = values
 
     def get_value(self, ds_key_long: str, default: Any = None) -> Any:
         """What the configuration says under a dotted key."""
@@ -317,7 +250,7 @@ class DeepSpeedPlugin:
             if section.get("enabled") == AUTO:
                 section["enabled"] = mixed_precision == name
             if section.get("enabled") is True and mixed_precision not in ("no", name):
-                self._check_precision({"mixed_precision": name}, mixed_precision)
+                check_precision({"mixed_precision": name}, mixed_precision)
 
     # Models that are built while it is in force.
 
@@ -374,34 +307,6 @@ class DeepSpeedPlugin:
         raise NotImplementedError("DeepSpeedPlugin.selected: call AcceleratorState().select_deepspeed_plugin(name).")
 
 
-def _words(config: Config) -> dict[str, Any]:
-    """The settings of a configuration as a DeepSpeed JSON says them."""
-    zero, engine = config.zero, config.engine
-    found: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": engine.micro_batch_size or AUTO,
-        "train_batch_size": engine.train_batch_size or AUTO,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "gradient_clipping": zero.gradient_clipping or 0.0,
-        "zero_optimization": {
-            "stage": zero.zero_stage,
-            "offload_optimizer": _device(zero.offload_optimizer_device, zero.offload_optimizer_nvme_path),
-            "offload_param": _device(zero.offload_param_device, zero.offload_param_nvme_path),
-            "stage3_gather_16bit_weights_on_model_save": zero.zero3_save_16bit_model,
-        },
-        "bf16": {"enabled": config.mixed_precision == "bf16"},
-        "fp16": {"enabled": config.mixed_precision == "fp16"},
-    }
-    for name in ("optimizer", "scheduler"):
-        section = getattr(engine, name)
-        if section is not None:
-            found[name] = copy.deepcopy(section)
-    return found
-
-
-def _device(device: str, path: str | None) -> dict[str, Any]:
-    return {"device": device, "nvme_path": path} if device == "nvme" else {"device": device}
-
-
 def _field_of(config: Config, name: str) -> Any:
     if name == "gradient_accumulation_steps":
         return config.gradient_accumulation_steps
@@ -414,18 +319,3 @@ def _zero_keywords(config: Config) -> dict[str, Any]:
     values = config.to_values()
     precision = {"mixed_precision": config.mixed_precision} if config.mixed_precision != "no" else {}
     return {**values.get("deepspeed_config", {}), **values.get("shardwise_config", {}), **precision}
-
-
-def _keywords(read: DeepSpeedFile) -> dict[str, Any]:
-    """What was read, as keywords of `merged`."""
-    flat: dict[str, Any] = {}
-    for key, value in read.values.items():
-        flat.update(value if key in ("deepspeed_config", "shardwise_config") else {key: value})
-    return flat
-
-
-def tell(notes: Iterable[str]) -> None:
-    """Log notes on rank 0."""
-    if RankEnvironment.read().rank == 0:
-        for note in notes:
-            logger.warning(note)

@@ -14,6 +14,13 @@ _OF_PREPARE = ("optimizer", "scheduler", "micro_batch_size", "train_batch_size")
 Plugins = DeepSpeedPlugin | dict[str, DeepSpeedPlugin] | None
 
 
+def plugins_of(one: Plugins, other: Plugins) -> Plugins:
+    """What was given under either name of the argument. Raises ConfigError if both were."""
+    if one is not None and other is not None:
+        raise ConfigError("Accelerator: deepspeed_plugin and deepspeed_plugins are two names of one argument.")
+    return one if other is None else other
+
+
 def merge_plugins(given: Any, config: Config) -> dict[str, Config]:
     """What each plugin makes of `config`, by its name; {} without plugins. Nothing changes.
 
