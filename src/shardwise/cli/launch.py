@@ -15,7 +15,7 @@ from ..config.resolve import Resolution, resolve
 from ..config.schema import ENVIRONMENT_KEY, SECTIONS, Config, Key
 from ..config.yaml_file import default_file
 from ..errors import ConfigError, ShardwiseError
-from .launch_plan import LaunchPlan, make_plan
+from .launch_plan import Command, LaunchPlan, Watching, make_plan
 
 
 def run_launch(
@@ -27,10 +27,15 @@ def run_launch(
     use_zero: bool = False,
     multi_gpu: bool = False,
     is_module: bool = False,
+    no_python: bool = False,
+    watching: tuple[str, str | None, str, bool] = ("0", None, "0.1", False),
     dry_run: bool = False,
     as_deepspeed: bool = False,
 ) -> None:
-    """Start `script`, and leave with its exit code. Raises ConfigError or LaunchError before anything is started."""
+    """Start `script`, and leave with its exit code. Raises ConfigError or LaunchError before anything is started.
+
+    watching: what was typed for --tee, --log_dir, --monitor_interval and --quiet.
+    """
     flags: dict[str, str | bool] = dict(settings)
     if multi_gpu:
         if use_zero:
@@ -41,7 +46,7 @@ def run_launch(
     file = config_file or (str(default_file()) if default_file().is_file() else None)
     try:
         resolution = resolve(flags, file, use_zero=use_zero, as_deepspeed=as_deepspeed)
-        if config_file is None and file is not None:
+        if config_file is None and file is not None and not watching[-1]:
             print(f"shardwise launch: settings of {file}", file=sys.stderr)
     except ShardwiseError as error:
         problems.append(str(error))
@@ -52,10 +57,11 @@ def run_launch(
         plan = make_plan(
             base,
             script=script,
-            is_module=is_module,
+            how=Command(is_module=is_module, without_python=no_python),
             arguments=arguments,
             as_deepspeed=as_deepspeed,
             beside=file,
+            watching=Watching.typed(*watching),
         )
     except ShardwiseError as error:
         problems.append(str(error))
@@ -64,7 +70,7 @@ def run_launch(
             print("\n".join(describe_config(resolution.config, resolution.origins)))
         raise ConfigError("\n".join(problems))
     assert plan is not None
-    for note in plan.notes:
+    for note in [] if plan.watching.quiet else plan.notes:
         print(f"note: {note}", file=sys.stderr)
     if dry_run:
         print("\n".join(describe(plan)))
