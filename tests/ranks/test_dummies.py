@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from shardwise import Accelerator, DeepSpeedPlugin
-from shardwise.errors import OptimizerError, PrepareError
+from shardwise.errors import OptimizerError, PrepareError, ShardwiseError
+from shardwise.run.deepspeed_plugins import select_plugin
 from shardwise.run.dummies import DummyOptim, DummyScheduler
 from shardwise.run.process import forget_run
 
@@ -231,6 +232,65 @@ def _refused(ranks, sections, objects, kind, text):
 )
 def test_a_section_and_a_script_that_do_not_fit_are_told_on_every_rank(world, sections, objects, kind, text):
     world(2).run(_refused, sections, objects, kind, text)
+
+
+def _written(ranks, key, value, text):
+    accelerator = accelerator_of(described(2))
+    if ranks.rank == 1:
+        accelerator.state.deepspeed_plugin.deepspeed_config[key] = value
+    model = tower()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    with pytest.raises(ShardwiseError, match=text):
+        accelerator.prepare(model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("gradient_clipping", 2.0, "gradient_clipping is 1.0 on rank 0 and 2.0 on rank 1"),
+        ("zero_optimization", {"stage": 3}, "zero_stage is 2 on rank 0 and 3 on rank 1"),
+        ("gradient_accumulation_steps", 2, "gradient_accumulation_steps is 1 on rank 0 and 2 on rank 1"),
+        ("no_such_key", 1, "no_such_key: unknown key"),
+    ],
+)
+def test_what_one_rank_writes_into_its_plugin_is_an_error_on_all(world, key, value, text):
+    world(2).run(_written, key, value, text)
+
+
+def _two_plugins(ranks, folder):
+    forget_run()
+    plugins = {
+        "student": DeepSpeedPlugin(hf_ds_config=described(2, optimizer=OPTIMIZER)),
+        "teacher": DeepSpeedPlugin(zero_stage=3, gradient_accumulation_steps=1),
+    }
+    accelerator = Accelerator(cpu=True, deepspeed_plugin=plugins)
+    student, teacher = tower(), tower()
+    select_plugin(accelerator.deepspeed_plugins, "teacher")
+    teacher = accelerator.prepare(teacher)
+    select_plugin(accelerator.deepspeed_plugins, "student")
+    student, optimizer = accelerator.prepare(student, DummyOptim(student.parameters(), lr=RATE))
+    stages = [entry.sharded.plan.parameter.sharded for entry in accelerator._run.models]
+    assert stages == [True, False]
+    x = torch.ones(2, 8) * (ranks.rank + 1)
+    losses = []
+    for _ in range(3):
+        with torch.no_grad():
+            target = teacher(x)
+        loss = (student(x) - target - 1).square().mean()
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+    accelerator.save_state(folder)
+    accelerator.load_state(folder)
+    weights = accelerator.get_state_dict(teacher)
+    if ranks.rank == 0:
+        assert all(torch.equal(value, weights[name]) for name, value in tower().state_dict().items())
+
+
+def test_a_frozen_teacher_has_a_plugin_of_its_own(world, tmp_path):
+    world(2).run(_two_plugins, str(tmp_path / "checkpoint"))
 
 
 TEMPLATES = {
