@@ -118,6 +118,22 @@ def test_a_batch_size_that_a_script_writes_is_compared_and_told(caplog):
         prepared(accelerator_of(promised))
 
 
+def test_what_is_taken_away_is_not_said_any_more():
+    section = {"type": "AdamW", "params": {"lr": 0.1}}
+    plugin = DeepSpeedPlugin(hf_ds_config=described(optimizer=section, train_micro_batch_size_per_gpu=7))
+    accelerator = accelerator_of(plugin)
+    assert accelerator._run.config.zero.gradient_clipping == 0.5
+    for key in ("optimizer", "gradient_clipping", "train_micro_batch_size_per_gpu"):
+        del plugin.deepspeed_config[key]
+    prepared(accelerator)
+    engine = accelerator._run.config.engine
+    assert (engine.optimizer, engine.micro_batch_size, accelerator._run.config.zero.gradient_clipping) == (
+        None,
+        None,
+        None,
+    )
+
+
 @pytest.mark.parametrize(("smallest", "found"), [(True, 2), (False, 4)])
 def test_the_loader_that_counts_is_the_smallest_or_the_largest(smallest, found):
     plugin = DeepSpeedPlugin(hf_ds_config=described(), is_train_batch_min=smallest)

@@ -31,6 +31,13 @@ _KEYS = {
     "train_micro_batch_size_per_gpu": "micro_batch_size",
     "transformer_moe_cls_names": "deepspeed_moe_layer_cls_names",
 }
+_UNSAID = {  # keys of a JSON that a script may take away again -> ours
+    "gradient_clipping": ("deepspeed_config", "gradient_clipping"),
+    "train_batch_size": ("shardwise_config", "train_batch_size"),
+    "train_micro_batch_size_per_gpu": ("shardwise_config", "micro_batch_size"),
+    "optimizer": ("shardwise_config", "optimizer"),
+    "scheduler": ("shardwise_config", "scheduler"),
+}
 _NO_SETTING = ("hf_ds_config", "is_train_batch_min", "enable_msamp", "msamp_opt_level")
 
 
@@ -158,15 +165,14 @@ class DeepSpeedPlugin:
                 f"{config.mixed_precision}. Write them into the plugin before the Accelerator is made."
             )
         tell(note for note in read.notes if "gradient_clipping" not in note)
-        for name in ("optimizer", "scheduler"):
-            if name in written and written[name] is None:
-                config = config.model_copy(update={"shardwise_config": config.engine.model_copy(update={name: None})})
         steps = told.pop("gradient_accumulation_steps", None)
-        changed = merged(config, **told)
+        values = merged(config, **told).to_values()
+        for key, (section, name) in _UNSAID.items():
+            if key in written and written[key] in (None, AUTO):
+                values.get(section, {}).pop(name, None)
         if steps is not None:  # over the configuration's too, which the script has read there
-            values = changed.to_values()
             values.setdefault("deepspeed_config", {})["gradient_accumulation_steps"] = steps
-            changed = checked(values, lambda key: f"deepspeed_config: {key[-1]}")
+        changed = checked(values, lambda key: f"deepspeed_config: {key[-1]}")
         self.open.look()
         return changed
 
