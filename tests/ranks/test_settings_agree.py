@@ -89,6 +89,8 @@ CHANGES: dict[str, tuple[Values, Any]] = {
     "shardwise_config.loss_scale.growth_interval": (FP16, 5),
     "shardwise_config.loss_scale.minimum": (FP16, 0.5),
     "shardwise_config.train_batch_size": ({}, 8),
+    "shardwise_config.optimizer": ({}, {"type": "AdamW", "params": {"lr": 0.1}}),
+    "shardwise_config.scheduler": ({}, {"type": "WarmupLR", "params": {}}),
     "shardwise_config.micro_batch_size": ({}, 4),
     "dynamo_config.dynamo_backend": ({}, "eager"),
     "dynamo_config.dynamo_mode": (COMPILED, "max-autotune-no-cudagraphs"),

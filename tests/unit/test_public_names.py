@@ -23,10 +23,9 @@ from shardwise.compat import faces
 from shardwise.names.table import NAMES, ROWS
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "public_names.json"
-_TO_COME = {"debug_launcher", "notebook_launcher"}
 # None: what the module defines itself.
 MODULES: dict[str, tuple[str, ...] | None] = {
-    "shardwise": tuple(name for name in shardwise.__all__ if name not in _TO_COME),
+    "shardwise": tuple(shardwise.__all__),
     "shardwise.errors": None,
     "shardwise.logging": ("get_logger",),
     "shardwise.losses": ("CHUNK_TOKENS", "cross_entropy", "head_cross_entropy"),

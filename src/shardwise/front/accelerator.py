@@ -25,6 +25,7 @@ from ..ranks.agreeing import attempt
 from ..run.accelerator_state import AcceleratorState
 from ..run.accumulation import GradientAccumulationPlugin, GradientState
 from ..run.beside import tell_accelerator
+from ..run.deepspeed_plugins import plugins_of
 from ..run.joined import accelerator_in_force, leave_run, remember_accelerator
 from ..run.plugins import AutocastKwargs, DeepSpeedPlugin, ProfileKwargs, ProjectConfiguration
 from ..run.process import DistributedType, PartialState
@@ -123,7 +124,7 @@ class Accelerator(PartialState):
                 cpu=cpu,
                 dynamo_backend=dynamo_backend,
                 dynamo_plugin=own(dynamo_plugin),
-                plugins=own(deepspeed_plugins or deepspeed_plugin),
+                plugins=plugins_of(own(deepspeed_plugin), own(deepspeed_plugins)),
                 steps=gradient_accumulation_steps,
                 accumulation=own(gradient_accumulation_plugin),
                 kwargs_handlers=own(kwargs_handlers),
@@ -191,6 +192,11 @@ class Accelerator(PartialState):
         return self._run.plugin
 
     @property
+    def deepspeed_plugins(self) -> DeepSpeedPlugin | dict[str, DeepSpeedPlugin] | None:
+        """As they were given; `deepspeed_plugin` is the one in force."""
+        return self._run.plugins
+
+    @property
     def scaler(self) -> LossScaler | None:
         """The fp16 loss scale; None in other precisions."""
         return self._run.scaler if self._run.scaler.enabled else None
@@ -204,7 +210,6 @@ class Accelerator(PartialState):
     use_seedable_sampler = _fact(lambda run: run.dataloader_config.use_seedable_sampler)
     non_blocking = _fact(lambda run: run.dataloader_config.non_blocking)
     use_stateful_dataloader = _fact(lambda run: run.dataloader_config.use_stateful_dataloader)
-    deepspeed_plugins = _fact(facts.deepspeed_plugins)
     dynamo_plugin = _fact(lambda run: run.config.compiling)
 
     @property

@@ -10,15 +10,8 @@ from typing import Any
 
 import torch
 
-from ..run.plugins import DeepSpeedPlugin, DistributedDataParallelKwargs, GradScalerKwargs, InitProcessGroupKwargs
+from ..run.plugins import DistributedDataParallelKwargs, GradScalerKwargs, InitProcessGroupKwargs
 from .run import Run
-
-
-def deepspeed_plugins(run: Run) -> DeepSpeedPlugin | dict[str, DeepSpeedPlugin] | None:
-    """The ZeRO settings in force, under their name where the script gave a dictionary."""
-    if run.plugin is None or run.plugin_name is None:
-        return run.plugin
-    return {run.plugin_name: run.plugin}
 
 
 def flag_tensor(run: Run) -> torch.Tensor | None:

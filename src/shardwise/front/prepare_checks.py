@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from ..step.plain import PlainOptimizer
 from ..zero.sharded import find_sharded
 from .entering import CheckedModel
 from .run import Run
+
+logger = logging.getLogger("shardwise")
 
 
 def placements_of(run: Run, objects: Sequence[Any], given: Sequence[bool | None] | None) -> list[bool]:
@@ -64,11 +67,32 @@ def check_objects(run: Run, objects: Sequence[Any]) -> list[CheckedModel]:
     for loader in loaders:
         if not isinstance(loader, PreparedLoader):
             check_data_loader(loader, run.ranks.world_size, run.dataloader_config)
-    sizes = [size for size in map(batch_size_of, loaders) if size is not None]
-    if sizes:
-        micro = min(sizes) // (run.ranks.world_size if run.dataloader_config.split_batches else 1)
-        run.config.check_batch_sizes(micro, run.ranks.world_size)
+    micro = micro_batch_size(run, loaders)
+    if micro is not None:
+        _check_batch_sizes(run, micro)
     return checked
+
+
+def micro_batch_size(run: Run, loaders: Sequence[DataLoader[Any]]) -> int | None:
+    """The batch size of one process that loaders of one call stand for; None where none of them tells."""
+    sizes = [size for size in map(batch_size_of, loaders) if size is not None]
+    if not sizes:
+        return None
+    chosen = max(sizes) if run.plugin is not None and not run.plugin.is_train_batch_min else min(sizes)
+    return chosen // (run.ranks.world_size if run.dataloader_config.split_batches else 1)
+
+
+def _check_batch_sizes(run: Run, micro: int) -> None:
+    """Compare with what the configuration promises; what the script itself has written is its to know, and told."""
+    plugin = run.plugin
+    written = plugin is not None and plugin.open.wrote_batch_sizes
+    try:
+        run.config.check_batch_sizes(micro, run.ranks.world_size)
+    except ConfigError as error:
+        if not written:
+            raise
+        if run.is_main_process:
+            logger.warning("deepspeed_config: %s The loaders' batches are what is trained on.", error)
 
 
 def _check_apart(run: Run, model: nn.Module, others: Sequence[nn.Module]) -> None:

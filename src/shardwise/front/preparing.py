@@ -11,19 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from ..building.loading import building
+from ..config.agreement import settings_of
 from ..data.prepare import PreparedLoader, check_data_loader, skip_first_batches
 from ..data.prepare import prepare_data_loader as loader_of_rank
 from ..run.accumulation import GradientState
-from ..run.scheduler import Rhythm, is_prepared
+from ..run.scheduler import SCHEDULERS, Rhythm, Scheduler, is_prepared
 from ..run.scheduler import prepare_scheduler as set_rhythm
 from ..step.optimizer import ShardedOptimizer
 from ..step.plain import PlainOptimizer
 from ..weights.integrations import generation as keep_for_generation
 from ..zero.access import prepared_as
+from .described import Described
 from .entering import CheckedModel, into_engine
 from .object_facts import facts_of, refuse_or_warn
 from .prepare_checks import check_objects, placements_of
@@ -51,20 +52,26 @@ def prepare(run: Run, *objects: Any, device_placement: Sequence[bool | None] | N
     """The objects, ready for the run, in the same order; a single one by itself. Collective.
 
     Models and optimizers and schedulers are the same objects as before; a DataLoader becomes one that reads this
-    rank's part; anything else passes through. Any order and any number in one call or several.
+    rank's part; a DummyOptim and a DummyScheduler what the configuration describes; anything else passes through. Any order
+    and any number in one call or several.
     device_placement: per object; False leaves a loader's batches where they are.
     Raises PrepareError, OptimizerError or DataError on every rank, before any of them waits for another.
     """
     placements: list[bool] = []
     models: list[CheckedModel] = []
+    described = Described()
 
     def facts() -> dict[str, Any]:
+        run.take_plugin()
         placements.extend(placements_of(run, objects, device_placement))
-        models.extend(check_objects(run, objects))
-        return _facts(run, objects)
+        described.replace_dummies(run, objects)
+        models.extend(check_objects(run, described.objects))
+        return _facts(run, described.objects)
 
     refuse_or_warn(run.ranks.compare(facts, "`prepare`"), say=run.is_main_process)
-    result = list(objects)
+    result = described.objects
+    objects = tuple(result)
+    described.show(run)
     for model in models:
         run.models.append(into_engine(model, run.config, run.plan, run.precision, run.ranks, in_fp32=True))
     push_sync(run)
@@ -80,8 +87,8 @@ def prepare(run: Run, *objects: Any, device_placement: Sequence[bool | None] | N
     for index, item in enumerate(objects):
         if isinstance(item, DataLoader):
             result[index] = _prepare_loader(run, item, placements[index])
-        elif isinstance(item, LRScheduler):
-            _prepare_scheduler(run, item)
+        elif isinstance(item, SCHEDULERS):
+            _prepare_scheduler(run, item, of_file=described.made(item))
     return result[0] if len(result) == 1 else tuple(result)
 
 
@@ -113,10 +120,18 @@ def _facts(run: Run, objects: Sequence[Any]) -> dict[str, Any]:
     """What all ranks must have in common: they would wait for each other, or train different things."""
     plugin = GradientState().plugin
     return {
+        **({} if run.plugin is None else _settings(run)),
         **facts_of_steps(plugin.num_steps or 1, plugin, run.step_scheduler_with_optimizer),
         **facts_of_loading(run.dataloader_config, run.rng_types, run.device_placement),
         **facts_of(objects, [prepared.model for prepared in run.models], run.dataloader_config),
     }
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """Those that a script can change after `Accelerator()`, in its DeepSpeedPlugin."""
+    found = settings_of(run.config)
+    del found["deepspeed_config.gradient_accumulation_steps"]  # what is in force is said by `facts_of_steps`
+    return found
 
 
 def _stepper(run: Run, optimizer: Optimizer) -> ShardedOptimizer | PlainOptimizer:
@@ -153,9 +168,12 @@ def _prepare_loader(
     return result
 
 
-def _prepare_scheduler(run: Run, scheduler: LRScheduler) -> None:
+def _prepare_scheduler(run: Run, scheduler: Scheduler, *, of_file: bool) -> None:
+    """of_file: it stands in a DummyScheduler's place: its steps are the optimizer's, as in DeepSpeed."""
     times = 1
-    if not run.dataloader_config.split_batches and run.config.engine.scheduler_steps_per_process:
+    if of_file:
+        pass
+    elif not run.dataloader_config.split_batches and run.config.engine.scheduler_steps_per_process:
         times = run.ranks.world_size
     if times > 1 and run.step_scheduler_with_optimizer and run.is_main_process and not run.schedulers:
         logger.warning(

@@ -17,7 +17,6 @@ from weakref import WeakSet
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from ..checkpoint.background import Background
 from ..checkpoint.run_folder import RunFolder
@@ -26,12 +25,15 @@ from ..checkpoint.stopping import StopSignals
 from ..data.prepare import PreparedLoader
 from ..ranks.ranks import Ranks
 from ..run.accumulation import GradientState
-from ..run.plugins import AutocastKwargs, DeepSpeedPlugin, ProfileKwargs
+from ..run.deepspeed_plugin import DeepSpeedPlugin
+from ..run.deepspeed_plugins import selected_plugin
+from ..run.plugins import AutocastKwargs, ProfileKwargs
+from ..run.scheduler import Scheduler
 from ..step.averaging import ShardedEMA
 from ..step.optimizer import ShardedOptimizer
 from ..step.plain import PlainOptimizer
 from .entering import PreparedModel
-from .settings import Settings
+from .settings import Settings, plan_of
 
 _prepared: WeakSet[Optimizer] = WeakSet()
 
@@ -71,8 +73,8 @@ class Run:
         self.plan = settings.plan
         self.precision = settings.precision
         self.scaler = settings.scaler
-        self.plugin = DeepSpeedPlugin.in_force(settings.config)
-        self.plugin_name = settings.plugin_name
+        self.plugins = settings.plugins
+        self.plugin_config = None if self.plugin is None else self.plugin.config  # as it was last taken over
         self.settings = settings
         # Those that a script may set too, under these names.
         self.autocast_handler: AutocastKwargs | None = settings.handlers.get(AutocastKwargs)
@@ -86,7 +88,7 @@ class Run:
         # What was prepared.
         self.models: list[PreparedModel] = []
         self.optimizers: list[PreparedOptimizer] = []
-        self.schedulers: list[LRScheduler] = []
+        self.schedulers: list[Scheduler] = []
         self.dataloaders: list[PreparedLoader] = []
         self.averages: list[ShardedEMA] = []
         # Accumulation. step: micro-batches since the last batch of a loader.
@@ -109,6 +111,29 @@ class Run:
     @property
     def is_main_process(self) -> bool:
         return self.ranks.rank == 0
+
+    @property
+    def plugin(self) -> DeepSpeedPlugin | None:
+        """The ZeRO settings in force; of several that the script gave, the one that it has selected."""
+        return selected_plugin(self.plugins)
+
+    def take_plugin(self) -> None:
+        """Put in force what the script has selected, and written into `deepspeed_config`, for what is prepared from now on.
+
+        Raises ConfigError for what is wrong, or cannot change any more.
+        """
+        plugin = self.plugin
+        if plugin is None or plugin.config is None:
+            return
+        before = self.config if plugin.config is self.plugin_config else plugin.config
+        config = plugin.taken(before)
+        plugin.config = self.plugin_config = config if before is not config else plugin.config
+        if config is self.config:
+            return
+        self.config, self.plan = config, plan_of(config)
+        steps = config.zero.gradient_accumulation_steps
+        if steps is not None and steps != before.zero.gradient_accumulation_steps:
+            self.gradient_state.plugin.num_steps = steps
 
     def state(self) -> RunState:
         """What a checkpoint keeps of it."""

@@ -245,11 +245,6 @@ ALIASES: dict[str, str] = {
     "tracking": "run.tracking",
 }
 
-# Homes that are being written: a row of theirs need not resolve yet.
-PENDING = frozenset(
-    {"run.dummies", "run.launchers", "run.local_sgd", "run.deepspeed_plugins", "run.memory_fit", "run.tracking"}
-)
-
 
 class Row(NamedTuple):
     """One name. home: "folder.file:name", or None where it is refused, for the reason `why`; else that says how it is wider."""

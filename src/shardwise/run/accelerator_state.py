@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import ConfigError
+from .deepspeed_plugins import plugin_named, select_plugin
 from .joined import AcceleratorSettings, accelerator_in_force
 from .process import DistributedType, PartialState
 
@@ -81,16 +82,11 @@ class AcceleratorState(PartialState):
 
     def get_deepspeed_plugin(self, name: str) -> Any:
         """The ZeRO settings of this name. Raises ConfigError if there are none."""
-        known = self.deepspeed_plugins
-        if not isinstance(known, dict) or name not in known:
-            names = sorted(known) if isinstance(known, dict) else "none with a name"
-            raise ConfigError(f"get_deepspeed_plugin: there is no plugin {name!r}; there is: {names}.")
-        return known[name]
+        return plugin_named(self.deepspeed_plugins, name)
 
     def select_deepspeed_plugin(self, name: str | None = None) -> None:
-        """Use the ZeRO settings of this name, of which there is one: it is in use. Raises ConfigError for another name."""
-        if name is not None:
-            self.get_deepspeed_plugin(name)
+        """Put the ZeRO settings of this name in force for what is prepared from now on. Raises ConfigError without them."""
+        select_plugin(self.deepspeed_plugins, name)
 
     def __repr__(self) -> str:
         return super().__repr__() + f"\nMixed precision type: {self.mixed_precision}\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any, Protocol
 
+from ..config.accelerate_variables import configuration
 from ..config.check import from_environment
 from ..config.schema import Config
 from ..errors import ConfigError
@@ -38,18 +39,20 @@ class Joined:
     accelerators: list[tuple[weakref.ref[AcceleratorSettings], Config]] = []  # noqa: RUF012
 
 
-def join_run(*, use_cpu: bool | None = None, timeout_s: float | None = None) -> Ranks:
+def join_run(*, use_cpu: bool | None = None, timeout_s: float | None = None, beside_accelerate: bool = False) -> Ranks:
     """The ranks of this process's run; joins it at the first call, which is collective.
 
     use_cpu:   None takes the configuration's answer.
     timeout_s: how long a collective may wait, in seconds; None takes the configuration's.
+    beside_accelerate: accelerate itself reads its variables in this process, so they are not looked at here.
     Raises ConfigError if the run was already joined on a GPU and `use_cpu` is asked for now, and what `Ranks.join` raises.
     """
     if Joined.ranks is not None:
         check_device(Joined.ranks, use_cpu)
         return Joined.ranks
-    config, problem = attempt(from_environment)
-    ranks = join_first(config or Config(), use_cpu=use_cpu, timeout_s=timeout_s, problem=problem)
+    config, problem = attempt(from_environment if beside_accelerate else lambda: configuration()[0])
+    config = config or Config()
+    ranks = join_first(config, use_cpu=use_cpu, timeout_s=timeout_s, problem=problem)
     if problem is not None:
         raise problem
     return ranks

@@ -13,7 +13,7 @@ import logging
 from collections.abc import MutableMapping
 from typing import Any
 
-from ..config.machine import environment_value
+from ..config.accelerate_variables import log_level as log_level_of_environment
 from .process import PartialState
 
 
@@ -50,12 +50,9 @@ class MultiProcessAdapter(logging.LoggerAdapter[logging.Logger]):
 
 
 def get_logger(name: str, log_level: str | None = None) -> MultiProcessAdapter:
-    """The logger `name`, speaking for the run.
-
-    log_level: "DEBUG", "INFO", ...; None takes that of the variable ACCELERATE_LOG_LEVEL, or leaves it.
-    """
-    log_level = log_level or environment_value("ACCELERATE_LOG_LEVEL")
+    """The logger `name`, speaking for the run. log_level: "DEBUG", ...; None takes ACCELERATE_LOG_LEVEL or leaves it."""
     logger = logging.getLogger(name)
+    log_level = log_level or log_level_of_environment()
     if log_level is not None:
         logger.setLevel(log_level.upper())
         logger.root.setLevel(log_level.upper())

@@ -14,10 +14,10 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from enum import StrEnum
 from typing import Any
 
 from ..config.environment import RankEnvironment
+from ..config.kinds import LoggerType
 from ..errors import ConfigError
 from .experiment_trackers import ClearMLTracker, MLflowTracker
 from .general_tracker import GeneralTracker, InertTracker, on_main_process
@@ -54,21 +54,6 @@ __all__ = [
 logger = logging.getLogger("shardwise")
 
 Directory = str | os.PathLike[str] | None
-
-
-class LoggerType(StrEnum):
-    """The trackers that `log_with` knows by name; ALL are those whose packages are installed."""
-
-    ALL = "all"
-    AIM = "aim"
-    TENSORBOARD = "tensorboard"
-    WANDB = "wandb"
-    TRACKIO = "trackio"
-    COMETML = "comet_ml"
-    MLFLOW = "mlflow"
-    CLEARML = "clearml"
-    DVCLIVE = "dvclive"
-    SWANLAB = "swanlab"
 
 
 LOGGER_TYPE_TO_CLASS: dict[str, type[Any]] = {

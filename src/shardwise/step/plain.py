@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from ..errors import NonFiniteError, OptimizerError
 from ..plan.precision import LossScaler
 from .clipping import clip_factor
+from .telling import FlagOnOptimizer
 
 
 class PlainOptimizer:
@@ -25,6 +26,8 @@ class PlainOptimizer:
     scaler: the loss scale; must be the one that scaled the loss. ends_step: whether a step may be made now.
     gradient_clipping: the largest 2-norm of the gradient at a step; None does not clip.
     """
+
+    step_was_skipped = FlagOnOptimizer()
 
     def __init__(
         self,
