@@ -6,6 +6,7 @@ import pytest
 
 import shardwise
 import shardwise.tracking
+from shardwise.names.table import ROWS
 from shardwise.run import local_sgd, memory_fit
 from shardwise.run.logging import get_logger
 
@@ -14,7 +15,6 @@ accelerate = pytest.importorskip("accelerate")
 # What is not taken, by owner and keyword, with the reason.
 NOT_TAKEN = {
     ("PartialState.destroy_process_group", "group"): "the groups of a run end together",
-    ("DistributedDataParallelKwargs", "comm_state_option"): "of communication hooks, which are refused",
 }
 # Behind *objects a place is a keyword's alone, so that their order says nothing.
 _APART = ("AcceleratorState", "DeepSpeedPlugin")  # their arguments are compared where they are made
@@ -23,7 +23,9 @@ _APART = ("AcceleratorState", "DeepSpeedPlugin")  # their arguments are compared
 def keywords(function):
     """Names of what can be given by name, in order."""
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [p.name for p in inspect.signature(function).parameters.values() if p.kind not in kinds]
+    parameters = inspect.signature(function).parameters.values()
+    # One of accelerate's methods is static.
+    return [p.name for p in parameters if p.kind not in kinds and p.name != "self"]
 
 
 def pairs():
@@ -40,7 +42,14 @@ def pairs():
     theirs = (accelerate, utils, utils.memory, their_tracking, their_local_sgd)
     for name, home, own in homes:
         found = next((getattr(module, name) for module in theirs if hasattr(module, name)), None)
-        if callable(found) and not inspect.ismodule(found) and not name.isupper() and name not in _APART:
+        refused = name in ROWS and ROWS[name].verdict == "refused"
+        if (
+            callable(found)
+            and not refused
+            and not inspect.ismodule(found)
+            and not name.isupper()
+            and name not in _APART
+        ):
             yield name, found, getattr(home, own)
     yield "get_logger", their_logging.get_logger, get_logger
 

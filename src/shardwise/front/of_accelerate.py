@@ -53,7 +53,8 @@ def own(item: Any) -> Any:
     Raises ConfigError for a field that was said and that ours does not have, and what ours raises.
     """
     if isinstance(item, Mapping):
-        return {key: own(value) for key, value in item.items()}
+        taken = {key: own(value) for key, value in item.items()}
+        return item if all(value is item[key] for key, value in taken.items()) else taken
     if isinstance(item, (list, tuple)):
         return [own(value) for value in item]
     kind = _theirs(item)

@@ -106,7 +106,9 @@ def trigger_sync_in_backward(run: Run, model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def maybe_context_parallel(run: Run, *args: Any, **kwargs: Any) -> Iterator[None]:
+def maybe_context_parallel(
+    run: Run, buffers: Any = None, buffer_seq_dims: Any = None, no_restore_buffers: Any = None
+) -> Iterator[None]:
     """Does nothing: no sequence is divided over ranks, so each has its buffers whole."""
     yield
 

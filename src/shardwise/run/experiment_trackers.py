@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from typing import Any
 
 from ..config.machine import environment_value
 from ..errors import ConfigError
+from ..files.documents import parse_json
 from .general_tracker import on_main_process
 from .trackers import Adapter, Table, plain
 
@@ -111,10 +111,7 @@ class MLflowTracker(Adapter):
 def _tags(given: dict[str, Any] | str | None) -> dict[str, Any] | None:
     if not isinstance(given, str):
         return given
-    try:
-        found = json.loads(given)
-    except ValueError:
-        found = None
+    found = parse_json(given, "the tags for mlflow", ConfigError)
     if not isinstance(found, dict):
         raise ConfigError(f"the tags for mlflow are {given!r}; they can be a dictionary, or one as JSON.")
     return found
