@@ -5,6 +5,7 @@ This file's directory is on sys.path, so `from rig import ...` works in every te
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,16 @@ def world() -> Iterator[Worlds]:
     worlds = Worlds()
     yield worlds
     worlds.close()
+
+
+@pytest.fixture(autouse=True)
+def levels_of_logging() -> Iterator[None]:
+    """A test leaves the levels of the log as they were: `get_logger(name, "ERROR")` sets the root's too, as accelerate's does."""
+    names = ("", "shardwise")
+    before = [logging.getLogger(name).level for name in names]
+    yield
+    for name, level in zip(names, before, strict=True):
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture(autouse=True)

@@ -82,7 +82,6 @@ def test_a_state_takes_the_settings_in_force_and_refuses_others():
     state = AcceleratorState()
     assert state.get_deepspeed_plugin("student") is state.deepspeed_plugins["student"] is state.deepspeed_plugin
     state.select_deepspeed_plugin("student")
-    state.select_deepspeed_plugin()
     for verb in (state.get_deepspeed_plugin, state.select_deepspeed_plugin):
         with pytest.raises(ConfigError, match="student"):
             verb("teacher")

@@ -147,9 +147,8 @@ def _left_alone(ranks: Any) -> None:
     stepping.register_step_post_hook(lambda *_: calls.append("after"))
 
     def seen() -> Any:
-        kept = {
-            k: v for k, v in vars(stepping).items() if k not in ("step", "zero_grad", "add_param_group", "generator")
-        }
+        by_prepare = ("step", "zero_grad", "add_param_group", "generator", "step_was_skipped")
+        kept = {k: v for k, v in vars(stepping).items() if k not in by_prepare}
         settings = [{k: v for k, v in g.items() if k != "params"} for g in kept.pop("param_groups")]
         kept = {k: v for k, v in kept.items() if not callable(v) and not k.startswith("_")}
         return repr((settings, kept)), [id(v) for g in settings for v in g.values()], [id(v) for v in kept.values()]
