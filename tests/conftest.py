@@ -32,7 +32,7 @@ def world() -> Iterator[Worlds]:
 
 @pytest.fixture(autouse=True)
 def levels_of_logging() -> Iterator[None]:
-    """A test leaves the levels of the log as they were: `get_logger(name, "ERROR")` sets the root's too, as accelerate's does."""
+    """A test leaves the levels of the log as they were: `get_logger(name, "ERROR")` sets the root one, too."""
     names = ("", "shardwise")
     before = [logging.getLogger(name).level for name in names]
     yield
