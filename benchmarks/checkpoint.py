@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shardwise.plugins import ProjectConfiguration
 
 from cases import CASES
 from shardwise import Accelerator, DeepSpeedPlugin
+from shardwise.plugins import ProjectConfiguration
 
 
 def arguments() -> argparse.Namespace:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import torch
 from peft import TaskType, get_peft_model
-from shardwise.memory import MemoryTracker
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup, set_seed
@@ -29,6 +28,7 @@ from common.results import (
 )
 from common.resuming import Progress, after_step, project_of, resume
 from shardwise import Accelerator
+from shardwise.memory import MemoryTracker
 
 
 def main() -> None:

@@ -43,6 +43,22 @@ def _gathers(ranks):
     assert reduce(torch.tensor([1, r]), "sum").tolist() == [n, sum(range(n))]
     assert reduce({"m": torch.tensor(r)}, "mean")["m"].item() == pytest.approx((n - 1) / 2)
     assert reduce(torch.ones(2), "sum", scale=0.5).tolist() == [n / 2] * 2
+    point = Point(torch.tensor(0.5 + r), torch.full((2,), r, dtype=torch.bfloat16))
+    odd = {"a": torch.tensor([r, -r]), "b": [torch.tensor(r == 1), point]}
+    most, least = reduce(odd, "max"), reduce(odd, reduction="min")
+    assert most["a"].tolist() == [n - 1, 0]
+    assert least["a"].tolist() == [0, 1 - n]
+    assert most["a"].dtype == torch.int64
+    assert (most["b"][0].item(), least["b"][0].item()) == (n > 1, False)
+    assert most["b"][0].dtype == torch.bool
+    assert (most["b"][1].x.item(), least["b"][1].x.item()) == (n - 0.5, 0.5)
+    assert most["b"][1].y.tolist() == [n - 1] * 2
+    assert isinstance(most["b"][1], Point)
+    assert reduce(torch.tensor(r), "max", scale=2).item() == 2 * (n - 1)
+    with pytest.raises(DataError, match="complex numbers have no max"):
+        reduce(torch.tensor([r * 1j]), "max")
+    with pytest.raises(DataError, match="'sum', 'mean', 'max' or 'min'"):
+        reduce(torch.zeros(1), "product")
     mine = torch.tensor([r])
     assert broadcast([mine], from_process=n - 1)[0].item() == n - 1
     assert mine.item() == r
@@ -232,6 +248,11 @@ def test_containers_keep_their_type_on_the_way_to_a_device():
     assert isinstance(output, CausalLMOutput)
     assert output.logits.is_meta
     assert dataclasses.is_dataclass(output)
+    compiled = torch.compile(send_to_device, backend="eager", fullgraph=True)
+    traced = compiled([torch.zeros(1), {"x": (torch.zeros(2), None, "text")}], "cpu", non_blocking=True)
+    assert traced[1]["x"][0].tolist() == [0, 0]
+    assert traced[1]["x"][1:] == (None, "text")
+    assert send_to_device(tensor=torch.zeros(1), device="meta").is_meta
     kept = send_to_device({"x": torch.zeros(1), "deep": [{"keep": torch.zeros(1)}]}, "meta", skip_keys="keep")
     assert kept["x"].is_meta
     assert not kept["deep"][0]["keep"].is_meta

@@ -396,6 +396,14 @@ def _facts(ranks):
     assert attempt() == 2
     assert calls == [8, 4, 2]
 
+    @find_executable_batch_size(starting_batch_size=8)
+    def failing(batch_size):
+        if ranks.rank == 0:
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError if ranks.rank == 0 else RankError, match="mine"):
+        failing()
+
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_the_run_is_told_as_it_is(world, n):

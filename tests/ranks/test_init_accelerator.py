@@ -286,3 +286,20 @@ def test_a_flag_without_effect_is_said_once_on_rank_0(world):
     first, second = world(2).run(_no_effect, "zero3_init_flag had no effect on this LlamaForCausalLM")
     assert len(first) == 1
     assert second == []
+
+
+def _switched(ranks, folder):
+    for flag in (True, False):
+        accelerator = fresh(3, zero3_init_flag=flag)
+        plugin = accelerator.state.deepspeed_plugin
+        with plugin.zero3_init_context_manager(enable=not flag):
+            inside = _load(folder)
+        outside = _load(folder)
+        assert all(parameter.is_meta != flag for parameter in inside.parameters())
+        assert all(parameter.is_meta == flag for parameter in outside.parameters())
+    build_without_memory(False)
+
+
+def test_a_plugin_switches_building_without_memory_for_a_block(world, tmp_path):
+    _saved(tmp_path)
+    world(2).run(_switched, str(tmp_path))

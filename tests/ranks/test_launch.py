@@ -380,3 +380,25 @@ def test_as_deepspeed_gives_accelerate_the_launchers_settings(scripts: Path) -> 
     assert rows == 2 * [[version, True, 2, 0.5, 2, "DistributedType.DEEPSPEED", "true", "2", "0.5"]]
     assert done.stderr.count("this is shardwise, not DeepSpeed") == 1
     assert "gave no model to deepspeed.initialize" in done.stderr
+
+
+def test_what_ranks_print_is_written_to_files_too(scripts, tmp_path):
+    flags = ["--num_processes", "2", "--tee", "3", "--log_dir", str(tmp_path / "logs")]
+    ended = launch(*flags, "--monitor_interval", "0.5", str(scripts / "show.py"))
+    assert ended.returncode == 0, ended.stderr
+    assert "[rank0]:{" in ended.stdout
+    written = {path.parent.name: path.read_text() for path in (tmp_path / "logs").rglob("stdout.log")}
+    assert {rank: json.loads(text)["RANK"] for rank, text in written.items()} == {"0": "0", "1": "1"}
+
+
+def test_a_program_runs_without_python(tmp_path):
+    program = tmp_path / "program.sh"
+    program.write_text('#!/bin/sh\necho "rank $RANK of $WORLD_SIZE: $1"\nexit $2\n')
+    program.chmod(0o755)
+    flags = ["--num_processes", "2", "--no_python", "--quiet"]
+    ended = launch(*flags, str(program), "a $1", "0")
+    assert ended.returncode == 0, ended.stderr
+    assert sorted(ended.stdout.splitlines()) == ["rank 0 of 2: a $1", "rank 1 of 2: a $1"]
+    failed = launch(*flags, str(program), "a", "3")
+    assert failed.returncode == 3
+    assert "it ended with exit code 3, without a Python exception" in failed.stderr

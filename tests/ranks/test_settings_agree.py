@@ -89,6 +89,8 @@ CHANGES: dict[str, tuple[Values, Any]] = {
     "shardwise_config.loss_scale.growth_interval": (FP16, 5),
     "shardwise_config.loss_scale.minimum": (FP16, 0.5),
     "shardwise_config.train_batch_size": ({}, 8),
+    "shardwise_config.optimizer": ({}, {"type": "AdamW", "params": {"lr": 0.1}}),
+    "shardwise_config.scheduler": ({}, {"type": "WarmupLR", "params": {}}),
     "shardwise_config.micro_batch_size": ({}, 4),
     "dynamo_config.dynamo_backend": ({}, "eager"),
     "dynamo_config.dynamo_mode": (COMPILED, "max-autotune-no-cudagraphs"),
@@ -252,7 +254,7 @@ def test_what_only_concerns_a_rank_itself_may_differ(world, keywords):
     assert world(2).run(_given, keywords) == world(2).run(_given, {})
 
 
-@pytest.mark.parametrize("keywords", [{"rng_types": ["nonsense"]}, {"fsdp_plugin": 1}, {"log_with": "wandb"}])
+@pytest.mark.parametrize("keywords", [{"rng_types": ["nonsense"]}, {"fsdp_plugin": 1}, {"log_with": "nonsense"}])
 def test_a_rank_that_is_asked_for_nonsense_tells_the_others(world, keywords):
     other, own = world(2).run(_given, keywords)
     assert own.startswith("ConfigError: ")

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from shardwise.compat.deepspeed import schedules
-from shardwise.compat.deepspeed.schedules import LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
 from shardwise.errors import ConfigError
+from shardwise.run import deepspeed_schedules as schedules
+from shardwise.run.deepspeed_schedules import LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
 
 
 def optimizer_of(groups=1, lr=0.2, **settings):

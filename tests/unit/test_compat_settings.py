@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from shardwise.compat.deepspeed import settings
-from shardwise.compat.deepspeed.sections import make_optimizer, make_scheduler
 from shardwise.config.check import checked
 from shardwise.config.schema import Config
 from shardwise.errors import ConfigError
+from shardwise.run.deepspeed_sections import make_optimizer, make_scheduler
 
 
 def read(values, world_size=2, base=None):

@@ -195,8 +195,9 @@ def test_a_deepspeed_file_without_clipping_says_what_deepspeed_would_do(tmp_path
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ({"optimizer": {"type": "AdamW"}}, "optimizer: an optimizer is not built from this file"),
-        ({"scheduler": {"type": "WarmupLR"}}, "give it in the script instead"),
+        ({"optimizer": {"params": {"lr": 1}}}, "optimizer: {'params': {'lr': 1}} is not an object with the key type"),
+        ({"scheduler": "WarmupLR"}, "scheduler: 'WarmupLR' is not an object with the key type"),
+        ({"scheduler": {"type": "WarmupLR", "parms": {}}}, "is not an object with the keys type and params"),
         ({"zero_optimisation": {"stage": 3}}, "unknown key; did you mean zero_optimization?"),
         ({"zero_optimization": {"stge": 3}}, "zero_optimization.stge: unknown key; did you mean stage?"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: 4 is not one of"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from shardwise import (
 )
 from shardwise.errors import CheckpointError, ConfigError, DataError, PrepareError
 from shardwise.run.accumulation import GradientState
+from shardwise.run.dynamo import TorchDynamoPlugin
 from shardwise.run.logging import get_logger
 from shardwise.run.process import forget_run
 from shardwise.run.scheduler import Rhythm, prepare_scheduler
@@ -54,15 +56,31 @@ def _own_run():
         ({"parallelism_config": object()}, "parallelism_config"),
         ({"dynamo_backend": "tensorrt"}, "is not one of no, inductor"),
         ({"dynamo_plugin": object()}, "dynamo_plugin"),
+        ({"dynamo_plugin": TorchDynamoPlugin(backend="tensorrt")}, "is not one of no, inductor"),
+        ({"dynamo_plugin": TorchDynamoPlugin(), "dynamo_backend": "eager"}, "Give one of them"),
         ({"mixed_precision": "fp8"}, "fp8"),
         ({"mixed_precision": "bf17"}, "mixed_precision"),
         ({"gradient_accumulation_steps": 0}, "whole number"),
         ({"rng_types": ["xla"]}, "rng_types"),
-        ({"log_with": "wandb"}, "not built in"),
+        ({"log_with": "nonsense"}, "register_tracker_class"),
         ({"log_with": object()}, "no method `log`"),
         ({"kwargs_handlers": [object()]}, "not one of"),
         ({"kwargs_handlers": [AutocastKwargs(), AutocastKwargs()]}, "two objects"),
-        ({"deepspeed_plugins": {"a": DeepSpeedPlugin(), "b": DeepSpeedPlugin()}}, "2 entries"),
+        (
+            {
+                "deepspeed_plugins": {
+                    "a": DeepSpeedPlugin(mixed_precision="bf16"),
+                    "b": DeepSpeedPlugin(mixed_precision="no"),
+                }
+            },
+            "differ in mixed_precision",
+        ),
+        ({"deepspeed_plugins": {}}, "empty dictionary"),
+        ({"deepspeed_plugins": {"a": object()}}, "no DeepSpeedPlugin"),
+        ({"deepspeed_plugin": DeepSpeedPlugin(), "deepspeed_plugins": {"a": DeepSpeedPlugin()}}, "two names"),
+        ({"deepspeed_plugin": DeepSpeedPlugin(enable_msamp=True)}, "fp8"),
+        ({"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config="missing.json")}, "no such file"),
+        ({"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config={"zero_optimisation": {"stage": 3}})}, "zero_optimization"),
         ({"deepspeed_plugin": DeepSpeedPlugin(zero_stage=5)}, "zero_stage"),
         ({"deepspeed_plugin": DeepSpeedPlugin(zero_stage=2, offload_param_device="cpu")}, "offload_param_device"),
         (
@@ -134,7 +152,7 @@ def test_the_loss_scale_is_the_one_asked_for():
     accelerator = Accelerator(cpu=True, mixed_precision="fp16", kwargs_handlers=[handler])
     assert accelerator.scaler.value == 8.0
     assert accelerator.scaler.growth_interval == 3
-    assert Accelerator(cpu=True).scaler is None
+    assert Accelerator(cpu=True, mixed_precision="no").scaler is None
 
 
 def test_one_process_trains_without_a_launcher():
@@ -307,6 +325,24 @@ def test_a_logger_speaks_once(caplog):
     assert caplog.records[0].funcName == "test_a_logger_speaks_once"
 
 
+class Wrapped(logging.LoggerAdapter):
+    def log(self, level, msg, *args, **kwargs):
+        self.logger.log(level, msg, *args, **kwargs, stacklevel=3)
+
+
+def test_a_logger_names_the_caller_that_a_wrapper_means(caplog):
+    logger = get_logger("shardwise.test", log_level="INFO")
+    logger.info("from here", stacklevel=2)
+    Wrapped(logger, {}).warning("from here too")
+    assert [record.funcName for record in caplog.records] == ["test_a_logger_names_the_caller_that_a_wrapper_means"] * 2
+
+
+def test_a_logger_takes_its_level_from_the_environment(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_LOG_LEVEL", "debug")
+    assert get_logger("shardwise.test.level").logger.level == logging.DEBUG
+    assert get_logger("shardwise.test.level", log_level="ERROR").logger.level == logging.ERROR
+
+
 def test_directories_follow_the_project(tmp_path):
     accelerator = Accelerator(cpu=True, project_dir=tmp_path)
     assert accelerator.project_dir == accelerator.logging_dir == tmp_path
@@ -334,8 +370,8 @@ def test_the_commands_start_without_torch():
 
 def test_modules_of_the_front_end_leave_torch_distributed_alone():
     root = Path(shardwise.__file__).parent
-    # How groups begin and end are files of their own, deepspeed.comm is torch's; the launcher runs torch's agent.
-    homes = ("joining.py", "ranks.py", "group.py", "symmetric.py", "leaving.py", "comm.py")
+    # How groups begin and end are files of their own, deepspeed.comm is torch's; the launchers run torch's agent.
+    homes = ("launchers.py", "joining.py", "ranks.py", "group.py", "symmetric.py", "leaving.py", "comm.py")
     for path in root.rglob("*.py"):
         if path.name not in homes and path.parent.name != "cli":
             assert not re.search(r"^\s*(import|from) torch.distributed|import distributed", path.read_text(), re.M), (

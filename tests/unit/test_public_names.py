@@ -20,6 +20,7 @@ import pytest
 
 import shardwise
 from shardwise.compat import faces
+from shardwise.names.table import NAMES, ROWS
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "public_names.json"
 # None: what the module defines itself.
@@ -32,6 +33,16 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     "shardwise.plugins": ("ProjectConfiguration",),
     "shardwise.tracking": ("GeneralTracker",),
     "shardwise.compat": ("as_deepspeed",),
+    # Of accelerate's names those that are written for them; the others are in `shardwise` or in test_names.py.
+    "shardwise.data_loader": tuple(name for name in NAMES["data_loader"] if name != "skip_first_batches"),
+    "shardwise.optimizer": ("AcceleratedOptimizer",),
+    "shardwise.scheduler": ("AcceleratedScheduler",),
+    "shardwise.utils": tuple(
+        name
+        for name in NAMES["utils"]
+        if (ROWS[name].home or "").startswith(("names.", "config.kinds", "config.variables", "run.dynamo"))
+        and not name.isupper()
+    ),
 }
 Described = str | dict[str, str]
 

@@ -58,6 +58,17 @@ def build_without_memory(enabled: bool) -> None:
 
 
 @contextmanager
+def built_without_memory(enabled: bool) -> Iterator[None]:
+    """As `build_without_memory`, inside; behind it is what was before."""
+    before = _Switch.by_flag
+    build_without_memory(enabled)
+    try:
+        yield
+    finally:
+        build_without_memory(before)
+
+
+@contextmanager
 def building() -> Iterator[None]:
     """Inside, models are built and loaded without memory. See `deferring_until_prepare`."""
     if _Switch.blocks:

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
 
 from ..data.loader import PreparedLoader
 from ..data.positions import go_to, match, position
@@ -33,6 +32,7 @@ from ..files.writer import as_bytes
 from ..plan.precision import LossScaler
 from ..ranks.agreeing import attempt_or_interrupt
 from ..ranks.ranks import Ranks
+from ..run.scheduler import Scheduler
 from ..step import intervals
 from ..step.averaging import ShardedEMA, refuse_swapped
 from ..step.optimizer import ShardedOptimizer
@@ -54,7 +54,7 @@ class RunState:
     ranks: Ranks
     models: Sequence[ShardedModel]
     steppers: Sequence[ShardedOptimizer]
-    schedulers: Sequence[LRScheduler]
+    schedulers: Sequence[Scheduler]
     loaders: Sequence[PreparedLoader]
     objects: Sequence[Any]
     averages: Sequence[ShardedEMA]

@@ -95,10 +95,11 @@ def _with_devices(plan: LaunchPlan, devices: int) -> LaunchPlan:
     made = make_plan(
         Resolution(config, origins, []),
         script=plan.script,
-        is_module=plan.is_module,
+        how=plan.how,
         arguments=plan.arguments,
         as_deepspeed=plan.as_deepspeed,
         beside=plan.beside,
+        watching=plan.watching,
         devices=devices,
     )
     return replace(made, notes=plan.notes)
@@ -123,10 +124,11 @@ def _for_restart(plan: LaunchPlan) -> LaunchPlan:
     made = make_plan(
         Resolution(config, plan.origins, []),
         script=plan.script,
-        is_module=plan.is_module,
+        how=plan.how,
         arguments=plan.arguments,
         as_deepspeed=plan.as_deepspeed,
         beside=plan.beside,
+        watching=plan.watching,
         devices_known=False,
     )
     return replace(made, check_devices=False)
@@ -165,12 +167,15 @@ def _launch(plan: LaunchPlan, directory: Path, restarts: int) -> int:
     from torch.distributed.launcher.api import elastic_launch
 
     started = _AS_DEEPSPEED if plan.as_deepspeed else worker.__file__
-    command = [started, *(["-m"] if plan.is_module else []), plan.script, *plan.arguments]
+    command = [started, *(["-m"] if plan.how.is_module else []), plan.script, *plan.arguments]
+    program = sys.executable
+    if plan.how.without_python:
+        program, command = str(shutil.which(plan.script)), list(plan.arguments)
     # The agent takes "$$" and "${local_rank}" in arguments as macros; the script's are to arrive as they are.
     command = [part.replace("$", "$$") for part in command]
     for attempt in range(3):
         try:
-            elastic_launch(_launch_config(plan, directory, restarts), sys.executable)(*command)
+            elastic_launch(_launch_config(plan, directory, restarts), program)(*command)
             return 0
         except ChildFailedError:
             raise
@@ -233,7 +238,7 @@ def _quieten() -> None:
 
 def _launch_config(plan: LaunchPlan, directory: Path, restarts: int) -> Any:
     """torch's own description of a launch."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig
 
     config = plan.config
@@ -250,6 +255,10 @@ def _launch_config(plan: LaunchPlan, directory: Path, restarts: int) -> Any:
         for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
         if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN or name == "SIGTERM"
     ]
+    logs = str(directory / "agent")
+    if plan.watching.tee != "0":
+        logs = plan.watching.log_dir or tempfile.mkdtemp(prefix="shardwise-logs-")
+        print(f"shardwise launch: what the ranks print is in {logs} too", file=sys.stderr)
     arguments: dict[str, Any] = {}
     known = {entry.name for entry in fields(LaunchConfig)}
     if "signals_to_handle" in known:  # newer than torch 2.9
@@ -266,10 +275,10 @@ def _launch_config(plan: LaunchPlan, directory: Path, restarts: int) -> Any:
         rdzv_endpoint=f"{host}:{port}",
         rdzv_configs=rendezvous,
         max_restarts=restarts,
-        monitor_interval=0.1,
+        monitor_interval=plan.watching.interval_s,
         # Machine 0 says how it is reached; its own idea of its name may mean nothing to the others.
         local_addr=plan.address if config.machine_rank == 0 else None,
-        logs_specs=DefaultLogsSpecs(log_dir=str(directory / "agent")),
+        logs_specs=DefaultLogsSpecs(log_dir=logs, tee=Std.from_str(plan.watching.tee)),
         **arguments,
     )
 
@@ -291,7 +300,7 @@ def _explain(error: ChildFailedError, directory: Path, plan: LaunchPlan, kills_b
     failures.sort(key=_cause_first)
     cause, *others = failures
     _show(cause, kills_before, alone=plan.config.num_processes == 1)
-    for other in others:
+    for other in [] if plan.watching.quiet else others:
         print(f"shardwise launch: rank {other.rank} failed too: {_headline(other)[:160]}", file=sys.stderr)
     return cause.exit_code or 1
 

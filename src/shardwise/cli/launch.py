@@ -5,16 +5,17 @@ Nothing here imports torch until all checks have passed; a mistake is told withi
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Mapping
 
 from ..config.machine import environment_value
 from ..config.resolve import Resolution, resolve
-from ..config.schema import ENVIRONMENT_KEY, Config, Key
+from ..config.schema import ENVIRONMENT_KEY, SECTIONS, Config, Key
 from ..config.yaml_file import default_file
 from ..errors import ConfigError, ShardwiseError
-from .launch_plan import LaunchPlan, make_plan
+from .launch_plan import Command, LaunchPlan, Watching, make_plan
 
 
 def run_launch(
@@ -26,10 +27,15 @@ def run_launch(
     use_zero: bool = False,
     multi_gpu: bool = False,
     is_module: bool = False,
+    no_python: bool = False,
+    watching: tuple[str, str | None, str, bool] = ("0", None, "0.1", False),
     dry_run: bool = False,
     as_deepspeed: bool = False,
 ) -> None:
-    """Start `script`, and leave with its exit code. Raises ConfigError or LaunchError before anything is started."""
+    """Start `script`, and leave with its exit code. Raises ConfigError or LaunchError before anything is started.
+
+    watching: what was typed for --tee, --log_dir, --monitor_interval and --quiet.
+    """
     flags: dict[str, str | bool] = dict(settings)
     if multi_gpu:
         if use_zero:
@@ -40,7 +46,7 @@ def run_launch(
     file = config_file or (str(default_file()) if default_file().is_file() else None)
     try:
         resolution = resolve(flags, file, use_zero=use_zero, as_deepspeed=as_deepspeed)
-        if config_file is None and file is not None:
+        if config_file is None and file is not None and not watching[-1]:
             print(f"shardwise launch: settings of {file}", file=sys.stderr)
     except ShardwiseError as error:
         problems.append(str(error))
@@ -51,10 +57,11 @@ def run_launch(
         plan = make_plan(
             base,
             script=script,
-            is_module=is_module,
+            how=Command(is_module=is_module, without_python=no_python),
             arguments=arguments,
             as_deepspeed=as_deepspeed,
             beside=file,
+            watching=Watching.typed(*watching),
         )
     except ShardwiseError as error:
         problems.append(str(error))
@@ -63,7 +70,7 @@ def run_launch(
             print("\n".join(describe_config(resolution.config, resolution.origins)))
         raise ConfigError("\n".join(problems))
     assert plan is not None
-    for note in plan.notes:
+    for note in [] if plan.watching.quiet else plan.notes:
         print(f"note: {note}", file=sys.stderr)
     if dry_run:
         print("\n".join(describe(plan)))
@@ -90,7 +97,7 @@ def describe_config(config: Config, origins: Mapping[Key, str]) -> list[str]:
 
 
 def _rows(key: Key, value: object) -> list[tuple[Key, object]]:
-    if isinstance(value, dict) and value:
+    if isinstance(value, dict) and value and key in SECTIONS:
         return [row for name, inner in value.items() for row in _rows((*key, name), inner)]
     return [(key, value)]
 
@@ -98,6 +105,8 @@ def _rows(key: Key, value: object) -> list[tuple[Key, object]]:
 def _plain(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, dict) and value:
+        return json.dumps(value)
     if isinstance(value, list):
         return ",".join(str(part) for part in value)
     return "none" if value is None or value == {} else str(value)

@@ -10,6 +10,7 @@ import difflib
 import errno
 import importlib.util
 import os
+import re
 import shutil
 import socket
 import sys
@@ -29,6 +30,50 @@ from .as_deepspeed import variables
 
 
 @dataclass(frozen=True)
+class Command:
+    """What SCRIPT is: a file for Python, or a module, or a program that is run as it is."""
+
+    is_module: bool = False
+    without_python: bool = False
+
+
+_STREAMS = re.compile(r"[0-3]|[0-9]+:[0-3](,[0-9]+:[0-3])*")
+
+
+@dataclass(frozen=True)
+class Watching:
+    """How the ranks of this machine are watched.
+
+    tee:        which streams are written to files too: 0 none, 1 stdout, 2 stderr, 3 both, or "0:3,1:1" by rank.
+    log_dir:    where; None makes a directory.
+    interval_s: how often the agent looks.
+    quiet:      no notes, and only the first rank's failure.
+    """
+
+    tee: str = "0"
+    log_dir: str | None = None
+    interval_s: float = 0.1
+    quiet: bool = False
+
+    @classmethod
+    def typed(cls, tee: str, log_dir: str | None, interval: str, quiet: bool) -> Watching:
+        """Of the text of the flags. Raises ConfigError."""
+        if not _STREAMS.fullmatch(tee):
+            raise ConfigError(
+                f"--tee: {tee!r} is not 0, 1 (stdout), 2 (stderr), 3 (both), or these by rank such as 0:3,1:1"
+            )
+        if log_dir is not None and tee == "0":
+            raise ConfigError("--log_dir: has no effect without --tee, which says what is written there")
+        try:
+            seconds = float(interval)
+        except ValueError:
+            seconds = 0.0
+        if not 0 < seconds < float("inf"):
+            raise ConfigError(f"--monitor_interval: {interval!r} is not a number of seconds above 0")
+        return cls(tee, log_dir, seconds, quiet)
+
+
+@dataclass(frozen=True)
 class LaunchPlan:
     """One machine's part of a run.
 
@@ -36,6 +81,7 @@ class LaunchPlan:
     origins:         where each setting comes from, by key.
     local_processes: processes of this machine.
     address, port:   where rank 0's machine is found.
+    how:             what the script is. watching: how the processes are looked after.
     as_deepspeed:    in the processes, `import deepspeed` finds shardwise.
     beside:          the YAML file that the settings come from, or None.
     environment:     variables that are added to each process's environment.
@@ -46,7 +92,7 @@ class LaunchPlan:
     origins: dict[Key, str]
     notes: list[str]
     script: str
-    is_module: bool
+    how: Command
     arguments: list[str]
     local_processes: int
     address: str
@@ -55,6 +101,7 @@ class LaunchPlan:
     check_devices: bool = False
     as_deepspeed: bool = False
     beside: str | None = None
+    watching: Watching = Watching()
 
     @property
     def max_restarts(self) -> int:
@@ -63,12 +110,19 @@ class LaunchPlan:
     @property
     def command(self) -> list[str]:
         """What each process does, as a user would type it."""
-        return [sys.executable, *(["-m"] if self.is_module else []), self.script, *self.arguments]
+        python = [] if self.how.without_python else [sys.executable, *(["-m"] if self.how.is_module else [])]
+        return [*python, self.script, *self.arguments]
 
 
-def check_script(script: str, is_module: bool) -> None:
-    """LaunchError unless the script (or, with -m, the module) can be found."""
-    if is_module:
+def check_script(script: str, how: Command) -> None:
+    """LaunchError unless the script (with -m: the module; with --no_python: the program) can be found."""
+    if how.without_python:
+        if how.is_module:
+            raise LaunchError("--no_python and --module contradict each other: a module is run by Python")
+        if shutil.which(script) is None:
+            raise LaunchError(f"{script}: there is no such program, or it may not be executed")
+        return
+    if how.is_module:
         top = script.split(".", 1)[0]
         path = list(sys.path)
         sys.path.insert(0, os.getcwd())
@@ -176,18 +230,21 @@ def make_plan(
     resolution: Resolution,
     *,
     script: str,
-    is_module: bool = False,
+    how: Command = Command(),
     arguments: list[str] | None = None,
     devices: int | None = None,
     devices_known: bool = True,
     as_deepspeed: bool = False,
     beside: str | None = None,
+    watching: Watching = Watching(),
 ) -> LaunchPlan:
     """The plan of this machine. Raises LaunchError or ConfigError.
 
     devices: visible GPUs, for tests; the machine is asked if None and `devices_known`.
     """
-    check_script(script, is_module)
+    check_script(script, how)
+    if how.without_python and as_deepspeed:
+        raise LaunchError("--as_deepspeed: has no effect on a program that --no_python runs without Python")
     if devices is None and devices_known and not resolution.config.use_cpu:
         devices = visible_gpus(resolution.config.gpu_ids)
     resolution = fill_processes(_under_srun(resolution), devices)
@@ -216,7 +273,7 @@ def make_plan(
         origins=origins,
         notes=notes,
         script=script,
-        is_module=is_module,
+        how=how,
         arguments=list(arguments or []),
         local_processes=local,
         address=address,
@@ -225,6 +282,7 @@ def make_plan(
         check_devices=not config.use_cpu and devices is None,
         as_deepspeed=as_deepspeed,
         beside=beside,
+        watching=watching,
     )
 
 

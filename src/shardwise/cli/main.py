@@ -16,6 +16,7 @@ import typer
 from ..errors import ShardwiseError
 from ..version import __version__
 from .flags import with_setting_flags
+from .foreign_flags import instead_of
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -84,6 +85,24 @@ def launch_command(
     ] = False,
     multi_gpu: Annotated[bool, typer.Option("--multi_gpu", help="Whole copies on every GPU, nothing sharded.")] = False,
     module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT is a module, as in python -m.")] = False,
+    no_python: Annotated[
+        bool, typer.Option("--no_python", help="SCRIPT is a program, which is run as it is, without Python.")
+    ] = False,
+    tee: Annotated[
+        str,
+        typer.Option(
+            "--tee", "-t", metavar="STREAMS", help="Write what ranks print to files too: 1, 2, 3, or 0:3,1:1."
+        ),
+    ] = "0",
+    log_dir: Annotated[
+        str | None, typer.Option("--log_dir", metavar="DIR", help="Where --tee writes. Default: a new directory.")
+    ] = None,
+    monitor_interval: Annotated[
+        str, typer.Option("--monitor_interval", metavar="SECONDS", help="How often the ranks are looked after.")
+    ] = "0.1",
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print no notes, and of a failure only the first rank's.")
+    ] = False,
     as_deepspeed: Annotated[
         bool, typer.Option("--as_deepspeed", help="In SCRIPT, `import deepspeed` finds shardwise.")
     ] = False,
@@ -102,6 +121,8 @@ def launch_command(
         use_zero=use_deepspeed,
         multi_gpu=multi_gpu,
         is_module=module,
+        no_python=no_python,
+        watching=(tee, log_dir, monitor_interval, quiet),
         dry_run=dry_run,
         as_deepspeed=as_deepspeed,
     )
@@ -260,6 +281,9 @@ def _usage_error(error: Exception, text: str) -> str:
     """A parser's error in one line of ours; an unknown flag gets the nearest known one."""
     typed = getattr(error, "option_name", None)
     known = getattr(getattr(error, "ctx", None), "command", None)
+    instead = instead_of(typed) if isinstance(typed, str) else None
+    if type(error).__name__ == "NoSuchOption" and instead is not None:
+        return f"{typed}: {instead}."
     if type(error).__name__ != "NoSuchOption" or not isinstance(typed, str) or known is None:
         return text[:1].lower() + text[1:]
     names = {

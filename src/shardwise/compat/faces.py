@@ -42,7 +42,7 @@ _LEAVES = {
     )
 }
 _SCHEDULES = {
-    name: f".schedules:{name}"
+    name: f"...run.deepspeed_schedules:{name}"
     for name in (
         *("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "VALID_LR_SCHEDULES"),
         *("LR_RANGE_TEST", "ONE_CYCLE", "WARMUP_LR", "WARMUP_DECAY_LR", "WARMUP_COSINE_LR"),
@@ -111,13 +111,13 @@ MODULES: dict[str, dict[str, str]] = {
         )
     },
     "deepspeed.ops.adam": {
-        "DeepSpeedCPUAdam": ".optimizers:DeepSpeedCPUAdam",
-        "FusedAdam": ".optimizers:FusedAdam",
+        "DeepSpeedCPUAdam": "...run.deepspeed_optimizers:DeepSpeedCPUAdam",
+        "FusedAdam": "...run.deepspeed_optimizers:FusedAdam",
     },
-    "deepspeed.ops.adagrad": {"DeepSpeedCPUAdagrad": ".optimizers:DeepSpeedCPUAdagrad"},
+    "deepspeed.ops.adagrad": {"DeepSpeedCPUAdagrad": "...run.deepspeed_optimizers:DeepSpeedCPUAdagrad"},
     "deepspeed.ops.lion": {
-        "DeepSpeedCPULion": ".optimizers:DeepSpeedCPULion",
-        "FusedLion": ".optimizers:FusedLion",
+        "DeepSpeedCPULion": "...run.deepspeed_optimizers:DeepSpeedCPULion",
+        "FusedLion": "...run.deepspeed_optimizers:FusedLion",
     },
     "deepspeed.runtime": {},
     "deepspeed.runtime.base_optimizer": {"ZeROOptimizer": ".optimizer:ZeroOptimizer"},

@@ -2,7 +2,7 @@
 
 DeepSpeed's keys fall in four kinds: those with a meaning here (stage, offload, precision, clipping, batch sizes),
 those that tune DeepSpeed's own machinery (bucket sizes and the like: taken, and named in one note), those that ask for
-something else (an optimizer, MoE, activation partitioning: refused with the reason), and unknown ones (an error with
+something else (MoE, activation partitioning: refused with the reason), and unknown ones (an error with
 the nearest known key). `auto` means what it means in accelerate: the script, or the launcher's mixed_precision,
 decides.
 """
@@ -21,13 +21,7 @@ from .offloads import OFFLOADS
 from .schema import Key
 from .yaml_file import SettingsFile, parse_yaml
 
-_SCRIPT = (
-    "give it in the script instead (a torch optimizer or scheduler, through prepare, in place of a DummyOptim or "
-    "DummyScheduler), or start the script with --as-deepspeed, where this section counts"
-)
 _REFUSED: dict[str, str] = {
-    "optimizer": f"an optimizer is not built from this file; {_SCRIPT}",
-    "scheduler": f"a scheduler is not built from this file; {_SCRIPT}",
     "amp": "NVIDIA apex is not used; take bf16 or fp16",
     "sparse_attention": "is not supported",
     "compression_training": "is not supported",
@@ -111,7 +105,7 @@ _PRECISION_TUNING = {
 }
 _OUR_KEYS = {
     *("zero_optimization", "bf16", "bfloat16", "fp16", "gradient_clipping", "gradient_accumulation_steps"),
-    *("train_batch_size", "train_micro_batch_size_per_gpu", "communication_data_type"),
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "communication_data_type", "optimizer", "scheduler"),
 }
 
 
@@ -192,6 +186,8 @@ class _Reader:
             ("train_batch_size", ("shardwise_config", "train_batch_size")),
             ("train_micro_batch_size_per_gpu", ("shardwise_config", "micro_batch_size")),
             ("communication_data_type", ("shardwise_config", "reduce_dtype")),
+            ("optimizer", ("shardwise_config", "optimizer")),
+            ("scheduler", ("shardwise_config", "scheduler")),
         ):
             if theirs in top and top[theirs] not in ("auto", None):
                 self.put(ours, top[theirs], (theirs,))

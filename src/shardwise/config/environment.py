@@ -109,6 +109,11 @@ def task_of_srun() -> Said | None:
     return launchers.slurm(os.environ)
 
 
+def fork_launched() -> bool:
+    """Whether a launcher says that it forked this process, as accelerate's for notebooks does."""
+    return os.environ.get("FORK_LAUNCHED", "0").lower() in ("1", "true", "yes")
+
+
 def torch_debug() -> str:
     """torch's own setting of this name: under DETAIL every collective sends more than without."""
     return os.environ.get("TORCH_DISTRIBUTED_DEBUG", "OFF").upper()

@@ -52,6 +52,11 @@ def stand_aside(name: str) -> None:
     _answering.append(name)
 
 
+def answers() -> bool:
+    """Whether something answers for those libraries: then they are rightly in charge, and know of the run."""
+    return bool(_answering)
+
+
 def note_prepared(name: str) -> None:
     """A model of this class went to the engine."""
     _prepared.append(name)

@@ -10,7 +10,8 @@ import math
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -141,3 +142,16 @@ def environment_value(name: str) -> str | None:
 def export(variables: Mapping[str, str]) -> None:
     """Put variables into this process's environment, for the processes that it starts."""
     os.environ.update(variables)
+
+
+@contextmanager
+def exported(variables: Mapping[str, str]) -> Iterator[None]:
+    """Inside, this process's environment has these variables too; afterwards it is as it was, whoever has changed it."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)

@@ -6,7 +6,7 @@ given, and a given flag is never dropped: where it contradicts the rest, that is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ class _Build:
             return
         self.problems += read.problems
         self.notes += read.notes
-        for ours in _leaves(read.values):
+        for ours in _leaves(read.values, read.places):
             value = read.values
             for part in ours:
                 value = value[part]
@@ -219,10 +219,12 @@ class _Build:
         return f"{origin}: {name}: {problem.text}"
 
 
-def _leaves(values: Mapping[str, Any], above: Key = ()) -> list[Key]:
+def _leaves(values: Mapping[str, Any], placed: Container[Key], above: Key = ()) -> list[Key]:
+    """The keys that have none below them, and those that have a place of their own: a section is one value then."""
     found: list[Key] = []
-    for key, value in values.items():
-        found += _leaves(value, (*above, key)) if isinstance(value, dict) else [(*above, key)]
+    for name, value in values.items():
+        key = (*above, name)
+        found += _leaves(value, placed, key) if isinstance(value, dict) and key not in placed else [key]
     return found
 
 

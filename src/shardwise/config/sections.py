@@ -66,6 +66,15 @@ def _budget(value: Any) -> int | str:
     return int(float(match[1]) * base ** " KMGT".index(unit.removesuffix("I") or " "))
 
 
+def _described(value: Any) -> dict[str, Any]:
+    """A section {"type", "params"} of a DeepSpeed JSON; what the type takes is known where the object is built."""
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+        raise wrong(f"{value!r} is not an object with the key type")
+    if set(value) - {"type", "params"} or not isinstance(value.get("params") or {}, dict):
+        raise wrong(f"{value!r} is not an object with the keys type and params")
+    return {"type": value["type"], "params": dict(value.get("params") or {})}
+
+
 _AUTO_OR_FLAG = Kind(_auto_or_flag, metavar="auto|true|false")
 _BUDGET = optional(Kind(_budget, metavar="SIZE"), "none", "")
 _DEVICE = one_of(*DEVICES)
@@ -241,6 +250,7 @@ class EngineConfig(Section):
     gather_with:    "copy_engine" lets ranks of one machine copy shards from each other, "nccl" gathers with its kernels, "auto"
                     takes the first where it is possible.
     generation_memory_budget: bytes of gathered weights while generating; "auto" for what is free, None for the fewest.
+    optimizer, scheduler: what `prepare` builds for a DummyOptim and a DummyScheduler, as a DeepSpeed JSON says it.
     """
 
     reduce_dtype: Annotated[
@@ -338,3 +348,5 @@ class EngineConfig(Section):
     micro_batch_size: Annotated[
         OptionalCount, Setting("Expected batch size of one process; checked in prepare.", ENGINE, in_json=False)
     ] = None
+    optimizer: Annotated[dict[str, Any] | None, optional(Kind(_described), "none"), Setting(in_json=False)] = None
+    scheduler: Annotated[dict[str, Any] | None, optional(Kind(_described), "none"), Setting(in_json=False)] = None

@@ -36,7 +36,7 @@ def parse_choice_from_env(key: str, default: str = "no") -> str:
 
 def get_int_from_env(env_keys: Sequence[str], default: int) -> int:
     """The first of these variables that is set to a number which is not negative, or `default`."""
-    numbers = (int(os.environ.get(key, -1)) for key in env_keys)
+    numbers = (int(os.environ.get(key, "-1")) for key in env_keys)
     return next((number for number in numbers if number >= 0), default)
 
 
@@ -87,8 +87,8 @@ def _purged() -> Iterator[None]:
 def purge_accelerate_environment(func_or_cls: Any) -> Any:
     """Decorator: variables ACCELERATE_... that a function, or each test method of a class, sets are put back after it.
 
-    They are what transformers' TrainingArguments sets, too. Of a class, methods whose names begin with "test" are meant, those of
-    its subclasses included.
+    They are what transformers' TrainingArguments sets, too. Of a class, methods whose names begin with "test" are meant,
+    those of its subclasses included.
     """
     if not isinstance(func_or_cls, type):
         return _purging(func_or_cls)

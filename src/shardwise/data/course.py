@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
+from .order import fresh_generator
 from .workers import Note
+
+# Samplers of which it is known what an order takes out of their generator, and that making one changes nothing else.
+_KNOWN = {sampler.__iter__ for sampler in (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)}
 
 
 @dataclass
@@ -14,6 +21,7 @@ class Course:
     """Where a loader is in its epochs; a loader and the ones made from it by `skip_first_batches` share one.
 
     seed:     the order's seed, or None where a generator of the user's makes the order.
+    runs_on:  whether one generator makes the orders of all epochs, one after another; else epoch e has one from seed + e.
     next:     the epoch that the next iteration will be.
     begun:    the epoch of an iteration that has begun and not ended, else None.
     given:    batches given out in the epoch `begun`, skipped ones included.
@@ -27,6 +35,7 @@ class Course:
     """
 
     seed: int | None
+    runs_on: bool = False
     next: int = 0
     begun: int | None = None
     given: int = 0
@@ -38,8 +47,49 @@ class Course:
     trained: bool = False
     note: Note | None = field(default=None, repr=False)
     restored_workers: torch.Tensor | None = field(default=None, repr=False)
+    # (seed, epoch, what the generators of the samplers are where the order of that epoch begins)
+    _begins: tuple[int, int, list[torch.Tensor]] | None = field(default=None, repr=False)
 
     @property
     def epoch(self) -> int:
         """The epoch under way, or else the next one."""
         return self.next if self.begun is None else self.begun
+
+    def begin_order(self, samplers: Sequence[Any], epoch: int) -> None:
+        """Give each sampler the generator that makes the order of `epoch`.
+
+        One that runs on is moved past the whole orders of the epochs before, whatever of them was read: so the order of an
+        epoch follows from the seed and the epoch alone, also after a `break`, `set_epoch` and a resume.
+        """
+        if self.seed is None:
+            return
+        if not self.runs_on:
+            for sampler in samplers:
+                sampler.generator = fresh_generator(self.seed + epoch)
+            return
+        if self._begins is None or self._begins[0] != self.seed or self._begins[1] > epoch:
+            self._begins = self.seed, 0, [fresh_generator(self.seed).get_state() for _ in samplers]
+        _, at, states = self._begins
+        for index, sampler in enumerate(samplers):
+            sampler.generator = torch.Generator()
+            sampler.generator.set_state(states[index])
+            for _ in range(at, epoch):
+                _pass_over(sampler)
+        # An iterator that is under way keeps the generator that it began with.
+        self._begins = self.seed, epoch, [sampler.generator.get_state() for sampler in samplers]
+
+
+def can_run_on(samplers: Sequence[Any]) -> bool:
+    """Whether `Course.begin_order` can move their generators past an order without a trace elsewhere."""
+    return bool(samplers) and all(type(sampler).__iter__ in _KNOWN for sampler in samplers)
+
+
+def _pass_over(sampler: Any) -> None:
+    """Take one order out of the sampler's generator."""
+    if isinstance(sampler, RandomSampler) and not sampler.replacement:
+        samples = len(sampler.data_source)
+        for _ in range(sampler.num_samples // samples + 1):  # torch draws one more for the rest, also of none
+            torch.randperm(samples, generator=sampler.generator)
+    else:
+        for _ in sampler:
+            pass

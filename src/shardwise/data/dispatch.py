@@ -19,8 +19,8 @@ from torch.utils.data import IterDataPipe
 from ..errors import DataError, RankError
 from ..ranks.agreeing import attempt_or_interrupt, words_of
 from ..ranks.batches import broadcast_tensor, concatenate, is_column, leaves, map_leaves, send_to_device, slice_batch
-from .loader import PreparedLoader, refuse_empty_stream
-from .order import Round, cut_round
+from .loader import PreparedLoader
+from .order import Round, cut_round, refuse_empty_stream
 
 
 @dataclass(frozen=True)

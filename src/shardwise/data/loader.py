@@ -5,8 +5,9 @@ data set) inside: collation, workers, pinning and the user's overrides are kept,
 holds. Three things are added to an iteration: batches arrive on the device, one batch is read ahead so that the last
 one is known as such when it is given out, and the order of an epoch is a function of (seed, epoch):
 
-    order = f(seed + epoch)     seed: drawn on rank 0 when the loader is prepared, the same on all ranks
-                                epoch: counts by itself, also after a `break`; `set_epoch(e)` overrules it
+    seed: drawn on rank 0 when the loader is prepared, the same on all ranks
+    epoch: counts by itself, also after a `break`; `set_epoch(e)` overrules it
+    order: the one that a generator at `seed` makes after those of the epochs before (`Course.begin_order`)
 
 so that skipping the first n batches on resume gives the rest of the very same epoch. A sampler with a generator of the
 user's keeps it: the ranks take rank 0's state at the start of an epoch, and the loader's state_dict carries it.
@@ -26,8 +27,8 @@ from ..ranks.batches import send_to_device
 from ..ranks.ranks import Ranks
 from ..run.accumulation import GradientState
 from ..run.process import synchronize_rng_states
-from .course import Course
-from .order import LaterBatches, RankBatches, RankSamples, Round, fresh_generator, samplers_inside
+from .course import Course, can_run_on
+from .order import LaterBatches, RankBatches, RankSamples, Round, refuse_empty_stream, samplers_inside
 from .workers import Note, WorkerStart, own_dataset, share_sockets, with_note
 
 T = TypeVar("T")
@@ -121,6 +122,8 @@ class PreparedLoader(DataLoader[Any]):
         state: dict[str, Any] = {"seed": course.seed, "epoch": course.epoch, "batches": 0, "trained": course.trained}
         if course.begun is not None:
             state["batches"] = course.given
+        if course.runs_on:
+            state["runs_on"] = True
         if self._own_generator is not None:
             begun = course.begun is not None and course.generator_state is not None
             state["generator"] = course.generator_state if begun else self._own_generator.get_state()
@@ -143,6 +146,8 @@ class PreparedLoader(DataLoader[Any]):
                 "not, or the other way round. Build the loader as it was when its state was saved."
             )
         self._course.seed = state["seed"]
+        # Without the word it was saved when each epoch had a seed of its own, and goes on so.
+        self._course.runs_on = state.get("runs_on", False) and can_run_on(self._seeded)
         self.set_epoch(state["epoch"])
         # After set_epoch, which forgets a position in another epoch.
         self._course.resume = state["batches"] if position else 0
@@ -176,8 +181,7 @@ class PreparedLoader(DataLoader[Any]):
             synchronize_rng_states(kinds, own)
         course.generator_state = None if own is None else own.get_state()
         if course.seed is not None and not self._seeds_workers:
-            for part in self._seeded:
-                part.generator = fresh_generator(course.seed + epoch)
+            course.begin_order(self._seeded, epoch)
         dataset: Any = self.dataset
         for part in (*samplers_inside(self._index_sampler), dataset):
             if hasattr(part, "set_epoch") and not isinstance(part, (RankBatches, LaterBatches)):
@@ -328,16 +332,6 @@ class PreparedLoader(DataLoader[Any]):
         return None if dealer is None else dealer.last_round
 
 
-def refuse_empty_stream(dataset: Any) -> None:
-    inner = dataset.dataset if isinstance(dataset, RankSamples) else dataset
-    if getattr(dataset, "drop_last", False):
-        return
-    raise DataError(
-        f"the iterable data set {type(inner).__name__} gave no sample. It is empty, or it can be read only "
-        "once: make its __iter__ start anew each time."
-    )
-
-
 _classes: dict[tuple[type, type], type] = {}
 
 
@@ -362,7 +356,7 @@ def skip_first_batches(dataloader: T, num_batches: int = 0) -> T:
     """A loader of the rest of an epoch: without its first `num_batches`, in the very same order.
 
     That is the epoch that a `break` left, or else the one that would come next. It shares the epoch count with
-    `dataloader`: looping over that afterwards gives the next epoch. Of a map-style data set nothing skipped is read.
+    `dataloader`: looping over `dataloader` afterwards gives the next epoch. Of a map-style data set nothing skipped is read.
     """
     if not isinstance(dataloader, DataLoader):
         raise DataError(f"skip_first_batches takes a DataLoader, not a {type(dataloader).__name__}.")

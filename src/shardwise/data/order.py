@@ -69,8 +69,8 @@ class RankBatches:
         self.last_round: Round | None = None
         if split and (self.batch_size is None or self.batch_size % world_size != 0):
             raise DataError(
-                f"split_batches: a batch size of {self.batch_size} cannot be cut into {world_size} equal parts. "
-                f"Use a batch_size that is a multiple of {world_size}, or split_batches=False."
+                f"split_batches: a batch size of {self.batch_size} cannot be cut into {world_size} equal parts. Use a "
+                f"batch_size that is a round multiple of {world_size}, or split_batches=False."
             )
 
     @property
@@ -265,8 +265,8 @@ class RankSamples(IterableDataset[Any]):
     ) -> None:
         if split and batch_size % world_size != 0:
             raise DataError(
-                f"split_batches: a batch size of {batch_size} cannot be cut into {world_size} equal parts. "
-                f"Use a batch_size that is a multiple of {world_size}, or split_batches=False."
+                f"split_batches: a batch size of {batch_size} cannot be cut into {world_size} equal parts. Use a batch_size "
+                f"that is a round multiple of {world_size}, or split_batches=False."
             )
         self.dataset = dataset
         self.batch_size = batch_size
@@ -307,6 +307,16 @@ class RankSamples(IterableDataset[Any]):
                 first = list(collected)
             self.last_round = cut_round([self.part] * self.num_processes, real)
             yield from collected[mine]
+
+
+def refuse_empty_stream(dataset: Any) -> None:
+    inner = dataset.dataset if isinstance(dataset, RankSamples) else dataset
+    if getattr(dataset, "drop_last", False):
+        return
+    raise DataError(
+        f"the iterable data set {type(inner).__name__} gave no sample. It is empty, or it can be read only "
+        "once: make its __iter__ start anew each time."
+    )
 
 
 def samplers_inside(sampler: Any) -> Iterable[Any]:

@@ -16,7 +16,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from ..errors import ConfigError, DataError
 from ..ranks.ranks import Ranks
-from .course import Course
+from .course import Course, can_run_on
 from .loader import PreparedLoader, copy_loader, skip_first_batches, subclass
 from .order import FirstOfEach, RankBatches, RankSamples, Round, SingleIndices, samplers_inside
 
@@ -131,7 +131,7 @@ def prepare_data_loader(
         else:
             _deal_batches(result, ranks, settings)
     result._ranks = ranks
-    result._course = Course(seed)
+    result._course = Course(seed, runs_on=not settings.use_seedable_sampler and can_run_on(seeded))
     result._device = ranks.device if put_on_device else None
     result._non_blocking = settings.non_blocking
     result._rng_types = tuple(rng_types)

@@ -22,11 +22,16 @@ from ..data.prepare import DataLoaderConfiguration
 from ..data.prepare import skip_first_batches as skip_batches_of
 from ..plan.precision import LossScaler
 from ..ranks.agreeing import attempt
+from ..run.accelerator_state import AcceleratorState
 from ..run.accumulation import GradientAccumulationPlugin, GradientState
-from ..run.joined import leave_run, remember_accelerator
-from ..run.plugins import DeepSpeedPlugin, ProjectConfiguration
-from ..run.process import AcceleratorState, DistributedType, PartialState
-from . import checkpointing, metrics, preparing, reporting, saving, training
+from ..run.beside import tell_accelerator
+from ..run.deepspeed_plugins import plugins_of
+from ..run.joined import accelerator_in_force, leave_run, remember_accelerator
+from ..run.plugins import AutocastKwargs, DeepSpeedPlugin, ProfileKwargs, ProjectConfiguration
+from ..run.process import DistributedType, PartialState
+from . import checkpointing, facts, metrics, preparing, reporting, saving, training
+from .of_accelerate import own
+from .pickling import reduced
 from .run import Run
 from .settings import Settings, act_on_process, join_with, loading_of, project_of, refuse_others, resolve
 
@@ -50,18 +55,22 @@ def _over_run(verb: Callable[Concatenate[Run, P], R]) -> Callable[Concatenate[Ac
     return method
 
 
+def _fact(of: Callable[[Run], Any]) -> Any:
+    """A property that gives what the Run says."""
+    return property(lambda self: of(self._run))
+
+
 class Accelerator(PartialState):
     """Prepares a script's objects for the run that it was launched in. Making one is collective: the ranks compare settings.
 
-    The arguments are accelerate's. What the launcher's configuration says holds; a keyword given here overrules it,
-    except gradient_accumulation_steps, where the configuration wins. fsdp, megatron and tensor-parallel plugins are refused.
-    dynamo_backend: compile the blocks of prepared models with torch.compile; see `tuning/compiling.py`. dynamo_plugin: the same,
-    with the rest of what accelerate's `dynamo_config` says.
-    step_scheduler_with_optimizer: False makes a prepared scheduler step whenever its `step` is called.
-    rng_types: generators that take rank 0's state when an epoch starts: "generator" (a sampler's own), "torch", "cuda".
-    log_with:  trackers; see `run/tracking.py`.
-    Raises ConfigError: on every rank if the ranks have different settings, of which config/agreement.py has the list. A rank
-    whose own settings are wrong raises what is wrong, the others RankError.
+    The arguments are accelerate's. What the launcher's configuration says holds; a keyword given here overrules it, except
+    gradient_accumulation_steps, where the configuration wins. fsdp, megatron and tensor-parallel plugins are refused.
+    dynamo_backend: compile the blocks of prepared models with torch.compile; see `tuning/compiling.py`. dynamo_plugin: the
+    same, with the rest of what accelerate's `dynamo_config` says. step_scheduler_with_optimizer: False makes a prepared
+    scheduler step whenever its `step` is called. rng_types: generators that take rank 0's state when an epoch starts:
+    "generator" (a sampler's own), "torch", "cuda". log_with:  trackers; see `run/tracking.py`. Raises ConfigError: on every
+    rank if the ranks have different settings, of which config/agreement.py has the list. A rank whose own settings are
+    wrong raises what is wrong, the others RankError.
 
     The attributes below may be read and set, too; they lie in the Run.
     """
@@ -72,6 +81,10 @@ class Accelerator(PartialState):
     project_configuration: ProjectConfiguration
     step_scheduler_with_optimizer: bool
     trackers: list[Any]
+    log_with: list[Any]
+    native_amp: bool
+    autocast_handler: AutocastKwargs | None
+    profile_handler: ProfileKwargs | None
     gradient_state: GradientState
     step: int
 
@@ -99,9 +112,6 @@ class Accelerator(PartialState):
         deepspeed_plugins: DeepSpeedPlugin | dict[str, DeepSpeedPlugin] | None = None,
         parallelism_config: Any = None,
     ) -> None:
-        project = project_of(project_config, project_dir)
-        loading = loading_of(dataloader_config, split_batches)
-
         def checked() -> Settings:
             refuse_others(
                 fsdp_plugin=fsdp_plugin,
@@ -109,17 +119,17 @@ class Accelerator(PartialState):
                 megatron_lm_plugin=megatron_lm_plugin,
                 parallelism_config=parallelism_config,
             )
-            return resolve(
+            return resolve(  # a script may have kept its other imports from accelerate
                 mixed_precision=mixed_precision,
                 cpu=cpu,
                 dynamo_backend=dynamo_backend,
-                dynamo_plugin=dynamo_plugin,
-                plugins=deepspeed_plugins or deepspeed_plugin,
+                dynamo_plugin=own(dynamo_plugin),
+                plugins=plugins_of(own(deepspeed_plugin), own(deepspeed_plugins)),
                 steps=gradient_accumulation_steps,
-                accumulation=gradient_accumulation_plugin,
-                kwargs_handlers=kwargs_handlers,
-                loading=loading,
-                project=project,
+                accumulation=own(gradient_accumulation_plugin),
+                kwargs_handlers=own(kwargs_handlers),
+                loading=loading_of(own(dataloader_config), split_batches),
+                project=project_of(own(project_config), project_dir),
                 log_with=log_with,
                 rng_types=rng_types,
                 device_placement=device_placement,
@@ -130,24 +140,32 @@ class Accelerator(PartialState):
         super().__init__()  # a view of the run that has just been joined
         act_on_process(settings)
         self._run = Run(ranks, settings)
-        GradientState.configure(settings.accumulation, training.listener(self._run))
-        remember_accelerator(self)
+        GradientState.configure(settings.accumulation if settings.accumulates else None, training.listener(self._run))
+        remember_accelerator(self, settings.config)
+        tell_accelerator(accelerator_in_force, preparing.later_batches)
 
     if not TYPE_CHECKING:  # a checker shall know the attributes above and no others
 
         def __getattr__(self, name):
             if name in _IN_RUN:
                 return getattr(self._run, name)
+            if name in facts.FACTS:
+                return facts.FACTS[name](self._run)
             return super().__getattribute__(name)  # raises once more what it raised, also within a property
 
         def __setattr__(self, name, value):
             if name in _IN_RUN:
                 setattr(self._run, name, value)
+            elif name in facts.FACTS:
+                raise AttributeError(f"Accelerator.{name} is a fact of the run, and cannot be set.")
             else:
                 super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *_IN_RUN})
+        return sorted({*super().__dir__(), *_IN_RUN, *facts.FACTS})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return reduced(self)
 
     def __repr__(self) -> str:
         place = f"rank {self.process_index} of {self.num_processes}"
@@ -174,6 +192,11 @@ class Accelerator(PartialState):
         return self._run.plugin
 
     @property
+    def deepspeed_plugins(self) -> DeepSpeedPlugin | dict[str, DeepSpeedPlugin] | None:
+        """As they were given; `deepspeed_plugin` is the one in force."""
+        return self._run.plugins
+
+    @property
     def scaler(self) -> LossScaler | None:
         """The fp16 loss scale; None in other precisions."""
         return self._run.scaler if self._run.scaler.enabled else None
@@ -182,13 +205,12 @@ class Accelerator(PartialState):
     def multi_device(self) -> bool:
         return self.use_distributed
 
-    @property
-    def split_batches(self) -> bool:
-        return self._run.dataloader_config.split_batches
-
-    @property
-    def dispatch_batches(self) -> bool | None:
-        return self._run.dataloader_config.dispatch_batches
+    split_batches = _fact(lambda run: run.dataloader_config.split_batches)
+    dispatch_batches = _fact(lambda run: run.dataloader_config.dispatch_batches)
+    use_seedable_sampler = _fact(lambda run: run.dataloader_config.use_seedable_sampler)
+    non_blocking = _fact(lambda run: run.dataloader_config.non_blocking)
+    use_stateful_dataloader = _fact(lambda run: run.dataloader_config.use_stateful_dataloader)
+    dynamo_plugin = _fact(lambda run: run.config.compiling)
 
     @property
     def even_batches(self) -> bool:
@@ -197,18 +219,6 @@ class Accelerator(PartialState):
     @even_batches.setter
     def even_batches(self, value: bool) -> None:
         self._run.dataloader_config.even_batches = value
-
-    @property
-    def use_seedable_sampler(self) -> bool:
-        return self._run.dataloader_config.use_seedable_sampler
-
-    @property
-    def non_blocking(self) -> bool:
-        return self._run.dataloader_config.non_blocking
-
-    @property
-    def use_stateful_dataloader(self) -> bool:
-        return self._run.dataloader_config.use_stateful_dataloader
 
     @property
     def project_dir(self) -> str | os.PathLike[str] | None:
@@ -281,6 +291,9 @@ class Accelerator(PartialState):
 
     accumulate = _over_run(training.accumulate)
     no_sync = _over_run(training.no_sync)
+    trigger_sync_in_backward = _over_run(training.trigger_sync_in_backward)
+    maybe_context_parallel = _over_run(training.maybe_context_parallel)
+    lomo_backward = _over_run(training.lomo_backward)
     join_uneven_inputs = _over_run(training.join_uneven_inputs)
     backward = _over_run(training.backward)
     autocast = _over_run(training.autocast)

@@ -5,6 +5,7 @@
     CompiledBlocks     its blocks under torch.compile
     RecomputedBlocks   activations that its backward makes again
     LeanLoss           logits that are never whole
+    Fp32Outputs, MastersInStateDicts   fp32 for the script's eyes, where 16 bits compute
 
 Whoever prepares models calls this: an Accelerator, and what answers for other libraries. The objects stay the user's own.
 """
@@ -29,20 +30,23 @@ from ..tuning.blocks import ReplacedForwards
 from ..tuning.compiling import CompiledBlocks, CompiledLoss, blocks_to_compile
 from ..tuning.lora import FastLora
 from ..tuning.losses import LeanLoss, LogitsLoss, check_loss
+from ..tuning.outputs import Fp32Outputs
 from ..tuning.recomputing import RecomputedBlocks, blocks_to_recompute
 from ..weights.integrations import connect
 from ..zero.engine import Kind
+from ..zero.masters import MastersInStateDicts
 from ..zero.sharded import ShardedModel
 
 logger = logging.getLogger("shardwise")
 
-Change = ReplacedForwards | LeanLoss | LogitsLoss | CompiledLoss
+Change = ReplacedForwards | LeanLoss | LogitsLoss | CompiledLoss | Fp32Outputs | MastersInStateDicts
 
 
 class PreparedModel:
     """A model in the engine, and the parameters that it had when it went in.
 
-    changes: what was done to the model beside sharding it. quiet: how many no_sync blocks are open.
+    changes: what was done to the model beside sharding it. quiet: how many no_sync blocks are open; triggered: how many
+    trigger_sync_in_backward.
     """
 
     def __init__(
@@ -50,10 +54,16 @@ class PreparedModel:
     ) -> None:
         self.model = model
         self.sharded = sharded
-        self.changes = changes
+        self.changes = list(changes)
         self.parameters = parameters
         self.ids = {id(parameter) for parameter in parameters}
-        self.quiet = 0
+        self.quiet = self.triggered = 0
+
+    def give_own_outputs(self) -> None:
+        """Leave outputs in the dtype in which the model computes, from now on."""
+        for change in [change for change in self.changes if isinstance(change, Fp32Outputs)]:
+            change.undo()
+            self.changes.remove(change)
 
     def release(self) -> None:
         """Undo all of it: see `ShardedModel.release`. Collective."""
@@ -92,15 +102,24 @@ class CheckedModel:
 
 
 def into_engine(
-    checked: CheckedModel, config: Config, plan: Plan, precision: Precision, ranks: Ranks, *, trains: bool = True
+    checked: CheckedModel,
+    config: Config,
+    plan: Plan,
+    precision: Precision,
+    ranks: Ranks,
+    *,
+    trains: bool = True,
+    in_fp32: bool = False,
 ) -> PreparedModel:
     """Shard the model by the settings of the run, which it was checked for. Collective.
 
     trains: False for a model that no optimizer steps; see ShardedModel.
+    in_fp32: where it computes in 16 bits, its outputs and the masters in its state dicts are in fp32.
     Raises PrepareError on every rank.
     """
     model, engine, zero = checked.model, config.engine, config.zero
     parameters = list(model.parameters())
+    dtypes = {id(parameter): parameter.dtype for parameter in parameters}
     if engine.activation_checkpointing != "none" and not checked.recomputed and ranks.rank == 0:
         logger.warning(
             "activation_checkpointing: this %s recomputes its blocks by itself, which is left as it is.",
@@ -128,6 +147,8 @@ def into_engine(
         )
     connect(model)
     changes = _changes(checked, config, sharded)
+    if in_fp32 and precision.compute is not None:
+        changes += [Fp32Outputs(model), MastersInStateDicts(sharded, dtypes)]
     note_prepared(type(model).__name__)
     return PreparedModel(model, sharded, changes, parameters)
 

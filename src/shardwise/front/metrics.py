@@ -49,7 +49,7 @@ def gather_for_metrics(run: Run, input_data: Any, use_gather_object: bool = Fals
 
 
 def reduce(run: Run, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
-    """The tensors summed ("sum") or averaged ("mean") over the ranks, times `scale`."""
+    """The tensors combined over the ranks ("sum", "mean", "max" or "min" of each element), times `scale`."""
     return batches.reduce(run.ranks, tensor, reduction, scale)
 
 

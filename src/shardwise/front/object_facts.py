@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from ..config.agreement import OBJECTS, Difference, disagreement
 from ..data.prepare import DataLoaderConfiguration
 from ..errors import PrepareError
+from ..run.deepspeed_schedules import Schedule
+from ..run.scheduler import SCHEDULERS, Scheduler
 from ..step.comparing import plain
 from .prepare_checks import batch_size_of
 
@@ -50,7 +51,7 @@ def facts_of(
             found |= _of_optimizer(item, label, models)
         elif isinstance(item, DataLoader):
             found |= _of_loader(item, label, settings)
-        elif isinstance(item, LRScheduler):
+        elif isinstance(item, SCHEDULERS):
             found |= {f"{name} of {label}": value for name, value in _of_scheduler(item).items()}
     return found
 
@@ -71,7 +72,7 @@ def refuse_or_warn(differing: Sequence[Difference], *, say: bool) -> None:
 
 def _kind(item: Any) -> str:
     """The class, of what `prepare` does something with; what passes through may be anything."""
-    known = isinstance(item, (nn.Module, Optimizer, DataLoader, LRScheduler))
+    known = isinstance(item, (nn.Module, Optimizer, DataLoader, *SCHEDULERS))
     return type(item).__name__ if known else "another object"
 
 
@@ -130,9 +131,10 @@ def _of_optimizer(optimizer: Optimizer, label: str, models: Iterable[nn.Module])
     return found
 
 
-def _of_scheduler(scheduler: LRScheduler) -> dict[str, Any]:
+def _of_scheduler(scheduler: Scheduler) -> dict[str, Any]:
     """Its constants; of the functions of a LambdaLR what they were made with, which is where the number of steps is."""
-    found = {str(name): plain(value) for name, value in scheduler.state_dict().items()}
+    held = vars(scheduler) if isinstance(scheduler, Schedule) else scheduler.state_dict()
+    found = {str(name): plain(value) for name, value in held.items() if name != "optimizer"}
     functions = getattr(scheduler, "lr_lambdas", None)
     if functions:
         found["lr_lambdas"] = [_made_with(function) for function in functions]

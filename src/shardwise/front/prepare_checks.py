@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +12,14 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from ..data.prepare import PreparedLoader, check_data_loader
-from ..errors import OptimizerError, PrepareError
+from ..errors import ConfigError, OptimizerError, PrepareError
 from ..step.optimizer import find_sharded_optimizer
+from ..step.plain import PlainOptimizer
 from ..zero.sharded import find_sharded
 from .entering import CheckedModel
 from .run import Run
+
+logger = logging.getLogger("shardwise")
 
 
 def placements_of(run: Run, objects: Sequence[Any], given: Sequence[bool | None] | None) -> list[bool]:
@@ -41,6 +45,11 @@ def check_objects(run: Run, objects: Sequence[Any]) -> list[CheckedModel]:
     for item in objects:
         check_other(item)
     models = [item for item in objects if isinstance(item, nn.Module)]
+    if models and run.precision.compute is not None and not run.native_amp:
+        raise ConfigError(
+            f"accelerator.native_amp was set to False, but mixed_precision is {run.config.mixed_precision}: the model would "
+            "compute in 16 bits all the same. Make the Accelerator with mixed_precision='no'."
+        )
     checked = []
     for index, model in enumerate(models):
         check_model(model)
@@ -50,16 +59,40 @@ def check_objects(run: Run, objects: Sequence[Any]) -> list[CheckedModel]:
     known = known.union(*(prepared.ids for prepared in run.models))
     for optimizer in (item for item in objects if isinstance(item, Optimizer)):
         if find_sharded_optimizer(optimizer) is None:
-            check_optimizer(optimizer, known, bool(models or run.models))
+            check_optimizer(optimizer, known, bool(models or run.models), alone=run.ranks.world_size == 1)
+    for entry in run.optimizers:
+        if isinstance(entry.stepper, PlainOptimizer) and entry.stepper.holds(p for m in models for p in m.parameters()):
+            check_optimizer(entry.optimizer, known, True, alone=False)
     loaders = [item for item in objects if isinstance(item, DataLoader)]
     for loader in loaders:
         if not isinstance(loader, PreparedLoader):
             check_data_loader(loader, run.ranks.world_size, run.dataloader_config)
-    sizes = [size for size in map(batch_size_of, loaders) if size is not None]
-    if sizes:
-        micro = min(sizes) // (run.ranks.world_size if run.dataloader_config.split_batches else 1)
-        run.config.check_batch_sizes(micro, run.ranks.world_size)
+    micro = micro_batch_size(run, loaders)
+    if micro is not None:
+        _check_batch_sizes(run, micro)
     return checked
+
+
+def micro_batch_size(run: Run, loaders: Sequence[DataLoader[Any]]) -> int | None:
+    """The batch size of one process that loaders of one call stand for; None where none of them tells."""
+    sizes = [size for size in map(batch_size_of, loaders) if size is not None]
+    if not sizes:
+        return None
+    chosen = max(sizes) if run.plugin is not None and not run.plugin.is_train_batch_min else min(sizes)
+    return chosen // (run.ranks.world_size if run.dataloader_config.split_batches else 1)
+
+
+def _check_batch_sizes(run: Run, micro: int) -> None:
+    """Compare with what the configuration promises; what the script itself has written is its to know, and told."""
+    plugin = run.plugin
+    written = plugin is not None and plugin.open.wrote_batch_sizes
+    try:
+        run.config.check_batch_sizes(micro, run.ranks.world_size)
+    except ConfigError as error:
+        if not written:
+            raise
+        if run.is_main_process:
+            logger.warning("deepspeed_config: %s The loaders' batches are what is trained on.", error)
 
 
 def _check_apart(run: Run, model: nn.Module, others: Sequence[nn.Module]) -> None:
@@ -113,7 +146,15 @@ def check_other(item: Any) -> None:
         )
 
 
-def check_optimizer(optimizer: Optimizer, known: set[int], any_model: bool) -> None:
+def check_optimizer(optimizer: Optimizer, known: set[int], any_model: bool, *, alone: bool) -> None:
+    """Raise PrepareError or OptimizerError unless it can be driven.
+
+    known: ids of the parameters of prepared models. alone: one process may step what belongs to none of them (see
+    `step/plain.py`); of several nobody would average its gradients.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if alone and not held & known:
+        return
     if not any_model:
         raise PrepareError(
             f"the {type(optimizer).__name__} is prepared before any model. Prepare its model first, or "

@@ -11,18 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from ..building.loading import building
-from ..data.prepare import PreparedLoader, check_data_loader
+from ..config.agreement import settings_of
+from ..data.prepare import PreparedLoader, check_data_loader, skip_first_batches
 from ..data.prepare import prepare_data_loader as loader_of_rank
 from ..run.accumulation import GradientState
-from ..run.scheduler import Rhythm, is_prepared
+from ..run.scheduler import SCHEDULERS, Rhythm, Scheduler, is_prepared
 from ..run.scheduler import prepare_scheduler as set_rhythm
-from ..step.optimizer import ShardedOptimizer, find_sharded_optimizer
+from ..step.optimizer import ShardedOptimizer
+from ..step.plain import PlainOptimizer
 from ..weights.integrations import generation as keep_for_generation
 from ..zero.access import prepared_as
+from .described import Described
 from .entering import CheckedModel, into_engine
 from .object_facts import facts_of, refuse_or_warn
 from .prepare_checks import check_objects, placements_of
@@ -50,31 +52,43 @@ def prepare(run: Run, *objects: Any, device_placement: Sequence[bool | None] | N
     """The objects, ready for the run, in the same order; a single one by itself. Collective.
 
     Models and optimizers and schedulers are the same objects as before; a DataLoader becomes one that reads this
-    rank's part; anything else passes through. Any order and any number in one call or several.
+    rank's part; a DummyOptim and a DummyScheduler what the configuration describes; anything else passes through. Any order
+    and any number in one call or several.
     device_placement: per object; False leaves a loader's batches where they are.
     Raises PrepareError, OptimizerError or DataError on every rank, before any of them waits for another.
     """
     placements: list[bool] = []
     models: list[CheckedModel] = []
+    described = Described()
 
     def facts() -> dict[str, Any]:
+        run.take_plugin()
         placements.extend(placements_of(run, objects, device_placement))
-        models.extend(check_objects(run, objects))
-        return _facts(run, objects)
+        described.replace_dummies(run, objects)
+        models.extend(check_objects(run, described.objects))
+        return _facts(run, described.objects)
 
     refuse_or_warn(run.ranks.compare(facts, "`prepare`"), say=run.is_main_process)
-    result = list(objects)
+    result = described.objects
+    objects = tuple(result)
+    described.show(run)
     for model in models:
-        run.models.append(into_engine(model, run.config, run.plan, run.precision, run.ranks))
+        run.models.append(into_engine(model, run.config, run.plan, run.precision, run.ranks, in_fp32=True))
     push_sync(run)
+    came = set().union(*(prepared.ids for prepared in run.models[len(run.models) - len(models) :]))
+    for entry in run.optimizers:
+        plain = entry.stepper
+        if isinstance(plain, PlainOptimizer) and came & {id(p) for p in plain.parameters}:  # prepared before its model
+            plain.undo()
+            entry.stepper = _stepper(run, entry.optimizer)
     for item in objects:
-        if isinstance(item, Optimizer):
-            _prepare_optimizer(run, item)
+        if isinstance(item, Optimizer) and not any(entry.optimizer is item for entry in run.optimizers):
+            run.optimizers.append(PreparedOptimizer(item, _stepper(run, item)))
     for index, item in enumerate(objects):
         if isinstance(item, DataLoader):
             result[index] = _prepare_loader(run, item, placements[index])
-        elif isinstance(item, LRScheduler):
-            _prepare_scheduler(run, item)
+        elif isinstance(item, SCHEDULERS):
+            _prepare_scheduler(run, item, of_file=described.made(item))
     return result[0] if len(result) == 1 else tuple(result)
 
 
@@ -106,21 +120,36 @@ def _facts(run: Run, objects: Sequence[Any]) -> dict[str, Any]:
     """What all ranks must have in common: they would wait for each other, or train different things."""
     plugin = GradientState().plugin
     return {
+        **({} if run.plugin is None else _settings(run)),
         **facts_of_steps(plugin.num_steps or 1, plugin, run.step_scheduler_with_optimizer),
         **facts_of_loading(run.dataloader_config, run.rng_types, run.device_placement),
         **facts_of(objects, [prepared.model for prepared in run.models], run.dataloader_config),
     }
 
 
-def _prepare_optimizer(run: Run, optimizer: Optimizer) -> None:
-    if find_sharded_optimizer(optimizer) is not None:
-        return
+def _settings(run: Run) -> dict[str, Any]:
+    """Those that a script can change after `Accelerator()`, in its DeepSpeedPlugin."""
+    found = settings_of(run.config)
+    del found["deepspeed_config.gradient_accumulation_steps"]  # what is in force is said by `facts_of_steps`
+    return found
+
+
+def _stepper(run: Run, optimizer: Optimizer) -> ShardedOptimizer | PlainOptimizer:
+    """What drives it from now on."""
     ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     owners = [prepared.sharded for prepared in run.models if prepared.ids & ids]
-    stepper = ShardedOptimizer(
-        optimizer, owners, scaler=run.scaler, gradient_clipping=run.config.zero.gradient_clipping
+    clipping = run.config.zero.gradient_clipping
+    if owners:
+        return ShardedOptimizer(optimizer, owners, scaler=run.scaler, gradient_clipping=clipping)
+    logger.warning(
+        "None of the parameters of this %s belongs to a prepared model: it steps them as in plain torch. If it was meant for a "
+        "model that is prepared, make it from that model's parameters.",
+        type(optimizer).__name__,
     )
-    run.optimizers.append(PreparedOptimizer(optimizer, stepper))
+    state = run.gradient_state
+    return PlainOptimizer(
+        optimizer, scaler=run.scaler, ends_step=lambda: state.sync_gradients, gradient_clipping=clipping
+    )
 
 
 def _prepare_loader(
@@ -139,9 +168,12 @@ def _prepare_loader(
     return result
 
 
-def _prepare_scheduler(run: Run, scheduler: LRScheduler) -> None:
+def _prepare_scheduler(run: Run, scheduler: Scheduler, *, of_file: bool) -> None:
+    """of_file: it stands in a DummyScheduler's place: its steps are the optimizer's, as in DeepSpeed."""
     times = 1
-    if not run.dataloader_config.split_batches and run.config.engine.scheduler_steps_per_process:
+    if of_file:
+        pass
+    elif not run.dataloader_config.split_batches and run.config.engine.scheduler_steps_per_process:
         times = run.ranks.world_size
     if times > 1 and run.step_scheduler_with_optimizer and run.is_main_process and not run.schedulers:
         logger.warning(
@@ -162,6 +194,11 @@ def _prepare_scheduler(run: Run, scheduler: LRScheduler) -> None:
         run.schedulers.append(scheduler)
 
 
+def later_batches(loader: Any, num_batches: int) -> Any:
+    """As `skip_first_batches` of a prepared loader; None for anything else."""
+    return skip_first_batches(loader, num_batches) if isinstance(loader, PreparedLoader) else None
+
+
 def verify_device_map(run: Run, model: nn.Module) -> bool:
     """True if parts of the model were spread over several devices by a device_map, which `prepare` refuses."""
     return any(len(set(getattr(module, "hf_device_map", None) or {0: 0}.values())) > 1 for module in model.modules())
@@ -175,6 +212,9 @@ def free_memory(run: Run, *objects: Any) -> list[None]:
     """
     for prepared in run.models:
         prepared.release()
+    for entry in run.optimizers:
+        if isinstance(entry.stepper, PlainOptimizer):
+            entry.stepper.undo()
     run.forget_prepared()
     gc.collect()
     if run.ranks.device.type == "cuda":

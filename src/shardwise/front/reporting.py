@@ -4,35 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import ConfigError
 from ..run.plugins import ProfileKwargs
-from ..run.tracking import InertTracker, TensorBoardTracker
+from ..run.tracking import InertTracker, make_tracker
 from .run import Run
 
 
 def init_trackers(
     run: Run, project_name: str, config: dict[str, Any] | None = None, init_kwargs: dict[str, Any] | None = None
 ) -> None:
-    """Start the trackers of `log_with`, on the main process. init_kwargs: keywords per tracker name."""
+    """Make the trackers of `log_with` and start them, on the main process. init_kwargs: keywords per tracker name.
+
+    config: the run's settings, for all of them.
+    """
     if not run.is_main_process:
         return
-    for item in run.log_with:
-        tracker = item
-        if isinstance(item, str):
-            assert run.project_configuration.logging_dir is not None
-            tracker = TensorBoardTracker(
-                project_name, Path(run.project_configuration.logging_dir), **(init_kwargs or {}).get(item, {})
-            )
-        elif callable(getattr(item, "start", None)):
-            item.start()
-        if config is not None and callable(getattr(tracker, "store_init_configuration", None)):
+    place = run.project_configuration.logging_dir
+    made = [make_tracker(item, project_name, place, init_kwargs or {}) for item in run.log_with]
+    run.trackers += made
+    for tracker in made:
+        if callable(getattr(tracker, "start", None)):
+            tracker.start()
+    for tracker in made if config is not None else ():
+        if callable(getattr(tracker, "store_init_configuration", None)):
             tracker.store_init_configuration(config)
-        run.trackers.append(tracker)
 
 
 def get_tracker(run: Run, name: str, unwrap: bool = False) -> Any:
@@ -58,7 +57,7 @@ def log(
 @contextmanager
 def profile(run: Run, profile_handler: ProfileKwargs | None = None) -> Iterator[torch.profiler.profile]:
     """Profile the block on this rank; see ProfileKwargs."""
-    handler = profile_handler or run.profile
+    handler = profile_handler or run.profile_handler or ProfileKwargs()
     with handler.build(run.ranks.rank) as profiler:
         yield profiler
     if handler.output_trace_dir is not None and handler.schedule_option is None:

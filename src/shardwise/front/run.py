@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from ..checkpoint.background import Background
 from ..checkpoint.run_folder import RunFolder
@@ -25,19 +25,33 @@ from ..checkpoint.stopping import StopSignals
 from ..data.prepare import PreparedLoader
 from ..ranks.ranks import Ranks
 from ..run.accumulation import GradientState
-from ..run.plugins import AutocastKwargs, DeepSpeedPlugin, ProfileKwargs
+from ..run.deepspeed_plugin import DeepSpeedPlugin
+from ..run.deepspeed_plugins import selected_plugin
+from ..run.plugins import AutocastKwargs, ProfileKwargs
+from ..run.scheduler import Scheduler
 from ..step.averaging import ShardedEMA
 from ..step.optimizer import ShardedOptimizer
+from ..step.plain import PlainOptimizer
 from .entering import PreparedModel
-from .settings import Settings
+from .settings import Settings, plan_of
+
+_prepared: WeakSet[Optimizer] = WeakSet()
+
+
+def is_prepared_optimizer(optimizer: Any) -> bool:
+    """Whether an Accelerator has prepared it."""
+    return isinstance(optimizer, Optimizer) and optimizer in _prepared
 
 
 class PreparedOptimizer:
-    """An optimizer in the engine."""
+    """An optimizer in the engine, or one beside it: see `PlainOptimizer`."""
 
-    def __init__(self, optimizer: Optimizer, stepper: ShardedOptimizer) -> None:
+    def __init__(self, optimizer: Optimizer, stepper: ShardedOptimizer | PlainOptimizer) -> None:
         self.optimizer = optimizer
         self.stepper = stepper
+        if not hasattr(optimizer, "optimizer"):
+            vars(optimizer)["optimizer"] = optimizer  # as accelerate's wrapper has it
+        _prepared.add(optimizer)
 
     def holds(self, parameters: Sequence[Tensor]) -> bool:
         """Whether it drives any of these: parameters of its model, or the shards that its groups hold now."""
@@ -59,10 +73,13 @@ class Run:
         self.plan = settings.plan
         self.precision = settings.precision
         self.scaler = settings.scaler
-        self.plugin = DeepSpeedPlugin.in_force(settings.config)
-        self.autocast: AutocastKwargs = settings.handlers.get(AutocastKwargs) or AutocastKwargs()
-        self.profile: ProfileKwargs = settings.handlers.get(ProfileKwargs) or ProfileKwargs()
+        self.plugins = settings.plugins
+        self.plugin_config = None if self.plugin is None else self.plugin.config  # as it was last taken over
+        self.settings = settings
         # Those that a script may set too, under these names.
+        self.autocast_handler: AutocastKwargs | None = settings.handlers.get(AutocastKwargs)
+        self.profile_handler: ProfileKwargs | None = settings.handlers.get(ProfileKwargs)
+        self.native_amp = settings.precision.compute is not None
         self.device_placement = settings.device_placement
         self.dataloader_config = settings.loading
         self.rng_types = settings.rng_types
@@ -71,7 +88,7 @@ class Run:
         # What was prepared.
         self.models: list[PreparedModel] = []
         self.optimizers: list[PreparedOptimizer] = []
-        self.schedulers: list[LRScheduler] = []
+        self.schedulers: list[Scheduler] = []
         self.dataloaders: list[PreparedLoader] = []
         self.averages: list[ShardedEMA] = []
         # Accumulation. step: micro-batches since the last batch of a loader.
@@ -95,15 +112,39 @@ class Run:
     def is_main_process(self) -> bool:
         return self.ranks.rank == 0
 
+    @property
+    def plugin(self) -> DeepSpeedPlugin | None:
+        """The ZeRO settings in force; of several that the script gave, the one that it has selected."""
+        return selected_plugin(self.plugins)
+
+    def take_plugin(self) -> None:
+        """Put in force what the script has selected, and written into `deepspeed_config`, for what is prepared from now on.
+
+        Raises ConfigError for what is wrong, or cannot change any more.
+        """
+        plugin = self.plugin
+        if plugin is None or plugin.config is None:
+            return
+        before = self.config if plugin.config is self.plugin_config else plugin.config
+        config = plugin.taken(before)
+        plugin.config = self.plugin_config = config if before is not config else plugin.config
+        if config is self.config:
+            return
+        self.config, self.plan = config, plan_of(config)
+        steps = config.zero.gradient_accumulation_steps
+        if steps is not None and steps != before.zero.gradient_accumulation_steps:
+            self.gradient_state.plugin.num_steps = steps
+
     def state(self) -> RunState:
         """What a checkpoint keeps of it."""
+        steppers = [entry.stepper for entry in self.optimizers]
         return RunState(
             ranks=self.ranks,
             models=[prepared.sharded for prepared in self.models],
-            steppers=[entry.stepper for entry in self.optimizers],
+            steppers=[s for s in steppers if isinstance(s, ShardedOptimizer)],
             schedulers=self.schedulers,
             loaders=self.dataloaders,
-            objects=self.custom_objects,
+            objects=[*self.custom_objects, *(s for s in steppers if isinstance(s, PlainOptimizer))],
             averages=self.averages,
             scaler=self.scaler,
         )

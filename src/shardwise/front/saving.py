@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..weights.export import refuse_empty, save_weights
 from ..weights.stream import save_streamed
@@ -16,9 +17,23 @@ from .run import Run
 
 
 def unwrap_model(run: Run, model: nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True) -> Any:
-    """The model itself: `prepare` never wraps it. keep_torch_compile=False takes off torch.compile's wrapper."""
-    if not keep_torch_compile and hasattr(model, "_orig_mod"):
-        return model._orig_mod
+    """The model itself: `prepare` never wraps it. What torch's DataParallel and its like have put around it comes off.
+
+    keep_fp32_wrapper:  False has it give its outputs in the dtype in which it computes, for good.
+    keep_torch_compile: False takes off torch.compile's wrapper.
+    """
+    compiled = getattr(model, "_orig_mod", None)
+    inner = model if compiled is None else compiled
+    while isinstance(inner, (nn.DataParallel, DistributedDataParallel)):
+        inner = inner.module
+    if not keep_fp32_wrapper:
+        for prepared in run.models:
+            if prepared.model is inner:
+                prepared.give_own_outputs()
+    if compiled is None or not keep_torch_compile:
+        return inner
+    if inner is not compiled:  # of what was compiled around a wrapper, around what it had inside
+        model._orig_mod = inner
     return model
 
 

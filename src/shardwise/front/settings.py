@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from ..building.loading import build_without_memory
+from ..config.accelerate_variables import configuration
 from ..config.agreement import SAME_EVERYWHERE, disagreement, settings_of
-from ..config.check import from_environment, merged
+from ..config.check import merged
 from ..config.environment import RankEnvironment, torch_debug
 from ..config.schema import Config
 from ..data.prepare import DataLoaderConfiguration
@@ -23,18 +24,18 @@ from ..ranks.agreeing import attempt
 from ..ranks.meeting import versions
 from ..ranks.ranks import Ranks
 from ..run.accumulation import GradientAccumulationPlugin
+from ..run.deepspeed_plugins import Plugins, adopted, merge_plugins
 from ..run.dynamo import TorchDynamoPlugin
-from ..run.joined import check_device, join_first
+from ..run.joined import check_device, configuration_in_force, join_first
 from ..run.plugins import (
     AutocastKwargs,
-    DeepSpeedPlugin,
     DistributedDataParallelKwargs,
     GradScalerKwargs,
     InitProcessGroupKwargs,
     ProfileKwargs,
     ProjectConfiguration,
 )
-from ..run.tracking import check_trackers
+from ..run.tracking import filter_trackers
 
 logger = logging.getLogger("shardwise")
 
@@ -65,13 +66,17 @@ def handlers_by_type(handlers: Sequence[Any] | None) -> dict[type, Any]:
 class Settings:
     """What an Accelerator works by: its arguments over the launcher's configuration, checked.
 
-    steps:   micro-batches per optimizer step. accumulation: the rest about them.
+    plugins: of the script, or one of the configuration; None in a run without ZeRO settings.
+    steps:   micro-batches per optimizer step. accumulation: the rest about them. accumulates: whether the script has said them;
+             False where those of an earlier Accelerator hold.
     loading: how data loaders are prepared. project: where checkpoints and logs go. log_with: names of trackers, and trackers.
     """
 
     config: Config
+    plugins: Plugins
     steps: int
     accumulation: GradientAccumulationPlugin
+    accumulates: bool
     handlers: dict[type, Any]
     timeout_s: float
     precision: Precision
@@ -80,6 +85,7 @@ class Settings:
     loading: DataLoaderConfiguration
     project: ProjectConfiguration
     log_with: list[Any]
+    plugin_name: str | None
     rng_types: list[str]
     device_placement: bool
     step_scheduler_with_optimizer: bool
@@ -124,7 +130,7 @@ def resolve(
     cpu: bool,
     dynamo_backend: Any,
     dynamo_plugin: TorchDynamoPlugin | None,
-    plugins: DeepSpeedPlugin | dict[str, DeepSpeedPlugin] | None,
+    plugins: Plugins,
     steps: int,
     accumulation: GradientAccumulationPlugin | None,
     kwargs_handlers: Sequence[Any] | None,
@@ -135,41 +141,62 @@ def resolve(
     device_placement: bool,
     step_scheduler_with_optimizer: bool,
 ) -> Settings:
-    """The settings in force. The arguments are the Accelerator's. Raises ConfigError."""
-    trackers = check_trackers(log_with, project.logging_dir)
+    """The settings in force. The arguments are the Accelerator's. Raises ConfigError.
+
+    The configuration of an Accelerator that lives holds for what the script does not say to this one.
+    """
+    in_force = configuration_in_force()
+    accumulates = in_force is None or steps != 1 or accumulation is not None
+    trackers = filter_trackers(log_with, project.logging_dir)
     handlers = handlers_by_type(kwargs_handlers)
-    config, steps = _configured(mixed_precision, cpu, plugins, steps, accumulation)
-    config = merged(config, dynamo_backend=getattr(dynamo_backend, "value", dynamo_backend))
-    if dynamo_plugin is not None:
-        if dynamo_backend is not None:
-            raise ConfigError("Accelerator: dynamo_backend and dynamo_plugin are given. Give one of them.")
-        config = dynamo_plugin.merged_into(config)
+    config, steps, plugins = _configured(in_force, mixed_precision, cpu, plugins, steps, accumulation)
+    config = _compiling(config, dynamo_backend, dynamo_plugin)
     types = ["generator"] if rng_types is None else list(rng_types)
     if set(types) - {"generator", "torch", "cuda"}:
         raise ConfigError(f"rng_types is {types}; it can hold 'generator', 'torch' and 'cuda'.")
-    engine, zero = config.engine, config.zero
+    engine = config.engine
     group: InitProcessGroupKwargs | None = handlers.get(InitProcessGroupKwargs)
     given = None if group is None or group.timeout is None else group.timeout.total_seconds()
     precision = Precision.named(config.mixed_precision, engine.reduce_dtype)
     return Settings(
         config=config,
+        plugins=plugins,
         steps=steps,
         accumulation=accumulation or GradientAccumulationPlugin(),
+        accumulates=accumulates,
         handlers=handlers,
         timeout_s=engine.collective_timeout_s if given is None else given,
         precision=precision,
         scaler=loss_scaler(config, precision, handlers.get(GradScalerKwargs)),
-        plan=Plan.from_stage(
-            zero.zero_stage,
-            offload_optimizer=zero.offload_optimizer_device,
-            offload_param=zero.offload_param_device,
-        ),
+        plan=plan_of(config),
         loading=loading,
         project=project,
         log_with=trackers,
+        plugin_name=next(iter(plugins)) if isinstance(plugins, dict) else None,
         rng_types=types,
         device_placement=device_placement,
         step_scheduler_with_optimizer=step_scheduler_with_optimizer,
+    )
+
+
+def _compiling(config: Config, backend: Any, plugin: TorchDynamoPlugin | None) -> Config:
+    """The configuration with what the script says of torch.compile."""
+    if plugin is None:
+        return merged(config, dynamo_backend=getattr(backend, "value", backend))
+    if not isinstance(plugin, TorchDynamoPlugin):
+        raise ConfigError(f"Accelerator: dynamo_plugin is a {type(plugin).__name__}, not a TorchDynamoPlugin.")
+    if backend is not None:
+        raise ConfigError("Accelerator: dynamo_backend and dynamo_plugin are given. Give one of them.")
+    return plugin.merged_into(config)
+
+
+def plan_of(config: Config) -> Plan:
+    """What a configuration shards, and where it rests."""
+    zero = config.zero
+    return Plan.from_stage(
+        zero.zero_stage,
+        offload_optimizer=zero.offload_optimizer_device,
+        offload_param=zero.offload_param_device,
     )
 
 
@@ -235,21 +262,16 @@ def refuse_others(**arguments: Any) -> None:
 
 
 def _configured(
+    in_force: Config | None,
     mixed_precision: Any,
     cpu: bool,
-    plugins: DeepSpeedPlugin | dict[str, DeepSpeedPlugin] | None,
+    plugins: Plugins,
     steps: int,
     accumulation: GradientAccumulationPlugin | None,
-) -> tuple[Config, int]:
-    """The configuration in force, and the accumulation steps."""
-    config = from_environment()
-    if isinstance(plugins, dict):
-        if len(plugins) != 1:
-            raise ConfigError(
-                f"deepspeed_plugins has {len(plugins)} entries; one Accelerator has one set of ZeRO settings. "
-                "Two models under one setting (a frozen teacher, say) need no second plugin."
-            )
-        plugins = next(iter(plugins.values()))
+) -> tuple[Config, int, Plugins]:
+    """The configuration in force, the accumulation steps, and the plugins, which show it."""
+    config, notes = (in_force, []) if in_force is not None else configuration()
+    _say_once(notes)
     if accumulation is not None and accumulation.num_steps is not None:
         if steps not in (1, accumulation.num_steps):
             raise ConfigError(
@@ -257,14 +279,10 @@ def _configured(
                 f"{accumulation.num_steps}. Give one of them."
             )
         steps = accumulation.num_steps
-    config = merged(
-        config,
-        mixed_precision=getattr(mixed_precision, "value", mixed_precision),
-        cpu=cpu or None,
-        gradient_accumulation_steps=None,
-    )
-    if plugins is not None:
-        config = plugins.merged_into(config)
+    precision = getattr(mixed_precision, "value", mixed_precision)
+    config = merged(config, mixed_precision=precision, cpu=cpu or None)
+    configs = merge_plugins(plugins, config)
+    config = next(iter(configs.values()), config)
     GradientAccumulationPlugin(num_steps=steps)  # refuses what is no whole number
     if accumulation is not None and accumulation.sync_each_batch and RankEnvironment.read().rank == 0:
         logger.warning(
@@ -273,9 +291,20 @@ def _configured(
         )
     said = config.zero.gradient_accumulation_steps
     if said is not None:
-        config = merged(config, gradient_accumulation_steps=steps)  # says which of the two holds
-        return config, said
-    return config, steps
+        merged(config, gradient_accumulation_steps=steps)  # says which of the two holds
+    steps = steps if said is None else said
+    return config, steps, adopted(plugins, configs, config, steps)
+
+
+_SAID: set[str] = set()
+
+
+def _say_once(notes: Sequence[str]) -> None:
+    """Log on rank 0 what no Accelerator of this process has told yet."""
+    for note in notes:
+        if note not in _SAID and RankEnvironment.read().rank == 0:
+            logger.warning(note)
+        _SAID.add(note)
 
 
 def loss_scaler(config: Config, precision: Precision, given: GradScalerKwargs | None) -> LossScaler:

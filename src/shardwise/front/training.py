@@ -13,25 +13,28 @@ from torch.optim import Optimizer
 
 from ..errors import PrepareError, ShardwiseError
 from ..run.plugins import AutocastKwargs
-from ..step.optimizer import ShardedOptimizer, find_sharded_optimizer
+from ..step.clipping import clip_factor
+from ..step.optimizer import ShardedOptimizer
+from ..step.plain import PlainOptimizer
 from ..zero.guard import explained
 from .run import Run
 
 # Where a step ends.
 
 
-def listener(run: Run) -> Callable[[], None]:
+def listener(run: Run) -> Callable[[], bool]:
     """What is to be called whenever `sync_gradients` is set: it tells the models of `run`, and does not keep it alive."""
     reference = weakref.ref(run)
 
-    def declared() -> None:
-        """Where a step ends has been said: by a micro-batch of `accumulate`, or by the script."""
+    def declared() -> bool:
+        """Where a step ends has been said: by a micro-batch of `accumulate`, or by the script. False once the run is gone."""
         alive = reference()
         if alive is None:
-            return
+            return False
         push_sync(alive)
         for prepared in alive.models:
             prepared.sharded.at_boundary = prepared.sharded.sync_gradients
+        return True
 
     return declared
 
@@ -39,7 +42,8 @@ def listener(run: Run) -> Callable[[], None]:
 def push_sync(run: Run) -> None:
     """Tell the prepared models whether the coming backward ends a step."""
     for prepared in run.models:
-        prepared.sharded.sync_gradients = run.gradient_state.sync_gradients and not prepared.quiet
+        ends = run.gradient_state.sync_gradients and not prepared.quiet
+        prepared.sharded.sync_gradients = ends or bool(prepared.triggered)
 
 
 @contextmanager
@@ -77,6 +81,44 @@ def no_sync(run: Run, model: nn.Module) -> Iterator[None]:
         for prepared in found:
             prepared.quiet -= 1
         push_sync(run)
+
+
+@contextmanager
+def trigger_sync_in_backward(run: Run, model: nn.Module) -> Iterator[None]:
+    """Backward passes inside end the accumulation of `model`'s gradients, also where `no_sync` or a micro-batch says otherwise.
+
+    A step behind it uses them; on every rank alike. Does nothing for a model that is not prepared.
+    """
+    found = [prepared for prepared in run.models if prepared.model is model]
+    earlier = [prepared.sharded.at_boundary for prepared in found]
+    for prepared in found:
+        prepared.triggered += 1
+        prepared.sharded.at_boundary = None
+    push_sync(run)
+    try:
+        yield
+    finally:
+        for prepared, said in zip(found, earlier, strict=True):
+            prepared.triggered -= 1
+            if prepared.sharded.accumulating:  # no backward came
+                prepared.sharded.at_boundary = said
+        push_sync(run)
+
+
+@contextmanager
+def maybe_context_parallel(
+    run: Run, buffers: Any = None, buffer_seq_dims: Any = None, no_restore_buffers: Any = None
+) -> Iterator[None]:
+    """Does nothing: no sequence is divided over ranks, so each has its buffers whole."""
+    yield
+
+
+def lomo_backward(run: Run, loss: Tensor, learning_rate: float) -> None:
+    """Raises ShardwiseError: LOMO updates weights inside of the backward, before their gradients have been averaged."""
+    raise ShardwiseError(
+        "lomo_backward: LOMO changes weights inside of the backward, where shardwise has not averaged their gradients yet. Use "
+        "an optimizer of torch.optim, with zero_stage 2 or 3, or with offload_optimizer_device: cpu, to save memory."
+    )
 
 
 @contextmanager
@@ -123,9 +165,9 @@ def backward(run: Run, /, loss: Tensor, **kwargs: Any) -> None:
 @contextmanager
 def autocast(run: Run, autocast_handler: AutocastKwargs | None = None) -> Iterator[None]:
     """Torch's autocast in the run's precision, for computations outside of a prepared model."""
-    handler = autocast_handler or run.autocast
+    handler = autocast_handler or run.autocast_handler or AutocastKwargs()
     dtype = run.precision.compute
-    if dtype is None:
+    if dtype is None or not run.native_amp:
         yield
         return
     with torch.autocast(
@@ -137,12 +179,14 @@ def autocast(run: Run, autocast_handler: AutocastKwargs | None = None) -> Iterat
 # Clipping.
 
 
-def _stepper_of(run: Run, parameters: Iterable[Tensor] | Tensor, verb: str) -> tuple[ShardedOptimizer, list[Tensor]]:
-    """The optimizer that these parameters belong to: the same one on every rank, or PrepareError on every rank.
+def _steppers_of(
+    run: Run, parameters: Iterable[Tensor] | Tensor, verb: str
+) -> list[tuple[ShardedOptimizer | PlainOptimizer, list[Tensor]]]:
+    """The optimizers that these parameters belong to, with the parameters of each: the same ones on every rank, in one order.
 
-    A rank may hold no element of an optimizer, and then finds no parameter in its groups: the ranks say together which is
+    A rank may hold no element of an optimizer, and then finds no parameter in its groups: the ranks say together which are
     meant. With one optimizer nobody waits for that but such a rank. Parameters that no optimizer steps are clipped beside
-    those of any that has their model.
+    those of any that has their model. Raises PrepareError, on every rank, if there is none.
     """
     items = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     owned = run.ranks.any_of([entry.holds(items) for entry in run.optimizers])
@@ -153,12 +197,17 @@ def _stepper_of(run: Run, parameters: Iterable[Tensor] | Tensor, verb: str) -> t
             f"{verb}: none of these parameters belongs to a prepared optimizer, or to its model. Prepare the model "
             "and its optimizer, and pass model.parameters()."
         )
-    if len(owners) > 1:
-        raise PrepareError(
-            f"{verb}: these parameters belong to {len(owners)} optimizers. Call it once for each, with "
-            "that optimizer's parameters."
-        )
-    return owners[0].stepper, items
+    if len(owners) == 1:
+        return [(owners[0].stepper, items)]
+    # Of a model with several optimizers each takes its own; what none of them has goes to the first that has the model.
+    parts: list[list[Tensor]] = [[] for _ in owners]
+    for item in items:
+        place = next((i for i, entry in enumerate(owners) if entry.holds([item])), None)
+        if place is None:
+            place = next((i for i, entry in enumerate(owners) if entry.stepper.knows([item])), None)
+        if place is not None:
+            parts[place].append(item)
+    return [(entry.stepper, part) for entry, part in zip(owners, parts, strict=True)]
 
 
 def clip_grad_norm_(
@@ -166,19 +215,34 @@ def clip_grad_norm_(
 ) -> Tensor | None:
     """Clip the gradients of this step to a global norm, and give the norm before clipping, over all ranks.
 
-    None, without clipping, while gradients are only accumulated: they have no norm yet.
+    The parameters may be those of several prepared models and optimizers: then it is one norm over all of them. None, without
+    clipping, while gradients are only accumulated: they have no norm yet.
     """
     if not run.gradient_state.sync_gradients:
         return None
-    stepper, items = _stepper_of(run, parameters, "clip_grad_norm_")
-    return stepper.clip_norm(items, max_norm, norm_type=norm_type)
+    steppers = _steppers_of(run, parameters, "clip_grad_norm_")
+    if len(steppers) == 1:
+        stepper, items = steppers[0]
+        return stepper.clip_norm(items, max_norm, norm_type=norm_type)
+    order = float(norm_type)
+    norms = []
+    for stepper, items in steppers:
+        if isinstance(stepper, ShardedOptimizer):
+            stepper.verdicts.note_clipping(max_norm=float(max_norm), norm_type=order)
+        norms.append(stepper.held.norm(items, order).to(run.ranks.device))
+    every = torch.stack([norm.to(max(norms, key=lambda one: one.dtype.itemsize).dtype) for norm in norms])
+    total: Tensor = torch.linalg.vector_norm(every, order)
+    factor = clip_factor(total, float(max_norm))
+    for stepper, items in steppers:
+        stepper.held.multiply(items, factor)
+    return total
 
 
 def clip_grad_value_(run: Run, parameters: Iterable[Tensor] | Tensor, clip_value: float) -> None:
     """Clip each element of this step's gradients to [-clip_value, clip_value]; nothing while accumulating."""
     if run.gradient_state.sync_gradients:
-        stepper, items = _stepper_of(run, parameters, "clip_grad_value_")
-        stepper.clip_value(items, clip_value)
+        for stepper, items in _steppers_of(run, parameters, "clip_grad_value_"):
+            stepper.clip_value(items, clip_value)
 
 
 def unscale_gradients(run: Run, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> None:
@@ -187,9 +251,10 @@ def unscale_gradients(run: Run, optimizer: Optimizer | Sequence[Optimizer] | Non
     Clipping and steps undo it by themselves. Raises PrepareError for an optimizer that is not prepared.
     """
     given = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
-    steppers = [find_sharded_optimizer(item) for item in given]
+    prepared = {id(entry.optimizer): entry.stepper for entry in run.optimizers}
+    steppers = [prepared.get(id(item)) for item in given] if given else list(prepared.values())
     if None in steppers:
         raise PrepareError("unscale_gradients: this optimizer is not prepared.")
-    for stepper in steppers if given else [entry.stepper for entry in run.optimizers]:
+    for stepper in steppers:
         if stepper is not None:
             stepper.unscale()

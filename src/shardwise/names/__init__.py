@@ -1,1 +1,1 @@
-"""accelerate's names where scripts import them from: `table.py` says what each is here, `modules.py` makes the modules of it."""
+"""accelerate's names where scripts import them from: `table.py` says what each is, `modules.py` makes the modules."""

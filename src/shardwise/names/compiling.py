@@ -43,8 +43,8 @@ def has_compiled_regions(module: nn.Module) -> bool:
 def compile_regions(module: nn.Module, **compile_kwargs: Any) -> nn.Module:
     """`module` with its repeated blocks compiled, in place: blocks of one class share one artefact.
 
-    compile_kwargs: backend ("inductor"), mode, fullgraph, dynamic. Blocks run compiled where gradients are recorded.
-    Raises ConfigError for others and for a prepared model, whose `dynamo_backend` does it; PrepareError without repeated blocks.
+    compile_kwargs: backend ("inductor"), mode, fullgraph, dynamic. Blocks run compiled where gradients are recorded. Raises
+    ConfigError for others and for a prepared model, whose `dynamo_backend` does it; PrepareError without repeated blocks.
     """
     unknown = sorted(set(compile_kwargs) - set(_SETTINGS))
     if unknown:

@@ -1,15 +1,15 @@
 """Files by accelerate's names and verbs.
 
-Weights that `save_model` writes have these names, those of the Hugging Face libraries. A checkpoint of `save_state` has one file
-of tensors and one of JSON for each rank in the place of OPTIMIZER_NAME and its like (docs/design/checkpoints.md), which are here
-for scripts that name files of their own by them.
+Weights that `save_model` writes have these names, those of the Hugging Face libraries. A checkpoint of `save_state` has one
+file of tensors and one of JSON for each rank in the place of OPTIMIZER_NAME and its like (docs/design/checkpoints.md),
+which are here for scripts that name files of their own by them.
 """
 
 from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -52,14 +52,14 @@ def save(obj: Any, f: Named | IO[bytes], save_on_each_node: bool = False, safe_s
 
     from .models import clean_state_dict_for_safetensors
 
-    save_file(clean_state_dict_for_safetensors(obj), f, metadata={"format": "pt"})
+    save_file(clean_state_dict_for_safetensors(obj), cast(Any, f), metadata={"format": "pt"})
 
 
 def load(f: Named | IO[bytes], map_location: Any = None, **kwargs: Any) -> Any:
     """`torch.load` that runs no code of the file unless `weights_only=False` is given; numpy's arrays are taken, too."""
     import numpy
 
-    plain: list[Any] = [numpy.ndarray, numpy.dtype, numpy._core.multiarray._reconstruct]
+    plain: list[Any] = [numpy.ndarray, numpy.dtype, cast(Any, numpy)._core.multiarray._reconstruct]
     plain += [type(numpy.dtype(kind)) for kind in "?bBhHiIlLqQefd"]
     kwargs.setdefault("weights_only", True)
     with torch.serialization.safe_globals(plain):
@@ -74,7 +74,7 @@ def load_state_dict(checkpoint_file: Named, device_map: dict[str, Any] | None = 
     devices = set(map(str, (device_map or {"": "cpu"}).values()))
     if len(devices) > 1:
         raise ConfigError(
-            f"load_state_dict: device_map names {sorted(devices)}. A model is spread over devices by from_pretrained's device_map."
+            f"load_state_dict: device_map names {sorted(devices)}. Only from_pretrained's device_map spreads a model."
         )
     device = devices.pop()
     if os.fspath(checkpoint_file).endswith(".safetensors"):

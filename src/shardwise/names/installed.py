@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-
 from ..config.variables import patch_environment
 
 if TYPE_CHECKING:
@@ -215,5 +214,3 @@ def is_torch_distributed_available() -> bool:
 def are_libraries_initialized(*library_names: str) -> list[str]:
     """Those of these modules that are imported."""
     return [name for name in library_names if name in sys.modules]
-
-

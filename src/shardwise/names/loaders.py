@@ -28,7 +28,7 @@ class _Includes(type):
     """`isinstance` is also true of what `includes` says."""
 
     def __instancecheck__(cls, item: Any) -> bool:
-        return super().__instancecheck__(item) or cls.includes(item)  # type: ignore[attr-defined, no-any-return]
+        return super().__instancecheck__(item) or cls.includes(item)  # type: ignore[attr-defined]
 
 
 class SeedableRandomSampler(RandomSampler):
@@ -54,7 +54,7 @@ class SeedableRandomSampler(RandomSampler):
         self.epoch = epoch
 
 
-class BatchSamplerShard(RankBatches, BatchSampler, metaclass=_Includes):
+class BatchSamplerShard(RankBatches, BatchSampler, metaclass=_Includes):  # type: ignore[misc, override]
     """One process's batches of a batch sampler; see RankBatches."""
 
     def __init__(
@@ -65,9 +65,7 @@ class BatchSamplerShard(RankBatches, BatchSampler, metaclass=_Includes):
         split_batches: bool = False,
         even_batches: bool = True,
     ) -> None:
-        RankBatches.__init__(
-            self, batch_sampler, num_processes, process_index, split=split_batches, even=even_batches
-        )
+        RankBatches.__init__(self, batch_sampler, num_processes, process_index, split=split_batches, even=even_batches)
 
     @staticmethod
     def includes(item: Any) -> bool:
@@ -101,7 +99,7 @@ class IterableDatasetShard(RankSamples):
         return super().__iter__()
 
 
-class SkipBatchSampler(LaterBatches, BatchSampler):
+class SkipBatchSampler(LaterBatches, BatchSampler):  # type: ignore[misc, override]
     """A batch sampler without its first `skip_batches` batches."""
 
     def __init__(self, batch_sampler: Any, skip_batches: int = 0) -> None:
@@ -130,6 +128,10 @@ class SkipDataLoader(DataLoader[Any]):
         super().__init__(dataset, **kwargs)
         _refuse_stateful(use_stateful_dataloader)
         self.skip_batches = skip_batches
+
+    @property
+    def base_dataloader(self) -> SkipDataLoader:
+        return self
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for index, batch in enumerate(super().__iter__()):
@@ -287,8 +289,8 @@ def prepare_data_loader(
 ) -> PreparedLoader:
     """This process's part of `dataloader`, as a new loader; see `data/prepare.py`. Collective in a run of several ranks.
 
-    num_processes, process_index: other than the run's, for reading the part of any rank; then no rank is asked, and each must have
-    drawn the same seed (use_seedable_sampler). Raises DataError and ConfigError.
+    num_processes, process_index: other than the run's, for reading the part of any rank; then no rank is asked, and each
+    must have drawn the same seed (use_seedable_sampler). Raises DataError and ConfigError.
     """
     _refuse_mesh(torch_device_mesh)
     own = join_run()
@@ -297,7 +299,9 @@ def prepare_data_loader(
     ranks: Any = own
     if (world_size, rank) != (own.world_size, own.rank):
         if dispatch_batches:
-            raise ConfigError("prepare_data_loader: dispatch_batches needs the run's own num_processes and process_index.")
+            raise ConfigError(
+                "prepare_data_loader: dispatch_batches needs the run's own num_processes and process_index."
+            )
         ranks = _Seat(world_size, rank, own.device)
         dispatch_batches = False
     settings = DataLoaderConfiguration(

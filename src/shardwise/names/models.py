@@ -1,4 +1,4 @@
-"""What scripts ask of a model: whether it is wrapped, compiled or of PEFT, what it holds, how large that is; models without memory.
+"""What scripts ask of a model: is it wrapped, compiled or of PEFT, what does it hold, how large is it; models without memory.
 
 Sizes are bytes. A prepared model is asked as it is on this rank: weights that are sharded say their whole shapes.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import re
+import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config.kinds import CustomDtype
+from ..run.accelerator_state import AcceleratorState
 from ..run.plugins import AutocastKwargs
-from ..run.process import AcceleratorState, DistributedType
-from .kinds import CustomDtype
+from ..run.process import DistributedType
 from .structures import ConvertOutputsToFp32
 
 _UNITS = {"GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "GB": 10**9, "MB": 10**6, "KB": 10**3}
@@ -33,7 +34,7 @@ def is_compiled_module(module: nn.Module) -> bool:
 
 def is_peft_model(model: nn.Module) -> bool:
     """Whether it is a PeftModel, also inside of `torch.compile` and of torch's wrappers for several devices."""
-    if importlib.util.find_spec("peft") is None:
+    if "peft" not in sys.modules:  # nobody has made one
         return False
     from peft import PeftModel
 
@@ -132,14 +133,13 @@ def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
 
 def clean_state_dict_for_safetensors(state_dict: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
     """The entries as contiguous tensors, of those that share their memory only the first by name."""
-    seen: set[Any] = set()
     kept: OrderedDict[str, Tensor] = OrderedDict()
-    first = {}
+    first: dict[Any, str] = {}
     for name in sorted(state_dict):
         first.setdefault(id_tensor_storage(state_dict[name]), name)
     for name, tensor in state_dict.items():
         memory = id_tensor_storage(tensor)
-        if tensor.numel() and first[memory] != name and memory not in seen:
+        if tensor.numel() and first[memory] != name:
             continue
         kept[name] = tensor.contiguous()
     return kept
@@ -204,7 +204,9 @@ def convert_file_size_to_int(size: int | str) -> int:
     found = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]+)\s*", size)
     unit = None if found is None else _UNITS.get(found.group(2).upper())
     if found is None or unit is None:
-        raise ValueError(f"`size` {size!r} is not in a valid format. Use an integer for bytes, or a string such as '5GB'.")
+        raise ValueError(
+            f"`size` {size!r} is not in a valid format. Use an integer for bytes, or a string such as '5GB'."
+        )
     bits = found.group(2).endswith("b") and not found.group(2).upper().endswith("IB")
     return int(float(found.group(1)) * unit) // (8 if bits else 1)
 

@@ -7,10 +7,6 @@ patch_environment` loads no torch.
 from __future__ import annotations
 
 import importlib
-import sys
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -58,23 +54,24 @@ class NamesModule(ModuleType):
         return sorted({*super().__dir__(), *self.__all__})
 
 
-class Finder(MetaPathFinder, Loader):
-    """Finds the modules of the table and the aliases, which are the very modules of their homes and no copies."""
+def is_made(path: str) -> bool:
+    """Whether `shardwise.<path>` is made of the table."""
+    return path in NAMES and path != ""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        root, _, inner = name.partition(".")
-        if root != ROOT or not inner or (inner not in NAMES and inner not in ALIASES):
-            return None
-        return ModuleSpec(name, self, is_package=inner in NAMES)
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        inner = spec.name.partition(".")[2]
-        return NamesModule(spec.name, inner) if inner in NAMES else None
+def is_public(path: str) -> bool:
+    """Whether `shardwise.<path>` is one of these modules, or another name of a module of shardwise."""
+    return is_made(path) or path in ALIASES
 
-    def exec_module(self, module: ModuleType) -> None:
-        inner = module.__name__.partition(".")[2]
-        if inner in ALIASES:
-            sys.modules[module.__name__] = importlib.import_module(f"{ROOT}.{ALIASES[inner]}")
+
+def made(path: str) -> ModuleType | None:
+    """The module of the table, or None where it is another name of a module."""
+    return NamesModule(f"{ROOT}.{path}", path) if is_made(path) else None
+
+
+def aliased(path: str) -> ModuleType:
+    """The very module that `path` is another name of."""
+    return importlib.import_module(f"{ROOT}.{ALIASES[path]}")
 
 
 def public_modules() -> list[str]:

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..errors import ConfigError
+from ..front.run import is_prepared_optimizer
 from ..ranks.batches import send_to_device
 from ..run.process import PartialState
 from ..run.scheduler import Rhythm, is_prepared, prepare_scheduler
-from ..step.optimizer import find_sharded_optimizer
 
 
 class _OfPrepared(type):
@@ -31,7 +31,7 @@ class AcceleratedOptimizer(metaclass=_OfPrepared):
     def __new__(cls, optimizer: Optimizer, device_placement: bool = True, scaler: Any = None) -> Any:
         if not cls.is_one(optimizer):
             raise ConfigError(
-                f"AcceleratedOptimizer: this {type(optimizer).__name__} is not prepared. Use accelerator.prepare(model, optimizer)."
+                f"AcceleratedOptimizer: this {type(optimizer).__name__} is not prepared. Give it to accelerator.prepare."
             )
         if scaler is not None:
             raise ConfigError("AcceleratedOptimizer: a scaler has no effect; the engine scales. Use GradScalerKwargs.")
@@ -39,11 +39,11 @@ class AcceleratedOptimizer(metaclass=_OfPrepared):
 
     @staticmethod
     def is_one(item: Any) -> bool:
-        return isinstance(item, Optimizer) and find_sharded_optimizer(item) is not None
+        return is_prepared_optimizer(item)
 
 
 class AcceleratedScheduler(metaclass=_OfPrepared):
-    """A prepared schedule. `AcceleratedScheduler(scheduler, optimizers)` prepares it, with accelerate's rules, and gives it back.
+    """A prepared schedule. `AcceleratedScheduler(scheduler, optimizers)` prepares it by accelerate's rules and gives it back.
 
     optimizers:          one or several; the schedule rests where a step of one of them was skipped.
     step_with_optimizer: False lets each call step, once.
@@ -60,8 +60,7 @@ class AcceleratedScheduler(metaclass=_OfPrepared):
         watched = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
 
         def skipped() -> bool:
-            found = (find_sharded_optimizer(optimizer) for optimizer in watched)
-            return any(driver is not None and driver.step_was_skipped for driver in found)
+            return any(getattr(optimizer, "step_was_skipped", False) for optimizer in watched)
 
         times = 1 if split_batches else PartialState().num_processes
         prepare_scheduler(scheduler, Rhythm(times, step_with_optimizer, skipped))

@@ -1,7 +1,8 @@
 """What stands where accelerate has a name that is refused here.
 
-It can be imported, for many scripts import at their top what they use under a branch that is never taken. Whoever calls it, makes
-one, inherits from it or reads an attribute of it gets one ConfigError that says why, and what to do. `isinstance(x, it)` is False.
+It can be imported, for many scripts import at their top what they use under a branch that is never taken. Whoever calls it,
+makes one, inherits from it or reads an attribute of it gets one ConfigError that says why, and what to do. `isinstance(x,
+it)` is False.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Refused(type):
         return False
 
 
-def _refuse_to_inherit(cls: Any, **_: Any) -> NoReturn:
+def _refuse_to_inherit(cls: Any, /, **_: Any) -> NoReturn:
     raise RefusedError(cls.__mro__[1].reason)
 
 

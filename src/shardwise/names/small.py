@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import os
 import platform
@@ -25,8 +26,6 @@ def tqdm(*args: Any, main_process_only: bool = True, **kwargs: Any) -> Any:
 
     Raises ImportError without the package tqdm, ValueError for a bool in the place of what is iterated.
     """
-    from tqdm.auto import tqdm as bar
-
     from ..run.process import PartialState
 
     if args and isinstance(args[0], bool):
@@ -35,7 +34,7 @@ def tqdm(*args: Any, main_process_only: bool = True, **kwargs: Any) -> Any:
         )
     if main_process_only and not kwargs.get("disable"):
         kwargs["disable"] = PartialState().local_process_index != 0
-    return bar(*args, **kwargs)
+    return importlib.import_module("tqdm.auto").tqdm(*args, **kwargs)
 
 
 def get_pretty_name(obj: Any) -> str:
@@ -97,7 +96,7 @@ def check_os_kernel() -> None:
 
 
 def convert_dict_to_env_variables(current_env: dict[str, str]) -> list[str]:
-    """Lines "NAME=value\\n" for a file of variables, without those that are empty or hold one of `;<>`, a blank or a newline."""
+    """Lines "NAME=value\\n" for a file of variables, without those that are empty or hold `;<>`, a blank or a newline."""
     lines = []
     for name, value in current_env.items():
         if name and value and not set(name + value) & set(";<> \n"):

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from ..run.joined import Joined
+from ..run.joined import accelerator_in_force
 from ..run.process import synchronize_rng_states
 
 
 def is_initialized() -> bool:
     """Whether an Accelerator has been made in this process, so that AcceleratorState has something to say."""
-    return Joined.accelerator is not None and Joined.accelerator() is not None
+    return accelerator_in_force() is not None
 
 
 def do_nothing(*args: Any, **kwargs: Any) -> None:

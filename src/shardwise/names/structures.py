@@ -54,33 +54,34 @@ def honor_type(obj: Any, generator: Iterator[Any]) -> Any:
     """A sequence of the type of `obj` from what `generator` gives; of a named tuple, by position."""
     if is_namedtuple(obj):
         return type(obj)(*generator)
-    return type(obj)(generator)  # type: ignore[call-arg]
+    return type(obj)(generator)
 
 
 def recursively_apply(
     func: Callable[..., Any],
     data: Any,
     *args: Any,
-    test_type: Callable[[Any], bool] = is_torch_tensor,
+    test_type: Callable[[Any], bool] | None = None,
     error_on_other_type: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """`data` with `func(item, *args, **kwargs)` in the place of each item that `test_type` is true of.
+    """`data` with `func(item, *args, **kwargs)` in the place of each item that `test_type` is true of: of each tensor.
 
     error_on_other_type: TypeError for an item that is neither that nor a container; otherwise it stays.
     """
+    wanted = test_type or is_torch_tensor
 
     def one(item: Any) -> Any:
-        if test_type(item):
+        if wanted(item):
             return func(item, *args, **kwargs)
         if error_on_other_type:
             raise TypeError(
-                f"Unsupported types ({type(item)}) passed to `{getattr(func, '__name__', func)}`. Only nested "
-                f"list/tuple/dicts of objects that are valid for `{getattr(test_type, '__name__', test_type)}` should be passed."
+                f"Unsupported types ({type(item)}) passed to `{getattr(func, '__name__', func)}`. Give nested "
+                f"lists, tuples and dictionaries of what `{getattr(wanted, '__name__', wanted)}` is true of."
             )
         return item
 
-    return map_leaves(one, data, test_type)
+    return map_leaves(one, data, wanted)
 
 
 def get_data_structure(data: Any) -> Any:

@@ -1,10 +1,9 @@
-"""What each name of accelerate is in shardwise: the same, wider, or refused and why; its home here, and where scripts import it.
+"""What each name of accelerate is in shardwise: the same, wider, or refused and why; its home, and where scripts import it.
 
-    HOMES     home -> names       what can be imported and used
-    WIDER     name -> how         where ours takes or gives more than accelerate's
-    REFUSED   reason -> names     can be imported, says the reason when it is used (`refused.py`)
-    MODULES   path -> names       accelerate's modules, below `shardwise`; nothing of its `commands`
-    ALIASES   path -> home        modules of shardwise with a public path of their own, which have what accelerate's of that name has
+    HOMES     home -> names       what can be imported and used WIDER     name -> how         where ours takes or gives more
+    than accelerate's REFUSED   reason -> names     can be imported, says the reason when it is used (`refused.py`) MODULES
+    path -> names       accelerate's modules, below `shardwise`; nothing of its `commands` ALIASES   path -> home
+    modules of shardwise with a public path of their own, which have what accelerate's of that name has
 
 `tests/unit/test_names.py` holds it against the accelerate that is installed. This file is data: it imports nothing heavy.
 """
@@ -16,14 +15,16 @@ from typing import NamedTuple
 HOMES: dict[str, str] = {
     "front.accelerator": "Accelerator",
     "run.accumulation": "GradientAccumulationPlugin GradientState",
-    "run.process": """AcceleratorState DistributedType PartialState broadcast broadcast_object_list gather gather_object
+    "run.accelerator_state": "AcceleratorState",
+    "run.process": """DistributedType PartialState broadcast broadcast_object_list gather gather_object
         pad_across_processes reduce set_seed synchronize_rng_states wait_for_everyone""",
     "ranks.batches": "concatenate send_to_device",
     "errors": "DataError:DistributedOperationException",
     "data.prepare": "DataLoaderConfiguration skip_first_batches",
     "data.loader": "PreparedLoader:DataLoaderAdapter PreparedLoader:DataLoaderStateMixin",
     "run.plugins": """AutocastKwargs DeepSpeedPlugin DistributedDataParallelKwargs GradScalerKwargs InitProcessGroupKwargs
-        KwargsHandler ProfileKwargs ProjectConfiguration get_active_deepspeed_plugin""",
+        KwargsHandler ProfileKwargs ProjectConfiguration""",
+    "run.deepspeed_plugins": "get_active_deepspeed_plugin",
     "run.dynamo": "TorchDynamoPlugin",
     "run.dummies": "DummyOptim DummyScheduler",
     "run.logging": "MultiProcessAdapter get_logger",
@@ -35,8 +36,8 @@ HOMES: dict[str, str] = {
     "run.memory_fit": "clear_device_cache find_executable_batch_size release_memory should_reduce_batch_size",
     "config.variables": """clear_environment get_int_from_env parse_choice_from_env parse_flag_from_env patch_environment
         purge_accelerate_environment str_to_bool""",
-    "names.kinds": """BaseEnum ComputeEnvironment CustomDtype DDPCommunicationHookType DynamoBackend EnumWithContains LoggerType
-        PrecisionType RNGType""",
+    "config.kinds": """BaseEnum ComputeEnvironment CustomDtype DDPCommunicationHookType DynamoBackend EnumWithContains
+        LoggerType PrecisionType RNGType""",
     "names.installed": """STR_OPERATION_TO_FUNC are_libraries_initialized compare_versions is_4bit_bnb_available
         is_8bit_bnb_available is_aim_available is_amdsmi_available is_bf16_available is_bitsandbytes_multi_backend_available
         is_bnb_available is_boto3_available is_clearml_available is_comet_ml_available is_cuda_available is_datasets_available
@@ -87,19 +88,21 @@ WIDER: dict[str, str] = {
 }
 
 REFUSED: dict[str, str] = {
-    "it spreads a model over devices for inference. Use transformers' from_pretrained(..., device_map=...) for that; a model that "
-    "is to be trained is built in `with accelerator.init():` and given to prepare.": """OffloadedWeightsLoader PrefixedDataset
-        align_module_device attach_layerwise_casting_hooks calculate_maximum_sizes check_device_map check_device_same
-        check_tied_parameters_in_config check_tied_parameters_on_same_device clean_device_map copy_tensor_to_devices cpu_offload
-        cpu_offload_with_hook disk_offload dispatch_model extract_submodules_state_dict fallback_allocate get_balanced_memory
-        get_max_layer_size get_max_memory get_module_leaves get_module_size_with_ties get_state_dict_from_offload
-        get_state_dict_offloaded_model infer_auto_device_map load_checkpoint_and_dispatch load_checkpoint_in_model
-        load_offloaded_weight load_offloaded_weights offload_state_dict offload_weight pad_input_tensors prepare_pippy retie_parameters
-        save_offload_index set_module_tensor_to_device AlignDevicesHook CpuOffload LayerwiseCastingHook ModelHook SequentialHook
-        UserCpuOffloadHook add_hook_to_module attach_align_device_hook attach_align_device_hook_on_blocks
-        attach_execution_device_hook remove_hook_from_module remove_hook_from_submodules""",
-    "FSDP is another way to shard. Set zero_stage 3 in the configuration, or give deepspeed_plugin=DeepSpeedPlugin(zero_stage=3); "
-    "its checkpoints are read by `shardwise import`.": """FullyShardedDataParallelPlugin compile_regions_fsdp2
+    "it spreads a model over devices for inference. Use transformers' from_pretrained(..., device_map=...) for that; a model "
+    "that is to be trained is built in `with accelerator.init():` and given to prepare.": """OffloadedWeightsLoader
+        PrefixedDataset align_module_device attach_layerwise_casting_hooks calculate_maximum_sizes check_device_map
+        check_device_same
+        check_tied_parameters_in_config check_tied_parameters_on_same_device clean_device_map copy_tensor_to_devices
+        cpu_offload cpu_offload_with_hook disk_offload dispatch_model extract_submodules_state_dict fallback_allocate
+        get_balanced_memory get_max_layer_size get_max_memory get_module_leaves get_module_size_with_ties
+        get_state_dict_from_offload get_state_dict_offloaded_model infer_auto_device_map load_checkpoint_and_dispatch
+        load_checkpoint_in_model load_offloaded_weight load_offloaded_weights offload_state_dict offload_weight
+        pad_input_tensors prepare_pippy retie_parameters save_offload_index set_module_tensor_to_device AlignDevicesHook
+        CpuOffload LayerwiseCastingHook ModelHook SequentialHook UserCpuOffloadHook add_hook_to_module
+        attach_align_device_hook attach_align_device_hook_on_blocks attach_execution_device_hook remove_hook_from_module
+        remove_hook_from_submodules""",
+    "FSDP is another way to shard. Set zero_stage 3 in the configuration, or give "
+    "deepspeed_plugin=DeepSpeedPlugin(zero_stage=3).": """FullyShardedDataParallelPlugin compile_regions_fsdp2
         disable_fsdp_ram_efficient_loading enable_fsdp_ram_efficient_loading ensure_weights_retied fsdp2_apply_ac
         fsdp2_canonicalize_names fsdp2_load_full_state_dict fsdp2_prepare_model fsdp2_switch_optimizer_parameters
         get_fsdp2_grad_scaler load_fsdp_model load_fsdp_optimizer merge_fsdp_weights save_fsdp_model save_fsdp_optimizer
@@ -120,19 +123,20 @@ REFUSED: dict[str, str] = {
         MSAMPRecipeKwargs SUPPORTED_PYTORCH_LAYERS_FOR_UPCASTING TERecipeKwargs apply_fp8_autowrap contextual_fp8_autocast
         convert_model convert_model_to_fp8_ao check_cuda_fp8_capability filter_first_and_last_linear_layers has_ao_layers
         has_transformer_engine_layers torchao_required""",
-    "models are quantised by the library that loads them: from_pretrained(..., quantization_config=...). Prepared ones are trained "
-    "through adapters.": "BnbQuantizationConfig get_module_class_from_name has_4bit_bnb_layers load_and_quantize_model",
-    "DeepSpeed is not used: the engine is shardwise's own. What prepare gives is the script's own model, optimizer and schedule.": """
-        DEEPSPEED_MULTINODE_LAUNCHERS DeepSpeedEngineWrapper DeepSpeedOptimizerWrapper DeepSpeedSchedulerWrapper HfDeepSpeedConfig
-        compile_regions_deepspeed deepspeed_required map_pytorch_optim_to_deepspeed""",
+    "models are quantised by the library that loads them: from_pretrained(..., quantization_config=...). Prepared "
+    "ones are trained through adapters.": """BnbQuantizationConfig get_module_class_from_name has_4bit_bnb_layers
+        load_and_quantize_model""",
+    "DeepSpeed is not used: the engine is shardwise's own. prepare gives the script's own model, optimizer and schedule.": """
+        DEEPSPEED_MULTINODE_LAUNCHERS DeepSpeedEngineWrapper DeepSpeedOptimizerWrapper DeepSpeedSchedulerWrapper
+        HfDeepSpeedConfig compile_regions_deepspeed deepspeed_required map_pytorch_optim_to_deepspeed""",
     "SageMaker, TPUs and other devices than CUDA's and the CPU are not supported.": """MITA_PROFILING_AVAILABLE_PYTORCH_VERSION
         SAGEMAKER_PARALLEL_EC2_INSTANCES SAGEMAKER_PYTHON_VERSION SAGEMAKER_PYTORCH_VERSION SAGEMAKER_TRANSFORMERS_VERSION
         SageMakerDistributedType USE_TORCH_XLA XPU_PROFILING_AVAILABLE_PYTORCH_VERSION install_xla prepare_sagemager_args_inputs
         prepare_tpu""",
-    "it is of accelerate's own launcher. Processes are started by `shardwise launch`, torchrun, srun, mpirun or notebook_launcher.": """
-        CPUInformation ELASTIC_LOG_LINE_PREFIX_TEMPLATE_PYTORCH_VERSION PrepareForLaunch TORCH_LAUNCH_PARAMS check_cuda_p2p_ib_support
-        get_cpu_distributed_information get_driver_version get_gpu_info override_numa_affinity prepare_deepspeed_cmd_env
-        prepare_multi_gpu_env prepare_simple_launcher_cmd_env set_numa_affinity test_launch""",
+    "it is of accelerate's own launcher. Start processes by `shardwise launch`, torchrun, srun or mpirun.": """
+        CPUInformation ELASTIC_LOG_LINE_PREFIX_TEMPLATE_PYTORCH_VERSION PrepareForLaunch TORCH_LAUNCH_PARAMS
+        check_cuda_p2p_ib_support get_cpu_distributed_information get_driver_version get_gpu_info override_numa_affinity
+        prepare_deepspeed_cmd_env prepare_multi_gpu_env prepare_simple_launcher_cmd_env set_numa_affinity test_launch""",
     "it is of the inside of accelerate, which works otherwise here.": """CUDA_DISTRIBUTED_TYPES TENSOR_INT_TO_DTYPE
         TENSOR_TYPE_TO_INT TORCH_DISTRIBUTED_OPERATION_TYPES TORCH_SAFE_GLOBALS ThreadLocalSharedDict chained_operation
         gather_tensor_shape patch_optimizer_step verify_operation""",
@@ -145,7 +149,9 @@ _DEEPSPEED = """DeepSpeedEngineWrapper DeepSpeedOptimizerWrapper DeepSpeedSchedu
     HfDeepSpeedConfig get_active_deepspeed_plugin map_pytorch_optim_to_deepspeed"""
 _MEMORY = "clear_device_cache find_executable_batch_size release_memory should_reduce_batch_size"
 _VERSIONS = "compare_versions is_torch_version"
-_STATE = """AcceleratorState DistributedType GradientState PartialState ThreadLocalSharedDict do_nothing is_initialized"""
+_STATE = (
+    """AcceleratorState DistributedType GradientState PartialState ThreadLocalSharedDict do_nothing is_initialized"""
+)
 
 # Names of each; "is_*_available" stands for all of them.
 MODULES: dict[str, str] = {
@@ -180,16 +186,17 @@ MODULES: dict[str, str] = {
     "utils.dataclasses": """AORecipeKwargs AutocastKwargs BaseEnum BnbQuantizationConfig ComputeEnvironment CustomDtype
         DDPCommunicationHookType DataLoaderConfiguration DeepSpeedPlugin DeepSpeedSequenceParallelConfig
         DistributedDataParallelKwargs DistributedType DynamoBackend EnumWithContains FP8BackendType FP8RecipeKwargs
-        FullyShardedDataParallelPlugin GradScalerKwargs GradientAccumulationPlugin InitProcessGroupKwargs KwargsHandler LoggerType
-        MODEL_CONFIGS_TO_MEGATRON_PARSERS MSAMPRecipeKwargs MegatronLMPlugin PrecisionType ProfileKwargs ProjectConfiguration
-        RNGType SageMakerDistributedType TERecipeKwargs TensorInformation TorchContextParallelConfig TorchDynamoPlugin
-        TorchTensorParallelConfig TorchTensorParallelPlugin add_model_config_to_megatron_parser get_module_class_from_name
-        parse_bert_config parse_glm4_moe_config parse_gpt2_config parse_llama_config parse_t5_config""",
+        FullyShardedDataParallelPlugin GradScalerKwargs GradientAccumulationPlugin InitProcessGroupKwargs KwargsHandler
+        LoggerType MODEL_CONFIGS_TO_MEGATRON_PARSERS MSAMPRecipeKwargs MegatronLMPlugin PrecisionType ProfileKwargs
+        ProjectConfiguration RNGType SageMakerDistributedType TERecipeKwargs TensorInformation TorchContextParallelConfig
+        TorchDynamoPlugin TorchTensorParallelConfig TorchTensorParallelPlugin add_model_config_to_megatron_parser
+        get_module_class_from_name parse_bert_config parse_glm4_moe_config parse_gpt2_config parse_llama_config
+        parse_t5_config""",
     "utils.deepspeed": _DEEPSPEED,
     "utils.environment": """CPUInformation are_libraries_initialized check_cuda_fp8_capability check_cuda_p2p_ib_support
-        clear_environment convert_dict_to_env_variables get_cpu_distributed_information get_current_device_type get_driver_version
-        get_gpu_info get_int_from_env override_numa_affinity parse_choice_from_env parse_flag_from_env patch_environment
-        purge_accelerate_environment set_numa_affinity str_to_bool""",
+        clear_environment convert_dict_to_env_variables get_cpu_distributed_information get_current_device_type
+        get_driver_version get_gpu_info get_int_from_env override_numa_affinity parse_choice_from_env parse_flag_from_env
+        patch_environment purge_accelerate_environment set_numa_affinity str_to_bool""",
     "utils.imports": "USE_TORCH_XLA deepspeed_required torchao_required is_*_available is_habana_gaudi1",
     "utils.memory": _MEMORY,
     "utils.modeling": """WEIGHTS_INDEX_NAME align_module_device calculate_maximum_sizes check_device_map check_device_same
@@ -208,9 +215,9 @@ MODULES: dict[str, str] = {
         recursively_apply reduce send_to_device slice_tensors verify_operation""",
     "utils.other": """TORCH_SAFE_GLOBALS check_os_kernel clean_state_dict_for_safetensors compile_regions
         compile_regions_deepspeed compile_regions_fsdp2 convert_bytes extract_model_from_parallel get_free_port
-        get_model_tp_size get_module_children_bottom_up get_pretty_name has_compiled_regions has_repeated_blocks is_compiled_module
-        is_port_in_use is_repeated_blocks load merge_dicts model_has_dtensor recursive_getattr save wait_for_everyone
-        write_basic_config""",
+        get_model_tp_size get_module_children_bottom_up get_pretty_name has_compiled_regions has_repeated_blocks
+        is_compiled_module is_port_in_use is_repeated_blocks load merge_dicts model_has_dtensor recursive_getattr save
+        wait_for_everyone write_basic_config""",
     "utils.random": "set_seed synchronize_rng_state synchronize_rng_states",
     "utils.tqdm": "tqdm",
     "utils.versions": _VERSIONS,
@@ -237,9 +244,6 @@ ALIASES: dict[str, str] = {
     "plugins": "run.plugins",
     "tracking": "run.tracking",
 }
-
-# Homes that are being written: a row of theirs need not resolve yet.
-PENDING = frozenset({"run.dummies", "run.launchers", "run.local_sgd", "run.memory_fit", "run.plugins", "run.tracking"})
 
 
 class Row(NamedTuple):

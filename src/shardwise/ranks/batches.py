@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def map_leaves(function: Leaf, data: Any, is_leaf: Callable[[Any], bool] | None 
         return type(data)(map_leaves(function, item, is_leaf) for item in data)
     if isinstance(data, Mapping):
         items = {key: map_leaves(function, value, is_leaf) for key, value in data.items()}
-        if not isinstance(data, MutableMapping):
+        if type(data) is dict or not isinstance(data, MutableMapping):  # torch.compile cannot trace a copy
             return items
         # Copying keeps what a constructor would lose: a default factory, a tokenizer's encodings, a class's fields.
         result = copy.copy(data)
@@ -59,9 +59,9 @@ def only_tensors(data: Any) -> bool:
 
 
 def send_to_device(
-    data: Any, device: torch.device | str, non_blocking: bool = False, skip_keys: str | Sequence[str] | None = None
+    tensor: Any, device: torch.device | str, non_blocking: bool = False, skip_keys: str | Sequence[str] | None = None
 ) -> Any:
-    """`data` with everything that has a `.to` moved to `device`; other leaves stay as they are.
+    """`tensor`, or a batch of any structure, with everything that has a `.to` moved to `device`; other leaves stay.
 
     skip_keys: names of entries of mappings, at any depth, that are left where they are.
     """
@@ -70,12 +70,14 @@ def send_to_device(
     def move(item: Any) -> Any:
         if isinstance(item, Mapping) and skipped & set(item):
             moved = {key: value if key in skipped else again(value) for key, value in item.items()}
-            if not isinstance(item, MutableMapping):
+            if type(item) is dict or not isinstance(item, MutableMapping):
                 return moved
             result = copy.copy(item)
             result.update(moved)
             return result
-        if not callable(getattr(item, "to", None)):
+        if isinstance(item, Tensor):  # apart, for torch.compile, which follows no try around it
+            return item.to(device, non_blocking=non_blocking)
+        if not _moves(item):
             return item
         try:
             return item.to(device, non_blocking=non_blocking)
@@ -83,12 +85,16 @@ def send_to_device(
             return item.to(device)
 
     def is_leaf(item: Any) -> bool:
-        return callable(getattr(item, "to", None)) or (isinstance(item, Mapping) and bool(skipped & set(item)))
+        return _moves(item) or (isinstance(item, Mapping) and bool(skipped & set(item)))
 
     def again(item: Any) -> Any:
         return map_leaves(move, item, is_leaf)
 
-    return again(data)
+    return again(tensor)
+
+
+def _moves(item: Any) -> bool:
+    return isinstance(item, Tensor) or callable(getattr(item, "to", None))
 
 
 # What the ranks agree on before a collective.
@@ -201,22 +207,28 @@ def gather_object(ranks: Ranks, value: Any) -> list[Any]:
 def reduce(ranks: Ranks, data: Any, reduction: str = "mean", scale: float = 1.0) -> Any:
     """The tensors combined over the ranks elementwise, then multiplied by `scale`; `data` itself is left alone.
 
-    reduction: "sum" or "mean"; the mean of whole numbers is a float tensor.
-    Raises DataError on every rank if the shapes differ.
+    reduction: "sum", "mean", "max" or "min". The mean of whole numbers is a float tensor; flags count as 0 and 1, and are
+               flags again after "max" (any rank's) and "min" (all ranks') without a scale.
+    Raises DataError on every rank if the shapes differ, or for the largest of complex numbers.
     """
-    if reduction not in ("sum", "mean"):
-        raise DataError(f"reduce: reduction is {reduction!r}; it can be 'sum' or 'mean'.")
+    if reduction not in ("sum", "mean", "max", "min"):
+        raise DataError(f"reduce: reduction is {reduction!r}; it can be 'sum', 'mean', 'max' or 'min'.")
     table = _shapes_over_ranks(ranks, leaves(data), "reduce")
-    _same_shapes(table, "reduce", "Tensors that are added elementwise need one shape.")
+    _same_shapes(table, "reduce", "Tensors that are combined elementwise need one shape.")
+    orders = reduction in ("max", "min")
+    if orders and any(item.is_complex() for item in leaves(data)):
+        raise DataError(f"reduce: complex numbers have no {reduction}.")
 
     def one(item: Tensor) -> Tensor:
         total = item.detach().to(ranks.device, copy=True).contiguous()
         if total.dtype == torch.bool:
-            total = total.to(torch.int64)
-        ranks.all_reduce(total, "sum")
+            total = total.to(torch.uint8 if orders else torch.int64)
+        ranks.all_reduce(total, cast(Literal["sum", "max", "min"], reduction if orders else "sum"))
         if reduction == "mean":
             total = total / ranks.world_size
-        return (total if scale == 1.0 else total * scale).to(item.device)
+        total = total if scale == 1.0 else total * scale
+        flags = orders and scale == 1.0 and item.dtype == torch.bool
+        return total.to(device=item.device, dtype=torch.bool if flags else total.dtype)
 
     return map_leaves(one, data)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..errors import ConfigError
+from .handlers import KwargsHandler
 
 
 class ActiveLoader(Protocol):
@@ -25,7 +26,7 @@ class ActiveLoader(Protocol):
 
 
 @dataclass
-class GradientAccumulationPlugin:
+class GradientAccumulationPlugin(KwargsHandler):
     """How gradients are accumulated.
 
     num_steps:            micro-batches per optimizer step.
@@ -51,19 +52,44 @@ class GradientState:
 
     _sync_gradients = True
     _plugin: GradientAccumulationPlugin | None = None
-    _listener: Callable[[], None] | None = None
+    _listeners: list[Callable[[], bool]] = []  # noqa: RUF012 - of every Accelerator; False: it is gone
     # Loaders in the order in which their iterations began: an evaluation inside a training loop is on top.
     _reading: list[weakref.ref[ActiveLoader]] = []  # noqa: RUF012 - shared by all instances on purpose
 
-    @classmethod
-    def _reset_state(cls) -> None:
-        cls._sync_gradients, cls._plugin, cls._listener = True, None, None
-        cls._reading = []
+    def __init__(self, gradient_accumulation_plugin: GradientAccumulationPlugin | None = None) -> None:
+        """gradient_accumulation_plugin: what holds from now on; None leaves what the last Accelerator was given."""
+        if gradient_accumulation_plugin is not None:
+            GradientState._plugin = gradient_accumulation_plugin
 
     @classmethod
-    def configure(cls, plugin: GradientAccumulationPlugin, listener: Callable[[], None]) -> None:
-        """Take an Accelerator's settings; `listener` is called whenever `sync_gradients` is set."""
-        cls._plugin, cls._listener, cls._sync_gradients = plugin, listener, True
+    def _reset_state(cls) -> None:
+        cls._sync_gradients, cls._plugin = True, None
+        cls._listeners, cls._reading = [], []
+
+    @classmethod
+    def configure(cls, plugin: GradientAccumulationPlugin | None, listener: Callable[[], bool]) -> None:
+        """Take an Accelerator's settings, None where it says none and others hold.
+
+        listener: called whenever `sync_gradients` is set; it gives False once its Accelerator is gone.
+        """
+        cls._listeners.append(listener)
+        if plugin is not None or cls._plugin is None:
+            cls._plugin, cls._sync_gradients = plugin, True
+
+    @property
+    def initialized(self) -> bool:
+        """Whether an Accelerator, or a plugin, has said how gradients are accumulated."""
+        return GradientState._plugin is not None
+
+    @property
+    def plugin_kwargs(self) -> dict[str, Any]:
+        """The plugin's fields that differ from their defaults."""
+        return self.plugin.to_kwargs()
+
+    @property
+    def dataloader_references(self) -> list[ActiveLoader]:
+        """The prepared loaders that are being read, in the order in which that began."""
+        return [loader for known in GradientState._reading if (loader := known()) is not None]
 
     @property
     def sync_gradients(self) -> bool:
@@ -72,8 +98,7 @@ class GradientState:
     @sync_gradients.setter
     def sync_gradients(self, value: bool) -> None:
         GradientState._sync_gradients = bool(value)
-        if GradientState._listener is not None:
-            GradientState._listener()
+        GradientState._listeners = [listener for listener in GradientState._listeners if listener()]
 
     @property
     def plugin(self) -> GradientAccumulationPlugin:

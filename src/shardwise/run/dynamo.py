@@ -8,7 +8,7 @@ from typing import Any
 from ..config.check import merged
 from ..config.schema import Config
 from ..errors import ConfigError
-from .plugins import KwargsHandler
+from .handlers import KwargsHandler
 
 
 @dataclass
@@ -33,8 +33,8 @@ class TorchDynamoPlugin(KwargsHandler):
             raise ConfigError("TorchDynamoPlugin: options are not passed on to a backend. Use mode, or leave them out.")
         if self.use_regional_compilation is False:
             raise ConfigError(
-                "TorchDynamoPlugin: use_regional_compilation=False is refused: the engine gathers between blocks, so blocks are "
-                "what is compiled."
+                "TorchDynamoPlugin: use_regional_compilation=False is refused: the engine gathers between blocks, so "
+                "blocks are what is compiled."
             )
 
     def merged_into(self, config: Config) -> Config:

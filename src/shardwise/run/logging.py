@@ -3,7 +3,7 @@
 logger = get_logger(__name__)
 logger.info("said by rank 0")
 logger.info("said by every rank", main_process_only=False)
-logger.info("said by every rank, in rank order", main_process_only=False, in_order=True)
+logger.info("said by every rank, in rank order", in_order=True)
 """
 
 from __future__ import annotations
@@ -13,30 +13,32 @@ import logging
 from collections.abc import MutableMapping
 from typing import Any
 
+from ..config.accelerate_variables import log_level as log_level_of_environment
 from .process import PartialState
 
 
 class MultiProcessAdapter(logging.LoggerAdapter[logging.Logger]):
-    """A logger whose calls take `main_process_only` (True) and `in_order` (False; with it all ranks must call)."""
+    """A logger whose calls take `main_process_only` (True) and `in_order` (False).
+
+    in_order: every rank speaks, one after the other, whatever main_process_only says; all ranks must call.
+    stacklevel counts as for any adapter of logging: what a wrapper gives, to name its caller, is right here too.
+    """
 
     def log(self, level: int, msg: object, *args: Any, **kwargs: Any) -> None:
         main_only = kwargs.pop("main_process_only", True)
         in_order = kwargs.pop("in_order", False)
-        kwargs.setdefault("stacklevel", 3)  # past this method, _say and the adapter's info()
         if not self.isEnabledFor(level):
             return
         state = PartialState()
-        if in_order and not main_only:
+        msg, kwargs = self.process(msg, kwargs)  # type: ignore[assignment]
+        kwargs.setdefault("stacklevel", 2)  # past this method: frames of logging itself do not count
+        if in_order:
             for index in range(state.num_processes):
                 if index == state.process_index:
-                    self._say(level, msg, *args, **kwargs)
+                    self.logger.log(level, msg, *args, **kwargs)
                 state.wait_for_everyone()
         elif not main_only or state.is_main_process:
-            self._say(level, msg, *args, **kwargs)
-
-    def _say(self, level: int, msg: object, *args: Any, **kwargs: Any) -> None:
-        msg, kwargs = self.process(msg, kwargs)  # type: ignore[assignment]
-        self.logger.log(level, msg, *args, **kwargs)
+            self.logger.log(level, msg, *args, **kwargs)
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
         return msg, kwargs
@@ -48,8 +50,9 @@ class MultiProcessAdapter(logging.LoggerAdapter[logging.Logger]):
 
 
 def get_logger(name: str, log_level: str | None = None) -> MultiProcessAdapter:
-    """The logger `name`, speaking for the run. log_level: "DEBUG", "INFO", ...; None leaves it."""
+    """The logger `name`, speaking for the run. log_level: "DEBUG", ...; None takes ACCELERATE_LOG_LEVEL or leaves it."""
     logger = logging.getLogger(name)
+    log_level = log_level or log_level_of_environment()
     if log_level is not None:
         logger.setLevel(log_level.upper())
         logger.root.setLevel(log_level.upper())

@@ -1,27 +1,35 @@
 """The argument objects of an Accelerator: small dataclasses with accelerate's names and fields.
 
 Each field either has its effect here or is refused when the object is made: a setting that does nothing would be a lie
-told to the user. Loader settings are in `data/prepare.py`, accumulation in `run/accumulation.py`.
+told to the user. Loader settings are in `data/prepare.py`, accumulation in `run/accumulation.py`,
+ZeRO in `run/deepspeed_plugin.py`.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..config.check import merged
-from ..config.environment import RankEnvironment
-from ..config.schema import Config, value_of
 from ..errors import ConfigError
+from .deepspeed_plugin import DeepSpeedPlugin
+from .handlers import KwargsHandler
 
-logger = logging.getLogger("shardwise")
+__all__ = [
+    "AutocastKwargs",
+    "DeepSpeedPlugin",
+    "DistributedDataParallelKwargs",
+    "GradScalerKwargs",
+    "InitProcessGroupKwargs",
+    "KwargsHandler",
+    "ProfileKwargs",
+    "ProjectConfiguration",
+]
 
 
 @dataclass
@@ -56,16 +64,6 @@ class ProjectConfiguration:
         self.project_dir = project_dir
         if self.logging_dir is None:
             self.logging_dir = project_dir
-
-
-class KwargsHandler:
-    """What `Accelerator(kwargs_handlers=[...])` takes."""
-
-    def to_kwargs(self) -> dict[str, Any]:
-        """The fields that differ from their defaults."""
-        plain = type(self)()
-        own = {item.name: getattr(self, item.name) for item in fields(self)}  # type: ignore[arg-type]
-        return {name: value for name, value in own.items() if value != getattr(plain, name)}
 
 
 @dataclass
@@ -123,12 +121,14 @@ class DistributedDataParallelKwargs(KwargsHandler):
     static_graph: bool = False
     comm_hook: Any = "no"
     comm_wrapper: Any = "no"
+    comm_state_option: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if str(self.comm_hook) not in ("no", "None") or str(self.comm_wrapper) not in ("no", "None"):
+        hooks = (self.comm_hook, self.comm_wrapper)
+        if self.comm_state_option or any(str(getattr(hook, "value", hook)) not in ("no", "None") for hook in hooks):
             raise ConfigError(
-                "DistributedDataParallelKwargs: comm_hook and comm_wrapper belong to torch's DDP, which is not "
-                "used. For 16-bit reductions set reduce_dtype: bf16 in shardwise_config."
+                "DistributedDataParallelKwargs: comm_hook, comm_wrapper and comm_state_option belong to torch's DDP, which is "
+                "not used. For 16-bit reductions set reduce_dtype: bf16 in shardwise_config."
             )
 
 
@@ -181,92 +181,3 @@ class ProfileKwargs(KwargsHandler):
             profile.export_chrome_trace(str(folder / f"profile_{rank}.json"))
 
         return write
-
-
-# Fields of the plugin that the schema has under another name.
-_KEYS = {"hf_ds_config": "deepspeed_config_file", "train_micro_batch_size_per_gpu": "micro_batch_size"}
-
-
-@dataclass
-class DeepSpeedPlugin:
-    """The ZeRO settings of a script, over those of the configuration file; None means: not said here.
-
-    hf_ds_config: path of a DeepSpeed JSON file.
-    The Accelerator's `deepspeed_plugin` has the settings in force, and in `deepspeed_config` as a JSON file says them.
-    """
-
-    hf_ds_config: str | os.PathLike[str] | None = None
-    gradient_accumulation_steps: int | None = None
-    gradient_clipping: float | None = None
-    zero_stage: int | None = None
-    offload_optimizer_device: str | None = None
-    offload_param_device: str | None = None
-    offload_optimizer_nvme_path: str | None = None
-    offload_param_nvme_path: str | None = None
-    zero3_init_flag: bool | None = None
-    zero3_save_16bit_model: bool | None = None
-    train_micro_batch_size_per_gpu: int | None = None
-    train_batch_size: int | None = None
-    mixed_precision: str | None = field(default=None, repr=False)
-
-    @classmethod
-    def in_force(cls, config: Config) -> DeepSpeedPlugin | None:
-        """The settings of a configuration, or None if it has no ZeRO section."""
-        if config.deepspeed_config is None and config.distributed_type != "DEEPSPEED":
-            return None
-        said = {item.name: value_of(config, _KEYS.get(item.name, item.name)) for item in fields(cls)}
-        return cls(**{**said, "gradient_accumulation_steps": config.gradient_accumulation_steps})
-
-    def merged_into(self, config: Config) -> Config:
-        """`config` with what this plugin says over it. Raises ConfigError."""
-        if self.hf_ds_config is not None:
-            if isinstance(self.hf_ds_config, dict):
-                raise ConfigError(
-                    "DeepSpeedPlugin: hf_ds_config is a dictionary; write it to a JSON file and give its path, "
-                    "or use the plugin's own arguments."
-                )
-            config = merged(config, **self._json_values(config))
-        said = {_KEYS.get(item.name, item.name): getattr(self, item.name) for item in fields(self)}
-        del said["deepspeed_config_file"]  # which has been read
-        if self.zero_stage is None:
-            said["zero_stage"] = config.zero.zero_stage if config.deepspeed_config is not None else 2
-        return merged(config, **said)
-
-    def _json_values(self, config: Config) -> dict[str, Any]:
-        """What the JSON file says, as keywords of `merged`. Its notes are logged on rank 0."""
-        from ..config.deepspeed_json import LOSS_SCALE_WINDOW, read_deepspeed_json
-
-        assert self.hf_ds_config is not None
-        read = read_deepspeed_json(os.fspath(self.hf_ds_config))
-        if read.problems:
-            raise ConfigError("\n".join(read.problems))
-        clips = self.gradient_clipping is not None
-        for note in read.notes if RankEnvironment.read().rank == 0 else ():
-            if not (clips and "gradient_clipping" in note):
-                logger.warning(note)
-        flat: dict[str, Any] = {}
-        for key, value in read.values.items():
-            flat.update(value if key in ("deepspeed_config", "shardwise_config") else {key: value})
-        if (self.mixed_precision or flat.get("mixed_precision") or config.mixed_precision) == "fp16":
-            flat["loss_scale"] = {"growth_interval": LOSS_SCALE_WINDOW, **read.loss_scale}
-        return flat
-
-    @property
-    def deepspeed_config(self) -> dict[str, Any]:
-        """These settings in the words of a DeepSpeed JSON file."""
-        return {
-            "train_micro_batch_size_per_gpu": self.train_micro_batch_size_per_gpu or "auto",
-            "train_batch_size": self.train_batch_size or "auto",
-            "gradient_accumulation_steps": self.gradient_accumulation_steps or 1,
-            "gradient_clipping": self.gradient_clipping or 0.0,
-            "zero_optimization": {
-                "stage": self.zero_stage,
-                "offload_optimizer": {"device": self.offload_optimizer_device or "none"},
-                "offload_param": {"device": self.offload_param_device or "none"},
-            },
-            "bf16": {"enabled": self.mixed_precision == "bf16"},
-            "fp16": {"enabled": self.mixed_precision == "fp16"},
-        }
-
-    def is_zero3_init_enabled(self) -> bool:
-        return bool(self.zero3_init_flag)

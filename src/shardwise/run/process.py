@@ -5,7 +5,7 @@ views of it that may be made anywhere, any number of times, as scripts written f
 ends for all ranks if one of them fails: the others get its error instead of waiting for it.
 
     PartialState       ranks, device, and the verbs (print, wait, split, "main process first")
-    AcceleratorState   the same, with the precision and the ZeRO settings of the Accelerator that was made last
+    AcceleratorState   the same, with the precision and the ZeRO settings of an Accelerator: `accelerator_state.py`
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import numpy
 import torch
 from torch import Tensor
 
+from ..config.environment import fork_launched
 from ..errors import ConfigError, DataError
 from ..ranks import batches
-from .joined import AcceleratorSettings, Joined, forget_run, join_run, leave_run
+from .joined import Joined, forget_run, join_run, leave_run
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -53,10 +54,31 @@ class PartialState:
 
     cpu:     take the CPU even where GPUs are visible; only the first state of a process can choose.
     timeout: a timedelta; how long a collective may wait for the other ranks.
+    backend: must be the device's, nccl on CUDA and gloo on the CPU. init_method: None or env://, the launcher's address.
+    Raises ConfigError for another keyword of torch's init_process_group: the place in the run is the launcher's to say.
     """
 
-    def __init__(self, cpu: bool | None = None, *, timeout: Any = None) -> None:
+    def __init__(
+        self,
+        cpu: bool | None = None,
+        *,
+        timeout: Any = None,
+        backend: str | None = None,
+        init_method: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        strange = [name for name, value in kwargs.items() if value is not None]
+        if strange or init_method not in (None, "env://"):
+            raise ConfigError(
+                f"{type(self).__name__}: {', '.join(strange) or 'init_method'} cannot be given; rank, size and address are "
+                "those that the launcher has set. timeout, and the device's own backend, can."
+            )
         self._ranks = join_run(use_cpu=cpu or None, timeout_s=None if timeout is None else timeout.total_seconds())
+        own = "nccl" if self.device.type == "cuda" else "gloo"
+        if backend not in (None, own):
+            raise ConfigError(
+                f"{type(self).__name__}: backend is {backend!r}, and tensors on {self.device} are sent by {own}. Leave it out."
+            )
 
     @staticmethod
     def _reset_state() -> None:
@@ -74,6 +96,21 @@ class PartialState:
     @property
     def initialized(self) -> bool:
         return Joined.ranks is not None
+
+    @property
+    def debug(self) -> bool:
+        """Whether shapes and dtypes are compared before tensors are sent: always, not only in accelerate's debug mode."""
+        return True
+
+    @property
+    def fork_launched(self) -> bool:
+        """Whether a launcher forked this process, as accelerate's notebook launcher says of those that it does."""
+        return fork_launched()
+
+    def set_device(self) -> None:
+        """Make the rank's device torch's current one, as joining the run has done."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     @property
     def num_processes(self) -> int:
@@ -240,40 +277,6 @@ class PartialState:
         )
 
 
-class AcceleratorState(PartialState):
-    """The run's state with the settings of an Accelerator: by default, the one that was made last in this process."""
-
-    def __init__(self, cpu: bool | None = None, *, accelerator: AcceleratorSettings | None = None) -> None:
-        super().__init__(cpu)
-        self._given = accelerator
-
-    @property
-    def _accelerator(self) -> AcceleratorSettings:
-        accelerator = self._given
-        if accelerator is None and Joined.accelerator is not None:
-            accelerator = Joined.accelerator()
-        if accelerator is None:
-            raise ConfigError("AcceleratorState: no Accelerator has been made in this process yet.")
-        return accelerator
-
-    def __repr__(self) -> str:
-        return super().__repr__() + f"\nMixed precision type: {self.mixed_precision}\n"
-
-    @property
-    def mixed_precision(self) -> str:
-        """ "no", "fp16" or "bf16"."""
-        return self._accelerator.mixed_precision
-
-    @property
-    def deepspeed_plugin(self) -> Any:
-        """The ZeRO settings in force (`.zero_stage`, ...), or None in a run without them."""
-        return self._accelerator.deepspeed_plugin
-
-    @property
-    def distributed_type(self) -> DistributedType:
-        return DistributedType.DEEPSPEED if self.deepspeed_plugin is not None else super().distributed_type
-
-
 # The collectives as plain functions, over the run's ranks. Their rules: `ranks/batches.py`.
 
 
@@ -288,7 +291,7 @@ def gather_object(object: Any) -> list[Any]:  # noqa: A002 - the name that scrip
 
 
 def reduce(tensor: Any, reduction: str = "mean", scale: float = 1.0) -> Any:
-    """The tensors summed or averaged over the ranks; see `batches.reduce`."""
+    """The tensors combined over the ranks, "sum", "mean", "max" or "min"; see `batches.reduce`."""
     return batches.reduce(join_run(), tensor, reduction, scale)
 
 

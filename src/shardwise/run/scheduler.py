@@ -19,6 +19,11 @@ from typing import Any
 from torch.optim.lr_scheduler import LRScheduler
 
 from .accumulation import GradientState
+from .deepspeed_schedules import Schedule
+
+# What `prepare` takes as a scheduler.
+Scheduler = LRScheduler | Schedule
+SCHEDULERS = (LRScheduler, Schedule)
 
 
 @dataclass(frozen=True)
@@ -31,18 +36,18 @@ class Rhythm:
     skipped: Callable[[], bool]
 
 
-_rhythms: weakref.WeakKeyDictionary[LRScheduler, Rhythm] = weakref.WeakKeyDictionary()
-_classes: dict[type[LRScheduler], type[LRScheduler]] = {}
+_rhythms: weakref.WeakKeyDictionary[Scheduler, Rhythm] = weakref.WeakKeyDictionary()
+_classes: dict[type[Scheduler], type[Scheduler]] = {}
 
 
-def prepare_scheduler(scheduler: LRScheduler, rhythm: Rhythm) -> None:
+def prepare_scheduler(scheduler: Scheduler, rhythm: Rhythm) -> None:
     """Give `scheduler` a rhythm; a second call replaces it."""
     if not is_prepared(scheduler):
         scheduler.__class__ = _stepping_class(type(scheduler))
     _rhythms[scheduler] = rhythm
 
 
-def is_prepared(scheduler: LRScheduler) -> bool:
+def is_prepared(scheduler: Scheduler) -> bool:
     return scheduler in _rhythms
 
 
@@ -53,10 +58,10 @@ class _Itself:
         return self if instance is None else instance
 
 
-def _stepping_class(plain: type[LRScheduler]) -> type[LRScheduler]:
+def _stepping_class(plain: type[Scheduler]) -> type[Scheduler]:
     if plain not in _classes:
 
-        def step(self: LRScheduler, *args: Any, **kwargs: Any) -> None:
+        def step(self: Any, *args: Any, **kwargs: Any) -> None:
             rhythm = _rhythms.get(self)
             if rhythm is None or not rhythm.with_optimizer:
                 plain.step(self, *args, **kwargs)
@@ -74,7 +79,12 @@ def _stepping_class(plain: type[LRScheduler]) -> type[LRScheduler]:
                     return
                 plain.step(self, *args, **kwargs)
 
-        body: dict[str, Any] = {"step": step, "__doc__": plain.__doc__, "__module__": plain.__module__, "__reduce_ex__": _reduce}
+        body: dict[str, Any] = {
+            "step": step,
+            "__doc__": plain.__doc__,
+            "__module__": plain.__module__,
+            "__reduce_ex__": _reduce,
+        }
         if not hasattr(plain, "scheduler"):
             body["scheduler"] = _Itself()
         _classes[plain] = type(plain.__name__, (plain,), body)
@@ -82,11 +92,11 @@ def _stepping_class(plain: type[LRScheduler]) -> type[LRScheduler]:
     return _classes[plain]
 
 
-def _reduce(self: LRScheduler, protocol: Any) -> Any:
+def _reduce(self: Any, protocol: Any) -> Any:
     """Copies and pickles are of the plain class: a copy has no rhythm."""
     plain = type(self).__mro__[1]
     return _rebuild, (plain,), self.__dict__
 
 
-def _rebuild(plain: type[LRScheduler]) -> LRScheduler:
+def _rebuild(plain: type[Scheduler]) -> Scheduler:
     return plain.__new__(plain)

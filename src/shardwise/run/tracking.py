@@ -1,116 +1,192 @@
 """Trackers, where `Accelerator.log` sends numbers on the main process: `front/reporting.py` drives them.
 
-A tracker is any object with `log(values, step=None, **kwargs)`; `store_init_configuration(config)` and `finish()` are
-called if it has them, and `name` names it. `GeneralTracker` is a base class for one's own. "tensorboard" is the one
-name that is known here; it needs the tensorboard package.
+A tracker is any object with `log(values, step=None, **kwargs)`; `start()`, `store_init_configuration(config)` and `finish()`
+are called if it has them, and `name` names it. `GeneralTracker` is a base class for one's own. Those of LOGGER_TYPE_TO_CLASS
+are known by name; `register_tracker_class` adds to them. A name whose package is not installed is a warning, and its tracker
+left out, so that a script runs on a machine without it as it does with accelerate; a name that nobody knows is an error.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
-from collections.abc import Sequence
-from pathlib import Path
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ..config.environment import RankEnvironment
+from ..config.kinds import LoggerType
 from ..errors import ConfigError
+from .experiment_trackers import ClearMLTracker, MLflowTracker
+from .general_tracker import GeneralTracker, InertTracker, on_main_process
+from .trackers import (
+    AimTracker,
+    CometMLTracker,
+    DVCLiveTracker,
+    SwanLabTracker,
+    TensorBoardTracker,
+    TrackioTracker,
+    WandBTracker,
+)
+
+__all__ = [
+    "LOGGER_TYPE_TO_CLASS",
+    "AimTracker",
+    "ClearMLTracker",
+    "CometMLTracker",
+    "DVCLiveTracker",
+    "GeneralTracker",
+    "InertTracker",
+    "LoggerType",
+    "MLflowTracker",
+    "SwanLabTracker",
+    "TensorBoardTracker",
+    "TrackioTracker",
+    "WandBTracker",
+    "filter_trackers",
+    "get_available_trackers",
+    "on_main_process",
+    "register_tracker_class",
+]
+
+logger = logging.getLogger("shardwise")
+
+Directory = str | os.PathLike[str] | None
 
 
-class GeneralTracker:
-    """A base for trackers of one's own: override `log`, and the others as needed."""
-
-    name = "custom"
-    requires_logging_directory = False
-    main_process_only = True
-
-    @property
-    def tracker(self) -> Any:
-        """The library's own object, as `get_tracker(name, unwrap=True)` gives it."""
-        return self
-
-    def start(self) -> None:
-        """Called on the main process by `init_trackers`."""
-
-    def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Keep the run's settings."""
-
-    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Keep `values`."""
-        raise NotImplementedError
-
-    def finish(self) -> None:
-        """Flush and close."""
+LOGGER_TYPE_TO_CLASS: dict[str, type[Any]] = {
+    str(kind.name): kind
+    for kind in (
+        *(AimTracker, CometMLTracker, MLflowTracker, TensorBoardTracker, WandBTracker),
+        *(ClearMLTracker, DVCLiveTracker, SwanLabTracker, TrackioTracker),
+    )
+}
+# The modules of which one must be there; `pip install` of the first, written with a hyphen. Of other names: nothing.
+_MODULES = {name: (name,) for name in LOGGER_TYPE_TO_CLASS} | {"tensorboard": ("tensorboard", "tensorboardX")}
 
 
-class TensorBoardTracker(GeneralTracker):
-    """Numbers and texts to TensorBoard files below `logging_dir`/`run_name`."""
-
-    name = "tensorboard"
-    requires_logging_directory = True
-
-    def __init__(self, run_name: str, logging_dir: str | os.PathLike[str], **kwargs: Any) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(Path(logging_dir) / run_name), **kwargs)
-
-    @property
-    def tracker(self) -> Any:
-        return self.writer
-
-    def store_init_configuration(self, values: dict[str, Any]) -> None:
-        kept = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values.items()}
-        self.writer.add_hparams(kept, metric_dict={})
-        self.writer.flush()
-
-    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        for name, value in values.items():
-            if isinstance(value, str):
-                self.writer.add_text(name, value, global_step=step, **kwargs)
-            elif isinstance(value, dict):
-                self.writer.add_scalars(name, value, global_step=step, **kwargs)
-            else:
-                self.writer.add_scalar(name, value, global_step=step, **kwargs)
-        self.writer.flush()
-
-    def finish(self) -> None:
-        self.writer.close()
+def _is_installed(name: str) -> bool:
+    return name not in _MODULES or any(map(_is_there, _MODULES[name]))
 
 
-def check_trackers(log_with: Any, logging_dir: str | os.PathLike[str] | None) -> list[Any]:
-    """What `log_with` names, as a list of names and tracker objects. Raises ConfigError for what cannot work."""
-    if log_with is None:
-        return []
-    wanted = list(log_with) if isinstance(log_with, Sequence) and not isinstance(log_with, str) else [log_with]
+def _is_there(module: str) -> bool:
+    """Whether a module can be imported. A directory of its name that holds no code, as wandb writes, is none."""
+    if module in sys.modules:
+        return sys.modules[module] is not None
+    found = importlib.util.find_spec(module)
+    return found is not None and found.origin is not None
+
+
+def get_available_trackers() -> list[LoggerType]:
+    """The trackers whose packages are installed."""
+    return [kind for kind in LoggerType if kind is not LoggerType.ALL and _is_installed(kind)]
+
+
+def register_tracker_class(tracker_class: type[GeneralTracker]) -> None:
+    """Let `log_with` know a class by its `name`. Before the Accelerator is made.
+
+    It is made by `init_trackers` with the project's name, the logging directory if it `requires_logging_directory`, and
+    what `init_kwargs` has for its name. Raises ConfigError for a class that does not say both by itself.
+    """
+    if not (isinstance(tracker_class, type) and issubclass(tracker_class, GeneralTracker)):
+        raise ConfigError(f"register_tracker_class takes a subclass of GeneralTracker, not {tracker_class!r}.")
+    said = {name for kind in tracker_class.__mro__ if kind not in GeneralTracker.__mro__ for name in vars(kind)}
+    missing = [name for name in ("name", "requires_logging_directory") if name not in said]
+    if missing or not tracker_class.name:
+        raise ConfigError(
+            f"register_tracker_class: {tracker_class.__name__} needs a class attribute {' and '.join(missing or ['name'])}: "
+            "a name that is not empty, and whether its constructor takes a logging directory."
+        )
+    if tracker_class.name in LOGGER_TYPE_TO_CLASS:
+        earlier = LOGGER_TYPE_TO_CLASS[tracker_class.name]
+        warnings.warn(
+            f"register_tracker_class: {tracker_class.name!r} was the name of {earlier.__name__}, and is "
+            f"{tracker_class.__name__}'s from now on.",
+            stacklevel=2,
+        )
+    LOGGER_TYPE_TO_CLASS[tracker_class.name] = tracker_class
+
+
+def filter_trackers(log_with: Any, logging_dir: Directory = None) -> list[Any]:
+    """What `log_with` means: names, tracker classes and trackers, each once, without those that cannot be had here.
+
+    log_with: one of them, or a list. logging_dir: where trackers keep files that `requires_logging_directory`.
+    What is left out is said on the main process. Raises ConfigError for what no machine could do.
+    """
     found: list[Any] = []
-    for item in wanted:
-        if not isinstance(item, str):
-            if not callable(getattr(item, "log", None)):
-                raise ConfigError(f"log_with: a {type(item).__name__} has no method `log`, so it is no tracker.")
-            found.append(item)
-            continue
-        name = str(getattr(item, "value", item))  # an enum's member names itself by its value
-        installed = importlib.util.find_spec("tensorboard") is not None
+    for item in _listed(log_with):
+        name = getattr(item, "value", item)  # an enum's member names itself by its value
         if name == "all":
-            found += ["tensorboard"] if installed and logging_dir is not None else []
-        elif name != "tensorboard":
-            raise ConfigError(
-                f"log_with={name!r} is not built in. Give a tracker object: anything with "
-                "log(values, step=None), such as a small subclass of shardwise.GeneralTracker."
-            )
-        elif not installed:
-            raise ConfigError("log_with='tensorboard': the package is not installed. Run `pip install tensorboard`.")
-        elif logging_dir is None:
-            raise ConfigError("log_with='tensorboard' needs a directory: give Accelerator a project_dir.")
+            wanted: Iterator[Any] = _all(logging_dir)
+        elif isinstance(name, str):
+            wanted = _named(name, logging_dir)
         else:
-            found.append(name)
+            _check_tracker(item, logging_dir)
+            wanted = iter([item])
+        found += [each for each in wanted if not any(each is known or each == known for known in found)]
     return found
 
 
-class InertTracker:
-    """Stands in for a tracker on ranks that have none: every call does nothing."""
+def _listed(log_with: Any) -> list[Any]:
+    if log_with is None:
+        return []
+    return list(log_with) if isinstance(log_with, Sequence) and not isinstance(log_with, str) else [log_with]
 
-    def __getattr__(self, name: str) -> Any:
-        return self
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        return None
+def _all(logging_dir: Directory) -> Iterator[str]:
+    for kind in get_available_trackers():
+        if LOGGER_TYPE_TO_CLASS[kind].requires_logging_directory and logging_dir is None:
+            _say(f"log_with='all' leaves {kind} out, which needs a directory: give Accelerator a project_dir.")
+        else:
+            yield str(kind)
+
+
+def _named(name: str, logging_dir: Directory) -> Iterator[str]:
+    if name not in LOGGER_TYPE_TO_CLASS:
+        raise ConfigError(
+            f"log_with={name!r} is none of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}, all. Register a class of your own with "
+            "register_tracker_class, or give a tracker object: anything with log(values, step=None), such as a small "
+            "subclass of shardwise.GeneralTracker."
+        )
+    if not _is_installed(name):
+        package = name.replace("_", "-")
+        _say(f"log_with={name!r} has no effect: the package is not installed. Run `pip install {package}`.")
+        return
+    _check_directory(LOGGER_TYPE_TO_CLASS[name], logging_dir)
+    yield name
+
+
+def _check_tracker(item: Any, logging_dir: Directory) -> None:
+    if not callable(getattr(item, "log", None)):
+        kind = item.__name__ if isinstance(item, type) else type(item).__name__
+        raise ConfigError(f"log_with: a {kind} has no method `log`, so it is no tracker.")
+    if isinstance(item, type):
+        _check_directory(item, logging_dir)
+
+
+def _check_directory(kind: type[Any], logging_dir: Directory) -> None:
+    if getattr(kind, "requires_logging_directory", False) and logging_dir is None:
+        name = getattr(kind, "name", kind.__name__)
+        raise ConfigError(
+            f"Logging with `{name}` requires a `logging_dir`: give Accelerator a project_dir, or a ProjectConfiguration "
+            "with one."
+        )
+
+
+def _say(text: str) -> None:
+    if RankEnvironment.read().rank == 0:
+        logger.warning(text)
+
+
+def make_tracker(item: Any, project_name: str, logging_dir: Directory, init_kwargs: dict[str, Any]) -> Any:
+    """The tracker that `filter_trackers` has let pass: a name or a class is made for a project, an object is itself.
+
+    init_kwargs: keywords of the constructors, by the trackers' names.
+    """
+    kind = LOGGER_TYPE_TO_CLASS[item] if isinstance(item, str) else item
+    if not isinstance(kind, type):
+        return kind
+    place = [logging_dir] if getattr(kind, "requires_logging_directory", False) else []
+    return kind(project_name, *place, **init_kwargs.get(getattr(kind, "name", kind.__name__), {}))

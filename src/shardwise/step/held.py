@@ -108,21 +108,27 @@ class HeldGradients:
 
         The gradients are those of the whole batch, averaged over ranks, loss scale removed. Collective.
         """
-        self.look()
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        shards = self.groups.chosen(parameters)
+        norm = self.norm(parameters, norm_type)
+        self.multiply(parameters, clip_factor(norm, float(max_norm)))
+        return norm
+
+    def norm(self, parameters: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+        """The true global norm of the gradients of `parameters`, on the device. Collective."""
+        self.look()
         sharded = self.models[0].plan.optimizer.sharded
         earlier, scale = self.outstanding()
         if norm_type == 2 and self.groups.is_all(parameters):
             norm = over_shards(self.square(), 2.0, self.ranks, sharded=sharded).sqrt() / scale
         else:
             self.wait_for_host()
-            held, dtype = self._gradients(shards), self.groups.norm_dtype
+            held, dtype = self._gradients(self.groups.chosen(parameters)), self.groups.norm_dtype
             norm = global_norm(held, float(norm_type), self.ranks, dtype, sharded=sharded) / scale
-        if earlier is not None:
-            norm = norm * earlier
-        self.scale(shards, clip_factor(norm, float(max_norm)), everything=self.groups.is_all(parameters))
-        return norm
+        return norm if earlier is None else norm * earlier
+
+    def multiply(self, parameters: Sequence[Tensor], factor: Tensor) -> None:
+        """Multiply the gradients of `parameters` by a scalar, whose `norm` was just asked for."""
+        self.scale(self.groups.chosen(parameters), factor, everything=self.groups.is_all(parameters))
 
     def scale(self, shards: Sequence[Shard], factor: Tensor, *, everything: bool) -> None:
         """Multiply the gradients of `shards`. everything: these are all, and the step does it in its own pass."""

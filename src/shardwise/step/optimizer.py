@@ -30,7 +30,7 @@ from ..plan.blueprint import Role
 from ..plan.plan import Tier
 from ..plan.precision import LossScaler
 from ..ranks.ranks import Ranks
-from ..zero.norms import addend
+from ..zero.norms import addend, own_power
 from ..zero.sharded import ShardedModel
 from .applying import Applying
 from .averaging import refuse_swapped
@@ -43,6 +43,7 @@ from .optimizer_state import OptimizerState
 from .optimizer_verbs import OwnVerbs
 from .residency import Residency
 from .state_kinds import has_stepped
+from .telling import FlagOnOptimizer
 from .trial import Handling, Trial
 from .verdicts import Verdicts
 from .visits import Shard
@@ -73,6 +74,8 @@ class ShardedOptimizer:
     that are not the models'; PrepareError for one that is prepared already.
     """
 
+    step_was_skipped = FlagOnOptimizer()
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -91,13 +94,9 @@ class ShardedOptimizer:
         self.gradient_clipping = gradient_clipping
         self.measures_norm = measures_norm
         self.norm: Tensor | None = None
-        # Readable as accelerate's wrapper has them, unless the class has something of its own under these names.
-        self._says_skipped = not hasattr(optimizer, "step_was_skipped")
-        if not hasattr(optimizer, "optimizer"):
-            vars(optimizer)["optimizer"] = optimizer
         self.step_was_skipped = False
         self.steps = 0
-        self._verdicts = Verdicts(self.ranks, models[0].engine.lanes)
+        self.verdicts = Verdicts(self.ranks, models[0].engine.lanes)
         self._trial = self.ranks.together(self._tried)
         self.groups = Groups(optimizer, self.models)
         self.held = HeldGradients(self.groups, self.models, self.scaler)
@@ -112,17 +111,6 @@ class ShardedOptimizer:
         self._fill_budgets()
         self._install()
         _steppers[id(optimizer)] = self
-
-    @property
-    def step_was_skipped(self) -> bool:
-        """Whether the last step was skipped, because fp16 gradients overflowed; `optimizer.step_was_skipped` says it too."""
-        return self._step_was_skipped
-
-    @step_was_skipped.setter
-    def step_was_skipped(self, value: bool) -> None:
-        self._step_was_skipped = value
-        if self._says_skipped:
-            vars(self.optimizer)["step_was_skipped"] = value
 
     # Taking over.
 
@@ -231,13 +219,13 @@ class ShardedOptimizer:
         """Another run's states have been loaded: forget what was under way for a step, and count from there."""
         self.steps = steps
         self.step_was_skipped = step_was_skipped
-        self._verdicts.begin_anew()
+        self.verdicts.begin_anew()
 
     # The loss.
 
     def raise_if_bad(self) -> None:
         """Raise what an earlier step's message said: NonFiniteError, or ConfigError if ranks differ; every rank does."""
-        self._verdicts.raise_if_bad()
+        self.verdicts.raise_if_bad()
 
     def note_loss(self, loss: Tensor) -> None:
         """A micro-batch's backward is about to begin. Remember whether its loss is finite; the step reports it.
@@ -247,7 +235,7 @@ class ShardedOptimizer:
         if self.scaler.enabled:
             self.held.carry_scale()  # fp16 overflows by design; the scaler deals with it
         else:
-            self._verdicts.note_loss(loss)
+            self.verdicts.note_loss(loss)
 
     # Clipping.
 
@@ -257,12 +245,12 @@ class ShardedOptimizer:
 
     def clip_norm(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
         """See `HeldGradients.clip_norm`. Collective."""
-        self._verdicts.note_clipping(max_norm=float(max_norm), norm_type=float(norm_type))
+        self.verdicts.note_clipping(max_norm=float(max_norm), norm_type=float(norm_type))
         return self.held.clip_norm(parameters, max_norm, norm_type)
 
     def clip_value(self, parameters: Iterable[Tensor], value: float) -> None:
         """See `HeldGradients.clip_value`."""
-        self._verdicts.note_clipping(clip_value=float(value))
+        self.verdicts.note_clipping(clip_value=float(value))
         self.held.clip_value(parameters, value)
 
     def ledger(self) -> dict[tuple[Role, Tier], int]:
@@ -289,7 +277,7 @@ class ShardedOptimizer:
                 self._trial.try_closure()
             with torch.enable_grad():
                 result = closure()
-        self._verdicts.raise_if_bad()
+        self.verdicts.raise_if_bad()
         if any(model.at_boundary is False for model in self.models):
             return result
         self.held.look()
@@ -330,7 +318,7 @@ class ShardedOptimizer:
             model.finish_interrupted()
         if any(model.accumulating and not model.sync_gradients for model in self.models):
             return
-        self._verdicts.forget()
+        self.verdicts.forget()
         if not set_to_none:
             self.held.look()
         for trained, indices in self.groups.members.values():
@@ -354,21 +342,21 @@ class ShardedOptimizer:
     def _agree(self) -> Tensor | None:
         """The gradients' global 2-norm as the step will see it before clipping, if anything needs it. One all_reduce.
 
-        It carries each rank's verdict on its loss, and its rate and clipping: a NaN on one rank is an error on all.
+        It carries the power sum, then each rank's verdict on its loss, rate and clipping: a NaN on one is an error on all.
         """
         ranks = self.ranks
         wants_norm = self.measures_norm or self.scaler.enabled or self.gradient_clipping is not None
-        # power sum, then the ranks' verdicts
-        facts = torch.zeros(1 + self._verdicts.numel, dtype=self.groups.norm_dtype, device=ranks.device)
+        facts = torch.zeros(1 + self.verdicts.numel, dtype=self.groups.norm_dtype, device=ranks.device)
         if wants_norm:
             self.held.outstanding()
-            facts[0] = addend(self.held.square(), ranks, sharded=self.models[0].plan.optimizer.sharded)
-        self._verdicts.write(facts[1:], self.optimizer.param_groups)
+            own = self.held.square()
+            facts[0] = addend(own, ranks, sharded=self.models[0].plan.optimizer.sharded)
+        self.verdicts.write(facts[1:], self.optimizer.param_groups)
         if ranks.world_size > 1:
             ranks.all_reduce(facts)
-        self._verdicts.read(self.steps, facts[1:])
+        self.verdicts.read(self.steps, facts[1:])
         if not wants_norm:
             return None
         factor, scale = self.held.outstanding()
-        norm = facts[0].sqrt() / scale
+        norm = (own_power(own, facts[0]) if self.models[0].engine.share.alone else facts[0]).sqrt() / scale
         return norm if factor is None else norm * factor

@@ -86,9 +86,13 @@ class Stores:
 
 @dataclass
 class Share:
-    """What the gradients of the coming backwards are multiplied by, in the reduce dtype, when they leave the parameters."""
+    """What the gradients of the coming backwards are multiplied by, in the reduce dtype, when they leave the parameters.
+
+    alone: each rank keeps its own gradients, and trains a model of its own; see `alone.py`.
+    """
 
     value: float = 1.0
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class Engine:
     """What every unit of a model shares.
 
     reduce_dtype: gradients are summed in it. norms: of single gradients, for scripts. doubts: about what scripts have written.
-    peers: where shards rest that copy engines gather, or None. share: of micro-batches.
+    peers: where shards rest that copy engines gather, or None. share: of micro-batches, and of ranks.
     """
 
     ranks: Ranks

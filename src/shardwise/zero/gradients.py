@@ -106,8 +106,10 @@ class Gradients:
                 shards.reduce_scatter(partial, out)
             else:
                 out = partial
-                shards.all_reduce_gradient(out)
-            copies.all_reduce_gradient(out)
+                if not engine.share.alone:
+                    shards.all_reduce_gradient(out)
+            if not engine.share.alone:
+                copies.all_reduce_gradient(out)
             done = sums.add(out, boundary=boundary, measured=self.measured)
         engine.reductions.add(done, partial)
 

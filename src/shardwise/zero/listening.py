@@ -92,8 +92,8 @@ class Listening:
     def _listen(self, module: nn.Module) -> None:
         kind, owner = len(self._entries), self._owner
         entry = self._entries[module] = Entry(owner.before_backward, owner.after_backward)
-        before = _ModuleHook(owner.before_forward, kind, entry)
-        after = _ModuleHook(owner.after_forward, entry)
+        before = ModuleHook(owner.before_forward, kind, entry)
+        after = ModuleHook(owner.after_forward, entry)
         self._handles += [
             module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
             module.register_forward_hook(after, always_call=True),
@@ -118,7 +118,7 @@ class Listening:
         self.stop_listening()
 
 
-class _ModuleHook(partial[Any]):
+class ModuleHook(partial[Any]):
     """A hook on a module. In a copy of the module, or in a file of it, there is one that does nothing, of Python's own.
 
     So a copy is nobody's: it knows no engine, and who loads the file need not have this library.
@@ -126,6 +126,24 @@ class _ModuleHook(partial[Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")  # takes any arguments and gives None
+
+
+def change_outputs(module: nn.Module, change: Callable[[Any], Any]) -> RemovableHandle:
+    """From now on a call of `module` gives `change(output)`: every other hook on it, earlier or later, is given that too."""
+    return module.register_forward_hook(ModuleHook(_changed, change), prepend=True)
+
+
+def _changed(change: Callable[[Any], Any], module: nn.Module, args: Any, output: Any) -> Any:
+    return change(output)
+
+
+def call_before_forwards(module: nn.Module, call: Callable[[], None]) -> RemovableHandle:
+    """From now on `call` comes before every other hook on `module`."""
+    return module.register_forward_pre_hook(ModuleHook(_called, call), prepend=True)
+
+
+def _called(call: Callable[[], None], module: nn.Module, args: Any) -> None:
+    call()
 
 
 def _counted(hooks: Hears, unit: Unit, index: int) -> Callable[[Tensor], None]:

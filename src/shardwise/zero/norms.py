@@ -37,6 +37,11 @@ def addend(own: Tensor, ranks: Ranks, *, sharded: bool) -> Tensor:
     return own if alike == 1 else own / alike
 
 
+def own_power(own: Tensor, together: Tensor) -> Tensor:
+    """The sum of a rank that trains alone, unless that of all, `together`, is not finite: such a step is skipped on all."""
+    return torch.where(torch.isfinite(together), own, together)
+
+
 class _Values(Protocol):
     dtype: torch.dtype
 

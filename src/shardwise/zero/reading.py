@@ -21,10 +21,12 @@ class Reading:
     """Of one model.
 
     units:  all of its, as they are at the time. writes: how often a script has written into its weights.
+    takes_first_ranks: inside of `gathered(modify=True)` on several ranks.
     """
 
     def __init__(self, units: list[Unit], engine: Engine, schedule: Schedule, hooks: Hooks) -> None:
         self.writes = 0
+        self.takes_first_ranks = False
         self._units = units
         self._engine = engine
         self._ranks = engine.ranks
@@ -49,6 +51,7 @@ class Reading:
         with self._schedule.hold(units):
             try:
                 # What is computed of the weights here may have its backward when they are released again.
+                self.takes_first_ranks = modify and self._ranks.world_size > 1
                 with self._ranks.agreeing() if modify else nullcontext(), self._hooks.saved.following():
                     yield
                 if modify:
@@ -59,6 +62,7 @@ class Reading:
                 else:
                     self._keep_written(units)
             finally:
+                self.takes_first_ranks = False
                 for unit in units:
                     unit.written()  # what nobody has kept goes with the block
 

@@ -68,6 +68,7 @@ class ShardedModel:
     sources:        of the parameters on the meta device: each rank reads its own interval from them.
     nvme_paths:     directories of what rests on nvme. serial: one lane does everything, for measurements.
     after_step:     called after every step of an optimizer on this model, on every rank. after_backward: after a backward.
+                    before_following: before masters follow the weights.
     trains:         False for a model that no optimizer steps: no masters, no gradients. What has gradients in a backward
                     after all, or comes to an optimizer, is thawed.
     whole:          the weights whole, one unit at a time.
@@ -101,6 +102,7 @@ class ShardedModel:
         self.options = options
         self.after_step: list[Callable[[], None]] = []
         self.after_backward: list[Callable[[], None]] = []
+        self.before_following: list[Callable[[], None]] = []
         self._quantised = QuantisedWeights(model)
         own_sources = dict(sources or {})
 
@@ -191,11 +193,12 @@ class ShardedModel:
             # A parameter that no rank used keeps no gradient, as in one process: the optimizer must not touch it.
             used, thaws = self.thawing.vote([flag for g in gradients for flag in g.used])
             flags = iter(used)
-            for g in gradients:
+            for g in gradients if not self._engine.share.alone else ():
                 g.used = list(islice(flags, len(g.used)))
             if thaws:
                 self.thawing.thaw()
-            self.running_buffers.step_ends()
+            if not self._engine.share.alone:
+                self.running_buffers.step_ends()
         for trained in self.trained():
             trained.gradients.shown.show()
         for call in self.after_backward:
@@ -266,7 +269,14 @@ class ShardedModel:
 
     def follow_weights(self) -> None:
         """Let masters follow what a script has written into trained weights. Raises WriteError for what cannot count."""
+        for call in self.before_following:
+            call()
         self._reading.follow()
+
+    @property
+    def takes_first_ranks(self) -> bool:
+        """Whether rank 0's weights will be everybody's, whatever this rank writes: inside of `gathered(modify=True)`."""
+        return self._reading.takes_first_ranks
 
     @property
     def writes(self) -> int:

@@ -18,9 +18,9 @@ from torch import nn
 
 from ...building.loading import building
 from ...errors import ConfigError
+from ...run.deepspeed_words import load
 from .comm import init_distributed
 from .gathering import marking
-from .settings import load
 
 original_arange = torch.arange
 

@@ -76,7 +76,7 @@ def init_distributed(
             dist_backend, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout
         )
         return
-    ranks = join_run(timeout_s=None if timeout is None else timeout.total_seconds())
+    ranks = join_run(beside_accelerate=True, timeout_s=None if timeout is None else timeout.total_seconds())
     if ranks.world_size == 1 and not dist.is_initialized():
         backend = "nccl" if ranks.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
@@ -95,7 +95,7 @@ def joined() -> Ranks | None:
 
 def met() -> Ranks | None:
     """The run, which is joined here if the script has initialized torch.distributed by itself. Collective."""
-    return join_run() if Joined.ranks is None and dist.is_initialized() else Joined.ranks
+    return join_run(beside_accelerate=True) if Joined.ranks is None and dist.is_initialized() else Joined.ranks
 
 
 def get_rank(group: Any = None) -> int:  # noqa: F811 - torch's name of the argument

@@ -15,6 +15,7 @@ from torch.utils.data.distributed import DistributedSampler
 from ...errors import ConfigError, OptimizerError
 from ...front.entering import CheckedModel, into_engine
 from ...ranks.ranks import Ranks
+from ...run.deepspeed_sections import make_optimizer, make_scheduler
 from ...run.joined import join_run
 from ...step.optimizer import ShardedOptimizer
 from ...zero.sharded import find_sharded
@@ -24,7 +25,6 @@ from .backwards import Backwards
 from .comm import init_distributed
 from .engine import DeepSpeedEngine, former_engine
 from .optimizer import ZeroOptimizer, optimizer_class
-from .sections import make_optimizer, make_scheduler
 
 logger = logging.getLogger("shardwise")
 

@@ -10,13 +10,10 @@ file's own section "shardwise". What a key means is `config/deepspeed_json.py`'s
 
 from __future__ import annotations
 
-import base64
 import copy
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,10 +23,10 @@ from ...config.deepspeed_json import LOSS_SCALE_WINDOW, DeepSpeedFile, read_deep
 from ...config.schema import Config, EngineConfig
 from ...config.setting import setting_of
 from ...errors import ConfigError
-from ...files.documents import SETTINGS_NBYTES, parse_json, read_text, shown
 from ...front.settings import loss_scaler
 from ...plan.plan import Plan
 from ...plan.precision import LossScaler, Precision
+from ...run.deepspeed_words import load
 
 # DeepSpeed's, where its file does not say.
 CLIPPING = 1.0
@@ -94,33 +91,6 @@ class Settings:
     @property
     def gathers_on_save(self) -> bool:
         return self.config.zero.zero3_save_16bit_model
-
-
-def load(source: Any) -> tuple[dict[str, Any], str]:
-    """The configuration as a dictionary, the very one if it is one, and its name for errors. Raises ConfigError."""
-    if isinstance(source, dict):
-        return source, "the DeepSpeed configuration"
-    if isinstance(source, Mapping):
-        return dict(source), "the DeepSpeed configuration"
-    if not isinstance(source, (str, Path)):
-        raise ConfigError(
-            f"the DeepSpeed configuration is a {type(source).__name__}: give a dictionary, a path, or base64 of JSON."
-        )
-    if os.path.exists(source):  # also asked of text that is longer than a name can be
-        name = str(source)
-        text = read_text(source, ConfigError, SETTINGS_NBYTES)
-    else:
-        name = "the DeepSpeed configuration in base64"
-        try:
-            text = base64.urlsafe_b64decode(str(source)).decode()
-        except ValueError:
-            raise ConfigError(
-                f"{shown(str(source))}: there is no such file, and it is no base64 of a DeepSpeed configuration."
-            ) from None
-    values = parse_json(text, name, ConfigError)
-    if not isinstance(values, dict):
-        raise ConfigError(f"{name}: is not a JSON object")
-    return values, name
 
 
 def read(source: Any, world_size: int, *, base: Config | None = None) -> Settings:

@@ -27,7 +27,7 @@ class BaseEnum(StrEnum, metaclass=EnumWithContains):
 
 
 class LoggerType(BaseEnum):
-    """Trackers by name, for `log_with`."""
+    """The trackers that `log_with` knows by name; ALL are those whose packages are installed."""
 
     ALL = "all"
     AIM = "aim"

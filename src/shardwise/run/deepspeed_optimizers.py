@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ...errors import ConfigError
+from ..errors import ConfigError
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ...errors import ConfigError
-from . import schedules
-from .optimizers import DeepSpeedCPUAdagrad, DeepSpeedCPUAdam, Lion
+from ..errors import ConfigError
+from . import deepspeed_schedules as schedules
+from .deepspeed_optimizers import DeepSpeedCPUAdagrad, DeepSpeedCPUAdam, Lion
 
 _OTHERS = {
     **dict.fromkeys(("lamb", "onebitlamb"), "it takes the norm of each whole weight"),
@@ -75,8 +75,8 @@ def _read(section: Mapping[str, Any], what: str) -> tuple[str, dict[str, Any]]:
         values = value if isinstance(value, (list, tuple)) else [value]
         if "auto" in [item for item in values if isinstance(item, str)]:
             raise ConfigError(
-                f"{what}.params.{key}: is still 'auto'. Transformers' Trainer and accelerate fill it in; a script of its "
-                "own writes a number."
+                f"{what}.params.{key}: is still 'auto'. Transformers' Trainer and accelerate fill it in, and a DummyOptim or "
+                "DummyScheduler that has it; a script of its own writes a number."
             )
     return name, {k: tuple(v) if k == "betas" else v for k, v in settings.items()}
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import ConfigError
+from ..errors import ConfigError
 
 Numbers = float | Sequence[float]
 

@@ -1,0 +1,50 @@
+"""Flags of `accelerate launch` that `shardwise launch` has not, and what to use in place of each."""
+
+from __future__ import annotations
+
+_HOSTFILE = "hostfiles are not read; run `shardwise launch` on every machine with its --machine_rank"
+_CLOUD = "cloud services are not supported; start the script on the machine itself"
+_TPU = "TPUs are not supported"
+_COMPILER = "write {} into dynamo_config of the YAML file"
+_ANOTHER = "{} is not what shardwise runs; use --zero_stage 3"
+
+_INSTEAD: dict[str, str] = {
+    "fp16": "write --mixed_precision fp16",
+    "bf16": "write --mixed_precision bf16",
+    "deepspeed_hostfile": _HOSTFILE,
+    "deepspeed_exclusion_filter": f"{_HOSTFILE}, and --gpu_ids for the GPUs of one",
+    "deepspeed_inclusion_filter": f"{_HOSTFILE}, and --gpu_ids for the GPUs of one",
+    "mpirun_hostfile": "processes are not started through mpirun here; `mpirun python train.py` works by itself",
+    "rdzv_conf": "torch's rendezvous needs nothing more; --rdzv_backend, --main_process_ip and --main_process_port say where",
+    "role": "the ranks have one role",
+    "main_training_function": "the script is run from its first line",
+    "use_fsdp": _ANOTHER.format("FSDP"),
+    "use_megatron_lm": _ANOTHER.format("Megatron-LM"),
+    "use_parallelism_config": "tensor, context and pipeline parallelism are not supported; use --zero_stage 3",
+    "downcast_bf16": _TPU,
+    "vm": _TPU,
+    "env": _TPU,
+    "no_tpu_cluster": _TPU,
+    "use_xpu": "only CUDA devices and the CPU are supported",
+    "ipex": "only CUDA devices and the CPU are supported",
+    **{
+        name: _COMPILER.format(name)
+        for name in ("dynamo_mode", "dynamo_use_dynamic", "dynamo_use_fullgraph", "dynamo_use_regional_compilation")
+    },
+}
+_BEGINNINGS: dict[str, str] = {
+    "fsdp_": _INSTEAD["use_fsdp"],
+    "megatron_lm_": _INSTEAD["use_megatron_lm"],
+    "parallelism_config_": _INSTEAD["use_parallelism_config"],
+    "fp8_": "fp8 is not supported; use --mixed_precision bf16",
+    "aws_": _CLOUD,
+    "tpu": _TPU,
+}
+
+
+def instead_of(flag: str) -> str | None:
+    """What to use in place of a flag of accelerate's, as the end of a sentence; None for a flag that it has not either."""
+    name = flag.lstrip("-").replace("-", "_")
+    if name in _INSTEAD:
+        return _INSTEAD[name]
+    return next((text for beginning, text in _BEGINNINGS.items() if name.startswith(beginning)), None)
