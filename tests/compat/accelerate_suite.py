@@ -200,7 +200,16 @@ def _run_script(root: Path, name: str, options: argparse.Namespace) -> tuple[int
     driver = root / "driver.py"
     module = "shardwise.test_utils." + name.removesuffix(".py").replace("/", ".")
     driver.write_text(f"import shardwise_accelerate_suite as suite\nsuite.play({module!r})\n")
-    command = [options.python, "-c", "from shardwise.cli.main import main; main()", "launch", "--use_cpu", "--num_processes", "2", str(driver)]
+    command = [
+        options.python,
+        "-c",
+        "from shardwise.cli.main import main; main()",
+        "launch",
+        "--use_cpu",
+        "--num_processes",
+        "2",
+        str(driver),
+    ]
     said = _execute(command, root, name, options, **{_RESULTS: str(results)})
     ranks = [json.loads(path.read_text()) for path in sorted(results.iterdir())]
     verdicts: dict[str, str] = {}

@@ -139,7 +139,16 @@ def _run(word: str, checkout: Path, place: Path, how: str, options: argparse.Nam
     if how == "accelerate":
         launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
     else:
-        launch = ["-c", "from shardwise.cli.main import main; main()", "launch", "--use_cpu", "--num_processes", "2", "--zero_stage", how]
+        launch = [
+            "-c",
+            "from shardwise.cli.main import main; main()",
+            "launch",
+            "--use_cpu",
+            "--num_processes",
+            "2",
+            "--zero_stage",
+            how,
+        ]
     arguments = script.arguments.format(place=place, out=work / "out", steps=_STEPS).split()
     here = os.environ.get("PYTHONPATH")
     environment = {
@@ -263,7 +272,14 @@ def _make_diffusion(place: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     letters = "abcdefghijklmnopqrstuvwxyz"
-    vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters), "do", "dog</w>"]
+    vocabulary = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        "do",
+        "dog</w>",
+    ]
     (place / "words").mkdir()
     (place / "words" / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocabulary)}))
     (place / "words" / "merges.txt").write_text("#version: 0.2\nd o\ndo g</w>\n")
