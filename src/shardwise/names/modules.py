@@ -42,6 +42,8 @@ class NamesModule(ModuleType):
         child = f"{self.__name__}.{name}"
         if child.partition(".")[2] in NAMES:
             return importlib.import_module(child)
+        if name in ROWS:  # accelerate's modules import one another's names, and scripts take them from any of them
+            return resolve(name)
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -170,6 +170,7 @@ MODULES: dict[str, str] = {
         remove_hook_from_submodules""",
     "launchers": f"PrepareForLaunch {_LAUNCHED} test_launch",
     "local_sgd": "LocalSGD",
+    "parallelism_config": "ParallelismConfig",
     "optimizer": "AcceleratedOptimizer move_to_device patch_optimizer_step",
     "scheduler": "AcceleratedScheduler",
     "state": _STATE,

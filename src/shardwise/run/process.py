@@ -81,8 +81,10 @@ class PartialState:
             )
 
     @staticmethod
-    def _reset_state() -> None:
-        forget_run()
+    def _reset_state(reset_partial_state: bool = True) -> None:
+        """For tests, as accelerate's: the process knows of no run. The group of torch stays."""
+        if reset_partial_state:
+            forget_run()
 
     def __repr__(self) -> str:
         return (
