@@ -84,20 +84,46 @@ def test_a_rank_that_holds_nothing_of_an_optimizer_clips_with_the_others(world):
     world(3).run(_clip, timeout_s=60)
 
 
-def _clip_nothing(ranks):
+def _clip_strangers(ranks):
     accelerator, model = fresh(2), Heads()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     accelerator.prepare(model, optimizer)
     accelerator.backward(model(INPUT).mean())
     with pytest.raises(PrepareError, match="none of these parameters"):
-        accelerator.clip_grad_norm_([], 1.0)
+        accelerator.clip_grad_norm_([torch.ones(1)], 1.0)
     with pytest.raises(PrepareError, match="none of these parameters"):
         accelerator.clip_grad_value_([torch.ones(1)], 1.0)
     accelerator.free_memory()
 
 
 def test_parameters_of_no_optimizer_are_an_error_on_every_rank(world):
-    world(2).run(_clip_nothing, timeout_s=60)
+    world(2).run(_clip_strangers, timeout_s=60)
+
+
+def _clip_used_up(ranks):
+    """What diffusers' scripts do: an optimizer takes a filter, and what is clipped later is the same one, empty."""
+    for stage in (0, 2, 3):
+        accelerator, model = fresh(stage), Heads()
+        chosen = filter(lambda p: p.requires_grad, model.parameters())
+        optimizer = torch.optim.SGD(chosen, lr=0.1)
+        accelerator.prepare(model, optimizer)
+        said = Said()
+        for _ in range(2):
+            accelerator.backward(model(INPUT).mean() * 1000)
+            before = shardwise.gradient(model.body.weight).clone()
+            norm = accelerator.clip_grad_norm_(chosen, 1.0)
+            assert norm == torch.nn.utils.clip_grad_norm_([], 1.0) == 0.0
+            accelerator.clip_grad_value_(chosen, 1e-6)
+            assert torch.equal(shardwise.gradient(model.body.weight), before)
+            optimizer.step()
+            optimizer.zero_grad()
+        lines = [line for line in said.stop() if "clips nothing" in line]
+        assert len(lines) == (2 if ranks.rank == 0 else 0), lines  # each verb once, on the main process
+        accelerator.free_memory()
+
+
+def test_no_parameters_clip_nothing_and_it_is_said_once(world):
+    world(2).run(_clip_used_up, timeout_s=60)
 
 
 # Saving.

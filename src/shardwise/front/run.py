@@ -95,6 +95,7 @@ class Run:
         self.gradient_state = GradientState()
         self.step = 0
         self.by_script = False  # whether the script has ever said itself where a step ends
+        self.told_of_empty: set[str] = set()  # verbs of clipping that were given no parameters
         # What is saved beside what was prepared, and how saves go.
         self.custom_objects: list[Any] = []
         self.save_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
