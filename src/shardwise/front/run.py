@@ -32,6 +32,7 @@ from ..run.scheduler import Scheduler
 from ..step.averaging import ShardedEMA
 from ..step.optimizer import ShardedOptimizer
 from ..step.plain import PlainOptimizer
+from ..zero.lending import Lending
 from .entering import PreparedModel
 from .settings import Settings, plan_of
 
@@ -91,6 +92,7 @@ class Run:
         self.schedulers: list[Scheduler] = []
         self.dataloaders: list[PreparedLoader] = []
         self.averages: list[ShardedEMA] = []
+        self.lending = Lending(ranks, lambda: [prepared.sharded.schedule for prepared in self.models])
         # Accumulation. step: micro-batches since the last batch of a loader.
         self.gradient_state = GradientState()
         self.step = 0

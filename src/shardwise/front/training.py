@@ -221,8 +221,8 @@ def _steppers_of(
 def _say_nothing_is_clipped(run: Run, verb: str) -> None:
     if verb not in run.told_of_empty and run.ranks.rank == 0:
         log.warning(
-            "%s was given no parameters, and clips nothing. A generator or a filter gives its parameters once: if the optimizer "
-            "was made from the same one, it is used up. Make a list of it: list(filter(...)).",
+            "%s was given no parameters, and clips nothing. A generator or a filter gives its parameters once: if the "
+            "optimizer was made from the same one, it is used up. Make a list of it: list(filter(...)).",
             verb,
         )
     run.told_of_empty.add(verb)

@@ -22,6 +22,7 @@ from ..ranks.ranks import Ranks
 from .engine import Faults, ReductionsInFlight
 from .gathers import Gathers, Graph
 from .learned import Learned, TrainingAgreement
+from .lending import Lending
 from .passes import Agreement, HeldPass, NegotiatedPass, Pass
 from .reducing import Reducing
 from .rounds import Round, Rounds
@@ -70,7 +71,8 @@ class Schedule:
         self.faults = faults or Faults(ranks)
         # Ends a backward that an exception has left open; of whoever tells of backwards.
         self.end_left_backward: Callable[[], None] = lambda: self.end_backward(whole=False)
-        self._mode = Mode.PLAIN
+        self.lending: Lending | None = None  # of the run's models, where a script may read weights between passes
+        self._mode, self._alone = Mode.PLAIN, False
         self.renew(units)
 
     def renew(self, units: Sequence[Unit]) -> None:
@@ -96,6 +98,11 @@ class Schedule:
     def holds(self) -> bool:
         """Whether forwards gather and release nothing now: one without gradients has nothing to ask for."""
         return self._mode is _HELD
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is inside of no block that changes what passes do; `held_alone` is none."""
+        return self._mode is Mode.PLAIN or self._alone
 
     @property
     def lingers(self) -> bool:
@@ -187,12 +194,14 @@ class Schedule:
 
     def stop_lingering(self) -> None:
         """Release what stayed beyond a pass. For whoever is about to change weights, or to count memory."""
+        self.end_lending()
         self.gathers.graphs.intersection_update({Graph.RECORDING})
         if self.phase is Phase.IDLE and self._mode is not Mode.HELD:
             self.gathers.release_all()
 
     def _open(self, agreement: Agreement | None) -> None:
         """agreement: of the ranks around this walk; None where nothing is learned from it."""
+        self.end_lending()
         # What the optimizer wrote must be there before this pass gathers it.
         self.lanes.gather.wait(self.lanes.mark_compute())
         if self._mode is Mode.HELD:
@@ -210,6 +219,7 @@ class Schedule:
 
     def abandon_open_pass(self) -> None:
         """If an exception left a pass open, issue what the other ranks may still issue, then forget the pass."""
+        self.end_lending()
         if self.phase is Phase.IDLE:
             return
         self.gathers.take_turn()
@@ -222,6 +232,11 @@ class Schedule:
             self.gathers.release_all()
         self.lanes.join()
         self.phase = Phase.IDLE
+
+    def end_lending(self) -> None:
+        """Nobody reads between passes any more: what follows is for all ranks. Collective where weights were lent."""
+        if self.lending is not None:
+            self.lending.close()
 
     # Units.
 
@@ -273,6 +288,16 @@ class Schedule:
                 unit.release()
             if self._mode is not Mode.HELD:  # a graph may have ended inside
                 self.gathers.release_all()
+
+    @contextmanager
+    def held_alone(self) -> Iterator[None]:
+        """Inside, forwards without gradients ask nobody: every unit is here on this rank, which others need not know."""
+        self._pass, self._alone = None, True
+        try:
+            with self._in_mode(Mode.HELD):
+                yield
+        finally:
+            self._alone = False
 
     @contextmanager
     def _in_mode(self, mode: Mode) -> Iterator[None]:
