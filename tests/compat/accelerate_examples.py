@@ -4,11 +4,11 @@
     python tests/compat/accelerate_examples.py accelerate                       every one of EXAMPLES, at stage 0
     python tests/compat/accelerate_examples.py accelerate nlp_example --stages 2,3 --log /tmp/log
 
-Each example is copied, `accelerate` being `shardwise` in its names, and started by `shardwise launch`. What it would read from a hub is
-made here: a BERT and a Llama of two layers with a tokenizer of words, MRPC from the few rows that the checkout has for its own tests,
-pictures of noise, a small network in the place of resnet50d. `evaluate` counts accuracy and f1 by itself. The examples of by_feature
-run with TESTING_MOCKED_DATALOADERS=1, as in accelerate's tests. It needs timm and torchvision for the two of pictures, schedulefree and
-scikit-learn for one each; what is missing is said.
+Each example is copied, `accelerate` being `shardwise` in its names, and started by `shardwise launch`. What it would read from
+a hub is made here: a BERT and a Llama of two layers with a tokenizer of words, MRPC from the few rows that the checkout has for
+its own tests, pictures of noise, a small network in the place of resnet50d. `evaluate` counts accuracy and f1 by itself. The
+examples of by_feature run with TESTING_MOCKED_DATALOADERS=1, as in accelerate's tests. It needs timm and torchvision for the two
+of pictures, schedulefree and scikit-learn (which datasets then wants cloudpickle for) for one each.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ EXAMPLES = {
     "nlp_example": "",
     "complete_nlp_example": "--checkpointing_steps epoch --output_dir {out} --with_tracking --project_dir {out}/logs",
     "cv_example": "--data_dir {place}/pets",
-    "complete_cv_example": "--data_dir {place}/pets --checkpointing_steps 1 --output_dir {out} --with_tracking --project_dir {out}/logs",
+    "complete_cv_example": "--data_dir {place}/pets --checkpointing_steps 1 --output_dir {out} --with_tracking "
+    "--project_dir {out}/logs",
     "by_feature/automatic_gradient_accumulation": "",
     "by_feature/checkpointing": "--checkpointing_steps epoch --output_dir {out}",
     "by_feature/cross_validation": "--num_folds 2",
-    "by_feature/ddp_comm_hook": "--ddp_comm_hook fp16",
+    "by_feature/ddp_comm_hook": "--ddp_comm_hook no",
     "by_feature/deepspeed_with_config_support": "--train_file {place}/lines.txt --validation_file {place}/lines.txt "
     "--model_name_or_path {place}/language --output_dir {out} --num_train_epochs 1 --block_size 16 --seed 3 "
     "--per_device_train_batch_size 2 --per_device_eval_batch_size 2 --checkpointing_steps epoch",

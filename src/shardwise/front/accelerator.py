@@ -335,16 +335,12 @@ class Accelerator(PartialState):
     def wait_for_everyone(self) -> None:
         """Return once every rank has come here. Raises NonFiniteError if the last step's loss was not finite.
 
-        Behind it a rank alone may read sharded weights, and evaluate, until it does something with the others, who wait for it
-        in what they do next: see `zero/lending.py`.
+        Until its next call to the others a rank alone may then read sharded weights, and evaluate: `zero/lending.py`.
         """
-        self._assemble()
-        self._run.lending.open()
-
-    def _assemble(self) -> None:
         for entry in self._run.optimizers:
             entry.stepper.raise_if_bad()
         super().wait_for_everyone()
+        self._run.lending.open()
 
     def end_training(self) -> None:
         """Wait for saves, close the trackers and leave the run. Nothing that needs the other ranks works afterwards.
@@ -360,7 +356,7 @@ class Accelerator(PartialState):
                 logger.warning("The tracker %s could not be closed: %s.", getattr(tracker, "name", tracker), broken)
             else:
                 error = error or broken
-        _, later = attempt(self._assemble)
+        _, later = attempt(self.wait_for_everyone)
         self._run.lending.forget()
         if later is None:
             leave_run()

@@ -22,17 +22,14 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from enum import IntEnum
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import ReleasedParameterError, WriteError
 from ..ranks.ranks import Ranks
+from .schedule import Lends, Mode, Schedule
 from .unit import Unit, Weights
-
-if TYPE_CHECKING:
-    from .schedule import Schedule
 
 log = logging.getLogger("shardwise")
 
@@ -48,7 +45,7 @@ class Vote(IntEnum):
     READS = 2
 
 
-class Lending:
+class Lending(Lends):
     """Of all models of a run.
 
     schedules: gives those of the prepared models, in the same order on every rank.
@@ -60,7 +57,8 @@ class Lending:
         self._open = False
         self._lent: dict[Unit, Schedule] = {}  # to this rank, in the open window
         self._written: list[tuple[Unit, str]] = []  # what it has written of them
-        self._held = ExitStack()  # of models that are whole here
+        self._alone: list[Schedule] = []  # of models that are whole here, for forwards that ask nobody
+        self._held = ExitStack()
         self._meetings = 0
         self._told = False
 
@@ -123,6 +121,7 @@ class Lending:
         lent, self._lent = self._lent, {}
         written, self._written = {unit for unit, _ in self._written}, []
         self._held.close()
+        self._alone.clear()
         problem = None
         for unit in written:
             unit.strayed = True
@@ -185,7 +184,7 @@ class Lending:
         schedules = self._schedules()
         places = [known for owner in schedules for known in owner.units]
         # Where ranks generate, each runs forwards of its own.
-        if unit not in places or self._ranks.parted or any(not owner.is_plain for owner in schedules):
+        if unit not in places or self._ranks.parted or not all(map(self._is_plain, schedules)):
             return False
         if not self._open:
             self._meet(name)
@@ -194,19 +193,23 @@ class Lending:
             self._vote(Vote.READS, places.index(unit))
         return True
 
+    def _is_plain(self, schedule: Schedule) -> bool:
+        return schedule.mode is Mode.PLAIN or schedule in self._alone
+
     def evaluates(self, schedule: Schedule) -> None:
         """A forward without gradients begins. Where other ranks do something else, the whole model is gathered for it."""
         if not self._open:
             return
         checksum = self._written_here()
-        while Vote.READS in self._vote(Vote.EVALUATES, checksum):  # who reads may evaluate next
+        while Vote.READS in (votes := self._vote(Vote.EVALUATES, checksum)):  # who reads may evaluate next
             pass
-        if not self._open:
+        if len(votes) == 1:  # all do, and the window is closed
             return
         for unit in schedule.units:
             if unit.leaves:
                 self.lend(schedule, unit, unit.name)
-        self._held.enter_context(schedule.held_alone())
+        self._alone.append(schedule)
+        self._held.enter_context(schedule.in_mode(Mode.HELD))
 
     def _meet(self, name: str) -> None:
         """Return once every rank reads; told once. Raises ReleasedParameterError if one does not come to a read."""
