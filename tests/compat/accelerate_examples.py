@@ -7,8 +7,8 @@
 Each example is copied, `accelerate` being `shardwise` in its names, and started by `shardwise launch`. What it would read from
 a hub is made here: a BERT and a Llama of two layers with a tokenizer of words, MRPC from the few rows that the checkout has for
 its own tests, pictures of noise, a small network in the place of resnet50d. `evaluate` counts accuracy and f1 by itself. The
-examples of by_feature run with TESTING_MOCKED_DATALOADERS=1, as in accelerate's tests. It needs timm and torchvision for the two
-of pictures, schedulefree and scikit-learn (which datasets then wants cloudpickle for) for one each.
+examples of by_feature run with TESTING_MOCKED_DATALOADERS=1, as in accelerate's tests. It needs timm and torchvision for
+those of pictures, schedulefree and scikit-learn (which datasets then wants cloudpickle for) for one each.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _make_inputs(place: Path, checkout: Path) -> None:
     samples = checkout / "tests" / "test_samples"
     shutil.copytree(samples, place / "tests" / "test_samples")
     _beside("accelerate_suite").renamed(checkout / "src" / "accelerate" / "test_utils", place / "test_utils")
-    _beside("public_scripts")._make_language(place)
+    _beside("public_inputs").make_language(place)
     lines = (samples / "MRPC" / "train.csv").read_text().splitlines()[1:]
     (place / "lines.txt").write_text("\n".join(line.replace(",", " ") for line in 4 * lines))
     draw = numpy.random.default_rng(0)

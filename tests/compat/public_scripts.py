@@ -1,4 +1,4 @@
-"""Runs public training scripts on shardwise with one word changed, on two CPU processes, and holds their losses against accelerate's.
+"""Runs public training scripts on shardwise with one word changed, on two CPU processes, beside accelerate.
 
     git clone https://github.com/huggingface/diffusers
     git clone https://github.com/huggingface/peft
@@ -34,7 +34,6 @@ from typing import Any
 PLACE = "SHARDWISE_PUBLIC_SCRIPTS"
 _STEPS = 6
 _LIMIT_S = 400
-_WORDS = "no one tweets @ # about a photo of the sks dog cat red blue green thing this is good bad label complaint text : . ? ' s"
 _SITE = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("shardwise_public_scripts", {path!r})
@@ -53,7 +52,10 @@ class Script:
     arguments: str
 
 
-_DIFFUSION = "--resolution 32 --train_batch_size 2 --max_train_steps {steps} --learning_rate 1e-3 --seed 3 --output_dir {out} --lr_warmup_steps 0"
+_DIFFUSION = (
+    "--resolution 32 --train_batch_size 2 --max_train_steps {steps} --learning_rate 1e-3 --seed 3 --output_dir {out} "
+    "--lr_warmup_steps 0"
+)
 SCRIPTS = {
     "text_to_image_lora": Script(
         "diffusers",
@@ -69,8 +71,9 @@ SCRIPTS = {
     "unconditional_ema": Script(
         "diffusers",
         "examples/unconditional_image_generation/train_unconditional.py",
-        "--train_data_dir {place}/images --model_config_name_or_path {place}/unet --resolution 32 --train_batch_size 2 --num_epochs 2 "
-        "--use_ema --ddpm_num_inference_steps 2 --eval_batch_size 2 --output_dir {out} --lr_warmup_steps 0 --learning_rate 1e-3",
+        "--train_data_dir {place}/images --model_config_name_or_path {place}/unet --resolution 32 "
+        "--train_batch_size 2 --num_epochs 2 --use_ema --ddpm_num_inference_steps 2 --eval_batch_size 2 --output_dir {out} "
+        "--lr_warmup_steps 0 --learning_rate 1e-3",
     ),
     "textual_inversion": Script(
         "diffusers",
@@ -84,8 +87,9 @@ SCRIPTS = {
     "peft_sequence_classification": Script(
         "peft",
         "examples/sequence_classification/peft_no_lora_accelerate.py",
-        "--model_name_or_path {place}/classifier --peft_type prompt_tuning --per_device_train_batch_size 2 --num_train_epochs 2 "
-        "--per_device_eval_batch_size 2 --output_dir {out} --seed 3 --num_warmup_steps 0 --learning_rate 1e-2",
+        "--model_name_or_path {place}/classifier --peft_type prompt_tuning --per_device_train_batch_size 2 "
+        "--num_train_epochs 2 --per_device_eval_batch_size 2 --output_dir {out} --seed 3 "
+        "--num_warmup_steps 0 --learning_rate 1e-2",
     ),
 }
 
@@ -161,7 +165,7 @@ def _run(word: str, checkout: Path, place: Path, how: str, options: argparse.Nam
     work.mkdir(parents=True)
     text = (checkout / script.path).read_text()
     copy = work / Path(script.path).name
-    copy.write_text(text if how == "accelerate" else _suite()._renamed(text))
+    copy.write_text(text if how == "accelerate" else _beside("accelerate_suite")._renamed(text))
     if how == "accelerate":
         launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
     else:
@@ -214,17 +218,14 @@ def _run(word: str, checkout: Path, place: Path, how: str, options: argparse.Nam
     return losses
 
 
-def _suite() -> ModuleType:
-    """`accelerate_suite.py`, which renames."""
-    spec = importlib.util.spec_from_file_location("accelerate_suite", Path(__file__).with_name("accelerate_suite.py"))
+def _beside(name: str) -> ModuleType:
+    """A program of this directory as a module."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-# What scripts read.
 
 
 def make_inputs(place: Path) -> None:
@@ -233,134 +234,10 @@ def make_inputs(place: Path) -> None:
     torch.manual_seed(0)
     (place / "site").mkdir()
     (place / "site" / "sitecustomize.py").write_text(_SITE.format(path=str(Path(__file__).resolve())))
-    _make_images(place)
-    _make_language(place)
-    _make_diffusion(place)
-
-
-def _make_images(place: Path) -> None:
-    import numpy
-    from PIL import Image
-
-    draw = numpy.random.default_rng(0)
-    for folder in ("images", "captioned"):
-        (place / folder).mkdir()
-    captions = []
-    for index in range(16):
-        image = Image.fromarray(draw.integers(0, 255, (32, 32, 3), dtype=numpy.uint8))
-        for folder in ("images", "captioned"):
-            image.save(place / folder / f"{index:02}.png")
-        captions.append(
-            json.dumps({"file_name": f"{index:02}.png", "text": f"a photo of the {_WORDS.split()[index]} dog"})
-        )
-    (place / "captioned" / "metadata.jsonl").write_text("\n".join(captions))
-
-
-def _make_language(place: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (
-        BertConfig,
-        BertForSequenceClassification,
-        LlamaConfig,
-        LlamaForCausalLM,
-        PreTrainedTokenizerFast,
-    )
-
-    words = ["<pad>", "<s>", "</s>", "<unk>", *_WORDS.split(), "Tweet", "text", "Label"]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        model_max_length=32,
-    )
-    small = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 64,
-    }
-    llama = LlamaForCausalLM(
-        LlamaConfig(**small, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    )
-    bert = BertForSequenceClassification(BertConfig(**small, max_position_embeddings=128, pad_token_id=0))
-    for name, model in (("language", llama), ("classifier", bert)):
-        model.save_pretrained(place / name)
-        fast.save_pretrained(place / name)
-
-
-def _make_diffusion(place: Path) -> None:
-    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    vocabulary = [
-        "<|startoftext|>",
-        "<|endoftext|>",
-        *letters,
-        *(f"{letter}</w>" for letter in letters),
-        "do",
-        "dog</w>",
-    ]
-    (place / "words").mkdir()
-    (place / "words" / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocabulary)}))
-    (place / "words" / "merges.txt").write_text("#version: 0.2\nd o\ndo g</w>\n")
-    tokenizer = CLIPTokenizer(
-        str(place / "words" / "vocab.json"),
-        str(place / "words" / "merges.txt"),
-        model_max_length=16,
-        pad_token="<|endoftext|>",
-    )
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer) + 64,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=16,
-            bos_token_id=0,
-            eos_token_id=1,
-        )
-    )
-    small = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=8,
-        **small,
-    )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        **small,
-    )
-    StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=DDPMScheduler(num_train_timesteps=50),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(place / "diffusion")
-    UNet2DModel(
-        sample_size=32,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=8,
-        **small,
-    ).save_config(place / "unet")
+    inputs = _beside("public_inputs")
+    inputs.make_images(place)
+    inputs.make_language(place)
+    inputs.make_diffusion(place)
 
 
 # What stands around a script.
@@ -432,7 +309,7 @@ def _local_data(module: ModuleType) -> None:
     def load_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
         from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-        words = _WORDS.split()
+        words = _beside("public_inputs").WORDS.split()
         if path == "glue":
             rows = {
                 "sentence1": [" ".join(words[i : i + 4]) for i in range(16)],

@@ -1,4 +1,4 @@
-"""What a script written for DDP does with weights between passes, at stage 3: on all ranks, and on one that the others wait for."""
+"""What a script for DDP does with weights between passes, at stage 3: on all ranks, and on one that the others wait for."""
 
 from __future__ import annotations
 

@@ -333,10 +333,7 @@ class Accelerator(PartialState):
         return skip_batches_of(dataloader, num_batches)
 
     def wait_for_everyone(self) -> None:
-        """Return once every rank has come here. Raises NonFiniteError if the last step's loss was not finite.
-
-        Until its next call to the others a rank alone may then read sharded weights, and evaluate: `zero/lending.py`.
-        """
+        """Return once every rank has come here; see `zero/lending.py` for what one may do alone then. Raises NonFiniteError."""
         for entry in self._run.optimizers:
             entry.stepper.raise_if_bad()
         super().wait_for_everyone()

@@ -17,10 +17,12 @@ the same on all ranks, or be undone before the window closes (an average that is
 
 from __future__ import annotations
 
+import atexit
 import logging
+import sys
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from enum import IntEnum
 
 import torch
@@ -60,7 +62,7 @@ class Lending(Lends):
         self._alone: list[Schedule] = []  # of models that are whole here, for forwards that ask nobody
         self._held = ExitStack()
         self._meetings = 0
-        self._told = False
+        self._told = self._leaves_in_order = False
 
     # Windows.
 
@@ -69,6 +71,15 @@ class Lending(Lends):
         if any(unit.leaves for schedule in self._schedules() for unit in schedule.units):
             self._open = True
             self._ranks.attendance.before = self.close
+            if not self._leaves_in_order:
+                self._leaves_in_order = True
+                atexit.register(self._leave)
+
+    def _leave(self) -> None:
+        """The script has ended without a word, on this rank: another one may still read."""
+        if self._open and getattr(sys, "last_value", None) is None and not self._ranks.parted:
+            with suppress(Exception):
+                self.close()
 
     def close(self) -> None:
         """Go on with the others, once all do: gather until then what they read. Does nothing if no window is open.
@@ -216,6 +227,7 @@ class Lending(Lends):
         ranks = self._ranks
         self._meetings += 1
         if ranks.world_size > 1 and not ranks.words.meet(f"reads/{self._meetings}", LIMIT_S, SAY_AFTER_S):
+            self._meetings -= 1  # nobody has met
             raise ReleasedParameterError(
                 f"parameter {name!r} was read while it is sharded, and not on every rank within {LIMIT_S:.0f} s: this rank "
                 "holds only its shard, and the others do something else. Read it on every rank, best in "
