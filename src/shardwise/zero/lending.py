@@ -21,6 +21,7 @@ import atexit
 import logging
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from enum import IntEnum
@@ -37,6 +38,10 @@ log = logging.getLogger("shardwise")
 
 # How long a read waits for the other ranks to come to one, and after what time it says so.
 LIMIT_S, SAY_AFTER_S = 60.0, 5.0
+
+
+# How often all ranks have met in a read, whichever run it was in: their marks stay in the store.
+_meetings: Counter[str] = Counter()
 
 
 class Vote(IntEnum):
@@ -61,7 +66,6 @@ class Lending(Lends):
         self._written: list[tuple[Unit, str]] = []  # what it has written of them
         self._alone: list[Schedule] = []  # of models that are whole here, for forwards that ask nobody
         self._held = ExitStack()
-        self._meetings = 0
         self._told = self._leaves_in_order = False
 
     # Windows.
@@ -225,9 +229,9 @@ class Lending(Lends):
     def _meet(self, name: str) -> None:
         """Return once every rank reads; told once. Raises ReleasedParameterError if one does not come to a read."""
         ranks = self._ranks
-        self._meetings += 1
-        if ranks.world_size > 1 and not ranks.words.meet(f"reads/{self._meetings}", LIMIT_S, SAY_AFTER_S):
-            self._meetings -= 1  # nobody has met
+        _meetings["reads"] += 1
+        if ranks.world_size > 1 and not ranks.words.meet(f"reads/{_meetings['reads']}", LIMIT_S, SAY_AFTER_S):
+            _meetings["reads"] -= 1  # nobody has met
             raise ReleasedParameterError(
                 f"parameter {name!r} was read while it is sharded, and not on every rank within {LIMIT_S:.0f} s: this rank "
                 "holds only its shard, and the others do something else. Read it on every rank, best in "
