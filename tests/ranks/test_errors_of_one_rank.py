@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import itertools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ranks.test_front_training import fresh
-from shardwise import Accelerator
+from shardwise import Accelerator, gradient
 from shardwise.errors import CheckpointError, PrepareError, RankError, ShardwiseError
 from shardwise.files import disk
 from shardwise.zero import whole
@@ -84,20 +85,50 @@ def test_a_rank_that_holds_nothing_of_an_optimizer_clips_with_the_others(world):
     world(3).run(_clip, timeout_s=60)
 
 
-def _clip_nothing(ranks):
+def _clip_strangers(ranks):
     accelerator, model = fresh(2), Heads()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     accelerator.prepare(model, optimizer)
     accelerator.backward(model(INPUT).mean())
     with pytest.raises(PrepareError, match="none of these parameters"):
-        accelerator.clip_grad_norm_([], 1.0)
+        accelerator.clip_grad_norm_([torch.ones(1)], 1.0)
     with pytest.raises(PrepareError, match="none of these parameters"):
         accelerator.clip_grad_value_([torch.ones(1)], 1.0)
     accelerator.free_memory()
 
 
 def test_parameters_of_no_optimizer_are_an_error_on_every_rank(world):
-    world(2).run(_clip_nothing, timeout_s=60)
+    world(2).run(_clip_strangers, timeout_s=60)
+
+
+def _clip_used_up(ranks):
+    """What diffusers' scripts do: an optimizer takes a filter, and what is clipped later is the same one, empty."""
+    for stage in (0, 2, 3):
+        accelerator, model = fresh(stage), Heads()
+        chosen = filter(lambda p: p.requires_grad, model.parameters())
+        optimizer = torch.optim.SGD(chosen, lr=0.1)
+        accelerator.prepare(model, optimizer)
+        said: list[str] = []
+        heard = logging.Handler()
+        heard.emit = lambda record, said=said: said.append(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger("shardwise").addHandler(heard)
+        for _ in range(2):
+            accelerator.backward(model(INPUT).mean() * 1000)
+            before = gradient(model.body.weight).clone()
+            norm = accelerator.clip_grad_norm_(chosen, 1.0)
+            assert norm == torch.nn.utils.clip_grad_norm_([], 1.0) == 0.0
+            accelerator.clip_grad_value_(chosen, 1e-6)
+            assert torch.equal(gradient(model.body.weight), before)
+            optimizer.step()
+            optimizer.zero_grad()
+        logging.getLogger("shardwise").removeHandler(heard)
+        lines = [line for line in said if "clips nothing" in line]
+        assert len(lines) == (2 if ranks.rank == 0 else 0), lines  # each verb once, on the main process
+        accelerator.free_memory()
+
+
+def test_no_parameters_clip_nothing_and_it_is_said_once(world):
+    world(2).run(_clip_used_up, timeout_s=60)
 
 
 # Saving.

@@ -14,7 +14,6 @@ from torch import nn
 
 import shardwise
 from shardwise import Accelerator, DeepSpeedPlugin
-from shardwise.errors import ReleasedParameterError
 from shardwise.run.process import forget_run
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -291,11 +290,14 @@ def test_what_is_written_into_a_state_dict_is_in_the_model(world, precision):
 
 def _released(ranks):
     _, model, _ = prepared("bf16", 3)
-    with pytest.raises(ReleasedParameterError, match=r"shardwise\.gathered"):
-        model.state_dict()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with shardwise.gathered(model):
+        for name, value in model.state_dict().items():
+            assert value.dtype == torch.bfloat16
+            assert torch.equal(state[name], value)
 
 
-def test_a_state_dict_of_released_weights_is_refused_and_nobody_waits(world):
+def test_a_state_dict_of_released_weights_that_every_rank_asks_for_has_those_that_compute(world):
     world(2).run(_released)
 
 

@@ -333,10 +333,11 @@ class Accelerator(PartialState):
         return skip_batches_of(dataloader, num_batches)
 
     def wait_for_everyone(self) -> None:
-        """Return once every rank has come here. Raises NonFiniteError if the last step's loss was not finite."""
+        """Return once every rank has come here; see `zero/lending.py` for what one may do alone then. Raises NonFiniteError."""
         for entry in self._run.optimizers:
             entry.stepper.raise_if_bad()
         super().wait_for_everyone()
+        self._run.lending.open()
 
     def end_training(self) -> None:
         """Wait for saves, close the trackers and leave the run. Nothing that needs the other ranks works afterwards.
@@ -353,6 +354,7 @@ class Accelerator(PartialState):
             else:
                 error = error or broken
         _, later = attempt(self.wait_for_everyone)
+        self._run.lending.forget()
         if later is None:
             leave_run()
         if error or later:

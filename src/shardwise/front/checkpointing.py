@@ -112,6 +112,7 @@ def save_state(
         raise ConfigError(f"save_state: {next(iter(kwargs))} is not one of its arguments.")
     if not safe_serialization and run.is_main_process:
         logger.warning("save_state: safe_serialization=False has no effect; checkpoints are safetensors and JSON.")
+    run.ranks.assemble("accelerator.save_state()")  # scripts for DDP call it on the main process alone
     finish_saving(run)
     way = {"async_": async_, "include_frozen": include_frozen, "the number of save hooks": len(run.save_hooks)}
     run.ranks.require_same("save_state", way)

@@ -74,6 +74,7 @@ def prepare(run: Run, *objects: Any, device_placement: Sequence[bool | None] | N
     described.show(run)
     for model in models:
         run.models.append(into_engine(model, run.config, run.plan, run.precision, run.ranks, in_fp32=True))
+        run.models[-1].sharded.schedule.lending = run.lending
     push_sync(run)
     came = set().union(*(prepared.ids for prepared in run.models[len(run.models) - len(models) :]))
     for entry in run.optimizers:

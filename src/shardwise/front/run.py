@@ -32,6 +32,7 @@ from ..run.scheduler import Scheduler
 from ..step.averaging import ShardedEMA
 from ..step.optimizer import ShardedOptimizer
 from ..step.plain import PlainOptimizer
+from ..zero.lending import Lending
 from .entering import PreparedModel
 from .settings import Settings, plan_of
 
@@ -91,10 +92,12 @@ class Run:
         self.schedulers: list[Scheduler] = []
         self.dataloaders: list[PreparedLoader] = []
         self.averages: list[ShardedEMA] = []
+        self.lending = Lending(ranks, lambda: [prepared.sharded.schedule for prepared in self.models])
         # Accumulation. step: micro-batches since the last batch of a loader.
         self.gradient_state = GradientState()
         self.step = 0
         self.by_script = False  # whether the script has ever said itself where a step ends
+        self.told_of_empty: set[str] = set()  # verbs of clipping that were given no parameters
         # What is saved beside what was prepared, and how saves go.
         self.custom_objects: list[Any] = []
         self.save_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()

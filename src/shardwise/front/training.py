@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from ..step.optimizer import ShardedOptimizer
 from ..step.plain import PlainOptimizer
 from ..zero.guard import explained
 from .run import Run
+
+log = logging.getLogger("shardwise")
 
 # Where a step ends.
 
@@ -184,6 +187,8 @@ def _steppers_of(
 ) -> list[tuple[ShardedOptimizer | PlainOptimizer, list[Tensor]]]:
     """The optimizers that these parameters belong to, with the parameters of each: the same ones on every rank, in one order.
 
+    No parameters on any rank belong to none: [], and it is said once, for the usual cause is a generator that is used up.
+
     A rank may hold no element of an optimizer, and then finds no parameter in its groups: the ranks say together which are
     meant. With one optimizer nobody waits for that but such a rank. Parameters that no optimizer steps are clipped beside
     those of any that has their model. Raises PrepareError, on every rank, if there is none.
@@ -192,6 +197,9 @@ def _steppers_of(
     owned = run.ranks.any_of([entry.holds(items) for entry in run.optimizers])
     owners = [entry for entry, meant in zip(run.optimizers, owned, strict=True) if meant]
     owners = owners or [entry for entry in run.optimizers if items and entry.stepper.knows(items)][:1]
+    if not owners and not items:
+        _say_nothing_is_clipped(run, verb)
+        return []
     if not owners:
         raise PrepareError(
             f"{verb}: none of these parameters belongs to a prepared optimizer, or to its model. Prepare the model "
@@ -210,17 +218,29 @@ def _steppers_of(
     return [(entry.stepper, part) for entry, part in zip(owners, parts, strict=True)]
 
 
+def _say_nothing_is_clipped(run: Run, verb: str) -> None:
+    if verb not in run.told_of_empty and run.ranks.rank == 0:
+        log.warning(
+            "%s was given no parameters, and clips nothing. A generator or a filter gives its parameters once: if the "
+            "optimizer was made from the same one, it is used up. Make a list of it: list(filter(...)).",
+            verb,
+        )
+    run.told_of_empty.add(verb)
+
+
 def clip_grad_norm_(
     run: Run, parameters: Iterable[Tensor] | Tensor, max_norm: float, norm_type: float = 2.0
 ) -> Tensor | None:
     """Clip the gradients of this step to a global norm, and give the norm before clipping, over all ranks.
 
     The parameters may be those of several prepared models and optimizers: then it is one norm over all of them. None, without
-    clipping, while gradients are only accumulated: they have no norm yet.
+    clipping, while gradients are only accumulated: they have no norm yet. Of no parameters the norm is 0, as in torch.
     """
     if not run.gradient_state.sync_gradients:
         return None
     steppers = _steppers_of(run, parameters, "clip_grad_norm_")
+    if not steppers:
+        return torch.tensor(0.0)
     if len(steppers) == 1:
         stepper, items = steppers[0]
         return stepper.clip_norm(items, max_norm, norm_type=norm_type)

@@ -74,7 +74,8 @@ class Ranks:
         self._everyone = self._all_of(joined)
         self.shards = self._everyone
         self.copies = Group.alone(joined.device, self.attendance)
-        self.words = Words(joined.rank, _store if joined.world_size > 1 else None, joined.timeout)
+        store = _store if joined.world_size > 1 else None
+        self.words = Words(joined.rank, store, joined.timeout, joined.world_size)
         if self.world_size > 1:
             leaving.remember(self, made_world=joined.owned)
 
@@ -133,6 +134,7 @@ class Ranks:
         other._told = None
         other._asides = []
         other.attendance = copy.copy(self.attendance)
+        other.attendance.before = None
         other._everyone, other.shards, other.copies = (
             group.aside(other.attendance, other.counts) for group in (self._everyone, self.shards, self.copies)
         )

@@ -20,11 +20,13 @@ class Attendance:
     """Whether the other ranks of the run are there, as far as this rank knows.
 
     rank: this one, in the run. lost: what a collective said that another rank did not come to; None while all are there.
+    before: what is called before a collective of this rank: it may have one to finish with the others.
     """
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.lost: str | None = None
+        self.before: Callable[[], None] | None = None
 
 
 class _Waits(Protocol):
@@ -45,6 +47,8 @@ def waiting(collective: Callable[P, T]) -> Callable[P, T]:
         attendance = waits.attendance
         if attendance.lost is not None:
             raise RankError(attendance.lost)
+        if attendance.before is not None:
+            attendance.before()
         try:
             return collective(*args, **kwargs)
         except RankError:

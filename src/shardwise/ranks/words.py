@@ -10,12 +10,15 @@ was given a state dict, saves it alone. Its word lies in the store by which the 
 from __future__ import annotations
 
 import datetime
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import RankError
+
+log = logging.getLogger("shardwise")
 
 
 class _Program:
@@ -50,10 +53,14 @@ class Words:
     """One rank's.
 
     store: gives the store by which the ranks met; None for a run of one rank. timeout: how long to wait for a word.
+    world_size: how many ranks there are.
     """
 
-    def __init__(self, rank: int, store: Callable[[], Any] | None, timeout: datetime.timedelta) -> None:
+    def __init__(
+        self, rank: int, store: Callable[[], Any] | None, timeout: datetime.timedelta, world_size: int = 1
+    ) -> None:
         self._rank = rank
+        self._world_size = world_size
         self._store = store
         self.timeout = timeout
 
@@ -92,3 +99,21 @@ class Words:
             raise RankError(
                 f"{verb}: the process by which the ranks met, rank 0's or the launcher's, has ended."
             ) from error
+
+    def meet(self, place: str, limit_s: float, say_after_s: float) -> bool:
+        """Whether every rank has come to `place` within `limit_s`. It is logged, once, that ranks are missing."""
+        if self._store is None:
+            return True
+        store, world, began, said = self._store(), self._world_size, time.monotonic(), False
+        place = f"shardwise/{place}"
+        store.set(f"{place}/{self._rank}", "here")
+        while not store.check([f"{place}/{rank}" for rank in range(world)]):
+            waited = time.monotonic() - began
+            if waited > limit_s:
+                store.delete_key(f"{place}/{self._rank}")
+                return False
+            if waited > say_after_s and not said:
+                said = True
+                log.warning("rank %d reads sharded weights and waits for the other ranks to read them too.", self._rank)
+            time.sleep(min(0.05, 0.0002 + waited / 50))
+        return True

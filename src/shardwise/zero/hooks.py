@@ -122,6 +122,8 @@ class Hooks:
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         recording = torch.is_grad_enabled()
+        if not recording and not self.schedule.holds and not self._forwards:
+            self.schedule.lending.evaluates(self.schedule)
         if not recording and self.schedule.holds:  # generating: a token's forward is little more than such calls
             outermost = self._begins(Running(module, (), recomputed=False), sys._getframe(1))
             return self._cast(args, kwargs) if outermost and self._compute_dtype is not None else None
@@ -219,7 +221,9 @@ class Hooks:
         running = self._forwards.lend(unit)
         if running is None:
             # A read that records nothing, and comes before the backward has come to the model, is no part of one.
-            if not in_backward() or not (self._in_pass or torch.is_grad_enabled()):
+            if not in_backward():
+                return not self._forwards and self.schedule.lending.lend(self.schedule, unit, name)
+            if not (self._in_pass or torch.is_grad_enabled()):
                 return False
             with temporarily_clear_interpreter_stack() if _transforming() else nullcontext():
                 self.recall(unit)

@@ -45,6 +45,20 @@ class Mode(Enum):
 _FORWARD, _HELD = Phase.FORWARD, Mode.HELD  # an Enum looks its members up by a call
 
 
+class Lends:
+    """What a script may have of weights between passes: nothing. `lending.py` has another."""
+
+    def close(self) -> None:
+        """What follows is for all ranks. Collective where weights were lent."""
+
+    def evaluates(self, schedule: Schedule) -> None:
+        """A forward without gradients begins, outside of any other."""
+
+    def lend(self, schedule: Schedule, unit: Unit, name: str) -> bool:
+        """A script reads `name`, a released weight of `unit`. Whether it is here now."""
+        return False
+
+
 class Schedule:
     """The passes of one model.
 
@@ -70,7 +84,8 @@ class Schedule:
         self.faults = faults or Faults(ranks)
         # Ends a backward that an exception has left open; of whoever tells of backwards.
         self.end_left_backward: Callable[[], None] = lambda: self.end_backward(whole=False)
-        self._mode = Mode.PLAIN
+        self.lending = Lends()  # what a script reads between passes
+        self.mode = Mode.PLAIN
         self.renew(units)
 
     def renew(self, units: Sequence[Unit]) -> None:
@@ -95,7 +110,7 @@ class Schedule:
     @property
     def holds(self) -> bool:
         """Whether forwards gather and release nothing now: one without gradients has nothing to ask for."""
-        return self._mode is _HELD
+        return self.mode is _HELD
 
     @property
     def lingers(self) -> bool:
@@ -119,7 +134,7 @@ class Schedule:
             self.linger()
         elif Graph.UNSEEN in self.gathers.graphs:
             self.stop_lingering()
-        if trains and self._mode is Mode.STREAMING:
+        if trains and self.mode is Mode.STREAMING:
             raise ScheduleError(
                 "a forward recorded gradients while the model generates, when ranks need not be in step. Put it under "
                 "torch.no_grad(), or train outside of accelerator.generation()."
@@ -129,7 +144,7 @@ class Schedule:
         if trains:
             self._open(TrainingAgreement(self._learned, self._used, backward=False))
         else:
-            self._open(Round(self._rounds, kind, waits=self._mode is Mode.PLAIN))
+            self._open(Round(self._rounds, kind, waits=self.mode is Mode.PLAIN))
 
     def end_forward(self, *, whole: bool = True) -> None:
         """Close the pass. whole: False for one that an interrupt has ended."""
@@ -137,7 +152,7 @@ class Schedule:
             return
         self._close(whole=whole)
         self.phase = Phase.IDLE
-        if self._mode is Mode.PLAIN:
+        if self.mode is Mode.PLAIN:
             self.faults.agree()
 
     def begin_backward(self, boundary: bool, *, again: bool = False) -> None:
@@ -187,15 +202,17 @@ class Schedule:
 
     def stop_lingering(self) -> None:
         """Release what stayed beyond a pass. For whoever is about to change weights, or to count memory."""
+        self.lending.close()
         self.gathers.graphs.intersection_update({Graph.RECORDING})
-        if self.phase is Phase.IDLE and self._mode is not Mode.HELD:
+        if self.phase is Phase.IDLE and self.mode is not Mode.HELD:
             self.gathers.release_all()
 
     def _open(self, agreement: Agreement | None) -> None:
         """agreement: of the ranks around this walk; None where nothing is learned from it."""
+        self.lending.close()
         # What the optimizer wrote must be there before this pass gathers it.
         self.lanes.gather.wait(self.lanes.mark_compute())
-        if self._mode is Mode.HELD:
+        if self.mode is Mode.HELD:
             self._pass = HeldPass()
         elif agreement is not None:
             self._pass = agreement.open()
@@ -210,6 +227,7 @@ class Schedule:
 
     def abandon_open_pass(self) -> None:
         """If an exception left a pass open, issue what the other ranks may still issue, then forget the pass."""
+        self.lending.close()
         if self.phase is Phase.IDLE:
             return
         self.gathers.take_turn()
@@ -218,7 +236,7 @@ class Schedule:
         else:
             self.end_forward(whole=False)
         self._pass = None
-        if self._mode is not Mode.HELD:
+        if self.mode is not Mode.HELD:
             self.gathers.release_all()
         self.lanes.join()
         self.phase = Phase.IDLE
@@ -243,7 +261,7 @@ class Schedule:
 
     def _between_passes(self) -> Pass:
         """A verb has ended the forward that runs: on every rank, or on none."""
-        self._pass = HeldPass() if self._mode is Mode.HELD else NegotiatedPass(self.gathers)
+        self._pass = HeldPass() if self.mode is Mode.HELD else NegotiatedPass(self.gathers)
         return self._pass
 
     # Blocks.
@@ -265,26 +283,26 @@ class Schedule:
             unit.arrive()
         try:
             self.faults.agree()
-            with self._streaming(coming) if partly else self._in_mode(Mode.HELD):
+            with self._streaming(coming) if partly else self.in_mode(Mode.HELD):
                 yield
         finally:
             self._pass = None
             for unit in mine:
                 unit.release()
-            if self._mode is not Mode.HELD:  # a graph may have ended inside
+            if self.mode is not Mode.HELD:  # a graph may have ended inside
                 self.gathers.release_all()
 
     @contextmanager
-    def _in_mode(self, mode: Mode) -> Iterator[None]:
-        before, self._mode = self._mode, mode
+    def in_mode(self, mode: Mode) -> Iterator[None]:
+        before, self.mode = self.mode, mode
         try:
             yield
         finally:
-            self._mode = before
+            self.mode = before
 
     @contextmanager
     def _streaming(self, kept: Sequence[Unit]) -> Iterator[None]:
-        with self._in_mode(Mode.STREAMING), self.gathers.keeping(kept):
+        with self.in_mode(Mode.STREAMING), self.gathers.keeping(kept):
             try:
                 yield
             finally:
@@ -304,9 +322,9 @@ class Schedule:
         another one chooses nothing, but ends in the same way: what a script does behind it may be collective.
         """
         gatherable = self.gathers.gatherable
-        if self._mode is Mode.HELD or not gatherable:
+        if self.mode is Mode.HELD or not gatherable:
             yield
-        elif self._mode is Mode.STREAMING:
+        elif self.mode is Mode.STREAMING:
             try:
                 yield
             finally:
