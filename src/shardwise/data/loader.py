@@ -48,9 +48,11 @@ class PreparedLoader(DataLoader[Any]):
     _seeded: tuple[Any, ...]  # samplers and data sets whose `generator` follows (seed, epoch)
     _skip: int  # batches of an epoch that are read and dropped (iterable data sets)
     _skip_sampler: int  # batches of an epoch that the sampler leaves out
+    skip_batches = 0  # batches that every epoch leaves out, wherever it is taken up
     _last: Round | None
     _resumed = False  # this is the rest of an epoch that another process began
     _is_accelerate_prepared = True
+    use_stateful_dataloader = False
     end_of_dataloader: bool
 
     @property
@@ -169,6 +171,7 @@ class PreparedLoader(DataLoader[Any]):
         resume, course.resume = course.resume, 0
         if self._skip + self._skip_sampler:
             resume = 0  # the script says itself what of the epoch is left
+        resume = max(resume, self.skip_batches)
         own = self._own_generator
         if own is not None:
             if course.restored_generator is not None:
@@ -195,7 +198,7 @@ class PreparedLoader(DataLoader[Any]):
         return resume
 
     def __len__(self) -> int:
-        return max(0, self._full_length() - self._skip)
+        return max(0, self._full_length() - self._skip - self.skip_batches)
 
     def _full_length(self) -> int:
         return super().__len__()
