@@ -109,7 +109,20 @@ class PreparedLoader(DataLoader[Any]):
         return None
 
     def set_epoch(self, epoch: int) -> None:
-        """The next iteration is epoch `epoch`: its order is what that epoch's order always is."""
+        """The next iteration is epoch `epoch`: its order is what that epoch's order always is.
+
+        Samplers and a data set with a `set_epoch` are told now, for a script that reads them, and again when it begins.
+        """
+        self._go_to(epoch)
+        self._tell_epoch(epoch)
+
+    def _tell_epoch(self, epoch: int) -> None:
+        dataset: Any = self.dataset
+        for part in (*samplers_inside(self._index_sampler), dataset):
+            if hasattr(part, "set_epoch") and not isinstance(part, (RankBatches, LaterBatches)):
+                part.set_epoch(epoch)
+
+    def _go_to(self, epoch: int) -> None:
         if epoch != self._course.next:
             self._course.resume = 0
         self._course.next, self._course.begun, self._course.given = epoch, None, 0
@@ -150,8 +163,8 @@ class PreparedLoader(DataLoader[Any]):
         self._course.seed = state["seed"]
         # Without the word it was saved when each epoch had a seed of its own, and goes on so.
         self._course.runs_on = state.get("runs_on", False) and can_run_on(self._seeded)
-        self.set_epoch(state["epoch"])
-        # After set_epoch, which forgets a position in another epoch.
+        self._go_to(state["epoch"])
+        # After that, which forgets a position in another epoch.
         self._course.resume = state["batches"] if position else 0
         self._course.restored_generator = state.get("generator")
         self._course.trained = state.get("trained", False)
@@ -185,10 +198,7 @@ class PreparedLoader(DataLoader[Any]):
         course.generator_state = None if own is None else own.get_state()
         if course.seed is not None and not self._seeds_workers:
             course.begin_order(self._seeded, epoch)
-        dataset: Any = self.dataset
-        for part in (*samplers_inside(self._index_sampler), dataset):
-            if hasattr(part, "set_epoch") and not isinstance(part, (RankBatches, LaterBatches)):
-                part.set_epoch(epoch)
+        self._tell_epoch(epoch)
         if not again:
             course.staffed = course.made
         if self._keeps_workers or self._seeds_workers:
