@@ -28,7 +28,7 @@ from ..ranks.ranks import Ranks
 from ..run.accumulation import GradientState
 from ..run.process import synchronize_rng_states
 from .course import Course, can_run_on
-from .order import LaterBatches, RankBatches, RankSamples, Round, refuse_empty_stream, samplers_inside
+from .order import LaterBatches, RankBatches, RankSamples, Round, refuse_empty_stream, samplers_inside, tell_epoch
 from .workers import Note, WorkerStart, own_dataset, share_sockets, with_note
 
 T = TypeVar("T")
@@ -113,19 +113,8 @@ class PreparedLoader(DataLoader[Any]):
 
         Samplers and a data set with a `set_epoch` are told now, for a script that reads them, and again when it begins.
         """
-        self._go_to(epoch)
-        self._tell_epoch(epoch)
-
-    def _tell_epoch(self, epoch: int) -> None:
-        dataset: Any = self.dataset
-        for part in (*samplers_inside(self._index_sampler), dataset):
-            if hasattr(part, "set_epoch") and not isinstance(part, (RankBatches, LaterBatches)):
-                part.set_epoch(epoch)
-
-    def _go_to(self, epoch: int) -> None:
-        if epoch != self._course.next:
-            self._course.resume = 0
-        self._course.next, self._course.begun, self._course.given = epoch, None, 0
+        self._course.go_to(epoch)
+        tell_epoch(self._index_sampler, self.dataset, epoch)
 
     def trains(self) -> None:
         """The batch that was given out last goes into a gradient."""
@@ -163,7 +152,7 @@ class PreparedLoader(DataLoader[Any]):
         self._course.seed = state["seed"]
         # Without the word it was saved when each epoch had a seed of its own, and goes on so.
         self._course.runs_on = state.get("runs_on", False) and can_run_on(self._seeded)
-        self._go_to(state["epoch"])
+        self._course.go_to(state["epoch"])
         # After that, which forgets a position in another epoch.
         self._course.resume = state["batches"] if position else 0
         self._course.restored_generator = state.get("generator")
@@ -198,7 +187,7 @@ class PreparedLoader(DataLoader[Any]):
         course.generator_state = None if own is None else own.get_state()
         if course.seed is not None and not self._seeds_workers:
             course.begin_order(self._seeded, epoch)
-        self._tell_epoch(epoch)
+        tell_epoch(self._index_sampler, self.dataset, epoch)
         if not again:
             course.staffed = course.made
         if self._keeps_workers or self._seeds_workers:

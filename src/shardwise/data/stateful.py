@@ -1,8 +1,8 @@
 """Prepared loaders as torchdata's StatefulDataLoader, for scripts that ask `isinstance` before they call `state_dict`.
 
 The class that comes out is both; what it does is ours and torch's. torchdata's own iteration counts what was read ahead, so
-its methods are covered by those of torch's DataLoader that they replace, and `state_dict` and `load_state_dict` are those of the
-prepared loader. Its constructor is never called.
+its methods are covered by those of torch's DataLoader that they replace; `state_dict` and `load_state_dict` are those of
+the prepared loader. Its constructor is never called.
 
     PreparedLoader -> the user's class -> torch's methods -> StatefulDataLoader -> DataLoader
 """
@@ -22,7 +22,7 @@ def as_stateful(loader: Any) -> None:
     loader.use_stateful_dataloader = True
     theirs = _torchdatas_class()
     if theirs is not None and not isinstance(loader, theirs):
-        loader.__class__ = _both(type(loader))
+        loader.__class__ = _both(type(loader), theirs)
 
 
 @functools.cache
@@ -36,10 +36,16 @@ def _torchdatas_class() -> type | None:
     return StatefulDataLoader  # type: ignore[no-any-return]
 
 
-@functools.cache
-def _both(ours: type) -> type:
-    theirs = _torchdatas_class()
-    assert theirs is not None
+_classes: dict[type, type] = {}
+
+
+def _both(ours: type, theirs: type) -> type:
+    if ours not in _classes:
+        _classes[ours] = _made_of(ours, theirs)
+    return _classes[ours]
+
+
+def _made_of(ours: type, theirs: type) -> type:
     replaced = {
         name: vars(DataLoader)[name]
         for name, value in vars(theirs).items()
