@@ -1,16 +1,16 @@
-"""Runs accelerate's own tests on shardwise, with one word changed, and prints what passes. A program, no test: nothing collects it.
+"""Runs accelerate's own tests on shardwise, with one word changed, and prints what passes. A program: nothing collects it.
 
     git clone https://github.com/huggingface/accelerate
     python tests/compat/accelerate_suite.py accelerate                          every file of FILES and SCRIPTS
     python tests/compat/accelerate_suite.py accelerate test_accelerator.py scripts/test_sync.py --log /tmp/log
 
-Level A of docs/design/accelerate_suite.md: a copy of the checkout's `tests` and `test_utils` in a temporary directory, in which the name
-`accelerate` is `shardwise`, in imports, attributes, texts that are a path of a module, and in the command that is started. Nothing else
-is changed. `test_utils` is their rig and no interface, so the copy of it answers as `shardwise.test_utils`.
+Level A of docs/design/accelerate_suite.md: a copy of the checkout's `tests` and `test_utils` in a temporary directory. There
+the name `accelerate` is `shardwise`, in imports, attributes and texts that are a module's path. Nothing else is changed.
+`test_utils` is their rig and no interface, so the copy of it answers as `shardwise.test_utils`.
 
-A file is run by pytest in a process of its own, which ends after `--limit` seconds with the stacks of its threads in the log. A file of
-`scripts` is what their tests start on several processes and count as one test: here each function that its `main` calls is one, a
-failure of one is noted, and the next goes on. It passes where it passed on both ranks.
+A file is run by pytest in a process of its own, which ends after `--limit` seconds with its threads' stacks in the log. A file
+of `scripts` is what their tests start on several processes and count as one test: here each function that its `main` calls is
+one, a failure of one is noted, and the next goes on. It passes where it passed on both ranks.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ FILES = (
     "test_tracking.py",
     "test_utils.py",
 )
+# Not among these: test_compile, test_dataclasses (other ways to divide a model), test_imports (how long accelerate takes to
+# import) and test_launch; devices, fsdp, deepspeed, tp, big_modeling, hooks, quantization and examples.
 SCRIPTS = (
     "scripts/test_script.py",
     "scripts/test_ops.py",

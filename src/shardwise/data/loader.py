@@ -53,6 +53,7 @@ class PreparedLoader(DataLoader[Any]):
     _resumed = False  # this is the rest of an epoch that another process began
     _is_accelerate_prepared = True
     use_stateful_dataloader = False
+    dispatches = False  # whether rank 0 is to read for all; of one process it says what the script asked for
     end_of_dataloader: bool
 
     @property

@@ -131,6 +131,7 @@ def prepare_data_loader(
                 _deal_samples(result, ranks, settings)
         else:
             _deal_batches(result, ranks, settings)
+    result.dispatches = bool(dispatch)
     result._ranks = ranks
     result._course = Course(seed, runs_on=not settings.use_seedable_sampler and can_run_on(seeded))
     result._device = ranks.device if put_on_device else None

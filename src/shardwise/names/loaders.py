@@ -177,7 +177,7 @@ class DataLoaderShard(PreparedLoader, metaclass=_MadeShard):
 
     @staticmethod
     def includes(item: Any) -> bool:
-        return isinstance(item, PreparedLoader) and not isinstance(item, (DispatchedLoader, SkipDataLoader))
+        return isinstance(item, PreparedLoader) and not item.dispatches and not isinstance(item, SkipDataLoader)
 
 
 class DataLoaderDispatcher(DispatchedLoader, metaclass=_MadeShard):
@@ -215,7 +215,7 @@ class DataLoaderDispatcher(DispatchedLoader, metaclass=_MadeShard):
 
     @staticmethod
     def includes(item: Any) -> bool:
-        return isinstance(item, DispatchedLoader)
+        return isinstance(item, PreparedLoader) and item.dispatches
 
 
 def _refuse_mesh(mesh: Any) -> None:
@@ -241,7 +241,8 @@ def _become_prepared(
     """
     seed, seeded = None, ()
     if stateful:
-        order = order_of(loader, _Seat(1, 0, torch.device("cpu")), DataLoaderConfiguration())
+        alone: Any = _Seat(1, 0, torch.device("cpu"))
+        order = order_of(loader, alone, DataLoaderConfiguration())
         seed, seeded, generator = *order[:2], generator if generator is not None else order[2]
     loader._ranks = ranks
     loader._course = Course(seed, next=iteration, runs_on=can_run_on(seeded))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +40,7 @@ class TorchDynamoPlugin(KwargsHandler):
 
     def __post_init__(self) -> None:
         for name, (variable, read) in _VARIABLES.items():
-            if getattr(self, name) is None and variable in os.environ:
+            if getattr(self, name) is None and parse_choice_from_env(variable, ""):
                 setattr(self, name, read(variable))
         if self.options is not None:
             raise ConfigError("TorchDynamoPlugin: options are not passed on to a backend. Use mode, or leave them out.")
