@@ -10,12 +10,14 @@ the name `accelerate` is `shardwise`, in imports, attributes and texts that are 
 
 A file is run by pytest in a process of its own, which ends after `--limit` seconds with its threads' stacks in the log. A file
 of `scripts` is what their tests start on several processes and count as one test: here each function that its `main` calls is
-one, a failure of one is noted, and the next goes on. It passes where it passed on both ranks.
+one. The statements of `main` are executed one by one, a failure is noted, and the next goes on. A function passes where it
+passed on both ranks; one whose condition is not met there (GPUs) is skipped.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import functools
 import importlib
 import importlib.util
@@ -62,6 +64,8 @@ SCRIPTS = (
     "scripts/external_deps/test_metrics.py",
 )
 _RIG = "SHARDWISE_ACCELERATE_RIG"
+_WORLD = 2
+_NOT_CALLED, _ENDED = "main did not call it", "main"
 _RESULTS = "SHARDWISE_ACCELERATE_RESULTS"
 _SITE = """
 import importlib.util, sys
@@ -205,7 +209,7 @@ def _run_script(root: Path, name: str, options: argparse.Namespace) -> tuple[int
         "launch",
         "--use_cpu",
         "--num_processes",
-        "2",
+        str(_WORLD),
         str(driver),
     ]
     said = _execute(command, root, name, options, **{_RESULTS: str(results)})
@@ -214,10 +218,12 @@ def _run_script(root: Path, name: str, options: argparse.Namespace) -> tuple[int
     for outcome in ranks:
         for function, text in outcome.items():
             verdicts[function] = verdicts.get(function) or text
-    if not verdicts:
+    ended = verdicts.pop(_ENDED, "not reached")
+    if not verdicts or len(ranks) < _WORLD:
         return 0, [("the file", said.strip().splitlines()[-1] if said.strip() else "ended without a word")], 0
-    failed = [(function, text) for function, text in verdicts.items() if text]
-    return len(verdicts) - len(failed), failed, 0
+    skipped = [function for function, text in verdicts.items() if text == _NOT_CALLED and not ended]
+    failed = [(function, text) for function, text in verdicts.items() if text and function not in skipped]
+    return len(verdicts) - len(failed) - len(skipped), failed, len(skipped)
 
 
 def _last(text: str) -> str:
@@ -239,39 +245,62 @@ class _Rig:
         )
 
 
-def play(name: str) -> None:
-    """Call `main` of a script of theirs; what each function that it calls does is noted, and an error of one is no end."""
-    module = importlib.import_module(name)
-    outcomes: dict[str, str] = {}
-    place = Path(os.environ[_RESULTS]) / f"rank{os.environ.get('RANK', '0')}.json"
-    names = [word for word, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == name]
-    called = set(re.findall(r"\b(\w+)\(", inspect.getsource(module.main)))
+class _Returned(Exception):  # noqa: N818 - no error
+    pass
 
-    def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+
+class _Returns(ast.NodeTransformer):
+    def visit_Return(self, node: ast.Return) -> ast.stmt:
+        return ast.copy_location(ast.parse("raise _Returned").body[0], node)
+
+
+def play(name: str) -> None:
+    """Execute `main` of a script of theirs; what each function that it calls does is noted, and an error of one is no end."""
+    module = importlib.import_module(name)
+    source = inspect.getsource(module.main)
+    called = set(re.findall(r"\b(\w+)\(", source)) - {"main"}
+    functions = {
+        word: value
+        for word, value in vars(module).items()
+        if word in called and inspect.isfunction(value) and value.__module__ == name
+    }
+    outcomes = dict.fromkeys([*functions, _ENDED], _NOT_CALLED)
+    place = Path(os.environ[_RESULTS]) / f"rank{os.environ.get('RANK', '0')}.json"
+
+    def note(word: str, text: str) -> None:
+        outcomes[word] = text
+        place.write_text(json.dumps(outcomes))
+
+    def noted(word: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            outcomes.setdefault(function.__name__, "did not end")
-            place.write_text(json.dumps(outcomes))
+            earlier = outcomes[word]
+            note(word, "did not end")
             try:
                 result = function(*args, **kwargs)
             except (KeyboardInterrupt, SystemExit):
                 raise
             except BaseException as error:  # of pytest's own, too, which are no Exceptions
                 traceback.print_exc()
-                outcomes[function.__name__] = f"{type(error).__name__}: {_last(str(error))}"
-                result = None
-            else:
-                if outcomes[function.__name__] == "did not end":
-                    outcomes[function.__name__] = ""
-            place.write_text(json.dumps(outcomes))
+                note(word, f"{type(error).__name__}: {_last(str(error))}")
+                return None
+            note(word, "" if earlier == _NOT_CALLED else earlier)
             return result
 
         return call
 
-    for word in names:
-        if word != "main" and word in called:
-            setattr(module, word, noted(getattr(module, word)))
-    module.main()
+    place.write_text(json.dumps(outcomes))
+    vars(module).update({word: noted(word, function) for word, function in functions.items()}, _Returned=_Returned)
+    definition = _Returns().visit(ast.parse(source)).body[0]
+    for statement in definition.body:
+        code = compile(ast.fix_missing_locations(ast.Module([statement], [])), f"main of {name}", "exec")
+        try:
+            exec(code, vars(module))
+        except _Returned:
+            break
+        except Exception:  # outside of the functions; what depends on it fails for itself
+            traceback.print_exc()
+    note(_ENDED, "")
 
 
 if __name__ == "__main__":

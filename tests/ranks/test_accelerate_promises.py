@@ -1,4 +1,4 @@
-"""What accelerate's own suite asks of objects that were prepared, and of the names around them; docs/design/accelerate_suite.md."""
+"""What accelerate's own suite asks of prepared objects, and of the names around them; see docs/design/accelerate_suite.md."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import ConfigError, LoadingError
 from ..files.documents import read_json_object
 from ..files.names import below
+from ..zero.access import gathered
 from .files import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -45,10 +46,10 @@ def load_checkpoint_in_model(
 ) -> None:
     """Load weights into `model` in place, a file at a time; of a prepared one each rank takes its part. Runs no code of files.
 
+    Collective for a prepared model; every rank reads the files. Raises PrepareError for weights without memory.
     checkpoint: a file of safetensors or of torch.save, an index of several, or a folder with one of these.
     strict:     LoadingError where names of files and model differ; else that is a warning. A tied weight has one name in files.
-    Every rank reads the files, so `broadcast_from_rank0` changes nothing but the reading, and is refused like the others: a
-    device_map and what belongs to it, dtype (`model.to(dtype)` says it), full_state_dict=False.
+    Refused are a device_map and what belongs to it, dtype (`model.to(dtype)` says it), and reading on rank 0 alone.
     """
     given = {
         "device_map": device_map,
@@ -69,11 +70,15 @@ def load_checkpoint_in_model(
             "`with accelerator.init():` and given to prepare."
         )
     expected = set(model.state_dict(keep_vars=True))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     loaded: set[str] = set()
     for path in _files_of(Path(checkpoint)):
         part = load_state_dict(path)
         loaded |= set(part)
-        model.load_state_dict({name: tensor for name, tensor in part.items() if name in expected}, strict=False)
+        known = {name: tensor for name, tensor in part.items() if name in expected}
+        # On every rank, so that each takes its part of the values into its masters; it is whole for this file's weights only.
+        with gathered(model, [parameters[name] for name in known if name in parameters]):
+            model.load_state_dict(known, strict=False)
     for names in find_tied_parameters(model):
         if loaded & set(names):
             loaded |= set(names) & expected
