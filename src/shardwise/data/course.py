@@ -55,6 +55,12 @@ class Course:
         """The epoch under way, or else the next one."""
         return self.next if self.begun is None else self.begun
 
+    def go_to(self, epoch: int) -> None:
+        """Make `epoch` the next one, from its start; a position that waits in another epoch is forgotten."""
+        if epoch != self.next:
+            self.resume = 0
+        self.next, self.begun, self.given = epoch, None, 0
+
     def begin_order(self, samplers: Sequence[Any], epoch: int) -> None:
         """Give each sampler the generator that makes the order of `epoch`.
 

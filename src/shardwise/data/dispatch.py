@@ -45,6 +45,7 @@ class _Message:
 class DispatchedLoader(PreparedLoader):
     """What `prepare` makes of a DataLoader whose batches rank 0 hands out; mixed in before the user's own class."""
 
+    dispatches = True
     _split: bool
     _slice_fn: Callable[..., Any] | None
 

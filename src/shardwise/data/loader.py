@@ -28,7 +28,7 @@ from ..ranks.ranks import Ranks
 from ..run.accumulation import GradientState
 from ..run.process import synchronize_rng_states
 from .course import Course, can_run_on
-from .order import LaterBatches, RankBatches, RankSamples, Round, refuse_empty_stream, samplers_inside
+from .order import LaterBatches, RankBatches, RankSamples, Round, refuse_empty_stream, samplers_inside, tell_epoch
 from .workers import Note, WorkerStart, own_dataset, share_sockets, with_note
 
 T = TypeVar("T")
@@ -48,9 +48,12 @@ class PreparedLoader(DataLoader[Any]):
     _seeded: tuple[Any, ...]  # samplers and data sets whose `generator` follows (seed, epoch)
     _skip: int  # batches of an epoch that are read and dropped (iterable data sets)
     _skip_sampler: int  # batches of an epoch that the sampler leaves out
+    skip_batches = 0  # batches that every epoch leaves out, wherever it is taken up
     _last: Round | None
     _resumed = False  # this is the rest of an epoch that another process began
     _is_accelerate_prepared = True
+    use_stateful_dataloader = False
+    dispatches = False  # whether rank 0 is to read for all; of one process it says what the script asked for
     end_of_dataloader: bool
 
     @property
@@ -107,10 +110,12 @@ class PreparedLoader(DataLoader[Any]):
         return None
 
     def set_epoch(self, epoch: int) -> None:
-        """The next iteration is epoch `epoch`: its order is what that epoch's order always is."""
-        if epoch != self._course.next:
-            self._course.resume = 0
-        self._course.next, self._course.begun, self._course.given = epoch, None, 0
+        """The next iteration is epoch `epoch`: its order is what that epoch's order always is.
+
+        Samplers and a data set with a `set_epoch` are told now, for a script that reads them, and again when it begins.
+        """
+        self._course.go_to(epoch)
+        tell_epoch(self._index_sampler, self.dataset, epoch)
 
     def trains(self) -> None:
         """The batch that was given out last goes into a gradient."""
@@ -148,8 +153,8 @@ class PreparedLoader(DataLoader[Any]):
         self._course.seed = state["seed"]
         # Without the word it was saved when each epoch had a seed of its own, and goes on so.
         self._course.runs_on = state.get("runs_on", False) and can_run_on(self._seeded)
-        self.set_epoch(state["epoch"])
-        # After set_epoch, which forgets a position in another epoch.
+        self._course.go_to(state["epoch"])
+        # After that, which forgets a position in another epoch.
         self._course.resume = state["batches"] if position else 0
         self._course.restored_generator = state.get("generator")
         self._course.trained = state.get("trained", False)
@@ -169,6 +174,7 @@ class PreparedLoader(DataLoader[Any]):
         resume, course.resume = course.resume, 0
         if self._skip + self._skip_sampler:
             resume = 0  # the script says itself what of the epoch is left
+        resume = max(resume, self.skip_batches)
         own = self._own_generator
         if own is not None:
             if course.restored_generator is not None:
@@ -182,10 +188,7 @@ class PreparedLoader(DataLoader[Any]):
         course.generator_state = None if own is None else own.get_state()
         if course.seed is not None and not self._seeds_workers:
             course.begin_order(self._seeded, epoch)
-        dataset: Any = self.dataset
-        for part in (*samplers_inside(self._index_sampler), dataset):
-            if hasattr(part, "set_epoch") and not isinstance(part, (RankBatches, LaterBatches)):
-                part.set_epoch(epoch)
+        tell_epoch(self._index_sampler, self.dataset, epoch)
         if not again:
             course.staffed = course.made
         if self._keeps_workers or self._seeds_workers:
@@ -195,7 +198,7 @@ class PreparedLoader(DataLoader[Any]):
         return resume
 
     def __len__(self) -> int:
-        return max(0, self._full_length() - self._skip)
+        return max(0, self._full_length() - self._skip - self.skip_batches)
 
     def _full_length(self) -> int:
         return super().__len__()

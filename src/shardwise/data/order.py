@@ -332,6 +332,13 @@ def samplers_inside(sampler: Any) -> Iterable[Any]:
         queue += [getattr(part, name, None) for name in ("batch_sampler", "sampler", "inner", "batches")]
 
 
+def tell_epoch(sampler: Any, dataset: Any, epoch: int) -> None:
+    """Call `set_epoch` of the script's own samplers inside of `sampler`, and of the data set, where they have one."""
+    for part in (*samplers_inside(sampler), dataset):
+        if hasattr(part, "set_epoch") and not isinstance(part, (RankBatches, LaterBatches)):
+            part.set_epoch(epoch)
+
+
 def fresh_generator(seed: int) -> torch.Generator:
     """A CPU generator at `seed`."""
     generator = torch.Generator()

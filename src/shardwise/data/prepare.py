@@ -19,6 +19,7 @@ from ..ranks.ranks import Ranks
 from .course import Course, can_run_on
 from .loader import PreparedLoader, copy_loader, skip_first_batches, subclass
 from .order import FirstOfEach, RankBatches, RankSamples, Round, SingleIndices, samplers_inside
+from .stateful import as_stateful
 
 __all__ = [
     "DataLoaderConfiguration",
@@ -42,8 +43,8 @@ class DataLoaderConfiguration:
     use_seedable_sampler:   take the seed from `data_seed`, or torch's initial seed, instead of drawing one.
     data_seed:              that seed.
     non_blocking:           do not wait for copies to the device.
-    use_stateful_dataloader: changes nothing: every prepared loader has `state_dict` and `load_state_dict`, and
-                            `load_state` continues at the batch where the state was saved. No other package is needed.
+    use_stateful_dataloader: prepared loaders are of torchdata's StatefulDataLoader class too, where it is installed, for
+                            `isinstance`. Every prepared loader has `state_dict` and `load_state_dict` without it.
     custom_classes:         refused.
     """
 
@@ -116,7 +117,7 @@ def prepare_data_loader(
     if slice_fn is not None and not dispatch:
         raise DataError("slice_fn_for_dispatch has no effect without dispatch_batches=True.")
     world = ranks.world_size
-    seed, seeded, own = _order_of(loader, ranks, settings)
+    seed, seeded, own = order_of(loader, ranks, settings)
     if dispatch and world > 1:
         from .dispatch import DispatchedLoader
 
@@ -130,6 +131,7 @@ def prepare_data_loader(
                 _deal_samples(result, ranks, settings)
         else:
             _deal_batches(result, ranks, settings)
+    result.dispatches = bool(dispatch)
     result._ranks = ranks
     result._course = Course(seed, runs_on=not settings.use_seedable_sampler and can_run_on(seeded))
     result._device = ranks.device if put_on_device else None
@@ -140,10 +142,12 @@ def prepare_data_loader(
     result._skip = result._skip_sampler = 0
     result._last = None
     result.end_of_dataloader = False
+    if settings.use_stateful_dataloader:
+        as_stateful(result)
     return result  # type: ignore[no-any-return]
 
 
-def _order_of(
+def order_of(
     loader: DataLoader[Any], ranks: Ranks, settings: DataLoaderConfiguration
 ) -> tuple[int | None, tuple[Any, ...], torch.Generator | None]:
     """(seed or None, what follows (seed, epoch), the user's own generator or None)."""

@@ -54,11 +54,13 @@ def ema(run: Run, model: nn.Module, decay: float = 0.999) -> ShardedEMA:
 
 def register_for_checkpointing(run: Run, *objects: Any) -> None:
     """Have `save_state` and `load_state` also keep these. Raises PrepareError for one without (load_)state_dict."""
-    for item in objects:
-        if not (callable(getattr(item, "state_dict", None)) and callable(getattr(item, "load_state_dict", None))):
-            raise PrepareError(
-                f"register_for_checkpointing: a {type(item).__name__} has no state_dict and load_state_dict."
-            )
+    wrong = [
+        f"Item at index {index}, a {type(item).__name__}, has no state_dict and load_state_dict."
+        for index, item in enumerate(objects)
+        if not all(callable(getattr(item, verb, None)) for verb in ("state_dict", "load_state_dict"))
+    ]
+    if wrong:
+        raise PrepareError(f"register_for_checkpointing: {' '.join(wrong)}")
     run.custom_objects.extend(objects)
 
 

@@ -25,7 +25,16 @@ def data_parallel_shard_rank(run: Run) -> int:
     return run.ranks.shards.rank if sharded else 0
 
 
+# What was prepared, under accelerate's names; tuples, for what is written into them would prepare nothing.
+_PREPARED: Mapping[str, Callable[[Run], Any]] = {
+    "_models": lambda run: tuple(prepared.model for prepared in run.models),
+    "_optimizers": lambda run: tuple(entry.optimizer for entry in run.optimizers),
+    "_schedulers": lambda run: tuple(run.schedulers),
+    "_dataloaders": lambda run: tuple(run.dataloaders),
+}
+
 FACTS: Mapping[str, Callable[[Run], Any]] = {
+    **_PREPARED,
     # The argument objects that the script gave, or None.
     "ddp_handler": lambda run: run.settings.handlers.get(DistributedDataParallelKwargs),
     "scaler_handler": lambda run: run.settings.handlers.get(GradScalerKwargs),

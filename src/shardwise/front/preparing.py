@@ -18,7 +18,7 @@ from ..config.agreement import settings_of
 from ..data.prepare import PreparedLoader, check_data_loader, skip_first_batches
 from ..data.prepare import prepare_data_loader as loader_of_rank
 from ..run.accumulation import GradientState
-from ..run.scheduler import SCHEDULERS, Rhythm, Scheduler, is_prepared
+from ..run.scheduler import SCHEDULERS, Rhythm, Scheduler, is_prepared, release_scheduler
 from ..run.scheduler import prepare_scheduler as set_rhythm
 from ..step.optimizer import ShardedOptimizer
 from ..step.plain import PlainOptimizer
@@ -28,7 +28,7 @@ from .described import Described
 from .entering import CheckedModel, into_engine
 from .object_facts import facts_of, refuse_or_warn
 from .prepare_checks import check_objects, placements_of
-from .run import PreparedOptimizer, Run
+from .run import PreparedOptimizer, Run, mark_prepared
 from .settings import facts_of_loading, facts_of_steps
 from .training import push_sync
 
@@ -75,6 +75,7 @@ def prepare(run: Run, *objects: Any, device_placement: Sequence[bool | None] | N
     for model in models:
         run.models.append(into_engine(model, run.config, run.plan, run.precision, run.ranks, in_fp32=True))
         run.models[-1].sharded.schedule.lending = run.lending
+        mark_prepared(model.model)
     push_sync(run)
     came = set().union(*(prepared.ids for prepared in run.models[len(run.models) - len(models) :]))
     for entry in run.optimizers:
@@ -213,9 +214,11 @@ def free_memory(run: Run, *objects: Any) -> list[None]:
     """
     for prepared in run.models:
         prepared.release()
+        mark_prepared(prepared.model, as_prepared=False)
     for entry in run.optimizers:
-        if isinstance(entry.stepper, PlainOptimizer):
-            entry.stepper.undo()
+        entry.release()
+    for scheduler in run.schedulers:
+        release_scheduler(scheduler)
     run.forget_prepared()
     gc.collect()
     if run.ranks.device.type == "cuda":

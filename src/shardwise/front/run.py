@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakSet
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..checkpoint.background import Background
@@ -44,6 +44,14 @@ def is_prepared_optimizer(optimizer: Any) -> bool:
     return isinstance(optimizer, Optimizer) and optimizer in _prepared
 
 
+def mark_prepared(item: nn.Module | Optimizer, *, as_prepared: bool = True) -> None:
+    """Let a script read on the object whether it is prepared, under the name that accelerate has for it."""
+    if as_prepared:
+        vars(item)["_is_accelerate_prepared"] = True
+    else:
+        vars(item).pop("_is_accelerate_prepared", None)
+
+
 class PreparedOptimizer:
     """An optimizer in the engine, or one beside it: see `PlainOptimizer`."""
 
@@ -53,6 +61,14 @@ class PreparedOptimizer:
         if not hasattr(optimizer, "optimizer"):
             vars(optimizer)["optimizer"] = optimizer  # as accelerate's wrapper has it
         _prepared.add(optimizer)
+        mark_prepared(optimizer)
+
+    def release(self) -> None:
+        """The optimizer is nobody's any more; one beside the engine steps as in plain torch again."""
+        if isinstance(self.stepper, PlainOptimizer):
+            self.stepper.undo()
+        _prepared.discard(self.optimizer)
+        mark_prepared(self.optimizer, as_prepared=False)
 
     def holds(self, parameters: Sequence[Tensor]) -> bool:
         """Whether it drives any of these: parameters of its model, or the shards that its groups hold now."""

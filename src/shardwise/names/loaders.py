@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
-from ..data.course import Course
+from ..data.course import Course, can_run_on
 from ..data.dispatch import DispatchedLoader
 from ..data.loader import PreparedLoader
 from ..data.order import LaterBatches, RankBatches, RankSamples, samplers_inside
-from ..data.prepare import DataLoaderConfiguration, check_data_loader
+from ..data.prepare import DataLoaderConfiguration, check_data_loader, order_of
 from ..data.prepare import prepare_data_loader as loader_of_rank
+from ..data.stateful import as_stateful
 from ..errors import ConfigError
 from ..run.joined import join_run
 
@@ -119,32 +120,23 @@ class SkipBatchSampler(LaterBatches, BatchSampler):  # type: ignore[misc, overri
         return len(self.inner)
 
 
-class SkipDataLoader(DataLoader[Any]):
-    """A plain DataLoader whose first `skip_batches` batches are read and dropped."""
+class _MadeShard(type(PreparedLoader)):  # type: ignore[misc]
+    def __instancecheck__(cls, item: Any) -> bool:
+        return super().__instancecheck__(item) or cls.includes(item)  # type: ignore[no-any-return]
+
+
+class SkipDataLoader(PreparedLoader):
+    """A loader without the first `skip_batches` batches of each epoch; its batches stay where they are made.
+
+    use_stateful_dataloader: as for DataLoaderShard.
+    """
 
     def __init__(
         self, dataset: Any, skip_batches: int = 0, use_stateful_dataloader: bool = False, **kwargs: Any
     ) -> None:
-        super().__init__(dataset, **kwargs)
-        _refuse_stateful(use_stateful_dataloader)
-        self.skip_batches = skip_batches
-
-    @property
-    def base_dataloader(self) -> SkipDataLoader:
-        return self
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        for index, batch in enumerate(super().__iter__()):
-            if index >= self.skip_batches:
-                yield batch
-
-    def __len__(self) -> int:
-        return max(0, super().__len__() - self.skip_batches)
-
-
-class _MadeShard(type(PreparedLoader)):  # type: ignore[misc]
-    def __instancecheck__(cls, item: Any) -> bool:
-        return super().__instancecheck__(item) or cls.includes(item)  # type: ignore[no-any-return]
+        DataLoader.__init__(self, dataset, **kwargs)
+        alone = _Seat(1, 0, torch.device("cpu"))
+        _become_prepared(self, ranks=alone, device=None, skip=skip_batches, stateful=use_stateful_dataloader)
 
 
 class DataLoaderShard(PreparedLoader, metaclass=_MadeShard):
@@ -152,6 +144,7 @@ class DataLoaderShard(PreparedLoader, metaclass=_MadeShard):
 
     rng_types, synchronized_generator: as `prepare` has them for a sampler's own generator.
     iteration: the epoch that it begins with. What `prepare` gives reads this rank's part.
+    use_stateful_dataloader: also of torchdata's class, see `data/stateful.py`; the order is a part of its state.
     """
 
     def __init__(
@@ -172,17 +165,19 @@ class DataLoaderShard(PreparedLoader, metaclass=_MadeShard):
         _refuse_mesh(torch_device_mesh)
         _become_prepared(
             self,
+            ranks=join_run(),
             device=None if device is None else torch.device(device),
             rng_types=tuple(rng_types or ()),
             generator=synchronized_generator,
             skip=skip_batches,
             non_blocking=_non_blocking,
             iteration=iteration,
+            stateful=use_stateful_dataloader,
         )
 
     @staticmethod
     def includes(item: Any) -> bool:
-        return isinstance(item, PreparedLoader) and not isinstance(item, DispatchedLoader)
+        return isinstance(item, PreparedLoader) and not item.dispatches and not isinstance(item, SkipDataLoader)
 
 
 class DataLoaderDispatcher(DispatchedLoader, metaclass=_MadeShard):
@@ -206,22 +201,21 @@ class DataLoaderDispatcher(DispatchedLoader, metaclass=_MadeShard):
     ) -> None:
         DataLoader.__init__(self, dataset, **kwargs)
         _refuse_mesh(torch_device_mesh)
-        _become_prepared(
-            self, device=join_run().device, skip=skip_batches, non_blocking=_non_blocking, iteration=iteration
-        )
         self._split = split_batches
         self._slice_fn = slice_fn
+        _become_prepared(
+            self,
+            ranks=join_run(),
+            device=join_run().device,
+            skip=skip_batches,
+            non_blocking=_non_blocking,
+            iteration=iteration,
+            stateful=use_stateful_dataloader,
+        )
 
     @staticmethod
     def includes(item: Any) -> bool:
-        return isinstance(item, DispatchedLoader)
-
-
-def _refuse_stateful(asked: bool) -> None:
-    if asked:
-        raise ConfigError(
-            "use_stateful_dataloader: a SkipDataLoader has no state. Every prepared loader has state_dict and load_state_dict."
-        )
+        return isinstance(item, PreparedLoader) and item.dispatches
 
 
 def _refuse_mesh(mesh: Any) -> None:
@@ -232,24 +226,37 @@ def _refuse_mesh(mesh: Any) -> None:
 def _become_prepared(
     loader: PreparedLoader,
     *,
+    ranks: Any,
     device: torch.device | None,
     rng_types: tuple[str, ...] = (),
     generator: torch.Generator | None = None,
     skip: int = 0,
     non_blocking: bool = False,
     iteration: int = 0,
+    stateful: bool = False,
 ) -> None:
-    """Give a loader that was constructed what `prepare` gives one."""
-    loader._ranks = join_run()
-    loader._course = Course(None, next=iteration)
+    """Give a loader that was constructed what `prepare` gives one.
+
+    stateful: what is drawn for its order is drawn once and kept in its state, each rank's own; else torch draws each epoch.
+    """
+    seed, seeded = None, ()
+    if stateful:
+        alone: Any = _Seat(1, 0, torch.device("cpu"))
+        order = order_of(loader, alone, DataLoaderConfiguration())
+        seed, seeded, generator = *order[:2], generator if generator is not None else order[2]
+    loader._ranks = ranks
+    loader._course = Course(seed, next=iteration, runs_on=can_run_on(seeded))
     loader._device = device
     loader._non_blocking = non_blocking
     loader._rng_types = rng_types
     loader._own_generator = generator
-    loader._seeded = ()
-    loader._skip, loader._skip_sampler = skip, 0
+    loader._seeded = seeded
+    loader._skip = loader._skip_sampler = 0
+    loader.skip_batches = skip
     loader._last = None
     loader.end_of_dataloader = False
+    if stateful:
+        as_stateful(loader)
 
 
 def get_sampler(dataloader: DataLoader[Any]) -> Any:

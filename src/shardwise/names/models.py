@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import re
 import sys
 from collections import OrderedDict, defaultdict
@@ -23,6 +24,8 @@ from ..run.accelerator_state import AcceleratorState
 from ..run.plugins import AutocastKwargs
 from ..run.process import DistributedType
 from .structures import ConvertOutputsToFp32
+
+logger = logging.getLogger("shardwise")
 
 _UNITS = {"GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "GB": 10**9, "MB": 10**6, "KB": 10**3}
 
@@ -132,16 +135,20 @@ def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
 
 
 def clean_state_dict_for_safetensors(state_dict: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
-    """The entries as contiguous tensors, of those that share their memory only the first by name."""
+    """The entries as contiguous tensors, of those that share their memory only the first by name; the others are told."""
     kept: OrderedDict[str, Tensor] = OrderedDict()
     first: dict[Any, str] = {}
     for name in sorted(state_dict):
         first.setdefault(id_tensor_storage(state_dict[name]), name)
+    left_out = []
     for name, tensor in state_dict.items():
-        memory = id_tensor_storage(tensor)
-        if tensor.numel() and first[memory] != name:
-            continue
-        kept[name] = tensor.contiguous()
+        owner = first[id_tensor_storage(tensor)]
+        if tensor.numel() and owner != name:
+            left_out.append(f"{name} (it is in {owner})")
+        else:
+            kept[name] = tensor.contiguous()
+    if left_out:
+        logger.warning("A safetensors file has no tensors that share their memory. Left out: %s.", ", ".join(left_out))
     return kept
 
 

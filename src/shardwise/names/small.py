@@ -90,9 +90,8 @@ def check_os_kernel() -> None:
     if info.system != "Linux" or found is None:
         return
     if tuple(int(part or 0) for part in found.groups()) < _OLDEST_KERNEL:
-        logger.warning(
-            "This kernel is Linux %s; older than 5.5.0 processes may hang. A newer kernel is recommended.", info.release
-        )
+        # One text, for scripts that read the record's own message.
+        logger.warning(f"This kernel is Linux {info.release}: before 5.5.0 processes may hang. Use a newer kernel.")
 
 
 def convert_dict_to_env_variables(current_env: dict[str, str]) -> list[str]:

@@ -138,6 +138,20 @@ def slice_tensors(
     return recursively_apply(lambda tensor: tensor[tensor_slice], data)
 
 
+def pad_input_tensors(tensor: Any, batch_size: int, num_processes: int, dim: int = 0) -> Any:
+    """`tensor`, of `batch_size` rows, with rows of zeros behind, so that they can be cut into `num_processes` equal parts.
+
+    The next multiple of num_processes, in each nested tensor along `dim`. Raises TypeError for what is no tensor.
+    """
+
+    def padded(item: Tensor) -> Tensor:
+        shape = list(item.shape)
+        shape[dim] = -batch_size % num_processes
+        return torch.cat([item, item.new_zeros(shape)], dim=dim)
+
+    return recursively_apply(padded, tensor, error_on_other_type=True)
+
+
 def find_device(data: Any) -> torch.device | None:
     """The device of the first tensor, in the order of `map_leaves`; None without any."""
     return next((item.device for item in leaves(data) if isinstance(item, Tensor)), None)

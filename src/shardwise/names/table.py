@@ -51,10 +51,11 @@ HOMES: dict[str, str] = {
         is_torchvision_available is_tqdm_available is_trackio_available is_transformer_engine_available
         is_transformer_engine_mxfp8_available is_transformers_available is_triton_available is_wandb_available
         is_weights_only_available is_xccl_available is_xpu_available""",
+    "names.checkpoints": "load_checkpoint_in_model",
     "names.structures": """CannotPadNestedTensorWarning ConvertOutputsToFp32 GatheredParameters TensorInformation
         convert_outputs_to_fp32 convert_to_fp32 find_batch_size find_device get_data_structure get_shape honor_type
         ignorant_find_batch_size initialize_tensors is_namedtuple is_tensor_information is_torch_tensor is_torch_xpu_tensor
-        listify recursively_apply slice_tensors""",
+        listify pad_input_tensors recursively_apply slice_tensors""",
     "names.models": """clean_state_dict_for_safetensors compute_module_sizes compute_module_total_buffer_size
         convert_file_size_to_int dtype_byte_size extract_model_from_parallel find_tied_parameters get_grad_scaler
         get_mixed_precision_context_manager get_module_children_bottom_up get_non_persistent_buffers has_offloaded_params
@@ -96,8 +97,8 @@ REFUSED: dict[str, str] = {
         cpu_offload cpu_offload_with_hook disk_offload dispatch_model extract_submodules_state_dict fallback_allocate
         get_balanced_memory get_max_layer_size get_max_memory get_module_leaves get_module_size_with_ties
         get_state_dict_from_offload get_state_dict_offloaded_model infer_auto_device_map load_checkpoint_and_dispatch
-        load_checkpoint_in_model load_offloaded_weight load_offloaded_weights offload_state_dict offload_weight
-        pad_input_tensors prepare_pippy retie_parameters save_offload_index set_module_tensor_to_device AlignDevicesHook
+        load_offloaded_weight load_offloaded_weights offload_state_dict offload_weight
+        prepare_pippy retie_parameters save_offload_index set_module_tensor_to_device AlignDevicesHook
         CpuOffload LayerwiseCastingHook ModelHook SequentialHook UserCpuOffloadHook add_hook_to_module
         attach_align_device_hook attach_align_device_hook_on_blocks attach_execution_device_hook remove_hook_from_module
         remove_hook_from_submodules""",

@@ -285,17 +285,28 @@ def pad_across_processes(
     return map_leaves(one, data)
 
 
+class UnlikeBatchesError(DataError, RuntimeError):
+    """Tensors were to be joined whose shapes, dtypes or devices differ; also what torch raises then."""
+
+
+class NotJoinableError(DataError, TypeError):
+    """Something that has no rows was to be joined with its like."""
+
+
 def concatenate(batches: Sequence[Any], dim: int = 0) -> Any:
     """Batches of one structure joined along `dim`, leaf by leaf; lists of plain objects are joined end to end.
 
-    Raises DataError if the structures differ or the tensors do not fit.
+    A single one is given back as it is, whatever it holds. Raises DataError if the structures differ or the tensors do not
+    fit; also a RuntimeError for those, as torch's own, and a TypeError for what cannot be joined.
     """
     first = batches[0]
+    if len(batches) == 1:
+        return first
     if isinstance(first, Tensor):
         try:
             return torch.cat(list(batches), dim=dim)
         except (RuntimeError, TypeError) as error:
-            raise DataError(
+            raise UnlikeBatchesError(
                 f"batches of shapes {[list(b.shape) for b in batches]} cannot be joined: {error}"
             ) from error
     if is_column(first):
@@ -316,7 +327,9 @@ def concatenate(batches: Sequence[Any], dim: int = 0) -> Any:
         for key, value in joined.items():
             result[key] = value
         return result
-    raise DataError(f"a batch holds a {type(first).__name__}; only tensors and lists of plain objects can be joined.")
+    raise NotJoinableError(
+        f"a batch holds a {type(first).__name__}; only tensors and lists of plain objects can be joined."
+    )
 
 
 def is_column(data: Any) -> bool:

@@ -11,6 +11,7 @@ ends for all ranks if one of them fails: the others get its error instead of wai
 from __future__ import annotations
 
 import functools
+import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from ..config.environment import fork_launched
 from ..errors import ConfigError, DataError
 from ..ranks import batches
 from .joined import Joined, forget_run, join_run, leave_run
+
+logger = logging.getLogger("shardwise")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -103,6 +106,13 @@ class PartialState:
     def debug(self) -> bool:
         """Whether shapes and dtypes are compared before tensors are sent: always, not only in accelerate's debug mode."""
         return True
+
+    @debug.setter
+    def debug(self, value: bool) -> None:
+        if not value:
+            logger.warning(
+                "debug = False has no effect: shapes and dtypes are always compared before tensors are sent."
+            )
 
     @property
     def fork_launched(self) -> bool:

@@ -47,6 +47,12 @@ def prepare_scheduler(scheduler: Scheduler, rhythm: Rhythm) -> None:
     _rhythms[scheduler] = rhythm
 
 
+def release_scheduler(scheduler: Scheduler) -> None:
+    """Make it a schedule of the script's own again, which each call of `step` steps once."""
+    if _rhythms.pop(scheduler, None) is not None:
+        scheduler.__class__ = type(scheduler).__mro__[1]
+
+
 def is_prepared(scheduler: Scheduler) -> bool:
     return scheduler in _rhythms
 
@@ -81,6 +87,7 @@ def _stepping_class(plain: type[Scheduler]) -> type[Scheduler]:
 
         body: dict[str, Any] = {
             "step": step,
+            "_is_accelerate_prepared": property(is_prepared),
             "__doc__": plain.__doc__,
             "__module__": plain.__module__,
             "__reduce_ex__": _reduce,
