@@ -69,6 +69,8 @@ def test_a_stateful_loader_is_of_torchdatas_class_and_has_our_state(kind, dispat
     assert loader.use_stateful_dataloader
     assert "_snapshot" not in loader.state_dict()
     assert sorted(torch.cat(list(loader)).tolist()) == [n + (100 if kind is Shifted else 0) for n in range(16)]
+    with pytest.raises(DataError, match="not a prepared loader's"):
+        loader.load_state_dict({"_snapshot": {}, "_iterator_finished": False})  # as torchdata's
     assert isinstance(skip_first_batches(loader, 3), stateful)
     assert len(list(skip_first_batches(loader, 3))) == 1
     _goes_on(make, 4)
@@ -148,6 +150,25 @@ def test_each_object_that_cannot_be_saved_is_named():
     with pytest.raises(PrepareError, match=r"Item at index 0, a Tensor, .* Item at index 2, a str, ") as caught:
         accelerator.register_for_checkpointing(torch.ones(1), nn.Linear(1, 1), "a")
     assert "index 1" not in str(caught.value)
+
+
+def _again(ranks: Ranks, stage: int) -> None:
+    accelerator = fresh(stage)
+    model = nn.Linear(4, 4)
+    first = torch.optim.SGD(model.parameters(), lr=0.1)
+    accelerator.prepare(model, first)
+    again, second = accelerator.prepare(model, first)
+    assert (again, second) == (model, first)
+    assert accelerator._models == (model,)
+    assert accelerator._optimizers == (first,)
+    accelerator.backward(model(torch.ones(1, 4)).sum())
+    first.step()
+    accelerator.free_memory()
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_what_is_prepared_again_is_given_back_and_trains(world, stage):
+    world(2).run(_again, stage, timeout_s=60)
 
 
 # Weights by file.
@@ -242,8 +263,9 @@ def test_the_plugin_of_dynamo_takes_the_variables_and_tells_them(monkeypatch):
 
 def test_comparing_before_sending_cannot_be_turned_off_in_silence(caplog):
     state = Accelerator(cpu=True).state
-    state.debug = True
-    assert not caplog.text
-    state.debug = False
+    with caplog.at_level(logging.WARNING, "shardwise"):
+        state.debug = True
+        assert not caplog.text
+        state.debug = False
     assert state.debug
     assert "debug = False has no effect" in caplog.text

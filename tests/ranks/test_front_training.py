@@ -311,7 +311,10 @@ def _caught(ranks, what):
             accelerator.prepare(model, model)
         elif what == "twice":
             accelerator.prepare(model)
+            Accelerator(cpu=True).prepare(model)
+        elif what == "one rank's twice":
             accelerator.prepare(model)
+            accelerator.prepare(Net() if ranks.rank else model)
         elif what == "stranger":
             accelerator.prepare(model, torch.optim.SGD(Net().parameters(), lr=0.1))
         elif what == "no model":
@@ -348,6 +351,7 @@ def _caught(ranks, what):
     [
         ("twice in one call", PrepareError, "twice"),
         ("twice", PrepareError, "prepared already"),
+        ("one rank's twice", PrepareError, "the places of models that are prepared already"),
         ("stranger", OptimizerError, "belong to no prepared model"),
         ("no model", PrepareError, "before any model"),
         ("one rank's optimizer", (OptimizerError, RankError), "belong to no prepared model"),

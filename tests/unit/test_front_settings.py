@@ -168,8 +168,9 @@ def test_one_process_trains_without_a_launcher():
             optimizer.zero_grad()
     assert accelerator.num_processes == 1
     assert accelerator.gather(torch.tensor(3)).tolist() == [3]
-    with pytest.raises(PrepareError, match="prepared already"):
-        accelerator.prepare(model)
+    assert accelerator.prepare(model) is model  # as a loader and an optimizer are given back
+    with pytest.raises(PrepareError, match="prepared already, by another Accelerator"):
+        Accelerator(cpu=True).prepare(model)
     accelerator.free_memory()
 
 

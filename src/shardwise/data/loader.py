@@ -141,8 +141,10 @@ class PreparedLoader(DataLoader[Any]):
         """Take the order of `state`, so that the next iteration is its epoch.
 
         position: also begin after the batches that were given out; False leaves that to `skip_first_batches`.
-        Raises DataError if the loader that saved it made its order in another way.
+        Raises DataError if the loader that saved it made its order in another way, or is no prepared one.
         """
+        if "seed" not in state:
+            raise DataError(f"load_state_dict: this state is not a prepared loader's; it has {sorted(state)[:3]}.")
         if (state["seed"] is None) != (self._course.seed is None) or ("generator" in state) != (
             self._own_generator is not None
         ):

@@ -44,7 +44,7 @@ def check_objects(run: Run, objects: Sequence[Any]) -> list[CheckedModel]:
     """Everything that this rank can know to be wrong by itself; gives what was found of the models, in their order."""
     for item in objects:
         check_other(item)
-    models = [item for item in objects if isinstance(item, nn.Module)]
+    models = [item for item in objects if isinstance(item, nn.Module) and not is_in_force(run, item)]
     if models and run.precision.compute is not None and not run.native_amp:
         raise ConfigError(
             f"accelerator.native_amp was set to False, but mixed_precision is {run.config.mixed_precision}: the model would "
@@ -95,14 +95,19 @@ def _check_batch_sizes(run: Run, micro: int) -> None:
             logger.warning("deepspeed_config: %s The loaders' batches are what is trained on.", error)
 
 
+def is_in_force(run: Run, model: nn.Module) -> bool:
+    """Whether this run has prepared it as it would now: then it is given back as it is."""
+    return any(prepared.model is model and prepared.sharded.plan == run.plan for prepared in run.models)
+
+
 def _check_apart(run: Run, model: nn.Module, others: Sequence[nn.Module]) -> None:
     """Raise PrepareError for a model that is prepared, or shares weights with one that is or with `others` of this call."""
     if any(model is other for other in others):
         raise PrepareError(f"the same {type(model).__name__} is given to `prepare` twice. Give it once.")
     if find_sharded(model) is not None:
         raise PrepareError(
-            f"this {type(model).__name__} is prepared already. A prepared model stays the same object: "
-            "use it as it is, or call free_memory() before preparing it anew."
+            f"this {type(model).__name__} is prepared already, by another Accelerator or with other settings. Use it as it is, "
+            "or call free_memory() before preparing it anew."
         )
     shared = {id(p) for other in others for p in other.parameters()}
     shared = shared.union(*(prepared.ids for prepared in run.models))

@@ -27,7 +27,7 @@ from ..zero.access import prepared_as
 from .described import Described
 from .entering import CheckedModel, into_engine
 from .object_facts import facts_of, refuse_or_warn
-from .prepare_checks import check_objects, placements_of
+from .prepare_checks import check_objects, is_in_force, placements_of
 from .run import PreparedOptimizer, Run, mark_prepared
 from .settings import facts_of_loading, facts_of_steps
 from .training import push_sync
@@ -121,7 +121,9 @@ def prepare_data_loader(
 def _facts(run: Run, objects: Sequence[Any]) -> dict[str, Any]:
     """What all ranks must have in common: they would wait for each other, or train different things."""
     plugin = GradientState().plugin
+    again = [place for place, item in enumerate(objects) if isinstance(item, nn.Module) and is_in_force(run, item)]
     return {
+        "the places of models that are prepared already": again,
         **({} if run.plugin is None else _settings(run)),
         **facts_of_steps(plugin.num_steps or 1, plugin, run.step_scheduler_with_optimizer),
         **facts_of_loading(run.dataloader_config, run.rng_types, run.device_placement),
