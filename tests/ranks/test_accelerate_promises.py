@@ -269,3 +269,29 @@ def test_comparing_before_sending_cannot_be_turned_off_in_silence(caplog):
         state.debug = False
     assert state.debug
     assert "debug = False has no effect" in caplog.text
+
+
+def _summed(ranks: Ranks) -> Any:
+    torch.manual_seed(0)
+    accelerator = fresh()
+    model = nn.Linear(3, 1, bias=False)
+    before = model.weight.detach().clone()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    with model.no_sync():
+        accelerator.backward(model(torch.ones(1, 3)).sum())
+        optimizer.step()  # no boundary
+    copied = copy.deepcopy(model)
+    with copied.no_sync():
+        pass
+    accelerator.backward(model(torch.ones(1, 3)).sum())
+    optimizer.step()
+    moved = (model.weight.detach() - before).flatten().tolist()
+    accelerator.free_memory()
+    return moved, hasattr(model, "no_sync")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_prepared_model_has_no_sync_as_ddps_wrapper_has_until_it_is_given_back(world, ranks):
+    for moved, has in world(ranks).run(_summed):
+        assert moved == [-2.0] * 3
+        assert not has

@@ -30,7 +30,7 @@ from .object_facts import facts_of, refuse_or_warn
 from .prepare_checks import check_objects, is_in_force, placements_of
 from .run import PreparedOptimizer, Run, mark_prepared
 from .settings import facts_of_loading, facts_of_steps
-from .training import push_sync
+from .training import give_no_sync, push_sync, take_no_sync
 
 logger = logging.getLogger("shardwise")
 
@@ -76,6 +76,7 @@ def prepare(run: Run, *objects: Any, device_placement: Sequence[bool | None] | N
         run.models.append(into_engine(model, run.config, run.plan, run.precision, run.ranks, in_fp32=True))
         run.models[-1].sharded.schedule.lending = run.lending
         mark_prepared(model.model)
+        give_no_sync(run, model.model)
     push_sync(run)
     came = set().union(*(prepared.ids for prepared in run.models[len(run.models) - len(models) :]))
     for entry in run.optimizers:
@@ -217,6 +218,7 @@ def free_memory(run: Run, *objects: Any) -> list[None]:
     for prepared in run.models:
         prepared.release()
         mark_prepared(prepared.model, as_prepared=False)
+        take_no_sync(prepared.model)
     for entry in run.optimizers:
         entry.release()
     for scheduler in run.schedulers:

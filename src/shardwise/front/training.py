@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -84,6 +84,35 @@ def no_sync(run: Run, model: nn.Module) -> Iterator[None]:
         for prepared in found:
             prepared.quiet -= 1
         push_sync(run)
+
+
+class NoSync:
+    """`model.no_sync()` of a prepared model, as DDP has it. That of a copy of the model, or of a file, does nothing."""
+
+    def __init__(self, run: Run, model: nn.Module) -> None:
+        self._run, self._model = weakref.ref(run), weakref.ref(model)
+
+    def __call__(self) -> AbstractContextManager[Any]:
+        run, model = self._run(), self._model()
+        return nullcontext() if run is None or model is None else no_sync(run, model)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _plain_no_sync, ()
+
+
+def _plain_no_sync() -> type[Any]:
+    return nullcontext
+
+
+def give_no_sync(run: Run, model: nn.Module) -> None:
+    """Let `model` have `no_sync`, unless its class has a thing of this name."""
+    if not hasattr(type(model), "no_sync"):
+        vars(model)["no_sync"] = NoSync(run, model)
+
+
+def take_no_sync(model: nn.Module) -> None:
+    if isinstance(vars(model).get("no_sync"), NoSync):
+        del vars(model)["no_sync"]
 
 
 @contextmanager
