@@ -226,13 +226,17 @@ def test_table_has_every_tracker_but_tensorboard():
     assert sorted([*(row[0] for row in TABLE), "tensorboard"]) == NAMES
 
 
-def test_tensorboard_gets_numbers_texts_and_settings(tmp_path, caplog):
+def test_tensorboard_gets_numbers_texts_and_settings(tmp_path, caplog, monkeypatch):
     accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
     accelerator.init_trackers("run", {**CONFIG, "none": None}, {"tensorboard": {"flush_secs": 60}})
     accelerator.log({**VALUES, "odd": [1], "parts": {"a": torch.tensor(1.0)}}, step=3)
     accelerator.log({"odd": [1]}, step=4)
+    shown = []  # the writer needs pillow for it
+    writer = accelerator.get_tracker("tensorboard", unwrap=True)
+    monkeypatch.setattr(writer, "add_images", lambda name, images, **kwargs: shown.append((name, kwargs)))
     accelerator.get_tracker("tensorboard").log_images({"image": torch.zeros(1, 3, 2, 2)}, step=3)
     accelerator.end_training()
+    assert shown == [("image", {"global_step": 3})]
     assert list((tmp_path / "run").glob("events*"))
     settings = [yaml.safe_load(path.read_text()) for path in tmp_path.rglob("hparams.yml")]
     assert settings == [{**PLAIN, "none": None}]
@@ -329,7 +333,8 @@ def test_what_log_with_may_be(monkeypatch, caplog):
         (InFolder, "requires a `logging_dir`"),
     ],
 )
-def test_what_no_machine_could_log_with_is_refused(log_with, text):
+def test_what_no_machine_could_log_with_is_refused(monkeypatch, log_with, text):
+    monkeypatch.setattr(tracking, "_is_there", lambda module: True)
     with pytest.raises(ConfigError, match=text):
         filter_trackers(log_with)
 
