@@ -15,11 +15,14 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import yaml
+
+from rig.fresh import Ran, run_script, torchrun
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -45,7 +48,7 @@ def environment() -> dict[str, str]:
 
 
 def launch(script: str, processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run an example under ZeRO-3 with CPU offload on so many CPU processes."""
+    """Run an example under `shardwise launch`, with ZeRO-3 and CPU offload, on so many CPU processes."""
     command = [*LAUNCH, "--config_file", str(CONFIG), "--use_cpu", "--num_processes", str(processes)]
     return subprocess.run(
         [*command, str(EXAMPLES / script), *arguments],
@@ -82,15 +85,27 @@ def check_adapter(directory: Path, logits: Path, monkeypatch: pytest.MonkeyPatch
     return int(module.main())
 
 
+def fork(script: str, processes: int, *arguments: str) -> Ran:
+    """As `launch`, in ranks that are forked with their imports; they read the configuration from the environment."""
+    return run_script(
+        EXAMPLES / script, arguments, torchrun(processes, SHARDWISE_CONFIG=os.environ["SHARDWISE_CONFIG"])
+    )
+
+
 @pytest.mark.parametrize(
-    ("script", "processes"), [("conditional_generation.py", 1), ("conditional_generation.py", 2), ("causal_lm.py", 2)]
+    ("script", "processes", "start"),
+    [("conditional_generation.py", 2, launch), ("conditional_generation.py", 1, fork), ("causal_lm.py", 2, fork)],
 )
 def test_a_launched_example_prints_the_guides_lines_and_saves_a_whole_adapter(
-    script: str, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: str,
+    processes: int,
+    start: Callable[..., Ran | subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     logits = tmp_path / "logits.safetensors"
     # 13 messages in batches of 4 over 2 processes: the last batch is padded, which no metric may count.
-    run = launch(
+    run = start(
         script,
         processes,
         "--num-epochs",

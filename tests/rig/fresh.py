@@ -1,6 +1,7 @@
 """Processes that have joined nothing yet: forked from the rig's server, each with an environment of its own, for one function.
 
     outcomes = fresh_ranks(function, torchrun(2), timeout_s=20)       # one Outcome for each process, in order
+    ran = run_script("benchmarks/loss.py", ["--tiny"], torchrun(2))   # a whole program, as torchrun would start it
 
 What a pool cannot show is here: how ranks meet, what each raises while they do, and with which exit code a process ends.
 """
@@ -9,12 +10,15 @@ from __future__ import annotations
 
 import os
 import pickle
+import runpy
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from .pool import _fork_server, _free_port
@@ -70,6 +74,44 @@ def fresh_ranks(
         else:
             found.append(Outcome(*reply, process.exitcode, seconds))
     return found
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A program on all ranks: the first exit code that is not 0 (-1 for one that had to be killed), and what they printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_script(
+    script: Path, arguments: Sequence[str], environments: Sequence[Mapping[str, str]], *, timeout_s: float = 150.0
+) -> Ran:
+    """Run a program in forked ranks, as `python script arguments`: most of a tiny run is imports, and they are there."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = fresh_ranks(_be_script, environments, script, list(arguments), folder, timeout_s=timeout_s)
+        texts = {
+            kind: "".join(path.read_text() for path in sorted(Path(folder).glob(f"{kind}-*")))
+            for kind in ("stdout", "stderr")
+        }
+    codes = [-1 if outcome.code is None else outcome.code for outcome in found]
+    return Ran(next((code for code in codes if code), 0), **texts)
+
+
+def _be_script(script: Path, arguments: list[str], folder: str) -> None:
+    for number, kind in ((1, "stdout"), (2, "stderr")):
+        getattr(sys, kind).flush()
+        file = os.open(os.path.join(folder, f"{kind}-{os.environ['RANK']}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    sys.path.insert(0, str(script.parent))
+    sys.argv = [str(script), *arguments]
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
 def _serve(pipe: Connection, environment: dict[str, str], task: bytes) -> None:
