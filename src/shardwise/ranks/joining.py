@@ -25,7 +25,11 @@ logger = logging.getLogger("shardwise")
 
 @dataclass(frozen=True)
 class Joined:
-    """This process among the ranks. data, control: None in a run of one. owned: made here, so that leaving ends them."""
+    """This process among the ranks.
+
+    data, control:    None in a run of one. owned: made here, so that leaving ends them.
+    places, machines: by rank, see `Verdict`; empty in a run of one.
+    """
 
     rank: int
     world_size: int
@@ -36,6 +40,8 @@ class Joined:
     data: dist.ProcessGroup | None = None
     control: dist.ProcessGroup | None = None
     owned: bool = False
+    places: Sequence[Place] = ()
+    machines: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class _Groups:
     world: weakref.ref[Any]
     data: weakref.ref[Any]
     control: weakref.ref[Any]
-    places: Sequence[Place]
+    verdict: Verdict
 
 
 _made: dict[timedelta, _Groups] = {}
@@ -86,10 +92,9 @@ def join_groups(use_cpu: bool, timeout_s: float, problem: Exception | None) -> J
         timeout=timeout,
         **arguments,
     )
-    data, control, _ = _groups(timeout, mine, verdict.places)
-    return Joined(
-        place.rank, place.world_size, local_rank, local_world_size, device, timeout, data, control, owned=True
-    )
+    data, control, _ = _groups(timeout, mine, verdict)
+    found = (data, control, True, verdict.places, verdict.machines)
+    return Joined(place.rank, place.world_size, local_rank, local_world_size, device, timeout, *found)
 
 
 def _made_by_the_script(place: RankEnvironment, cuda: bool, timeout: timedelta) -> Joined:
@@ -99,12 +104,13 @@ def _made_by_the_script(place: RankEnvironment, cuda: bool, timeout: timedelta) 
         place = RankEnvironment(rank, world_size, None, None)
     # Settings are compared where the group is used: these ranks have found each other without them.
     mine = Introduction({}, host_name(), place.local_rank, place.local_world_size, visible_gpus() if cuda else None)
-    data, control, places = _groups(timeout, mine)
-    local_rank, local_world_size, _ = places[rank]
+    data, control, verdict = _groups(timeout, mine)
+    local_rank, local_world_size, _ = verdict.places[rank]
     index = device_index(local_rank, mine.gpus)
     if cuda and index is None:
         judge([mine]).raise_for(0)  # the groups may be older than the wish for a GPU
-    return Joined(rank, world_size, local_rank, local_world_size, _device(index), timeout, data, control)
+    found = (data, control, False, verdict.places, verdict.machines)
+    return Joined(rank, world_size, local_rank, local_world_size, _device(index), timeout, *found)
 
 
 def _device(index: int | None) -> torch.device:
@@ -146,11 +152,11 @@ def _meet(
 
 
 def _groups(
-    timeout: timedelta, mine: Introduction, places: Sequence[Place] | None = None
-) -> tuple[dist.ProcessGroup, dist.ProcessGroup, Sequence[Place]]:
+    timeout: timedelta, mine: Introduction, verdict: Verdict | None = None
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup, Verdict]:
     """The data and the control group of this process, and where every rank sits. Collective where they do not exist yet.
 
-    places: where they sit, if they have told each other already.
+    verdict: where they sit, if they have told each other already.
     A group of gloo has three threads, one of which wakes up a hundred times a second, and torch keeps it until WORLD ends. A
     process that makes many Accelerators would be busy with nothing else: with 450 groups a test suite took twice its time.
     """
@@ -158,17 +164,16 @@ def _groups(
     if held is not None and held.world() is world:
         data, control = held.data(), held.control()
         if data is not None and control is not None:
-            return data, control, held.places
+            return data, control, held.verdict
     try:
         data, control = dist.new_group(timeout=timeout), dist.new_group(backend="gloo", timeout=timeout)
         said: list[Any] = [None] * dist.get_world_size()
-        if places is None:
+        if verdict is None:
             dist.all_gather_object(said, mine, group=control)
     except RuntimeError as error:
         raise missed("its first `Accelerator()` or `PartialState()`", timeout, error) from error
-    if places is None:
+    if verdict is None:
         verdict = judge(said)
         verdict.raise_for(dist.get_rank())
-        places = verdict.places
-    _made[timeout] = _Groups(weakref.ref(world), weakref.ref(data), weakref.ref(control), places)
-    return data, control, places
+    _made[timeout] = _Groups(weakref.ref(world), weakref.ref(data), weakref.ref(control), verdict)
+    return data, control, verdict

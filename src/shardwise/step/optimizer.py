@@ -120,6 +120,11 @@ class ShardedOptimizer:
             raise PrepareError(
                 f"this {type(optimizer).__name__} has been prepared already. Prepare each optimizer once."
             )
+        if len({model.ranks.shards.members for model in models}) > 1:
+            raise OptimizerError(
+                f"the models of this {type(optimizer).__name__} are sharded over different groups of ranks. Prepare them with one "
+                "shard_group, all at zero_stage 1 or above or all at 0; or give each an optimizer of its own."
+            )
         out_of_place = any(not model.plan.optimizer.tier.in_place for model in models)
         handling = Handling(
             parted=self.ranks.shards.size > 1 and any(model.plan.optimizer.sharded for model in models),
