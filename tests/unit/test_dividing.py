@@ -42,13 +42,16 @@ def test_the_place_in_a_group_says_which_ranks_hold_the_same() -> None:
 
 def test_a_number_that_does_not_divide_the_ranks_is_told_with_those_that_do() -> None:
     for size in (3, 8):
-        with pytest.raises(ConfigError, match=rf"shard_group: {size} does not divide the 4 rank.* \(1, 2, 4\), machine or"):
+        with pytest.raises(
+            ConfigError, match=rf"shard_group: {size} does not divide the 4 rank.* \(1, 2, 4\), machine or"
+        ):
             divide(size, 4, [])
 
 
 def test_machines_of_different_sizes_are_told_with_their_ranks() -> None:
     with pytest.raises(
-        ConfigError, match=r"equally many ranks on every machine, and machine 0 has ranks 0, 2-3, machine 1 has rank 1\. "
+        ConfigError,
+        match=r"equally many ranks on every machine, and machine 0 has ranks 0, 2-3, machine 1 has rank 1\. ",
     ):
         divide("machine", 4, [0, 1, 0, 0])
     assert divide(2, 4, [0, 1, 0, 0]).groups == ((0, 2), (1, 3))

@@ -167,7 +167,7 @@ class RunModels:
 
 
 def pieces_of(ranks: Ranks, prefix: str, held: Sequence[Interval]) -> Iterator[Piece]:
-    """This rank's part of intervals of a model, which several ranks may hold, as pieces at `prefix/<name>`. ranks: the model's."""
+    """This rank's part of intervals, which several ranks may hold, as pieces at `prefix/<name>`. ranks: their model's."""
     for interval in intervals.share(held, ranks):
         address = f"{prefix}/{interval.name}"
         spec = Spec(address, interval.dtype, (interval.numel,))

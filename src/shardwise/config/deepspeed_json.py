@@ -247,9 +247,9 @@ class _Reader:
         else:
             self.put(("deepspeed_config", "shard_group"), value, path)
             self.found.notes.append(
-                f"{self.file.path}: zero_optimization.{key}: weights are gathered within {shown(value)} ranks, as in DeepSpeed; "
-                "gradients and optimizer states are sharded over the same ranks, where DeepSpeed shards them over all: each rank "
-                "holds more of them. The numbers are the same."
+                f"{self.file.path}: zero_optimization.{key}: weights are gathered within {shown(value)} ranks, as in "
+                "DeepSpeed; gradients and optimizer states are sharded over the same ranks, where DeepSpeed shards them over "
+                "all: each rank holds more of them. The numbers are the same."
             )
 
     def offload(self, key: str, value: Any) -> None:

@@ -170,9 +170,7 @@ def estimate(model: nn.Module, choice: Choice, run: Run) -> Estimate:
     add("gathered units", Tier.GPU, gathered_at_once(blueprints, model, run.shards, run.options.prefetch_units))
     add("reductions", Tier.GPU, reductions(blueprints, run))
     if run.accumulates and not plan.gradient.sharded:
-        whole = sum(
-            p.trainable_layout(run.shards).numel * p.master_dtype.itemsize for p in blueprints if p.trainable
-        )
+        whole = sum(p.trainable_layout(run.shards).numel * p.master_dtype.itemsize for p in blueprints if p.trainable)
         add("whole gradients", Tier.GPU, whole)
     for tier, count in offload_staging(blueprints, run).items():
         add("offload staging", tier, count)

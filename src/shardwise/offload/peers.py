@@ -72,7 +72,7 @@ class PeerMemory:
         return None
 
     def allocate(self, store: MemoryStore, numel: int, dtype: torch.dtype, *, changes: bool) -> Slab | None:
-        """(numel,) zeros on the device of every rank of the group, the same numel on all; None if it is too small to be worth it. Collective.
+        """(numel,) zeros on the device of every rank of the group, as many on each. None if it is too small. Collective.
 
         changes: steps will write into it.
         """

@@ -10,17 +10,12 @@ knows where all sit, and comes to the same division without a message.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, Literal
-
-import torch.distributed as dist
+from typing import Literal
 
 from ..config.agreement import ranks_said
 from ..errors import ConfigError
-from .meeting import missed
 
 ShardGroup = Literal["world", "machine"] | int
 
@@ -65,30 +60,3 @@ def divide(shard_group: ShardGroup, world_size: int, machines: Sequence[int]) ->
             "machine or world."
         )
     return Division(tuple(tuple(sorted(in_order[at : at + size])) for at in range(0, world_size, size)))
-
-
-# What a communicator moves: each kind has its operations in one order of its own on every rank.
-Moves = Literal["shards", "gradients of shards", "copies"]
-
-_made: dict[tuple[timedelta, tuple[int, ...], Moves], tuple[weakref.ref[Any], weakref.ref[Any]]] = {}
-
-
-def communicator(members: tuple[int, ...], moves: Moves, timeout: timedelta) -> dist.ProcessGroup | None:
-    """The communicator of these ranks, this one among them, for one kind of tensors; None for one rank. Collective over them.
-
-    It is made once and kept by torch until WORLD ends, like those of `joining.py`. Only its own ranks take part, so a run of
-    thousands of groups makes none but its own; each rank makes those of its shards first, then that of its copies.
-    Raises RankError if one of them does not come.
-    """
-    if len(members) == 1:
-        return None
-    world, key = dist.group.WORLD, (timeout, members, moves)
-    held = _made.get(key)
-    if held is not None and held[0]() is world and (found := held[1]()) is not None:
-        return found  # type: ignore[no-any-return]
-    try:
-        made = dist.new_group(list(members), timeout=timeout, use_local_synchronization=True)
-    except RuntimeError as error:
-        raise missed(f"the making of a communicator of {ranks_said(members)}", timeout, error) from error
-    _made[key] = weakref.ref(world), weakref.ref(made)
-    return made  # type: ignore[no-any-return]

@@ -8,13 +8,14 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
+from ..config.agreement import ranks_said
 from ..config.environment import RankEnvironment, forgotten_tasks
 from ..errors import ConfigError, RankError
 from . import leaving
@@ -177,3 +178,30 @@ def _groups(
         verdict.raise_for(dist.get_rank())
     _made[timeout] = _Groups(weakref.ref(world), weakref.ref(data), weakref.ref(control), verdict)
     return data, control, verdict
+
+
+# What a communicator moves: each kind has its operations in one order of its own on every rank.
+Moves = Literal["shards", "gradients of shards", "copies"]
+
+_communicators: dict[tuple[timedelta, tuple[int, ...], Moves], tuple[weakref.ref[Any], weakref.ref[Any]]] = {}
+
+
+def communicator(members: tuple[int, ...], moves: Moves, timeout: timedelta) -> dist.ProcessGroup | None:
+    """The communicator of these ranks, this one among them, for one kind of tensors; None for one rank. Collective over them.
+
+    It is made once and kept by torch until WORLD ends. Only its own ranks take part, so a run of
+    thousands of groups makes none but its own; each rank makes those of its shards first, then that of its copies.
+    Raises RankError if one of them does not come.
+    """
+    if len(members) == 1:
+        return None
+    world, key = dist.group.WORLD, (timeout, members, moves)
+    held = _communicators.get(key)
+    if held is not None and held[0]() is world and (found := held[1]()) is not None:
+        return found  # type: ignore[no-any-return]
+    try:
+        made = dist.new_group(list(members), timeout=timeout, use_local_synchronization=True)
+    except RuntimeError as error:
+        raise missed(f"the making of a communicator of {ranks_said(members)}", timeout, error) from error
+    _communicators[key] = weakref.ref(world), weakref.ref(made)
+    return made  # type: ignore[no-any-return]

@@ -29,9 +29,9 @@ from ..config.agreement import Difference, disagreement
 from ..errors import ConfigError
 from . import assembling, leaving
 from .agreeing import attempt_or_interrupt, compared, raise_first, words_of
-from .dividing import Division, ShardGroup, communicator, divide
+from .dividing import Division, ShardGroup, divide
 from .group import Group, ReduceOp
-from .joining import Joined, join_groups
+from .joining import Joined, communicator, join_groups
 from .waiting import Attendance, waiting
 from .words import Words, exchanged
 

@@ -30,7 +30,7 @@ Label = TypeVar("Label", bound=Hashable)
 def exchange(held: Sequence[tuple[Label, Interval]], ranks: Ranks) -> dict[Label, Tensor]:
     """The whole tensors of all labels, on the CPU of every rank, each in its own shape and dtype. Collective.
 
-    held: this rank's intervals; those of one label are the tensor, over the ranks that hold a copy together: nothing leaves them.
+    held: this rank's intervals; those of one label are the tensor, over the ranks that hold a copy together.
     Raises StoreError for a drive that fails on this rank, RankError for one of another rank.
     """
     mine, shards = [interval for _, interval in held], ranks.shards
