@@ -447,7 +447,7 @@ def _loads(ranks, folder, shard_group, stage):
 
 
 def _elements(folder):
-    """Of each tensor of a checkpoint, how many elements its parts have together, and how many it has."""
+    """(of each tensor of a checkpoint how many elements its parts have together, and how many it has; bytes of each rank)."""
     from shardwise.checkpoint.read import Checkpoint
 
     checkpoint = Checkpoint(Path(folder))
@@ -455,7 +455,7 @@ def _elements(folder):
         address: (sum(part.numel for _, part in parts), torch.Size(parts[0][1].shape).numel())
         for address, parts in checkpoint._parts.items()
         if address.startswith(("model", "optimizer"))
-    }, [sum(entry.tensors_nbytes or 0 for entry in [one]) for one in checkpoint.manifest.entries]
+    }, [entry.tensors_nbytes or 0 for entry in checkpoint.manifest.entries]
 
 
 # Each change of group and stage once: (ranks, group, stage) of who saves, and of those who load.

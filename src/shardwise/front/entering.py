@@ -126,6 +126,8 @@ def into_engine(
             "activation_checkpointing: this %s recomputes its blocks by itself, which is left as it is.",
             type(model).__name__,
         )
+    if zero.shard_group != "world" and zero.zero_stage == 0 and ranks.rank == 0:
+        logger.warning("shard_group: has no effect at zero_stage 0: nothing is sharded.")
     sources = ranks.together(lambda: sources_of(model))
     build_without_memory(False)
     if zero.zero3_init_flag and zero.zero_stage == 3 and not sources and ranks.rank == 0:

@@ -7,8 +7,8 @@ the stage, the tier and the number of ranks:
     frozen/q.weight [65536, 131072)   in the dtype that it computes in
     exp_avg/q.lora_A [0, 4096)        an optimizer's state of that parameter, see optimizer_state.py
 
-`read` gives a copy on the CPU and `write` takes one; nothing else of the engine shows. Where several ranks hold the same (all what
-is whole, those of `ranks.copies` a shard), `share` cuts the list so that the ranks together have each element once.
+`read` gives a copy on the CPU and `write` takes one; nothing else of the engine shows. Where several ranks hold the same (all
+what is whole, those of `ranks.copies` a shard), `share` cuts the list so that the ranks together have each element once.
 """
 
 from __future__ import annotations
