@@ -123,7 +123,6 @@ def _rests(ranks, stage, shard_group):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_rank_holds_what_one_of_its_group_alone_would(world, stage):
     whole, half, quarter = (set(world(4).run(_rests, stage, group)) for group in (1, 2, 4))
-    assert len(whole) == len(half) == len(quarter) == 1
     assert max(whole) > max(half) > max(quarter)
 
 
