@@ -111,8 +111,9 @@ def run_of(config: Config, asked: Asked, gpus: int) -> Run:
     engine, length = config.engine, _count("sequence_length", asked.sequence_length)
     world_size = config.num_processes or max(1, gpus) * config.num_machines
     local_processes = -(-world_size // config.num_machines)
-    group = {"world": None, "machine": local_processes}.get(str(config.zero.shard_group), config.zero.shard_group)
-    if isinstance(group, int) and world_size % group:
+    said = config.zero.shard_group
+    group = said if isinstance(said, int) else local_processes if said == "machine" else world_size
+    if world_size % group:
         raise ConfigError(f"--shard_group: {group} does not divide {world_size} processes; take a number that does")
     batch = None
     if length is not None:

@@ -127,8 +127,7 @@ class ShardedOptimizer:
             visits=out_of_place or any(not g.in_place for model in models for g in model.trained()),
             ranks=self.ranks.world_size,
         )
-        groups = [group["params"] for group in optimizer.param_groups]
-        return check_elementwise(optimizer, groups, handling, self.ranks.device)
+        return check_elementwise(optimizer, [g["params"] for g in optimizer.param_groups], handling, self.ranks.device)
 
     def _to_thaw(self) -> list[Parameter]:
         """What the optimizer shall train, or has states for, and was frozen when its model was prepared."""
