@@ -2,13 +2,17 @@
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --case full1b --measured-ms 113
+    python benchmarks/scaling.py --case full8b --measured-ms 1500 --sweep groups
 
 Computation is what one rank was measured to take, divided over the units by their arithmetic. A gather of n bytes over p ranks,
 8 to a machine, takes
 
     t = launch + hops x latency + max(n (1 - 1/p) / nvlink, n (1 - 1/machines) / (8 x network))
 
-and a reduction the same of its own bytes. The schedule is the engine's: a gather starts with the computation of the unit
+and a reduction the same of its own bytes. With `shard_group: machine` the p ranks are those of a machine, and each reduction is
+followed by an all-reduce of the shard over the machines: sent twice, along a tree, as NCCL has it for this collective alone.
+
+The schedule is the engine's: a gather starts with the computation of the unit
 `prefetch` places before, one after another on a lane of their own, and reductions follow their unit's backward; what the
 computation waits for is exposed, and what it does not wait for slows it by a measured share. Peaks are `shardwise estimate`'s.
 
@@ -20,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -36,6 +41,7 @@ from shardwise.plan.precision import Precision
 from shardwise.plan.units import UnitSpec, find_units
 from shardwise.zero.sharded import UNIT_NBYTES
 
+GROUPED = (8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 RANKS = (1, 2, 4, 8, 16, 64, 256, 1024)
 LAYERS = (8, 16, 32, 64, 128)
 LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -93,19 +99,39 @@ def collective_s(nbytes: int, ranks: int, terms: Terms) -> float:
     return terms.launch + hops + max(inside, between)
 
 
-def step_of(passes: Sequence[Work], turn: int, ranks: int, trained: int, terms: Terms, prefetch: int = 1) -> Step:
-    """The engine's schedule of one step.
+def all_reduce_s(nbytes: int, group: int, ranks: int, terms: Terms) -> float:
+    """Seconds in which the copies of `ranks` in groups of `group` average a gradient of `nbytes`, a shard of it each."""
+    copies, machines = ranks // group, -(-ranks // PER_MACHINE)
+    if copies == 1 or not nbytes:
+        return 0.0
+    inside = 2 * nbytes / group * (1 - 1 / copies) / terms.nvlink
+    between = 2 * nbytes * (1 - 1 / machines) / (min(ranks, PER_MACHINE) * terms.network)
+    hops = 2 * math.ceil(math.log2(copies)) * (terms.network_latency if machines > 1 else terms.latency)
+    return terms.launch + hops + max(inside, between)
+
+
+def step_of(
+    passes: Sequence[Work],
+    turn: int,
+    ranks: int,
+    trained: int,
+    terms: Terms,
+    prefetch: int = 1,
+    group: int | None = None,
+) -> Step:
+    """The engine's schedule of one step. group: how many ranks hold one copy together; None: all.
 
     passes: forward and backward, in order. turn: where the backward begins; the 1 + prefetch units before it stay gathered.
     trained: elements that the optimizer steps, over all ranks.
     """
+    shards = ranks if group is None else group
     now = lane = reduced_until = exposed = slowed = 0.0
     ready: list[float] = []
     for place, work in enumerate(passes):
         while len(ready) <= min(place + prefetch, len(passes) - 1):  # issued when this unit's turn comes
             at = len(ready)
             stays = turn <= at <= turn + prefetch
-            taken = 0.0 if stays else collective_s(passes[at].gathered, ranks, terms)
+            taken = 0.0 if stays else collective_s(passes[at].gathered, shards, terms)
             lane = max(lane, now) + taken
             ready.append(lane)
             slowed += terms.slowing * taken if at else 0.0
@@ -113,10 +139,11 @@ def step_of(passes: Sequence[Work], turn: int, ranks: int, trained: int, terms: 
         exposed += waits
         now += waits + work.seconds
         if work.reduced and ranks > 1:
-            reduced_until = max(reduced_until, now) + collective_s(work.reduced, ranks, terms)
+            reduced_until = max(reduced_until, now) + collective_s(work.reduced, shards, terms)
+            reduced_until += all_reduce_s(work.reduced, shards, ranks, terms)
     compute = sum(work.seconds for work in passes)
     # Masters, two moments and a gradient in fp32: 16 bytes read, 12 and a 16-bit copy written.
-    return Step(compute, exposed, slowed, max(0.0, reduced_until - now), 30 * trained / ranks / terms.memory)
+    return Step(compute, exposed, slowed, max(0.0, reduced_until - now), 30 * trained / shards / terms.memory)
 
 
 def passes_of(model: nn.Module, case: Case, flops_per_s: float) -> tuple[list[Work], int, int]:
@@ -166,16 +193,19 @@ def rate_of(case: Case, measured_s: float) -> float:
     return sum(work.seconds for work in passes) / measured_s
 
 
-def predict(case: Case, ranks: int, flops_per_s: float, terms: Terms, stage: int = 3) -> dict[str, object]:
-    """One row: milliseconds by what they go to, and the estimated peak."""
+def predict(
+    case: Case, ranks: int, flops_per_s: float, terms: Terms, stage: int = 3, group: int | None = None
+) -> dict[str, object]:
+    """One row: milliseconds by what they go to, and the estimated peak. group: see `step_of`."""
     model = case.build(torch.device("meta"))
     passes, turn, trained = passes_of(model, case, flops_per_s)
-    step = step_of(passes, turn, ranks, trained, terms)
+    step = step_of(passes, turn, ranks, trained, terms, group=group)
     run = Run(
         world_size=ranks,
         local_processes=min(ranks, PER_MACHINE),
         precision=Precision.named("bf16"),
         batch=Batch(case.rows, case.length, case.checkpointing),
+        shard_group=group,
     )
     peak = estimate(model, Choice(stage), run).peak(Tier.GPU)
     parts = {name: round(1000 * value, 1) for name, value in asdict(step).items()}
@@ -188,31 +218,35 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--measured-ms", type=float, default=484.5, help="of one rank's step without communication; lora8b's is DDP's"
     )
+    parser.add_argument("--sweep", choices=("all", "ranks", "layers", "length", "groups"), default="all")
     options = parser.parse_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers and PEFT, about each other
     case, terms = CASES[options.case], Terms()
     rate = rate_of(case, options.measured_ms / 1000)
     print(f"{options.case}: a model, at {rate / 1e12:.0f} TFLOP/s; terms: {json.dumps(asdict(terms))}")
     sweeps = {
-        "ranks": [(str(ranks), case, ranks) for ranks in RANKS],
-        "layers": [(str(layers), case.with_layers(layers), 8) for layers in LAYERS],
-        "length": [(str(length), replace(case, length=length), 8) for length in LENGTHS],
+        "ranks": [(str(ranks), case, ranks, None) for ranks in RANKS],
+        "layers": [(str(layers), case.with_layers(layers), 8, None) for layers in LAYERS],
+        "length": [(str(length), replace(case, length=length), 8, None) for length in LENGTHS],
+        "groups": [(str(ranks), case, ranks, group) for ranks in GROUPED for group in (None, PER_MACHINE)],
     }
     for what, entries in sweeps.items():
+        if options.sweep not in ("all", what):
+            continue
         rows = [
-            f"{what:<8}{'step ms':>9}{'compute':>9}{'gathers':>9}{'slowed':>8}{'reduce':>8}{'step':>7}{'peak GB':>9}"
+            f"{what:<10}{'step ms':>9}{'compute':>9}{'gathers':>9}{'slowed':>8}{'reduce':>8}{'step':>7}{'peak GB':>9}"
         ]
-        for label, chosen, ranks in entries:
-            record = predict(chosen, ranks, rate, terms)
-            print(
-                json.dumps({"benchmark": "scaling", "case": options.case, "kind": "model", what: int(label), **record})
-            )
+        for label, chosen, ranks, group in entries:
+            record = predict(chosen, ranks, rate, terms, group=group)
+            said = {what: int(label), "shard_group": ranks if group is None else group}
+            print(json.dumps({"benchmark": "scaling", "case": options.case, "kind": "model", **said, **record}))
             parts = record["parts_ms"]
             assert isinstance(parts, dict)
             peak = record["peak_bytes"]
             assert isinstance(peak, int)
             cells = "".join(f"{value:>{width}}" for value, width in zip(parts.values(), (9, 9, 8, 8, 7), strict=True))
-            rows.append(f"{label:<8}{record['step_ms']:>9}{cells}{peak / 1e9:>9.1f}")
+            name = label if group is None else f"{label} / {group}"
+            rows.append(f"{name:<10}{record['step_ms']:>9}{cells}{peak / 1e9:>9.1f}")
         print("\n".join(rows))
     return 0
 

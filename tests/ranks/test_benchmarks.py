@@ -293,6 +293,18 @@ def test_between_machines_a_collective_takes_what_its_slower_way_takes(scaling: 
     assert scaling.collective_s(16 * 10**9, 1, terms) == 0
 
 
+def test_copies_average_over_machines_what_their_groups_have_reduced(scaling: ModuleType) -> None:
+    terms = scaling.Terms(nvlink=100e9, network=1e9, launch=0.0, latency=0.0, network_latency=1.0, slowing=0.0)
+    assert scaling.all_reduce_s(16 * 10**9, 8, 8, terms) == 0
+    # Two machines send and get half of 16 GB twice over 8 cards; one step of a tree there and back.
+    assert scaling.all_reduce_s(16 * 10**9, 8, 16, terms) == pytest.approx(2 + 2)
+    units = [scaling.Work(1.0, 10**9)] * 4
+    passes = [*units, *(scaling.Work(1.0, 10**9, 8 * 10**9) for _ in units)]
+    alone, grouped = (scaling.step_of(passes, 4, ranks, 0, terms, group=8) for ranks in (8, 32))
+    assert (alone.exposed_gathers, alone.slowed) == (grouped.exposed_gathers, grouped.slowed)
+    assert grouped.exposed_reductions > alone.exposed_reductions
+
+
 def test_the_model_of_scaling_is_near_what_two_ranks_were_measured_to_take(scaling: ModuleType) -> None:
     case = scaling.CASES["lora8b"]
     with warnings.catch_warnings():

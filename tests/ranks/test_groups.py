@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-from collections import Counter
 from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from rig.engine import inputs, largest_difference, loss_of, mine, plain_step, prepare, tower, train_both, weights_of
-from shardwise.ranks.group import Group
 
 
 def _today(ranks):
@@ -36,17 +32,9 @@ def test_two_ranks_divide_one_copy_and_each_is_its_own_copy(world):
 
 def _two_by_two(ranks):
     """These ranks, in pairs that each hold a copy: 0 and 1, 2 and 3; 0 and 2 hold the same shards, and so do 1 and 3."""
-
-    def among(members):
-        made = [dist.new_group(each) for each in members for _ in range(2)]
-        which = next(number for number, each in enumerate(members) if ranks.rank in each)
-        data, reductions = made[2 * which : 2 * which + 2]
-        place = members[which].index(ranks.rank)
-        return Group(place, 2, ranks.device, ranks.attendance, Counter(), data, reductions)
-
-    found = copy.copy(ranks)
-    found.shards = among([[0, 1], [2, 3]])
-    found.copies = among([[0, 2], [1, 3]])
+    found = ranks.divided(2)
+    found.shards.counts.clear()
+    found.copies.counts.clear()
     return found
 
 
@@ -54,17 +42,21 @@ def _trains(ranks, plan):
     grouped = _two_by_two(ranks)
     sharded, _ = train_both(grouped, tower(), plan)
     parts = {unit.trained.region.numel / unit.trained.buffer.layout.numel for unit in sharded.units}
-    return parts, grouped.shards.counts, grouped.copies.counts
+    return parts, dict(ranks.counts), dict(grouped.shards.counts), dict(grouped.copies.counts)
 
 
 @pytest.mark.parametrize("plan", ["0", "2", "3"])
 def test_pairs_that_divide_a_copy_train_as_one_process(world, plan):
     """Nothing but the groups says so: each rank steps half of the masters, and gradients meet over pairs, then over copies."""
-    for parts, shards, copies in world(4).run(_trains, plan):
-        assert parts == {1.0 if plan == "0" else 0.5}
-        reductions = shards["all_reduce_gradient"] + shards["reduce_scatter"]
-        assert copies == {"all_reduce_gradient": reductions}
-        assert reductions > 0
+    for parts, everyone, shards, copies in world(4).run(_trains, plan):
+        if plan == "0":  # nothing is divided: one reduction over all
+            assert (parts, shards, copies) == ({1.0}, {}, {})
+            assert everyone["all_reduce_gradient"] > 0
+            continue
+        assert parts == {0.5}
+        assert shards["reduce_scatter"] > 0
+        assert copies == {"all_reduce_gradient": shards["reduce_scatter"]}
+        assert everyone.keys().isdisjoint({"all_gather", "reduce_scatter", "all_reduce_gradient"})
 
 
 def _clips(ranks, plan):

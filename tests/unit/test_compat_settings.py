@@ -52,6 +52,25 @@ def test_two_batch_sizes_give_the_third(said, sizes):
     assert read(said).batch == sizes
 
 
+def test_who_shards_is_deepspeeds_mics_and_the_nearest_to_its_hpz():
+    def group(stage=3, base=None, **section):
+        return read({"zero_optimization": {"stage": stage, **section}}, base=base).config.zero.shard_group
+
+    def notes(**section):
+        return [n for n in read({"zero_optimization": section}).notes if "zero_hpz" in n]
+
+    assert group(mics_shard_size=8, mics_hierarchical_params_gather=True) == 8
+    assert group(zero_hpz_partition_size=8) == 8
+    assert group(mics_shard_size=-1, zero_hpz_partition_size=1) == "world"
+    assert group(stage=2, zero_hpz_partition_size=8) == "world"
+    (told,) = notes(stage=3, zero_hpz_partition_size=8)
+    assert "gathered within 8 ranks, as in DeepSpeed; gradients and optimizer states are sharded over the same" in told
+    assert "no effect here: zero_optimization.zero_hpz_partition_size" in notes(stage=2, zero_hpz_partition_size=8)[0]
+    launched = checked({"distributed_type": "DEEPSPEED", "deepspeed_config": {"shard_group": "machine"}})
+    assert group(base=launched) == "machine"
+    assert group(base=launched, mics_shard_size=4) == 4
+
+
 def test_batch_sizes_that_contradict_are_refused():
     said = {"train_batch_size": 10, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3}
     with pytest.raises(ConfigError, match=r"micro_batch_per_gpu \* gradient_acc_step \* world_size: 10 != 2 \* 3 \* 2"):
@@ -136,7 +155,14 @@ def test_stage_and_devices_make_the_plan():
     [
         ({"amp": {"enabled": True}}, "amp: NVIDIA apex"),
         ({"compression_training": {"x": 1}}, "compression_training: is not supported"),
-        ({"zero_optimization": {"stage": 3, "mics_shard_size": 4}}, "mics_shard_size: sharding over a part"),
+        (
+            {"zero_optimization": {"stage": 3, "mics_shard_size": 4.5}},
+            r"mics_shard_size: 4\.5 is not world, machine or a",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "mics_shard_size": 4, "zero_hpz_partition_size": 8}},
+            "zero_hpz_partition_size: mics_shard_size says who shards too",
+        ),
         ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights: quantized"),
         ({"zero_optimization": {"stge": 3}}, "did you mean stage"),
         ({"zero_optimization": {"stage": 4}}, r"zero_optimization\.stage"),

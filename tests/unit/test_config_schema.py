@@ -103,6 +103,13 @@ def test_zero3_init_flag_needs_a_note_below_stage_3_only() -> None:
         ({"machine_rank": 1}, "machine_rank", "not below num_machines 1"),
         ({"use_cpu": True, "gpu_ids": "0"}, "gpu_ids", "contradicts"),
         ({"gpu_ids": "0,0"}, "gpu_ids", "different numbers"),
+        (zero(shard_group="rack"), "deepspeed_config.shard_group", "not world, machine or a number of ranks"),
+        (zero(shard_group=0), "deepspeed_config.shard_group", "0 is not world, machine or a number of ranks"),
+        (
+            zero(shard_group=3) | {"num_processes": 8},
+            "deepspeed_config.shard_group",
+            "3 does not divide the 8 processes",
+        ),
         ({"shardwise_config": {"prefetch_units": -1}}, "shardwise_config.prefetch_units", "0 or more"),
         ({"shardwise_config": {"reduce_dtype": "fp64"}}, "shardwise_config.reduce_dtype", "not one of"),
         ({"shardwise_config": {"loss_scale": {"initial": 8}}}, "shardwise_config.loss_scale", "fp16 only"),
@@ -115,6 +122,15 @@ def test_a_wrong_value_is_told_by_its_key(values: dict[str, object], key: str, t
     assert [".".join(problem.key) for problem in problems] == [key]
     assert text in problems[0].text
     assert "\n" not in problems[0].text
+
+
+def test_a_shard_group_is_read_from_words_and_numbers_and_named_where_nothing_is_sharded() -> None:
+    for said, meant in (("World", "world"), (" machine", "machine"), ("2", 2), (4, 4)):
+        assert checked(zero(zero_stage=3, shard_group=said)).zero.shard_group == meant
+    assert notes(checked(zero(zero_stage=0, shard_group=2))) == [
+        "shard_group: has no effect at zero_stage 0: nothing is sharded."
+    ]
+    assert notes(checked(zero(zero_stage=1, shard_group=2))) == []
 
 
 def test_machines_must_fit_together() -> None:

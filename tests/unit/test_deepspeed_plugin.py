@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from shardwise import Accelerator, DeepSpeedPlugin
 from shardwise.building.loading import _Switch
+from shardwise.config.schema import Config
 from shardwise.errors import ConfigError, PrepareError
 from shardwise.run.deepspeed_plugins import get_active_deepspeed_plugin, plugin_named, select_plugin
 from shardwise.run.deepspeed_words import HfDeepSpeedConfig
@@ -244,6 +245,16 @@ def test_the_first_of_several_is_in_force_until_another_is_selected():
         plugins["student"].select()
     with pytest.raises(NotImplementedError):
         plugins["student"].selected = True
+
+
+def test_plugins_of_one_accelerator_share_the_group_that_shards():
+    assert DeepSpeedPlugin(zero_stage=3).shard_group == "world"
+    assert DeepSpeedPlugin(zero_stage=3, shard_group="machine").merged_into(Config()).zero.shard_group == "machine"
+    described = DeepSpeedPlugin(hf_ds_config={"zero_optimization": {"stage": 3, "mics_shard_size": 2}})
+    assert described.merged_into(Config()).zero.shard_group == described.shard_group == 2
+    plugins = {name: DeepSpeedPlugin(zero_stage=3, shard_group=group) for name, group in (("a", 1), ("b", "world"))}
+    with pytest.raises(ConfigError, match="'a' and 'b' differ in shard_group, which an Accelerator has once"):
+        Accelerator(cpu=True, deepspeed_plugins=plugins)
 
 
 def test_a_run_without_zero_has_no_active_plugin():

@@ -56,6 +56,30 @@ def test_a_model_of_70b_parameters_is_estimated_without_memory(tmp_path):
     assert found.nbytes["frozen", Tier.GPU] == pytest.approx(weights / 2, rel=1e-3)
 
 
+def test_groups_hold_what_as_many_ranks_alone_would(capsys, config_file):
+    model = build_meta_model(str(config_file))
+    for stage in range(4):
+        grouped = estimate(model, Choice(stage), Run(world_size=8, shard_group=2, accumulates=True))
+        assert grouped == estimate(model, Choice(stage), Run(world_size=2, accumulates=True))
+    machines = [
+        "--use_cpu",
+        "--num_processes",
+        "8",
+        "--num_machines",
+        "4",
+        "--main_process_ip",
+        "a",
+        "--main_process_port",
+        "1",
+    ]
+    assert run(["estimate", str(config_file), *machines, "--zero_stage", "3", "--shard_group", "machine"]) == 0
+    assert "8 process(es), 2 on this machine, 4 copies of 2 ranks; AdamW" in capsys.readouterr().out
+    assert run(
+        ["estimate", str(config_file), "--use_cpu", "--num_processes", "8", "--zero_stage", "3", "--shard_group", "3"]
+    )
+    assert "3 does not divide the 8 processes" in capsys.readouterr().err
+
+
 def test_every_plan_is_in_the_table_with_what_stands_against_it(capsys, config_file):
     assert run(["estimate", str(config_file), "--use_cpu", "--num-processes", "2", "--zero-stage", "3"]) == 0
     out = capsys.readouterr().out

@@ -151,7 +151,7 @@ def _sums_of_trained(model: ShardedModel, names: set[str], saved: Mapping[str, s
         return {}
     held = [
         replace(one, dtype=getattr(torch, _dtype(saved[one.name])))
-        for one in intervals.share(intervals.trained(model), ranks.rank, ranks.world_size)
+        for one in intervals.share(intervals.trained(model), model.ranks)
         if one.name in names
     ]
     found = fingerprints(held, ranks)
@@ -161,7 +161,7 @@ def _sums_of_trained(model: ShardedModel, names: set[str], saved: Mapping[str, s
 def _sums_of(model: ShardedModel, ranks: Ranks) -> dict[str, str]:
     """Name -> dtype and fingerprint of each frozen weight. Collective."""
     if model not in _sums or _sums[model][0] != model.writes:
-        held = intervals.share(intervals.frozen(model), ranks.rank, ranks.world_size)
+        held = intervals.share(intervals.frozen(model), model.ranks)
         dtypes = {m.name: str(m.dtype).removeprefix("torch.") for m in model.whole.members() if not m.trained}
         sums = {name: f"{dtypes[name]} {total}" for name, total in fingerprints(held, ranks).items()}
         _sums[model] = (model.writes, sums)

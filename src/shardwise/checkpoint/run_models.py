@@ -53,7 +53,7 @@ class RunModels:
         return [
             piece
             for number, model in enumerate(self.models)
-            for piece in pieces_of(self.ranks, f"model{number}/trained", intervals.trained(model))
+            for piece in pieces_of(model.ranks, f"model{number}/trained", intervals.trained(model))
         ]
 
     def frozen_pieces(self, only: Sequence[Container[str]] | None = None) -> list[Piece]:
@@ -62,7 +62,7 @@ class RunModels:
             piece
             for number, model in enumerate(self.models)
             for piece in pieces_of(
-                self.ranks,
+                model.ranks,
                 f"model{number}/frozen",
                 [held for held in intervals.frozen(model) if only is None or held.name in only[number]],
             )
@@ -167,8 +167,8 @@ class RunModels:
 
 
 def pieces_of(ranks: Ranks, prefix: str, held: Sequence[Interval]) -> Iterator[Piece]:
-    """This rank's part of intervals, which may be whole on every rank, as pieces at `prefix/<name>`."""
-    for interval in intervals.share(held, ranks.rank, ranks.world_size):
+    """This rank's part of intervals, which several ranks may hold, as pieces at `prefix/<name>`. ranks: their model's."""
+    for interval in intervals.share(held, ranks):
         address = f"{prefix}/{interval.name}"
         spec = Spec(address, interval.dtype, (interval.numel,))
         yield Piece(address, interval.shape, interval.begin, spec, interval.read)

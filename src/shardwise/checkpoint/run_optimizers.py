@@ -53,7 +53,7 @@ class RunOptimizers:
                 held.setdefault(f"optimizer{number}/{key}/model{homes[model]}", []).append(interval)
             numbers[f"model{homes[model]}/{name}"] = state.numbers
         for prefix, found in held.items():
-            pieces += pieces_of(self.ranks, prefix, found)
+            pieces += pieces_of(stepper.ranks, prefix, found)
         groups = stepper.states.settings()
         mine: dict[str, Any] = {
             "numbers": numbers,

@@ -97,7 +97,7 @@ class RunState:
             pieces += whole_pieces({f"model{number}/adapter/{name}": tensor for name, tensor in kept.computed.items()})
         state["optimizers"] = self.of_optimizers.taken(pieces)
         for number, average in enumerate(self.averages):
-            pieces += pieces_of(self.ranks, self._place_of(number), average.intervals())
+            pieces += pieces_of(average.model.ranks, self._place_of(number), average.intervals())
         state["loaders"] = [position(loader) for loader in self.loaders]
         if rank == 0:
             state["models"] = len(self.models)

@@ -110,6 +110,7 @@ QUESTIONS: tuple[Question, ...] = (
     ),
     _question("deepspeed_config_file", lambda answers: "", lambda answers: _zero(answers) and answers[USE_JSON]),
     _question("zero_stage", lambda answers: 3, _by_hand),
+    _question("shard_group", lambda answers: "world", lambda answers: _several(answers) and _stage(answers) >= 1),
     _question("offload_optimizer_device", lambda answers: "none", lambda answers: _stage(answers) >= 1),
     _question(
         "offload_optimizer_nvme_path",

@@ -74,6 +74,7 @@ def run_estimate(
             "parameters": total,
             "trained": trained,
             "num_processes": run.world_size,
+            "shard_group": run.shards,
             "mixed_precision": config.mixed_precision,
             "quantize": asked.quantize,
             "plan": {**chosen.as_values(), "shortages": machine.shortages(chosen, run)},
@@ -82,7 +83,9 @@ def run_estimate(
         print(json.dumps(facts, indent=1))
         return
     print(f"{model}: {total:,} parameters, {trained:,} of them trained; mixed precision {config.mixed_precision}")
-    print(f"{run.world_size} process(es), {run.local_processes} on this machine; AdamW; {_batch_text(built, run)}")
+    groups = f", {run.world_size // run.shards} copies of {run.shards} ranks" if run.shards < run.world_size else ""
+    place = f"{run.world_size} process(es), {run.local_processes} on this machine{groups}"
+    print(f"{place}; AdamW; {_batch_text(built, run)}")
     if asked.quantize:
         print(f"the frozen linear weights in {asked.quantize}: codes and scales as an estimate of what libraries keep")
     print("\n".join(["", *rows_of(chosen), "", *table(every, machine, run)]))
@@ -107,6 +110,11 @@ def run_of(config: Config, asked: Asked, gpus: int) -> Run:
 
     engine, length = config.engine, _count("sequence_length", asked.sequence_length)
     world_size = config.num_processes or max(1, gpus) * config.num_machines
+    local_processes = -(-world_size // config.num_machines)
+    said = config.zero.shard_group
+    group = said if isinstance(said, int) else local_processes if said == "machine" else world_size
+    if world_size % group:
+        raise ConfigError(f"--shard_group: {group} does not divide {world_size} processes; take a number that does")
     batch = None
     if length is not None:
         rows = engine.micro_batch_size or 1
@@ -114,12 +122,13 @@ def run_of(config: Config, asked: Asked, gpus: int) -> Run:
         batch = Batch(rows, length, checkpointing, asked.attention, engine.loss_chunk_tokens, engine.loss_keeps_logits)
     return Run(
         world_size=world_size,
-        local_processes=-(-world_size // config.num_machines),
+        local_processes=local_processes,
         precision=Precision.named(config.mixed_precision, engine.reduce_dtype),
         cuda=not config.use_cpu,
         options=engine,
         accumulates=config.gradient_accumulation_steps > 1,
         batch=batch,
+        shard_group=None if group == world_size else group,
     )
 
 

@@ -56,16 +56,14 @@ _ZERO_TUNING = {
     *("elastic_checkpoint", "load_from_fp32_weights", "memory_efficient_linear", "pipeline_loading_checkpoint"),
     *("stage3_use_all_reduce_for_fetch_params", "override_module_apply", "stage3_module_granularity_threshold"),
     "leaf_module",  # the ranks agree on the order of gathers, whatever their batches meet
+    "mics_hierarchical_params_gather",  # how a gather goes within a group of several machines is the backend's to choose
     *("stage3_allgather_sequential", "log_trace_cache_warnings", "cpu_offload_use_pin_memory"),
 }
 _ZERO_REFUSED = {
-    "zero_hpz_partition_size": "a second partition within a machine is not supported",
     "zero_quantized_weights": "quantized gathers are not supported",
     "zero_quantized_nontrainable_weights": "quantized gathers are not supported",
     "zero_quantized_gradients": "quantized reductions are not supported",
     "zeropp_loco_param": "quantized reductions are not supported",
-    "mics_shard_size": "sharding over a part of the ranks is not supported",
-    "mics_hierarchical_params_gather": "sharding over a part of the ranks is not supported",
     "zenflow": "is not supported",
 }
 # What DeepSpeed takes under two names: the one without stage3_ is its field's own.
@@ -212,6 +210,8 @@ class _Reader:
                     self.put(("deepspeed_config", f"{_LEGACY[key]}_device"), "cpu", path)
             elif key == "stage3_gather_16bit_weights_on_model_save":
                 self.put(("deepspeed_config", "zero3_save_16bit_model"), False if value == "auto" else value, path)
+            elif key in ("mics_shard_size", "zero_hpz_partition_size"):
+                self.groups(key, value, section)
             elif key in _ZERO_TUNING:
                 self.idle.append(f"zero_optimization.{name}")
             elif key in _ZERO_REFUSED:
@@ -219,6 +219,7 @@ class _Reader:
                     self.problem(path, _ZERO_REFUSED[key])
             else:
                 known = ["stage", "offload_optimizer", "offload_param", "stage3_gather_16bit_weights_on_model_save"]
+                known += ["mics_shard_size", "zero_hpz_partition_size"]
                 self.problem(path, f"unknown key{nearest(key, [*known, *_ZERO_TUNING, *_ZERO_REFUSED])}")
         # DeepSpeed's default, where accelerate's YAML has 2.
         zero = self.found.values.setdefault("deepspeed_config", {})
@@ -231,6 +232,25 @@ class _Reader:
                     f"{self.file.path}: zero_optimization.{role}: no effect at stage {stage}, as in DeepSpeed; it is for stage "
                     f"{first} and above."
                 )
+
+    def groups(self, key: str, value: Any, section: dict[str, Any]) -> None:
+        """MiCS shards all over so many ranks; the other key keeps the weights alone within them, and states over all ranks."""
+        path: Key = ("zero_optimization", key)
+        if value is None or (isinstance(value, int) and value <= (0 if key == "mics_shard_size" else 1)):
+            return  # its default, which is none
+        if key == "mics_shard_size":
+            self.put(("deepspeed_config", "shard_group"), value, path)
+        elif section.get("stage") != 3:
+            self.idle.append(f"zero_optimization.{key}")
+        elif isinstance(section.get("mics_shard_size"), int) and section["mics_shard_size"] > 0:
+            self.problem(path, "mics_shard_size says who shards too; leave one of them out")
+        else:
+            self.put(("deepspeed_config", "shard_group"), value, path)
+            self.found.notes.append(
+                f"{self.file.path}: zero_optimization.{key}: weights are gathered within {shown(value)} ranks, as in "
+                "DeepSpeed; gradients and optimizer states are sharded over the same ranks, where DeepSpeed shards them over "
+                "all: each rank holds more of them. The numbers are the same."
+            )
 
     def offload(self, key: str, value: Any) -> None:
         path: Key = ("zero_optimization", key)

@@ -74,6 +74,14 @@ def _of_zero(key: str, *also: str) -> Callable[[Look], Look]:
     return add
 
 
+@_of_zero("shard_group", "num_processes", "deepspeed_config.zero_stage")
+def _groups_that_do_not_divide(config: Config) -> str | None:
+    size, processes = config.zero.shard_group, config.num_processes
+    if not isinstance(size, int) or not config.zero.zero_stage or processes is None or processes % size == 0:
+        return None
+    return f"{size} does not divide the {processes} processes; take a number that does, machine or world"
+
+
 @_of_zero("offload_param_device", "deepspeed_config.zero_stage")
 def _param_is_whole(config: Config) -> str | None:
     return refused_offload("param", config.zero.offload_param_device, config.zero.zero_stage)
@@ -220,6 +228,8 @@ def notes(config: Config) -> list[str]:
     """Accepted settings without effect in this combination, and facts that a reader of the file may not expect."""
     said = []
     zero = config.zero
+    if zero.shard_group != "world" and not zero.zero_stage:
+        said.append("shard_group: has no effect at zero_stage 0: nothing is sharded.")
     for name in ("zero3_init_flag", "zero3_save_16bit_model"):
         if getattr(zero, name) and zero.zero_stage < 3:
             said.append(f"{name}: has no effect at zero_stage {zero.zero_stage}; it is for zero_stage 3.")

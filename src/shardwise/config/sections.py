@@ -84,6 +84,19 @@ _FAST_DRIVE = "A fast local drive; the files of a run are removed when it ends."
 _OWN_PATH = "a path of this machine"
 
 
+def _shard_group(value: Any) -> int | str:
+    text = value.strip().lower() if isinstance(value, str) else value
+    if text in ("world", "machine"):
+        return str(text)
+    number = int(text) if isinstance(text, str) and text.isdecimal() else text
+    if isinstance(number, int) and not isinstance(number, bool) and number >= 1:
+        return number
+    raise wrong(f"{value!r} is not world, machine or a number of ranks")
+
+
+_SHARD_GROUP = Kind(_shard_group, metavar="world|machine|N")
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False, protected_namespaces=())
 
@@ -110,6 +123,21 @@ class ZeroConfig(Section):
             ),
         ),
     ] = 2
+    shard_group: Annotated[
+        Literal["world", "machine"] | int,
+        _SHARD_GROUP,
+        Setting(
+            "Ranks that hold one copy of the model together: all, those of a machine, or so many; the groups hold copies.",
+            ZERO,
+            comment="who holds one copy together: world, machine, or a number of ranks",
+            asked=Wording(
+                "Which ranks hold one copy of the model together?",
+                "Over several machines the GPUs of one can hold a copy: gathers then stay inside, and gradients are averaged "
+                "over the machines.",
+                {"world": "all of them", "machine": "those of a machine"},
+            ),
+        ),
+    ] = "world"
     gradient_accumulation_steps: Annotated[
         OptionalCount,
         Setting(

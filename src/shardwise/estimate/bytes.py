@@ -62,6 +62,7 @@ CHOICES = (
 class Run:
     """What the bytes depend on besides model and plan; the defaults are the engine's.
 
+    shard_group:     how many ranks hold one copy of the model together; None: all.
     local_processes: of one machine. cuda: ranks are GPUs. accumulates: a step has several micro-batches.
     options:         as ShardedModel takes them.
     batch:           None leaves activations out. moments: fp32 states of the optimizer for each element, AdamW's 2.
@@ -75,6 +76,12 @@ class Run:
     accumulates: bool = False
     batch: Batch | None = None
     moments: int = 2
+    shard_group: int | None = None
+
+    @property
+    def shards(self) -> int:
+        """By how many ranks a buffer is divided."""
+        return self.world_size if self.shard_group is None else self.shard_group
 
 
 @dataclass(frozen=True)
@@ -155,17 +162,15 @@ def estimate(model: nn.Module, choice: Choice, run: Run) -> Estimate:
         if count:
             nbytes[row, tier] = nbytes.get((row, tier), 0) + count
 
-    rest: Ledger = at_rest(blueprints, run.world_size, gradients=True)
-    moments: Ledger = moments_at_rest(blueprints, run.world_size, moments=run.moments, cuda=run.cuda)
+    rest: Ledger = at_rest(blueprints, run.shards, gradients=True)
+    moments: Ledger = moments_at_rest(blueprints, run.shards, moments=run.moments, cuda=run.cuda)
     for ledger in (rest, moments):
         for (role, tier), count in ledger.items():
             add(role, tier, count)
-    add("gathered units", Tier.GPU, gathered_at_once(blueprints, model, run.world_size, run.options.prefetch_units))
+    add("gathered units", Tier.GPU, gathered_at_once(blueprints, model, run.shards, run.options.prefetch_units))
     add("reductions", Tier.GPU, reductions(blueprints, run))
     if run.accumulates and not plan.gradient.sharded:
-        whole = sum(
-            p.trainable_layout(run.world_size).numel * p.master_dtype.itemsize for p in blueprints if p.trainable
-        )
+        whole = sum(p.trainable_layout(run.shards).numel * p.master_dtype.itemsize for p in blueprints if p.trainable)
         add("whole gradients", Tier.GPU, whole)
     for tier, count in offload_staging(blueprints, run).items():
         add("offload staging", tier, count)
@@ -186,7 +191,7 @@ def reductions(blueprints: Sequence[Blueprint], run: Run) -> int:
     trained = [blueprint for blueprint in blueprints if blueprint.trainable]
     if not trained:
         return 0
-    numels = [blueprint.trainable_layout(run.world_size).numel for blueprint in trained]
+    numels = [blueprint.trainable_layout(run.shards).numel for blueprint in trained]
     arriving = max(n * p.dtype.itemsize for n, p in zip(numels, trained, strict=True))
     sizes = [
         n * (8 if p.master_dtype.itemsize == 8 else run.precision.reduce.itemsize)
@@ -207,7 +212,7 @@ def offload_staging(blueprints: Sequence[Blueprint], run: Run) -> dict[Tier, int
     trained = [blueprint for blueprint in blueprints if blueprint.trainable]
     tiers = {p.plan.optimizer.tier for p in trained}
     if any(tier.visits(cuda=run.cuda) for tier in tiers):
-        numels = [p.region(run.world_size, 0).numel for p in trained]
+        numels = [p.region(run.shards, 0).numel for p in trained]
         numel = min(sum(numels), VISITING * min(CHUNK, max(numels)))
         found[Tier.GPU] = numel * (2 + run.moments) * max(p.master_dtype.itemsize for p in trained)
     every = tiers.union(*((p.plan.frozen.tier, p.plan.parameter.tier) for p in blueprints))

@@ -118,6 +118,7 @@ def into_engine(
     Raises PrepareError on every rank.
     """
     model, engine, zero = checked.model, config.engine, config.zero
+    ranks = divided_for(config, ranks)
     parameters = list(model.parameters())
     dtypes = {id(parameter): parameter.dtype for parameter in parameters}
     if engine.activation_checkpointing != "none" and not checked.recomputed and ranks.rank == 0:
@@ -125,6 +126,8 @@ def into_engine(
             "activation_checkpointing: this %s recomputes its blocks by itself, which is left as it is.",
             type(model).__name__,
         )
+    if zero.shard_group != "world" and zero.zero_stage == 0 and ranks.rank == 0:
+        logger.warning("shard_group: has no effect at zero_stage 0: nothing is sharded.")
     sources = ranks.together(lambda: sources_of(model))
     build_without_memory(False)
     if zero.zero3_init_flag and zero.zero_stage == 3 and not sources and ranks.rank == 0:
@@ -151,6 +154,14 @@ def into_engine(
         changes += [Fp32Outputs(model), MastersInStateDicts(sharded, dtypes)]
     note_prepared(type(model).__name__)
     return PreparedModel(model, sharded, changes, parameters)
+
+
+def divided_for(config: Config, ranks: Ranks) -> Ranks:
+    """`ranks` in the groups that the configuration shards over; as they are where nothing is sharded. Collective.
+
+    Raises ConfigError on every rank for groups that cannot be.
+    """
+    return ranks.divided(config.zero.shard_group) if config.zero.zero_stage else ranks
 
 
 def _nvme_paths(zero: ZeroConfig) -> dict[Kind, str]:

@@ -216,6 +216,8 @@ def join_with(checked: Callable[[], Settings]) -> tuple[Ranks, Settings]:
             raise problem
         assert settings is not None
         check_device(ranks, settings.config.use_cpu)
+        if settings.config.zero.zero_stage:
+            ranks.division(settings.config.zero.shard_group)  # of groups that cannot be it raises
         return settings.facts()
 
     differing = ranks.compare(facts, "`Accelerator()`")

@@ -12,7 +12,8 @@ and that must be said: `fence` holds a lane until every rank's lane has come. Fr
 ones need two for a step, one behind the gathers before it and one before the gathers behind it. What writes into shards
 otherwise (a checkpoint, `gathered(modify=True)`) does so between `meet`s, which hold the hosts.
 
-It is for ranks of one machine whose GPUs reach each other's memory. Memory is torch's symmetric memory, without multicast.
+It is for ranks of one machine whose GPUs reach each other's memory: of a run on several machines those that `shard_group` keeps
+on one. All ranks of the run gather in one way. Memory is torch's symmetric memory, without multicast.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ MIN_SHARD_NBYTES = 1 << 20
 
 
 class PeerMemory:
-    """Allocates shards that all ranks can read, and orders their readers and writers.
+    """Allocates shards that all ranks of `ranks.shards` can read, and orders their readers and writers.
 
     changing: whether any of them is changed by steps.
     """
@@ -71,7 +72,7 @@ class PeerMemory:
         return None
 
     def allocate(self, store: MemoryStore, numel: int, dtype: torch.dtype, *, changes: bool) -> Slab | None:
-        """(numel,) zeros on every rank's device, the same numel on all; None if it is too small to be worth it. Collective.
+        """(numel,) zeros on the device of every rank of the group, as many on each. None if it is too small. Collective.
 
         changes: steps will write into it.
         """
@@ -109,18 +110,22 @@ def _why_not(ranks: Ranks) -> str | None:
     """What stands against peer copies, known without a trial; the same on every rank. Collective."""
     if ranks.device.type != "cuda":
         return "the ranks run on CPUs"
-    if ranks.shards.size > ranks.local_world_size:
-        return "the ranks are on several machines"
+    if any(ranks.any_of([not on_one_machine(ranks)])):
+        several = "the ranks" if ranks.copies.size == 1 else "the ranks of a shard group"
+        return f"{several} are on several machines"
     blind = torch.cuda.device_count() < ranks.local_world_size
     if any(ranks.any_of([blind])):
         return "a rank does not see the GPUs of the others"
-    mine = ranks.local_rank
-    apart = any(
-        not torch.cuda.can_device_access_peer(mine, other) for other in range(ranks.local_world_size) if other != mine
-    )
+    mine, others = ranks.local_rank, [ranks.local_ranks[rank] for rank in ranks.shards.members]
+    apart = any(not torch.cuda.can_device_access_peer(mine, other) for other in others if other != mine)
     if any(ranks.any_of([apart])):
         return "the GPUs do not reach each other's memory"
     return None
+
+
+def on_one_machine(ranks: Ranks) -> bool:
+    """Whether the ranks that divide this one's shards are all on its machine."""
+    return len({ranks.machines[rank] for rank in ranks.shards.members if ranks.machines}) <= 1
 
 
 def _trial(ranks: Ranks) -> str | None:

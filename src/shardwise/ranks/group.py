@@ -5,10 +5,11 @@ Who takes part is the group's, so what is done with a tensor says which of three
     rank          0  1  2  3      four ranks, two of which hold one copy of a model together
     shards       (0  1)(2  3)     a buffer is divided by them: gathered, and reduced
     copies       (0  2)(1  3)     they hold the same shards: a reduced gradient is averaged over them
-    all of them  (0  1  2  3)     values of rank 0, what the ranks say of a step, a user's own tensors
+    all of them  (0  1  2  3)     values of rank 0, what the ranks say of a step, whole gradients, a user's own tensors
 
-Today all ranks hold one copy together: `shards` are all of them, `copies` is each rank alone. A group of one rank needs no
-process group; each of its collectives is a copy or nothing, and the callers need no second path.
+Unless `shard_group` says otherwise (`dividing.py`) all ranks hold one copy together: `shards` are all of them, `copies` is each
+rank alone. A group of one rank needs no process group; each of its collectives is a copy or nothing, and the callers need no
+second path.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Group:
     """Some ranks of the run, this one among them. Each collective runs on the current stream; the caller orders streams.
 
     rank, size: this rank's place in the group, and how many they are.
+    members:    the ranks of the run that they are, in the order of the group.
     device:     this rank's.
     attendance: whether the ranks of the run are there: what one group finds, the others say too.
     counts:     how often each collective ran, by name.
@@ -54,23 +56,25 @@ class Group:
         counts: Counter[str],
         data: dist.ProcessGroup | None = None,
         reductions: dist.ProcessGroup | None = None,
+        members: Sequence[int] | None = None,
     ) -> None:
         self.rank = rank
         self.size = size
         self.device = device
         self.attendance = attendance
         self.counts = counts
+        self.members = tuple(range(size) if members is None else members)
         self._data = data
         self._reductions = reductions
 
     @classmethod
     def alone(cls, device: torch.device, attendance: Attendance) -> Group:
         """This rank by itself. What it counts is its own: nothing of it is sent."""
-        return cls(0, 1, device, attendance, Counter())
+        return cls(0, 1, device, attendance, Counter(), members=[attendance.rank])
 
     def aside(self, attendance: Attendance, counts: Counter[str]) -> Group:
         """The same ranks, for a thread that moves no tensors."""
-        return Group(self.rank, self.size, self.device, attendance, counts)
+        return Group(self.rank, self.size, self.device, attendance, counts, members=self.members)
 
     @property
     def blocking(self) -> bool:

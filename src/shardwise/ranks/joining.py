@@ -8,13 +8,14 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
+from ..config.agreement import ranks_said
 from ..config.environment import RankEnvironment, forgotten_tasks
 from ..errors import ConfigError, RankError
 from . import leaving
@@ -25,7 +26,11 @@ logger = logging.getLogger("shardwise")
 
 @dataclass(frozen=True)
 class Joined:
-    """This process among the ranks. data, control: None in a run of one. owned: made here, so that leaving ends them."""
+    """This process among the ranks.
+
+    data, control:    None in a run of one. owned: made here, so that leaving ends them.
+    places, machines: by rank, see `Verdict`; empty in a run of one.
+    """
 
     rank: int
     world_size: int
@@ -36,6 +41,8 @@ class Joined:
     data: dist.ProcessGroup | None = None
     control: dist.ProcessGroup | None = None
     owned: bool = False
+    places: Sequence[Place] = ()
+    machines: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class _Groups:
     world: weakref.ref[Any]
     data: weakref.ref[Any]
     control: weakref.ref[Any]
-    places: Sequence[Place]
+    verdict: Verdict
 
 
 _made: dict[timedelta, _Groups] = {}
@@ -86,10 +93,9 @@ def join_groups(use_cpu: bool, timeout_s: float, problem: Exception | None) -> J
         timeout=timeout,
         **arguments,
     )
-    data, control, _ = _groups(timeout, mine, verdict.places)
-    return Joined(
-        place.rank, place.world_size, local_rank, local_world_size, device, timeout, data, control, owned=True
-    )
+    data, control, _ = _groups(timeout, mine, verdict)
+    found = (data, control, True, verdict.places, verdict.machines)
+    return Joined(place.rank, place.world_size, local_rank, local_world_size, device, timeout, *found)
 
 
 def _made_by_the_script(place: RankEnvironment, cuda: bool, timeout: timedelta) -> Joined:
@@ -99,12 +105,13 @@ def _made_by_the_script(place: RankEnvironment, cuda: bool, timeout: timedelta) 
         place = RankEnvironment(rank, world_size, None, None)
     # Settings are compared where the group is used: these ranks have found each other without them.
     mine = Introduction({}, host_name(), place.local_rank, place.local_world_size, visible_gpus() if cuda else None)
-    data, control, places = _groups(timeout, mine)
-    local_rank, local_world_size, _ = places[rank]
+    data, control, verdict = _groups(timeout, mine)
+    local_rank, local_world_size, _ = verdict.places[rank]
     index = device_index(local_rank, mine.gpus)
     if cuda and index is None:
         judge([mine]).raise_for(0)  # the groups may be older than the wish for a GPU
-    return Joined(rank, world_size, local_rank, local_world_size, _device(index), timeout, data, control)
+    found = (data, control, False, verdict.places, verdict.machines)
+    return Joined(rank, world_size, local_rank, local_world_size, _device(index), timeout, *found)
 
 
 def _device(index: int | None) -> torch.device:
@@ -146,11 +153,11 @@ def _meet(
 
 
 def _groups(
-    timeout: timedelta, mine: Introduction, places: Sequence[Place] | None = None
-) -> tuple[dist.ProcessGroup, dist.ProcessGroup, Sequence[Place]]:
+    timeout: timedelta, mine: Introduction, verdict: Verdict | None = None
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup, Verdict]:
     """The data and the control group of this process, and where every rank sits. Collective where they do not exist yet.
 
-    places: where they sit, if they have told each other already.
+    verdict: where they sit, if they have told each other already.
     A group of gloo has three threads, one of which wakes up a hundred times a second, and torch keeps it until WORLD ends. A
     process that makes many Accelerators would be busy with nothing else: with 450 groups a test suite took twice its time.
     """
@@ -158,17 +165,43 @@ def _groups(
     if held is not None and held.world() is world:
         data, control = held.data(), held.control()
         if data is not None and control is not None:
-            return data, control, held.places
+            return data, control, held.verdict
     try:
         data, control = dist.new_group(timeout=timeout), dist.new_group(backend="gloo", timeout=timeout)
         said: list[Any] = [None] * dist.get_world_size()
-        if places is None:
+        if verdict is None:
             dist.all_gather_object(said, mine, group=control)
     except RuntimeError as error:
         raise missed("its first `Accelerator()` or `PartialState()`", timeout, error) from error
-    if places is None:
+    if verdict is None:
         verdict = judge(said)
         verdict.raise_for(dist.get_rank())
-        places = verdict.places
-    _made[timeout] = _Groups(weakref.ref(world), weakref.ref(data), weakref.ref(control), places)
-    return data, control, places
+    _made[timeout] = _Groups(weakref.ref(world), weakref.ref(data), weakref.ref(control), verdict)
+    return data, control, verdict
+
+
+# What a communicator moves: each kind has its operations in one order of its own on every rank.
+Moves = Literal["shards", "gradients of shards", "copies"]
+
+_communicators: dict[tuple[timedelta, tuple[int, ...], Moves], tuple[weakref.ref[Any], weakref.ref[Any]]] = {}
+
+
+def communicator(members: tuple[int, ...], moves: Moves, timeout: timedelta) -> dist.ProcessGroup | None:
+    """The communicator of these ranks, this one among them, for one kind of tensors; None for one rank. Collective over them.
+
+    It is made once and kept by torch until WORLD ends. Only its own ranks take part, so a run of
+    thousands of groups makes none but its own; each rank makes those of its shards first, then that of its copies.
+    Raises RankError if one of them does not come.
+    """
+    if len(members) == 1:
+        return None
+    world, key = dist.group.WORLD, (timeout, members, moves)
+    held = _communicators.get(key)
+    if held is not None and held[0]() is world and (found := held[1]()) is not None:
+        return found  # type: ignore[no-any-return]
+    try:
+        made = dist.new_group(list(members), timeout=timeout, use_local_synchronization=True)
+    except RuntimeError as error:
+        raise missed(f"the making of a communicator of {ranks_said(members)}", timeout, error) from error
+    _communicators[key] = weakref.ref(world), weakref.ref(made)
+    return made  # type: ignore[no-any-return]

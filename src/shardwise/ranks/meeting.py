@@ -91,7 +91,7 @@ class Introduction:
 class Verdict:
     """What follows for every rank.
 
-    places:  by rank.
+    places:  by rank. machines: by rank, the number of its machine, from 0 in the order of the ranks.
     problem: a ConfigError's text, for every rank.
     failed:  a rank that met an error of its own, with its words; late: ranks that did not come.
     """
@@ -100,6 +100,7 @@ class Verdict:
     problem: str | None = None
     failed: tuple[int, str] | None = None
     late: str | None = None
+    machines: list[int] = field(default_factory=list)
 
     @classmethod
     def read(cls, said: Mapping[str, Any]) -> Verdict:
@@ -165,7 +166,8 @@ def judge(said: Sequence[Introduction]) -> Verdict:
                 problem=f"{ranks_said(ranks)} of {host.split()[0]} would share one GPU ({gpu}). Set LOCAL_RANK for each "
                 "process, or let CUDA_VISIBLE_DEVICES show each a GPU of its own; start at most one process per GPU."
             )
-    return Verdict(places)
+    number = {host: index for index, host in enumerate(by_host)}
+    return Verdict(places, machines=[number[one.host] for one in said])
 
 
 def device_index(local_rank: int, gpus: Sequence[str] | None) -> int | None:

@@ -1,7 +1,8 @@
 """The ranks of a run and what they do together. Beside it `group.py`, `joining.py`, `leaving.py`, `symmetric.py` call
 torch.distributed.
 
-    shards, copies   which ranks divide a model's buffers, and which hold the same part: values, see `group.py`
+    shards, copies   which ranks divide a model's buffers, and which hold the same part: values, see `group.py`; `divided`
+                     gives the ranks in other groups
     all ranks        the processes of the run, whatever they hold: `rank` of `world_size`
 
 Tensors move on the device (NCCL on CUDA, gloo on CPU), gradients over a communicator of their own. The control group is
@@ -17,6 +18,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -27,8 +29,9 @@ from ..config.agreement import Difference, disagreement
 from ..errors import ConfigError
 from . import assembling, leaving
 from .agreeing import attempt_or_interrupt, compared, raise_first, words_of
+from .dividing import Division, ShardGroup, divide
 from .group import Group, ReduceOp
-from .joining import Joined, join_groups
+from .joining import Joined, communicator, join_groups
 from .waiting import Attendance, waiting
 from .words import Words, exchanged
 
@@ -43,18 +46,27 @@ def _store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
+@dataclass
+class _Vote:
+    """told: a vote under way in the control group, whose outcome this rank knew."""
+
+    told: dist.Work | None = None
+
+
 class Ranks:
     """This process, its device, and the collectives over all processes of the run.
 
     rank, world_size:             the processes of the run, over all machines; not how a buffer is divided.
-    shards:                       the ranks that hold one copy of a model together: all of them.
-    copies:                       the ranks that hold the same shards as this one: itself alone.
+    shards:                       the ranks that hold one copy of a model together: all of them, unless they are `divided`.
+    copies:                       the ranks that hold the same shards as this one: itself alone, unless they are.
     local_rank, local_world_size: on this machine.
+    machines:                     by rank, the number of its machine; empty in a run of one rank.
+    local_ranks:                  by rank, its number on its machine; empty in a run of one rank.
     device:                       cuda:local_rank or cpu.
     words:                        what a rank leaves for others without waiting for them.
     attendance:                   whether the other ranks are there.
     counts:                       how often each collective ran on this rank, by name; tests hold it against the design. What
-                                  goes over copies, these count themselves.
+                                  goes over copies, and over the shards of divided ranks, these count themselves.
     """
 
     def __init__(self, joined: Joined) -> None:
@@ -63,12 +75,15 @@ class Ranks:
         self.local_rank = joined.local_rank
         self.local_world_size = joined.local_world_size
         self.device = joined.device
+        self.machines = tuple(joined.machines)
+        self.local_ranks = tuple(local_rank for local_rank, _, _ in joined.places)
         self.counts: Counter[str] = Counter()
         self._owns_group = joined.owned
         self._timeout = joined.timeout
         self._control = joined.control
-        self._told: dist.Work | None = None  # a vote whose outcome this rank knew
+        self._vote = _Vote()
         self._is_aside = False
+        self._divided: dict[Division, Ranks] = {}
         self._asides: list[Ranks] = []
         self.attendance = Attendance(joined.rank)
         self._everyone = self._all_of(joined)
@@ -115,11 +130,11 @@ class Ranks:
 
     def let_go(self) -> tuple[list[dist.ProcessGroup], dist.Work | None]:
         """Forget the process groups, those aside too; gives them, and a vote under way in the last. For `leaving` alone."""
-        groups = [group for other in self._asides for group in other.let_go()[0]]
+        told = self._vote.told
+        groups = [group for other in (*self._asides, *self._divided.values()) for group in other.let_go()[0]]
         groups += [group for held in (self._everyone, self.shards, self.copies) for group in held.let_go()]
         groups += [self._control] if self._control is not None else []
-        told = self._told
-        self._control = self._told = None
+        self._control = self._vote.told = None
         return groups, told
 
     def aside(self) -> Ranks:
@@ -131,8 +146,8 @@ class Ranks:
         other.counts = Counter()
         other._owns_group = False
         other._is_aside = True
-        other._told = None
-        other._asides = []
+        other._vote = _Vote()
+        other._asides, other._divided = [], {}
         other.attendance = copy.copy(self.attendance)
         other.attendance.before = None
         other._everyone, other.shards, other.copies = (
@@ -142,6 +157,39 @@ class Ranks:
         if self._control is not None:
             other._control = dist.new_group(backend="gloo", timeout=self._timeout)
         return other
+
+    def division(self, shard_group: ShardGroup) -> Division:
+        """How `shard_group` divides the ranks: the same on every rank, without a message. Raises ConfigError on every rank."""
+        return divide(shard_group, self.world_size, self.machines)
+
+    def divided(self, shard_group: ShardGroup) -> Ranks:
+        """The same ranks, in groups that hold a copy of a model each. Collective where these groups do not exist yet.
+
+        Everything else of the two is one: messages, counts, attendance. Gives these ranks themselves where they are one group.
+        Raises ConfigError on every rank for groups that cannot be.
+        """
+        division = self.division(shard_group)
+        if len(division.groups) == 1:
+            return self
+        if division not in self._divided:
+            other = copy.copy(self)
+            other._owns_group = False
+            other._asides, other._divided = [], {}
+            mine, alike = division.shards(self.rank), division.copies(self.rank)
+            data = communicator(mine, "shards", self._timeout)
+            reductions = communicator(mine, "gradients of shards", self._timeout)
+            over = communicator(alike, "copies", self._timeout)
+            other.shards = self._among(mine, data, reductions)
+            other.copies = self._among(alike, over, over)
+            leaving.remember(other, made_world=False)
+            self._divided[division] = other
+        return self._divided[division]
+
+    def _among(
+        self, members: tuple[int, ...], data: dist.ProcessGroup | None, reductions: dist.ProcessGroup | None
+    ) -> Group:
+        place = members.index(self.rank), len(members)
+        return Group(*place, self.device, self.attendance, Counter(), data, reductions, members)
 
     @property
     def timeout_s(self) -> float:
@@ -162,6 +210,10 @@ class Ranks:
     def all_reduce(self, tensor: Tensor, op: ReduceOp = "sum") -> None:
         """`Group.all_reduce` over all ranks."""
         self._everyone.all_reduce(tensor, op)
+
+    def all_reduce_gradient(self, gradient: Tensor) -> None:
+        """`Group.all_reduce_gradient` over all ranks: of a gradient that none of them divide."""
+        self._everyone.all_reduce_gradient(gradient)
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         """`Group.broadcast` over all ranks."""
@@ -212,13 +264,13 @@ class Ranks:
         self.counts["any_of"] += 1
         if not flags or (control := self._exchange()) is None:
             return flags
-        if self._told is not None:
-            self._told.wait()
-            self._told = None
+        if self._vote.told is not None:
+            self._vote.told.wait()
+            self._vote.told = None
         votes = torch.tensor(flags, dtype=torch.uint8)
         sent = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=control, async_op=True)
         if all(flags):
-            self._told = sent
+            self._vote.told = sent
             return flags
         sent.wait()
         return [bool(v) for v in votes.tolist()]

@@ -52,6 +52,7 @@ class DeepSpeedPlugin:
     zero3_init_flag:    from_pretrained and from_config build without memory, at stage 3.
     transformer_moe_cls_names: classes of experts, with commas. They have no effect: ranks agree on the order of gathers.
     enable_msamp, msamp_opt_level: fp8, which is refused.
+    shard_group:        which ranks hold one copy of a model together: "world", "machine", or so many.
     deepspeed_config:   the configuration in DeepSpeed's words. It stays open: what a script writes before an Accelerator is
                         made counts for it, what it writes later in the next `prepare`; what cannot count is an error there.
     The Accelerator's `deepspeed_plugin` is the very object, and has the settings in force.
@@ -74,6 +75,7 @@ class DeepSpeedPlugin:
     train_micro_batch_size_per_gpu: int | None = None
     train_batch_size: int | None = None
     mixed_precision: str | None = field(default=None, repr=False)
+    shard_group: str | int | None = None
 
     def __post_init__(self) -> None:
         self._selected = False

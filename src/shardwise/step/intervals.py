@@ -7,19 +7,20 @@ the stage, the tier and the number of ranks:
     frozen/q.weight [65536, 131072)   in the dtype that it computes in
     exp_avg/q.lora_A [0, 4096)        an optimizer's state of that parameter, see optimizer_state.py
 
-`read` gives a copy on the CPU and `write` takes one; nothing else of the engine shows. Where every rank holds the same
-(whole placements), `share` cuts the list so that the ranks together have each element once.
+`read` gives a copy on the CPU and `write` takes one; nothing else of the engine shows. Where several ranks hold the same (all
+what is whole, those of `ranks.copies` a shard), `share` cuts the list so that the ranks together have each element once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..offload.store import Slab
+from ..ranks.ranks import Ranks
 from ..zero.sharded import ShardedModel
 from ..zero.trained import Trained
 from . import publishing
@@ -63,7 +64,7 @@ class Interval:
 
     name:   the parameter's name in its model; shape: the whole parameter's.
     dtype:  in which it rests.
-    copied: every rank holds this very interval.
+    copied: every rank holds this very interval; else the ranks of `Ranks.copies` do, of which there may be one.
     """
 
     name: str
@@ -121,19 +122,29 @@ def frozen(model: ShardedModel) -> list[Interval]:
     return found
 
 
-def share(intervals: Sequence[Interval], rank: int, world_size: int) -> list[Interval]:
-    """Of intervals that every rank holds, this rank's equal part; the others as they are."""
+def share(intervals: Sequence[Interval], ranks: Ranks) -> list[Interval]:
+    """Of intervals that several ranks hold this rank's equal part: over all ranks each element once.
+
+    ranks: in the groups of the model that the intervals are of.
+    """
     copied = [interval for interval in intervals if interval.copied]
-    total = sum(interval.numel for interval in copied)
-    low, high = total * rank // world_size, total * (rank + 1) // world_size
-    mine = [interval for interval in intervals if not interval.copied]
+    sharded = [interval for interval in intervals if not interval.copied]
+    return [
+        *_equal_part(sharded, ranks.copies.rank, ranks.copies.size),
+        *_equal_part(copied, ranks.rank, ranks.world_size),
+    ]
+
+
+def _equal_part(intervals: Sequence[Interval], place: int, holders: int) -> Iterator[Interval]:
+    """What falls to the holder in this place of what `holders` ranks hold alike."""
+    total = sum(interval.numel for interval in intervals)
+    low, high = total * place // holders, total * (place + 1) // holders
     start = 0
-    for interval in copied:
+    for interval in intervals:
         first, last = (_cut(bound - start, interval.numel) for bound in (low, high))
         if first < last:
-            mine.append(interval.part(interval.begin + first, last - first))
+            yield interval.part(interval.begin + first, last - first)
         start += interval.numel
-    return mine
 
 
 def _cut(bound: int, numel: int) -> int:

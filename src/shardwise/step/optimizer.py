@@ -120,14 +120,14 @@ class ShardedOptimizer:
             raise PrepareError(
                 f"this {type(optimizer).__name__} has been prepared already. Prepare each optimizer once."
             )
+        _check_groups(optimizer, models)
         out_of_place = any(not model.plan.optimizer.tier.in_place for model in models)
         handling = Handling(
             parted=self.ranks.shards.size > 1 and any(model.plan.optimizer.sharded for model in models),
             visits=out_of_place or any(not g.in_place for model in models for g in model.trained()),
             ranks=self.ranks.world_size,
         )
-        groups = [group["params"] for group in optimizer.param_groups]
-        return check_elementwise(optimizer, groups, handling, self.ranks.device)
+        return check_elementwise(optimizer, [g["params"] for g in optimizer.param_groups], handling, self.ranks.device)
 
     def _to_thaw(self) -> list[Parameter]:
         """What the optimizer shall train, or has states for, and was frozen when its model was prepared."""
@@ -360,3 +360,12 @@ class ShardedOptimizer:
         factor, scale = self.held.outstanding()
         norm = (own_power(own, facts[0]) if self.models[0].engine.share.alone else facts[0]).sqrt() / scale
         return norm if factor is None else norm * factor
+
+
+def _check_groups(optimizer: Optimizer, models: Sequence[ShardedModel]) -> None:
+    """Raise OptimizerError for models whose norms are not sums over the same ranks."""
+    if len({model.ranks.shards.members for model in models}) > 1:
+        raise OptimizerError(
+            f"the models of this {type(optimizer).__name__} are sharded over different groups of ranks. Prepare them with one "
+            "shard_group, all at zero_stage 1 or above or all at 0; or give each an optimizer of its own."
+        )

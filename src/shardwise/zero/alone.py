@@ -57,7 +57,7 @@ def average(sharded: ShardedModel) -> None:
     sharded.settle()
     for trained in sharded.trained():
         master = engine.fetched(trained.master)
-        engine.ranks.shards.all_reduce(master, "mean")
+        engine.ranks.all_reduce(master, "mean")
         if trained.master.tier is not Tier.GPU:
             engine.put_to_rest(master, trained.master)
         if not trained.shares_weights:
@@ -77,6 +77,6 @@ def _average_gradients(sharded: ShardedModel) -> None:
             rest = trained.sums.arrived()
             assert rest is not None
             mean = rest.to(sharded.ranks.device)
-            sharded.ranks.shards.all_reduce(mean, "mean")
+            sharded.ranks.all_reduce(mean, "mean")
             rest.copy_(mean)
             trained.sums.changed()

@@ -90,26 +90,26 @@ class Gradients:
     def reduce(self, boundary: bool = True) -> None:
         """Average over the ranks what this rank has, and add this rank's region to what is already there.
 
-        The one place where gradients meet: over the ranks that hold one copy together, then over the copies.
+        The one place where gradients meet: over the ranks that hold one copy together, then over the copies; over all at once
+        where none of them divide it.
         boundary: this is the last micro-batch before a step.
         Runs on the reduce lane. Parameters without a gradient count as zeros, so that every rank may call it.
         """
         self._move(Grads.REDUCING)
         engine, lanes, sums = self._engine, self._engine.lanes, self.sums
-        shards, copies = engine.ranks.shards, engine.ranks.copies
+        ranks = engine.ranks
         engine.reductions.make_room(self.scratch_nbytes)
         partial = sums.with_own(self._take())
         lanes.reduce.wait(lanes.mark_compute())
         with lanes.reduce.on():
             if sums.region.rank is not None:
                 out = partial[sums.region.interval]
-                shards.reduce_scatter(partial, out)
+                ranks.shards.reduce_scatter(partial, out)
+                ranks.copies.all_reduce_gradient(out)
             else:
                 out = partial
                 if not engine.share.alone:
-                    shards.all_reduce_gradient(out)
-            if not engine.share.alone:
-                copies.all_reduce_gradient(out)
+                    ranks.all_reduce_gradient(out)
             done = sums.add(out, boundary=boundary, measured=self.measured)
         engine.reductions.add(done, partial)
 

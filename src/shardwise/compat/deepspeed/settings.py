@@ -156,7 +156,11 @@ def _merged(base: Config, found: DeepSpeedFile, own: Any, name: str) -> dict[str
     values: dict[str, Any] = {
         "distributed_type": "DEEPSPEED",
         "use_cpu": base.use_cpu,
-        "deepspeed_config": {**found.values.get("deepspeed_config", {}), "gradient_accumulation_steps": None},
+        "deepspeed_config": {
+            "shard_group": base.zero.shard_group,  # of a flag: a file of DeepSpeed's has no word for a machine
+            **found.values.get("deepspeed_config", {}),
+            "gradient_accumulation_steps": None,
+        },
         "mixed_precision": found.values.get("mixed_precision", "no"),
         "dynamo_config": base.dynamo_config.model_dump(mode="json", exclude_defaults=True),
         "dynamo_backend": base.dynamo_backend,
