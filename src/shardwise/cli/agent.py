@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ SAME_MOMENT_S = 3
 GRACE_S = 30
 # What runs in the worker's place where `import deepspeed` is to find shardwise: by its path, as the worker.
 _AS_DEEPSPEED = str(Path(worker.__file__).parents[1] / "compat" / "worker.py")
-CONNECT_WITHIN_S = 900
+CONNECT_WITHIN_S = 120  # the launchers have met before
 
 
 @dataclass(frozen=True)
@@ -61,27 +62,22 @@ class Failure:
         return 128 - self.code if self.code < 0 else self.code
 
 
-def start(plan: LaunchPlan) -> int:
+def start(plan: LaunchPlan, run: Callable[[LaunchPlan, Path, int | None], int] | None = None) -> int:
     """Run the plan to its end and give the exit code: the script's own, 128 + n for a signal n.
 
-    Raises LaunchError if the processes could not be started.
+    run: what runs it, in a directory for records; None for one machine. Raises LaunchError if no process could start.
     """
     import torch
 
     if plan.check_devices:
         plan = _with_devices(plan, torch.cuda.device_count())
-    if plan.config.machine_rank > 0:
-        print(
-            f"shardwise launch: machine {plan.config.machine_rank} waits for machine 0 at {plan.address}:{plan.port}",
-            file=sys.stderr,
-        )
     directory = Path(tempfile.mkdtemp(prefix="shardwise-"))
     kills_before = oom_kills()
     _watch_signals(directory)
     try:
-        return _run(plan, directory, kills_before)
+        return (run or _run)(plan, directory, kills_before)
     finally:
-        _end_sessions(directory)
+        end_sessions(directory)
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -135,37 +131,43 @@ def _for_restart(plan: LaunchPlan) -> LaunchPlan:
 
 
 def _run(plan: LaunchPlan, directory: Path, kills_before: int | None) -> int:
-    """Run to the end, with restarts. On one machine they are made here, for the number of processes may change."""
+    """Run to the end on one machine, with restarts. They are made here, for the number of processes may change."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    _quieten()
-    alone = plan.config.num_machines == 1
-    for restart in range(plan.max_restarts + 1 if alone else 1):
-        export({**plan.environment, worker.REPORTS: str(directory), worker.LAUNCHER: str(os.getpid())})
-        if alone:
-            export({worker.RESTART: str(restart)})
+    for restart in range(plan.max_restarts + 1):
         try:
-            return _launch(plan, directory, 0 if alone else plan.max_restarts)
+            return launch_once(plan, directory, restart)
         except ChildFailedError as error:
-            code = _explain(error, directory, plan, kills_before)
-        left = plan.max_restarts - restart if alone else 0
+            code = explain(failures_of(error, directory, restart), plan, kills_before)
+        left = plan.max_restarts - restart
         if left == 0:
             return code
-        _end_sessions(directory)
-        for record in [*directory.glob("failure-*"), *directory.glob("pid-*")]:
-            record.unlink()
+        clear(directory)
         plan = _for_restart(plan)
         count = f"{plan.local_processes} process{'es' if plan.local_processes > 1 else ''}"
         print(f"shardwise launch: all ranks start again, {count}; {left - 1} restart(s) left", file=sys.stderr)
     raise AssertionError("unreachable")
 
 
-def _launch(plan: LaunchPlan, directory: Path, restarts: int) -> int:
-    """One start of all ranks. Raises ChildFailedError if a rank failed, and LaunchError if they could not be started."""
+def clear(directory: Path) -> None:
+    """End what is left of an attempt, and forget it."""
+    end_sessions(directory)
+    for record in [*directory.glob("failure-*"), *directory.glob("pid-*")]:
+        record.unlink()
+
+
+def launch_once(plan: LaunchPlan, directory: Path, attempt: int) -> int:
+    """One start of this machine's ranks, the first or a restart; 0, or 128 + n if a signal stopped them.
+
+    Raises ChildFailedError if a rank failed, and LaunchError if they could not be started.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
+    _quieten()
+    ours = {worker.REPORTS: str(directory), worker.LAUNCHER: str(os.getpid()), worker.RESTART: str(attempt)}
+    export({**plan.environment, **ours})
     started = _AS_DEEPSPEED if plan.as_deepspeed else worker.__file__
     command = [started, *(["-m"] if plan.how.is_module else []), plan.script, *plan.arguments]
     program = sys.executable
@@ -173,9 +175,9 @@ def _launch(plan: LaunchPlan, directory: Path, restarts: int) -> int:
         program, command = str(shutil.which(plan.script)), list(plan.arguments)
     # The agent takes "$$" and "${local_rank}" in arguments as macros; the script's are to arrive as they are.
     command = [part.replace("$", "$$") for part in command]
-    for attempt in range(3):
+    for trial in range(3):
         try:
-            elastic_launch(_launch_config(plan, directory, restarts), program)(*command)
+            elastic_launch(_launch_config(plan, directory, attempt), program)(*command)
             return 0
         except ChildFailedError:
             raise
@@ -187,11 +189,9 @@ def _launch(plan: LaunchPlan, directory: Path, restarts: int) -> int:
             text = " ".join(str(error).split())
             # Another process may take the free port between finding it and using it.
             busy = "EADDRINUSE" in text or "already in use" in text
-            if busy and plan.config.num_machines == 1 and plan.port == 0 and attempt < 2:
+            if busy and plan.config.num_machines == 1 and plan.port == 0 and trial < 2:
                 continue
             where = f"{plan.address}:{plan.port}"
-            if plan.config.machine_rank > 0:
-                raise LaunchError(f"machine 0 did not answer at {where}: {text[:300]}") from None
             raise LaunchError(f"the processes could not be started ({where}): {text[:300]}") from error
     raise AssertionError("unreachable")
 
@@ -223,7 +223,7 @@ def _watch_signals(directory: Path) -> None:
                 if heard == 1:
                     print(f"\nshardwise launch: {name}: the ranks are asked to stop; again kills them", file=sys.stderr)
                 else:
-                    _end_sessions(directory)
+                    end_sessions(directory)
 
     threading.Thread(target=watch, name="shardwise-signals", daemon=True).start()
 
@@ -236,7 +236,7 @@ def _quieten() -> None:
                 logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _launch_config(plan: LaunchPlan, directory: Path, restarts: int) -> Any:
+def _launch_config(plan: LaunchPlan, directory: Path, attempt: int) -> Any:
     """torch's own description of a launch."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig
@@ -269,12 +269,12 @@ def _launch_config(plan: LaunchPlan, directory: Path, restarts: int) -> Any:
         min_nodes=config.num_machines,
         max_nodes=config.num_machines,
         nproc_per_node=plan.local_processes,
-        run_id=f"shardwise-{plan.port}",
+        run_id=f"shardwise-{plan.port}-{attempt}",
         role="rank",
         rdzv_backend=config.rdzv_backend,
         rdzv_endpoint=f"{host}:{port}",
         rdzv_configs=rendezvous,
-        max_restarts=restarts,
+        max_restarts=0,  # restarts are made by the launchers, which know of all machines
         monitor_interval=plan.watching.interval_s,
         # Machine 0 says how it is reached; its own idea of its name may mean nothing to the others.
         local_addr=plan.address if config.machine_rank == 0 else None,
@@ -283,13 +283,13 @@ def _launch_config(plan: LaunchPlan, directory: Path, restarts: int) -> Any:
     )
 
 
-def _explain(error: ChildFailedError, directory: Path, plan: LaunchPlan, kills_before: int | None) -> int:
-    """Say why the run ended, the cause first, and give its exit code."""
+def failures_of(error: ChildFailedError, directory: Path, attempt: int) -> list[Failure]:
+    """The ranks of this machine that failed, the cause first, without those that the agent has ended."""
     seen = error.failures
     first_s = min(failure.timestamp for failure in seen.values())
     failures: list[Failure] = []
     for rank, failure in seen.items():
-        record = _read_record(directory, rank, plan.max_restarts)
+        record = _read_record(directory, rank, attempt)
         ended_by_agent = record is None and (
             failure.exitcode == -signal.SIGTERM or failure.timestamp - first_s > SAME_MOMENT_S
         )
@@ -297,11 +297,15 @@ def _explain(error: ChildFailedError, directory: Path, plan: LaunchPlan, kills_b
             failures.append(Failure(rank, failure.pid, failure.exitcode, record))
     if not failures:  # every rank got a SIGTERM from elsewhere
         failures = [Failure(rank, failure.pid, failure.exitcode) for rank, failure in seen.items()]
-    failures.sort(key=_cause_first)
+    return sorted(failures, key=_cause_first)
+
+
+def explain(failures: Sequence[Failure], plan: LaunchPlan, kills_before: int | None) -> int:
+    """Say why the run ended, the cause first, and give its exit code."""
     cause, *others = failures
     _show(cause, kills_before, alone=plan.config.num_processes == 1)
     for other in [] if plan.watching.quiet else others:
-        print(f"shardwise launch: rank {other.rank} failed too: {_headline(other)[:160]}", file=sys.stderr)
+        print(f"shardwise launch: rank {other.rank} failed too: {headline(other)[:160]}", file=sys.stderr)
     return cause.exit_code or 1
 
 
@@ -323,7 +327,8 @@ def _read_record(directory: Path, rank: int, attempt: int) -> dict[str, Any] | N
     return None
 
 
-def _headline(failure: Failure) -> str:
+def headline(failure: Failure) -> str:
+    """How a rank ended, in one line."""
     if failure.record is not None:
         message = str(failure.record["message"]).strip().split("\n")[0]
         if failure.record["kind"] == "exit":
@@ -345,7 +350,7 @@ def _show(cause: Failure, kills_before: int | None, *, alone: bool) -> None:
         print(f"shardwise launch: {who}:", file=sys.stderr)
         print(str(cause.record["traceback"]).rstrip("\n"), file=sys.stderr)
         return
-    print(f"shardwise launch: {who}: {_headline(cause)}", file=sys.stderr)
+    print(f"shardwise launch: {who}: {headline(cause)}", file=sys.stderr)
     if cause.record is None and cause.code == -signal.SIGKILL:
         print(f"shardwise launch: {_why_killed(kills_before)}", file=sys.stderr)
 
@@ -364,7 +369,7 @@ def _why_killed(kills_before: int | None) -> str:
     )
 
 
-def _end_sessions(directory: Path) -> None:
+def end_sessions(directory: Path) -> None:
     """End what is left of the ranks and of the processes that they started (each rank leads a session of its own)."""
     leaders = {int(path.name[4:]) for path in directory.glob("pid-*")}
     deadline = time.monotonic() + 5

@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 
-from ..config.machine import environment_value
+from ..config.machine import environment_value, exported
 from ..config.resolve import Resolution, resolve
 from ..config.schema import ENVIRONMENT_KEY, SECTIONS, Config, Key
 from ..config.yaml_file import default_file
@@ -77,7 +77,15 @@ def run_launch(
         return
     from .agent import start
 
-    sys.exit(start(plan))
+    if plan.config.num_machines == 1:
+        sys.exit(start(plan))
+    if environment_value("TORCH_CPP_LOG_LEVEL") is None:
+        # Where addresses have no names, torch warns of every connection. It reads this when it is imported.
+        with exported({"TORCH_CPP_LOG_LEVEL": "ERROR"}):
+            import torch  # noqa: F401
+    from . import many
+
+    sys.exit(start(plan, many.run))
 
 
 def describe_config(config: Config, origins: Mapping[Key, str]) -> list[str]:

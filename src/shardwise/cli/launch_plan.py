@@ -21,7 +21,7 @@ from pathlib import Path
 from ..config.check import checked
 from ..config.environment import task_of_srun
 from ..config.launchers import LOOPBACK
-from ..config.machine import environment_value, physical_gpus, usable_cores, visible_gpus
+from ..config.machine import environment_value, interface_towards, physical_gpus, usable_cores, visible_gpus
 from ..config.resolve import Resolution
 from ..config.schema import Config, Key
 from ..errors import ConfigError, LaunchError
@@ -300,6 +300,11 @@ def rank_environment(config: Config, local_processes: int) -> dict[str, str]:
         variables["OMP_WAIT_POLICY"] = "PASSIVE"
     if not config.use_cpu and config.gpu_ids not in (None, "all"):
         variables["CUDA_VISIBLE_DEVICES"] = str(config.gpu_ids).replace(" ", "")
+    if config.num_machines > 1 and not environment_value("GLOO_SOCKET_IFNAME"):
+        # gloo would ask for the address of this machine's own name, which many hosts files give as 127.0.1.1, or not at all.
+        interface = interface_towards(str(config.main_process_ip))
+        if interface is not None:
+            variables["GLOO_SOCKET_IFNAME"] = interface
     if config.enable_cpu_affinity:
         variables[worker.BIND] = "1"
     if environment_value("PYTHONFAULTHANDLER") is None:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import socket
+import struct
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 def usable_cores() -> int:
@@ -132,6 +135,39 @@ def visible_gpus(gpu_ids: str | None = None, environ: Mapping[str, str] | None =
             break
         count += 1
     return count
+
+
+_ANYWHERE = "192.0.2.1"  # of no machine (RFC 5737): the way there is the default route
+_GET_ADDRESS = 0x8915  # SIOCGIFADDR
+
+
+def interface_towards(address: str) -> str | None:
+    """The network interface by which this machine reaches `address`, by its IPv4; None where it cannot be told.
+
+    Where the name leads to this machine's loopback, as Debian's hosts file has it (127.0.1.1), that of the default route. None
+    for an address that is a loopback's in itself: then all is on one machine. Nothing is sent.
+    """
+    if address == "localhost" or address.startswith("127.") or ":" in address:
+        return None
+    with suppress(OSError, ImportError):
+        import fcntl
+
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            addresses = {_ask_address(fcntl.ioctl, probe, name): name for _, name in socket.if_nameindex()}
+        for target in (address, _ANYWHERE):
+            with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                probe.connect((target, 9))
+                own = str(probe.getsockname()[0])
+                if own in addresses and not own.startswith("127."):
+                    return addresses[own]
+    return None
+
+
+def _ask_address(ioctl: Any, probe: socket.socket, name: str) -> str | None:
+    try:
+        return socket.inet_ntoa(ioctl(probe.fileno(), _GET_ADDRESS, struct.pack("256s", name.encode()[:15]))[20:24])
+    except OSError:  # an interface without an IPv4 address
+        return None
 
 
 def environment_value(name: str) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from ..config.agreement import ranks_said
@@ -205,3 +205,19 @@ def communicator(members: tuple[int, ...], moves: Moves, timeout: timedelta) -> 
         raise missed(f"the making of a communicator of {ranks_said(members)}", timeout, error) from error
     _communicators[key] = weakref.ref(world), weakref.ref(made)
     return made  # type: ignore[no-any-return]
+
+
+def launchers_store(address: str, port: int, *, holds: bool, timeout_s: float) -> Store:
+    """The key-value store through which the launchers of several machines meet; torch's agents use the same one beside them.
+
+    holds: this process is where it lives. Raises RuntimeError, torch's, if nobody answers.
+    """
+    store = TCPStore(
+        address,
+        port,
+        is_master=holds,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    return PrefixStore("shardwise-machines", store)
