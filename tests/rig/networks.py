@@ -77,7 +77,7 @@ class Machines:
         subprocess.run([*enter(pid), "sh", "-ec", command], check=True, capture_output=True)
 
     def start(self, machine: int, command: Sequence[str], **settings: Any) -> subprocess.Popen[str]:
-        """A process on that machine, in this process's working directory, with pipes for its output, in a session of its own."""
+        """A process on that machine, in this one's working directory, with pipes for its output, in a session of its own."""
         there = ["sh", "-c", 'cd "$0" && exec "$@"', os.getcwd()]
         return subprocess.Popen(
             [*enter(self._pids[machine]), *there, *command],

@@ -79,7 +79,7 @@ def test_zero3_init_flag_needs_a_note_below_stage_3_only() -> None:
         (zero(gradient_clipping="nan"), "deepspeed_config.gradient_clipping", "not a number"),
         (zero(gradient_accumulation_steps=0), "deepspeed_config.gradient_accumulation_steps", "1 or more"),
         (zero(gradient_accumulation_steps=1.5), "deepspeed_config.gradient_accumulation_steps", "not a whole number"),
-        (zero(deepspeed_hostfile="hosts"), "deepspeed_config.deepspeed_hostfile", "not read"),
+        (zero(deepspeed_hostfile="hosts"), "deepspeed_config.deepspeed_hostfile", "--hostfile"),
         ({"num_processes": "eight"}, "num_processes", "'eight' is not a whole number"),
         ({"num_processes": True}, "num_processes", "not a whole number"),
         ({"learning_rate": 1}, "learning_rate", "unknown key"),

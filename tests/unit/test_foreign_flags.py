@@ -30,8 +30,8 @@ def _names(parser):
     ("flag", "text"),
     [
         ("--fp16", "--mixed_precision fp16"),
-        ("--deepspeed_hostfile", "--machine_rank"),
-        ("--deepspeed-hostfile", "--machine_rank"),
+        ("--deepspeed_hostfile", "--hostfile"),
+        ("--deepspeed-hostfile", "--hostfile"),
         ("--use_fsdp", "--zero_stage 3"),
         ("--fsdp_offload_params", "--zero_stage 3"),
         ("--dynamo_mode", "dynamo_config"),

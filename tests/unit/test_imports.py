@@ -56,6 +56,7 @@ LEVELS = (
     "names",
     "cli",
     "compat",
+    "__main__",
 )
 # The package itself may re-export what it holds.
 PACKAGES = ("",)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_HOSTFILE = "hostfiles are not read; run `shardwise launch` on every machine with its --machine_rank"
+_HOSTFILE = "give the file to --hostfile, and leave hosts out of it that are not to be used"
 _CLOUD = "cloud services are not supported; start the script on the machine itself"
 _TPU = "TPUs are not supported"
 _COMPILER = "write {} into dynamo_config of the YAML file"
@@ -12,8 +12,8 @@ _INSTEAD: dict[str, str] = {
     "fp16": "write --mixed_precision fp16",
     "bf16": "write --mixed_precision bf16",
     "deepspeed_hostfile": _HOSTFILE,
-    "deepspeed_exclusion_filter": f"{_HOSTFILE}, and --gpu_ids for the GPUs of one",
-    "deepspeed_inclusion_filter": f"{_HOSTFILE}, and --gpu_ids for the GPUs of one",
+    "deepspeed_exclusion_filter": _HOSTFILE,
+    "deepspeed_inclusion_filter": _HOSTFILE,
     "mpirun_hostfile": "processes are not started through mpirun here; `mpirun python train.py` works by itself",
     "rdzv_conf": "torch's rendezvous needs nothing more; --rdzv_backend, --main_process_ip and --main_process_port say where",
     "role": "the ranks have one role",

@@ -6,16 +6,23 @@ Nothing here imports torch until all checks have passed; a mistake is told withi
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Mapping
 
-from ..config.machine import environment_value, exported
+from ..config.environment import RankEnvironment
+from ..config.machine import environment_value, export, exported
 from ..config.resolve import Resolution, resolve
 from ..config.schema import ENVIRONMENT_KEY, SECTIONS, Config, Key
 from ..config.yaml_file import default_file
-from ..errors import ConfigError, ShardwiseError
-from .launch_plan import Command, LaunchPlan, Watching, make_plan
+from ..errors import ConfigError, LaunchError, ShardwiseError
+from . import worker
+from .elsewhere import Elsewhere, Typed
+from .hosts import END_WITH_STDIN
+from .launch_plan import Command, LaunchPlan, Watching, check_script, make_plan
+
+_HERE = Elsewhere()
 
 
 def run_launch(
@@ -31,12 +38,14 @@ def run_launch(
     watching: tuple[str, str | None, str, bool] = ("0", None, "0.1", False),
     dry_run: bool = False,
     as_deepspeed: bool = False,
+    elsewhere: Elsewhere = _HERE,
 ) -> None:
     """Start `script`, and leave with its exit code. Raises ConfigError or LaunchError before anything is started.
 
-    watching: what was typed for --tee, --log_dir, --monitor_interval and --quiet.
+    watching:  what was typed for --tee, --log_dir, --monitor_interval and --quiet.
+    elsewhere: other machines, where it is to be started in this one's place.
     """
-    flags: dict[str, str | bool] = dict(settings)
+    flags: dict[str, str | bool] = elsewhere.filled(settings)
     if multi_gpu:
         if use_zero:
             raise ConfigError("--multi_gpu and --use_deepspeed contradict each other")
@@ -50,6 +59,14 @@ def run_launch(
             print(f"shardwise launch: settings of {file}", file=sys.stderr)
     except ShardwiseError as error:
         problems.append(str(error))
+    how = Command(is_module=is_module, without_python=no_python)
+    if elsewhere.is_asked():
+        if resolution is None:
+            raise ConfigError("\n".join(problems))
+        check_script(script, how)
+        switches = _switches(config_file, use_zero, multi_gpu, how, watching, as_deepspeed)
+        typed = Typed(switches, script, arguments)
+        sys.exit(elsewhere.run(resolution.config, settings, typed, os.environ, dry_run=dry_run))
     plan: LaunchPlan | None = None
     try:
         # With wrong settings the plan is made of the defaults, to check the rest of the command too.
@@ -57,7 +74,7 @@ def run_launch(
         plan = make_plan(
             base,
             script=script,
-            how=Command(is_module=is_module, without_python=no_python),
+            how=how,
             arguments=arguments,
             as_deepspeed=as_deepspeed,
             beside=file,
@@ -70,11 +87,22 @@ def run_launch(
             print("\n".join(describe_config(resolution.config, resolution.origins)))
         raise ConfigError("\n".join(problems))
     assert plan is not None
+    _start(plan, dry_run=dry_run)
+
+
+def _start(plan: LaunchPlan, *, dry_run: bool) -> None:
+    """Run this machine's part, and leave with its exit code; or show it."""
     for note in [] if plan.watching.quiet else plan.notes:
         print(f"note: {note}", file=sys.stderr)
     if dry_run:
         print("\n".join(describe(plan)))
         return
+    if environment_value(END_WITH_STDIN) is not None:
+        from .ssh import end_with_stdin
+
+        end_with_stdin()
+    if plan.as_rank:
+        _become_rank(plan)
     from .agent import start
 
     if plan.config.num_machines == 1:
@@ -86,6 +114,44 @@ def run_launch(
     from . import many
 
     sys.exit(start(plan, many.run))
+
+
+def _switches(
+    config_file: str | None,
+    use_zero: bool,
+    multi_gpu: bool,
+    how: Command,
+    watching: tuple[str, str | None, str, bool],
+    as_deepspeed: bool,
+) -> list[str]:
+    """What was typed beside settings and script, to be typed again on another machine."""
+    tee, log_dir, interval, quiet = watching
+    given = {
+        "--use_deepspeed": use_zero,
+        "--multi_gpu": multi_gpu,
+        "--module": how.is_module,
+        "--no_python": how.without_python,
+        "--quiet": quiet,
+        "--as_deepspeed": as_deepspeed,
+    }
+    words = [] if config_file is None else ["--config_file", os.path.abspath(config_file)]
+    words += [] if tee == "0" else ["--tee", tee]
+    words += [] if log_dir is None else ["--log_dir", log_dir]
+    words += [] if interval == "0.1" else ["--monitor_interval", interval]
+    return words + [name for name, was_given in given.items() if was_given]
+
+
+def _become_rank(plan: LaunchPlan) -> None:
+    """Run the script in this process's place, which a scheduler has started as one of the ranks."""
+    if plan.how.without_python or plan.as_deepspeed or plan.watching.tee != "0":
+        raise LaunchError(
+            "srun starts a launcher for each rank: --no_python, --as_deepspeed and --tee need one for each machine; give srun "
+            "--ntasks-per-node 1"
+        )
+    export(plan.environment)
+    RankEnvironment.read().export()
+    module = ["-m"] if plan.how.is_module else []
+    os.execv(sys.executable, [sys.executable, str(worker.__file__), *module, plan.script, *plan.arguments])
 
 
 def describe_config(config: Config, origins: Mapping[Key, str]) -> list[str]:

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..config.check import checked
-from ..config.environment import task_of_srun
 from ..config.launchers import LOOPBACK
 from ..config.machine import environment_value, interface_towards, physical_gpus, usable_cores, visible_gpus
 from ..config.resolve import Resolution
@@ -27,6 +26,7 @@ from ..config.schema import Config, Key
 from ..errors import ConfigError, LaunchError
 from . import worker
 from .as_deepspeed import variables
+from .place import is_of_this_machine, placed, task_as_rank
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class LaunchPlan:
     as_deepspeed:    in the processes, `import deepspeed` finds shardwise.
     beside:          the YAML file that the settings come from, or None.
     environment:     variables that are added to each process's environment.
+    as_rank:         no ranks are started: this process becomes one, as a scheduler has started it.
     check_devices:   the number of GPUs could not be found without torch; ask it before anything is started.
     """
 
@@ -102,6 +103,7 @@ class LaunchPlan:
     as_deepspeed: bool = False
     beside: str | None = None
     watching: Watching = Watching()
+    as_rank: bool = False
 
     @property
     def max_restarts(self) -> int:
@@ -245,9 +247,10 @@ def make_plan(
     check_script(script, how)
     if how.without_python and as_deepspeed:
         raise LaunchError("--as_deepspeed: has no effect on a program that --no_python runs without Python")
-    if devices is None and devices_known and not resolution.config.use_cpu:
+    as_rank = task_as_rank() is not None
+    if devices is None and devices_known and not as_rank and not resolution.config.use_cpu:
         devices = visible_gpus(resolution.config.gpu_ids)
-    resolution = fill_processes(_under_srun(resolution), devices)
+    resolution = fill_processes(placed(resolution), devices)
     config, origins, notes = resolution.config, dict(resolution.origins), list(resolution.notes)
     _check_gpu_ids(config, origins)
     check_devices(config, origins, devices)
@@ -258,7 +261,7 @@ def make_plan(
     if config.num_machines == 1 and port and not port_is_free(address, port):
         notes.append(f"main_process_port: {port} is in use; a free port is taken instead.")
         port = 0
-    elif config.num_machines > 1 and config.machine_rank == 0 and not port_is_free("", port):
+    elif config.num_machines > 1 and config.machine_rank == 0 and not as_rank and not port_is_free("", port):
         origin = origins.get(("main_process_port",), "default")
         raise LaunchError(
             f"{origin}: main_process_port: {port} is in use on this machine; take another one on all machines"
@@ -279,7 +282,8 @@ def make_plan(
         address=address,
         port=port,
         environment=rank_environment(config, local) | (variables(config, beside) if as_deepspeed else {}),
-        check_devices=not config.use_cpu and devices is None,
+        check_devices=not config.use_cpu and devices is None and not as_rank,
+        as_rank=as_rank,
         as_deepspeed=as_deepspeed,
         beside=beside,
         watching=watching,
@@ -311,35 +315,6 @@ def rank_environment(config: Config, local_processes: int) -> dict[str, str]:
         # A crash in C++ then shows the Python line that led to it.
         variables["PYTHONFAULTHANDLER"] = "1"
     return variables
-
-
-def _under_srun(resolution: Resolution) -> Resolution:
-    """The resolution of a launcher that srun started, one of several: its task is its machine's rank unless one was given."""
-    task = task_of_srun()
-    if task is None or task.world_size == 1:
-        return resolution
-    config, origins = resolution.config, dict(resolution.origins)
-    if config.num_machines == 1:
-        note = (
-            f"srun starts {task.world_size} launchers, and num_machines is 1: each makes a run of its own. For one run give "
-            f"--num_machines {task.world_size} --main_process_ip ADDRESS --main_process_port PORT; else srun --ntasks 1."
-        )
-        return replace(resolution, notes=[*resolution.notes, *([note] if task.rank == 0 else [])])
-    if ("machine_rank",) in origins or config.num_machines != task.world_size:
-        return resolution
-    origins[("machine_rank",)] = "SLURM_PROCID, because srun starts one launcher for each machine"
-    return replace(resolution, config=checked({**config.to_values(), "machine_rank": task.rank}), origins=origins)
-
-
-def is_of_this_machine(address: str) -> bool:
-    """Can this machine listen at that address or name?"""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        try:
-            probe.bind((address, 0))
-        except OSError:
-            return False
-    return True
 
 
 def port_is_free(address: str, port: int) -> bool:

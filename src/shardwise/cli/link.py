@@ -20,8 +20,8 @@ from typing import Any
 
 from ..errors import ConfigError, LaunchError
 from . import machines as meeting
-from .launch_plan import is_of_this_machine
 from .machines import END, GATHER, LEFT, RUN, RUNNING, WAITING, Arrival, Chair, Said, State, machines_said
+from .place import is_of_this_machine
 
 TICK_S = 0.5
 # Ranks that miss a peer end by themselves, with words of their own; those that do not are ended after this time.

@@ -56,6 +56,31 @@ ConfigFile = Annotated[
 ]
 
 
+Tee = Annotated[
+    str,
+    typer.Option("--tee", "-t", metavar="STREAMS", help="Write what ranks print to files too: 1, 2, 3, or 0:3,1:1."),
+]
+LogDirectory = Annotated[
+    str | None, typer.Option("--log_dir", metavar="DIR", help="Where --tee writes. Default: a new directory.")
+]
+HostFile = Annotated[
+    str | None,
+    typer.Option("--hostfile", metavar="FILE", help="Start it on the hosts of FILE (`HOST slots=N`) by ssh."),
+]
+Ssh = Annotated[
+    str,
+    typer.Option("--ssh", metavar="COMMAND", envvar="SHARDWISE_SSH", help="What starts it on a host of --hostfile."),
+]
+EnvironmentFile = Annotated[
+    str | None,
+    typer.Option("--env_file", metavar="FILE", help="NAME=VALUE lines for the hosts. Default: .deepspeed_env."),
+]
+SlurmScript = Annotated[
+    str | None,
+    typer.Option("--slurm_script", metavar="FILE", help="Write a batch script for Slurm (-: print it); start nothing."),
+]
+
+
 @app.command(name="config")
 @with_setting_flags
 def config_command(
@@ -88,15 +113,8 @@ def launch_command(
     no_python: Annotated[
         bool, typer.Option("--no_python", help="SCRIPT is a program, which is run as it is, without Python.")
     ] = False,
-    tee: Annotated[
-        str,
-        typer.Option(
-            "--tee", "-t", metavar="STREAMS", help="Write what ranks print to files too: 1, 2, 3, or 0:3,1:1."
-        ),
-    ] = "0",
-    log_dir: Annotated[
-        str | None, typer.Option("--log_dir", metavar="DIR", help="Where --tee writes. Default: a new directory.")
-    ] = None,
+    tee: Tee = "0",
+    log_dir: LogDirectory = None,
     monitor_interval: Annotated[
         str, typer.Option("--monitor_interval", metavar="SECONDS", help="How often the ranks are looked after.")
     ] = "0.1",
@@ -106,11 +124,16 @@ def launch_command(
     as_deepspeed: Annotated[
         bool, typer.Option("--as_deepspeed", help="In SCRIPT, `import deepspeed` finds shardwise.")
     ] = False,
+    hostfile: HostFile = None,
+    ssh: Ssh = "ssh",
+    env_file: EnvironmentFile = None,
+    slurm_script: SlurmScript = None,
     dry_run: Annotated[
         bool, typer.Option("--dry_run", help="Print settings, environment and processes; start nothing.")
     ] = False,
 ) -> None:
     """Start a training script, one process for each GPU (or on the CPU), on one machine or several."""
+    from .elsewhere import Elsewhere
     from .launch import run_launch
 
     run_launch(
@@ -125,6 +148,7 @@ def launch_command(
         watching=(tee, log_dir, monitor_interval, quiet),
         dry_run=dry_run,
         as_deepspeed=as_deepspeed,
+        elsewhere=Elsewhere(hostfile, ssh, env_file, slurm_script),
     )
 
 

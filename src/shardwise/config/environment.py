@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from ..errors import ConfigError
 from . import launchers
 from .launchers import REMEDY, Said, found, whole
+from .machine import interface_towards
+from .placing import Machine, machine_of
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,16 @@ class RankEnvironment:
             "MASTER_ADDR": self.address,
             "MASTER_PORT": self.port,
         }
-        if self.launched:
-            for name, value in values.items():
-                if value is not None:
-                    os.environ.setdefault(name, str(value))
+        if not self.launched:
+            return
+        for name, value in values.items():
+            if value is not None:
+                os.environ.setdefault(name, str(value))
+        # gloo would ask for the address of this machine's own name, which many hosts files give as 127.0.1.1, or not at all.
+        several = self.local_world_size is None or self.local_world_size < self.world_size
+        interface = interface_towards(self.address) if several and self.address is not None else None
+        if interface is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def _placed(said: Said, env: Mapping[str, str]) -> RankEnvironment:
@@ -107,6 +115,11 @@ def forgotten_tasks() -> int | None:
 def task_of_srun() -> Said | None:
     """This process as a task of srun, or None if it is none: for a launcher, which starts ranks of its own."""
     return launchers.slurm(os.environ)
+
+
+def machine_of_scheduler() -> Machine | None:
+    """Where a scheduler has put this launcher; see `placing.py`."""
+    return machine_of(os.environ)
 
 
 def fork_launched() -> bool:

@@ -7,10 +7,12 @@ launcher does not say is None, and `RankEnvironment.read` decides what that mean
     mpirun, mpiexec              one row of MPI
     srun                         SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID, ... of the step, never of the job alone:
                                  a login shell and a batch script have the job's, and are one process
+    SageMaker                    SM_HOSTS, SM_CURRENT_HOST: one process on each machine
 """
 
 from __future__ import annotations
 
+import json
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -174,6 +176,18 @@ def mpi(env: Mapping[str, str]) -> Said | None:
     return None
 
 
+def sagemaker(env: Mapping[str, str]) -> Said | None:
+    """The one process that SageMaker starts on each machine of several, where no launcher runs in its place."""
+    text, own = env.get("SM_HOSTS"), env.get("SM_CURRENT_HOST")
+    try:
+        hosts = [str(name) for name in json.loads(text or "[]")]
+    except (ValueError, TypeError):
+        hosts = []
+    if len(hosts) < 2 or own not in hosts:
+        return None
+    return Said("SageMaker", hosts.index(own), len(hosts), 0, 1, hosts[0], port_of(*hosts))
+
+
 def found(env: Mapping[str, str]) -> Said | None:
     """What the launcher says that is not torch's; None for a process that none started.
 
@@ -182,7 +196,7 @@ def found(env: Mapping[str, str]) -> Said | None:
     """
     by_mpi, by_slurm = mpi(env), slurm(env)
     if by_mpi is None or by_slurm is None:
-        return by_mpi or by_slurm
+        return by_mpi or by_slurm or sagemaker(env)
     same = (by_mpi.rank, by_mpi.world_size) == (by_slurm.rank, by_slurm.world_size)
     return by_slurm if same else by_mpi
 

@@ -253,10 +253,10 @@ class ZeroConfig(Section):
         OptionalText, Setting("Only standard is supported.", ZERO, "standard", own="has no effect on running processes")
     ] = None
     deepspeed_hostfile: Annotated[
-        None, absent("hostfiles are not read; run `shardwise launch` on every machine with its --machine_rank")
+        None, absent("a hostfile is read where it is typed: `shardwise launch --hostfile FILE`")
     ] = None
-    deepspeed_exclusion_filter: Annotated[None, absent("there is no hostfile to filter; use gpu_ids")] = None
-    deepspeed_inclusion_filter: Annotated[None, absent("there is no hostfile to filter; use gpu_ids")] = None
+    deepspeed_exclusion_filter: Annotated[None, absent("leave hosts out of the file of --hostfile")] = None
+    deepspeed_inclusion_filter: Annotated[None, absent("leave hosts out of the file of --hostfile")] = None
 
 
 class LossScaleConfig(Section):
