@@ -45,11 +45,9 @@ def run_launch(
     watching:  what was typed for --tee, --log_dir, --monitor_interval and --quiet.
     elsewhere: other machines, where it is to be started in this one's place.
     """
-    flags: dict[str, str | bool] = elsewhere.filled(settings)
-    if multi_gpu:
-        if use_zero:
-            raise ConfigError("--multi_gpu and --use_deepspeed contradict each other")
-        flags.setdefault("distributed_type", "MULTI_GPU")
+    if multi_gpu and use_zero:
+        raise ConfigError("--multi_gpu and --use_deepspeed contradict each other")
+    flags = {**({"distributed_type": "MULTI_GPU"} if multi_gpu else {}), **elsewhere.filled(settings)}
     problems: list[str] = []
     resolution: Resolution | None = None
     file = config_file or (str(default_file()) if default_file().is_file() else None)
@@ -64,8 +62,7 @@ def run_launch(
         if resolution is None:
             raise ConfigError("\n".join(problems))
         check_script(script, how)
-        switches = _switches(config_file, use_zero, multi_gpu, how, watching, as_deepspeed)
-        typed = Typed(switches, script, arguments)
+        typed = Typed(_switches(config_file, use_zero, multi_gpu, how, watching, as_deepspeed), script, arguments)
         sys.exit(elsewhere.run(resolution.config, settings, typed, os.environ, dry_run=dry_run))
     plan: LaunchPlan | None = None
     try:
