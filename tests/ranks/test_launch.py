@@ -329,6 +329,7 @@ def test_other_libraries_train_on_no_rank_of_a_run_that_asked_for_zero(scripts: 
 
 
 SRUN = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "a,b"}
+EACH = {"SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
 MACHINES = ("--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", "29999")
 
 
@@ -339,13 +340,43 @@ def test_a_launcher_for_each_machine_finds_its_rank_under_srun(scripts: Path, mo
     found = launch(*many, *MACHINES, "exits.py").stdout
     assert "machine_rank" in found
     assert "rank 2  cpu" in found
-    assert "SLURM_PROCID" in found
+    assert "as srun says" in found
     assert "rank 0  cpu" in launch(*many, *MACHINES, "--machine_rank", "0", "exits.py").stdout
-    assert "srun starts 2 launchers" not in launch(*many, "exits.py").stderr  # said by the first
+    for name, value in EACH.items():
+        monkeypatch.setenv(name, value)
+    found = launch("--dry_run", "exits.py").stdout  # nobody has told it of machines
+    assert "rank 1  cpu  MASTER_ADDR=a MASTER_PORT=" in found
+    alone = ("--num_machines", "1", "--dry_run", "exits.py")
+    assert "srun starts 2 launchers" not in launch(*alone).stderr  # said by the first
     monkeypatch.setenv("SLURM_PROCID", "0")
-    assert "note: srun starts 2 launchers, and num_machines is 1: each makes a run of its own" in (
-        launch(*many, "exits.py").stderr
+    assert (
+        "note: srun starts 2 launchers, and --num_machines is 1: each makes a run of its own" in launch(*alone).stderr
     )
+
+
+def test_a_launcher_for_each_rank_becomes_the_rank(scripts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = {
+        **SRUN,
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_NODEID": "0",
+        "SLURM_JOB_ID": "7",
+    }
+    for name, value in (step | {"SLURM_LOCALID": "1"}).items():
+        monkeypatch.setenv(name, value)
+    done = launch("--zero_stage", "2", "show.py", "a $HOME")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert (shown["RANK"], shown["LOCAL_RANK"], shown["WORLD_SIZE"], shown["argv"]) == (
+        "1",
+        "1",
+        "2",
+        ["show.py", "a $HOME"],
+    )
+    assert json.loads(shown["SHARDWISE_CONFIG"])["num_processes"] == 2
+    refused = launch("--max_restarts", "1", "show.py")
+    assert refused.returncode == 2
+    assert "max_restarts: has no effect where srun starts a launcher for each rank" in refused.stderr
 
 
 def test_a_machine_that_is_not_machine_0_is_told_so(scripts: Path) -> None:

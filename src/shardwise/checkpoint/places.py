@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import uuid
 from pathlib import Path
 
 from ..errors import CheckpointError
@@ -95,7 +96,9 @@ def make_staging(staging: Path) -> None:
             )
         disk.remove(staging)
     disk.make_directory(staging)
-    os.close(disk.create(staging / MARK, 0))
+    disk.write_text(
+        staging / MARK, uuid.uuid4().hex
+    )  # a directory of this name on another machine's disk has another one
 
 
 def _is_left_over(staging: Path) -> bool:

@@ -9,6 +9,7 @@ What of a run is in the `RunState` is what is saved, or brought back: without st
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..ranks.agree import together
 from ..ranks.ranks import Ranks
 from ..zero.sharded import ShardedModel
 from .frozen import compare_frozen, forget_sums, frozen_record
-from .manifest import Manifest, describer
+from .manifest import Manifest, describer, text_checksum
 from .model_facts import KeptAdapters, adapters_of, dtypes_of, facts_of
 from .patience import Progress, patiently
 from .read import Checkpoint
@@ -173,4 +174,12 @@ def _open(path: Path, ranks: Ranks) -> tuple[Checkpoint, list[dict[str, Any]]]:
     except CheckpointError as error:
         raise DamagedError(f"{path} could not be loaded: {error}") from error
     assert found is not None
+    # Machines that each read their own disk have perhaps saved there at different times.
+    seen = ranks.gather_objects((socket.gethostname(), text_checksum(found[0].manifest.to_text())))
+    other = next((rank for rank, (_, read_there) in enumerate(seen) if read_there != seen[0][1]), None)
+    if other is not None:
+        raise CheckpointError(
+            f"{path} could not be loaded: it is another checkpoint on {seen[other][0]} (rank {other}) than on {seen[0][0]} "
+            "(rank 0). Load from a directory that all machines share, or copy one machine's there."
+        )
     return found

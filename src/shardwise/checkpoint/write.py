@@ -24,9 +24,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import disk
-from ..files.documents import check_json, printed
+from ..files.documents import check_json, printed, read_text
 from ..files.writer import Spec, TensorFile
-from ..ranks.agree import together
 from ..ranks.agreeing import attempt
 from ..ranks.ranks import Ranks
 from .manifest import MANIFEST, Entry, Index, Manifest, Part, text_checksum
@@ -84,16 +83,17 @@ def open_staging(target: Path, ranks: Ranks) -> Path:
     """The hidden directory in which the checkpoint `target` is put together, empty. Collective."""
     staging = target.with_name(STAGING + target.name)
 
-    def look() -> None:
-        if not staging.is_dir():
-            raise CheckpointError(
-                f"{socket.gethostname()} does not see {staging}, which rank 0 made. Save to a directory that all machines "
-                "share."
-            )
-
     making = Progress("makes the directory")
     patiently(ranks, lambda: make_staging(staging), making, what=f"Saving {target}", on=0, failed=_failed(target))
-    together(ranks, look, what=_failed(target))
+    # What rank 0 has just written there: a directory of that name may be on another machine's own disk too.
+    mark, _ = attempt(lambda: read_text(staging / MARK, CheckpointError))
+    seen = ranks.gather_objects((socket.gethostname(), mark))
+    blind = next((rank for rank, (_, found) in enumerate(seen) if found is None or found != seen[0][1]), None)
+    if blind is not None:
+        raise CheckpointError(
+            f"{_failed(target)}rank {blind} on {seen[blind][0]} does not see {staging}, which rank 0 made on {seen[0][0]}. "
+            "Save to a directory that all machines share."
+        )
     return staging
 
 

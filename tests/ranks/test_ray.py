@@ -1,0 +1,58 @@
+"""Ray's recipe of docs/machines.md, on a local cluster of two workers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.full
+
+TOGETHER = [0.7, 0.7]  # 1 - 2 * 0.1 * mean(1, 2)
+
+
+def _train(config: dict[str, Any]) -> None:
+    import torch
+    from ray import train
+    from torch import nn
+
+    from shardwise import Accelerator, DeepSpeedPlugin
+
+    accelerator = Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(zero_stage=3))
+    model = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(2):
+        accelerator.backward(model(torch.full((1, 2), 1.0 + accelerator.process_index)).sum())
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = accelerator.get_state_dict(model)
+    found = [round(w, 5) for w in weights["weight"].flatten().tolist()] if weights else []
+    train.report({"processes": accelerator.num_processes, "weights": found})
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore")
+def test_workers_of_ray_train_together(tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'ray[train]'")
+    pytest.importorskip("ray.train.torch", reason="ray is installed without what ray.train needs")
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    path = os.pathsep.join([str(Path(__file__).parents[2] / "src"), os.environ.get("PYTHONPATH", "")])
+    environment = {"env_vars": {"PYTHONPATH": path}}
+    ray.init(num_cpus=2, include_dashboard=False, runtime_env=environment)
+    try:
+        scaling = ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1})
+        gloo = TorchConfig(backend="gloo")
+        trainer = TorchTrainer(
+            _train, torch_config=gloo, scaling_config=scaling, run_config=RunConfig(storage_path=str(tmp_path))
+        )
+        metrics = trainer.fit().metrics
+    finally:
+        ray.shutdown()
+    assert metrics is not None
+    assert (metrics["processes"], metrics["weights"]) == (2, TOGETHER)
