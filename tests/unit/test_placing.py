@@ -105,20 +105,15 @@ def test_the_batch_script_starts_what_was_typed_and_runs_nothing_else(script, ca
         "#SBATCH --ntasks-per-node=1",
         "#SBATCH --gpus-per-node=8",
     ]
-    played = 'srun() { shift; printf "%s\\0" "$@"; }; scontrol() { echo gpu07; echo gpu08; }; SLURM_JOB_ID=4711; SLURM_JOB_NODELIST=x; '
+    played = (
+        'srun() { shift; printf "%s\\0" "$@"; }; scontrol() { echo gpu07; echo gpu08; }; '
+        "SLURM_JOB_ID=4711; SLURM_JOB_NODELIST=x; "
+    )
     done = subprocess.run(["bash", "-c", played + text], capture_output=True, text=True, check=True)
     words = done.stdout.split("\0")[:-1]
     assert words[1:4] == ["-m", "shardwise", "launch"]
-    assert words[4:12] == [
-        "--num_processes",
-        "16",
-        "--num_machines",
-        "2",
-        "--main_process_ip",
-        "gpu07",
-        "--main_process_port",
-        "19711",
-    ]
+    place = "--num_processes 16 --num_machines 2 --main_process_ip gpu07 --main_process_port 19711"
+    assert words[4:12] == place.split()
     assert words[12:] == ["--zero_stage", "3", "a `b`.py", *odd]
     assert not (script / "injected").exists()
 

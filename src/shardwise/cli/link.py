@@ -61,7 +61,8 @@ class Link:
     ) -> None:
         self._seat, self._end_ranks = seat, end_ranks
         self._arrival = Arrival(uuid.uuid4().hex, seat.machine, socket.gethostname(), facts, hints)
-        self._said = Said()
+        self._said = Said()  # written by the launcher alone; the thread's count is its own
+        self._beat = 0
         self._state: State | None = None
         self._lost: str | None = None
         self._news = threading.Condition()
@@ -150,9 +151,9 @@ class Link:
             return
         if self._chair is not None and not self._is_the_only_chair():
             store = self._store
-        self._said = replace(self._said, beat=self._said.beat + 1)
+        self._beat += 1
         store = self._store
-        store.set(f"said/{self._arrival.name}", self._said.text())
+        store.set(f"said/{self._arrival.name}", replace(self._said, beat=self._beat).text())
         if self._chair is not None:
             self._conclude(store, self._chair)
         if store.check(["state"]):
