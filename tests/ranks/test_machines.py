@@ -74,7 +74,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.chdir(tmp_path)
     yield tmp_path
-    killed = "killed" in os.environ.get("PYTEST_CURRENT_TEST", "")
+    killed = "test_a_machine_that" in os.environ.get("PYTEST_CURRENT_TEST", "")
     assert killed or not list((tmp_path / "tmp").glob("shardwise-*")), "a launcher left its directory behind"
 
 
@@ -151,12 +151,12 @@ ERRORS: dict[str, tuple[list[str], dict[str, Any], list[str]]] = {
 def test_what_differs_is_one_sentence_on_every_machine(folder, fault):
     flags, place, expected = ERRORS[fault]
     (folder / "other.py").write_text("print('another script')\n")
-    machine = place.get("machine", 1)
+    where = {name: value for name, value in place.items() if name != "machine"}
     script = [] if "other.py" in flags else ["train.py", "."]
     with Machines(2, folder) as machines:
         runs = [
             machines.start(0, command(0, "train.py", ".", connect_within_s=8)),
-            machines.start(1, command(machine, *flags, *script, connect_within_s=8, **place)),
+            machines.start(1, command(place.get("machine", 1), *flags, *script, connect_within_s=8, **where)),
         ]
         found = ended(runs)
     assert [code for code, _, _ in found] == [2, 2], found

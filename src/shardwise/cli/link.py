@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -70,8 +71,8 @@ class Link:
         self._own: Any = None  # machine 0's: it holds the store for all
         self._chair: Chair | None = None
         self._published = ""
-        self._closed = False
         self._thread: threading.Thread | None = None
+        self._halted = threading.Event()
         self._unwanted_since: float | None = None
 
     @property
@@ -81,6 +82,7 @@ class Link:
 
     def open(self) -> None:
         """Find machine 0, or be it, and come to its meeting."""
+        self._halt()
         self._lost, self._state, self._published, self._chair = None, None, "", None
         self._arrival = replace(self._arrival, name=uuid.uuid4().hex)
         if self._seat.machine == 0:
@@ -90,8 +92,15 @@ class Link:
         else:
             self._store = self._connect()
         self._arrive()
-        self._thread = threading.Thread(target=self._run, name="shardwise-machines", daemon=True)
+        self._halted = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(self._halted,), name="shardwise-machines", daemon=True)
         self._thread.start()
+
+    def _halt(self) -> None:
+        """End the thread, which may wait for a store that is gone; it then touches nothing any more."""
+        self._halted.set()
+        if self._thread is not None:
+            self._thread.join(_ANSWER_WITHIN_S)
 
     def _hold(self) -> Any:
         from ..ranks.joining import launchers_store
@@ -129,28 +138,27 @@ class Link:
     def _arrive(self) -> None:
         place = self._store.add("arrivals", 1)
         self._store.set(f"arrival/{place}", json.dumps(asdict(self._arrival)))
+        self._store.set(f"arrival/{self._arrival.name}", str(place))
 
     # What the thread does.
 
-    def _run(self) -> None:
-        store = self._store
-        while not self._closed:
+    def _run(self, halted: threading.Event) -> None:
+        while not halted.is_set():
             try:
-                self._tick(store)
+                if self._lost is None:
+                    self._tick(halted)
             except Exception as error:  # torch's, of a store that has ended
+                if halted.is_set():
+                    return
                 with self._news:
                     self._lost = _short(error)
                     self._news.notify_all()
             self._end_unwanted_ranks()
-            if self._lost is not None and self._said.status != RUNNING:
-                return
-            time.sleep(TICK_S)
+            halted.wait(TICK_S)
 
-    def _tick(self, store: Any) -> None:
-        if self._lost is not None:
-            return
-        if self._chair is not None and not self._is_the_only_chair():
-            store = self._store
+    def _tick(self, halted: threading.Event) -> None:
+        if self._chair is not None:
+            self._look_for_another_chair()
         self._beat += 1
         store = self._store
         store.set(f"said/{self._arrival.name}", replace(self._said, beat=self._beat).text())
@@ -159,8 +167,9 @@ class Link:
         if store.check(["state"]):
             state = State.read(store.get("state").decode())
             with self._news:
-                self._state = state
-                self._news.notify_all()
+                if not halted.is_set():
+                    self._state = state
+                    self._news.notify_all()
 
     def _conclude(self, store: Any, chair: Chair) -> None:
         arrivals = []
@@ -177,24 +186,23 @@ class Link:
             store.set("state", text)
             self._published = text
 
-    def _is_the_only_chair(self) -> bool:
-        """False once another launcher has been found where machine 0 is to be: then this one came to its meeting."""
+    def _look_for_another_chair(self) -> None:
+        """Where machine 0's address is another machine's, and a launcher is there: come to its meeting, which tells all."""
         waiting = self._state is None or self._state.phase == GATHER
         if not waiting or is_of_this_machine(self._seat.address):
-            return True
+            return
         if _no_answer(self._seat.address, self._seat.port) is not None:
-            return True
+            return
         from ..ranks.joining import launchers_store
 
         try:
             other = launchers_store(self._seat.address, self._seat.port, holds=False, timeout_s=_ANSWER_WITHIN_S)
         except RuntimeError:
-            return True
-        if other.check([f"said/{self._arrival.name}"]):  # an address of this machine that another one translates
-            return True
+            return
+        if other.check([f"arrival/{self._arrival.name}"]):  # an address of this machine that another one translates
+            return
         self._store, self._chair = other, None
         self._arrive()
-        return False
 
     def _end_unwanted_ranks(self) -> None:
         """End this machine's ranks, a while after another machine has failed."""
@@ -277,16 +285,19 @@ class Link:
 
     def close(self) -> None:
         """Leave. Machine 0 stays until the others have read the end, or for a few seconds."""
-        if self._thread is None or self._closed:
+        if self._thread is None:
             return
         self._said = replace(self._said, status=LEFT)
         until = time.monotonic() + _READ_THE_END_S
-        while self._lost is None and time.monotonic() < until:
+        while self._chair is not None and self._lost is None and time.monotonic() < until:
             time.sleep(TICK_S)
-            if self._chair is None or self._chair.all_have_left():
+            if self._chair.all_have_left():
                 break
-        self._closed = True
-        self._thread.join(2 * TICK_S)
+        self._halt()
+        if self._chair is None and self._lost is None:
+            with suppress(Exception):  # torch's, of a store that has just ended
+                self._store.set(f"said/{self._arrival.name}", self._said.text())
+        self._thread = None
 
 
 def _no_answer(address: str, port: int) -> str | None:
