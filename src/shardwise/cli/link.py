@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ..config.launchers import LOOPBACK
 from ..errors import ConfigError, LaunchError
 from . import machines as meeting
 from .machines import END, GATHER, LEFT, RUN, RUNNING, WAITING, Arrival, Chair, Said, State, machines_said
@@ -105,8 +106,11 @@ class Link:
     def _hold(self) -> Any:
         from ..ranks.joining import launchers_store
 
+        # torch connects to the address: where it is another machine's, that would be the other one's store.
+        mine = is_of_this_machine(self._seat.address)
         try:
-            return launchers_store(self._seat.address, self._seat.port, holds=True, timeout_s=_ANSWER_WITHIN_S)
+            address = self._seat.address if mine else LOOPBACK
+            return launchers_store(address, self._seat.port, holds=True, timeout_s=_ANSWER_WITHIN_S)
         except RuntimeError as error:
             raise LaunchError(f"machine 0 cannot listen at {self._seat.where}: {_short(error)}") from None
 
