@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,14 @@ def _train(config: dict[str, Any]) -> None:
 def test_workers_of_ray_train_together(tmp_path: Path) -> None:
     ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'ray[train]'")
     pytest.importorskip("ray.train.torch", reason="ray is installed without what ray.train needs")
+    from ray import cloudpickle
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     path = os.pathsep.join([str(Path(__file__).parents[2] / "src"), os.environ.get("PYTHONPATH", "")])
     environment = {"env_vars": {"PYTHONPATH": path}}
     ray.init(num_cpus=2, include_dashboard=False, runtime_env=environment)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import this file
     try:
         scaling = ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1})
         gloo = TorchConfig(backend="gloo")
@@ -59,5 +62,6 @@ def test_workers_of_ray_train_together(tmp_path: Path) -> None:
             run_config=RunConfig(storage_path=str(tmp_path)),
         ).fit()
     finally:
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
         ray.shutdown()
     assert json.loads((tmp_path / "found.json").read_text()) == [2, TOGETHER]
