@@ -44,6 +44,7 @@ def run(plan: LaunchPlan, directory: Path, kills_before: int | None) -> int:
     config = plan.config
     seat = Seat(config.machine_rank, config.num_machines, plan.address, plan.port, plan.max_restarts)
     link = Link(seat, facts_of(plan), hints_of(plan), _Ending(directory))
+    _leave_agents_without_waiting()
     _leave_by_signals()
     try:
         link.open()
@@ -141,6 +142,17 @@ class _Ending:
                     os.kill(int(path.name[4:]), signal.SIGTERM)
             elif now - self._asked[path.name] > _KILL_AFTER_S:
                 end_sessions(self._directory)
+
+
+def _leave_agents_without_waiting() -> None:
+    """Keep torch's agents from waiting for each other when their ranks are done: for 300 s where another machine has failed.
+
+    They do it so that the store stays while others need it; machine 0's launcher holds it.
+    """
+    from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
+
+    if hasattr(SimpleElasticAgent, "_exit_barrier"):
+        SimpleElasticAgent._exit_barrier = lambda self: None  # type: ignore[method-assign]
 
 
 def _leave_by_signals() -> None:
