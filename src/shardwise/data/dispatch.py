@@ -19,7 +19,6 @@ from torch.utils.data import IterDataPipe
 from ..errors import DataError, RankError
 from ..ranks.agreeing import attempt_or_interrupt, words_of
 from ..ranks.batches import broadcast_tensor, concatenate, is_column, leaves, map_leaves, send_to_device, slice_batch
-from .giving import asked
 from .loader import PreparedLoader
 from .order import Round, cut_round, refuse_empty_stream
 
@@ -153,7 +152,7 @@ class DispatchedLoader(PreparedLoader):
         yield None, _Message(end=True)
 
     def _rounds(self) -> Iterator[Any]:
-        batches = asked(self._inner_iterator())
+        batches = self._inner_iterator()
         if self._split:
             yield from batches
             return

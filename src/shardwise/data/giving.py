@@ -40,18 +40,18 @@ class Giving:
         self._course = course
         self._rank = rank
         self._epoch = course.begun
-        self._iteration = activity.begins_iteration()
+        self._iteration, self._before = activity.begins_iteration()
 
     def gives(self) -> None:
         """The next batch is given out. Raises DataError if a neighbour's epoch had fewer, and this loader trains."""
         self._course.given += 1
-        activity.loads(self._iteration, self._course.given)
+        activity.loads(self._iteration, self._course.given, self._before)
         self._compare(ended=False)
 
     def ends(self) -> None:
         """There are no more. Raises DataError if a neighbour has been given more."""
         course = self._course
-        activity.loads(self._iteration, course.given, ended=True)
+        activity.loads(self._iteration, course.given, self._before, ended=True)
         self._compare(ended=True)
         if course.begun == self._epoch:
             course.begun, course.given = None, 0

@@ -219,7 +219,7 @@ class PreparedLoader(DataLoader[Any]):
         source._resumed = resume > 0
         state.begin(self)
         try:
-            for index, (batch, last, shares) in enumerate(source._read()):
+            for index, (batch, last, shares) in enumerate(asked(source._read())):
                 if last:
                     self.end_of_dataloader, self._last = True, shares
                 if index < source._skip:
@@ -312,7 +312,7 @@ class PreparedLoader(DataLoader[Any]):
 
     def _read(self) -> Iterator[tuple[Any, bool, Round | None]]:
         """The rank's batches on its device, whether each is the last, and the last's round; one is read ahead."""
-        batches = asked(self._inner_iterator())
+        batches = self._inner_iterator()
         try:
             current = next(batches)
         except StopIteration:

@@ -70,7 +70,7 @@ class Record:
 
     moved:     when it last published anything. begun: how many collectives it has begun.
     waits_in:  the collective that it is in, since `waits_since`; "" for none. calls: the same for a verb of the script.
-    steps, forwards: optimizer steps done, training forwards begun. batches: that the loader has given in this iteration.
+    steps:     optimizer steps done. batches: that the loader has given in this iteration. forwards: of training, since then.
     iteration: how many times a prepared loader was begun. epoch_ended: it has no more batches. asks: it is asked for one now.
     beat:      when the watcher last wrote; 0.0 without one. line: of the script.
     """
@@ -188,7 +188,7 @@ class Activity:
         self._unit = b""
         self._begun = self._steps = self._forwards = self._iterations = self._batches = 0
         self._iteration, self._ended, self._asks = 0, 0, 0
-        self._wanted = 0
+        self._wanted = self._before = 0
         self._depth = 0
         self._calls: list[bytes] = []
 
@@ -283,7 +283,7 @@ class Activity:
                 _CALL.pack_into(self._buffer, _CALL_AT, time.monotonic(), b"")
 
     def _count(self) -> None:
-        counts = (self._steps, self._forwards, self._iteration, self._batches, self._ended, self._asks)
+        counts = (self._steps, self._forwards - self._before, self._iteration, self._batches, self._ended, self._asks)
         _COUNT.pack_into(self._buffer, _COUNT_AT, time.monotonic(), *counts)
 
     def stepped(self, steps: int) -> None:
@@ -293,14 +293,18 @@ class Activity:
             self._count()
             self.begins(Pass.NONE)
 
-    def begins_iteration(self) -> int:
-        """A prepared loader is iterated over: gives the number of that iteration, the same on ranks that do the same."""
-        self._iterations += 1
-        return self._iterations
+    def begins_iteration(self) -> tuple[int, int]:
+        """A prepared loader is iterated over: the number of that iteration, and how many forwards there were before.
 
-    def loads(self, iteration: int, batches: int, *, ended: bool = False) -> None:
-        """A loader gives the last of so many batches of that iteration. ended: it has no more."""
+        Ranks that do the same have the same numbers.
+        """
+        self._iterations += 1
+        return self._iterations, self._forwards
+
+    def loads(self, iteration: int, batches: int, before: int, *, ended: bool = False) -> None:
+        """A loader gives the last of so many batches of that iteration. before: see above. ended: it has no more."""
         if self.shared:
+            self._before = before
             self._iteration, self._batches, self._ended, self._asks = iteration, batches, int(ended), 0
             self._count()
 

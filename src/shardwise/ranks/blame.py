@@ -157,8 +157,8 @@ def _extra_forward(rows: _Rows) -> tuple[list[Seen], str]:
     counts = [record.forwards for _, record in rows]
     if len({(record.iteration, record.batches) for _, record in rows}) != 1 or not rows[0][1].batches:
         return [], ""
-    more = [one for one, record in rows if record.forwards > min(counts)]
-    if not more or 2 * len(more) > len(rows):
+    more = [one for one, record in rows if record.forwards > record.batches]
+    if not more or len(more) == len(rows):
         return [], ""
     return (
         more,
@@ -192,8 +192,8 @@ def _ahead(rows: _Rows) -> tuple[list[Seen], str]:
     if len({_place(record) for _, record in rows}) == 1:
         return [], ""
 
-    def progress(record: Record) -> tuple[int, int, int, int]:
-        return (record.steps, record.batches, record.forwards, int(record.doing))
+    def progress(record: Record) -> tuple[int, ...]:
+        return (record.steps, record.batches, int(record.asks), record.forwards, int(record.doing))
 
     most = max(progress(record) for _, record in rows)
     ahead = [one for one, record in rows if progress(record) == most]
@@ -228,8 +228,9 @@ class _Words:
     def wait(self, record: Record | None) -> str:
         assert record is not None
         unit = f" of unit {record.unit}" if record.unit and record.doing is not Pass.NONE else ""
-        call = f" of {record.calls}" if record.calls and record.calls != record.waits_in else ""
-        return f"{record.waits_in}{unit}{call}"
+        if record.calls and record.calls not in re.split(r"\W+", record.waits_in):
+            return f"{record.calls} ({record.waits_in})"
+        return f"{record.waits_in}{unit}"
 
     def of(self, one: Seen) -> str:
         """What it does, or has done last, without its subject."""

@@ -157,6 +157,9 @@ class Watcher:
         records = [one for one in seen if one.record is not None]
         waits = [one for one in records if one.record is not None and one.record.waits_in and not one.ended]
         long = {one.rank for one in waits if one.record is not None and now - one.record.waits_since >= self.warning_s}
+        alive = [one for one in seen if not (one.ended or one.left)]
+        if len(waits) == len(alive) and any(now - one.record.waits_since < self._tick_s for one in waits if one.record):
+            return frozenset()  # the last one has just come: they go on, or the next look finds where they are
         if waits:
             long |= {-1 - one.rank for one in seen if one.ended}
         if not long and not waits and _on_devices and records:

@@ -173,7 +173,7 @@ class Schedule:
         self.reducing.begin(boundary)
 
     def end_backward(self, *, whole: bool = True) -> None:
-        """Close the pass: gather what the sequence still holds, reduce what never came, join lanes. whole: see `end_forward`."""
+        """Close the pass: gather what the sequence still holds, reduce what never came, join lanes. whole: as above."""
         self.gathers.backward_ends()
         self._close(whole=whole)
         self._reduce_rest()
