@@ -274,12 +274,14 @@ def script_ended(code: int, words: str = "", trace: TracebackType | None = None)
 
 def interpreter_ends() -> None:
     """Nothing of the script runs any more, and it has not left the run."""
+    global _board  # noqa: PLW0603
     error: BaseException | None = getattr(sys, "last_value", None)
     if error is None:
         activity.ended(End.ENDED, -1)
     else:
         activity.ended(End.FAILED, 1, f"{type(error).__name__}: {error}".split("\n", 1)[0])
     stop_watching()
+    _board = None  # it holds the store, which is to end before the interpreter does
 
 
 def leave_board() -> None:
