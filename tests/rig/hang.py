@@ -1,4 +1,4 @@
-"""Whole lives of `hang_script.py` on two ranks, under the launcher's worker, several cases side by side.
+"""Whole lives of `hang_script.py` on two ranks, under the launcher's worker, all cases side by side.
 
     python -m rig.hang CONFIG FOLDER CASE...       CONFIG: the settings as JSON; FOLDER: an empty directory
 
@@ -19,8 +19,8 @@ from typing import Any
 
 from .ends import free_port
 
-SIDE_BY_SIDE = 7
-WITHIN_S = 30.0
+WITHIN_S = 40.0
+GRACE_S = 3.0  # of the other rank, once one has failed; the launcher gives some, too
 SCRIPT = Path(__file__).with_name("hang_script.py")
 
 
@@ -43,19 +43,21 @@ def become_rank(rank: int, port: int, config: str, folder: Path) -> None:
 
 
 def wait_for(pids: dict[int, tuple[str, int]], found: dict[str, Any]) -> None:
-    began = time.monotonic()
+    began, ends = time.monotonic(), dict.fromkeys(pids, WITHIN_S)
     while pids and time.monotonic() - began < WITHIN_S:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
             case, rank = pids.pop(pid)
             found[case]["codes"][rank] = os.waitstatus_to_exitcode(status)
             found[case]["ended_s"][rank] = time.monotonic() - began
-            others = [other for other, (its, _) in pids.items() if its == case]
-            if status:  # as the launcher does, once it has seen a failure
-                for other in others:
-                    os.kill(other, signal.SIGCONT)
+            for other in [other for other, (its, _) in pids.items() if its == case and status]:
+                os.kill(other, signal.SIGCONT)  # as the launcher does, once it has seen a failure
+                ends[other] = found[case]["ended_s"][rank] + GRACE_S
         else:
             time.sleep(0.02)
+        for late in [pid for pid in pids if time.monotonic() - began > ends[pid]]:
+            ends[late] = WITHIN_S
+            os.kill(late, signal.SIGTERM)
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -67,18 +69,17 @@ def main() -> bool:
     found: dict[str, Any] = {case: {"codes": [None, None], "ended_s": [None, None]} for case in cases}
     gc.collect()
     gc.freeze()
-    for first in range(0, len(cases), SIDE_BY_SIDE):
-        pids: dict[int, tuple[str, int]] = {}
-        for case in cases[first : first + SIDE_BY_SIDE]:
-            place, port = Path(folder) / case, free_port()
-            place.mkdir()
-            for rank in range(2):
-                pid = os.fork()
-                if not pid:
-                    become_rank(rank, port, config, place)
-                    return True
-                pids[pid] = (case, rank)
-        wait_for(pids, found)
+    pids: dict[int, tuple[str, int]] = {}
+    for case in cases:
+        place, port = Path(folder) / case, free_port()
+        place.mkdir()
+        for rank in range(2):
+            pid = os.fork()
+            if not pid:
+                become_rank(rank, port, config, place)
+                return True
+            pids[pid] = (case, rank)
+    wait_for(pids, found)
     print(json.dumps(found))
     return False
 

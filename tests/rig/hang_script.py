@@ -48,6 +48,9 @@ def alone(accelerator: Accelerator, model: torch.nn.Module, x: torch.Tensor) -> 
     elif CASE == "memory":
         (FOLDER / "memory.events").write_text("oom_kill 1\n")
         os.kill(os.getpid(), signal.SIGKILL)
+    elif CASE == "asked":
+        os.kill(os.getpid(), signal.SIGUSR2)
+        time.sleep(1.0)
     elif CASE == "script":
         time.sleep(60)
     elif CASE == "error":

@@ -52,7 +52,7 @@ def judge(seen: Sequence[Seen], now: float, *, memory_kills: int = 0, here: int 
     if culprits:
         line = _line(culprits, waiting, why, words)
     elif waiting:
-        line = f"{_waiting_words(waiting, words)}; no rank is missing there: the network between them may be."
+        line = f"{_waiting_words(waiting, words)}; no rank is missing there: a machine, or the network, is slow."
     else:
         line = "no rank waits for another."
     rows = [f"  rank {one.rank}: {words.of(one)}{words.where(one)}" for one in _first(seen, culprits)]

@@ -66,7 +66,7 @@ class Watcher:
     def __init__(self, board: Board, warning_s: float) -> None:
         self.board = board
         self.warning_s = warning_s
-        self._told: frozenset[int] = frozenset()  # the ranks that an incident was told of
+        self._told: frozenset[tuple[int, int]] = frozenset()  # the incident that was told of: see `_trouble`
         self._wanted: dict[int, int] = {}  # screens that were asked for, by rank
         self._exchanged = 0.0
         self._kills_before = oom_kills()
@@ -145,29 +145,32 @@ class Watcher:
             self._wanted = wanted
             self.tell(judge(seen, now, memory_kills=self.kills()), "asked for by SIGUSR2")
         trouble = self._trouble(seen, now)
-        if not trouble:
-            self._told = frozenset()
-        elif not trouble <= self._told:
-            found = judge(seen, now, memory_kills=self.kills())
-            self._told = trouble
-            self.tell(found, "")
+        lost = {rank for rank, begun in trouble if begun < 0} - {rank for rank, begun in self._told if begun < 0}
+        goes_on = bool(trouble & self._told)
+        if trouble and (lost or not goes_on):
+            self.tell(judge(seen, now, memory_kills=self.kills()), "")
+        self._told = trouble | (self._told if goes_on else frozenset())
 
-    def _trouble(self, seen: Sequence[Seen], now: float) -> frozenset[int]:
-        """The ranks whose waits have lasted too long, or -1 - r for a rank r that has ended while others wait."""
-        records = [one for one in seen if one.record is not None]
-        waits = [one for one in records if one.record is not None and one.record.waits_in and not one.ended]
-        long = {one.rank for one in waits if one.record is not None and now - one.record.waits_since >= self.warning_s}
+    def _trouble(self, seen: Sequence[Seen], now: float) -> frozenset[tuple[int, int]]:
+        """What is to be told of: (rank, its collective's number) for a wait that lasts too long, (rank, -1) for one that ended.
+
+        One that has ended because of a wait, and said so, is nothing new.
+        """
+        known = [(one, one.record) for one in seen if one.record is not None]
+        waits = [record for one, record in known if record.waits_in and not one.ended]
         alive = [one for one in seen if not (one.ended or one.left)]
-        if len(waits) == len(alive) and any(now - one.record.waits_since < self._tick_s for one in waits if one.record):
-            return frozenset()  # the last one has just come: they go on, or the next look finds where they are
+        if len(waits) == len(alive) and any(now - record.waits_since < self._tick_s for record in waits):
+            return self._told  # the last one has just come: they go on, or the next look finds where they are
+        found = {(record.rank, record.begun) for record in waits if now - record.waits_since >= self.warning_s}
         if waits:
-            long |= {-1 - one.rank for one in seen if one.ended}
-        if not long and not waits and _on_devices and records:
-            moved = max(one.record.moved for one in records if one.record is not None)
-            begun = {one.record.begun for one in records if one.record is not None and not one.left}
-            if now - moved >= self.warning_s and len(begun) > 1:
-                long = {one.rank for one in records}
-        return frozenset(long)
+            found |= {
+                (one.rank, -1) for one in seen if one.ended and not (one.record is not None and one.record.verdict)
+            }
+        if not waits and _on_devices and known:
+            begun = {record.begun for one, record in known if not one.left}
+            if now - max(record.moved for _, record in known) >= self.warning_s and len(begun) > 1:
+                found |= {(record.rank, record.begun) for _, record in known}
+        return frozenset(found)
 
     def kills(self) -> int:
         """How many processes the kernel has killed for memory since this one watches."""
