@@ -118,9 +118,3 @@ def test_sigusr2_asks_for_a_screen(lives):
     log = (lives[1] / "asked" / "log-0").read_text()
     assert "(asked for by SIGUSR2) rank 1 keeps the others waiting: it is in its script, at hang_script.py" in log
     assert "; rank 0 waits in all_gather of unit" in log
-
-
-@pytest.mark.timeout(240)
-def test_nothing_is_left_of_the_records(lives):
-    mapped = [path for path in Path("/dev/shm").glob("*shardwise*") if "activity" in path.name]
-    assert mapped == []
