@@ -18,7 +18,8 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -26,6 +27,8 @@ import torch
 from cases import CASES, Case
 from engines import Engine, Trainee
 from place import Place
+
+SILENT = ", silent"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--checkpointing", action="store_true", help="recompute every block in backward")
     parser.add_argument("--clock", choices=("cpu", "wall"), default="cpu", help="what is told per unit; CUDA: wall")
+    parser.add_argument("--silent", action="store_true", help="also without publishing for named waits, row by row")
     parser.add_argument("--use-cpu", action="store_true")
     options = parser.parse_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers and PEFT, about each other
@@ -46,13 +50,17 @@ def main(argv: Sequence[str]) -> int:
         )
         words = ["plain", *options.engines.split(",")]
         trainees = {word: Engine.parse(word).build(case, place, "fp32") for word in words}
+        if options.silent:  # the same model, turn by turn
+            trainees |= {f"{word}{SILENT}": trainees[word] for word in words if word.startswith("shardwise")}
+        words = list(trainees)
         clock = time.perf_counter if place.cuda or options.clock == "wall" else time.thread_time
         spent: dict[str, list[tuple[float, float]]] = {word: [] for word in words}
         steps_ms: dict[str, list[float]] = {word: [] for word in words}
         for index in range(options.warmup + options.steps):
             for word, trainee in trainees.items():
                 began = time.perf_counter()
-                forward_s, backward_s = _timed_step(trainee, case, place, index, clock)
+                with _silence() if word.endswith(SILENT) else nullcontext():
+                    forward_s, backward_s = _timed_step(trainee, case, place, index, clock)
                 if index >= options.warmup:
                     spent[word].append((forward_s, backward_s))
                     steps_ms[word].append(1000 * (time.perf_counter() - began))
@@ -60,6 +68,18 @@ def main(argv: Sequence[str]) -> int:
     finally:
         place.leave()
     return 0
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Inside, this rank does not publish what it does."""
+    from shardwise.ranks.activity import activity
+
+    before, activity.shared = activity.shared, False
+    try:
+        yield
+    finally:
+        activity.shared = before
 
 
 def _timed_step(

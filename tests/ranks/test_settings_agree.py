@@ -79,6 +79,7 @@ CHANGES: dict[str, tuple[Values, Any]] = {
     "shardwise_config.generation_memory_budget": ({}, None),
     "shardwise_config.scheduler_steps_per_process": ({}, False),
     "shardwise_config.collective_timeout_s": ({}, 500),
+    "shardwise_config.wait_warning_s": ({}, 5),
     "shardwise_config.loss_chunk_tokens": ({}, 8),
     "shardwise_config.loss_keeps_logits": ({}, True),
     "shardwise_config.fast_lora": ({}, True),

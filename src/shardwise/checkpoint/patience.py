@@ -24,6 +24,7 @@ from typing import TypeVar
 from ..errors import CheckpointError
 from ..ranks.agree import agreed_words, raise_first
 from ..ranks.agreeing import attempt
+from ..ranks.blame import named
 from ..ranks.ranks import Ranks
 
 T = TypeVar("T")
@@ -141,4 +142,7 @@ def _lost(ranks: Ranks, error: Exception | None, broken: Exception) -> str:
     """The cause that this rank has met itself comes before the silence of the others, which it may have caused."""
     if error is not None and error.__cause__ is not broken:
         return agreed_words(error) or ""
+    culprit = named(str(broken))
+    if culprit:
+        return culprit
     return f"another rank is gone, or did not answer for {ranks.timeout_s:g} s ({' '.join(str(broken).split())[:200]})."

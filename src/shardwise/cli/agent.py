@@ -17,49 +17,23 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..config.check import checked
-from ..config.machine import environment_value, export, host_memory_bytes, memory_limit_bytes, oom_kills
+from ..config.machine import environment_value, export, oom_kills
 from ..config.resolve import Resolution
 from ..errors import LaunchError
-from ..files.documents import read_json
 from . import worker
+from .failures import explain, failures_of
 from .launch_plan import LaunchPlan, check_devices, free_port, make_plan
 
-if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-# Failures that the agent sees within this time of the first may be causes; later ones were stopped by the agent itself.
-SAME_MOMENT_S = 3
 GRACE_S = 30
 # What runs in the worker's place where `import deepspeed` is to find shardwise: by its path, as the worker.
 _AS_DEEPSPEED = str(Path(worker.__file__).parents[1] / "compat" / "worker.py")
 CONNECT_WITHIN_S = 120  # the launchers have met before
-
-
-@dataclass(frozen=True)
-class Failure:
-    """How one rank ended.
-
-    code:   the process's exit code, negative for a signal.
-    record: what `worker.py` wrote, or None if the process had no time to.
-    """
-
-    rank: int
-    pid: int
-    code: int
-    record: dict[str, Any] | None = None
-
-    @property
-    def exit_code(self) -> int:
-        """As a shell would give it."""
-        if self.record is not None:
-            return int(self.record["code"])
-        return 128 - self.code if self.code < 0 else self.code
 
 
 def start(plan: LaunchPlan, run: Callable[[LaunchPlan, Path, int | None], int] | None = None) -> int:
@@ -74,9 +48,11 @@ def start(plan: LaunchPlan, run: Callable[[LaunchPlan, Path, int | None], int] |
     directory = Path(tempfile.mkdtemp(prefix="shardwise-"))
     kills_before = oom_kills()
     _watch_signals(directory)
+    over = _continue_stopped(directory)
     try:
         return (run or _run)(plan, directory, kills_before)
     finally:
+        over.set()
         end_sessions(directory)
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -200,7 +176,7 @@ def _watch_signals(directory: Path) -> None:
     """Say that a first Ctrl-C (or SIGTERM) was heard; at a second one kill the ranks, whatever the agent waits for.
 
     The agent installs its own handlers, so the signals are seen through Python's wake-up descriptor, beside them.
-    SIGUSR1, the warning before the end of a job, is passed on to the ranks.
+    SIGUSR1, the warning before the end of a job, and SIGUSR2, which asks who waits where, are passed on to the ranks.
     """
 
     def pass_on(number: int, frame: object) -> None:
@@ -208,7 +184,8 @@ def _watch_signals(directory: Path) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(path.name[4:]), number)
 
-    signal.signal(signal.SIGUSR1, pass_on)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, pass_on)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -283,90 +260,23 @@ def _launch_config(plan: LaunchPlan, directory: Path, attempt: int) -> Any:
     )
 
 
-def failures_of(error: ChildFailedError, directory: Path, attempt: int) -> list[Failure]:
-    """The ranks of this machine that failed, the cause first, without those that the agent has ended."""
-    seen = error.failures
-    first_s = min(failure.timestamp for failure in seen.values())
-    failures: list[Failure] = []
-    for rank, failure in seen.items():
-        record = _read_record(directory, rank, attempt)
-        ended_by_agent = record is None and (
-            failure.exitcode == -signal.SIGTERM or failure.timestamp - first_s > SAME_MOMENT_S
-        )
-        if not ended_by_agent:
-            failures.append(Failure(rank, failure.pid, failure.exitcode, record))
-    if not failures:  # every rank got a SIGTERM from elsewhere
-        failures = [Failure(rank, failure.pid, failure.exitcode) for rank, failure in seen.items()]
-    return sorted(failures, key=_cause_first)
+def _continue_stopped(directory: Path) -> threading.Event:
+    """Once a rank has failed, let stopped ones go on, which would hear no SIGTERM; until the event that it gives is set."""
+    over = threading.Event()
 
+    def watch() -> None:
+        while not over.wait(0.5):
+            if not any(directory.glob("failure-*")):
+                continue
+            for path in directory.glob("pid-*"):
+                with contextlib.suppress(OSError, IndexError):
+                    pid = int(path.name[4:])
+                    state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+                    if state.rsplit(")", 1)[1].split()[0] == "T":
+                        os.kill(pid, signal.SIGCONT)
 
-def explain(failures: Sequence[Failure], plan: LaunchPlan, kills_before: int | None) -> int:
-    """Say why the run ended, the cause first, and give its exit code."""
-    cause, *others = failures
-    _show(cause, kills_before, alone=plan.config.num_processes == 1)
-    for other in [] if plan.watching.quiet else others:
-        print(f"shardwise launch: rank {other.rank} failed too: {headline(other)[:160]}", file=sys.stderr)
-    return cause.exit_code or 1
-
-
-def _cause_first(failure: Failure) -> tuple[int, int]:
-    """Sort key: a rank that was killed before those that missed it, an echo of another rank's error last."""
-    if failure.record is None:
-        return (0, failure.rank)
-    return (2 if failure.record["kind"] == "RankError" else 1, failure.record["time_ns"])
-
-
-def _read_record(directory: Path, rank: int, attempt: int) -> dict[str, Any] | None:
-    """The last attempt's record; an earlier one's says nothing about how the run ended."""
-    for count in range(attempt, -1, -1):
-        try:
-            found = read_json(directory / f"failure-{count}-{rank}", LaunchError)
-        except LaunchError:
-            continue
-        return found if isinstance(found, dict) else None
-    return None
-
-
-def headline(failure: Failure) -> str:
-    """How a rank ended, in one line."""
-    if failure.record is not None:
-        message = str(failure.record["message"]).strip().split("\n")[0]
-        if failure.record["kind"] == "exit":
-            return f"it ended with exit code {failure.record['code']}"
-        return f"{failure.record['kind']}: {message}" if message else str(failure.record["kind"])
-    if failure.code < 0:
-        try:
-            name = signal.Signals(-failure.code).name
-        except ValueError:
-            name = "unknown"
-        return f"it was ended by signal {-failure.code} ({name})"
-    return f"it ended with exit code {failure.code}, without a Python exception"
-
-
-def _show(cause: Failure, kills_before: int | None, *, alone: bool) -> None:
-    sys.stdout.flush()
-    who = "the script failed" if alone else f"rank {cause.rank} failed first"
-    if cause.record is not None and cause.record["traceback"]:
-        print(f"shardwise launch: {who}:", file=sys.stderr)
-        print(str(cause.record["traceback"]).rstrip("\n"), file=sys.stderr)
-        return
-    print(f"shardwise launch: {who}: {headline(cause)}", file=sys.stderr)
-    if cause.record is None and cause.code == -signal.SIGKILL:
-        print(f"shardwise launch: {_why_killed(kills_before)}", file=sys.stderr)
-
-
-def _why_killed(kills_before: int | None) -> str:
-    kills = oom_kills()
-    limit, memory = memory_limit_bytes(), host_memory_bytes()
-    size = f" (limit {limit / 2**30:.1f} GiB)" if limit else f" ({memory / 2**30:.1f} GiB)" if memory else ""
-    if kills is not None and kills_before is not None and kills > kills_before:
-        return (
-            f"the kernel killed it because host memory{size} ran out; offload less to the cpu or start fewer processes."
-        )
-    return (
-        f"SIGKILL comes from a person, a scheduler, or the kernel when host memory{size} runs out; the kernel's log "
-        "(dmesg) tells which."
-    )
+    threading.Thread(target=watch, name="shardwise-stopped", daemon=True).start()
+    return over
 
 
 def end_sessions(directory: Path) -> None:

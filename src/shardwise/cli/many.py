@@ -19,7 +19,8 @@ from typing import Any
 
 from ..config.agreement import settings_of
 from ..errors import LaunchError
-from .agent import Failure, clear, end_sessions, explain, failures_of, headline, launch_once
+from .agent import clear, end_sessions, launch_once
+from .failures import Failure, explain, failures_of, headline
 from .launch_plan import LaunchPlan
 from .link import Link, Seat, say
 from .machines import DONE, END, FAILED, State

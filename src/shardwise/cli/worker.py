@@ -47,7 +47,8 @@ def main(before: Callable[[], None] | None = None) -> None:
         # Scripts know the count under torch's name for it.
         os.environ["TORCHELASTIC_RESTART_COUNT"] = os.environ[RESTART]
     # The warning before the end of a job: a script that does not listen for it is not ended by it.
-    signal.signal(signal.SIGUSR1, lambda *_: None)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, wait_to_be_heard)
     if before is None:
         os.environ.pop(AS_DEEPSPEED, None)  # of a launcher around this one
     reports = os.environ.get(REPORTS, "")
@@ -61,14 +62,14 @@ def main(before: Callable[[], None] | None = None) -> None:
             _run_module(sys.argv[0])
         else:
             _run_script(sys.argv[0])
-        _tell_if_unused(foreign)
+        _end_well(foreign)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if code != 0:
             message = end.code if isinstance(end.code, str) else f"sys.exit({code})"
             _record(reports, kind="exit", message=message, text="", code=code)
         else:
-            _tell_if_unused(foreign)
+            _end_well(foreign, end.__traceback__)
         raise
     except KeyboardInterrupt as error:
         _show_at_exit(error)
@@ -114,6 +115,23 @@ def _tell_if_unused(foreign: types.ModuleType) -> None:
     text = foreign.unused() if _rank() == 0 else None
     if text is not None:
         sys.stderr.write(f"shardwise: warning: {text}\n")
+
+
+def wait_to_be_heard(number: int, frame: types.FrameType | None) -> None:
+    """SIGUSR1 is for scripts that listen, and SIGUSR2 for a rank that has joined its run: elsewhere they do nothing."""
+
+
+def _end_well(foreign: types.ModuleType, trace: types.TracebackType | None = None) -> None:
+    """The script is over. trace: of a SystemExit without a code."""
+    _tell_if_unused(foreign)
+    _tell_others(0, "", trace)
+
+
+def _tell_others(code: int, words: str, trace: types.TracebackType | None = None) -> None:
+    """Let the other ranks know how this one ends, if it is one."""
+    watcher = sys.modules.get("shardwise.ranks.watcher")
+    if watcher is not None:
+        watcher.script_ended(code, words, trace)
 
 
 def _show_at_exit(error: BaseException) -> None:
@@ -180,6 +198,7 @@ def _keep_to_own_cores() -> None:
 def _record(reports: str, *, kind: str, message: str, text: str, code: int) -> None:
     """Keep what happened for the launcher, and see to it that this process ends."""
     now = time.time_ns()
+    _tell_others(code, f"exit code {code}" if kind == "exit" else f"{kind}: {message}")
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

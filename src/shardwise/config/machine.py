@@ -17,6 +17,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+# Where the kernel says what it has killed; a test has files of its own.
+GROUPS = Path("/sys/fs/cgroup")
+KILLS = (GROUPS / "memory.events", Path("/proc/vmstat"))
+
 
 def usable_cores() -> int:
     """Cores that this process may use: its affinity, and the share that its container is allowed."""
@@ -51,15 +55,28 @@ def memory_limit_bytes() -> int | None:
 
 
 def oom_kills() -> int | None:
-    """How many processes of this container the kernel has killed for memory so far; None where it does not tell."""
-    try:
-        for line in Path("/sys/fs/cgroup/memory.events").read_text(encoding="ascii").splitlines():
-            name, _, count = line.partition(" ")
-            if name == "oom_kill":
-                return int(count)
-    except (OSError, ValueError):
-        pass
+    """How many processes of this container the kernel has killed for memory so far; None where it does not tell.
+
+    Of this process's own group where it has one, as in a job of a scheduler; else of the whole container, or machine.
+    """
+    for path in (_own_group() / "memory.events", *KILLS):
+        try:
+            for line in path.read_text(encoding="ascii").splitlines():
+                name, _, count = line.partition(" ")
+                if name == "oom_kill":
+                    return int(count)
+        except (OSError, ValueError):
+            pass
     return None
+
+
+def _own_group() -> Path:
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    own = next((line[3:] for line in lines if line.startswith("0::")), "/")
+    return GROUPS / own.strip("/")
 
 
 def physical_gpus() -> int | None:

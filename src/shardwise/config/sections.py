@@ -291,9 +291,7 @@ class EngineConfig(Section):
     gather_with: Annotated[
         Literal["auto", "nccl", "copy_engine"],
         one_of("auto", "nccl", "copy_engine"),
-        Setting(
-            "Who brings the shards of weights together.", ENGINE, "auto|copy_engine|nccl", after="collective_timeout_s"
-        ),
+        Setting("Who brings the shards of weights together.", ENGINE, "auto|copy_engine|nccl", after="wait_warning_s"),
     ] = "auto"
     units: Annotated[
         OptionalNames, Setting("Block classes or module paths to shard as units, with commas.", ENGINE)
@@ -335,6 +333,17 @@ class EngineConfig(Section):
             in_json=False,
         ),
     ] = 600.0
+    wait_warning_s: Annotated[
+        float,
+        number(0),
+        Setting(
+            "Seconds of a wait after which a line says for which rank; 0: never.",
+            ENGINE,
+            "SECONDS",
+            after="collective_timeout_s",
+            in_json=False,
+        ),
+    ] = 60.0
     threads_per_rank: Annotated[
         OptionalCount,
         Setting(

@@ -28,6 +28,7 @@ from ..ranks.ranks import Ranks
 from ..run.accumulation import GradientState
 from ..run.process import synchronize_rng_states
 from .course import Course, can_run_on
+from .giving import Giving, asked
 from .order import LaterBatches, RankBatches, RankSamples, Round, refuse_empty_stream, samplers_inside, tell_epoch
 from .workers import Note, WorkerStart, own_dataset, share_sockets, with_note
 
@@ -213,20 +214,19 @@ class PreparedLoader(DataLoader[Any]):
         self.end_of_dataloader, self._last = False, None
         resume = self._start_epoch()
         course, state = self._course, GradientState()
-        epoch = course.begun
+        giving = Giving(course, self._ranks.rank)
         source = self if resume == 0 else _without_first(self, resume)
         source._resumed = resume > 0
         state.begin(self)
         try:
-            for index, (batch, last, shares) in enumerate(source._read()):
+            for index, (batch, last, shares) in enumerate(asked(source._read())):
                 if last:
                     self.end_of_dataloader, self._last = True, shares
                 if index < source._skip:
                     continue
-                course.given += 1
+                giving.gives()
                 yield batch
-            if course.begun == epoch:
-                course.begun, course.given = None, 0
+            giving.ends()
         finally:
             state.end(self)
 

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..data.prepare import DataLoaderConfiguration
 from ..data.prepare import skip_first_batches as skip_batches_of
 from ..plan.precision import LossScaler
+from ..ranks.activity import published
 from ..ranks.agreeing import attempt
 from ..run.accelerator_state import AcceleratorState
 from ..run.accumulation import GradientAccumulationPlugin, GradientState
@@ -53,6 +54,11 @@ def _over_run(verb: Callable[Concatenate[Run, P], R]) -> Callable[Concatenate[Ac
     method.__signature__ = taken.replace(parameters=[own, *list(taken.parameters.values())[1:]])  # type: ignore[attr-defined]
     method.__qualname__ = f"Accelerator.{method.__name__}"
     return method
+
+
+def _collective(verb: Callable[Concatenate[Run, P], R]) -> Callable[Concatenate[Accelerator, P], R]:
+    """The same for a verb in which ranks meet: it is published while it runs."""
+    return _over_run(published(verb))
 
 
 def _fact(of: Callable[[Run], Any]) -> Any:
@@ -262,12 +268,12 @@ class Accelerator(PartialState):
 
     # Its verbs, by the file that they are in.
 
-    init = _over_run(preparing.init)
-    prepare = _over_run(preparing.prepare)
-    prepare_data_loader = _over_run(preparing.prepare_data_loader)
+    init = _collective(preparing.init)
+    prepare = _collective(preparing.prepare)
+    prepare_data_loader = _collective(preparing.prepare_data_loader)
     generation = _over_run(preparing.generation)
     verify_device_map = _over_run(preparing.verify_device_map)
-    free_memory = _over_run(preparing.free_memory)
+    free_memory = _collective(preparing.free_memory)
 
     # Those that are another verb by name: of a subclass, its own.
 
@@ -297,33 +303,33 @@ class Accelerator(PartialState):
     join_uneven_inputs = _over_run(training.join_uneven_inputs)
     backward = _over_run(training.backward)
     autocast = _over_run(training.autocast)
-    clip_grad_norm_ = _over_run(training.clip_grad_norm_)
+    clip_grad_norm_ = _collective(training.clip_grad_norm_)
     clip_grad_value_ = _over_run(training.clip_grad_value_)
     unscale_gradients = _over_run(training.unscale_gradients)
 
-    gather = _over_run(metrics.gather)
-    gather_for_metrics = _over_run(metrics.gather_for_metrics)
-    reduce = _over_run(metrics.reduce)
-    pad_across_processes = _over_run(metrics.pad_across_processes)
+    gather = _collective(metrics.gather)
+    gather_for_metrics = _collective(metrics.gather_for_metrics)
+    reduce = _collective(metrics.reduce)
+    pad_across_processes = _collective(metrics.pad_across_processes)
     set_trigger = _over_run(metrics.set_trigger)
-    check_trigger = _over_run(metrics.check_trigger)
+    check_trigger = _collective(metrics.check_trigger)
 
-    ema = _over_run(checkpointing.ema)
+    ema = _collective(checkpointing.ema)
     register_for_checkpointing = _over_run(checkpointing.register_for_checkpointing)
     register_save_state_pre_hook = _over_run(checkpointing.register_save_state_pre_hook)
     register_load_state_pre_hook = _over_run(checkpointing.register_load_state_pre_hook)
-    stop_requested = _over_run(checkpointing.stop_requested)
-    save_state = _over_run(checkpointing.save_state)
-    finish_saving = _over_run(checkpointing.finish_saving)
-    load_state = _over_run(checkpointing.load_state)
-    has_checkpoint = _over_run(checkpointing.has_checkpoint)
+    stop_requested = _collective(checkpointing.stop_requested)
+    save_state = _collective(checkpointing.save_state)
+    finish_saving = _collective(checkpointing.finish_saving)
+    load_state = _collective(checkpointing.load_state)
+    has_checkpoint = _collective(checkpointing.has_checkpoint)
 
     unwrap_model = _over_run(saving.unwrap_model)
-    get_state_dict = _over_run(saving.get_state_dict)
+    get_state_dict = _collective(saving.get_state_dict)
     save = _over_run(saving.save)
-    save_model = _over_run(saving.save_model)
+    save_model = _collective(saving.save_model)
 
-    init_trackers = _over_run(reporting.init_trackers)
+    init_trackers = _collective(reporting.init_trackers)
     get_tracker = _over_run(reporting.get_tracker)
     log = _over_run(reporting.log)
     profile = _over_run(reporting.profile)
@@ -339,6 +345,7 @@ class Accelerator(PartialState):
         super().wait_for_everyone()
         self._run.lending.open()
 
+    @published
     def end_training(self) -> None:
         """Wait for saves, close the trackers and leave the run. Nothing that needs the other ranks works afterwards.
 

@@ -15,6 +15,8 @@ from datetime import timedelta
 from typing import Any
 
 from ..errors import RankError
+from .activity import activity
+from .watcher import explained
 
 log = logging.getLogger("shardwise")
 
@@ -26,6 +28,13 @@ def assemble(
     store: Any, rank: int, world_size: int, call: str, where: str, timeout: timedelta, *, say_after_s: float
 ) -> None:
     """See `Ranks.assemble`. store: the one by which the ranks met."""
+    with activity.waiting(call):
+        _assemble(store, rank, world_size, call, where, timeout, say_after_s)
+
+
+def _assemble(
+    store: Any, rank: int, world_size: int, call: str, where: str, timeout: timedelta, say_after_s: float
+) -> None:
     place = f"shardwise/{call}/{_assembled[call]}"
     store.set(f"{place}/{rank}", "here")
     missing, present = list(range(world_size)), []
@@ -40,7 +49,8 @@ def assemble(
         names = f"rank {', '.join(map(str, missing))}"
         if waited >= timeout.total_seconds():
             store.delete_key(f"{place}/{rank}")
-            raise RankError(f"{rule} Rank {rank} has waited {waited:.0f} s for {names}, which did not call it.")
+            text = f"{rule} Rank {rank} has waited {waited:.0f} s for {names}, which did not call it."
+            raise RankError("\n".join(filter(None, (explained(TimeoutError("timed out")), text))))
         if waited >= say_after_s and not said:
             said = True
             if rank == min(present):

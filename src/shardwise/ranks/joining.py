@@ -18,7 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 from ..config.agreement import ranks_said
 from ..config.environment import RankEnvironment, forgotten_tasks
 from ..errors import ConfigError, RankError
-from . import leaving
+from . import leaving, watcher
 from .meeting import Introduction, Place, Verdict, device_index, host_name, judge, meet, missed, not_here, visible_gpus
 
 logger = logging.getLogger("shardwise")
@@ -93,7 +93,9 @@ def join_groups(use_cpu: bool, timeout_s: float, problem: Exception | None) -> J
         timeout=timeout,
         **arguments,
     )
+    _publish(cuda)
     data, control, _ = _groups(timeout, mine, verdict)
+    watcher.place_board(verdict.places)
     found = (data, control, True, verdict.places, verdict.machines)
     return Joined(place.rank, place.world_size, local_rank, local_world_size, device, timeout, *found)
 
@@ -105,13 +107,21 @@ def _made_by_the_script(place: RankEnvironment, cuda: bool, timeout: timedelta) 
         place = RankEnvironment(rank, world_size, None, None)
     # Settings are compared where the group is used: these ranks have found each other without them.
     mine = Introduction({}, host_name(), place.local_rank, place.local_world_size, visible_gpus() if cuda else None)
+    _publish(cuda)
     data, control, verdict = _groups(timeout, mine)
+    watcher.place_board(verdict.places)
     local_rank, local_world_size, _ = verdict.places[rank]
     index = device_index(local_rank, mine.gpus)
     if cuda and index is None:
         judge([mine]).raise_for(0)  # the groups may be older than the wish for a GPU
     found = (data, control, False, verdict.places, verdict.machines)
     return Joined(rank, world_size, local_rank, local_world_size, _device(index), timeout, *found)
+
+
+def _publish(cuda: bool) -> None:
+    """Let the others know where this rank publishes what it does, before the first collective."""
+    store = dist.distributed_c10d._get_default_store()
+    watcher.join_board(dist.get_rank(), dist.group.WORLD, store, devices=cuda)
 
 
 def _device(index: int | None) -> torch.device:

@@ -32,6 +32,8 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # noqa: F401
 from torch.distributed import Store  # type: ignore[attr-defined]
 
+from . import watcher
+
 # How long a vote that this rank did not wait for may take to come to its end. After an error of the script the other ranks may
 # be waiting for this one, and learn of its end only by that.
 _VOTE_WITHIN_S, _VOTE_AFTER_ERROR_S = 5.0, 1.0
@@ -100,6 +102,7 @@ def _leave() -> None:
     """
     if os.getpid() != _process:
         return  # a forked child: the threads are its parent's
+    watcher.interpreter_ends()
     try:
         _take_down_all()
     finally:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..config.agreement import Difference, disagreement
 from ..errors import ConfigError
-from . import assembling, leaving
+from . import assembling, leaving, watcher
 from .agreeing import attempt_or_interrupt, compared, raise_first, words_of
 from .dividing import Division, ShardGroup, divide
 from .group import Group, ReduceOp
@@ -99,7 +99,14 @@ class Ranks:
         return Group(*place, joined.data, None if joined.data is None else dist.group.WORLD)
 
     @classmethod
-    def join(cls, *, use_cpu: bool = False, timeout_s: float = 600.0, problem: Exception | None = None) -> Ranks:
+    def join(
+        cls,
+        *,
+        use_cpu: bool = False,
+        timeout_s: float = 600.0,
+        problem: Exception | None = None,
+        wait_warning_s: float = 60.0,
+    ) -> Ranks:
         """Join the run that the environment describes; a process that no launcher started is a run of one rank. Collective.
 
         Where the script has made torch's process group by itself, its ranks are the run.
@@ -107,14 +114,18 @@ class Ranks:
         timeout_s: how long a collective may wait for the other ranks before it raises.
         problem:   why this rank cannot join: raised here, and told to the others, who raise RankError. With a group that the
                    script made nobody is told: that is for whoever compares next.
+        wait_warning_s: how long a wait may take before a line says for whom; 0 for never.
         Raises ConfigError on every rank if ranks differ in what a process group needs, or a machine has fewer CUDA devices than
         ranks; RankError if a rank does not come in time.
         """
-        return cls(join_groups(use_cpu, timeout_s, problem))
+        joined = join_groups(use_cpu, timeout_s, problem)
+        watcher.watch(wait_warning_s)
+        return cls(joined)
 
     def leave(self) -> None:
         """Take the process groups down, if `join` made them. A script that ends without it does so at its end."""
         if self._owns_group and dist.is_initialized():
+            watcher.leave_board()
             leaving.take_down(self.let_go()[0], world=True)
         self._owns_group = False
 
@@ -150,6 +161,7 @@ class Ranks:
         other._asides, other._divided = [], {}
         other.attendance = copy.copy(self.attendance)
         other.attendance.before = None
+        other.attendance.beside = True
         other._everyone, other.shards, other.copies = (
             group.aside(other.attendance, other.counts) for group in (self._everyone, self.shards, self.copies)
         )

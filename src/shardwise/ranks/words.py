@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import RankError
+from .activity import activity
 
 log = logging.getLogger("shardwise")
 
@@ -82,16 +83,9 @@ class Words:
         if self._store is None or not ranks:
             return []
         keys, verb = [f"{place}/{rank}" for rank in ranks], place.split("/")[1]
-        deadline = time.monotonic() + self.timeout.total_seconds()
-        pause_s = 1e-4
         try:
-            # Not the store's `wait`, which would hold its lock for all threads of the process.
-            while not self._store().check(keys):
-                if time.monotonic() > deadline:
-                    absent = next(rank for rank, key in zip(ranks, keys, strict=True) if not self._store().check([key]))
-                    raise RankError(f"{verb}: rank {absent} has not come to it within {self.timeout}.")
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, 0.05)
+            with activity.waiting(verb):
+                self._wait_for(keys, ranks, verb)
             return [word.decode() for word in self._store().multi_get(keys)]
         except RankError:
             raise
@@ -99,6 +93,18 @@ class Words:
             raise RankError(
                 f"{verb}: the process by which the ranks met, rank 0's or the launcher's, has ended."
             ) from error
+
+    def _wait_for(self, keys: Sequence[str], ranks: Sequence[int], verb: str) -> None:
+        store = self._store
+        assert store is not None
+        deadline, pause_s = time.monotonic() + self.timeout.total_seconds(), 1e-4
+        # Not the store's `wait`, which would hold its lock for all threads of the process.
+        while not store().check(list(keys)):
+            if time.monotonic() > deadline:
+                absent = next(rank for rank, key in zip(ranks, keys, strict=True) if not store().check([key]))
+                raise RankError(f"{verb}: rank {absent} has not come to it within {self.timeout}.")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.05)
 
     def meet(self, place: str, limit_s: float, say_after_s: float) -> bool:
         """Whether every rank has come to `place` within `limit_s`. It is logged, once, that ranks are missing."""

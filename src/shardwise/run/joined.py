@@ -67,6 +67,7 @@ def join_first(
             use_cpu=config.use_cpu if use_cpu is None else use_cpu,
             timeout_s=config.engine.collective_timeout_s if timeout_s is None else timeout_s,
             problem=problem,
+            wait_warning_s=config.engine.wait_warning_s,
         )
         beside.tell(Joined.ranks)
     return Joined.ranks

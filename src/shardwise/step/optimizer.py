@@ -29,6 +29,7 @@ from ..errors import OptimizerError, PrepareError
 from ..plan.blueprint import Role
 from ..plan.plan import Tier
 from ..plan.precision import LossScaler
+from ..ranks.activity import Pass, activity
 from ..ranks.ranks import Ranks
 from ..zero.norms import addend, own_power
 from ..zero.sharded import ShardedModel
@@ -228,10 +229,7 @@ class ShardedOptimizer:
         self.verdicts.raise_if_bad()
 
     def note_loss(self, loss: Tensor) -> None:
-        """A micro-batch's backward is about to begin. Remember whether its loss is finite; the step reports it.
-
-        No synchronisation.
-        """
+        """A micro-batch's backward begins: remember, without a synchronisation, if its loss is finite; the step reports it."""
         if self.scaler.enabled:
             self.held.carry_scale()  # fp16 overflows by design; the scaler deals with it
         else:
@@ -289,6 +287,7 @@ class ShardedOptimizer:
                 self._applying.run()  # it may count its steps, as in plain torch
             return result
         self.steps += 1
+        activity.begins(Pass.STEP)
         for model in self.models:
             model.schedule.stop_lingering()
             model.follow_weights()
@@ -307,6 +306,7 @@ class ShardedOptimizer:
             for model in self.models:
                 for call in model.after_step:
                     call()
+        activity.stepped(self.steps)
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..ranks.activity import activity
 from ..ranks.ranks import Ranks
 from .gradients import Grads
 from .unit import Unit
@@ -76,6 +77,7 @@ class Reducing:
     def _reduce(self, index: int) -> None:
         trained = self._units[index].trained
         assert trained is not None
+        activity.unit(self._units[index].name)
         trained.gradients.reduce(self._boundary)
 
     def flush(self) -> None:

@@ -17,12 +17,14 @@ from contextlib import contextmanager
 from enum import Enum, auto
 
 from ..errors import ScheduleError
+from ..ranks.activity import Pass, activity
 from ..ranks.lanes import Lanes
 from ..ranks.ranks import Ranks
 from .engine import Faults, ReductionsInFlight
 from .gathers import Gathers, Graph
 from .learned import Learned, TrainingAgreement
-from .passes import Agreement, HeldPass, NegotiatedPass, Pass
+from .passes import Agreement, HeldPass, NegotiatedPass
+from .passes import Pass as OpenPass
 from .reducing import Reducing
 from .rounds import Round, Rounds
 from .unit import Unit, Weights
@@ -95,7 +97,7 @@ class Schedule:
         self.reducing = Reducing(self.gathers.units, self.ranks)
         self._learned = Learned(self.gathers, self.reductions, self.prefetch)
         self._rounds = Rounds(self.gathers, self.prefetch)
-        self._pass: Pass | None = None  # the one that is open
+        self._pass: OpenPass | None = None  # the one that is open
         self._used: list[int] = []  # by the last forward: units in order, each again where another came between
 
     @property
@@ -125,10 +127,9 @@ class Schedule:
     # Passes.
 
     def begin_forward(self, trains: bool, kind: int = 0, *, stay: bool = False) -> None:
-        """trains: gradients are recorded, so a backward may follow. kind: which module runs, see `Round`.
+        """No pass may be open. trains: gradients are recorded, so a backward may follow. kind: which module runs, see `Round`.
 
         stay: what is gathered stays until a forward without, as for one inside of a transform whose end cannot be seen.
-        No pass may be open.
         """
         if stay:
             self.linger()
@@ -140,6 +141,7 @@ class Schedule:
                 "torch.no_grad(), or train outside of accelerator.generation()."
             )
         self.phase = Phase.FORWARD
+        activity.begins(Pass.FORWARD if trains else Pass.EVALUATION, counts=trains)
         self._used = []
         if trains:
             self._open(TrainingAgreement(self._learned, self._used, backward=False))
@@ -154,6 +156,7 @@ class Schedule:
         self.phase = Phase.IDLE
         if self.mode is Mode.PLAIN:
             self.faults.agree()
+        activity.begins(Pass.NONE)
 
     def begin_backward(self, boundary: bool, *, again: bool = False) -> None:
         """boundary: this is the last micro-batch before a step.
@@ -164,15 +167,13 @@ class Schedule:
         if self.phase is Phase.FORWARD:  # it runs inside of one: the ranks end that pass together first
             self._close()
         self.phase = Phase.BACKWARD
+        activity.begins(Pass.BACKWARD)
         self.gathers.backward_begins(records=again)
         self._open(TrainingAgreement(self._learned, self._used, backward=True))
         self.reducing.begin(boundary)
 
     def end_backward(self, *, whole: bool = True) -> None:
-        """Close the pass: gather what the sequence still holds, reduce what never came, join the lanes.
-
-        whole: False for one that an error has ended.
-        """
+        """Close the pass: gather what the sequence still holds, reduce what never came, join lanes. whole: as above."""
         self.gathers.backward_ends()
         self._close(whole=whole)
         self._reduce_rest()
@@ -188,10 +189,12 @@ class Schedule:
         self.reductions.clear()
         self.phase = Phase.IDLE
         self.faults.agree()
+        activity.begins(Pass.NONE)
 
     def resume_forward(self, trains: bool, units: Sequence[Unit]) -> None:
         """A backward ran inside of a forward, which goes on. units: those that it is using."""
         self.phase = Phase.FORWARD
+        activity.begins(Pass.FORWARD if trains else Pass.EVALUATION)
         self._open(TrainingAgreement(self._learned, self._used, backward=False) if trains else None)
         for unit in units:
             self.need(unit)
@@ -246,6 +249,7 @@ class Schedule:
     def need(self, unit: Unit) -> None:
         """The computation is about to read `unit`. Returns with its gather enqueued before it and the next ones behind."""
         index = self.gathers.index[id(unit)]
+        activity.unit(unit.name)
         if self.phase is _FORWARD and self._used[-1:] != [index]:
             self._used.append(index)
         if unit.leaves:
@@ -259,7 +263,7 @@ class Schedule:
         if unit.leaves and self._pass is not None:
             self._pass.done(unit)
 
-    def _between_passes(self) -> Pass:
+    def _between_passes(self) -> OpenPass:
         """A verb has ended the forward that runs: on every rank, or on none."""
         self._pass = HeldPass() if self.mode is Mode.HELD else NegotiatedPass(self.gathers)
         return self._pass

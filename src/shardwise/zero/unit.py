@@ -20,6 +20,7 @@ from ..errors import StoreError, UnitStateError, WriteError
 from ..offload.store import Arrival
 from ..plan.blueprint import Role
 from ..plan.plan import Plan, Tier
+from ..ranks.activity import activity
 from .engine import Engine
 from .flat import FlatBuffer
 from .trained import Trained
@@ -142,6 +143,7 @@ class Unit:
         Weights that are whole, or on their way, are gathered once more: another rank asks for them.
         """
         lane, shards = self._engine.lanes.gather, self._engine.ranks.shards
+        activity.unit(self.name)
         if self.state is Weights.GATHERING:
             self.arrive()
         again = self.state is Weights.GATHERED
