@@ -3,7 +3,7 @@
     hub         a user namespace, so that no right is needed, with a bridge; ends with the test, and all below with it
     machine m   a network, a host name and mounts of its own; 10.77.0.(m + 1) on `eth0`
 
-Nothing leaves the hub: it has no way out. A machine is a process that sleeps; commands enter its namespaces.
+Nothing leaves the hub: it has no way out. A machine is a process that waits; commands enter its namespaces.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class Machines:
 
     def _sleep(self, entered: Sequence[str], spaces: Sequence[str], setup: str) -> int:
         sleeper = subprocess.Popen(
-            [*entered, "unshare", *spaces, "--kill-child", "--fork", "sh", "-ec", f"{setup}; echo $$; exec sleep 600"],
+            [*entered, "unshare", *spaces, "--kill-child", "--fork", "sh", "-ec", f"{setup}; echo $$; exec cat"],
+            stdin=subprocess.PIPE,  # it ends with the test, however that ends
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,
@@ -97,7 +98,9 @@ class Machines:
             os.killpg(sleeper.pid, signal.SIGKILL)
             sleeper.wait()
             assert sleeper.stdout is not None
+            assert sleeper.stdin is not None
             sleeper.stdout.close()
+            sleeper.stdin.close()
 
 
 def enter(pid: int) -> list[str]:
