@@ -479,7 +479,9 @@ def _one_alone(ranks: Any, where: str) -> tuple[str, float]:
 def test_the_others_of_one_that_is_interrupted_end_in_a_sentence(world, where):
     (told, seconds), (other, _) = world(2).run(_one_alone, where, timeout_s=40)
     assert other == "interrupted"
-    assert told.startswith("RankError: rank 0 waited for the other ranks in "), told
+    assert told.startswith("RankError: rank 1 keeps the others waiting: it "), told
+    assert "test_interrupts.py" in told
+    assert "rank 0 waited for the other ranks in " in told
     assert "did not come" in told
     assert seconds < 10
 
