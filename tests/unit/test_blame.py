@@ -94,7 +94,7 @@ def test_a_record_is_what_was_published_and_travels_with_its_ages():
     assert activity.waits("all_gather")
     assert not activity.waits("inside")
     with activity.call("save_state"), activity.call("prepare"):
-        activity.loads(*activity.begins_iteration()[:1], 5, 0)
+        activity.loads(*activity.begins_iteration(1)[:1], 5, 0)
         found = activity.record()
     assert found is not None
     assert (found.rank, found.run, found.doing, found.waits_in, found.begun) == (
@@ -134,3 +134,10 @@ def test_publishing_costs_about_a_microsecond():
 
     assert min(timeit.repeat(published, number=2000, repeat=20)) / 2000 < 10e-6  # 1 us on a quiet machine
     activity.close()
+
+
+def test_what_a_rank_reads_alone_moves_no_number_of_another_loaders_iterations():
+    alike, other = Activity(), Activity()
+    other.begins_iteration(2)
+    assert alike.begins_iteration(1) == other.begins_iteration(1)
+    assert alike.begins_iteration(1) == other.begins_iteration(1) != alike.begins_iteration(2)

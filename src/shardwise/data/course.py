@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,7 @@ class Course:
               torch draws a seed when it makes workers, and the order of an epoch comes after that.
     note:     what such workers share with this process.
     trained:  whether a backward came while the loader was being read.
+    number:   of this loader among those that the process has prepared: ranks that prepare alike call it by the same one.
     restored_workers: where their copies of the data set's own generator take up the next epoch.
     """
 
@@ -45,6 +47,7 @@ class Course:
     staffed: bool = False
     made: bool = False
     trained: bool = False
+    number: int = field(default_factory=itertools.count(1).__next__, repr=False, compare=False)
     note: Note | None = field(default=None, repr=False)
     restored_workers: torch.Tensor | None = field(default=None, repr=False)
     # (seed, epoch, what the generators of the samplers are where the order of that epoch begins)

@@ -40,7 +40,7 @@ class Giving:
         self._course = course
         self._rank = rank
         self._epoch = course.begun
-        self._iteration, self._before = activity.begins_iteration()
+        self._iteration, self._before = activity.begins_iteration(course.number)
 
     def gives(self) -> None:
         """The next batch is given out. Raises DataError if a neighbour's epoch had fewer, and this loader trains."""

@@ -71,7 +71,8 @@ class Record:
     moved:     when it last published anything. begun: how many collectives it has begun.
     waits_in:  the collective that it is in, since `waits_since`; "" for none. calls: the same for a verb of the script.
     steps:     optimizer steps done. batches: that the loader has given in this iteration. forwards: of training, since then.
-    iteration: how many times a prepared loader was begun. epoch_ended: it has no more batches. asks: it is asked for one now.
+    iteration: which loader it is in, and how often that one was begun, as one number. epoch_ended: it has no more batches.
+    asks:      it is asked for one now.
     beat:      when the watcher last wrote; 0.0 without one. line: of the script.
     """
 
@@ -186,7 +187,8 @@ class Activity:
     def _forget_all(self) -> None:
         self._pass = 0
         self._unit = b""
-        self._begun = self._steps = self._forwards = self._iterations = self._batches = 0
+        self._begun = self._steps = self._forwards = self._batches = 0
+        self._iterations: dict[int, int] = {}
         self._iteration, self._ended, self._asks = 0, 0, 0
         self._wanted = self._before = 0
         self._depth = 0
@@ -293,13 +295,14 @@ class Activity:
             self._count()
             self.begins(Pass.NONE)
 
-    def begins_iteration(self) -> tuple[int, int]:
-        """A prepared loader is iterated over: the number of that iteration, and how many forwards there were before.
+    def begins_iteration(self, loader: int) -> tuple[int, int]:
+        """A prepared loader is iterated over: a number for that iteration, and how many forwards there were before.
 
-        Ranks that do the same have the same numbers.
+        loader: its number in the process. Ranks that are in the same iteration of the same loader have the same number,
+        whatever one of them has read alone: it is that of the loader, and how often that one was begun.
         """
-        self._iterations += 1
-        return self._iterations, self._forwards
+        count = self._iterations[loader] = self._iterations.get(loader, 0) + 1
+        return loader % 2**16 << 16 | count % 2**16, self._forwards
 
     def loads(self, iteration: int, batches: int, before: int, *, ended: bool = False) -> None:
         """A loader gives the last of so many batches of that iteration. before: see above. ended: it has no more."""
