@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter, OrderedDict, deque
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -200,7 +201,8 @@ def test_shares_of_copied_intervals_hold_each_element_once(world_size):
     ]
     seen: Counter[tuple[str, float]] = Counter()
     for rank in range(world_size):
-        for part in share(held, rank, world_size):
+        ranks: Any = SimpleNamespace(rank=rank, world_size=world_size, copies=SimpleNamespace(rank=0, size=1))
+        for part in share(held, ranks):
             assert part.begin % 64 == 0
             values = part.read().tolist()
             assert values == [float(part.begin + i) for i in range(part.numel)]

@@ -93,7 +93,7 @@ def test_the_window_is_open_only_while_all_ranks_use_the_same_units() -> None:
 def test_what_ranks_say_of_their_route_differs_by_its_order_too() -> None:
     """The same units backwards: a reduction then waits for a rank that waits for a gather behind it."""
     ranks = TwoRanks(None)
-    units = [SimpleNamespace(leaves=False, trained=None) for _ in range(3)]
+    units = [SimpleNamespace(name=str(number), leaves=False, trained=None) for number in range(3)]
     window = ReductionsInFlight(cast(Lanes, RecordingLanes()))
     schedule = Schedule(cast(Any, units), cast(Ranks, ranks), cast(Lanes, RecordingLanes()), window)
     window.BUDGET = -1  # type: ignore[misc]
