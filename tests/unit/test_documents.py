@@ -417,13 +417,11 @@ def test_an_archive_of_torch_whose_records_are_too_short_or_compressed_is_not_re
 # Files of the kernel, and what this run's own processes tell each other, which are what they are.
 ALLOWED = {
     "config.machine": {"read_text"},
-    "cli.agent": {"read_text"},
     "cli.many": {"read_bytes"},
     "cli.machines": {"loads"},
     "config.launchers": {"loads"},
     "config.placing": {"loads"},
-    "ranks.activity": {"read_text"},
-    "ranks.board": {"loads", "read_text"},
+    "ranks.board": {"loads"},
     "files.documents": {"loads"},
     "ranks.meeting": {"loads", "read_text"},
     "config.foreign": {"loads"},

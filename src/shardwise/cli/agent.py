@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.check import checked
-from ..config.machine import environment_value, export, oom_kills
+from ..config.machine import environment_value, export, oom_kills, process_fields
 from ..config.resolve import Resolution
 from ..errors import LaunchError
 from . import worker
@@ -269,11 +269,10 @@ def _continue_stopped(directory: Path) -> threading.Event:
             if not any(directory.glob("failure-*")):
                 continue
             for path in directory.glob("pid-*"):
-                with contextlib.suppress(OSError, IndexError):
-                    pid = int(path.name[4:])
-                    state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-                    if state.rsplit(")", 1)[1].split()[0] == "T":
-                        os.kill(pid, signal.SIGCONT)
+                found = process_fields(path.name[4:])
+                if found is not None and found[0] == "T":
+                    with contextlib.suppress(OSError):
+                        os.kill(int(path.name[4:]), signal.SIGCONT)
 
     threading.Thread(target=watch, name="shardwise-stopped", daemon=True).start()
     return over
@@ -298,12 +297,8 @@ def end_sessions(directory: Path) -> None:
 def _sessions() -> list[tuple[int, int]]:
     """(process id, session id) of every running process; [] where there is no /proc."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            # The name in parentheses may hold anything; after it come state, parent, group, session.
-            fields = path.read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()
-        except (OSError, IndexError):
-            continue
-        if fields[0] != "Z":
-            found.append((int(path.parent.name), int(fields[3])))
+    for path in Path("/proc").glob("[0-9]*"):
+        fields = process_fields(path.name)
+        if fields is not None and fields[0] != "Z":
+            found.append((int(path.name), int(fields[3])))
     return found

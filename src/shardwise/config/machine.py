@@ -79,6 +79,19 @@ def _own_group() -> Path:
     return GROUPS / own.strip("/")
 
 
+def process_fields(pid: int | str) -> list[str] | None:
+    """What the kernel says of a process behind its name: state, parent, group, session, ...; None where it says nothing.
+
+    Its start, in ticks, is the 20th: with the process's number it is one process for good. Source: proc_pid_stat(5).
+    """
+    try:
+        # The name in parentheses may hold anything.
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return text.rsplit(")", 1)[1].split()
+    except (OSError, IndexError):
+        return None
+
+
 def physical_gpus() -> int | None:
     """CUDA devices of this machine, whatever CUDA_VISIBLE_DEVICES says; None if only torch can tell."""
     # A container sees every GPU of its host in /proc, but has device files for its own only.

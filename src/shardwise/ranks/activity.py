@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
-from pathlib import Path
 from typing import ParamSpec, TypeVar
+
+from ..config.machine import process_fields
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -166,12 +167,8 @@ def counts_of(buffer: memoryview | mmap.mmap) -> tuple[int, int, bool]:
 
 def start_of(pid: int) -> int:
     """When a process began, in the kernel's ticks: with its number it is one process for good. 0 where nothing tells."""
-    try:
-        return int(
-            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()[19]
-        )
-    except (OSError, IndexError, ValueError):
-        return 0
+    fields = process_fields(pid)
+    return 0 if fields is None else int(fields[19])
 
 
 class Activity:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..config.machine import process_fields
 from .activity import SIZE, Activity, End, Pass, Record, activity, counts_of, read, start_of
 from .meeting import Place, host_name
 
@@ -61,9 +62,8 @@ def process_state(pid: int, started: int) -> str | None:
     """The kernel's letter for that process; "" if it is gone or another one has its number now, None where nothing tells."""
     if not Path("/proc/self/stat").exists():
         return None
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()
-    except (OSError, IndexError):
+    fields = process_fields(pid)
+    if fields is None:
         return ""
     return fields[0] if not started or int(fields[19]) == started else ""
 
