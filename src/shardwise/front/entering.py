@@ -118,7 +118,8 @@ def into_engine(
     Raises PrepareError on every rank.
     """
     model, engine, zero = checked.model, config.engine, config.zero
-    ranks = divided_for(config, ranks)
+    if zero.zero_stage:  # else nothing is divided
+        ranks = ranks.divided(zero.shard_group)
     parameters = list(model.parameters())
     dtypes = {id(parameter): parameter.dtype for parameter in parameters}
     if engine.activation_checkpointing != "none" and not checked.recomputed and ranks.rank == 0:
@@ -154,14 +155,6 @@ def into_engine(
         changes += [Fp32Outputs(model), MastersInStateDicts(sharded, dtypes)]
     note_prepared(type(model).__name__)
     return PreparedModel(model, sharded, changes, parameters)
-
-
-def divided_for(config: Config, ranks: Ranks) -> Ranks:
-    """`ranks` in the groups that the configuration shards over; as they are where nothing is sharded. Collective.
-
-    Raises ConfigError on every rank for groups that cannot be.
-    """
-    return ranks.divided(config.zero.shard_group) if config.zero.zero_stage else ranks
 
 
 def _nvme_paths(zero: ZeroConfig) -> dict[Kind, str]:

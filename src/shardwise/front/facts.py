@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ..run.plugins import DistributedDataParallelKwargs, GradScalerKwargs, InitProcessGroupKwargs
-from .entering import divided_for
 from .run import Run
 
 
@@ -23,7 +22,10 @@ def flag_tensor(run: Run) -> torch.Tensor | None:
 def data_parallel_shard_rank(run: Run) -> int:
     """Which part of what is sharded this process holds; 0 where nothing is."""
     sharded = run.plan.optimizer.sharded or run.plan.parameter.sharded or run.plan.frozen.sharded
-    return divided_for(run.config, run.ranks).shards.rank if sharded else 0
+    if not sharded:
+        return 0
+    rank = run.ranks.rank
+    return run.ranks.division(run.config.zero.shard_group).shards(rank).index(rank)
 
 
 # What was prepared, under accelerate's names; tuples, for what is written into them would prepare nothing.
