@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from shardwise.ranks.activity import Activity, End, Pass, Record
+from shardwise.ranks.activity import Activity, Doing, End, Record
 from shardwise.ranks.blame import judge, named
 from shardwise.ranks.board import Seen, _packed, _unpacked
 
@@ -19,7 +19,7 @@ def record(rank: int, **said: object) -> Record:
 
 
 def waits(rank: int, collective: str = "all_gather", **said: object) -> Record:
-    where = {"doing": Pass.FORWARD, "unit": "layers.3", **said}
+    where = {"doing": Doing.FORWARD, "unit": "layers.3", **said}
     return record(rank, waits_in=collective, waits_since=NOW - 62, **where)
 
 
@@ -46,7 +46,7 @@ def test_the_one_that_does_not_wait_is_named_with_its_line():
         ({"end": End.LEFT}, "", 0, "has left the run"),
         ({"asks": True, "asks_since": NOW - 95}, "S", 0, "waits for its data loader since 95 s, for batch 4"),
         ({"calls": "save_state", "calls_since": NOW - 9}, "S", 0, "is in save_state since 9 s"),
-        ({"doing": Pass.BACKWARD, "unit": "layers.17"}, "S", 0, "computes in unit layers.17 since 62 s"),
+        ({"doing": Doing.BACKWARD, "unit": "layers.17"}, "S", 0, "computes in unit layers.17 since 62 s"),
         ({"beat": NOW - 40}, "S", 0, "does not let its interpreter go since 40 s"),
     ],
 )
@@ -60,12 +60,12 @@ def test_what_it_does_is_said(odd, state, kills, says):
     ("records", "culprit"),
     [
         ([waits(0, batches=4), waits(1, epoch_ended=True)], 1),  # fewer batches
-        ([waits(0, "wait_for_everyone", doing=Pass.NONE), waits(1, forwards=4)], 1),  # an extra step
+        ([waits(0, "wait_for_everyone", doing=Doing.NONE), waits(1, forwards=4)], 1),  # an extra step
         ([waits(0), waits(1), waits(2, unit="layers.4")], 2),  # one against two
-        ([waits(0), waits(1, "gather_objects", calls="gather", doing=Pass.NONE)], 1),  # alone in a call
-        ([waits(0), waits(1, "gather_numbers", doing=Pass.EVALUATION)], 1),  # alone in an evaluation
-        ([waits(0, doing=Pass.BACKWARD), waits(1, batches=4, forwards=4)], 1),  # it has left out a backward
-        ([waits(0, "any_of", doing=Pass.BACKWARD), waits(1, "broadcast_object", doing=Pass.NONE, asks=True)], 1),
+        ([waits(0), waits(1, "gather_objects", calls="gather", doing=Doing.NONE)], 1),  # alone in a call
+        ([waits(0), waits(1, "gather_numbers", doing=Doing.EVALUATION)], 1),  # alone in an evaluation
+        ([waits(0, doing=Doing.BACKWARD), waits(1, batches=4, forwards=4)], 1),  # it has left out a backward
+        ([waits(0, "any_of", doing=Doing.BACKWARD), waits(1, "broadcast_object", doing=Doing.NONE, asks=True)], 1),
     ],
 )
 def test_where_all_wait_the_rules_find_one(records, culprit):
@@ -89,7 +89,7 @@ def test_a_record_is_what_was_published_and_travels_with_its_ages():
     activity = Activity()
     activity.unit("nothing is published before")
     activity.share(3, "run")
-    activity.begins(Pass.FORWARD, counts=True)
+    activity.begins(Doing.FORWARD, counts=True)
     activity.unit("a long name " * 20)
     assert activity.waits("all_gather")
     assert not activity.waits("inside")
@@ -100,7 +100,7 @@ def test_a_record_is_what_was_published_and_travels_with_its_ages():
     assert (found.rank, found.run, found.doing, found.waits_in, found.begun) == (
         3,
         "run",
-        Pass.FORWARD,
+        Doing.FORWARD,
         "all_gather",
         1,
     )

@@ -32,7 +32,7 @@ BARRIER = "wait_for_everyone"  # how the ranks' barrier is told of
 _MAGIC = b"shardw1\n"
 
 
-class Pass(IntEnum):
+class Doing(IntEnum):
     """What a model is in."""
 
     NONE = 0
@@ -82,7 +82,7 @@ class Record:
     started: int
     run: str
     moved: float = 0.0
-    doing: Pass = Pass.NONE
+    doing: Doing = Doing.NONE
     unit: str = ""
     waits_in: str = ""
     waits_since: float = 0.0
@@ -134,7 +134,7 @@ def read(buffer: memoryview | mmap.mmap) -> Record | None:
         started=started,
         run=_text(run),
         moved=max(placed, waited, called, counted),
-        doing=Pass(doing),
+        doing=Doing(doing),
         unit=_text(unit),
         waits_in=_text(waits_in),
         waits_since=waited,
@@ -247,7 +247,7 @@ class Activity:
             if outermost:
                 self.goes_on()
 
-    def begins(self, doing: Pass, *, counts: bool = False) -> None:
+    def begins(self, doing: Doing, *, counts: bool = False) -> None:
         """A pass begins, or with NONE ends. counts: it is a training forward, and no part of one that was interrupted."""
         if self.shared:
             if counts:
@@ -290,7 +290,7 @@ class Activity:
         if self.shared:
             self._steps = steps
             self._count()
-            self.begins(Pass.NONE)
+            self.begins(Doing.NONE)
 
     def begins_iteration(self, loader: int) -> tuple[int, int]:
         """A prepared loader is iterated over: a number for that iteration, and how many forwards there were before.

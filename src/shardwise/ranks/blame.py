@@ -11,17 +11,17 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from ..config.agreement import ranks_said
-from .activity import BARRIER, End, Pass, Record
+from .activity import BARRIER, Doing, End, Record
 from .board import Seen
 
 # A watcher that has not written for so long does not get the interpreter, or its process does not run.
 _NO_BEAT_S = 10.0
 _NAMED = re.compile(r"ranks? [0-9, -]+ keeps? the others waiting: ")
 _IN = {
-    Pass.FORWARD: "forward of step {}",
-    Pass.EVALUATION: "evaluation after step {}",
-    Pass.BACKWARD: "backward of step {}",
-    Pass.STEP: "optimizer step {}",
+    Doing.FORWARD: "forward of step {}",
+    Doing.EVALUATION: "evaluation after step {}",
+    Doing.BACKWARD: "backward of step {}",
+    Doing.STEP: "optimizer step {}",
 }
 
 
@@ -180,7 +180,7 @@ def _smaller_part(rows: _Rows) -> tuple[list[Seen], str]:
 
 def _alone_in_a_call(rows: _Rows) -> tuple[list[Seen], str]:
     in_a_call: Callable[[Record], bool] = lambda record: bool(record.calls) or record.waits_in == BARRIER  # noqa: E731
-    evaluates: Callable[[Record], bool] = lambda record: record.doing is Pass.EVALUATION  # noqa: E731
+    evaluates: Callable[[Record], bool] = lambda record: record.doing is Doing.EVALUATION  # noqa: E731
     for is_there in (in_a_call, evaluates):
         there = [one for one, record in rows if is_there(record)]
         if there and 2 * len(there) <= len(rows):
@@ -227,7 +227,7 @@ class _Words:
 
     def wait(self, record: Record | None) -> str:
         assert record is not None
-        unit = f" of unit {record.unit}" if record.unit and record.doing is not Pass.NONE else ""
+        unit = f" of unit {record.unit}" if record.unit and record.doing is not Doing.NONE else ""
         if record.calls and record.calls not in re.split(r"\W+", record.waits_in):
             return f"{record.calls} ({record.waits_in})"
         return f"{record.waits_in}{unit}"
@@ -270,7 +270,7 @@ class _Words:
             return f"does not let its interpreter go since {self.age(record.beat):.0f} s"
         if record.calls:
             return f"is in {record.calls} since {self.age(record.calls_since):.0f} s"
-        if record.doing is not Pass.NONE:
+        if record.doing is not Doing.NONE:
             unit = f" in unit {record.unit}" if record.unit else ""
             return f"computes{unit} since {self.age(record.moved):.0f} s"
         return "is in its script"
@@ -293,4 +293,4 @@ class _Words:
     @staticmethod
     def _step(record: Record) -> int:
         """Counted from 1: the step that a pass is for, or the one that an evaluation follows."""
-        return record.steps if record.doing is Pass.EVALUATION else record.steps + 1
+        return record.steps if record.doing is Doing.EVALUATION else record.steps + 1

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.machine import process_fields
-from .activity import SIZE, Activity, End, Pass, Record, activity, counts_of, read, start_of
+from .activity import SIZE, Activity, Doing, End, Record, activity, counts_of, read, start_of
 from .meeting import Place, host_name
 
 # A watcher that is later than this is looked at, and after the longer time another one takes its place.
@@ -223,4 +223,4 @@ def _packed(seen: Seen, now: float) -> dict[str, Any]:
 
 def _unpacked(values: dict[str, Any], then: float) -> Record:
     times = {name: 0.0 if values[name] is None else then - values[name] for name in _TIMES}
-    return replace(Record(**{**values, **times}), doing=Pass(values["doing"]), end=End(values["end"]))
+    return replace(Record(**{**values, **times}), doing=Doing(values["doing"]), end=End(values["end"]))

@@ -29,7 +29,7 @@ from ..errors import OptimizerError, PrepareError
 from ..plan.blueprint import Role
 from ..plan.plan import Tier
 from ..plan.precision import LossScaler
-from ..ranks.activity import Pass, activity
+from ..ranks.activity import Doing, activity
 from ..ranks.ranks import Ranks
 from ..zero.norms import addend, own_power
 from ..zero.sharded import ShardedModel
@@ -287,7 +287,7 @@ class ShardedOptimizer:
                 self._applying.run()  # it may count its steps, as in plain torch
             return result
         self.steps += 1
-        activity.begins(Pass.STEP)
+        activity.begins(Doing.STEP)
         for model in self.models:
             model.schedule.stop_lingering()
             model.follow_weights()

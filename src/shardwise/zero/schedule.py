@@ -17,14 +17,13 @@ from contextlib import contextmanager
 from enum import Enum, auto
 
 from ..errors import ScheduleError
-from ..ranks.activity import Pass, activity
+from ..ranks.activity import Doing, activity
 from ..ranks.lanes import Lanes
 from ..ranks.ranks import Ranks
 from .engine import Faults, ReductionsInFlight
 from .gathers import Gathers, Graph
 from .learned import Learned, TrainingAgreement
-from .passes import Agreement, HeldPass, NegotiatedPass
-from .passes import Pass as OpenPass
+from .passes import Agreement, HeldPass, NegotiatedPass, Pass
 from .reducing import Reducing
 from .rounds import Round, Rounds
 from .unit import Unit, Weights
@@ -97,7 +96,7 @@ class Schedule:
         self.reducing = Reducing(self.gathers.units, self.ranks)
         self._learned = Learned(self.gathers, self.reductions, self.prefetch)
         self._rounds = Rounds(self.gathers, self.prefetch)
-        self._pass: OpenPass | None = None  # the one that is open
+        self._pass: Pass | None = None  # the one that is open
         self._used: list[int] = []  # by the last forward: units in order, each again where another came between
 
     @property
@@ -141,7 +140,7 @@ class Schedule:
                 "torch.no_grad(), or train outside of accelerator.generation()."
             )
         self.phase = Phase.FORWARD
-        activity.begins(Pass.FORWARD if trains else Pass.EVALUATION, counts=trains)
+        activity.begins(Doing.FORWARD if trains else Doing.EVALUATION, counts=trains)
         self._used = []
         if trains:
             self._open(TrainingAgreement(self._learned, self._used, backward=False))
@@ -156,7 +155,7 @@ class Schedule:
         self.phase = Phase.IDLE
         if self.mode is Mode.PLAIN:
             self.faults.agree()
-        activity.begins(Pass.NONE)
+        activity.begins(Doing.NONE)
 
     def begin_backward(self, boundary: bool, *, again: bool = False) -> None:
         """boundary: this is the last micro-batch before a step.
@@ -167,13 +166,13 @@ class Schedule:
         if self.phase is Phase.FORWARD:  # it runs inside of one: the ranks end that pass together first
             self._close()
         self.phase = Phase.BACKWARD
-        activity.begins(Pass.BACKWARD)
+        activity.begins(Doing.BACKWARD)
         self.gathers.backward_begins(records=again)
         self._open(TrainingAgreement(self._learned, self._used, backward=True))
         self.reducing.begin(boundary)
 
     def end_backward(self, *, whole: bool = True) -> None:
-        """Close the pass: gather what the sequence still holds, reduce what never came, join lanes. whole: as above."""
+        """Close the pass: gather what the sequence still holds, reduce what never came, join lanes. whole: see end_forward."""
         self.gathers.backward_ends()
         self._close(whole=whole)
         self._reduce_rest()
@@ -189,12 +188,12 @@ class Schedule:
         self.reductions.clear()
         self.phase = Phase.IDLE
         self.faults.agree()
-        activity.begins(Pass.NONE)
+        activity.begins(Doing.NONE)
 
     def resume_forward(self, trains: bool, units: Sequence[Unit]) -> None:
         """A backward ran inside of a forward, which goes on. units: those that it is using."""
         self.phase = Phase.FORWARD
-        activity.begins(Pass.FORWARD if trains else Pass.EVALUATION)
+        activity.begins(Doing.FORWARD if trains else Doing.EVALUATION)
         self._open(TrainingAgreement(self._learned, self._used, backward=False) if trains else None)
         for unit in units:
             self.need(unit)
@@ -263,7 +262,7 @@ class Schedule:
         if unit.leaves and self._pass is not None:
             self._pass.done(unit)
 
-    def _between_passes(self) -> OpenPass:
+    def _between_passes(self) -> Pass:
         """A verb has ended the forward that runs: on every rank, or on none."""
         self._pass = HeldPass() if self.mode is Mode.HELD else NegotiatedPass(self.gathers)
         return self._pass
