@@ -277,7 +277,7 @@ class Link:
             if time.monotonic() - quiet_s > meeting.GONE_AFTER_FAILURE_S:  # its machine may have lost its power
                 return None
             if state is not None and (state.phase == END or state.attempt > attempt):
-                if state.phase == GATHER or state.attempt > attempt:
+                if state.attempt > attempt:
                     self._said = replace(self._said, status=WAITING, attempt=state.attempt, cause="", order=0)
                 return state
 

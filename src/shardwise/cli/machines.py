@@ -18,9 +18,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self, cast
 
-from ..config.agreement import differences
+from ..config.agreement import differences, listed, of_any_version, ranks_said
 
 CONNECT_WITHIN_S = 900.0
 SAY_WHO_IS_MISSING_AFTER_S = 30.0
@@ -31,6 +31,7 @@ SETTLE_WITHIN_S = 20.0
 
 WAITING, RUNNING, DONE, FAILED, LEFT = "waiting", "running", "done", "failed", "left"
 GATHER, RUN, END = "gather", "run", "end"
+_FIRST = -1  # before the order of any failure that was reported
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,23 @@ class Arrival:
     @classmethod
     def read(cls, text: str) -> Arrival:
         """From what a launcher of any version wrote."""
-        said = json.loads(text)
-        known = {name: said[name] for name in cls.__dataclass_fields__ if name in said}
-        return cls(**{"host": "an unknown host", "facts": {}, **known})
+        return cls(**{"host": "an unknown host", "facts": {}, **of_any_version(cls, json.loads(text))})
+
+
+class _Word:
+    """What is written into the store, as text, and read from there."""
+
+    @classmethod
+    def read(cls, text: str) -> Self:
+        """From what a launcher of any version wrote."""
+        return cls(**of_any_version(cls, json.loads(text)))
+
+    def text(self) -> str:
+        return json.dumps(asdict(cast(Any, self)))
 
 
 @dataclass(frozen=True)
-class Said:
+class Said(_Word):
     """How far a launcher is. order: of a failure, the smaller the likelier is it the cause. final: no restart after it."""
 
     status: str = WAITING
@@ -71,17 +82,9 @@ class Said:
     final: bool = False
     beat: int = 0
 
-    @classmethod
-    def read(cls, text: str) -> Said:
-        said = json.loads(text)
-        return cls(**{name: said[name] for name in cls.__dataclass_fields__ if name in said})
-
-    def text(self) -> str:
-        return json.dumps(asdict(self))
-
 
 @dataclass(frozen=True)
-class State:
+class State(_Word):
     """What machine 0 concludes.
 
     members: the names of the launchers of this attempt, by machine. missing: machines that are not there.
@@ -101,14 +104,6 @@ class State:
     refused: dict[str, str] = field(default_factory=dict)
     hints: list[str] = field(default_factory=list)
     code: int = 0
-
-    @classmethod
-    def read(cls, text: str) -> State:
-        said = json.loads(text)
-        return cls(**{name: said[name] for name in cls.__dataclass_fields__ if name in said})
-
-    def text(self) -> str:
-        return json.dumps(asdict(self))
 
 
 @dataclass
@@ -189,8 +184,9 @@ class Chair:
         if missing or not ready or not clear:
             return state
         self._failed_s, self._gone = None, {}
-        hints = [str(found) for found in differences([seen.arrival.hints for seen in present])]
-        return State(RUN, attempt, [seen.arrival.name for seen in present], hints=_of_machines(hints))
+        differing = differences([seen.arrival.hints for seen in present])
+        hints = [found.told(lambda rows: ranks_said(rows, "machine")) for found in differing]
+        return State(RUN, attempt, [seen.arrival.name for seen in present], hints=hints)
 
     def _is_only(self, seen: _Seen) -> bool:
         others = [other for other in self._seen.values() if other.arrival.machine == seen.arrival.machine]
@@ -258,31 +254,30 @@ class Chair:
         return found
 
     def _settled(self, now_s: float, failed: Sequence[_Seen], gone: Sequence[_Seen], refused: dict[str, str]) -> State:
+        stopped = next((seen for seen in failed if seen.said.final), None)
         causes = [
-            (-1, seen.arrival.machine, f"{seen.arrival.words} is gone: nothing was heard of its launcher.", 1, False)
+            (_FIRST, seen.arrival.machine, f"{seen.arrival.words} is gone: nothing was heard of its launcher.", 1)
             for seen in gone
         ]
-        causes += [
-            (seen.said.order, seen.arrival.machine, f"{seen.arrival.words}: {seen.said.cause}", seen.said.code, False)
-            if seen.said.status == FAILED
-            else (-1, seen.arrival.machine, f"{seen.arrival.words} has left.", 1, False)
-            for seen in failed
-        ]
-        _, at, cause, code, _ = min(causes)
-        final = any(seen.said.final for seen in failed)
-        if final:
-            stopped = next(seen for seen in failed if seen.said.final)
-            at, cause, code = (
-                stopped.arrival.machine,
-                f"{stopped.arrival.words}: {stopped.said.cause}",
-                stopped.said.code,
-            )
+        _, at, cause, code = _cause(stopped) if stopped is not None else min([*causes, *map(_cause, failed)])
         self._gone = {seen.arrival.machine: f"{seen.arrival.words} is gone." for seen in gone}
         attempt = self._state.attempt
-        if final or attempt >= self._max_restarts:
+        if stopped is not None or attempt >= self._max_restarts:
             return State(END, attempt, self._state.members, cause=cause, at=at, refused=refused, code=code or 1)
         self._began_s = now_s
         return State(GATHER, attempt + 1, cause=cause, at=at, missing=sorted(self._gone))
+
+
+def _cause(failed: _Seen) -> tuple[int, int, str, int]:
+    """Of a launcher that failed, or has left: its order, its machine, the words for all, the exit code."""
+    if failed.said.status == FAILED or failed.said.final:
+        return (
+            failed.said.order,
+            failed.arrival.machine,
+            f"{failed.arrival.words}: {failed.said.cause}",
+            failed.said.code,
+        )
+    return _FIRST, failed.arrival.machine, f"{failed.arrival.words} has left.", 1
 
 
 def machines_said(machines: Sequence[int]) -> str:
@@ -295,20 +290,5 @@ def _disagreement(arrivals: Sequence[Arrival]) -> str:
     found = differences([one.facts for one in arrivals])
     if not found:
         return ""
-    texts = []
-    for difference in found[:8]:
-        said = {
-            value: [f"machine {arrivals[row].machine} ({arrivals[row].host})" for row in rows]
-            for value, rows in difference.ranks.items()
-        }
-        texts.append(
-            f"{difference.key} is " + " and ".join(f"{value} on {', '.join(where)}" for value, where in said.items())
-        )
-    more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
-    remedy = "Start all with the same script, settings and packages."
-    return f"the machines were told different things: {'; '.join(texts)}{more}. {remedy}"
-
-
-def _of_machines(texts: Sequence[str]) -> list[str]:
-    """The rows of `differences` are machines here."""
-    return [text.replace(" on ranks ", " on machines ").replace(" on rank ", " on machine ") for text in texts]
+    told = listed(found, lambda rows: ", ".join(arrivals[row].words for row in rows))
+    return f"the machines were told different things: {told}. Start all with the same script, settings and packages."

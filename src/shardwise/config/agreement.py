@@ -9,7 +9,7 @@ carries them from rank to rank is told in `ranks/meeting.py` and `Ranks.compare`
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,9 +63,11 @@ class Difference:
 
     def __str__(self) -> str:
         """`zero_stage is 3 on ranks 0-2 and 2 on rank 3`."""
-        return f"{self.key} is " + " and ".join(
-            f"{value} on {ranks_said(ranks)}" for value, ranks in self.ranks.items()
-        )
+        return self.told(ranks_said)
+
+    def told(self, who: Callable[[list[int]], str]) -> str:
+        """As `str`. who: words for rows that are perhaps no ranks."""
+        return f"{self.key} is " + " and ".join(f"{value} on {who(rows)}" for value, rows in self.ranks.items())
 
     @property
     def first_other(self) -> int:
@@ -93,14 +95,24 @@ def disagreement(what: str, differing: Sequence[Difference], remedy: str) -> str
     what: with `{ranks}` where the first two are named that differ.
     """
     first = min(difference.first_other for difference in differing)
-    texts = [str(difference) for difference in differing[:_MOST]]
+    return f"{what.format(ranks=f'ranks 0 and {first}')}: {listed(differing, ranks_said)}. {remedy}"
+
+
+def listed(differing: Sequence[Difference], who: Callable[[list[int]], str]) -> str:
+    """The first of them, and how many more there are. who: see `Difference.told`."""
+    texts = [difference.told(who) for difference in differing[:_MOST]]
     if len(differing) > _MOST:
         texts.append(f"and {len(differing) - _MOST} more")
-    return f"{what.format(ranks=f'ranks 0 and {first}')}: {'; '.join(texts)}. {remedy}"
+    return "; ".join(texts)
 
 
-def ranks_said(ranks: Iterable[int]) -> str:
-    """`rank 1`, `ranks 0-2, 5`."""
+def of_any_version(kind: type[Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass in what a process of perhaps another version said: what is not known here is left out."""
+    return {name: said[name] for name in kind.__dataclass_fields__ if name in said}
+
+
+def ranks_said(ranks: Iterable[int], noun: str = "rank") -> str:
+    """`rank 1`, `ranks 0-2, 5`. noun: what else is numbered."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and runs[-1][1] == rank - 1:
@@ -109,7 +121,7 @@ def ranks_said(ranks: Iterable[int]) -> str:
             runs.append([rank, rank])
     alone = len(runs) == 1 and runs[0][0] == runs[0][1]
     parts = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
-    return f"rank{'' if alone else 's'} {', '.join(parts)}"
+    return f"{noun}{'' if alone else 's'} {', '.join(parts)}"
 
 
 def said(value: Any) -> str:

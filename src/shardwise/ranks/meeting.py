@@ -31,7 +31,7 @@ from typing import Any, Protocol
 import torch
 
 from .. import version
-from ..config.agreement import SAME_EVERYWHERE, VERSIONS, differences, disagreement, ranks_said
+from ..config.agreement import SAME_EVERYWHERE, VERSIONS, differences, disagreement, of_any_version, ranks_said
 from ..config.environment import RankEnvironment, torch_debug
 from ..errors import ConfigError, RankError, ShardwiseError
 
@@ -83,8 +83,7 @@ class Introduction:
     @classmethod
     def read(cls, said: Mapping[str, Any]) -> Introduction:
         """From what another rank said; of another version's, what is known here."""
-        known = {name: said[name] for name in cls.__dataclass_fields__ if name in said}
-        return cls(**{"facts": {}, "host": "", **known})
+        return cls(**{"facts": {}, "host": "", **of_any_version(cls, said)})
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class Verdict:
 
     @classmethod
     def read(cls, said: Mapping[str, Any]) -> Verdict:
-        return cls(**{name: said[name] for name in cls.__dataclass_fields__ if name in said})
+        return cls(**of_any_version(cls, said))
 
     def raise_for(self, rank: int) -> None:
         """The error that this rank raises, if there is one."""
