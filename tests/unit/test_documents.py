@@ -420,7 +420,6 @@ ALLOWED = {
     "cli.many": {"read_bytes"},
     "cli.machines": {"loads"},
     "config.launchers": {"loads"},
-    "config.placing": {"loads"},
     "ranks.board": {"loads"},
     "files.documents": {"loads"},
     "ranks.meeting": {"loads", "read_text"},

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..config.launchers import TORCH_PORT
 from ..config.schema import Config
 from ..errors import ConfigError
 from . import hosts
@@ -46,7 +47,7 @@ class Elsewhere:
 
     def filled(self, settings: Mapping[str, str | bool]) -> dict[str, str | bool]:
         """The settings to check: where machine 0 will be is found out by the job."""
-        where: dict[str, str | bool] = {"main_process_ip": "the first machine", "main_process_port": "29500"}
+        where: dict[str, str | bool] = {"main_process_ip": "the first machine", "main_process_port": str(TORCH_PORT)}
         return {**(where if self.slurm_script is not None and "num_machines" in settings else {}), **settings}
 
     def run(

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..config.launchers import TORCH_PORT
 from ..errors import ConfigError, LaunchError
 from ..files.documents import SETTINGS_NBYTES, read_text
 
@@ -24,7 +25,6 @@ END_WITH_STDIN = "SHARDWISE_END_WITH_STDIN"  # set: the launcher ends when whoev
 ENVIRONMENT_FILE = ".deepspeed_env"
 # Handed on without being named, as DeepSpeed does: without them the other hosts would talk by other rules.
 HANDED_ON = ("NCCL_", "GLOO_", "PYTHON", "UCX_")
-_PORT = 29500
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@:-]*")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLACE = ("num_machines", "machine_rank", "main_process_ip", "main_process_port", "num_processes")
@@ -116,7 +116,7 @@ def commands(
     place = ["--num_processes", str(processes)]
     if len(hosts) > 1:
         address = str(settings.get("main_process_ip") or address_of(hosts))
-        port = str(settings.get("main_process_port") or _PORT)
+        port = str(settings.get("main_process_port") or TORCH_PORT)
         place += ["--num_machines", str(len(hosts)), "--main_process_ip", address, "--main_process_port", port]
     variables = [f"{name}={value}" for name, value in sorted({**environment, END_WITH_STDIN: "1"}.items())]
     lines = []

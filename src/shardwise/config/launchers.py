@@ -82,7 +82,7 @@ MPI = (
 )
 # What all processes of one mpirun have in common and another one's have not.
 _MPI_JOBS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PALS_APID", "PBS_JOBID", "LSB_JOBID", "SLURM_JOB_ID")
-_TORCH_PORT = 29500
+TORCH_PORT = 29500
 
 # Slurm numbers the steps that are no `srun` from here on: the batch script, `salloc`'s shell, what ssh brings in.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
@@ -171,21 +171,25 @@ def mpi(env: Mapping[str, str]) -> Said | None:
         nodes = env.get("SLURM_JOB_NODELIST")
         address = LOOPBACK if local_world_size == world_size else first_host(nodes) if nodes else None
         job = next((env[name] for name in _MPI_JOBS if env.get(name)), None)
-        port = _TORCH_PORT if job is None else port_of(job)
+        port = TORCH_PORT if job is None else port_of(job)
         return Said(names.by, rank, world_size, local_rank, local_world_size, address, port)
     return None
 
 
 def sagemaker(env: Mapping[str, str]) -> Said | None:
-    """The one process that SageMaker starts on each machine of several, where no launcher runs in its place."""
+    """The one process that SageMaker starts on each machine of several, where no launcher runs in its place.
+
+    Raises ConfigError for a list of hosts that is none, or does not have this one.
+    """
     text, own = env.get("SM_HOSTS"), env.get("SM_CURRENT_HOST")
-    try:
-        hosts = [str(name) for name in json.loads(text or "[]")]
-    except (ValueError, TypeError):
-        hosts = []
-    if len(hosts) < 2 or own not in hosts:
+    if text is None or own is None:
         return None
-    return Said("SageMaker", hosts.index(own), len(hosts), 0, 1, hosts[0], port_of(*hosts))
+    try:
+        hosts = [str(name) for name in json.loads(text)]
+        rank = hosts.index(own)
+    except (ValueError, TypeError):
+        raise ConfigError(f"SM_HOSTS is {text!r}, which is no list with SM_CURRENT_HOST {own!r} in it.") from None
+    return Said("SageMaker", rank, len(hosts), 0, 1, hosts[0], port_of(*hosts)) if len(hosts) > 1 else None
 
 
 def found(env: Mapping[str, str]) -> Said | None:
@@ -196,9 +200,16 @@ def found(env: Mapping[str, str]) -> Said | None:
     """
     by_mpi, by_slurm = mpi(env), slurm(env)
     if by_mpi is None or by_slurm is None:
-        return by_mpi or by_slurm or sagemaker(env)
+        return by_mpi or by_slurm or _of_sagemaker(env)
     same = (by_mpi.rank, by_mpi.world_size) == (by_slurm.rank, by_slurm.world_size)
     return by_slurm if same else by_mpi
+
+
+def _of_sagemaker(env: Mapping[str, str]) -> Said | None:
+    try:
+        return sagemaker(env)
+    except ConfigError:  # the launcher's to say
+        return None
 
 
 def _first(env: Mapping[str, str], names: Sequence[str]) -> int | None:

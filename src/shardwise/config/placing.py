@@ -10,14 +10,11 @@ or function for each scheduler. Pure functions over a mapping.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import ConfigError
-from .launchers import port_of, slurm, whole
-
-_TORCH_PORT = 29500
+from .launchers import TORCH_PORT, Said, sagemaker, slurm, whole
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,12 @@ def of_slurm(env: Mapping[str, str]) -> Machine | None:
     task = slurm(env)
     if task is None or task.world_size == 1 or (task.local_world_size or 1) != 1:
         return None
-    return Machine("srun", task.rank, task.world_size, task.address, task.port or _TORCH_PORT)
+    return _of_task(task)
+
+
+def _of_task(task: Said) -> Machine:
+    """Of a process that is alone on its machine."""
+    return Machine(task.by, task.rank, task.world_size, task.address, task.port or TORCH_PORT)
 
 
 def of_pytorch_job(env: Mapping[str, str]) -> Machine | None:
@@ -60,22 +62,12 @@ def of_pytorch_job(env: Mapping[str, str]) -> Machine | None:
     if rank is None:
         raise ConfigError("PET_NNODES is set, as by a PyTorchJob, but neither PET_NODE_RANK nor RANK is.")
     address = env.get("PET_MASTER_ADDR") or env.get("MASTER_ADDR")
-    port = whole(env, "PET_MASTER_PORT") or whole(env, "MASTER_PORT") or _TORCH_PORT
+    port = whole(env, "PET_MASTER_PORT") or whole(env, "MASTER_PORT") or TORCH_PORT
     each = env.get("PET_NPROC_PER_NODE", "")
     return Machine("the PyTorchJob", rank, int(nodes), address, port, int(each) if each.isdigit() else None)
 
 
 def of_sagemaker(env: Mapping[str, str]) -> Machine | None:
     """A container of a SageMaker training job, which starts one process on each machine."""
-    text, own = env.get("SM_HOSTS"), env.get("SM_CURRENT_HOST")
-    if text is None or own is None:
-        return None
-    try:
-        hosts = [str(name) for name in json.loads(text)]
-        rank = hosts.index(own)
-    except (ValueError, TypeError):
-        raise ConfigError(f"SM_HOSTS is {text!r}, which is no list with SM_CURRENT_HOST {own!r} in it.") from None
-    if len(hosts) == 1:
-        return None
-    port = port_of(*hosts)
-    return Machine("SageMaker", rank, len(hosts), hosts[0], port)
+    task = sagemaker(env)
+    return None if task is None else _of_task(task)
