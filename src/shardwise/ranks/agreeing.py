@@ -12,14 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 from ..config.agreement import Difference, differences
 from ..errors import RankError
-from .activity import activity
-from .blame import named
+from .blame import led_by, named
 from .meeting import missed
 from .words import exchanges, go_on_from
 
@@ -89,21 +87,13 @@ def compared(
     ranks: Messages, facts: Callable[[], Mapping[str, Any]], where: str, timeout: timedelta, *, counted: bool
 ) -> list[Difference]:
     """See `Ranks.compare`. counted: whether the exchanges of `ranks` are counted, see words.py."""
-    with activity.call(where) if counted else nullcontext():
-        return _compared(ranks, facts, where, timeout, counted=counted)
-
-
-def _compared(
-    ranks: Messages, facts: Callable[[], Mapping[str, Any]], where: str, timeout: timedelta, *, counted: bool
-) -> list[Difference]:
     found, error = attempt(facts)
     text = json.dumps(found, sort_keys=True)
     try:
         said = ranks.gather_objects((hashlib.sha256(text.encode()).hexdigest(), words_of(error), exchanges()))
     except RuntimeError as lost:  # a rank that is gone, or did not come in time
-        culprit = named(str(lost))
         late = missed(where, timeout, lost.__cause__ or lost)
-        raise (RankError(f"{culprit}\n{late}") if culprit else late) from lost
+        raise RankError(led_by(named(str(lost)), str(late))) from lost
     if counted:
         go_on_from([count for *_, count in said])
     raise_first(error, [words for _, words, _ in said])

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import Any
 
 from ..errors import RankError
-from .activity import activity
+from .blame import led_by
 from .watcher import explained
 
 log = logging.getLogger("shardwise")
@@ -28,13 +28,6 @@ def assemble(
     store: Any, rank: int, world_size: int, call: str, where: str, timeout: timedelta, *, say_after_s: float
 ) -> None:
     """See `Ranks.assemble`. store: the one by which the ranks met."""
-    with activity.waiting(call):
-        _assemble(store, rank, world_size, call, where, timeout, say_after_s)
-
-
-def _assemble(
-    store: Any, rank: int, world_size: int, call: str, where: str, timeout: timedelta, say_after_s: float
-) -> None:
     place = f"shardwise/{call}/{_assembled[call]}"
     store.set(f"{place}/{rank}", "here")
     missing, present = list(range(world_size)), []
@@ -50,7 +43,7 @@ def _assemble(
         if waited >= timeout.total_seconds():
             store.delete_key(f"{place}/{rank}")
             text = f"{rule} Rank {rank} has waited {waited:.0f} s for {names}, which did not call it."
-            raise RankError("\n".join(filter(None, (explained(TimeoutError("timed out")), text))))
+            raise RankError(led_by(explained(TimeoutError("timed out")), text))
         if waited >= say_after_s and not said:
             said = True
             if rank == min(present):

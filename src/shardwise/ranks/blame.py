@@ -31,6 +31,11 @@ def named(text: str) -> str:
     return line if _NAMED.match(line) else ""
 
 
+def led_by(line: str, text: str) -> str:
+    """An error's text behind the line that names a rank; alone where none is named."""
+    return f"{line}\n{text}" if line else text
+
+
 @dataclass(frozen=True)
 class Judgement:
     """culprits: the ranks that the others wait for; none if nobody is to be named. waiting: those that wait."""

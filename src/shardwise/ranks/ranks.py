@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -28,6 +28,7 @@ from torch import Tensor
 from ..config.agreement import Difference, disagreement
 from ..errors import ConfigError
 from . import assembling, leaving, watcher
+from .activity import activity
 from .agreeing import attempt_or_interrupt, compared, raise_first, words_of
 from .dividing import Division, ShardGroup, divide
 from .group import Group, ReduceOp
@@ -255,7 +256,8 @@ class Ranks:
         """
         if self.world_size > 1:
             place = (_store(), self.rank, self.world_size)
-            assembling.assemble(*place, call, where, self._timeout, say_after_s=say_after_s)
+            with activity.waiting(call):
+                assembling.assemble(*place, call, where, self._timeout, say_after_s=say_after_s)
 
     @waiting
     def gather_numbers(self, number: int) -> list[int]:
@@ -339,7 +341,8 @@ class Ranks:
         facts: plain JSON values by name. If it raises on any rank, an error on every rank, as `agree` raises it.
         where: the call that all ranks make, for a RankError if one does not.
         """
-        return compared(self, facts, where, self._timeout, counted=not self._is_aside)
+        with nullcontext() if self._is_aside else activity.call(where):
+            return compared(self, facts, where, self._timeout, counted=not self._is_aside)
 
     def require_same(self, call: str, arguments: Mapping[str, Any]) -> None:
         """Raise ConfigError on every rank unless all ranks make `call` with these arguments, plain JSON values. Collective."""

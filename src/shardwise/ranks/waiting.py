@@ -9,6 +9,7 @@ from typing import ParamSpec, Protocol, TypeVar
 
 from ..errors import RankError
 from .activity import BARRIER, activity
+from .blame import led_by
 from .watcher import explained
 
 # How a collective is told of.
@@ -66,13 +67,11 @@ def waiting(collective: Callable[P, T]) -> Callable[P, T]:
         except RuntimeError as error:
             if _MISSING.search(str(error)) is None:
                 raise
-            culprit = explained(error)
-            attendance.lost = (
-                f"{culprit}\n"
-                * bool(culprit)
-                + f"rank {attendance.rank} waited for the other ranks in {name}, and at least one did not come: "
+            attendance.lost = led_by(
+                explained(error),
+                f"rank {attendance.rank} waited for the other ranks in {name}, and at least one did not come: "
                 f"it was interrupted, has ended, or does something else. ({' '.join(str(error).split())[:200]}) Nothing that "
-                "needs all ranks works any more: end this one too, and resume from a checkpoint."
+                "needs all ranks works any more: end this one too, and resume from a checkpoint.",
             )
             raise RankError(attendance.lost) from error
         finally:
