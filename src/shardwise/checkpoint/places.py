@@ -96,9 +96,8 @@ def make_staging(staging: Path) -> None:
             )
         disk.remove(staging)
     disk.make_directory(staging)
-    disk.write_text(
-        staging / MARK, uuid.uuid4().hex
-    )  # a directory of this name on another machine's disk has another one
+    # A directory of this name on another machine's own disk has another mark.
+    disk.write_text(staging / MARK, uuid.uuid4().hex)
 
 
 def _is_left_over(staging: Path) -> bool:

@@ -9,7 +9,6 @@ What of a run is in the `RunState` is what is saved, or brought back: without st
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 from ..errors import CheckpointError
-from ..ranks.agree import together
+from ..ranks.agree import sees_another, together
 from ..ranks.ranks import Ranks
 from ..zero.sharded import ShardedModel
 from .frozen import compare_frozen, forget_sums, frozen_record
@@ -175,11 +174,10 @@ def _open(path: Path, ranks: Ranks) -> tuple[Checkpoint, list[dict[str, Any]]]:
         raise DamagedError(f"{path} could not be loaded: {error}") from error
     assert found is not None
     # Machines that each read their own disk have perhaps saved there at different times.
-    seen = ranks.gather_objects((socket.gethostname(), text_checksum(found[0].manifest.to_text())))
-    other = next((rank for rank, (_, read_there) in enumerate(seen) if read_there != seen[0][1]), None)
-    if other is not None:
+    apart = sees_another(ranks, text_checksum(found[0].manifest.to_text()))
+    if apart is not None:
         raise CheckpointError(
-            f"{path} could not be loaded: it is another checkpoint on {seen[other][0]} (rank {other}) than on {seen[0][0]} "
-            "(rank 0). Load from a directory that all machines share, or copy one machine's there."
+            f"{path} could not be loaded: it is another checkpoint on {apart.host} (rank {apart.rank}) than on "
+            f"{apart.host_of_0} (rank 0). Load from a directory that all machines share, or copy one machine's there."
         )
     return found

@@ -14,7 +14,6 @@ written is a `Draft`: its tensors are read one at a time (a save that waits), or
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from ..errors import CheckpointError
 from ..files import disk
 from ..files.documents import check_json, printed, read_text
 from ..files.writer import Spec, TensorFile
+from ..ranks.agree import sees_another
 from ..ranks.agreeing import attempt
 from ..ranks.ranks import Ranks
 from .manifest import MANIFEST, Entry, Index, Manifest, Part, text_checksum
@@ -87,12 +87,11 @@ def open_staging(target: Path, ranks: Ranks) -> Path:
     patiently(ranks, lambda: make_staging(staging), making, what=f"Saving {target}", on=0, failed=_failed(target))
     # What rank 0 has just written there: a directory of that name may be on another machine's own disk too.
     mark, _ = attempt(lambda: read_text(staging / MARK, CheckpointError))
-    seen = ranks.gather_objects((socket.gethostname(), mark))
-    blind = next((rank for rank, (_, found) in enumerate(seen) if found is None or found != seen[0][1]), None)
-    if blind is not None:
+    apart = sees_another(ranks, mark)
+    if apart is not None:
         raise CheckpointError(
-            f"{_failed(target)}rank {blind} on {seen[blind][0]} does not see {staging}, which rank 0 made on {seen[0][0]}. "
-            "Save to a directory that all machines share."
+            f"{_failed(target)}rank {apart.rank} on {apart.host} does not see {staging}, which rank 0 made on "
+            f"{apart.host_of_0}. Save to a directory that all machines share."
         )
     return staging
 

@@ -6,7 +6,9 @@ that all remove what was written, or all take the next checkpoint.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from ..errors import CheckpointError
@@ -46,6 +48,28 @@ def on_first(ranks: Ranks, action: Callable[[], T]) -> T:
     result = together(ranks, action, on=0)
     found: T = ranks.broadcast_object(result)
     return found
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A rank that finds something else at a path than rank 0 does, and the hosts of both."""
+
+    rank: int
+    host: str
+    host_of_0: str
+
+
+def sees_another(ranks: Ranks, mark: str | int | None) -> Apart | None:
+    """The first rank whose mark is not rank 0's, or that has none: a machine that reads its own disk. Collective.
+
+    mark: what this rank has read.
+    """
+    seen = ranks.gather_objects((socket.gethostname(), mark))
+    (host_of_0, first), *_ = seen
+    for rank, (host, found) in enumerate(seen):
+        if found is None or found != first:
+            return Apart(rank, host, host_of_0)
+    return None
 
 
 def agreed_words(error: BaseException | None) -> str | None:
