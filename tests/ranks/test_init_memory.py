@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import warnings
@@ -13,24 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from rig.ends import free_port, rank_variables
+
 PROGRAM = Path(__file__).with_name("loading_memory.py")
 # What a rank holds besides its shard and two units: freed blocks that malloc keeps, a bound for the objects of the model,
 # gloo's buffers. Measured on 2 and 3 ranks: see docs/design/loading.md.
 CONSTANT = 32 << 20
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _run(size: int, *arguments: str) -> list[dict]:
-    port = str(_free_port())
+    port = free_port()
     ranks = []
     for rank in range(size):
-        place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
-        environment = {**os.environ, **{k: str(v) for k, v in place.items()}, "MASTER_ADDR": "127.0.0.1"}
+        environment = {**os.environ, **rank_variables(rank, size, port)}
         environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         ranks.append(
             subprocess.Popen(

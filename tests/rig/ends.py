@@ -66,18 +66,30 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+def rank_variables(rank: int, world: int, port: int) -> dict[str, str]:
+    """What torchrun gives one of the ranks of a machine."""
+    same = {
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), **same}
+
+
+def print_into(path: Path, *descriptors: int) -> None:
+    """Send what this process prints there, to a new file."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for descriptor in descriptors:
+        os.dup2(file, descriptor)
+    os.close(file)
+
+
 def be_rank(case: Case, rank: int, port: int, folder: Path) -> None:
     os.setpgid(0, 0)
-    log = os.open(folder / f"log-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    print_into(folder / f"log-{rank}", 1, 2)
     os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(case.world),
-        LOCAL_WORLD_SIZE=str(case.world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
+        rank_variables(rank, case.world, port),
         SHARDWISE_CONFIG=json.dumps(case.config(folder)),
         TMPDIR=str(folder / "tmp"),
     )

@@ -21,7 +21,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from .pool import _fork_server, _free_port
+from .ends import free_port, print_into, rank_variables
+from .pool import _fork_server
 
 _LAUNCHERS = ("SLURM", "OMPI", "PMI", "MPI_", "PALS", "TORCHELASTIC", "MASTER_", "LOCAL_", "SHARDWISE", "GROUP_")
 
@@ -38,9 +39,8 @@ class Outcome:
 
 def torchrun(n: int, **more: str) -> list[dict[str, str]]:
     """The environments of n ranks on one machine."""
-    port = str(_free_port())
-    same = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **same, **more} for rank in range(n)]
+    port = free_port()
+    return [{**rank_variables(rank, n, port), **more} for rank in range(n)]
 
 
 def fresh_ranks(
@@ -102,9 +102,7 @@ def run_script(
 def _be_script(script: Path, arguments: list[str], folder: str) -> None:
     for number, kind in ((1, "stdout"), (2, "stderr")):
         getattr(sys, kind).flush()
-        file = os.open(os.path.join(folder, f"{kind}-{os.environ['RANK']}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, number)
-        os.close(file)
+        print_into(Path(folder, f"{kind}-{os.environ['RANK']}"), number)
     sys.path.insert(0, str(script.parent))
     sys.argv = [str(script), *arguments]
     try:

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .ends import free_port
+from .ends import free_port, print_into, rank_variables
 
 WITHIN_S = 40.0
 GRACE_S = 3.0  # of the other rank, once one has failed; the launcher gives some, too
@@ -25,16 +25,9 @@ SCRIPT = Path(__file__).with_name("hang_script.py")
 
 
 def become_rank(rank: int, port: int, config: str, folder: Path) -> None:
-    log = os.open(folder / f"out-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    print_into(folder / f"out-{rank}", 1, 2)
     os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        LOCAL_WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
+        rank_variables(rank, 2, port),
         GLOO_SOCKET_IFNAME="lo",
         SHARDWISE_CONFIG=config,
         SHARDWISE_REPORTS=str(folder),

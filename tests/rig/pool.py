@@ -11,7 +11,6 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from .ends import free_port
 from .worker import Place, serve
 
 START_TIMEOUT_S = 240.0  # the first start imports torch, transformers and peft
@@ -80,7 +80,7 @@ class World:
         self._folder = Path(tempfile.mkdtemp(prefix="shardwise-rig-"))
         self._ranks: list[_Rank] = []
         context = _fork_server()
-        port = _free_port()
+        port = free_port()
         for rank in range(size):
             ours, theirs = multiprocessing.Pipe()
             log, stacks = self._folder / f"rank{rank}.log", self._folder / f"rank{rank}.stacks"
@@ -246,9 +246,3 @@ def _fork_server() -> multiprocessing.context.BaseContext:
             else:
                 os.environ[name] = value
     return context
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
