@@ -20,7 +20,8 @@ from typing import Any
 from .ends import free_port, print_into, rank_variables
 
 WITHIN_S = 40.0
-GRACE_S = 3.0  # of the other rank, once one has failed; the launcher gives some, too
+# Of the other rank, once one has failed; the launcher gives some, too. Rank 0 has waited, and has to find out for whom.
+GRACE_S = (20.0, 3.0)
 SCRIPT = Path(__file__).with_name("hang_script.py")
 
 
@@ -43,9 +44,9 @@ def wait_for(pids: dict[int, tuple[str, int]], found: dict[str, Any]) -> None:
             case, rank = pids.pop(pid)
             found[case]["codes"][rank] = os.waitstatus_to_exitcode(status)
             found[case]["ended_s"][rank] = time.monotonic() - began
-            for other in [other for other, (its, _) in pids.items() if its == case and status]:
+            for other, its_rank in [(pid, its) for pid, (name, its) in pids.items() if name == case and status]:
                 os.kill(other, signal.SIGCONT)  # as the launcher does, once it has seen a failure
-                ends[other] = found[case]["ended_s"][rank] + GRACE_S
+                ends[other] = found[case]["ended_s"][rank] + GRACE_S[its_rank]
         else:
             time.sleep(0.02)
         for late in [pid for pid in pids if time.monotonic() - began > ends[pid]]:
