@@ -34,6 +34,8 @@ class Stream(IterableDataset):
 
 def alone(accelerator: Accelerator, model: torch.nn.Module, x: torch.Tensor) -> None:
     """What rank 1 does by itself."""
+    if CASE in ("stop", "memory"):
+        time.sleep(2.0)  # the line of a process that does not run is the one that its watcher saw last
     if CASE == "save":
         accelerator.save_state(FOLDER / "state")
     elif CASE == "gather":
