@@ -64,6 +64,7 @@ CHANGES: dict[str, tuple[Values, Any]] = {
     "debug": ({}, True),
     "deepspeed_config.zero_stage": ({}, 2),
     "deepspeed_config.shard_group": ({}, 1),
+    "deepspeed_config.optimizer_shard_group": ({}, "world"),
     "deepspeed_config.gradient_accumulation_steps": ({}, 2),
     "deepspeed_config.gradient_clipping": ({}, 0.1),
     "deepspeed_config.offload_optimizer_device": ({}, "cpu"),

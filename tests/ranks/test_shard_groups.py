@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import uuid
+from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
 
@@ -39,9 +40,13 @@ from shardwise.run.joined import Joined, forget_run
 from shardwise.run.local_sgd import LocalSGD
 from shardwise.zero.build import BUCKET_NBYTES
 
+ALL_OWN = (2, "world")  # weights in pairs, what the optimizer works on over all ranks
+
 
 def divided(ranks, shard_group):
-    found = ranks.divided(shard_group)
+    """shard_group: or a pair of it and optimizer_shard_group."""
+    weights, optimizer = shard_group if isinstance(shard_group, tuple) else (shard_group, "shard_group")
+    found = ranks.divided(weights, all_own=optimizer == "world")
     for group in (found.shards, found.copies):
         group.counts.clear()
     return found
@@ -74,14 +79,22 @@ def _trains(ranks, plan, shard_group, frozen, settings):
         ("2-opt", 2, False, {}),
         ("3-all", 2, True, {}),
         ("3-disk", 2, False, {}),
+        ("3", ALL_OWN, False, {}),
+        ("3", (4, "world"), False, {}),
+        ("3", ALL_OWN, False, {"precision": "bf16", "tolerance": 2e-2}),
+        ("3", ALL_OWN, True, {"whole_adapters": True}),
+        ("3", ALL_OWN, True, {"whole_adapters": False}),
+        ("3-opt", ALL_OWN, False, {}),
+        ("3-all", ALL_OWN, True, {"whole_adapters": False}),
+        ("3-disk", ALL_OWN, False, {}),
     ],
 )
 def test_a_run_in_groups_trains_as_one_process(world, plan, shard_group, frozen, settings):
     world(4).run(_trains, plan, shard_group, frozen, settings)
 
 
-def _accumulates(ranks, plan):
-    grouped, reference, model = divided(ranks, 2), tower(), tower()
+def _accumulates(ranks, plan, shard_group):
+    grouped, reference, model = divided(ranks, shard_group), tower(), tower()
     plain = adamw(reference.parameters())
     sharded, _, stepping = prepare(grouped, model, plan, clipping=0.05)
     for step, batch in enumerate(inputs(6)):
@@ -98,9 +111,11 @@ def _accumulates(ranks, plan):
     return largest_difference(weights_of(sharded), reference)
 
 
-@pytest.mark.parametrize("plan", ["1", "2", "3", "3-all"])
-def test_micro_batches_add_up_and_are_clipped_by_the_norm_of_one_copy(world, plan):
-    assert max(world(4).run(_accumulates, plan)) <= 1e-6
+@pytest.mark.parametrize(
+    ("plan", "shard_group"), [("1", 2), ("2", 2), ("3", 2), ("3-all", 2), ("3", ALL_OWN), ("3-all", ALL_OWN)]
+)
+def test_micro_batches_add_up_and_are_clipped_by_the_norm_of_one_copy(world, plan, shard_group):
+    assert max(world(4).run(_accumulates, plan, shard_group)) <= 1e-6
 
 
 # Bytes and messages.
@@ -108,7 +123,7 @@ def test_micro_batches_add_up_and_are_clipped_by_the_norm_of_one_copy(world, pla
 
 def _rests(ranks, stage, shard_group):
     grouped, model = divided(ranks, shard_group), with_frozen(tower())
-    plan = Plan.from_stage(stage)
+    plan = replace(Plan.from_stage(stage), parts=grouped.owners.size // grouped.shards.size)
     blueprints = divide(find_units(model), plan, Precision(), bucket_nbytes=BUCKET_NBYTES)
     sharded, stepper, stepping = prepare(grouped, model, str(stage))
     loss_of(model, mine(inputs(1)[0], ranks.rank, 4)).backward()
@@ -116,7 +131,7 @@ def _rests(ranks, stage, shard_group):
     stepping.zero_grad()
     size = grouped.shards.size
     assert sharded.ledger() == at_rest(blueprints, size)
-    assert stepper.ledger() == moments_at_rest(blueprints, size, grouped.shards.rank)
+    assert stepper.ledger() == moments_at_rest(blueprints, size, grouped.owners.rank)
     return sum(sharded.ledger().values()) + sum(stepper.ledger().values())
 
 
@@ -124,6 +139,11 @@ def _rests(ranks, stage, shard_group):
 def test_a_rank_holds_what_one_of_its_group_alone_would(world, stage):
     whole, half, quarter = (set(world(4).run(_rests, stage, group)) for group in (1, 2, 4))
     assert max(whole) > max(half) > max(quarter)
+
+
+def test_states_over_all_ranks_rest_by_the_formula(world):
+    """Weights a half, masters and states a quarter."""
+    assert sum(world(4).run(_rests, 3, ALL_OWN)) > sum(world(4).run(_rests, 3, 4))
 
 
 def _counts(ranks, shard_group):
@@ -138,8 +158,9 @@ def _counts(ranks, shard_group):
         stepping.zero_grad()
     moved = ("all_gather", "reduce_scatter", "all_reduce_gradient", "broadcast", "fence")
     of = (ranks.counts, grouped.shards.counts, grouped.copies.counts)
+    found = [{name: counts[name] for name in moved if counts[name]} for counts in of]
     sharded.release()
-    return [{name: counts[name] for name in moved if counts[name]} for counts in of]
+    return found
 
 
 def test_gathers_stay_inside_and_each_reduction_crosses_once(world):
@@ -152,11 +173,19 @@ def test_gathers_stay_inside_and_each_reduction_crosses_once(world):
         assert copies == {"all_reduce_gradient": whole["reduce_scatter"]}
 
 
+def test_states_over_all_ranks_cross_once_for_a_reduction_and_once_for_the_new_weights(world):
+    whole, *_ = world(4).run(_counts, "world")[0]
+    for over_all, shards, copies in world(4).run(_counts, ALL_OWN):
+        assert over_all == {}
+        assert shards == whole
+        assert copies == {"reduce_scatter": whole["reduce_scatter"], "all_gather": 1}
+
+
 # What else a script does with a model.
 
 
-def _reads_and_writes(ranks):
-    grouped, model, reference = divided(ranks, 2), tower(), tower()
+def _reads_and_writes(ranks, shard_group):
+    grouped, model, reference = divided(ranks, shard_group), tower(), tower()
     sharded, _, stepping = prepare(grouped, model, "3")
     with shardwise.gathered(model, modify=True), torch.no_grad():
         if ranks.rank == 0:
@@ -191,14 +220,15 @@ def _reads_and_writes(ranks):
     assert largest_difference(dict(model.named_parameters()), reference) <= 1e-6
 
 
-def test_whole_weights_gradients_and_states_are_read_and_written_in_groups(world):
-    world(4).run(_reads_and_writes)
+@pytest.mark.parametrize("shard_group", [2, ALL_OWN])
+def test_whole_weights_gradients_and_states_are_read_and_written_in_groups(world, shard_group):
+    world(4).run(_reads_and_writes, shard_group)
 
 
-def _thaws_and_averages(ranks):
+def _thaws_and_averages(ranks, shard_group):
     from shardwise.step.averaging import ShardedEMA
 
-    model, grouped = with_frozen(tower()), divided(ranks, 2)
+    model, grouped = with_frozen(tower()), divided(ranks, shard_group)
     reference = copy.deepcopy(model)
     make = torch.optim.SGD
     sharded, _, stepping = prepare(grouped, model, "3", optimizer=lambda p: make(model.parameters(), lr=0.1))
@@ -224,8 +254,9 @@ def _thaws_and_averages(ranks):
     return largest_difference(weights_of(sharded), reference), largest_difference(averaged, average.module)
 
 
-def test_weights_thaw_and_are_averaged_in_groups(world):
-    for own, averaged in world(4).run(_thaws_and_averages):
+@pytest.mark.parametrize("shard_group", [2, ALL_OWN])
+def test_weights_thaw_and_are_averaged_in_groups(world, shard_group):
+    for own, averaged in world(4).run(_thaws_and_averages, shard_group):
         assert own <= 1e-6
         assert averaged <= 1e-6
 
@@ -262,8 +293,8 @@ def _mapped(group, numel, dtype, *, ranks):
     return found
 
 
-def _with_copy_engines(ranks):
-    grouped = divided(ranks, 2)
+def _with_copy_engines(ranks, shard_group):
+    grouped = divided(ranks, shard_group)
     before = peers._why_not, peers._trial, Group.map_shared, peers.MIN_SHARD_NBYTES
     peers._why_not = peers._trial = lambda ranks: None
     Group.map_shared, peers.MIN_SHARD_NBYTES = partialmethod(_mapped, ranks=ranks), 1
@@ -276,8 +307,9 @@ def _with_copy_engines(ranks):
     assert "all_gather" not in {name for name, count in grouped.shards.counts.items() if count and name != "fence"}
 
 
-def test_ranks_copy_from_those_of_their_group_alone(world):
-    world(4).run(_with_copy_engines)
+@pytest.mark.parametrize("shard_group", [2, ALL_OWN])
+def test_ranks_copy_from_those_of_their_group_alone(world, shard_group):
+    world(4).run(_with_copy_engines, shard_group)
 
 
 def _on_one_machine(ranks):
@@ -303,6 +335,8 @@ def test_a_group_of_one_machine_may_copy_where_the_run_is_on_several(world):
 
 def accelerator_of(shard_group, stage=3, **keywords):
     forget_run()
+    if isinstance(shard_group, tuple):
+        shard_group, keywords["optimizer_shard_group"] = shard_group
     return Accelerator(
         cpu=True, deepspeed_plugin=DeepSpeedPlugin(zero_stage=stage, shard_group=shard_group, **keywords)
     )
@@ -382,8 +416,8 @@ class Normed(nn.Module):
         return self.norm(self.tower(x))
 
 
-def _built_without_memory(ranks):
-    accelerator = accelerator_of(2)
+def _built_without_memory(ranks, shard_group):
+    accelerator = accelerator_of(shard_group)
     with accelerator.init():
         model = Normed()
     model, optimizer = accelerator.prepare(model, adamw(model.parameters()))
@@ -399,8 +433,9 @@ def _built_without_memory(ranks):
     return found
 
 
-def test_models_built_without_memory_are_the_same_in_every_copy(world):
-    first, *others = world(4).run(_built_without_memory)
+@pytest.mark.parametrize("shard_group", [2, ALL_OWN])
+def test_models_built_without_memory_are_the_same_in_every_copy(world, shard_group):
+    first, *others = world(4).run(_built_without_memory, shard_group)
     for mean, weights in others:
         assert torch.equal(mean, first[0])
         assert all(torch.equal(value, first[1][name]) for name, value in weights.items())
@@ -460,7 +495,8 @@ def _elements(folder):
 # Each change of group and stage once: (ranks, group, stage) of who saves, and of those who load.
 CHANGES = [
     ((4, "world", 3), [(4, 2, 3), (2, 1, 2)]),
-    ((4, 2, 3), [(4, "world", 3), (4, 1, 3), (1, "world", 3), (2, "world", 1)]),
+    ((4, 2, 3), [(4, "world", 3), (4, 1, 3), (1, "world", 3), (2, "world", 1), (4, ALL_OWN, 3)]),
+    ((4, ALL_OWN, 3), [(4, ALL_OWN, 3), (4, 2, 3), (3, "world", 2)]),
     ((4, 1, 2), [(4, 2, 1), (3, "world", 3)]),
 ]
 

@@ -201,7 +201,8 @@ def test_shares_of_copied_intervals_hold_each_element_once(world_size):
     ]
     seen: Counter[tuple[str, float]] = Counter()
     for rank in range(world_size):
-        ranks: Any = SimpleNamespace(rank=rank, world_size=world_size, copies=SimpleNamespace(rank=0, size=1))
+        alone = SimpleNamespace(rank=0, size=1)
+        ranks: Any = SimpleNamespace(rank=rank, world_size=world_size, copies=alone, alike=alone)
         for part in share(held, ranks):
             assert part.begin % 64 == 0
             values = part.read().tolist()

@@ -52,22 +52,24 @@ def test_two_batch_sizes_give_the_third(said, sizes):
     assert read(said).batch == sizes
 
 
-def test_who_shards_is_deepspeeds_mics_and_the_nearest_to_its_hpz():
+def test_who_shards_is_deepspeeds_mics_and_its_hpz():
     def group(stage=3, base=None, **section):
-        return read({"zero_optimization": {"stage": stage, **section}}, base=base).config.zero.shard_group
+        zero = read({"zero_optimization": {"stage": stage, **section}}, base=base).config.zero
+        return zero.shard_group if zero.optimizer_shard_group == "shard_group" else (zero.shard_group, "world")
 
     def notes(**section):
         return [n for n in read({"zero_optimization": section}).notes if "zero_hpz" in n]
 
     assert group(mics_shard_size=8, mics_hierarchical_params_gather=True) == 8
-    assert group(zero_hpz_partition_size=8) == 8
+    assert group(zero_hpz_partition_size=8) == (8, "world")
     assert group(mics_shard_size=-1, zero_hpz_partition_size=1) == "world"
     assert group(stage=2, zero_hpz_partition_size=8) == "world"
-    (told,) = notes(stage=3, zero_hpz_partition_size=8)
-    assert "gathered within 8 ranks, as in DeepSpeed; gradients and optimizer states are sharded over the same" in told
+    assert notes(stage=3, zero_hpz_partition_size=8) == []
     assert "no effect here: zero_optimization.zero_hpz_partition_size" in notes(stage=2, zero_hpz_partition_size=8)[0]
     launched = checked({"distributed_type": "DEEPSPEED", "deepspeed_config": {"shard_group": "machine"}})
     assert group(base=launched) == "machine"
+    said = {"zero_stage": 3, "shard_group": "machine", "optimizer_shard_group": "world"}
+    assert group(base=checked({"distributed_type": "DEEPSPEED", "deepspeed_config": said})) == ("machine", "world")
     assert group(base=launched, mics_shard_size=4) == 4
 
 

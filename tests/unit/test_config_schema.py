@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -131,6 +132,21 @@ def test_a_shard_group_is_read_from_words_and_numbers_and_named_where_nothing_is
         "shard_group: has no effect at zero_stage 0: nothing is sharded."
     ]
     assert notes(checked(zero(zero_stage=1, shard_group=2))) == []
+
+
+def test_who_divides_states_is_named_where_it_has_no_effect_and_refused_where_weights_are_whole() -> None:
+    def said(**section: Any) -> list[str]:
+        return notes(checked(zero(optimizer_shard_group="world", **section)))
+
+    assert said(zero_stage=3, shard_group=2) == []
+    assert said(zero_stage=3) == [
+        "optimizer_shard_group: has no effect: shard_group is world, so all ranks divide everything."
+    ]
+    assert "optimizer_shard_group: has no effect: nothing is sharded." in said(zero_stage=0)
+    with pytest.raises(
+        ConfigError, match="at zero_stage 2 these are whole on every rank; take shard_group: world, which"
+    ):
+        said(zero_stage=2, shard_group="machine")
 
 
 def test_machines_must_fit_together() -> None:

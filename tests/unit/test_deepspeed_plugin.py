@@ -252,6 +252,8 @@ def test_plugins_of_one_accelerator_share_the_group_that_shards():
     assert DeepSpeedPlugin(zero_stage=3, shard_group="machine").merged_into(Config()).zero.shard_group == "machine"
     described = DeepSpeedPlugin(hf_ds_config={"zero_optimization": {"stage": 3, "mics_shard_size": 2}})
     assert described.merged_into(Config()).zero.shard_group == described.shard_group == 2
+    hpz = DeepSpeedPlugin(zero_stage=3, shard_group="machine", optimizer_shard_group="world").merged_into(Config())
+    assert (hpz.zero.shard_group, hpz.zero.optimizer_shard_group) == ("machine", "world")
     plugins = {name: DeepSpeedPlugin(zero_stage=3, shard_group=group) for name, group in (("a", 1), ("b", "world"))}
     with pytest.raises(ConfigError, match="'a' and 'b' differ in shard_group, which an Accelerator has once"):
         Accelerator(cpu=True, deepspeed_plugins=plugins)

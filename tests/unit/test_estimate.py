@@ -61,6 +61,10 @@ def test_groups_hold_what_as_many_ranks_alone_would(capsys, config_file):
     for stage in range(4):
         grouped = estimate(model, Choice(stage), Run(world_size=8, shard_group=2, accumulates=True))
         assert grouped == estimate(model, Choice(stage), Run(world_size=2, accumulates=True))
+    mixed = estimate(model, Choice(3), Run(world_size=8, shard_group=2, all_own=True))
+    pair, all_of = (estimate(model, Choice(3), Run(world_size=n)) for n in (2, 8))
+    for role, like in (("parameter", pair), ("frozen", pair), ("gradient", all_of), ("optimizer", all_of)):
+        assert mixed.nbytes.get((role, Tier.GPU), 0) == pytest.approx(like.nbytes.get((role, Tier.GPU), 0), rel=0.02)
     machines = [
         "--use_cpu",
         "--num_processes",
@@ -74,6 +78,9 @@ def test_groups_hold_what_as_many_ranks_alone_would(capsys, config_file):
     ]
     assert run(["estimate", str(config_file), *machines, "--zero_stage", "3", "--shard_group", "machine"]) == 0
     assert "8 process(es), 2 on this machine, 4 copies of 2 ranks; AdamW" in capsys.readouterr().out
+    hpz = ["--zero_stage", "3", "--shard_group", "machine", "--optimizer_shard_group", "world"]
+    assert run(["estimate", str(config_file), *machines, *hpz]) == 0
+    assert "4 copies of 2 ranks (at stage 3: weights alone; gradients and states over all)" in capsys.readouterr().out
     assert run(
         ["estimate", str(config_file), "--use_cpu", "--num_processes", "8", "--zero_stage", "3", "--shard_group", "3"]
     )

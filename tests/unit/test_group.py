@@ -13,7 +13,7 @@ from shardwise.errors import LayoutError, RankError
 from shardwise.ranks.group import Group
 from shardwise.ranks.ranks import Ranks
 from shardwise.ranks.waiting import Attendance, waiting
-from shardwise.zero.norms import addend, over_shards
+from shardwise.zero.norms import addend, over_owners
 
 CPU = torch.device("cpu")
 
@@ -90,10 +90,10 @@ def test_a_run_of_one_rank_holds_its_copy_alone() -> None:
 @pytest.mark.parametrize(("sharded", "alike"), [(True, 2), (False, 6)])
 def test_a_sum_over_all_ranks_counts_each_element_once(sharded: bool, alike: int) -> None:
     """Six ranks, three of which divide a copy: two hold the same part, or all six the same whole."""
-    ranks = cast(Any, SimpleNamespace(world_size=6, copies=SimpleNamespace(size=2)))
+    ranks = cast(Any, SimpleNamespace(world_size=6, alike=SimpleNamespace(size=2)))
     assert float(addend(torch.tensor(12.0), ranks, sharded=sharded)) * alike == 12.0
 
 
 def test_whole_gradients_are_summed_without_a_message() -> None:
     own = torch.tensor(5.0)
-    assert over_shards(own, 2.0, cast(Any, None), sharded=False) is own
+    assert over_owners(own, 2.0, cast(Any, None), sharded=False) is own

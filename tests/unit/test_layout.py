@@ -86,6 +86,22 @@ def test_regions_of_all_ranks_are_the_buffer_and_a_whole_one_is_all_of_it(seed: 
     assert len(whole.pieces) == len(sizes), "a tensor is in one piece"
 
 
+@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("parts", [2, 3])
+def test_a_shard_is_the_parts_of_those_that_hold_it(seed: int, parts: int) -> None:
+    sizes, world_size, alignment = drawn(seed)
+    tensors = [(f"t{i}", (size,), size) for i, size in enumerate(sizes)]
+    layout = Layout.pack(tensors, world_size, alignment, parts)
+    assert layout.slots == packed(sizes, world_size, alignment).slots
+    whole = placed(Region(layout, None).pieces, layout.numel)
+    for rank in range(world_size):
+        shard = placed(layout.pieces(rank), layout.shard_numel)
+        for part in range(parts):
+            region = Region(layout, rank * parts + part, parts)
+            assert region.numel % alignment == 0
+            assert placed(region.pieces, region.numel) == shard[region.in_shard] == whole[region.interval]
+
+
 def test_the_drawing_at_the_top_of_the_file_is_what_pack_does() -> None:
     layout = packed([3, 6, 2], 2, 4)
     assert [slot.offset for slot in layout.slots] == [0, 4, 12]

@@ -29,10 +29,11 @@ class RecordingLane:
 
 
 def engine(seen: list[str]) -> Any:
+    def gathers(what: str) -> Any:
+        return SimpleNamespace(all_gather_together=lambda wholes, _: seen.append(f"gather {what}{' '.join(wholes)}"))
+
     return SimpleNamespace(
-        ranks=SimpleNamespace(
-            shards=SimpleNamespace(all_gather_together=lambda wholes, _: seen.append(f"gather {' '.join(wholes)}"))
-        ),
+        ranks=SimpleNamespace(owners=gathers(""), copies=gathers("over copies: ")),
         lanes=SimpleNamespace(
             gather=RecordingLane(seen),
             mark_compute=lambda: "compute",
@@ -41,9 +42,12 @@ def engine(seen: list[str]) -> Any:
     )
 
 
-def unit(name: str, nbytes: int, *, publishes: bool = True, of: Any = None) -> Any:
-    buffer = SimpleNamespace(whole_nbytes=nbytes, whole=name, own_slice=name)
-    return SimpleNamespace(name=name, publishes=publishes, trained=SimpleNamespace(buffer=buffer), engine=of)
+def unit(name: str, nbytes: int, *, publishes: bool = True, of: Any = None, sharded: bool = False) -> Any:
+    buffer = SimpleNamespace(whole_nbytes=nbytes, whole=name, shard=name, travels=False)
+    region = SimpleNamespace(interval=slice(1), in_shard=slice(1))
+    plan = SimpleNamespace(parameter=SimpleNamespace(sharded=sharded))
+    trained = SimpleNamespace(buffer=buffer, region=region, plan=plan)
+    return SimpleNamespace(name=name, publishes=publishes, trained=trained, engine=of)
 
 
 def names(groups: list[list[Any]]) -> list[list[str]]:
@@ -81,6 +85,15 @@ def test_a_gather_waits_for_the_step_and_the_computation_for_the_gather() -> Non
     seen.clear()
     publishing.arrive(units)
     assert seen == ["compute waits for gather lane"]
+
+
+def test_shards_that_are_stepped_in_parts_are_gathered_over_their_copies() -> None:
+    seen: list[str] = []
+    mine = engine(seen)
+    publishing.send(
+        [unit("whole", 1, of=mine), unit("a", 1, of=mine, sharded=True), unit("b", 1, of=mine, sharded=True)]
+    )
+    assert seen == ["gather lane waits for compute", "on", "gather whole", "gather over copies: a b", "off"]
 
 
 def test_each_model_gathers_on_its_own_lane() -> None:

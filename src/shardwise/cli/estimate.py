@@ -75,6 +75,7 @@ def run_estimate(
             "trained": trained,
             "num_processes": run.world_size,
             "shard_group": run.shards,
+            "optimizer_shard_group": run.world_size if run.all_own else run.shards,
             "mixed_precision": config.mixed_precision,
             "quantize": asked.quantize,
             "plan": {**chosen.as_values(), "shortages": machine.shortages(chosen, run)},
@@ -84,6 +85,8 @@ def run_estimate(
         return
     print(f"{model}: {total:,} parameters, {trained:,} of them trained; mixed precision {config.mixed_precision}")
     groups = f", {run.world_size // run.shards} copies of {run.shards} ranks" if run.shards < run.world_size else ""
+    if groups and run.all_own:
+        groups += " (at stage 3: weights alone; gradients and states over all)"
     place = f"{run.world_size} process(es), {run.local_processes} on this machine{groups}"
     print(f"{place}; AdamW; {_batch_text(built, run)}")
     if asked.quantize:
@@ -129,6 +132,7 @@ def run_of(config: Config, asked: Asked, gpus: int) -> Run:
         accumulates=config.gradient_accumulation_steps > 1,
         batch=batch,
         shard_group=None if group == world_size else group,
+        all_own=config.zero.optimizer_shard_group == "world" and group < world_size,
     )
 
 

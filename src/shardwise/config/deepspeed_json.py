@@ -246,11 +246,7 @@ class _Reader:
             self.problem(path, "mics_shard_size says who shards too; leave one of them out")
         else:
             self.put(("deepspeed_config", "shard_group"), value, path)
-            self.found.notes.append(
-                f"{self.file.path}: zero_optimization.{key}: weights are gathered within {shown(value)} ranks, as in "
-                "DeepSpeed; gradients and optimizer states are sharded over the same ranks, where DeepSpeed shards them over "
-                "all: each rank holds more of them. The numbers are the same."
-            )
+            self.put(("deepspeed_config", "optimizer_shard_group"), "world", path)
 
     def offload(self, key: str, value: Any) -> None:
         path: Key = ("zero_optimization", key)

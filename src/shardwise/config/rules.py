@@ -82,6 +82,17 @@ def _groups_that_do_not_divide(config: Config) -> str | None:
     return f"{size} does not divide the {processes} processes; take a number that does, machine or world"
 
 
+@_of_zero("optimizer_shard_group", "deepspeed_config.shard_group", "deepspeed_config.zero_stage")
+def _states_over_all_ranks(config: Config) -> str | None:
+    zero = config.zero
+    if zero.optimizer_shard_group == "shard_group" or zero.shard_group == "world" or zero.zero_stage not in (1, 2):
+        return None
+    return (
+        f"world keeps shard_group: {zero.shard_group} for the weights alone, and at zero_stage {zero.zero_stage} these are "
+        "whole on every rank; take shard_group: world, which shards the same over all ranks, or zero_stage 3"
+    )
+
+
 @_of_zero("offload_param_device", "deepspeed_config.zero_stage")
 def _param_is_whole(config: Config) -> str | None:
     return refused_offload("param", config.zero.offload_param_device, config.zero.zero_stage)
@@ -230,6 +241,9 @@ def notes(config: Config) -> list[str]:
     zero = config.zero
     if zero.shard_group != "world" and not zero.zero_stage:
         said.append("shard_group: has no effect at zero_stage 0: nothing is sharded.")
+    if zero.optimizer_shard_group == "world" and (zero.shard_group == "world" or not zero.zero_stage):
+        why = "nothing is sharded" if not zero.zero_stage else "shard_group is world, so all ranks divide everything"
+        said.append(f"optimizer_shard_group: has no effect: {why}.")
     for name in ("zero3_init_flag", "zero3_save_16bit_model"):
         if getattr(zero, name) and zero.zero_stage < 3:
             said.append(f"{name}: has no effect at zero_stage {zero.zero_stage}; it is for zero_stage 3.")

@@ -138,6 +138,15 @@ class ZeroConfig(Section):
             ),
         ),
     ] = "world"
+    optimizer_shard_group: Annotated[
+        Literal["shard_group", "world"],
+        one_of("shard_group", "world"),
+        Setting(
+            "Ranks that divide gradients, masters and optimizer states at stage 3: those of shard_group, or all (hpZ).",
+            ZERO,
+            comment="who divides gradients and optimizer states: shard_group, or world",
+        ),
+    ] = "shard_group"
     gradient_accumulation_steps: Annotated[
         OptionalCount,
         Setting(

@@ -7,7 +7,7 @@ formula beside each term here. The model is on the meta device; nothing is alloc
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -62,7 +62,8 @@ CHOICES = (
 class Run:
     """What the bytes depend on besides model and plan; the defaults are the engine's.
 
-    shard_group:     how many ranks hold one copy of the model together; None: all.
+    shard_group:     how many ranks hold one copy of the model together; None: all. all_own: at stage 3 they divide weights
+                     alone, and all ranks divide masters, states and gradients.
     local_processes: of one machine. cuda: ranks are GPUs. accumulates: a step has several micro-batches.
     options:         as ShardedModel takes them.
     batch:           None leaves activations out. moments: fp32 states of the optimizer for each element, AdamW's 2.
@@ -77,6 +78,7 @@ class Run:
     batch: Batch | None = None
     moments: int = 2
     shard_group: int | None = None
+    all_own: bool = False
 
     @property
     def shards(self) -> int:
@@ -149,6 +151,8 @@ def estimate(model: nn.Module, choice: Choice, run: Run) -> Estimate:
     model: on the meta device or elsewhere; only names, shapes, dtypes and requires_grad are read.
     """
     plan = Plan.from_stage(choice.stage, offload_optimizer=choice.optimizer, offload_param=choice.param)
+    if run.all_own and choice.stage == 3:
+        plan = replace(plan, parts=run.world_size // run.shards)
     blueprints = divide(
         find_units(model, run.options.units, unit_nbytes=UNIT_NBYTES if run.cuda else 0),
         plan,

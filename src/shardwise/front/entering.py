@@ -119,7 +119,7 @@ def into_engine(
     """
     model, engine, zero = checked.model, config.engine, config.zero
     if zero.zero_stage:  # else nothing is divided
-        ranks = ranks.divided(zero.shard_group)
+        ranks = ranks.divided(zero.shard_group, all_own=zero.optimizer_shard_group == "world")
     parameters = list(model.parameters())
     dtypes = {id(parameter): parameter.dtype for parameter in parameters}
     if engine.activation_checkpointing != "none" and not checked.recomputed and ranks.rank == 0:
@@ -129,6 +129,8 @@ def into_engine(
         )
     if zero.shard_group != "world" and zero.zero_stage == 0 and ranks.rank == 0:
         logger.warning("shard_group: has no effect at zero_stage 0: nothing is sharded.")
+    if zero.optimizer_shard_group != "shard_group" and ranks.owners is ranks.shards and ranks.rank == 0:
+        logger.warning("optimizer_shard_group: has no effect: one group of ranks holds all of the model.")
     sources = ranks.together(lambda: sources_of(model))
     build_without_memory(False)
     if zero.zero3_init_flag and zero.zero_stage == 3 and not sources and ranks.rank == 0:

@@ -9,6 +9,8 @@ The parameters may be on the meta device, for nothing of them is read. Its bytes
     optimizer   master: as gradient, or nothing where it is the weight itself (c = m, on one tier); moments: m for each
                 element that lies in the rank's interval, without padding, and 4 for the step count of each piece
 
+Where states lie over all ranks and weights in groups (`Plan.parts`), gradient and optimizer are divided by as many more.
+
 The layouts are those of `layout.py`, the units those of `units.py`, the placements those of `plan.py`.
 """
 
@@ -67,7 +69,9 @@ class Blueprint:
 
     @property
     def master_is_weight(self) -> bool:
-        return self.master_dtype == self.dtype and self.plan.parameter.tier is self.plan.optimizer.tier
+        plan = self.plan
+        a_part = plan.parts > 1 and plan.parameter.sharded  # of what rests of the weight
+        return self.master_dtype == self.dtype and plan.parameter.tier is plan.optimizer.tier and not a_part
 
     def frozen_layout(self, world_size: int) -> Layout:
         """In bytes."""
@@ -77,7 +81,8 @@ class Blueprint:
     def trainable_layout(self, world_size: int) -> Layout:
         """In numbers of `dtype`."""
         tensors = ((m.name, tuple(m.parameter.shape), m.parameter.numel()) for m in self.trainable)
-        return Layout.pack(tensors, world_size if self.plan.optimizer.sharded else 1, ALIGNMENT // self.dtype.itemsize)
+        alignment, sharded = ALIGNMENT // self.dtype.itemsize, self.plan.optimizer.sharded
+        return Layout.pack(tensors, world_size if sharded else 1, alignment, self.plan.parts if sharded else 1)
 
     def gathered_nbytes(self, world_size: int) -> int:
         """What its weights take on the device while they are whole, besides their shards; 0 if they never leave."""
@@ -89,8 +94,10 @@ class Blueprint:
         return nbytes
 
     def region(self, world_size: int, rank: int) -> Region:
-        """The part of its trained weights that the optimizer of `rank` works on."""
-        return Region(self.trainable_layout(world_size), rank if self.plan.optimizer.sharded else None)
+        """The part of its trained weights that the optimizer of `rank` works on. rank: among those that divide the masters."""
+        if not self.plan.optimizer.sharded:
+            return Region(self.trainable_layout(world_size), None)
+        return Region(self.trainable_layout(world_size), rank, self.plan.parts)
 
 
 @dataclass(frozen=True)

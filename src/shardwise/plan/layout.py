@@ -58,11 +58,13 @@ class Layout:
     world_size: int
 
     @classmethod
-    def pack(cls, tensors: Iterable[tuple[str, tuple[int, ...], int]], world_size: int, alignment: int) -> Layout:
+    def pack(
+        cls, tensors: Iterable[tuple[str, tuple[int, ...], int]], world_size: int, alignment: int, parts: int = 1
+    ) -> Layout:
         """Place tensors one after another.
 
         tensors:   (name, shape, elements), in order; elements may be bytes.
-        alignment: in elements; every offset and the shard size are multiples of it.
+        alignment: in elements; every offset and the size of a shard's part are multiples of it. parts: of a shard.
         Raises LayoutError for a tensor without elements, or no tensor at all.
         """
         slots = []
@@ -74,11 +76,15 @@ class Layout:
             end = _round_up(end + numel, alignment)
         if not slots:
             raise LayoutError("a flat buffer needs at least one tensor.")
-        return cls(tuple(slots), _round_up(end, alignment * world_size), world_size)
+        return cls(tuple(slots), _round_up(end, alignment * world_size * parts), world_size)
 
     @property
     def shard_numel(self) -> int:
         return self.numel // self.world_size
+
+    def cut(self, parts: int) -> Layout:
+        """The same buffer with each rank's interval cut into so many, in order. `shard_numel` must be a multiple of `parts`."""
+        return Layout(self.slots, self.numel, self.world_size * parts)
 
     def pieces(self, rank: int) -> tuple[Piece, ...]:
         """The parts of slots in rank's interval, in order. Padding belongs to no piece."""
@@ -93,14 +99,18 @@ class Layout:
 
 @dataclass(frozen=True)
 class Region:
-    """The part of a whole flat tensor on which one rank works: its interval, or all of it where `rank` is None."""
+    """The part of a whole flat tensor on which one rank works: its interval, or all of it where `rank` is None.
+
+    parts: into how many each shard of `layout` is cut, one for each of the ranks that hold it; `rank` counts these parts.
+    """
 
     layout: Layout
     rank: int | None
+    parts: int = 1
 
     @property
     def numel(self) -> int:
-        return self.layout.numel if self.rank is None else self.layout.shard_numel
+        return self.layout.numel if self.rank is None else self.layout.shard_numel // self.parts
 
     @property
     def interval(self) -> slice:
@@ -108,11 +118,17 @@ class Region:
         begin = 0 if self.rank is None else self.rank * self.numel
         return slice(begin, begin + self.numel)
 
+    @property
+    def in_shard(self) -> slice:
+        """The same, of the shard of (layout.shard_numel,) in which it lies."""
+        begin = 0 if self.rank is None else self.rank % self.parts * self.numel
+        return slice(begin, begin + self.numel)
+
     @cached_property
     def pieces(self) -> tuple[Piece, ...]:
-        """The parts of slots that lie in it, in order."""
+        """The parts of slots that lie in it, in order; `in_shard` of a piece counts from where it begins."""
         if self.rank is not None:
-            return self.layout.pieces(self.rank)
+            return self.layout.cut(self.parts).pieces(self.rank)
         return tuple(Piece(i, 0, slot.offset, slot.numel) for i, slot in enumerate(self.layout.slots))
 
 

@@ -52,12 +52,17 @@ WHOLE_ADAPTER_SHARE = 1 / 16
 
 @dataclass(frozen=True)
 class Plan:
-    """The placement of each role. Raises PlanError for a combination that ZeRO does not have."""
+    """The placement of each role. Raises PlanError for a combination that ZeRO does not have.
+
+    parts: into how many parts a shard of masters, states and gradients is cut, one for each copy of the model, where weights
+    are sharded in a group and these over all ranks (hpZ); 1 where every copy has all of them.
+    """
 
     frozen: Placement
     parameter: Placement
     gradient: Placement
     optimizer: Placement
+    parts: int = 1
 
     def __post_init__(self) -> None:
         if self.parameter.sharded and not self.gradient.sharded:

@@ -8,8 +8,8 @@ Who takes part is the group's, so what is done with a tensor says which of three
     all of them  (0  1  2  3)     values of rank 0, what the ranks say of a step, whole gradients, a user's own tensors
 
 Unless `shard_group` says otherwise (`dividing.py`) all ranks hold one copy together: `shards` are all of them, `copies` is each
-rank alone. A group of one rank needs no process group; each of its collectives is a copy or nothing, and the callers need no
-second path.
+rank alone. Masters, states and reduced gradients are divided by the `owners`: the shards, or all ranks (`nested.py`). A group
+of one rank needs no process group; each of its collectives is a copy or nothing, and the callers need no second path.
 """
 
 from __future__ import annotations

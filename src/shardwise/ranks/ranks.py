@@ -33,6 +33,7 @@ from .agreeing import attempt_or_interrupt, compared, raise_first, words_of
 from .dividing import Division, ShardGroup, divide
 from .group import Group, ReduceOp
 from .joining import Joined, communicator, join_groups
+from .nested import Nested
 from .waiting import Attendance, waiting
 from .words import Words, exchanged
 
@@ -60,6 +61,7 @@ class Ranks:
     rank, world_size:             the processes of the run, over all machines; not how a buffer is divided.
     shards:                       the ranks that hold one copy of a model together: all of them, unless they are `divided`.
     copies:                       the ranks that hold the same shards as this one: itself alone, unless they are.
+    owners, alike:                the same for masters, states and reduced gradients: these two, unless all ranks divide them.
     local_rank, local_world_size: on this machine.
     machines:                     by rank, the number of its machine; empty in a run of one rank.
     local_ranks:                  by rank, its number on its machine; empty in a run of one rank.
@@ -84,14 +86,14 @@ class Ranks:
         self._control = joined.control
         self._vote = _Vote()
         self._is_aside = False
-        self._divided: dict[Division, Ranks] = {}
+        self._divided: dict[tuple[Division, bool], Ranks] = {}
         self._asides: list[Ranks] = []
         self.attendance = Attendance(joined.rank)
         self._everyone = self._all_of(joined)
         self.shards = self._everyone
-        self.copies = Group.alone(joined.device, self.attendance)
-        store = _store if joined.world_size > 1 else None
-        self.words = Words(joined.rank, store, joined.timeout, joined.world_size)
+        self.copies = self.alike = self._alone = Group.alone(joined.device, self.attendance)
+        self.owners: Group | Nested = self.shards
+        self.words = Words(joined.rank, _store if self.world_size > 1 else None, joined.timeout, joined.world_size)
         if self.world_size > 1:
             leaving.remember(self, made_world=joined.owned)
 
@@ -166,6 +168,7 @@ class Ranks:
         other._everyone, other.shards, other.copies = (
             group.aside(other.attendance, other.counts) for group in (self._everyone, self.shards, self.copies)
         )
+        other.owners, other.alike = other.shards, other.copies
         self._asides.append(other)
         if self._control is not None:
             other._control = dist.new_group(backend="gloo", timeout=self._timeout)
@@ -175,28 +178,29 @@ class Ranks:
         """How `shard_group` divides the ranks: the same on every rank, without a message. Raises ConfigError on every rank."""
         return divide(shard_group, self.world_size, self.machines)
 
-    def divided(self, shard_group: ShardGroup) -> Ranks:
+    def divided(self, shard_group: ShardGroup, *, all_own: bool = False) -> Ranks:
         """The same ranks, in groups that hold a copy of a model each. Collective where these groups do not exist yet.
 
+        all_own: masters, states and reduced gradients are divided over all ranks, and weights alone over a group.
         Everything else of the two is one: messages, counts, attendance. Gives these ranks themselves where they are one group.
-        Raises ConfigError on every rank for groups that cannot be.
         """
         division = self.division(shard_group)
         if len(division.groups) == 1:
             return self
-        if division not in self._divided:
+        if (division, all_own) not in self._divided:
             other = copy.copy(self)
             other._owns_group = False
             other._asides, other._divided = [], {}
-            mine, alike = division.shards(self.rank), division.copies(self.rank)
-            data = communicator(mine, "shards", self._timeout)
-            reductions = communicator(mine, "gradients of shards", self._timeout)
-            over = communicator(alike, "copies", self._timeout)
-            other.shards = self._among(mine, data, reductions)
-            other.copies = self._among(alike, over, over)
+            mine, alike, timeout = division.shards(self.rank), division.copies(self.rank), self._timeout
+            data, reductions = communicator(mine, "shards", timeout), communicator(mine, "gradients of shards", timeout)
+            over = communicator(alike, "copies", timeout)
+            other.shards, other.copies = self._among(mine, data, reductions), self._among(alike, over, over)
+            other.owners, other.alike = other.shards, other.copies
+            if all_own:
+                other.owners, other.alike = Nested(other.shards, other.copies, division), self._alone
             leaving.remember(other, made_world=False)
-            self._divided[division] = other
-        return self._divided[division]
+            self._divided[division, all_own] = other
+        return self._divided[division, all_own]
 
     def _among(
         self, members: tuple[int, ...], data: dist.ProcessGroup | None, reductions: dist.ProcessGroup | None

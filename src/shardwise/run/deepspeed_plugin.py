@@ -53,6 +53,7 @@ class DeepSpeedPlugin:
     transformer_moe_cls_names: classes of experts, with commas. They have no effect: ranks agree on the order of gathers.
     enable_msamp, msamp_opt_level: fp8, which is refused.
     shard_group:        which ranks hold one copy of a model together: "world", "machine", or so many.
+    optimizer_shard_group: which divide gradients and states at stage 3: those of the "shard_group", or the "world".
     deepspeed_config:   the configuration in DeepSpeed's words. It stays open: what a script writes before an Accelerator is
                         made counts for it, what it writes later in the next `prepare`; what cannot count is an error there.
     The Accelerator's `deepspeed_plugin` is the very object, and has the settings in force.
@@ -76,6 +77,7 @@ class DeepSpeedPlugin:
     train_batch_size: int | None = None
     mixed_precision: str | None = field(default=None, repr=False)
     shard_group: str | int | None = None
+    optimizer_shard_group: str | None = None
 
     def __post_init__(self) -> None:
         self._selected = False

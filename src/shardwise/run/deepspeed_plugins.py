@@ -63,7 +63,7 @@ def _check_alike(first: str, one: Config, name: str, other: Config) -> None:
     def common(config: Config) -> dict[str, Any]:
         values = config.model_dump(mode="json", exclude={"deepspeed_config"})
         values["gradient_accumulation_steps"] = config.gradient_accumulation_steps
-        values["shard_group"] = config.zero.shard_group
+        values["shard_group"] = config.zero.shard_group, config.zero.optimizer_shard_group
         for key in _OF_PREPARE:
             del values["shardwise_config"][key]
         return values

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ranks.ranks import Ranks
-from ..zero.norms import over_shards
+from ..zero.norms import over_owners
 
 
 def global_norm(
@@ -30,9 +30,9 @@ def global_norm(
     if math.isinf(norm_type):
         parts = [shard.abs().max().to(ranks.device, dtype) for shard in shards if shard.numel()]
         largest = torch.stack(parts).max() if parts else torch.zeros((), dtype=dtype, device=ranks.device)
-        return over_shards(largest, norm_type, ranks, sharded=sharded)
+        return over_owners(largest, norm_type, ranks, sharded=sharded)
     total = power_sum(shards, norm_type, ranks.device, dtype)
-    return over_shards(total, norm_type, ranks, sharded=sharded) ** (1.0 / norm_type)
+    return over_owners(total, norm_type, ranks, sharded=sharded) ** (1.0 / norm_type)
 
 
 def power_sum(shards: Sequence[Tensor], norm_type: float, device: torch.device, dtype: torch.dtype) -> Tensor:

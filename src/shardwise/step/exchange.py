@@ -1,4 +1,4 @@
-"""Whole tensors on every rank, from the intervals that each rank of `ranks.shards` holds of them.
+"""Whole tensors on every rank, from the intervals that each rank of `ranks.owners` holds of them.
 
 The intervals of a rank, one after another, are a stream of bytes. Equal parts of all streams go in one all-gather: the device
 holds that much for each rank and no more, dtypes may be mixed, and as the ranks hold about equally much in all, the order of
@@ -30,12 +30,12 @@ Label = TypeVar("Label", bound=Hashable)
 def exchange(held: Sequence[tuple[Label, Interval]], ranks: Ranks) -> dict[Label, Tensor]:
     """The whole tensors of all labels, on the CPU of every rank, each in its own shape and dtype. Collective.
 
-    held: this rank's intervals; those of one label are the tensor, over the ranks that hold a copy together.
+    held: this rank's intervals; those of one label are the tensor, over the ranks that divide them.
     Raises StoreError for a drive that fails on this rank, RankError for one of another rank.
     """
-    mine, shards = [interval for _, interval in held], ranks.shards
+    mine, owners = [interval for _, interval in held], ranks.owners
     rows = ranks.gather_objects([(label, i.shape, i.dtype, i.begin, i.numel) for label, i in held])
-    table = [rows[rank] for rank in shards.members]
+    table = [rows[rank] for rank in owners.members]
     found: dict[Label, Tensor] = {}
     for label, shape, dtype, _, _ in (row for rows in table for row in rows):
         if label not in found:
@@ -43,7 +43,7 @@ def exchange(held: Sequence[tuple[Label, Interval]], ranks: Ranks) -> dict[Label
     streams = [list(_rounds([(dtype.itemsize, numel) for _, _, dtype, _, numel in rows])) for rows in table]
     size = max((segment.end for stream in streams for one in stream for segment in one), default=0)
     sent = torch.zeros(size, dtype=torch.uint8, device=ranks.device)
-    got = torch.empty(size * shards.size, dtype=torch.uint8, device=ranks.device)
+    got = torch.empty(size * owners.size, dtype=torch.uint8, device=ranks.device)
     first = FirstError()
 
     def read(segment: _Segment) -> None:
@@ -52,9 +52,9 @@ def exchange(held: Sequence[tuple[Label, Interval]], ranks: Ranks) -> dict[Label
         sent[segment.begin : segment.end].copy_(values.contiguous().view(torch.uint8))
 
     for number in range(max(map(len, streams))):
-        for segment in _of(streams[shards.rank], number):
+        for segment in _of(streams[owners.rank], number):
             first.attempt(lambda: read(segment))  # noqa: B023 - called at once
-        shards.all_gather(got, sent)
+        owners.all_gather(got, sent)
         here = got.to("cpu")
         for rank, stream in enumerate(streams):
             for segment in _of(stream, number):

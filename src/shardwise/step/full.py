@@ -121,6 +121,6 @@ def _whole(owner: ShardedModel, own: list[Interval]) -> Tensor | None:
     """What the ranks' intervals are together, on the rank's device; None if no rank has any."""
     ranks = owner.ranks
     # Of what every rank keeps whole one is enough.
-    mine = [(_IT, interval) for interval in own if ranks.shards.rank == 0 or not interval.copied]
+    mine = [(_IT, interval) for interval in own if ranks.owners.rank == 0 or not interval.copied]
     found = exchange(mine, ranks).get(_IT)
     return None if found is None else found.to(ranks.device)

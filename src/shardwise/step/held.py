@@ -15,7 +15,7 @@ from torch import Tensor
 from ..plan.plan import Tier
 from ..plan.precision import LossScaler
 from ..ranks.ranks import Ranks
-from ..zero.norms import over_shards
+from ..zero.norms import over_owners
 from ..zero.sharded import ShardedModel
 from ..zero.sums import squared_norm
 from ..zero.trained import Trained
@@ -119,7 +119,7 @@ class HeldGradients:
         sharded = self.models[0].plan.optimizer.sharded
         earlier, scale = self.outstanding()
         if norm_type == 2 and self.groups.is_all(parameters):
-            norm = over_shards(self.square(), 2.0, self.ranks, sharded=sharded).sqrt() / scale
+            norm = over_owners(self.square(), 2.0, self.ranks, sharded=sharded).sqrt() / scale
         else:
             self.wait_for_host()
             held, dtype = self._gradients(self.groups.chosen(parameters)), self.groups.norm_dtype

@@ -8,7 +8,8 @@ the stage, the tier and the number of ranks:
     exp_avg/q.lora_A [0, 4096)        an optimizer's state of that parameter, see optimizer_state.py
 
 `read` gives a copy on the CPU and `write` takes one; nothing else of the engine shows. Where several ranks hold the same (all
-what is whole, those of `ranks.copies` a shard), `share` cuts the list so that the ranks together have each element once.
+what is whole, those of `ranks.copies` a frozen shard, those of `ranks.alike` a master and its states), `share` cuts the list
+so that the ranks together have each element once.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class Interval:
 
     name:   the parameter's name in its model; shape: the whole parameter's.
     dtype:  in which it rests.
-    copied: every rank holds this very interval; else the ranks of `Ranks.copies` do, of which there may be one.
+    copied: every rank holds this very interval; else the ranks of `Ranks.alike` do, or where it is `frozen` those of
+            `Ranks.copies`, of which there may be one.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Interval:
     copied: bool
     _rest: Rest
     _first: int = 0
+    frozen: bool = False
 
     def read(self) -> Tensor:
         """(numel,) on the CPU, the caller's own."""
@@ -99,7 +102,7 @@ def trained(model: ShardedModel, rests: Callable[[Trained], Slab] | None = None)
     for unit in model.units:
         own = unit.trained
         if own is not None:
-            copied = not unit.plan.optimizer.sharded and model.ranks.shards.size > 1
+            copied = not unit.plan.optimizer.sharded and model.ranks.owners.size > 1
             for piece in own.region.pieces:
                 slot = own.buffer.layout.slots[piece.slot]
                 slab = own.master if rests is None else rests(own)
@@ -118,7 +121,7 @@ def frozen(model: ShardedModel) -> list[Interval]:
             size = member.dtype.itemsize
             rest = Rest(buffer.own_slice if buffer.slab is None else buffer.slab, piece.in_shard, member.dtype)
             begin, numel = piece.in_slot // size, piece.numel // size
-            found.append(Interval(slot.name, slot.shape, begin, numel, member.dtype, copied, rest))
+            found.append(Interval(slot.name, slot.shape, begin, numel, member.dtype, copied, rest, frozen=True))
     return found
 
 
@@ -127,11 +130,13 @@ def share(intervals: Sequence[Interval], ranks: Ranks) -> list[Interval]:
 
     ranks: in the groups of the model that the intervals are of.
     """
-    copied = [interval for interval in intervals if interval.copied]
-    sharded = [interval for interval in intervals if not interval.copied]
+    whole = [interval for interval in intervals if interval.copied]
+    frozen = [interval for interval in intervals if interval.frozen and not interval.copied]
+    trained = [interval for interval in intervals if not interval.frozen and not interval.copied]
     return [
-        *_equal_part(sharded, ranks.copies.rank, ranks.copies.size),
-        *_equal_part(copied, ranks.rank, ranks.world_size),
+        *_equal_part(frozen, ranks.copies.rank, ranks.copies.size),
+        *_equal_part(trained, ranks.alike.rank, ranks.alike.size),
+        *_equal_part(whole, ranks.rank, ranks.world_size),
     ]
 
 

@@ -124,7 +124,7 @@ class ShardedOptimizer:
         _check_groups(optimizer, models)
         out_of_place = any(not model.plan.optimizer.tier.in_place for model in models)
         handling = Handling(
-            parted=self.ranks.shards.size > 1 and any(model.plan.optimizer.sharded for model in models),
+            parted=self.ranks.owners.size > 1 and any(model.plan.optimizer.sharded for model in models),
             visits=out_of_place or any(not g.in_place for model in models for g in model.trained()),
             ranks=self.ranks.world_size,
         )
@@ -364,8 +364,8 @@ class ShardedOptimizer:
 
 def _check_groups(optimizer: Optimizer, models: Sequence[ShardedModel]) -> None:
     """Raise OptimizerError for models whose norms are not sums over the same ranks."""
-    if len({model.ranks.shards.members for model in models}) > 1:
+    if len({(model.ranks.shards.members, model.ranks.owners.size) for model in models}) > 1:
         raise OptimizerError(
             f"the models of this {type(optimizer).__name__} are sharded over different groups of ranks. Prepare them with one "
-            "shard_group, all at zero_stage 1 or above or all at 0; or give each an optimizer of its own."
+            "shard_group and optimizer_shard_group, all at zero_stage 1 or above or all at 0; or give each its own optimizer."
         )

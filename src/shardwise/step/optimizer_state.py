@@ -74,7 +74,7 @@ class OptimizerState:
     @property
     def sharded(self) -> bool:
         """Whether a rank holds only a part of them."""
-        return self.ranks.shards.size > 1 and any(model.plan.optimizer.sharded for model in self.models)
+        return self.ranks.owners.size > 1 and any(model.plan.optimizer.sharded for model in self.models)
 
     @property
     def besides(self) -> dict[Any, Any]:
@@ -99,7 +99,7 @@ class OptimizerState:
         for shard in self.groups.shards:
             trained = shard.trained
             slot = trained.buffer.layout.slots[shard.index]
-            copied = not trained.plan.optimizer.sharded and self.ranks.shards.size > 1
+            copied = not trained.plan.optimizer.sharded and self.ranks.owners.size > 1
             yield (owners[id(trained)], slot.name), slot.shape, shard.in_slot, copied, shard
 
     def intervals(self) -> list[StateOf]:

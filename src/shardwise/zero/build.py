@@ -154,7 +154,7 @@ class Builder:
     def _trained(self, blueprint: Blueprint) -> Trained:
         members, dtype, plan = blueprint.trainable, blueprint.dtype, blueprint.plan
         ranks, stores = self._engine.ranks, self._engine.stores
-        region = blueprint.region(ranks.shards.size, ranks.shards.rank)
+        region = blueprint.region(ranks.shards.size, ranks.owners.rank)
         buffer = FlatBuffer(
             members,
             region.layout,
@@ -170,9 +170,10 @@ class Builder:
         # The masters start from the user's own values, not from their 16-bit rounding.
         n, master_dtype, shares = region.numel, blueprint.master_dtype, blueprint.master_is_weight
         if self._have_sources(members):
-            own = torch.zeros(n, dtype=master_dtype, device=ranks.device)
-            fill_region(buffer, self._sources, self._makers, ranks, own)
-            buffer.own_slice.copy_(own)
+            shard = torch.zeros(buffer.layout.shard_numel, dtype=master_dtype, device=ranks.device)
+            fill_region(buffer, self._sources, self._makers, ranks, shard)
+            buffer.own_slice.copy_(shard)
+            own = shard[region.in_shard]
             if plan.optimizer.sharded and not plan.parameter.sharded:
                 ranks.shards.all_gather(buffer.whole, buffer.own_slice)
         else:
@@ -191,7 +192,7 @@ class Builder:
         elif buffer.slab is not None:
             master = buffer.slab
         else:
-            master = Slab(None, tier, n, master_dtype, buffer.own_slice if plan.optimizer.sharded else buffer.whole)
+            master = Slab(None, tier, n, master_dtype, buffer.whole[region.interval])
         return Trained(buffer, region, plan, self._engine, master, shares)
 
     def _have_sources(self, members: Sequence[Member]) -> bool:

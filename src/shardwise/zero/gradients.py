@@ -90,8 +90,8 @@ class Gradients:
     def reduce(self, boundary: bool = True) -> None:
         """Average over the ranks what this rank has, and add this rank's region to what is already there.
 
-        The one place where gradients meet: over the ranks that hold one copy together, then over the copies; over all at once
-        where none of them divide it.
+        The one place where gradients meet: over the ranks that divide them, then over those that hold the same part; over all
+        at once where none of them divide it.
         boundary: this is the last micro-batch before a step.
         Runs on the reduce lane. Parameters without a gradient count as zeros, so that every rank may call it.
         """
@@ -104,8 +104,8 @@ class Gradients:
         with lanes.reduce.on():
             if sums.region.rank is not None:
                 out = partial[sums.region.interval]
-                ranks.shards.reduce_scatter(partial, out)
-                ranks.copies.all_reduce_gradient(out)
+                ranks.owners.reduce_scatter(partial, out)
+                ranks.alike.all_reduce_gradient(out)
             else:
                 out = partial
                 if not engine.share.alone:

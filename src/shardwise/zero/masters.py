@@ -44,9 +44,9 @@ class MastersInStateDicts:
                 show, load = ModuleHook(self._show), ModuleHook(self._load)
                 self._handles.append(module.register_state_dict_post_hook(show))  # type: ignore[no-untyped-call]
                 self._handles.append(module.register_load_state_dict_pre_hook(load))  # type: ignore[no-untyped-call]
-        plan, shards = sharded.plan, sharded.ranks.shards.size
-        here = plan.optimizer.tier is Tier.GPU and not (plan.optimizer.sharded and shards > 1)
-        self._whole = here and not plan.parameter.leaves(shards)
+        plan, ranks = sharded.plan, sharded.ranks
+        here = plan.optimizer.tier is Tier.GPU and not (plan.optimizer.sharded and ranks.owners.size > 1)
+        self._whole = here and not plan.parameter.leaves(ranks.shards.size)
 
     def undo(self) -> None:
         """State dicts are torch's own again."""

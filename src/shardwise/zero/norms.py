@@ -1,8 +1,8 @@
 """Norms of gradients over the ranks: what the ranks' parts of a sum are together, and the norms of single gradients that
 scripts ask for, which are found for a whole model in one collective.
 
-Every element of a gradient lies on one rank of `shards`, or on every one alike where gradients are whole; and every copy of
-the model has the same. So a norm is a sum of powers over `shards`, and what is sent over all ranks counts it several times.
+Every element of a gradient lies on one rank of `owners`, or on every one alike where gradients are whole; and those of `alike`
+have the same. So a norm is a sum of powers over `owners`, and what is sent over all ranks may count it several times.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from ..ranks.ranks import Ranks
 from .flat import FlatBuffer
 
 
-def over_shards(own: Tensor, order: float, ranks: Ranks, *, sharded: bool) -> Tensor:
-    """`own` of all ranks that hold a copy together, in place: sums of powers, or largest elements for order infinity.
+def over_owners(own: Tensor, order: float, ranks: Ranks, *, sharded: bool) -> Tensor:
+    """`own` of all ranks that divide the gradients, in place: sums of powers, or largest elements for order infinity.
 
     sharded: each holds its own elements; False where every rank has all of them, and nothing is sent. Collective if sharded.
     """
     if sharded:
-        ranks.shards.all_reduce(own, "max" if math.isinf(order) else "sum")
+        ranks.owners.all_reduce(own, "max" if math.isinf(order) else "sum")
     return own
 
 
 def addend(own: Tensor, ranks: Ranks, *, sharded: bool) -> Tensor:
     """What this rank adds to a sum over all ranks of the run for it to be the sum over one copy. own, sharded: as above."""
-    alike = ranks.copies.size if sharded else ranks.world_size
+    alike = ranks.alike.size if sharded else ranks.world_size
     return own if alike == 1 else own / alike
 
 
@@ -115,7 +115,7 @@ class Norms:
                         row[index] = own if math.isinf(order) else own**order
             rows.append(row)
         every = torch.cat(rows)
-        over_shards(every, order, self._ranks, sharded=True)
+        over_owners(every, order, self._ranks, sharded=True)
         if not math.isinf(order):
             every = every ** (1.0 / order)
         sizes = [len(gradients.buffer.members) for gradients in self._gradients]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 from weakref import WeakValueDictionary
@@ -93,10 +94,10 @@ class ShardedModel:
         serial: bool = False,
         trains: bool = True,
     ) -> None:
+        plan = replace(plan, parts=ranks.owners.size // ranks.shards.size)
         self.model, self.plan, self.ranks = model, plan, ranks
         self.precision = precision
-        self.sync_gradients = True
-        self.accumulating = False
+        self.sync_gradients, self.accumulating = True, False
         self.at_boundary: bool | None = None
         self.released = self.swapped = False
         self.options = options

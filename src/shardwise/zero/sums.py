@@ -196,7 +196,7 @@ class Sums:
     @property
     def parted(self) -> bool:
         """Whether each rank keeps a part of what is averaged."""
-        return self.region.rank is not None and self._engine.ranks.shards.size > 1
+        return self.region.rank is not None and self._engine.ranks.owners.size > 1
 
     @property
     def is_own(self) -> bool:
@@ -225,7 +225,7 @@ class Sums:
         whole = rest.to(self._buffer.whole.device)
         if self.parted:
             part, whole = whole, torch.empty(self.region.layout.numel, dtype=whole.dtype, device=whole.device)
-            self._engine.ranks.shards.all_gather(whole, part)
+            self._engine.ranks.owners.all_gather(whole, part)
         if self.own is not None:
             # The average over the ranks of sums with it is the average of the sums plus it.
             self.own.add_(whole)

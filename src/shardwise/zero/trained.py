@@ -55,8 +55,8 @@ class Trained:
 
     @property
     def publishes(self) -> bool:
-        """Whether the weights are whole on every rank but stepped in shards: see `publishing`."""
-        return self.plan.optimizer.sharded and not self.plan.parameter.sharded
+        """Whether a rank holds more of the weights than it steps, and gets the rest from others: see `publishing`."""
+        return self.plan.optimizer.sharded and (not self.plan.parameter.sharded or self.region.parts > 1)
 
     def cast(self) -> None:
         """Bring masters that were changed in place into this rank's part of the weights that compute, on the current stream."""
@@ -73,8 +73,11 @@ class Trained:
         """
         buffer = self.buffer
         if buffer.slab is None or buffer.slab.tier is Tier.GPU:
-            target = buffer.shard if self.plan.parameter.sharded else buffer.whole[self.region.interval]
+            sharded = self.plan.parameter.sharded
+            target = buffer.shard[self.region.in_shard] if sharded else buffer.whole[self.region.interval]
             target[begin : begin + values.numel()].copy_(values, non_blocking=True)
+            return values, None
+        if self.publishes:  # all of the shard comes from the masters of its holders, see `publishing`
             return values, None
         values = values.to(buffer.dtype)
         lanes = self._engine.lanes

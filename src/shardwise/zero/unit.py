@@ -259,7 +259,7 @@ class Unit:
 
     @property
     def publishes(self) -> bool:
-        """Whether trained weights are whole on every rank but stepped in shards: see `publishing`."""
+        """See `Trained.publishes`."""
         return self.trained is not None and self.trained.publishes
 
     def cast(self) -> None:

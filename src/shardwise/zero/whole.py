@@ -109,7 +109,7 @@ class WholeTensors:
         if not trained.plan.optimizer.sharded:
             return own
         whole = torch.empty(trained.buffer.layout.numel, dtype=own.dtype, device=self._ranks.device)
-        self._ranks.shards.all_gather(whole, own)
+        self._ranks.owners.all_gather(whole, own)
         return whole
 
     def on_first(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:

@@ -51,7 +51,10 @@ def follow(unit: Unit, fetch: Fetch, put: Put) -> None:
         return
     buffer = trained.buffer
     at_rest = buffer.slab is not None and unit.state is not Weights.GATHERED
-    now = fetch(buffer.slab) if at_rest and buffer.slab is not None else buffer.whole[trained.region.interval]
+    if at_rest and buffer.slab is not None:
+        now = fetch(buffer.slab)[trained.region.in_shard]
+    else:
+        now = buffer.whole[trained.region.interval]
     master = fetch(trained.master)
     new = torch.where(now != master.to(now.dtype), now.to(master.dtype), master)
     if trained.master.tier is Tier.GPU:

@@ -157,7 +157,9 @@ def _merged(base: Config, found: DeepSpeedFile, own: Any, name: str) -> dict[str
         "distributed_type": "DEEPSPEED",
         "use_cpu": base.use_cpu,
         "deepspeed_config": {
-            "shard_group": base.zero.shard_group,  # of a flag: a file of DeepSpeed's has no word for a machine
+            # Of flags: a file of DeepSpeed's has no word for a machine.
+            "shard_group": base.zero.shard_group,
+            "optimizer_shard_group": base.zero.optimizer_shard_group,
             **found.values.get("deepspeed_config", {}),
             "gradient_accumulation_steps": None,
         },
