@@ -130,28 +130,24 @@ def test_a_closure_is_either_run_or_refused_but_never_ignored(world):
         assert "closure" in str(refusal)  # noqa: PT017 - either answer keeps the promise
 
 
-def _matrices(parameters):
-    return [p for p in parameters if p.ndim == 2]
-
-
 REFUSED = {
     "LBFGS": torch.optim.LBFGS,
-    "Adafactor": torch.optim.Adafactor,
-    "Muon": lambda p: torch.optim.Muon(_matrices(p)),
     "SparseAdam": torch.optim.SparseAdam,
 }
 
 
 class Stranger(torch.optim.Optimizer):
-    """An optimizer of unknown arithmetic: it might look at shapes."""
+    """An optimizer of unknown arithmetic: it looks at several parameters."""
 
     def __init__(self, parameters):
         super().__init__(parameters, {})
 
     def step(self, closure=None):
         for group in self.param_groups:
+            size = sum(p.grad.norm() for p in group["params"] if p.grad is not None)
             for p in group["params"]:
-                p.data.sub_(p.grad.mean(0))
+                if p.grad is not None:
+                    p.data.sub_(p.grad / size)
 
 
 REFUSED["Stranger"] = Stranger

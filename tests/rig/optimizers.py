@@ -1,8 +1,9 @@
 """Optimizers as other libraries have them, each in its shortest form: some work element by element, most do not.
 
 SHARDED      on shards they have torch's numbers
-WHOLE        they take numbers over whole parameters, or over several: torch's where each rank steps whole ones (stage 0)
-NOWHERE      they see the shape of a parameter, or keep what is neither a number nor elementwise
+WHOLE        they take numbers over a whole parameter, or see its shape: they step whole ones, each on one rank
+SEVERAL      they take numbers over several parameters: torch's where each rank steps all (stage 0)
+NOWHERE      they keep what is neither a number nor a tensor, or do not step what is in their groups
 """
 
 from __future__ import annotations
@@ -372,8 +373,9 @@ SHARDED = {
     for cls in (Lion, AdamWOneCounter, AdamWOwnCounter, StateInConstructor, Sophia, ScheduleFree)
 }  # fmt: skip
 COUNT_FOR_ALL = ("AdamWOneCounter", "AdamWOwnCounter", "ScheduleFree")
-WHOLE = {cls.__name__: cls for cls in (Lamb, LambClips, Lars, Prodigy, DAdaptSGD, StableAdamW, AdamMini)}
-NOWHERE = {
+WHOLE = {
     cls.__name__: cls
-    for cls in (AdamMiniRows, AdafactorLike, Galore, RowNorm, Blockwise, History, Listed, Reassigns, PastItsGroups, Sam)
+    for cls in (Lamb, Lars, StableAdamW, AdamMini, AdamMiniRows, AdafactorLike, Galore, RowNorm, Blockwise, History)
 }
+SEVERAL = {cls.__name__: cls for cls in (LambClips, Prodigy, DAdaptSGD)}
+NOWHERE = {cls.__name__: cls for cls in (Listed, Reassigns, PastItsGroups, Sam)}

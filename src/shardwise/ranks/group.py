@@ -163,6 +163,20 @@ class Group:
             dist.all_reduce(tensor, op=_OPS[op], group=self._data)
 
     @waiting
+    def all_to_all(self, sent: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """Give every rank of the group its own tensor, in their order; gives what each of them has sent here.
+
+        sent: flat tensors of one dtype on the device, of any sizes. sizes: elements of what comes, by rank.
+        """
+        self.counts["all_to_all"] += 1
+        if self._data is None:
+            return list(sent)
+        given = torch.cat(list(sent))
+        got = torch.empty(sum(sizes), dtype=given.dtype, device=given.device)
+        dist.all_to_all_single(got, given, list(sizes), [one.numel() for one in sent], group=self._data)
+        return list(torch.split(got, list(sizes)))
+
+    @waiting
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         """Overwrite `tensor`, which is contiguous, with rank `source`'s on every rank. As bytes: backends lack some dtypes."""
         self.counts["broadcast"] += 1

@@ -22,7 +22,8 @@ from .group import Group, ReduceOp
 class Nested:
     """Every rank of `division`, the group of those that divide masters and states: a `Group` as far as these need one."""
 
-    def __init__(self, shards: Group, copies: Group, division: Division) -> None:
+    def __init__(self, shards: Group, copies: Group, everyone: Group, division: Division) -> None:
+        self._everyone = everyone
         self._shards = shards
         self._copies = copies
         self.rank = shards.rank * copies.size + copies.rank
@@ -49,6 +50,12 @@ class Nested:
         own = self._slice(partial)
         self._shards.reduce_scatter(partial, own)
         self._copies.reduce_scatter(own, out)
+
+    def all_to_all(self, sent: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """See `Group.all_to_all`; `sent`, `sizes` and what comes in the order of `members`."""
+        places = [self.members.index(rank) for rank in range(self.size)]
+        got = self._everyone.all_to_all([sent[place] for place in places], [sizes[place] for place in places])
+        return [got[rank] for rank in self.members]
 
     def all_reduce(self, tensor: Tensor, op: ReduceOp = "sum") -> None:
         """See `Group.all_reduce`."""

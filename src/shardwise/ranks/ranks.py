@@ -197,7 +197,7 @@ class Ranks:
             other.shards, other.copies = self._among(mine, data, reductions), self._among(alike, over, over)
             other.owners, other.alike = other.shards, other.copies
             if all_own:
-                other.owners, other.alike = Nested(other.shards, other.copies, division), self._alone
+                other.owners, other.alike = Nested(other.shards, other.copies, self._everyone, division), self._alone
             leaving.remember(other, made_world=False)
             self._divided[division, all_own] = other
         return self._divided[division, all_own]

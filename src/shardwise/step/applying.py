@@ -23,6 +23,7 @@ from .held import HeldGradients, multiply
 from .optimizer_verbs import OwnVerbs
 from .running import holding, run_step
 from .visits import Shard, Visits
+from .wholes import Whole, WholeSteps
 
 
 class Applying:
@@ -37,11 +38,14 @@ class Applying:
         self.held = held
         self.verbs: OwnVerbs | None = None
         self._visits = Visits(optimizer)
+        self._wholes = WholeSteps(optimizer)
 
     def apply(self, factor: Tensor | None) -> None:
         """Step everything that has a gradient. factor: a scalar by which gradients are multiplied first. Collective."""
-        here = [shard for shard in self.groups.shards if shard.trained.in_place]
-        if any(shard.trained.gradients.host is not None for shard in here):
+        here = [shard for shard in self.groups.stepped if shard.trained.in_place]
+        wholes = self.groups.wholes
+        every = [trained for trained, _ in self.groups.members.values()]
+        if any(trained.gradients.host is not None for trained in every if wholes or trained.in_place):
             self.held.wait_for_host()
         grads = []
         for shard in here:
@@ -66,6 +70,7 @@ class Applying:
         units = [unit for model in self.models for unit in self.groups.units(model)]
         with publishing.fenced([model.engine for model in self.models]):
             try:
+                self._step_wholes([unit for unit in units if _in_place(unit)], factor)
                 try:
                     self._step_in_place([unit for unit in units if _in_place(unit)], here)
                 finally:
@@ -75,20 +80,41 @@ class Applying:
                         shard.tensor.grad = None
                 for trained in multiplied:
                     trained.sums.stepped()
+                shards = [shard for shard in self.groups.stepped if not shard.trained.in_place]
+                partly = self.groups.partly
                 for model in self.models:
-                    visiting = [unit for unit in self.groups.units(model) if not _in_place(unit)]
+                    away = [unit for unit in self.groups.units(model) if not _in_place(unit)]
+                    visiting = [unit for unit in away if id(unit.trained) in partly]
                     if visiting:
-                        shards = [shard for shard in self.groups.shards if not shard.trained.in_place]
                         self._visits.step(model, visiting, shards, factor, fused=self.groups.fused)
+                    self._step_wholes(away, factor)
                     if model.engine.stores.uses_disk:
                         model.engine.drain()
             finally:
                 publishing.arrive(units)
 
     def run(self) -> None:
-        """The class's step, on what is in place."""
-        with self.verbs.as_in_the_class() if self.verbs is not None else nullcontext():
+        """The class's step, on what is in place and stepped in shards."""
+        mine = {id(shard.tensor) for shard in self.groups.stepped} if self.groups.wholes else None
+        verbs = self.verbs.as_in_the_class() if self.verbs is not None else nullcontext()
+        with verbs, holding(self.optimizer, mine) if mine is not None else nullcontext():
             run_step(self.optimizer)
+
+    def _step_wholes(self, units: Sequence[Unit], factor: Tensor | None) -> None:
+        """Step the parameters of `units` that are stepped whole; new weights of units that are not in place leave at once."""
+        of: dict[int, list[Whole]] = {}
+        for whole in self.groups.wholes:
+            of.setdefault(id(whole.trained), []).append(whole)
+        for unit in units:
+            master = self._wholes.step(unit, of.get(id(unit.trained), []), factor)
+            trained = unit.trained
+            if master is not None and trained is not None and not trained.in_place:
+                unit.engine.put_to_rest(master, trained.master)
+                if not trained.shares_weights:
+                    kept, event = trained.deliver(master, 0)
+                    unit.engine.lanes.compute_waits(event)
+                    del kept
+                publishing.send([unit])
 
     def _step_in_place(self, units: Sequence[Unit], shards: Sequence[Shard]) -> None:
         """Step `shards`, which have their gradients, and send the weights of `units` as soon as they are there."""

@@ -1,4 +1,4 @@
-"""Which optimizers can work on flat shards: those that treat every element by itself.
+"""Which optimizers can work on flat shards: those that treat every element by itself; others may step whole parameters.
 
 torch's own are known. Any other is tried, see `trial.py`. One that wraps another, or whose `step` was replaced on the object,
 is refused, because what the engine calls is the class's `step`, on the optimizer's own groups.
@@ -7,6 +7,7 @@ is refused, because what the engine calls is the class's `step`, on the optimize
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,15 +24,27 @@ _ELEMENTWISE = {
 _NOT_ELEMENTWISE = {
     "LBFGS": "it takes dot products over all parameters, and calls its closure many times in a step",
     "SparseAdam": "it needs sparse gradients",
-    "Adafactor": "it keeps one number per row and column of a matrix",
-    "Muon": "it orthogonalises whole matrices",
 }
+# torch's that look at all of one parameter at a time: Muon orthogonalises it, Adafactor has numbers for rows and columns.
+_WHOLE = {"Adafactor", "Muon"}
 
 
-def check_elementwise(
+@dataclass(frozen=True)
+class Judgement:
+    """How an optimizer can be stepped. trial: of one that torch does not know. all_whole: every parameter whole."""
+
+    trial: Trial | None = None
+    all_whole: bool = False
+
+    def is_whole(self, group: int) -> bool:
+        """Whether the parameters of that group are stepped whole, each on one rank."""
+        return self.all_whole or (self.trial is not None and group in self.trial.wholes)
+
+
+def judged(
     optimizer: Optimizer, groups: Sequence[Sequence[Tensor]], handling: Handling, device: torch.device
-) -> Trial | None:
-    """Raise OptimizerError for one that cannot work on shards. Gives the trial of one that torch does not know.
+) -> Judgement:
+    """How `optimizer` can be stepped. Raises OptimizerError for one that cannot be.
 
     groups: the user's parameters, by group. handling: what the plan does to them. device: where they will be stepped.
     """
@@ -46,11 +59,11 @@ def check_elementwise(
             f"the step of this {name} was replaced on the object (optimizer.step = ...), and a prepared optimizer steps as its "
             "class does. Write a class with that step, or replace it after prepare, around the prepared step."
         )
-    if _is_known(optimizer):
-        return None
+    if _is_known(optimizer) or (_is_from_torch(optimizer) and name in _WHOLE):
+        return Judgement(all_whole=name in _WHOLE)
     trial = Trial(optimizer, handling, device)
-    trial.run(groups)
-    return trial
+    trial.judge(groups)
+    return Judgement(trial)
 
 
 def steps_in_parts(optimizer: Optimizer) -> bool:

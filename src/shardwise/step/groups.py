@@ -3,13 +3,15 @@
     group 0: [q.lora_A (8, 512), q.lora_B (512, 8)]   ->   rank 0: [q.lora_A[0:4096], q.lora_B[0:1024]]
                                                            rank 1: [q.lora_B[1024:4096]]
 
-Frozen parameters have no shards. Once they are trained, theirs come into the group that they have always belonged to.
+Frozen parameters have no shards. Once they are trained, theirs come into the group that they have always belonged to. A group
+whose parameters are stepped whole holds stand-ins of those that this rank owns (`wholes.py`); their pieces are here for what is
+done to gradients.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +28,7 @@ from ..zero.sharded import ShardedModel
 from ..zero.trained import Trained
 from ..zero.unit import Unit
 from .visits import Shard
+from .wholes import Whole, assign
 
 # Those whose fused kernels take a gradient scale, on GPU and CPU.
 _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
@@ -35,8 +38,10 @@ class Groups:
     """The groups of one optimizer.
 
     parameters: the user's, group by group, as torch's verbs number them. as_set: of each group, the settings that were
-                changed here, as the user had set them.
-    shards:     what the optimizer holds on this rank. members: id(trained) -> it and the places of what it drives there.
+                changed here, as the user had set them. is_whole: whether group `number` is stepped whole.
+    shards:     this rank's pieces of what the optimizer drives. stepped: those that it holds itself; the others are parts of
+                `wholes`, which are those of all ranks.
+    members: id(trained) -> it and the places of what it drives there.
     frozen:     those of `parameters` that have no shards.
     strays:     id(parameter) -> what is trained in the models that this optimizer does not step, and its place: in torch
                 their gradients are clipped with the others, if a script says so.
@@ -44,12 +49,17 @@ class Groups:
     sole:       ids of what no other optimizer steps: what a step does to its gradients in place is nobody else's matter.
     """
 
-    def __init__(self, optimizer: Optimizer, models: Sequence[ShardedModel]) -> None:
+    def __init__(
+        self, optimizer: Optimizer, models: Sequence[ShardedModel], is_whole: Callable[[int], bool] = lambda _: False
+    ) -> None:
         self.optimizer = optimizer
         self.models = models
+        self.is_whole = is_whole
         self.parameters: list[list[Parameter]] = []
         self.as_set: list[dict[str, Any]] = []
         self.shards: list[Shard] = []
+        self.stepped: list[Shard] = []
+        self.wholes: list[Whole] = []
         self.members: dict[int, tuple[Trained, list[int]]] = {}
         self.sole: set[int] = set()
         self.frozen: list[Parameter] = []
@@ -173,44 +183,72 @@ class Groups:
     def ledger(self) -> dict[tuple[Role, Tier], int]:
         """Bytes of the optimizer's states on this rank."""
         found: dict[tuple[Role, Tier], int] = {}
-        for shard in self.shards:
+        for shard in self.stepped:
             tier = shard.trained.master.tier
             for value in self.optimizer.state.get(shard.tensor, {}).values():
                 if isinstance(value, Tensor) and (shard.trained.in_place or not value.ndim):
                     found["optimizer", tier] = found.get(("optimizer", tier), 0) + value.nbytes
-        for trained, _ in self.members.values():
-            for slab in trained.states.values():
-                found["optimizer", slab.tier] = found.get(("optimizer", slab.tier), 0) + slab.nbytes
+        for whole in self.owned:
+            tier = whole.trained.master.tier if whole.trained.in_place else Tier.CPU
+            for name, value in self.optimizer.state.get(whole.tensor, {}).items():
+                if isinstance(value, Tensor) and name not in whole.states:
+                    found["optimizer", tier] = found.get(("optimizer", tier), 0) + value.nbytes
+        slabs = [slab for trained, _ in self.members.values() for slab in trained.states.values()]
+        for slab in (*slabs, *(slab for whole in self.owned for slab in whole.states.values())):
+            found["optimizer", slab.tier] = found.get(("optimizer", slab.tier), 0) + slab.nbytes
         return found
 
-    def _homes(self) -> dict[int, tuple[Trained, int]]:
-        """id(parameter) -> its gradients and its place among them."""
+    def _homes(self) -> dict[int, tuple[ShardedModel, Trained, int]]:
+        """id(parameter) -> its model, its gradients and its place among them."""
         return {
-            id(member.parameter): (unit.trained, index)
+            id(member.parameter): (model, unit.trained, index)
             for model in self.models
             for unit in model.units
             if unit.trained is not None
             for index, member in enumerate(unit.trained.buffer.members)
         }
 
-    def _join(self, number: int, own: Sequence[Parameter], homes: dict[int, tuple[Trained, int]]) -> None:
+    def _join(self, number: int, own: Sequence[Parameter], homes: dict[int, tuple[ShardedModel, Trained, int]]) -> None:
         """What rests here of the parameters `own` joins group `number`."""
-        group = self.optimizer.param_groups[number]
+        group, whole = self.optimizer.param_groups[number], self.is_whole(number)
+        new: list[Whole] = []
         for parameter in own:
             if id(parameter) not in homes:
                 continue
-            trained, index = homes[id(parameter)]
+            model, trained, index = homes[id(parameter)]
             self.members.setdefault(id(trained), (trained, []))[1].append(index)
+            if whole:
+                new.append(Whole(trained, index, number, model.engine))
             for shard in _shards_of(trained, index):
                 shard.group = number
-                group["params"].append(shard.tensor)
                 self.shards.append(shard)
+                if not whole:
+                    group["params"].append(shard.tensor)
+                    self.stepped.append(shard)
+        assign(new, self.wholes)
+        self.wholes += new
+        group["params"] += [one.tensor for one in new if one.is_own]
+
+    @property
+    def partly(self) -> set[int]:
+        """The ids of what holds something that is stepped in shards, on this rank or another."""
+        whole = {(id(one.trained), one.index) for one in self.wholes}
+        return {key for key, (_, indices) in self.members.items() if any((key, i) not in whole for i in indices)}
+
+    @property
+    def owned(self) -> list[Whole]:
+        """Those of `wholes` that this rank steps."""
+        return [whole for whole in self.wholes if whole.is_own]
 
     def _count(self) -> None:
         driven = {id(parameter) for parameter in self.driven()}
         self.frozen = [parameter for own in self.parameters for parameter in own if id(parameter) not in driven]
-        self.strays = {key: home for key, home in self._homes().items() if key not in driven}
-        self.sole = {key for key, (g, indices) in self.members.items() if len(indices) == len(g.buffer.members)}
+        self.strays = {key: (g, index) for key, (_, g, index) in self._homes().items() if key not in driven}
+        some = {
+            id(whole.trained) for whole in self.wholes
+        }  # their gradients are multiplied as they are, before they leave
+        alone = {key for key, (g, indices) in self.members.items() if len(indices) == len(g.buffer.members)}
+        self.sole = alone - some
         every = [trained for trained, _ in (*self.members.values(), *self.strays.values())]
         double = any(trained.master.dtype == torch.float64 for trained in every)
         self.norm_dtype = torch.float64 if double else torch.float32

@@ -36,7 +36,7 @@ from ..zero.sharded import ShardedModel
 from .applying import Applying
 from .averaging import refuse_swapped
 from .clipping import clip_factor
-from .elementwise import check_elementwise
+from .elementwise import Judgement, judged
 from .groups import Groups
 from .held import HeldGradients
 from .optimizer_dict import OptimizerDict
@@ -45,7 +45,7 @@ from .optimizer_verbs import OwnVerbs
 from .residency import Residency
 from .state_kinds import has_stepped
 from .telling import FlagOnOptimizer
-from .trial import Handling, Trial
+from .trial import Handling
 from .verdicts import Verdicts
 from .visits import Shard
 
@@ -98,8 +98,9 @@ class ShardedOptimizer:
         self.step_was_skipped = False
         self.steps = 0
         self.verdicts = Verdicts(self.ranks, models[0].engine.lanes)
-        self._trial = self.ranks.together(self._tried)
-        self.groups = Groups(optimizer, self.models)
+        judgement = self.ranks.together(self._tried)
+        self._trial = judgement.trial
+        self.groups = Groups(optimizer, self.models, judgement.is_whole)
         self.held = HeldGradients(self.groups, self.models, self.scaler)
         self._applying = Applying(optimizer, self.models, self.groups, self.held)
         thawed = self.ranks.together(self._to_thaw)
@@ -115,7 +116,7 @@ class ShardedOptimizer:
 
     # Taking over.
 
-    def _tried(self) -> Trial | None:
+    def _tried(self) -> Judgement:
         optimizer, models = self.optimizer, self.models
         if find_sharded_optimizer(optimizer) is not None:
             raise PrepareError(
@@ -128,7 +129,7 @@ class ShardedOptimizer:
             visits=out_of_place or any(not g.in_place for model in models for g in model.trained()),
             ranks=self.ranks.world_size,
         )
-        return check_elementwise(optimizer, [g["params"] for g in optimizer.param_groups], handling, self.ranks.device)
+        return judged(optimizer, [g["params"] for g in optimizer.param_groups], handling, self.ranks.device)
 
     def _to_thaw(self) -> list[Parameter]:
         """What the optimizer shall train, or has states for, and was frozen when its model was prepared."""
@@ -193,7 +194,7 @@ class ShardedOptimizer:
                 try:
                     self.groups.check(groups[-1:], len(groups) - 1)
                     if self._trial is not None:
-                        self._trial.run([*self.groups.parameters, groups[-1]["params"]])
+                        self._trial.judge([*self.groups.parameters, groups[-1]["params"]], len(groups) - 1)
                 finally:
                     found = groups.pop()
             return found
@@ -302,7 +303,7 @@ class ShardedOptimizer:
             self._apply(norm)
         if not self.step_was_skipped:
             for residency in self._residencies:
-                residency.after_step(self.optimizer, self.groups.shards)
+                residency.after_step(self.optimizer, self.groups.stepped)
             for model in self.models:
                 for call in model.after_step:
                     call()

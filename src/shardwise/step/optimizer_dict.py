@@ -161,7 +161,12 @@ class OptimizerDict:
             return f"parameter {number}" if key is None else f"parameter {number} ({key[1]})"
 
         try:
-            apart = split_states(by_number, shapes, name_of)
+            apart = split_states(
+                by_number,
+                shapes,
+                name_of,
+                lambda n: (key := states.keys.get(id(given[n]))) is not None and states.is_whole(key),
+            )
         except OptimizerError as error:
             raise OptimizerError(
                 f"{self._fault(error)} The dictionary is of another model, or a part of one that was saved on one rank."

@@ -37,6 +37,7 @@ from .state_kinds import (
     split_states,
 )
 from .visits import OFFLOADED, Shard, resting_place
+from .wholes import Whole
 
 
 class OptimizerState:
@@ -93,10 +94,11 @@ class OptimizerState:
 
     # On this rank.
 
-    def _held(self) -> Iterator[tuple[Key, tuple[int, ...], int, bool, Shard]]:
+    def _held(self) -> Iterator[tuple[Key, tuple[int, ...], int, bool, Shard | Whole]]:
         """(key, shape, begin, copied, what the optimizer holds) of each interval on this rank."""
         owners = {id(u.trained): n for n, model in enumerate(self.models) for u in model.units if u.trained}
-        for shard in self.groups.shards:
+        held: list[Shard | Whole] = [*self.groups.stepped, *self.groups.owned]
+        for shard in held:
             trained = shard.trained
             slot = trained.buffer.layout.slots[shard.index]
             copied = not trained.plan.optimizer.sharded and self.ranks.owners.size > 1
@@ -111,11 +113,11 @@ class OptimizerState:
                 continue
             elementwise, numbers = {}, {}
             for name, value in state.items():
-                if name in shard.trained.states and (isinstance(value, Tensor) or value is OFFLOADED):
-                    slab = shard.trained.states[name]
+                if name in shard.states and (isinstance(value, Tensor) or value is OFFLOADED):
+                    slab = shard.states[name]
                     rest = Rest(slab, shard.begin)
                     elementwise[name] = Interval(key[1], shape, begin, shard.numel, slab.dtype, copied, rest)
-                elif isinstance(value, Tensor) and value.shape == shard.tensor.shape:
+                elif _is_elementwise(name, value, shard):
                     rest = Rest(value.view(-1), 0)
                     elementwise[name] = Interval(key[1], shape, begin, shard.numel, value.dtype, copied, rest)
                 else:
@@ -151,16 +153,19 @@ class OptimizerState:
             tensor = shard.tensor
             group = groups[id(tensor)]
             on_device = any(group.get(flag) for flag in ("fused", "capturable"))
+            away = isinstance(shard, Whole) and not shard.trained.in_place
             state: dict[str, Any] = {}
             for name, value in numbers(key).items():
                 state[name] = value
                 if isinstance(value, Tensor):
                     counts = name in COUNTS and not on_device
-                    state[name] = value.to(torch.device("cpu") if counts else self.ranks.device, copy=True)
+                    state[name] = value.to(torch.device("cpu") if counts or away else self.ranks.device, copy=True)
                     if name == "step" and group.get("fused"):
                         state[name] = state[name].float()  # the kernels take no other
             for name, dtype in elementwise(key).items():
-                if shard.trained.in_place:
+                if isinstance(shard, Whole):
+                    state[name] = shard.state_at_rest(name, dtype)
+                elif shard.trained.in_place:
                     state[name] = torch.zeros_like(tensor, dtype=dtype, requires_grad=False)
                 else:
                     state[name] = resting_place(self.models[key[0]], shard, name, dtype)
@@ -172,6 +177,9 @@ class OptimizerState:
         mine: dict[int, list[Shard]] = {}
         wanted: dict[int, set[tuple[str, torch.dtype]]] = {}
         for key, _, _, _, shard in self._held():
+            if isinstance(shard, Whole):
+                shard.states.clear()
+                continue
             mine.setdefault(id(shard.trained), []).append(shard)
             wanted.setdefault(id(shard.trained), set()).update(elementwise(key).items())
         for shards in mine.values():
@@ -246,7 +254,12 @@ class OptimizerState:
                     self.dormant[id(parameter)] = in_little_memory(state)
                 elif state and key is not None:
                     found[key] = self._with_memory(state, key, group)
-        return split_states(found, self.shapes, lambda key: key[1])
+        return split_states(found, self.shapes, lambda key: key[1], self.is_whole)
+
+    def is_whole(self, key: Key) -> bool:
+        """Whether one rank steps that parameter and has all its states."""
+        found = {id(one.trained.buffer.members[one.index].parameter) for one in self.groups.wholes}
+        return any(self.keys[parameter] == key for parameter in found & self.keys.keys())
 
     def _with_memory(self, state: Mapping[str, Any], key: Key, group: Mapping[str, Any]) -> dict[str, Any]:
         """What the constructor made of a parameter, in the master's dtype; made anew of one that had no memory then."""
@@ -305,3 +318,9 @@ class OptimizerState:
         for model in self.models:
             model.engine.synchronize()
             model.engine.stores.drain()
+
+
+def _is_elementwise(name: str, value: Any, held: Shard | Whole) -> bool:
+    """Whether a state has a number for each element of what the optimizer holds."""
+    like = isinstance(value, Tensor) and value.shape == held.tensor.shape
+    return like and (bool(held.tensor.ndim) or name not in NUMBERS)  # a count has the shape of one without dimensions

@@ -81,6 +81,11 @@ class OwnVerbs:
         return result
 
     def _check(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        if self._held.groups.wholes:
+            raise OptimizerError(
+                f"{type(self.optimizer).__name__}.{name}() works on the parameters of its groups, and some of them are stepped "
+                "whole, each on one rank: they are there in step() only. Take zero_stage 0 without it, or do without it."
+            )
         if any(not shard.trained.in_place for shard in self._held.groups.shards):
             raise OptimizerError(
                 f"{type(self.optimizer).__name__}.{name}() works on the parameters of its groups. Some of their masters "

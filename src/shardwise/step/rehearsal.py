@@ -23,6 +23,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from .doubles import double, twin
+from .running import holding
 
 # Of the gradients, verb by verb: optimizers that clip do so at some of them.
 _SIZES = (1.0, 0.01, 30.0, 1.0)
@@ -62,11 +63,13 @@ Cuts = Sequence[tuple[int, int, int]]
 
 @dataclass(frozen=True)
 class Way:
-    """How stand-ins are held. twins: what each has. shaped: in their own shape. visits: each part steps in its own call."""
+    """How stand-ins are held. twins: what each has. Numbers of stand-ins: shaped: those in their own shape; visits: those of
+    which each part steps in its own call.
+    """
 
     twins: Sequence[Cuts]
-    shaped: bool = False
-    visits: bool = False
+    shaped: frozenset[int] = frozenset()
+    visits: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -115,8 +118,7 @@ def rehearse(
             gradients = [(torch.randn(s.start.shape, generator=source) * size).to(s.start) for s in stand_ins]
             found.returned = []
             for made, parts in twins:
-                play = _play_visiting if way.visits and verb.name == "step" else _play
-                found.returned.append(dict(leaves(play(made, parts, gradients, verb), "what it returned")))
+                found.returned.append(dict(leaves(_play(made, parts, gradients, verb, way), "what it returned")))
             found.weights.append(_weights(stand_ins, [part for _, parts in twins for part in parts]))
         found.draws = have_drawn()
     found.states = [[] for _ in stand_ins]
@@ -187,12 +189,11 @@ def _twin(
     for number, begin, end in cuts:
         stand_in = stand_ins[number]
         values = stand_in.start.reshape(-1)[begin:end].clone()
-        values = values.view(stand_in.start.shape) if way.shaped else values
+        values = values.view(stand_in.start.shape) if number in way.shaped else values
         parts.append(_Part(number, begin, end, values, Parameter(values)))
     # In attributes the optimizer has whole parameters, which the engine does not change.
     held |= {s.key: Parameter(s.start.clone()) for s in stand_ins}
-    if way.shaped:
-        held |= {stand_ins[part.number].key: part.tensor for part in parts}
+    held |= {stand_ins[part.number].key: part.tensor for part in parts if part.number in way.shaped}
     made = twin(optimizer, held)
     elementwise = {n for s in stand_ins for n, v in s.state.items() if s.start.ndim and is_like(v, s.start)}
     for part in parts:
@@ -232,19 +233,21 @@ def _gradient(part: _Part, gradients: Sequence[Tensor]) -> Tensor:
     return gradients[part.number].reshape(-1)[part.begin : part.end].clone().view(part.values.shape)
 
 
-def _play(made: Any, parts: Sequence[_Part], gradients: Sequence[Tensor], verb: Verb) -> Any:
-    for part in parts:
+def _play(made: Any, parts: Sequence[_Part], gradients: Sequence[Tensor], verb: Verb, way: Way) -> Any:
+    """As a step does: the optimizer steps what is in place, and a double each part that visits.
+
+    It does not see those that are stepped whole, whose stand-ins it holds; of others it holds what has no gradient.
+    """
+    visits: frozenset[int] = way.visits if verb.name == "step" else frozenset()
+    here = [part for part in parts if part.number not in visits]
+    seen = {id(part.tensor) for part in parts if part.number not in visits & way.shaped}
+    for part in here:
         part.tensor.grad = _gradient(part, gradients)
-    result = call(made, verb)
-    for part in parts:
+    with holding(made, seen):
+        result = call(made, verb)
+    for part in here:
         part.tensor.grad = None
-    return result
-
-
-def _play_visiting(made: Any, parts: Sequence[_Part], gradients: Sequence[Tensor], verb: Verb) -> Any:
-    """As `Visits` does: the optimizer steps what is in place, here nothing, and a double each part."""
-    result = call(made, verb)
-    for part in parts:
+    for part in (one for one in parts if one.number in visits):
         one = double(made)
         piece = Parameter(part.values)
         piece.grad = _gradient(part, gradients)

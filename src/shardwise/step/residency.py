@@ -168,4 +168,5 @@ def _keep_optimizer(model: ShardedModel, unit: Unit, optimizer: Optimizer, shard
             key: states[key][shard.begin : shard.end] if key in states else value for key, value in state.items()
         }
     for number, group in enumerate(optimizer.param_groups):
-        group["params"] = [shard.tensor for shard in shards if shard.group == number]
+        own = [shard.tensor for shard in shards if shard.group == number]
+        group["params"] = own or group["params"]  # parameters that are stepped whole do not move

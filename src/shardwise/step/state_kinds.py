@@ -76,12 +76,16 @@ def kinds(
 
 
 def split_states(
-    states: Mapping[K, Mapping[str, Any]], shapes: Mapping[K, tuple[int, ...]], name_of: Callable[[K], str]
+    states: Mapping[K, Mapping[str, Any]],
+    shapes: Mapping[K, tuple[int, ...]],
+    name_of: Callable[[K], str],
+    is_whole: Callable[[K], bool],
 ) -> dict[K, WholeState]:
     """Whole states by parameter, each with its elementwise ones and its numbers.
 
     Elementwise states of a parameter without dimensions have the shape of numbers. They are those that are elementwise for a
     parameter with dimensions, and those that no optimizer of torch has as a number.
+    is_whole: whether a parameter is never cut: then tensors of other shapes count as numbers.
     Raises OptimizerError for a tensor that has dimensions, but not its parameter's.
     """
     numbers = set(NUMBERS)
@@ -96,7 +100,8 @@ def split_states(
     for key, state in states.items():
         parts = found[key] = WholeState({}, {})
         for name, value in state.items():
-            if isinstance(value, Tensor) and (value.ndim or not shapes[key]) and not is_like(value, shapes[key]):
+            odd = isinstance(value, Tensor) and (value.ndim or not shapes[key]) and not is_like(value, shapes[key])
+            if odd and not is_whole(key):
                 raise OptimizerError(
                     f"the state {name} of {name_of(key)} has shape {tuple(value.shape)}, but the parameter's is {shapes[key]}."
                 )

@@ -8,6 +8,9 @@ engine will hold it, one difference after another, so that the first that shows 
     parted     three ranks     [] | [w 0:k, v 0:k] | [w k:, v k:]
     visiting   as before, each part in a call of its own                       where states rest off the device
 
+A group that gives other numbers so is tried once more with whole parameters, in their own shapes, each on one rank and in a
+call of its own: then it is stepped as `wholes.py` has it.
+
 What is compared: weights after every step, states, and numbers that are kept for a group or for the optimizer itself. Twins of
 the user's optimizer step here (`rehearsal.py`), which share nothing with it.
 """
@@ -66,6 +69,7 @@ class Trial:
     """Tries one optimizer that torch does not know.
 
     handling: what the plan does to it. device: where it will step. The user's optimizer is not changed.
+    wholes: the numbers of the groups that were found to need whole parameters.
     """
 
     def __init__(self, optimizer: Optimizer, handling: Handling, device: torch.device) -> None:
@@ -73,6 +77,7 @@ class Trial:
         self.handling = handling
         self.device = device
         self._name = type(optimizer).__name__
+        self.wholes: frozenset[int] = frozenset()
         self._stand_ins: list[StandIn] = []
         self._others: list[int] = []
         self._states: dict[int, Mapping[str, Any]] = {}
@@ -82,7 +87,36 @@ class Trial:
 
     # What is asked.
 
-    def run(self, groups: Sequence[Sequence[Tensor]]) -> None:
+    def judge(self, groups: Sequence[Sequence[Tensor]], first: int = 0) -> None:
+        """Find out which groups from number `first` on need whole parameters. Raises OptimizerError if those do not help."""
+        try:
+            self._run(groups)
+            return
+        except OptimizerError as error:
+            problem = error
+        before, alike = self.wholes, self._alike(groups, first)
+        self.wholes = before.union(*alike)
+        try:
+            self._run(groups)
+        except OptimizerError:
+            self.wholes = before
+            raise problem from None
+        for numbers in alike if len(alike) > 1 else ():
+            found, self.wholes = self.wholes, self.wholes - numbers
+            try:
+                self._run(groups)
+            except OptimizerError:
+                self.wholes = found
+        self._run(groups)
+
+    def _alike(self, groups: Sequence[Sequence[Tensor]], first: int) -> list[frozenset[int]]:
+        """The groups from `first` on, those together that have one kind of settings and of parameters."""
+        found: dict[Any, set[int]] = {}
+        for number in range(first, len(groups)):
+            found.setdefault(self._kind_with(number, groups[number]), set()).add(number)
+        return [frozenset(numbers) for numbers in found.values()]
+
+    def _run(self, groups: Sequence[Sequence[Tensor]]) -> None:
         """Try it with these parameters in its groups, the user's. Raises OptimizerError if it cannot work on shards."""
         refuse_what_it_reaches(self.optimizer)
         before = self._stand_ins, self._others
@@ -91,8 +125,7 @@ class Trial:
         self._others = [id(p) for parameters in groups for p in parameters]
         try:
             for number, parameters in enumerate(groups):
-                signs = tuple(sign for _, sign in self._kind(number))
-                kind = signs, frozenset((p.ndim, min(p.numel(), _ROOM).bit_length()) for p in _chosen(parameters))
+                kind = self._kind_with(number, parameters)
                 room = _LITTLE_ROOM if kind in known else _ROOM
                 known.add(kind)
                 self._stand_ins += [self._stand_in(number, p, room) for p in _chosen(parameters)]
@@ -148,13 +181,16 @@ class Trial:
         start = torch.randn(_small(tuple(parameter.shape), room), generator=source) * 0.1
         if id(parameter) not in self._states:
             state = self.optimizer.state.get(parameter, {})
-            self._states[id(parameter)] = {n: self._cut(n, v, parameter, start, dtype) for n, v in state.items()}
+            cut = {n: self._cut(n, v, parameter, start, dtype, group in self.wholes) for n, v in state.items()}
+            self._states[id(parameter)] = {} if any(v is None and state[n] is not None for n, v in cut.items()) else cut
         return StandIn(id(parameter), group, start.to(self.device, dtype), self._states[id(parameter)])
 
-    def _cut(self, name: str, value: Any, parameter: Tensor, start: Tensor, dtype: torch.dtype) -> Any:
+    def _cut(self, name: str, value: Any, parameter: Tensor, start: Tensor, dtype: torch.dtype, whole: bool) -> Any:
         if not isinstance(value, Tensor) or not value.ndim:
             return value.detach().clone() if isinstance(value, Tensor) else value
         if value.shape != parameter.shape:
+            if whole:
+                return None  # of the small stand-in it would have another shape
             raise OptimizerError(self._odd_state(name, value, tuple(parameter.shape)))
         if value.is_meta:  # made while the weights had no memory
             return torch.ones(start.shape, device=self.device, dtype=dtype)
@@ -164,17 +200,27 @@ class Trial:
     # Ways.
 
     def _whole(self) -> Way:
-        return Way([[(n, 0, s.start.numel()) for n, s in enumerate(self._stand_ins)]], shaped=True)
+        every = frozenset(range(len(self._stand_ins)))
+        return Way([[(n, 0, s.start.numel()) for n, s in enumerate(self._stand_ins)]], shaped=every)
+
+    @property
+    def _uncut(self) -> frozenset[int]:
+        """The stand-ins that are stepped whole."""
+        return frozenset(n for n, s in enumerate(self._stand_ins) if s.group in self.wholes)
 
     def _apart(self) -> Way:
         everything = [(n, 0, s.start.numel()) for n, s in enumerate(self._stand_ins)]
-        return Way([everything[0::2], everything[1::2]])
+        return Way([everything[0::2], everything[1::2]], self._uncut)
 
     def _parts(self) -> tuple[list[Cuts], Cuts]:
         """(what two ranks have, all of it). The first part of each ends in the middle of a row."""
-        first, second = [], []
+        first: list[tuple[int, int, int]] = []
+        second: list[tuple[int, int, int]] = []
         for number, stand_in in enumerate(self._stand_ins):
             numel = stand_in.start.numel()
+            if stand_in.group in self.wholes:
+                (first, second)[number % 2].append((number, 0, numel))
+                continue
             cut = max(1, numel * 2 // 5)
             first.append((number, 0, cut))
             second += [(number, cut, numel)] if cut < numel else []
@@ -221,7 +267,9 @@ class Trial:
     def _differences(self) -> Iterator[_Difference]:
         """Of this plan, one after another."""
         yield _Difference(
-            Way(self._whole().twins), "where parameters are flat rows, as every zero_stage holds them", INSTEAD
+            Way(self._whole().twins, self._uncut),
+            "where parameters are flat rows, as every zero_stage holds them",
+            INSTEAD,
         )
         cuts, every = self._parts()
         if self.handling.parted:
@@ -233,14 +281,15 @@ class Trial:
                 advice,
             )
             yield _Difference(
-                Way(cuts),
+                Way(cuts, self._uncut),
                 "for two parts of a parameter that are stepped apart, on two ranks, than for all of it, as by a norm or a mean "
                 "over a parameter",
                 advice,
             )
-        if self.handling.visits:
+        visits = frozenset(range(len(self._stand_ins))) if self.handling.visits else self._uncut
+        if visits:
             yield _Difference(
-                Way(cuts if self.handling.parted else [every], visits=True),
+                Way(cuts if self.handling.parted else [every], self._uncut, visits),
                 "where parts are stepped one after another, each in a call of its own, as offloaded states are: it keeps "
                 "something for a whole parameter group, such as a count of its steps, or looks at several parameters",
                 "Set offload_optimizer_device: none, or take an optimizer that keeps everything with its parameters.",
@@ -266,7 +315,8 @@ class Trial:
             )
         for stand_in, held in zip(self._stand_ins, found.states, strict=True):
             for name, value in held[0][2].items():
-                if not is_plain(value) and not is_like(value, stand_in.start):
+                odd = not is_plain(value) and not is_like(value, stand_in.start)
+                if odd and not (stand_in.group in self.wholes and isinstance(value, Tensor)):
                     raise OptimizerError(self._odd_state(name, value, tuple(stand_in.start.shape)))
         if not all(bool(torch.isfinite(w).all()) for weights in found.weights for w in weights):
             raise OptimizerError(f"{what} cannot be judged: in a trial its weights became NaN or infinite. {INSTEAD}")
@@ -295,6 +345,11 @@ class Trial:
 
     def _kinds(self) -> tuple[Any, ...]:
         return tuple(self._kind(number) for number in range(len(self.optimizer.param_groups)))
+
+    def _kind_with(self, number: int, parameters: Sequence[Tensor]) -> tuple[Any, ...]:
+        """Groups with the same are alike: in the signs of their settings, and in the shapes and sizes of what they hold."""
+        sizes = frozenset((p.ndim, min(p.numel(), _ROOM).bit_length()) for p in _chosen(parameters))
+        return tuple(sign for _, sign in self._kind(number)), sizes
 
     def _kind(self, number: int) -> tuple[Any, ...]:
         """What of a group's settings a trial depends on."""

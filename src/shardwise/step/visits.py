@@ -69,6 +69,11 @@ class Shard:
     def numel(self) -> int:
         return self.end - self.begin
 
+    @property
+    def states(self) -> dict[str, Slab]:
+        """What rests off the device of its unit's states, by key."""
+        return self.trained.states
+
     def gradient(self) -> Tensor | None:
         """The reduced gradient of this piece, or None if no rank used the parameter since the last step."""
         at_rest = self.trained.gradients.at_rest

@@ -1,0 +1,259 @@
+"""Parameters that one rank steps whole: those of optimizers that look at all of a matrix, as Muon and Adafactor do.
+
+Masters and gradients stay in shards, cut at elements, as every optimizer has them: gathers, reductions, norms and checkpoints
+know of nothing else. For its step a parameter comes together on its owner, which has the states, and goes back:
+
+    rank 0   [ a a a b b ]         to owners   rank 0: a a a            back   [ a a a b b ]
+    rank 1   [ b b c c . ]                     rank 1: b b b b, c c            [ b b c c . ]
+
+So each is computed once, with the class's own step on a tensor in the parameter's own shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from ..offload.store import Slab
+from ..plan.layout import Piece, Region
+from ..zero.engine import Engine
+from ..zero.trained import Trained
+from ..zero.unit import Unit
+from .doubles import double
+from .running import run_step
+from .visits import OFFLOADED
+
+# How much more than an equal share a rank may get to do for the sake of a parameter that lies on it.
+_SLACK = 1.02
+
+
+class Whole:
+    """One parameter that one rank steps.
+
+    owner:  the place of that rank among the ranks that divide the masters; None where each of them has all, and steps it.
+    tensor: what the optimizer holds of it there: a stand-in on the meta device, in the parameter's shape.
+    states: elementwise states that rest off the device, by key; flat.
+    """
+
+    begin = 0
+
+    def __init__(self, trained: Trained, index: int, group: int, engine: Engine) -> None:
+        slot = trained.buffer.layout.slots[index]
+        self.trained = trained
+        self.index = index
+        self.group = group
+        self.engine = engine
+        self.shape = slot.shape
+        self.numel = slot.numel
+        self.in_slot = 0
+        self.owner: int | None = None
+        self.tensor = Parameter(torch.empty(slot.shape, dtype=trained.master.dtype, device="meta"))
+        self.states: dict[str, Slab] = {}
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this rank steps it."""
+        return self.owner is None or self.owner == self.engine.ranks.owners.rank
+
+    @property
+    def cost(self) -> int:
+        """In proportion to operations: of matrix products with the shorter side, or of a pass over its elements."""
+        sides = (self.shape[0], math.prod(self.shape[1:])) if len(self.shape) > 1 else (1, 1)
+        return self.numel * max(1, min(sides))
+
+    @property
+    def used(self) -> bool:
+        """Whether it has a gradient; the same on every rank."""
+        return self.trained.gradients.at_rest is not None and self.trained.gradients.used[self.index]
+
+    def state_at_rest(self, name: str, dtype: torch.dtype) -> Any:
+        """Make room for an elementwise state; gives what the optimizer's dictionary holds for it."""
+        if self.trained.in_place:
+            return torch.zeros(self.shape, dtype=dtype, device=self.trained.master.tensor.device)
+        slab = self.states.get(name)
+        if slab is None or slab.dtype != dtype:
+            store = self.engine.stores.of(self.trained.plan.optimizer.tier, "optimizer")
+            words = f"{self.trained.buffer.members[self.index].name}.{name}"
+            slab = self.states[name] = store.allocate(self.numel, dtype, words)
+        return slab.tensor.view(self.shape) if slab.in_memory else OFFLOADED
+
+    def brought(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Its states on the device, for a step."""
+        device, found = self.engine.ranks.device, {}
+        for name, value in state.items():
+            if name in self.states:
+                found[name] = self.engine.look_at(self.states[name]).view(self.shape)
+            elif isinstance(value, Tensor) and value.ndim and not self.trained.in_place:
+                found[name] = value.to(device)
+            else:
+                found[name] = value
+        return found
+
+    def put_to_rest(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """States behind a step; gives what the optimizer's dictionary holds of them."""
+        if self.trained.in_place:
+            return dict(state)
+        found: dict[str, Any] = {}
+        for name, value in state.items():
+            found[name] = value
+            if isinstance(value, Tensor) and value.ndim and value.shape == self.shape:
+                found[name] = self.state_at_rest(name, value.dtype)
+                self.engine.put_to_rest(value.contiguous().view(-1), self.states[name])
+            elif isinstance(value, Tensor) and value.ndim:
+                found[name] = value.to("cpu")
+        return found
+
+
+def assign(wholes: Sequence[Whole], before: Sequence[Whole]) -> None:
+    """Give each of `wholes` an owner, the dearest first: where most of it lies, unless that rank has its share already.
+
+    before: those that have one. Every rank comes to the same without a message.
+    """
+    load: dict[int, int] = {}
+    for whole in before:
+        if whole.owner is not None:
+            load[whole.owner] = load.get(whole.owner, 0) + whole.cost
+    parted = [whole for whole in wholes if whole.trained.region.rank is not None]
+    for whole in sorted(parted, key=lambda one: -one.cost):
+        size = whole.engine.ranks.owners.size
+        share = sum(one.cost for one in (*before, *wholes)) / size
+        held = {place: sum(piece.numel for piece in pieces) for place, pieces in _pieces(whole).items()}
+        least = min(load.get(place, 0) for place in range(size))
+        fits = [p for p in range(size) if load.get(p, 0) + whole.cost <= max(_SLACK * share, least + whole.cost)]
+        whole.owner = max(fits, key=lambda p: (held.get(p, 0), -load.get(p, 0), -p))
+        load[whole.owner] = load.get(whole.owner, 0) + whole.cost
+
+
+def _pieces(whole: Whole) -> dict[int, list[Piece]]:
+    """Where it lies: by place among the owners of masters, in the order of its elements."""
+    region, size = whole.trained.region, whole.engine.ranks.owners.size
+    found: dict[int, list[Piece]] = {}
+    for place in range(size):
+        pieces = [p for p in Region(region.layout, place, region.parts).pieces if p.slot == whole.index]
+        if pieces:
+            found[place] = pieces
+    return found
+
+
+class WholeSteps:
+    """Steps the whole parameters of one optimizer, unit by unit."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self._known: dict[int, dict[int, list[Piece]]] = {}  # by the id of a Whole, which lives as long
+
+    def step(self, unit: Unit, wholes: Sequence[Whole], factor: Tensor | None) -> Tensor | None:
+        """Step those of `wholes`, all of one unit, that have a gradient. Collective.
+
+        factor: by which gradients are multiplied. Gives the new masters of this rank, on the device: the master itself where
+        it is in place; None if there was nothing to step.
+        """
+        live = [whole for whole in wholes if whole.used]
+        if not live:
+            return None
+        trained, engine = live[0].trained, live[0].engine
+        at_rest = trained.gradients.at_rest
+        assert at_rest is not None
+        master = trained.master.tensor if trained.in_place else engine.look_at(trained.master)
+        gradient = at_rest.to(master.device, master.dtype)
+        if live[0].owner is None:
+            self._run(
+                live,
+                [(self._view(w, master).clone(), self._view(w, gradient).clone()) for w in live],
+                factor,
+                lambda w, values: self._view(w, master).copy_(values),
+            )
+            return master
+        mine = self._to_owners(live, [master, gradient])
+        stepped: dict[int, Tensor] = {}
+        self._run(
+            [w for w in live if w.is_own], mine, factor, lambda w, values: stepped.update({id(w): values.reshape(-1)})
+        )
+        self._back(live, stepped, master)
+        return master
+
+    @staticmethod
+    def _view(whole: Whole, flat: Tensor) -> Tensor:
+        slot = whole.trained.buffer.layout.slots[whole.index]
+        return flat[slot.offset : slot.offset + slot.numel].view(slot.shape)
+
+    def _where(self, whole: Whole) -> dict[int, list[Piece]]:
+        if id(whole) not in self._known:
+            self._known[id(whole)] = _pieces(whole)
+        return self._known[id(whole)]
+
+    def _to_owners(self, live: Sequence[Whole], flats: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """Of each of this rank's own: these flats' elements in the parameter's shape. flats: (region.numel,) of one dtype."""
+        owners = live[0].engine.ranks.owners
+        empty = flats[0][:0]
+        sent: list[list[Tensor]] = [[empty] for _ in range(owners.size)]
+        sizes = [0] * owners.size
+        for whole in live:
+            assert whole.owner is not None
+            for piece in self._where(whole).get(owners.rank, []):
+                sent[whole.owner] += [flat[piece.in_shard : piece.in_shard + piece.numel] for flat in flats]
+            if whole.is_own:
+                for place, pieces in self._where(whole).items():
+                    sizes[place] += len(flats) * sum(piece.numel for piece in pieces)
+        got = owners.all_to_all([torch.cat(parts) for parts in sent], sizes)
+        at = [0] * owners.size
+        found = []
+        for whole in (one for one in live if one.is_own):
+            rows = tuple(flats[0].new_empty(whole.numel) for _ in flats)
+            for place, pieces in self._where(whole).items():
+                for piece in pieces:
+                    for row in rows:
+                        came = got[place][at[place] : at[place] + piece.numel]
+                        row[piece.in_slot : piece.in_slot + piece.numel].copy_(came)
+                        at[place] += piece.numel
+            found.append(tuple(row.view(whole.shape) for row in rows))
+        return found
+
+    def _back(self, live: Sequence[Whole], stepped: Mapping[int, Tensor], master: Tensor) -> None:
+        """New values go from owners into `master`, this rank's part of each."""
+        owners = live[0].engine.ranks.owners
+        sent: list[list[Tensor]] = [[master[:0]] for _ in range(owners.size)]
+        sizes = [0] * owners.size
+        for whole in live:
+            assert whole.owner is not None
+            for place, pieces in self._where(whole).items():
+                for piece in pieces:
+                    if whole.is_own:
+                        sent[place].append(stepped[id(whole)][piece.in_slot : piece.in_slot + piece.numel])
+                    if place == owners.rank:
+                        sizes[whole.owner] += piece.numel
+        got = owners.all_to_all([torch.cat(parts) for parts in sent], sizes)
+        at = [0] * owners.size
+        for whole in live:
+            assert whole.owner is not None
+            for piece in self._where(whole).get(owners.rank, []):
+                come = got[whole.owner][at[whole.owner] : at[whole.owner] + piece.numel]
+                master[piece.in_shard : piece.in_shard + piece.numel].copy_(come)
+                at[whole.owner] += piece.numel
+
+    def _run(
+        self, own: Sequence[Whole], values: Sequence[tuple[Tensor, ...]], factor: Tensor | None, take: Any
+    ) -> None:
+        """The class's own step on whole tensors. values: master and gradient of each. take: is given each, and its new one."""
+        if not own:
+            return
+        one = double(self.optimizer)
+        tensors = []
+        for whole, (master, gradient) in zip(own, values, strict=True):
+            tensor = Parameter(master)
+            tensor.grad = gradient if factor is None else gradient.mul_(factor.to(gradient.device))
+            state = self.optimizer.state.get(whole.tensor)
+            if state:
+                one.state[tensor] = whole.brought(state)
+            one.param_groups[whole.group]["params"].append(tensor)
+            tensors.append(tensor)
+        run_step(one)
+        for whole, tensor in zip(own, tensors, strict=True):
+            self.optimizer.state[whole.tensor] = whole.put_to_rest(one.state[tensor])
+            take(whole, tensor.detach())
