@@ -102,7 +102,8 @@ class Whole:
         found: dict[str, Any] = {}
         for name, value in state.items():
             found[name] = value
-            if isinstance(value, Tensor) and value.ndim and value.shape == self.shape:
+            elementwise = isinstance(value, Tensor) and value.ndim and value.shape == self.shape
+            if elementwise or name in self.states:  # of a parameter without dimensions, what was loaded as such
                 found[name] = self.state_at_rest(name, value.dtype)
                 self.engine.put_to_rest(value.contiguous().view(-1), self.states[name])
             elif isinstance(value, Tensor) and value.ndim:
@@ -119,7 +120,7 @@ def assign(wholes: Sequence[Whole], before: Sequence[Whole]) -> None:
     for whole in before:
         if whole.owner is not None:
             load[whole.owner] = load.get(whole.owner, 0) + whole.cost
-    parted = [whole for whole in wholes if whole.trained.region.rank is not None]
+    parted = [w for w in wholes if w.trained.region.rank is not None and w.engine.ranks.owners.size > 1]
     for whole in sorted(parted, key=lambda one: -one.cost):
         size = whole.engine.ranks.owners.size
         share = sum(one.cost for one in (*before, *wholes)) / size
