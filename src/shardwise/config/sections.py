@@ -286,6 +286,7 @@ class EngineConfig(Section):
                     most 1/16 of what is frozen in their unit.
     gather_with:    "copy_engine" lets ranks of one machine copy shards from each other, "nccl" gathers with its kernels, "auto"
                     takes the first where it is possible.
+    gather_dtype:   "int8" sends 16-bit weights between machines as 8-bit codes with a scale for each 256, in passes alone.
     generation_memory_budget: bytes of gathered weights while generating; "auto" for what is free, None for the fewest.
     optimizer, scheduler: what `prepare` builds for a DummyOptim and a DummyScheduler, as a DeepSpeed JSON says it.
     """
@@ -302,6 +303,16 @@ class EngineConfig(Section):
         one_of("auto", "nccl", "copy_engine"),
         Setting("Who brings the shards of weights together.", ENGINE, "auto|copy_engine|nccl", after="wait_warning_s"),
     ] = "auto"
+    gather_dtype: Annotated[
+        Literal["none", "int8"],
+        one_of("none", "int8"),
+        Setting(
+            "Send weights of passes between machines as they are, or as int8 (stage 3).",
+            ENGINE,
+            "none|int8",
+            after="gather_with",
+        ),
+    ] = "none"
     units: Annotated[
         OptionalNames, Setting("Block classes or module paths to shard as units, with commas.", ENGINE)
     ] = None
