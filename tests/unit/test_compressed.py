@@ -132,7 +132,10 @@ def blueprint(*, trained: torch.dtype = torch.bfloat16) -> Blueprint:
 def test_the_estimate_counts_the_codes_of_one_gather() -> None:
     unit = blueprint()
     frozen, trained = unit.packings(4)
-    assert (frozen.numel, trained.numel) == (unit.frozen_layout(4).shard_numel // 2, unit.trainable_layout(4).shard_numel)
+    assert (frozen.numel, trained.numel) == (
+        unit.frozen_layout(4).shard_numel // 2,
+        unit.trainable_layout(4).shard_numel,
+    )
     nbytes = frozen.nbytes + trained.nbytes + frozen.staging_nbytes
     assert codes_nbytes([frozen, trained]) == nbytes
     model = nn.Module()
@@ -144,8 +147,12 @@ def test_the_estimate_counts_the_codes_of_one_gather() -> None:
 
 
 def test_trained_weights_that_are_gathered_in_fp32_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"gather_dtype: int8 is for .* 16 bits; w is trained and gathered in float32\. Set"):
+    with pytest.raises(
+        ConfigError, match=r"gather_dtype: int8 is for .* 16 bits; w is trained and gathered in float32\. Set"
+    ):
         refuse_wide([blueprint(trained=torch.float32)], 2)
     refuse_wide([blueprint()], 2)
-    whole = Blueprint("", (), Plan.from_stage(3).with_whole_parameters(), (), blueprint(trained=torch.float32).trainable)
+    whole = Blueprint(
+        "", (), Plan.from_stage(3).with_whole_parameters(), (), blueprint(trained=torch.float32).trainable
+    )
     refuse_wide([whole], 2)  # as small adapters are: never gathered

@@ -57,7 +57,6 @@ class FlatBuffer:
         changes: bool = False,
         packing: Packing | None = None,
     ) -> None:
-        self.packing = packing
         self.members = tuple(members)
         self.dtype = dtype
         self.placement = placement
@@ -78,6 +77,7 @@ class FlatBuffer:
         self._base, self._addresses = 0, list[int]()  # where `whole` was last, and where they belong then
         self._nbytes = self.whole.untyped_storage().nbytes()
         self.leaves = placement.leaves(shards)
+        self.packing = packing if self.leaves else None
         self._fixed = False
         self.slab: Slab | None = None
         self._copies: list[tuple[Tensor, Tensor]] = []
@@ -110,6 +110,7 @@ class FlatBuffer:
         self.slab = None
         self._copies = []
         self.leaves = False
+        self.packing = None
 
     @property
     def travels(self) -> bool:
