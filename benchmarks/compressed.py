@@ -3,10 +3,10 @@
     torchrun --nproc_per_node 2 benchmarks/compressed.py --use-cpu
     torchrun --nproc_per_node 2 benchmarks/compressed.py --use-cpu --tiny
 
-The ranks are told that they sit on two machines. A byte-level Llama learns the documents of this repository, from the start and by
-plain torch; then the engine trains it on the sources, all of it and as LoRA, exactly and with `gather_dtype: int8`, the same
-batches each. The loss of a training step is of the weights that compute; the held-out loss at the end is of the exact ones, in
-`gathered`, and for LoRA also of the rounded ones. Prints a JSON line for each and two tables. No timing.
+The ranks are told that they sit on machines of their own. A byte-level Llama learns this repository's documents by plain torch.
+Then the engine trains it on the sources, all of it and as LoRA, exactly and with `gather_dtype: int8`, on the same batches. The
+loss of a training step is of the weights that compute; the held-out loss at the end is of the exact ones, in `gathered`, and of
+those that compute. Prints a JSON line for each and two tables. No timing.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     for name, value in errors.items():
         place.say(f"{name:<40}{100 * value:>8.3f}%")
     shown = sorted({1, 2, *range(10, steps + 1, 10), steps})
-    place.say(f"{'loss at step':<28}" + "".join(f"{step:>9}" for step in shown) + f"{'exact':>11}{'rounded':>9}")
+    place.say(f"{'loss at step':<28}" + "".join(f"{step:>9}" for step in shown) + f"{'held out':>11}{'passes':>9}")
     for (tuning, gather_dtype), record in found.items():
         losses = "".join(f"{record['losses'][step - 1]:>9.4f}" for step in shown)
         place.say(
