@@ -113,8 +113,8 @@ def gather_s(nbytes: int, ranks: int, terms: Terms, *, codes: bool) -> float:
         return collective_s(nbytes, ranks, terms)
     numel = nbytes // 2
     packing = Packing(numel // ranks, ranks)
-    # Of each weight of the shard: its range is read, it is divided in fp32, rounded, clamped, freed of NaN and stored.
-    made = 37 * packing.numel / terms.memory + 14 * math.ceil(packing.numel / CHUNK) * terms.kernel
+    # Of each weight of the shard: its range is read, it is cast, divided, rounded, clamped, freed of NaN and stored.
+    made = 45 * packing.numel / terms.memory + 15 * math.ceil(packing.numel / CHUNK) * terms.kernel
     read = 3 * numel / terms.memory + terms.kernel
     return collective_s(packing.nbytes, ranks, terms) + made + read
 

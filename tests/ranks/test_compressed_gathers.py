@@ -219,9 +219,34 @@ def _kept_by_a_graph(ranks, plan):
         stepping.zero_grad()
 
 
-@pytest.mark.parametrize("plan", ["3", "3-all"])
+@pytest.mark.parametrize("plan", ["3", "3-all", "3-disk"])
 def test_what_a_graph_keeps_is_gathered_again_exactly_for_a_script(world, plan):
     world(2).run(_kept_by_a_graph, plan)
+
+
+def _thaws(ranks):
+    """A frozen weight is trained from some step on: its master starts from the exact value."""
+    model = tower(frozen=True)
+    sharded, _, stepping = compressed(ranks, model)
+    x = mine(inputs(1)[0].bfloat16(), ranks.rank, ranks.world_size)
+    loss_of(model, x).backward()
+    stepping.zero_grad()
+    model.blocks[0].up.weight.requires_grad_(True)
+    loss_of(model, x).backward()
+    found = {trained.name: trained for trained in sharded.trained()}["blocks.0.up.weight"]
+    wanted = tower().blocks[0].up.weight.detach().bfloat16().float().flatten()
+    pieces = [wanted[p.in_slot : p.in_slot + p.numel] for p in found.region.pieces]
+    assert torch.equal(found.master.tensor[: sum(p.numel() for p in pieces)], torch.cat(pieces))
+    assert found.buffer.packing is not None
+    rounded, _ = rounded_by_hand(sharded)
+    seen = []
+    model.blocks[0].up.register_forward_pre_hook(lambda module, args: seen.append(module.weight.detach().clone()))
+    loss_of(model, x)
+    assert torch.equal(seen[0], rounded["blocks.0.up.weight"])
+
+
+def test_a_thawed_weight_starts_from_its_exact_value(world):
+    world(2).run(_thaws)
 
 
 def _loops(ranks):
@@ -288,6 +313,8 @@ def _reads_between(ranks):
         found = []
         for _ in range(3):
             found.append(torch.equal(model(x.bfloat16()), wanted[0]))  # every rank evaluates
+            with torch.enable_grad():
+                model(x.bfloat16())  # and no backward: its last units are here still, rounded
             accelerator.wait_for_everyone()
             if ranks.rank == 0:
                 found.append(torch.equal(model.head.weight.detach().clone(), before["head.weight"]))

@@ -98,6 +98,31 @@ def test_gaussian_weights_are_off_by_three_quarters_of_a_percent() -> None:
     assert 0.006 < error < 0.008
 
 
+def most_in_use(prof: torch.profiler.profile) -> int:
+    """Bytes that were allocated and not yet freed, at the worst moment."""
+    events = [event for event in prof.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize(("numel", "shards"), [(1 << 16, 2), (CHUNK + 192, 2), (1 << 18, 16)])
+def test_making_and_reading_codes_takes_what_the_estimate_says(numel, shards) -> None:
+    packing = Packing(numel, shards)
+    weights, parts = torch.randn(numel).bfloat16(), torch.zeros(packing.nbytes, dtype=torch.uint8)
+    whole = torch.zeros(shards * numel, dtype=torch.bfloat16)
+    for work in (
+        lambda: quantise(weights, packing, parts[: packing.part_nbytes]),
+        lambda: dequantise(parts, packing, whole),
+    ):
+        with torch.profiler.profile(profile_memory=True) as prof:
+            work()
+        most = most_in_use(prof)
+        assert 2 * min(numel, CHUNK) <= most <= packing.staging_nbytes, (most, packing.staging_nbytes)
+
+
 # Which buffers, and their bytes.
 
 

@@ -50,4 +50,4 @@ class Packing:
     def staging_nbytes(self) -> int:
         """What quantising takes for its duration: a chunk in fp32, and a few numbers for each of its blocks."""
         numel = min(self.numel, CHUNK)
-        return 4 * numel + 32 * math.ceil(numel / BLOCK)
+        return 4 * numel + 32 * (math.ceil(numel / BLOCK) + self.shards)

@@ -104,7 +104,7 @@ def quantise(weights: Tensor, packing: Packing, part: Tensor) -> None:
         torch.div(largest, _LARGEST_CODE, out=own)
         own.masked_fill_(~own.isfinite(), torch.nan)
         divisors = torch.where(own == 0, 1, own).unsqueeze(-1)  # a block of zeros has the codes 0
-        scaled = torch.div(blocks, divisors, out=_in_fp32(blocks))
+        scaled = blocks.float().div_(divisors)  # a CPU would divide mixed dtypes in a second copy
         scaled.round_().clamp_(-_LARGEST_CODE, _LARGEST_CODE).nan_to_num_(0)
         begin = first * BLOCK
         codes[:, begin : begin + blocks[0].numel()].copy_(scaled.flatten(1))
@@ -118,8 +118,8 @@ def dequantise(parts: Tensor, packing: Packing, whole: Tensor) -> None:
     parts: (packing.nbytes,) bytes, of the ranks in their order. whole: (shards * numel,) in the weights' dtype.
     """
     scales, codes = _scales_and_codes(parts.view(packing.shards, -1), packing)
-    # A GPU rounds products as it writes them; a CPU keeps them in fp32 first.
-    at_once = packing.blocks if whole.is_cuda else max(1, CHUNK // BLOCK // packing.shards)
+    # A GPU rounds products as it writes them; a CPU has codes and products in fp32 first, in what quantising took.
+    at_once = packing.blocks if whole.is_cuda else max(1, min(packing.numel, CHUNK) // BLOCK // (2 * packing.shards))
     for first, blocks in _chunks(whole.view(packing.shards, -1), at_once):
         begin, count, width = first * BLOCK, blocks.shape[1], blocks.shape[2]
         own = _in_blocks(codes[:, begin : begin + count * width], width)
@@ -147,7 +147,3 @@ def _chunks(rows: Tensor, at_once: int) -> list[tuple[int, Tensor]]:
 def _in_blocks(rows: Tensor, width: int) -> Tensor:
     """(ranks, n) as (ranks, n / width, width), the same memory."""
     return rows.view(rows.shape[0], -1, width)
-
-
-def _in_fp32(like: Tensor) -> Tensor:
-    return torch.empty(like.shape, dtype=torch.float32, device=like.device)

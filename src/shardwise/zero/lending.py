@@ -206,7 +206,8 @@ class Lending(Lends):
         if not self._open:
             self._meet(name)
             self.open()
-        while unit.state is Weights.RELEASED:
+        # What a forward has left here for its backward may be rounded.
+        while unit.state is Weights.RELEASED or unit.rounded:
             self._vote(Vote.READS, places.index(unit))
         return True
 
