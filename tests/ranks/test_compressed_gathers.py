@@ -110,6 +110,8 @@ def _trains(ranks, plan, frozen, settings):
         stepping.step()
         stepping.zero_grad()
         plain.step()
+    with sharded.gathered():  # padding stays zeros, which raise no block's scale
+        assert not any(gap.any() for u in sharded.units for b in u.buffers for gap in b.slices_and_gaps(b.whole)[1])
     state = sharded.state_dict()
     if ranks.rank == 0:  # what is saved are the masters, and frozen weights as they were
         for name, value in state.items():
