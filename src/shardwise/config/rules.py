@@ -281,8 +281,8 @@ def notes(config: Config) -> list[str]:
         said.append("gpu_memory_budget: has no effect, because nothing is offloaded and every weight is whole.")
     if config.engine.generation_memory_budget != "auto" and zero.zero_stage < 3:
         said.append(f"generation_memory_budget: has no effect at zero_stage {zero.zero_stage}: every weight is whole.")
-    if (why := _exact_gathers(config)) is not None:
-        said.append(f"gather_dtype: has no effect {why}.")
+    if (exact := _exact_gathers(config)) is not None:
+        said.append(f"gather_dtype: has no effect {exact}.")
     if zero.deepspeed_moe_layer_cls_names:
         said.append("deepspeed_moe_layer_cls_names: has no effect; every unit is gathered whole, its experts included.")
     if zero.deepspeed_multinode_launcher not in (None, "standard"):
