@@ -47,6 +47,13 @@ def compressed(ranks, model=None, plan="3", **settings):
     return prepare(on_two_machines(ranks), tower() if model is None else model, plan, **settings)
 
 
+def in_pairs_apart(ranks, *, all_own):
+    """Two groups of two ranks, each rank on a machine of its own."""
+    apart = copy.copy(ranks)
+    apart._divided, apart.machines = {}, tuple(range(ranks.world_size))
+    return apart.divided(2, all_own=all_own)
+
+
 def rounded_by_hand(sharded):
     """Name -> what passes shall compute with, of the weights as they rest; and whether the buffer travels as codes."""
     found, packed = {}, {}
@@ -86,9 +93,10 @@ def heard():
 # The numbers.
 
 
-def _trains(ranks, plan, frozen, settings):
+def _trains(ranks, plan, frozen, settings, all_own=None):
     reference = tower(frozen).bfloat16()
-    sharded, _, stepping = compressed(ranks, tower(frozen), plan, **settings)
+    apart = on_two_machines(ranks) if all_own is None else in_pairs_apart(ranks, all_own=all_own)
+    sharded, _, stepping = prepare(apart, tower(frozen), plan, precision="bf16", gather_dtype="int8", **settings)
     masters = {name: p.detach().float().clone() for name, p in tower(frozen).named_parameters()}
     plain = adamw([masters[name].requires_grad_() for name, p in reference.named_parameters() if p.requires_grad])
     names = {id(p): name for name, p in reference.named_parameters()}
@@ -131,6 +139,11 @@ def _trains(ranks, plan, frozen, settings):
 )
 def test_a_step_computes_with_the_rounded_weights_and_changes_the_exact_ones(world, n, plan, frozen, settings):
     world(n).run(_trains, plan, frozen, settings)
+
+
+@pytest.mark.parametrize(("plan", "all_own"), [("3", False), ("3", True), ("3-all", True)])
+def test_groups_that_lie_on_several_machines_and_states_over_all_ranks_do_the_same(world, plan, all_own):
+    world(4).run(_trains, plan, False, {}, all_own)
 
 
 # What is exact.

@@ -290,9 +290,7 @@ class EngineConfig(Section):
     gather_dtype: Annotated[
         Literal["none", "int8"],
         one_of("none", "int8"),
-        Setting(
-            "Send weights of passes between machines as they are, or as int8 codes (stage 3).", ENGINE, "none|int8"
-        ),
+        Setting("How weights of passes travel between machines (stage 3).", ENGINE, "none|int8", after="gather_with"),
     ] = "none"
     units: Annotated[
         OptionalNames, Setting("Block classes or module paths to shard as units, with commas.", ENGINE)
