@@ -3,6 +3,7 @@
     python benchmarks/scaling.py
     python benchmarks/scaling.py --case full1b --measured-ms 113
     python benchmarks/scaling.py --case full8b --measured-ms 1500 --sweep groups
+    python benchmarks/scaling.py --sweep codes
 
 Computation is what one rank was measured to take, divided over the units by their arithmetic. A gather of n bytes over p ranks,
 8 to a machine, takes
@@ -11,6 +12,8 @@ Computation is what one rank was measured to take, divided over the units by the
 
 and a reduction the same of its own bytes. With `shard_group: machine` the p ranks are those of a machine, and each reduction is
 followed by an all-reduce of the shard over the machines: sent twice, along a tree, as NCCL has it for this collective alone.
+With `gather_dtype: int8` a gather over machines sends 65 bytes for 64 weights; the device makes codes of its shard before it
+and weights of all codes behind it, on the same lane.
 
 The schedule is the engine's: a gather starts with the computation of the unit
 `prefetch` places before, one after another on a lane of their own, and reductions follow their unit's backward; what the
@@ -34,8 +37,10 @@ import torch
 from torch import nn
 
 from cases import CASES, Case
+from shardwise.config.sections import EngineConfig
 from shardwise.estimate.activations import Batch
 from shardwise.estimate.bytes import Choice, Run, estimate
+from shardwise.plan.compressed import CHUNK, Packing
 from shardwise.plan.plan import Tier
 from shardwise.plan.precision import Precision
 from shardwise.plan.units import UnitSpec, find_units
@@ -46,6 +51,8 @@ RANKS = (1, 2, 4, 8, 16, 64, 256, 1024)
 LAYERS = (8, 16, 32, 64, 128)
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 PER_MACHINE = 8
+NETWORKS = (40, 10, 5, 2.5)  # GB/s for each rank
+COMPRESSED = (16, 64, 256, 1024)
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class Terms:
     latency: float = 5e-6  # assumed: a hop inside a machine
     network: float = 40e9  # assumed: a 400 Gbit/s card for each rank, at 80%
     network_latency: float = 15e-6  # assumed: a hop between machines
+    kernel: float = 4e-6  # assumed: one that works on little, behind another on its lane
     memory: float = 4.0e12  # assumed: what the optimizer's kernel reaches of an H200's 4.8e12
 
 
@@ -99,6 +107,18 @@ def collective_s(nbytes: int, ranks: int, terms: Terms) -> float:
     return terms.launch + hops + max(inside, between)
 
 
+def gather_s(nbytes: int, ranks: int, terms: Terms, *, codes: bool) -> float:
+    """`collective_s` of 16-bit weights; codes: as `gather_dtype: int8` has it, which changes nothing inside of a machine."""
+    if not codes or ranks <= PER_MACHINE or not nbytes:
+        return collective_s(nbytes, ranks, terms)
+    numel = nbytes // 2
+    packing = Packing(numel // ranks, ranks)
+    # Of each weight of the shard: its range is read, it is cast, divided, rounded, clamped, freed of NaN and stored.
+    made = 45 * packing.numel / terms.memory + 15 * math.ceil(packing.numel / CHUNK) * terms.kernel
+    read = 3 * numel / terms.memory + terms.kernel
+    return collective_s(packing.nbytes, ranks, terms) + made + read
+
+
 def all_reduce_s(nbytes: int, group: int, ranks: int, terms: Terms) -> float:
     """Seconds in which the copies of `ranks` in groups of `group` average a gradient of `nbytes`, a shard of it each."""
     copies, machines = ranks // group, -(-ranks // PER_MACHINE)
@@ -118,8 +138,9 @@ def step_of(
     terms: Terms,
     prefetch: int = 1,
     group: int | None = None,
+    codes: bool = False,
 ) -> Step:
-    """The engine's schedule of one step. group: how many ranks hold one copy together; None: all.
+    """The engine's schedule of one step. group: how many ranks hold one copy together; None: all. codes: see `gather_s`.
 
     passes: forward and backward, in order. turn: where the backward begins; the 1 + prefetch units before it stay gathered.
     trained: elements that the optimizer steps, over all ranks.
@@ -131,7 +152,7 @@ def step_of(
         while len(ready) <= min(place + prefetch, len(passes) - 1):  # issued when this unit's turn comes
             at = len(ready)
             stays = turn <= at <= turn + prefetch
-            taken = 0.0 if stays else collective_s(passes[at].gathered, shards, terms)
+            taken = 0.0 if stays else gather_s(passes[at].gathered, shards, terms, codes=codes)
             lane = max(lane, now) + taken
             ready.append(lane)
             slowed += terms.slowing * taken if at else 0.0
@@ -194,22 +215,55 @@ def rate_of(case: Case, measured_s: float) -> float:
 
 
 def predict(
-    case: Case, ranks: int, flops_per_s: float, terms: Terms, stage: int = 3, group: int | None = None
+    case: Case,
+    ranks: int,
+    flops_per_s: float,
+    terms: Terms,
+    stage: int = 3,
+    group: int | None = None,
+    *,
+    codes: bool = False,
 ) -> dict[str, object]:
-    """One row: milliseconds by what they go to, and the estimated peak. group: see `step_of`."""
+    """One row: milliseconds by what they go to, and the estimated peak. group, codes: see `step_of`."""
     model = case.build(torch.device("meta"))
     passes, turn, trained = passes_of(model, case, flops_per_s)
-    step = step_of(passes, turn, ranks, trained, terms, group=group)
+    step = step_of(passes, turn, ranks, trained, terms, group=group, codes=codes)
     run = Run(
         world_size=ranks,
         local_processes=min(ranks, PER_MACHINE),
         precision=Precision.named("bf16"),
         batch=Batch(case.rows, case.length, case.checkpointing),
         shard_group=group,
+        options=EngineConfig(gather_dtype="int8" if codes else "none"),
     )
     peak = estimate(model, Choice(stage), run).peak(Tier.GPU)
     parts = {name: round(1000 * value, 1) for name, value in asdict(step).items()}
     return {"ranks": ranks, "step_ms": round(1000 * step.total, 1), "parts_ms": parts, "peak_bytes": peak}
+
+
+def between_machines(case: Case, ranks: int, *, codes: bool) -> int:
+    """Bytes of gathers that come into one machine in a step."""
+    passes, turn, _ = passes_of(case.build(torch.device("meta")), case, 1.0)
+    sizes = [work.gathered for at, work in enumerate(passes) if not turn <= at <= turn + 1]
+    sizes = [Packing(size // 2 // ranks, ranks).nbytes if codes else size for size in sizes if size]
+    machines = -(-ranks // PER_MACHINE)
+    return sum(sizes) * (machines - 1) // machines
+
+
+def compare_codes(name: str, case: Case, rate: float, terms: Terms) -> str:
+    """A table: exact gathers and those of codes, over networks and ranks."""
+    rows = [f"{'network':<9}" + "".join(f"{f'{ranks} ranks':>18}" for ranks in COMPRESSED)]
+    for network in NETWORKS:
+        slower, cells = replace(terms, network=network * 1e9), ""
+        for ranks in COMPRESSED:
+            found = [predict(case, ranks, rate, slower, codes=codes) for codes in (False, True)]
+            for record, codes in zip(found, (False, True), strict=True):
+                said = {"network_gb_per_s": network, "gather_dtype": "int8" if codes else "none"}
+                said["gathered_into_a_machine_bytes"] = between_machines(case, ranks, codes=codes)
+                print(json.dumps({"benchmark": "scaling", "case": name, "kind": "model", **said, **record}))
+            cells += f"{' -> '.join(str(record['step_ms']) for record in found):>18}"
+        rows.append(f"{network:<9}{cells}")
+    return "\n".join(rows)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -218,7 +272,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--measured-ms", type=float, default=484.5, help="of one rank's step without communication; lora8b's is DDP's"
     )
-    parser.add_argument("--sweep", choices=("all", "ranks", "layers", "length", "groups"), default="all")
+    parser.add_argument("--sweep", choices=("all", "ranks", "layers", "length", "groups", "codes"), default="all")
     options = parser.parse_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers and PEFT, about each other
     case, terms = CASES[options.case], Terms()
@@ -248,6 +302,8 @@ def main(argv: Sequence[str]) -> int:
             name = label if group is None else f"{label} / {group}"
             rows.append(f"{name:<10}{record['step_ms']:>9}{cells}{peak / 1e9:>9.1f}")
         print("\n".join(rows))
+    if options.sweep in ("all", "codes"):
+        print(compare_codes(options.case, case, rate, terms))
     return 0
 
 

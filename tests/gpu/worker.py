@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
+from codes import SIZES, apart, check_codes
 from hazards import HAZARDS
 from reference import STEPS, Curve, adamw, batch_of, build_model, checkpoint_blocks, train_alone
 from routes import train_on_routes
@@ -68,6 +69,7 @@ class Setting:
     checkpointing: bool = False
     prefetch: int = 1
     gather_with: str = "auto"
+    gather_dtype: str = "none"  # int8: on ranks that are told that they sit apart
     layers: int = 4
     hidden: int = 128
     steps: int = STEPS
@@ -90,6 +92,8 @@ class Setting:
             words.append("clip")
         if self.checkpointing:
             words.append("ckpt")
+        if self.gather_dtype != "none":
+            words.append(self.gather_dtype)
         return " ".join(words)
 
 
@@ -129,6 +133,8 @@ OFFLOADED = [
     Setting(3, ("param",), "nvme", precision="bf16"),
     Setting(2, OPT, trains="full", accumulation=3, block=1 << 12),
     Setting(3, OPT, precision="bf16", trains="full", accumulation=3, block=1 << 12),
+    Setting(3, BOTH, precision="bf16", gather_dtype="int8"),
+    Setting(3, BOTH, "nvme", precision="bf16", trains="full", gather_dtype="int8"),
 ]
 # Held to the bit against the same setting with NCCL's gathers.
 COPIED = [
@@ -143,6 +149,10 @@ STRESSED = [
     Setting(3, BOTH, prefetch=2, layers=24, hidden=64, steps=6, precision="bf16"),
     Setting(3, BOTH, trains="full", prefetch=1, layers=24, hidden=64, steps=6, precision="bf16", clip=0.1, chunk=4096),
     Setting(3, BOTH, "nvme", trains="full", layers=24, hidden=64, steps=6, chunk=4096),
+    Setting(3, trains="full", prefetch=2, layers=24, hidden=64, steps=6, precision="bf16", gather_dtype="int8"),
+    Setting(
+        3, BOTH, prefetch=1, layers=24, hidden=64, steps=6, precision="bf16", checkpointing=True, gather_dtype="int8"
+    ),
     Setting(3, BOTH, trains="full", layers=24, hidden=64, steps=6, accumulation=3),
     Setting(3, trains="full", prefetch=2, layers=24, hidden=64, steps=6, accumulation=2, clip=0.1),
     Setting(2, OPT, trains="full", layers=24, hidden=64, steps=6),
@@ -175,6 +185,8 @@ def train_sharded(
     inspect: called after the last step, while everything is at rest. group: bytes of weights that step together.
     reads: the curve's weights hold also what a read of the parameters right after each step found, on every rank.
     """
+    if setting.gather_dtype != "none":
+        ranks = apart(ranks)
     model = build_model(setting.trains, ranks.device, setting.layers, setting.hidden)
     if setting.checkpointing:
         checkpoint_blocks(model)
@@ -194,7 +206,12 @@ def train_sharded(
         plan=plan,
         ranks=ranks,
         precision=precision,
-        options=EngineConfig(prefetch_units=setting.prefetch, units=units, gather_with=setting.gather_with),
+        options=EngineConfig(
+            prefetch_units=setting.prefetch,
+            units=units,
+            gather_with=setting.gather_with,
+            gather_dtype=setting.gather_dtype,
+        ),
         nvme_paths=dict.fromkeys(("param", "optimizer"), tempfile.gettempdir()),
     )
     stepper = ShardedOptimizer(optimizer, [sharded], scaler=LossScaler.for_precision(precision), gradient_clipping=None)
@@ -419,6 +436,7 @@ def all_checks() -> list[Check]:
                     lambda ranks, c=check, s=setting: c(s, ranks),
                 )
             )  # type: ignore[misc]
+    checks += [(f"codes of {numel}", lambda ranks, n=numel: check_codes(n, ranks)) for numel in SIZES]  # type: ignore[misc]
     return [*checks, *HAZARDS]
 
 

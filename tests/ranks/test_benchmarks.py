@@ -268,6 +268,19 @@ def test_rounding_is_given_for_eager_and_compiled_blocks() -> None:
     assert "compiled: " in done.stdout
 
 
+def test_losses_of_8_bit_gathers_are_near_those_of_exact_ones() -> None:
+    done = run("compressed.py", "--tiny")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    errors, *found = lines
+    assert errors["relative_rms"]["gaussian"] == pytest.approx(0.0073, rel=0.02)
+    for exact, codes in (found[:2], found[2:]):
+        assert (exact["gather_dtype"], codes["gather_dtype"]) == ("none", "int8")
+        assert codes["losses"] != exact["losses"]
+        assert codes["losses"] == pytest.approx(exact["losses"], rel=2e-3)
+        assert exact["held_out"] == exact["held_out_in_passes"]
+
+
 @pytest.fixture
 def scaling(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
@@ -303,6 +316,21 @@ def test_copies_average_over_machines_what_their_groups_have_reduced(scaling: Mo
     alone, grouped = (scaling.step_of(passes, 4, ranks, 0, terms, group=8) for ranks in (8, 32))
     assert (alone.exposed_gathers, alone.slowed) == (grouped.exposed_gathers, grouped.slowed)
     assert grouped.exposed_reductions > alone.exposed_reductions
+
+
+def test_gathers_of_codes_send_half_over_machines_and_nothing_else_inside_of_one(scaling: ModuleType) -> None:
+    terms = scaling.Terms(nvlink=100e9, network=1e9, launch=0.0, latency=0.0, network_latency=0.0, kernel=0.0)
+    nbytes = 16 * 2**30
+    assert scaling.gather_s(nbytes, 8, terms, codes=True) == scaling.collective_s(nbytes, 8, terms)
+    exact, codes = (scaling.gather_s(nbytes, 16, terms, codes=codes) for codes in (False, True))
+    arithmetic = (45 / 16 + 3) * nbytes / 2 / terms.memory
+    assert codes - arithmetic == pytest.approx(exact * 65 / 128)
+    case = scaling.CASES["lora8b"].tiny()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers renames a property that PEFT reads
+        exact, codes = (scaling.between_machines(case, 16, codes=codes) for codes in (False, True))
+        assert 0.5 < codes / exact < 0.6
+        assert scaling.between_machines(case, 8, codes=False) == 0
 
 
 def test_the_model_of_scaling_is_near_what_two_ranks_were_measured_to_take(scaling: ModuleType) -> None:

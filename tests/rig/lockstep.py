@@ -30,6 +30,7 @@ class Lockstep:
         self.count = count
         self.blocking = blocking
         self.sent: list[list[Any]] = [[] for _ in range(count)]  # by each rank, in order: gathers and messages
+        self.rounded: list[bool] = []  # in the order of gathers, whether it is of codes: on every rank, or StuckError
         self._pick = pick
         self._said: dict[tuple[str, int], dict[int, Any]] = {}  # by group and place: what each rank came with
         self._names: dict[tuple[str, int], Any] = {}
@@ -113,6 +114,12 @@ class FakeRanks:
         self.shards = self  # all of them hold one copy together
         self.blocking = steps.blocking
         self.lost = None
+        self.gathers = 0
+
+    @property
+    def rounded(self) -> list[bool]:
+        """Of this rank's gathers so far, in order: whether each was of codes."""
+        return self._steps.rounded[: self.gathers]
 
     @property
     def sent(self) -> list[Any]:
@@ -134,7 +141,12 @@ class FakeRanks:
     def agree(self, error: BaseException | None) -> None:
         self._steps.meet(self.rank, "message", "agree", error)
 
-    def all_gather_together(self, wholes: Sequence[str], shards: Sequence[str]) -> None:
+    def all_gather_together(self, wholes: Sequence[str], shards: Sequence[str], *, rounded: bool = False) -> None:
+        if self.gathers == len(self._steps.rounded):
+            self._steps.rounded.append(rounded)
+        if self._steps.rounded[self.gathers] != rounded:
+            raise StuckError(f"the gather of {wholes} is of codes on some ranks and exact on others")
+        self.gathers += 1
         self._steps.meet(self.rank, "gather", tuple(wholes), None, waits=self.blocking)
 
 
@@ -180,6 +192,7 @@ class FakeBuffer:
     has_moved = False
     slab = None
     whole_nbytes = 1
+    packing = "as codes in passes"
 
     def __init__(self, name: str, *, travels: bool, has_peers: bool) -> None:
         self.whole = self.shard = self.own_slice = name
@@ -203,6 +216,17 @@ class FakeBuffer:
     def stay_whole(self) -> None: ...
 
 
+class FakeUnit(Unit):
+    """What comes as codes is told of."""
+
+    def _gather_codes(self, parts: Sequence[Any], shards: Sequence[Any]) -> None:
+        ranks: Any = self._engine.ranks
+        ranks.all_gather_together([part.whole for part in parts], shards, rounded=True)
+
+    def _fetched_again(self, parts: Sequence[Any]) -> list[Any]:
+        return [part.shard for part in parts]
+
+
 class _Units:
     """What fake units share."""
 
@@ -217,7 +241,7 @@ def make_unit(name: str, shared: _Units | None = None, *, travels: bool = False,
     """A released unit, on a rank of its own if none is given."""
     buffer = FakeBuffer(name, travels=travels, has_peers=has_peers)
     shared = shared or _Units(FakeRanks(Lockstep(1, lambda ready: ready[0], blocking=False), 0))
-    unit = Unit(name, [], cast(Any, None), cast(Any, shared), cast(Any, buffer), None)
+    unit = FakeUnit(name, [], cast(Any, None), cast(Any, shared), cast(Any, buffer), None)
     unit.state = Weights.RELEASED
     return unit
 

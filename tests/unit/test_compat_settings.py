@@ -165,7 +165,7 @@ def test_stage_and_devices_make_the_plan():
             {"zero_optimization": {"stage": 3, "mics_shard_size": 4, "zero_hpz_partition_size": 8}},
             "zero_hpz_partition_size: mics_shard_size says who shards too",
         ),
-        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights: quantized"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "zero_quantized_gradients: quantized"),
         ({"zero_optimization": {"stge": 3}}, "did you mean stage"),
         ({"zero_optimization": {"stage": 4}}, r"zero_optimization\.stage"),
         ({"shardwise": {"gpu_memory": "1GB"}}, r"shardwise\.gpu_memory: unknown key"),

@@ -207,7 +207,12 @@ def test_a_deepspeed_file_without_clipping_says_what_deepspeed_would_do(tmp_path
         ),
         ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, "not an object with the key device"),
         ({"zero_optimization": 3}, "3 is not an object"),
-        ({"zero_optimization": {"zero_quantized_weights": True}}, "quantized"),
+        ({"zero_optimization": {"zero_quantized_gradients": True}}, "quantized reductions are not supported"),
+        ({"zero_optimization": {"zero_quantized_weights": "yes"}}, "'yes' is not true or false"),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_nontrainable_weights": True}},
+            "frozen weights are not kept as codes; zero_quantized_weights sends them and trained ones so",
+        ),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "cannot both"),
         ({"fp16": {"enabled": "yes"}}, "is not true, false or 'auto'"),
         ({"gradient_clipping": "much"}, "gradient_clipping: 'much' is not a number"),
@@ -242,6 +247,18 @@ def test_deepspeeds_other_spellings_are_taken(tmp_path: Path) -> None:
     )
     assert found.config.zero.zero3_save_16bit_model
     assert found.config.zero.offload_optimizer_device == "cpu"
+
+
+def test_quantised_weights_of_a_deepspeed_file_are_compressed_gathers(tmp_path: Path) -> None:
+    def read(**section: Any) -> Any:
+        return of_json(tmp_path, {"zero_optimization": {"stage": 3, **section}})
+
+    assert read(zero_quantized_weights=True).config.engine.gather_dtype == "int8"
+    assert read(zero_quantized_weights=False).config.engine.gather_dtype == "none"
+    assert read(zero_quantized_nontrainable_weights=False).config.engine.gather_dtype == "none"
+    both = read(zero_quantized_weights=True, zero_quantized_nontrainable_weights=True)
+    assert both.config.engine.gather_dtype == "int8"
+    assert any("frozen weights are sent as codes, as in DeepSpeed, and rest as they are" in note for note in both.notes)
 
 
 def test_a_device_below_its_stage_is_a_note_in_a_file_and_an_error_as_a_flag(tmp_path: Path) -> None:

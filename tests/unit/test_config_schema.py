@@ -149,6 +149,22 @@ def test_who_divides_states_is_named_where_it_has_no_effect_and_refused_where_we
         said(zero_stage=2, shard_group="machine")
 
 
+def test_compressed_gathers_without_effect_are_named_where_the_file_alone_tells() -> None:
+    def said(processes: int | None = None, machines: int = 2, **zero_config: object) -> list[str]:
+        values = zero(**{"zero_stage": 3, **zero_config})
+        values |= {"num_machines": machines, "shardwise_config": {"gather_dtype": "int8"}}
+        values |= {"main_process_ip": "a", "main_process_port": 1} if machines > 1 else {}
+        return notes(checked(values | ({} if processes is None else {"num_processes": processes})))
+
+    assert said() == said(16) == said(16, shard_group=16) == said(16, shard_group=4, machines=8) == []
+    assert said(machines=1) == ["gather_dtype: has no effect on one machine, where weights are gathered exactly."]
+    assert said(zero_stage=2) == ["gather_dtype: has no effect at zero_stage 2: passes gather no weights."]
+    for group in ("machine", 4):
+        text = f"gather_dtype: has no effect with shard_group {group}: gathers stay on one machine."
+        assert said(16, shard_group=group) == [text]
+    assert checked(zero()).engine.gather_dtype == "none"
+
+
 def test_machines_must_fit_together() -> None:
     _, problems = check({"num_machines": 2, "num_processes": 3, "distributed_type": "MULTI_GPU"})
     assert {problem.key[0] for problem in problems} == {"num_processes", "main_process_ip", "main_process_port"}

@@ -10,10 +10,15 @@ import torch
 
 from rig.tiny import tiny
 from shardwise.cli.main import run
+from shardwise.config.sections import EngineConfig
 from shardwise.estimate.bytes import CHOICES, Choice, Machine, Run, estimate
 from shardwise.estimate.meta_model import Adapters, build_meta_model, quantise
-from shardwise.plan.plan import Tier
+from shardwise.plan.blueprint import codes_nbytes, divide
+from shardwise.plan.plan import Plan, Tier
 from shardwise.plan.precision import Precision
+from shardwise.plan.units import find_units
+from shardwise.zero.build import BUCKET_NBYTES
+from shardwise.zero.sharded import UNIT_NBYTES
 
 SHAPE = {
     "model_type": "llama",
@@ -54,6 +59,29 @@ def test_a_model_of_70b_parameters_is_estimated_without_memory(tmp_path):
     found = estimate(model, Choice(3), Run(world_size=2, precision=Precision.named("bf16")))
     weights = 2 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
     assert found.nbytes["frozen", Tier.GPU] == pytest.approx(weights / 2, rel=1e-3)
+
+
+def test_compressed_gathers_take_the_codes_of_one_unit_more_where_a_group_lies_on_several_machines(config_file):
+    model = build_meta_model(str(config_file))
+
+    def gathered(local_processes, gather_dtype="int8", **run):
+        options = EngineConfig(gather_dtype=gather_dtype)
+        run = {"world_size": 4, "precision": Precision.named("bf16"), "options": options, **run}
+        return estimate(model, Choice(3), Run(local_processes=local_processes, **run)).nbytes[
+            "gathered units", Tier.GPU
+        ]
+
+    exact = gathered(2, "none")
+    blueprints = divide(
+        find_units(model, unit_nbytes=UNIT_NBYTES),
+        Plan.from_stage(3),
+        Precision.named("bf16"),
+        bucket_nbytes=BUCKET_NBYTES,
+    )
+    assert gathered(2) == exact + max(codes_nbytes(blueprint.packings(4)) for blueprint in blueprints)
+    assert gathered(4) == gathered(8) == exact
+    assert gathered(2, shard_group=2) == gathered(2, "none", shard_group=2)
+    assert gathered(3, shard_group=2) > gathered(3, "none", shard_group=2)  # one of the groups straddles
 
 
 def test_groups_hold_what_as_many_ranks_alone_would(capsys, config_file):

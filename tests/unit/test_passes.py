@@ -169,7 +169,7 @@ class Mixed(Model):
         units, prefetch = self.together.randrange(1, 7), self.together.choice([0, 1, 1, 2, 7])
         peers, travels = self.together.random() < 0.15, self.together.random() < 0.5
         super().__init__(make_schedule(ranks, units, prefetch, travels=travels, has_peers=peers))
-        self.units = self.schedule.units
+        self.ranks, self.units = ranks, self.schedule.units
 
     def chance(self, share: float) -> bool:
         return self.together.random() < share
@@ -202,7 +202,7 @@ class Mixed(Model):
     def holds(self) -> None:
         units = self.together.sample(self.units, self.together.randrange(len(self.units) + 1))
         with self.schedule.hold(units):
-            assert all(unit.state is Weights.GATHERED for unit in units)
+            assert all(unit.state is Weights.GATHERED and not unit.rounded for unit in units)
             if len(units) == len(self.units):
                 self.trains()
                 self.evaluates()
@@ -211,6 +211,7 @@ class Mixed(Model):
 
     def generates(self) -> None:
         kept = self.together.sample(self.schedule.gathers.gatherable, self.together.randrange(len(self.units) + 1))
+        before = self.ranks.gathers
         with self.schedule.generating(lambda: kept):
             for _ in range(self.own.randrange(4)):
                 self.evaluates()
@@ -218,6 +219,7 @@ class Mixed(Model):
                 with self.schedule.generating(lambda: []):
                     for _ in range(self.own.randrange(3)):
                         self.evaluates()
+        assert not any(self.ranks.rounded[before:])
 
     def leaves_a_forward(self) -> None:
         self.schedule.abandon_open_pass()

@@ -59,9 +59,8 @@ _ZERO_TUNING = {
     "mics_hierarchical_params_gather",  # how a gather goes within a group of several machines is the backend's to choose
     *("stage3_allgather_sequential", "log_trace_cache_warnings", "cpu_offload_use_pin_memory"),
 }
+_QUANTISED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
 _ZERO_REFUSED = {
-    "zero_quantized_weights": "quantized gathers are not supported",
-    "zero_quantized_nontrainable_weights": "quantized gathers are not supported",
     "zero_quantized_gradients": "quantized reductions are not supported",
     "zeropp_loco_param": "quantized reductions are not supported",
     "zenflow": "is not supported",
@@ -212,6 +211,8 @@ class _Reader:
                 self.put(("deepspeed_config", "zero3_save_16bit_model"), False if value == "auto" else value, path)
             elif key in ("mics_shard_size", "zero_hpz_partition_size"):
                 self.groups(key, value, section)
+            elif key in _QUANTISED:
+                self.quantised(key, value, section)
             elif key in _ZERO_TUNING:
                 self.idle.append(f"zero_optimization.{name}")
             elif key in _ZERO_REFUSED:
@@ -219,7 +220,7 @@ class _Reader:
                     self.problem(path, _ZERO_REFUSED[key])
             else:
                 known = ["stage", "offload_optimizer", "offload_param", "stage3_gather_16bit_weights_on_model_save"]
-                known += ["mics_shard_size", "zero_hpz_partition_size"]
+                known += ["mics_shard_size", "zero_hpz_partition_size", *_QUANTISED]
                 self.problem(path, f"unknown key{nearest(key, [*known, *_ZERO_TUNING, *_ZERO_REFUSED])}")
         # DeepSpeed's default, where accelerate's YAML has 2.
         zero = self.found.values.setdefault("deepspeed_config", {})
@@ -247,6 +248,25 @@ class _Reader:
         else:
             self.put(("deepspeed_config", "shard_group"), value, path)
             self.put(("deepspeed_config", "optimizer_shard_group"), "world", path)
+
+    def quantised(self, key: str, value: Any, section: dict[str, Any]) -> None:
+        """ZeRO++'s gathers of codes. DeepSpeed keeps frozen weights as codes too, where the second key says so."""
+        path: Key = ("zero_optimization", key)
+        if value in (None, False):
+            return
+        if value is not True:
+            self.problem(path, f"{shown(value)} is not true or false")
+        elif key == "zero_quantized_weights":
+            self.put(("shardwise_config", "gather_dtype"), "int8", path)
+        elif section.get("zero_quantized_weights") is True:
+            self.found.notes.append(
+                f"{self.file.path}: zero_optimization.{key}: frozen weights are sent as codes, as in DeepSpeed, and rest as "
+                "they are, where DeepSpeed keeps the codes: each rank holds more of them."
+            )
+        else:
+            self.problem(
+                path, "frozen weights are not kept as codes; zero_quantized_weights sends them and trained ones so"
+            )
 
     def offload(self, key: str, value: Any) -> None:
         path: Key = ("zero_optimization", key)

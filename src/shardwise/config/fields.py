@@ -8,6 +8,7 @@ setting by name.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -147,3 +148,19 @@ Text = Annotated[str, Kind(_text)]
 OptionalText = Annotated[str | None, optional(Kind(_text), "none", "")]
 OptionalNames = Annotated[list[str] | None, optional(Kind(_names, metavar="NAMES"), "none", "auto", "")]
 OptionalCount = Annotated[int | None, optional(whole_number(1), "auto", "none", "")]
+
+
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?I?B?)")
+
+
+def budget(value: Any) -> int | str:
+    """Bytes, from a number or a text such as 24GB (10^9) or 24GiB (2^30); or auto."""
+    text = str(value).strip().upper()
+    if text == "AUTO":
+        return "auto"
+    match = _SIZE.fullmatch(text)
+    if isinstance(value, bool) or match is None:
+        raise wrong(f"{value!r} is not auto or a size such as 24GB")
+    unit = match[2].removesuffix("B")
+    base = 1024 if unit.endswith("I") else 1000
+    return int(float(match[1]) * base ** " KMGT".index(unit.removesuffix("I") or " "))

@@ -235,6 +235,27 @@ def _graphs_of_blocks_that_change(config: Config) -> str | None:
     )
 
 
+def lies_on_one_machine(group: int, local_processes: int) -> bool:
+    """Whether every group of `group` ranks does, where each machine has `local_processes`: machines are filled in turn."""
+    return local_processes % group == 0
+
+
+def _exact_gathers(config: Config) -> str | None:
+    """Why the file alone says that no gather sends codes; None where it may."""
+    zero, processes = config.zero, config.num_processes
+    if config.engine.gather_dtype == "none":
+        return None
+    if zero.zero_stage < 3:
+        return f"at zero_stage {zero.zero_stage}: passes gather no weights"
+    if config.num_machines == 1:
+        return "on one machine, where weights are gathered exactly"
+    group = zero.shard_group
+    inside = group == "machine" or (
+        isinstance(group, int) and processes and lies_on_one_machine(group, processes // config.num_machines)
+    )
+    return f"with shard_group {group}: gathers stay on one machine" if inside else None
+
+
 def notes(config: Config) -> list[str]:
     """Accepted settings without effect in this combination, and facts that a reader of the file may not expect."""
     said = []
@@ -260,6 +281,8 @@ def notes(config: Config) -> list[str]:
         said.append("gpu_memory_budget: has no effect, because nothing is offloaded and every weight is whole.")
     if config.engine.generation_memory_budget != "auto" and zero.zero_stage < 3:
         said.append(f"generation_memory_budget: has no effect at zero_stage {zero.zero_stage}: every weight is whole.")
+    if (exact := _exact_gathers(config)) is not None:
+        said.append(f"gather_dtype: has no effect {exact}.")
     if zero.deepspeed_moe_layer_cls_names:
         said.append("deepspeed_moe_layer_cls_names: has no effect; every unit is gathered whole, its experts included.")
     if zero.deepspeed_multinode_launcher not in (None, "standard"):

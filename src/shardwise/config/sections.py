@@ -6,7 +6,6 @@ it acts. `schema.py` has the file's top level. Which settings go together is tol
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -20,6 +19,7 @@ from .fields import (
     OptionalNames,
     OptionalText,
     absent,
+    budget,
     number,
     one_of,
     optional,
@@ -50,22 +50,6 @@ def _auto_or_flag(value: Any) -> bool | str:
     raise wrong(f"{value!r} is not one of auto, true, false")
 
 
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?I?B?)")
-
-
-def _budget(value: Any) -> int | str:
-    """Bytes, from a number or a text such as 24GB (10^9) or 24GiB (2^30); or auto."""
-    text = str(value).strip().upper()
-    if text == "AUTO":
-        return "auto"
-    match = _SIZE.fullmatch(text)
-    if isinstance(value, bool) or match is None:
-        raise wrong(f"{value!r} is not auto or a size such as 24GB")
-    unit = match[2].removesuffix("B")
-    base = 1024 if unit.endswith("I") else 1000
-    return int(float(match[1]) * base ** " KMGT".index(unit.removesuffix("I") or " "))
-
-
 def _described(value: Any) -> dict[str, Any]:
     """A section {"type", "params"} of a DeepSpeed JSON; what the type takes is known where the object is built."""
     if not isinstance(value, dict) or not isinstance(value.get("type"), str):
@@ -76,7 +60,7 @@ def _described(value: Any) -> dict[str, Any]:
 
 
 _AUTO_OR_FLAG = Kind(_auto_or_flag, metavar="auto|true|false")
-_BUDGET = optional(Kind(_budget, metavar="SIZE"), "none", "")
+_BUDGET = optional(Kind(budget, metavar="SIZE"), "none", "")
 _DEVICE = one_of(*DEVICES)
 _DEVICES = {"none": "on the device", **{device: device for device in OFFLOADS}}
 _ONE_OF_THEM = either([*DEVICES], "or")
@@ -286,6 +270,7 @@ class EngineConfig(Section):
                     most 1/16 of what is frozen in their unit.
     gather_with:    "copy_engine" lets ranks of one machine copy shards from each other, "nccl" gathers with its kernels, "auto"
                     takes the first where it is possible.
+    gather_dtype:   "int8" sends 16-bit weights between machines as 8-bit codes with a scale for each 256, in passes alone.
     generation_memory_budget: bytes of gathered weights while generating; "auto" for what is free, None for the fewest.
     optimizer, scheduler: what `prepare` builds for a DummyOptim and a DummyScheduler, as a DeepSpeed JSON says it.
     """
@@ -302,6 +287,11 @@ class EngineConfig(Section):
         one_of("auto", "nccl", "copy_engine"),
         Setting("Who brings the shards of weights together.", ENGINE, "auto|copy_engine|nccl", after="wait_warning_s"),
     ] = "auto"
+    gather_dtype: Annotated[
+        Literal["none", "int8"],
+        one_of("none", "int8"),
+        Setting("How weights of passes travel between machines (stage 3).", ENGINE, "none|int8", after="gather_with"),
+    ] = "none"
     units: Annotated[
         OptionalNames, Setting("Block classes or module paths to shard as units, with commas.", ENGINE)
     ] = None

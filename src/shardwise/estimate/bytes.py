@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..config.offloads import DEVICES, MEDIA, OFFLOADS, Medium
+from ..config.rules import lies_on_one_machine
 from ..config.sections import EngineConfig
 from ..offload.host import BLOCK, Ring
 from ..offload.tiers import ON_DISK
@@ -84,6 +85,11 @@ class Run:
     def shards(self) -> int:
         """By how many ranks a buffer is divided."""
         return self.world_size if self.shard_group is None else self.shard_group
+
+    @property
+    def compresses(self) -> bool:
+        """Whether gathers in passes send 8-bit codes: a group of ranks lies on several machines."""
+        return self.options.gather_dtype != "none" and not lies_on_one_machine(self.shards, self.local_processes)
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,9 @@ def estimate(model: nn.Module, choice: Choice, run: Run) -> Estimate:
     for ledger in (rest, moments):
         for (role, tier), count in ledger.items():
             add(role, tier, count)
-    add("gathered units", Tier.GPU, gathered_at_once(blueprints, model, run.shards, run.options.prefetch_units))
+    ahead, compressed = run.options.prefetch_units, run.compresses
+    gathered = gathered_at_once(blueprints, model, run.shards, ahead, compressed=compressed)
+    add("gathered units", Tier.GPU, gathered)
     add("reductions", Tier.GPU, reductions(blueprints, run))
     if run.accumulates and not plan.gradient.sharded:
         whole = sum(p.trainable_layout(run.shards).numel * p.master_dtype.itemsize for p in blueprints if p.trainable)

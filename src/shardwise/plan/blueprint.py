@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
+from .compressed import Packing
 from .layout import ALIGNMENT, Layout, Region
 from .plan import WHOLE_ADAPTER_SHARE, Plan, Tier
 from .precision import Precision
@@ -93,11 +94,32 @@ class Blueprint:
             nbytes += self.trainable_layout(world_size).numel * self.dtype.itemsize
         return nbytes
 
+    def packings(self, world_size: int) -> list[Packing]:
+        """How its weights travel where they are gathered as 8-bit codes; nothing of what travels exactly, or never leaves."""
+        found = []
+        if self.frozen and self.plan.frozen.leaves(world_size):
+            found.append(packing_of(self.frozen, self.frozen_layout(world_size), 1))
+        if self.trainable and self.plan.parameter.leaves(world_size):
+            layout = self.trainable_layout(world_size)
+            found.append(packing_of(self.trainable, layout, self.dtype.itemsize))
+        return [packing for packing in found if packing is not None]
+
     def region(self, world_size: int, rank: int) -> Region:
         """The part of its trained weights that the optimizer of `rank` works on. rank: among those that divide the masters."""
         if not self.plan.optimizer.sharded:
             return Region(self.trainable_layout(world_size), None)
         return Region(self.trainable_layout(world_size), rank, self.plan.parts)
+
+
+def packing_of(members: Sequence[Member], layout: Layout, itemsize: int) -> Packing | None:
+    """How a buffer of these members travels as 8-bit codes: None unless all compute in bf16, or all in fp16.
+
+    itemsize: bytes of an element of `layout`.
+    """
+    dtypes = {member.dtype for member in members}
+    if len(dtypes) > 1 or not dtypes <= {torch.bfloat16, torch.float16}:
+        return None
+    return Packing(layout.shard_numel * itemsize // 2, layout.world_size)
 
 
 @dataclass(frozen=True)
@@ -215,12 +237,14 @@ def moments_at_rest(
     return found
 
 
-def gathered_at_once(blueprints: Sequence[Blueprint], model: nn.Module, world_size: int, prefetch: int) -> int:
+def gathered_at_once(
+    blueprints: Sequence[Blueprint], model: nn.Module, world_size: int, prefetch: int, *, compressed: bool = False
+) -> int:
     """The most bytes of whole weights on the device at one time in a training step, besides all shards.
 
     The root unit stays whole during a pass. Of the others there are the one in use and `prefetch` more, in the order of
     the modules, and one more on its way where shards rest off the device; a unit that has been used is released before the
-    next one is gathered.
+    next one is gathered. compressed: gathers send 8-bit codes. Those of one gather are there at one time.
     """
     ahead = prefetch + any(t is not Tier.GPU for p in blueprints for t in (p.plan.frozen.tier, p.plan.parameter.tier))
     order = {id(module): index for index, module in enumerate(model.modules())}
@@ -233,7 +257,15 @@ def gathered_at_once(blueprints: Sequence[Blueprint], model: nn.Module, world_si
                 users.setdefault(order[id(entry)], set()).add(index)
     sequence = list(_distinct([users[place] for place in sorted(users)]))
     windows = (set().union(*sequence[at : at + 1 + ahead]) for at in range(len(sequence)))
-    return root + max((sum(sizes[i] for i in window) for window in windows), default=0)
+    most = root + max((sum(sizes[i] for i in window) for window in windows), default=0)
+    return most + max(
+        (codes_nbytes(blueprint.packings(world_size)) for blueprint in blueprints if compressed), default=0
+    )
+
+
+def codes_nbytes(packings: Sequence[Packing]) -> int:
+    """What one gather of a unit takes on the device beside the weights: every rank's codes, and what makes this rank's."""
+    return sum(p.nbytes for p in packings) + max((p.staging_nbytes for p in packings), default=0)
 
 
 def _distinct(sets: Sequence[set[int]]) -> Iterator[set[int]]:

@@ -19,11 +19,12 @@ from torch.nn import Parameter
 
 from ..errors import PrepareError
 from ..offload.store import Slab
-from ..plan.blueprint import Blueprint, Member, Part, apportion, parts_of
+from ..plan.blueprint import Blueprint, Member, Part, apportion, packing_of, parts_of
 from ..plan.plan import Plan, Tier
 from ..plan.precision import Precision
 from ..plan.units import UnitSpec
 from ..ranks.ranks import Ranks
+from .compressed import refuse_wide, say_what_travels
 from .engine import Engine
 from .flat import FlatBuffer, give_memory
 from .quantised import QuantisedWeights
@@ -80,6 +81,8 @@ class Builder:
         units: list[Unit] = []
         parts = parts_of(specs, self._precision, trains=trains)
         blueprints = apportion(parts, self._plan, self._whole_adapters, BUCKET_NBYTES)
+        if self._engine.compresses:
+            refuse_wide(blueprints, self._engine.ranks.shards.size)
         for divided in blueprints:
             blueprint = self._quantised.with_scales(divided, self._sources, self._makers, self._engine.ranks)
             frozen = self._frozen(blueprint) if blueprint.frozen else None
@@ -90,6 +93,8 @@ class Builder:
                 unit.release()
             units.append(unit)
         self._sources.clear()
+        if self._engine.compresses and self._engine.ranks.rank == 0:
+            say_what_travels([part for unit in units for part in unit.parts])
         return units
 
     @torch.no_grad()
@@ -131,15 +136,17 @@ class Builder:
 
     def _frozen(self, blueprint: Blueprint) -> FlatBuffer:
         members, plan, ranks = blueprint.frozen, blueprint.plan, self._engine.ranks
+        layout = blueprint.frozen_layout(ranks.shards.size)
         buffer = FlatBuffer(
             members,
-            blueprint.frozen_layout(ranks.shards.size),
+            layout,
             dtype=torch.uint8,
             placement=plan.frozen,
             store=self._engine.stores.of(plan.frozen.tier, "param"),
             rank=ranks.shards.rank,
             device=ranks.device,
             peers=self._engine.peers,
+            packing=packing_of(members, layout, 1) if self._engine.compresses else None,
         )
         if self._have_sources(members):
             fill_region(buffer, self._sources, self._makers, ranks, buffer.own_slice)
@@ -166,6 +173,7 @@ class Builder:
             # Offloaded states step chunk by chunk while other units are gathered: no fence fits in between.
             peers=self._engine.peers if plan.optimizer.tier is Tier.GPU else None,
             changes=True,
+            packing=packing_of(members, region.layout, dtype.itemsize) if self._engine.compresses else None,
         )
         # The masters start from the user's own values, not from their 16-bit rounding.
         n, master_dtype, shares = region.numel, blueprint.master_dtype, blueprint.master_is_weight

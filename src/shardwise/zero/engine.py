@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from ..config.offloads import no_directory
+from ..config.sections import EngineConfig
 from ..errors import StoreError, WriteError
 from ..offload.host import HostStore
-from ..offload.peers import GatherWith, PeerMemory
+from ..offload.peers import PeerMemory
 from ..offload.store import Arrival, Done, MemoryStore, Slab, Store
 from ..offload.tiers import ON_DISK
 from ..plan.plan import Placement, Plan, Tier
 from ..ranks.lanes import Lanes
 from ..ranks.ranks import Ranks
+from .compressed import compresses
 from .norms import Norms
 
 Kind = Literal["param", "optimizer"]
@@ -101,6 +103,7 @@ class Engine:
 
     reduce_dtype: gradients are summed in it. norms: of single gradients, for scripts. doubts: about what scripts have written.
     peers: where shards rest that copy engines gather, or None. share: of micro-batches, and of ranks.
+    compresses: gathers in passes send 8-bit codes of 16-bit weights.
     """
 
     ranks: Ranks
@@ -113,6 +116,7 @@ class Engine:
     doubts: Doubts
     peers: PeerMemory | None = None
     share: Share = field(default_factory=Share)
+    compresses: bool = False
 
     @classmethod
     def open(
@@ -122,16 +126,18 @@ class Engine:
         reduce_dtype: torch.dtype,
         *,
         nvme_paths: Mapping[Kind, str],
-        gather_with: GatherWith,
+        options: EngineConfig,
         serial: bool,
     ) -> Engine:
         """What the plan needs, the same on every rank. serial: everything on one lane. Collective; raises StoreError."""
+        compressed = compresses(options.gather_dtype, plan, ranks)
         lanes = Lanes(ranks.device, serial=serial)
         stores = ranks.together(lambda: Stores.make(lanes, ranks.rank, directories(plan, nvme_paths)))
         sharded = plan.frozen.sharded or plan.parameter.sharded
-        peers = PeerMemory.open(ranks, lanes, gather_with) if sharded else None
+        peers = PeerMemory.open(ranks, lanes, options.gather_with) if sharded else None
         reductions, faults = ReductionsInFlight(lanes), Faults(ranks, stores.drives)
-        return cls(ranks, lanes, stores, reduce_dtype, reductions, faults, Norms(ranks), Doubts(), peers)
+        shared = (reduce_dtype, reductions, faults, Norms(ranks), Doubts(), peers)
+        return cls(ranks, lanes, stores, *shared, compresses=compressed)
 
     def put_to_rest(self, values: Tensor, slab: Slab) -> None:
         """Put a device tensor to rest; its memory may go afterwards. A drive's error waits for the ranks to agree."""

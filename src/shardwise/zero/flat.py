@@ -23,6 +23,7 @@ from ..errors import WriteError
 from ..offload.peers import PeerMemory
 from ..offload.store import MemoryStore, Slab, Store
 from ..plan.blueprint import Member
+from ..plan.compressed import Packing
 from ..plan.layout import Layout
 from ..plan.plan import Placement, Tier
 from .guard import Guard, unasked
@@ -38,6 +39,7 @@ class FlatBuffer:
     layout:    in bytes when `dtype` is uint8 (frozen weights of any mix of dtypes), else in numbers.
     whole:     (layout.numel,) on the device; its storage is empty while released.
     peers:     where shards on the device rest if all ranks shall read them. changes: steps write into them.
+    packing:   how shards travel in passes if not exactly, see `compressed.py`.
     slab:      (layout.shard_numel,) at rest on placement.tier; None when the whole never leaves.
     """
 
@@ -53,6 +55,7 @@ class FlatBuffer:
         device: torch.device,
         peers: PeerMemory | None = None,
         changes: bool = False,
+        packing: Packing | None = None,
     ) -> None:
         self.members = tuple(members)
         self.dtype = dtype
@@ -74,6 +77,7 @@ class FlatBuffer:
         self._base, self._addresses = 0, list[int]()  # where `whole` was last, and where they belong then
         self._nbytes = self.whole.untyped_storage().nbytes()
         self.leaves = placement.leaves(shards)
+        self.packing = packing if self.leaves else None
         self._fixed = False
         self.slab: Slab | None = None
         self._copies: list[tuple[Tensor, Tensor]] = []
@@ -106,6 +110,7 @@ class FlatBuffer:
         self.slab = None
         self._copies = []
         self.leaves = False
+        self.packing = None
 
     @property
     def travels(self) -> bool:
@@ -117,6 +122,10 @@ class FlatBuffer:
         """This rank's interval of `whole`; readable while gathered."""
         n = self.layout.shard_numel
         return self.whole[self.rank * n : (self.rank + 1) * n]
+
+    def numbers(self, flat: Tensor) -> Tensor:
+        """A flat tensor of this buffer's elements, as weights: of a buffer that has a `packing`."""
+        return flat.view(self.members[0].dtype)
 
     def fill(self) -> None:
         """Copy the parameters' present values into `whole`. Init only, while whole has its storage."""

@@ -44,6 +44,7 @@ class Gathers:
         self.gatherable = [i for i, unit in enumerate(self.units) if unit.leaves]
         self.kept: frozenset[int] = frozenset()
         self.graphs: set[Graph] = set()
+        self._exact = False
         self._over_turn: frozenset[int] = frozenset()
 
     @property
@@ -51,12 +52,25 @@ class Gathers:
         """Whether every gather is a plain copy from the others' memory, which needs no other rank."""
         return all(part.has_peers for i in self.gatherable for part in self.units[i].parts)
 
+    def gather(self, unit: Unit) -> None:
+        """For a pass: as 8-bit codes where gathers are compressed, unless it is inside of `exactly`."""
+        unit.gather(exact=self._exact)
+
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Inside, passes gather the very weights. The same on every rank."""
+        before, self._exact = self._exact, True
+        try:
+            yield
+        finally:
+            self._exact = before
+
     def negotiate(self, want: int) -> bool:
         """All ranks say which unit they need, or DONE, and gather all of those. True when every rank said that it is done."""
         wants = set(self.ranks.gather_numbers(want)) - {DONE}
         for i in sorted(wants):
             if i == want:
-                self.units[i].gather()
+                self.gather(self.units[i])
             else:
                 self.gather_for_others([i])
         return not wants
@@ -66,7 +80,7 @@ class Gathers:
         for place, i in enumerate(indices):
             unit = self.units[i]
             present = unit.state in PRESENT
-            unit.gather()
+            self.gather(unit)
             for following in indices[place + 1 : place + 2]:
                 self.units[following].fetch()
             if present:

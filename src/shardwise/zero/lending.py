@@ -122,7 +122,8 @@ class Lending(Lends):
                 unit.arrive()
                 self._lent[unit] = schedule
             else:
-                schedule.gathers.gather_for_others([index])
+                with schedule.gathers.exactly():
+                    schedule.gathers.gather_for_others([index])
         votes = {voted for _, voted in said}
         if Vote.READS in votes or len(votes) > 1:
             self._ranks.attendance.before = self.close
@@ -171,7 +172,8 @@ class Lending(Lends):
         for i in sorted({i for row in self._ranks.gather_objects(mine) for i in row}):
             schedule, unit = units[i]
             if unit not in lent:
-                schedule.gathers.gather_for_others([schedule.index[id(unit)]])
+                with schedule.gathers.exactly():
+                    schedule.gathers.gather_for_others([schedule.index[id(unit)]])
                 continue
             found = [part.whole.clone() for part in unit.parts]
             unit.gather()
@@ -204,7 +206,8 @@ class Lending(Lends):
         if not self._open:
             self._meet(name)
             self.open()
-        while unit.state is Weights.RELEASED:
+        # What a forward has left here for its backward may be rounded.
+        while unit.state is Weights.RELEASED or unit.rounded:
             self._vote(Vote.READS, places.index(unit))
         return True
 

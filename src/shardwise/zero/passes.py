@@ -206,7 +206,7 @@ class OrderedPass:
                 continue
             unit = self._gathers.units[i]
             present = unit.state in PRESENT
-            unit.gather()
+            self._gathers.gather(unit)
             if present:
                 unit.arrive()
                 if unit in self.finished:  # its next turn is there

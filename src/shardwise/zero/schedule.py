@@ -305,7 +305,7 @@ class Schedule:
 
     @contextmanager
     def _streaming(self, kept: Sequence[Unit]) -> Iterator[None]:
-        with self.in_mode(Mode.STREAMING), self.gathers.keeping(kept):
+        with self.in_mode(Mode.STREAMING), self.gathers.keeping(kept), self.gathers.exactly():  # as those that are kept
             try:
                 yield
             finally:

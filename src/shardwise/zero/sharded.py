@@ -116,7 +116,7 @@ class ShardedModel:
         makers = choose_makers(specs, own_sources, self._quantised, ranks) if own_sources else {}
 
         self._engine = engine = Engine.open(
-            plan, ranks, precision.reduce, nvme_paths=nvme_paths or {}, gather_with=options.gather_with, serial=serial
+            plan, ranks, precision.reduce, nvme_paths=nvme_paths or {}, options=options, serial=serial
         )
         self._dtypes = {name: p.dtype for name, p in model.named_parameters()}
         self._builder = Builder(engine, plan, precision, options.whole_adapters, self._quantised, own_sources, makers)

@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from enum import Enum, auto
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import StoreError, UnitStateError, WriteError
 from ..offload.store import Arrival
 from ..plan.blueprint import Role
 from ..plan.plan import Plan, Tier
 from ..ranks.activity import activity
+from .compressed import dequantise, quantise
 from .engine import Engine
 from .flat import FlatBuffer
 from .trained import Trained
@@ -71,6 +72,8 @@ class Unit:
         self.published: torch.Event | None = None
         # Whether a script has written trained weights, which their masters do not know yet.
         self.strayed = False
+        # Whether the weights that are here came as codes, and so are not what the shards hold.
+        self.rounded = False
         self.state = Weights.GATHERED
 
     @property
@@ -137,12 +140,13 @@ class Unit:
             part.slab.fetch(part.own_slice) for part in self._parts if part.slab is not None and part.travels
         ]
 
-    def gather(self) -> None:
+    def gather(self, *, exact: bool = True) -> None:
         """Enqueue what makes the weights whole, on the gather lane; `arrive` before they are read. Collective.
 
         Weights that are whole, or on their way, are gathered once more: another rank asks for them.
+        exact: False lets weights travel as codes where the engine compresses gathers. The same on every rank.
         """
-        lane, shards = self._engine.lanes.gather, self._engine.ranks.shards
+        lane = self._engine.lanes.gather
         activity.unit(self.name)
         if self.state is Weights.GATHERING:
             self.arrive()
@@ -150,19 +154,57 @@ class Unit:
         self.fetch()
         fetched = self.state is Weights.FETCHING
         self._move(Weights.GATHERING)
+        sent = [part for part in self._parts if not part.has_peers]
+        sources = (
+            self._fetched_again(sent)
+            if again and self.rounded
+            else [part.own_slice if part.travels else part.shard for part in sent]
+        )
         self._land()
         lane.wait(self.published)
+        self.rounded = not exact and any(part.packing is not None for part in sent)
         with lane.on():
             if not fetched and not again:
                 for part in self._parts:
                     part.expand()
-            sent = [part for part in self._parts if not part.has_peers]
-            if sent:
-                sources = [part.own_slice if part.travels else part.shard for part in sent]
-                shards.all_gather_together([part.whole for part in sent], sources)
+            if self.rounded:
+                self._gather_codes(sent, sources)
+            elif sent:
+                self._engine.ranks.shards.all_gather_together([part.whole for part in sent], sources)
+            del sources
             for part in self._parts:
                 part.copy_from_peers()
             self._arrived = lane.mark()
+
+    def _gather_codes(self, parts: list[FlatBuffer], shards: list[Tensor]) -> None:
+        """Fill `whole` of all parts from every rank's shard, by codes where a part has a packing. Collective, on this lane."""
+        group = self._engine.ranks.shards
+        sent: list[tuple[Tensor, Tensor]] = []
+        for part, shard in zip(parts, shards, strict=True):
+            if part.packing is None:
+                sent.append((part.whole, shard))
+                continue
+            codes = torch.empty(part.packing.nbytes, dtype=torch.uint8, device=part.whole.device)
+            own = codes.view(group.size, -1)[group.rank]
+            quantise(part.numbers(shard), part.packing, own)
+            sent.append((codes, own))
+        group.all_gather_together([whole for whole, _ in sent], [own for _, own in sent])
+        for part, (codes, _) in zip(parts, sent, strict=True):
+            if part.packing is not None:
+                dequantise(codes, part.packing, part.numbers(part.whole))
+
+    def _fetched_again(self, parts: list[FlatBuffer]) -> list[Tensor]:
+        """The shards of weights that are here and rounded: of what rests elsewhere, beside the whole, which may be in use."""
+        lanes = self._engine.lanes
+        with lanes.gather.on():
+            shards = [torch.empty_like(part.own_slice) if part.travels else part.shard for part in parts]
+        lanes.up.wait(lanes.gather.mark())
+        self._coming = [
+            part.slab.fetch(shard)
+            for part, shard in zip(parts, shards, strict=True)
+            if part.slab is not None and part.travels
+        ]
+        return shards
 
     def _land(self) -> None:
         """The gather lane waits for what was fetched."""
@@ -219,7 +261,7 @@ class Unit:
     def keep_written(self) -> None:
         """Before a release: what a script has written in place goes into this rank's shard. Every rank has written the same.
 
-        Raises WriteError, once, where other ranks may be reading the shard at this moment.
+        Raises WriteError, once, where other ranks may be reading the shard at this moment, or what is here is rounded.
         """
         for part in self._parts:
             if not part.guard.touched and not part.has_moved:  # a step asks at each release
@@ -229,6 +271,12 @@ class Unit:
                 for index, then in part.guard.handed.take().items():
                     if index not in indices and then is not None:
                         self._engine.doubts.add(part.guard.names[index], part.view(index).ne(then).any())
+            if indices and self.rounded and part.packing is not None:
+                raise WriteError(
+                    f"{part.guard.names[indices[0]]} was written inside of a forward or a backward, to which it came in 8 bits "
+                    "(gather_dtype): its shard would take the rounded values. Write it in `with shardwise.gathered(model):`, "
+                    "or set gather_dtype: none."
+                )
             if indices and part.has_peers:
                 raise WriteError(
                     f"{part.guard.names[indices[0]]} was written inside of a forward or a backward, while other ranks copy "

@@ -50,7 +50,7 @@ def follow(unit: Unit, fetch: Fetch, put: Put) -> None:
     if trained is None or trained.shares_weights:
         return
     buffer = trained.buffer
-    at_rest = buffer.slab is not None and unit.state is not Weights.GATHERED
+    at_rest = buffer.slab is not None and (unit.state is not Weights.GATHERED or unit.rounded)
     if at_rest and buffer.slab is not None:
         now = fetch(buffer.slab)[trained.region.in_shard]
     else:
