@@ -58,7 +58,7 @@ OPTIMIZERS: dict[str, Any] = {
     "Lamb": Lamb,
     "AdamW8bit": _in_8_bits,
 }
-# Of runs that were changed. Muon orthogonalises in bf16: where sums over other ranks have another last bit, that rounds otherwise.
+# Of runs that were changed. Muon orthogonalises in bf16: a sum over other ranks with another last bit rounds otherwise there.
 TOLERANCE = {"Muon": 1e-5, "AdamW8bit": 1e-5}
 # Where states rest. "visiting" is "cpu" as on a device: the shards are not stepped where they are.
 TIERS = ("none", "cpu", "visiting", "nvme")
