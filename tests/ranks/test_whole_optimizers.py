@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,9 +24,7 @@ from rig.engine import (
 )
 from rig.optimizers import AdafactorLike, Lamb, Loop
 from shardwise.errors import OptimizerError
-from shardwise.plan.layout import Layout, Region
 from shardwise.step.optimizer import ShardedOptimizer, find_sharded_optimizer
-from shardwise.step.wholes import Whole, assign
 
 PLANS = ("0", "1", "2", "3", "2-opt", "3-all", "3-disk")
 ALL_OWN = (2, "world")
@@ -279,47 +275,3 @@ def _peeks(ranks: Any) -> str:
 
 def test_a_verb_that_would_see_stand_ins_is_refused(world):
     assert all("Peeks.peek() works on the parameters of its groups" in text for text in world(2).run(_peeks))
-
-
-# Who steps what, without ranks.
-
-
-def whole_of(shape: tuple[int, ...], layout: Layout, index: int, size: int) -> Whole:
-    found = object.__new__(Whole)
-    found.trained = SimpleNamespace(region=Region(layout, 0))  # type: ignore[assignment]
-    found.engine = SimpleNamespace(ranks=SimpleNamespace(owners=SimpleNamespace(size=size, rank=0)))  # type: ignore[assignment]
-    found.index, found.shape, found.numel, found.owner = index, shape, shape[0] * shape[1], None
-    return found
-
-
-def block(size: int) -> list[Whole]:
-    """The matrices of a block as Llama has it, a sixteenth as wide."""
-    shapes = [(256, 256), (64, 256), (64, 256), (256, 256), (896, 256), (896, 256), (256, 896)]
-    layout = Layout.pack([(str(n), shape, shape[0] * shape[1]) for n, shape in enumerate(shapes)], size, 32)
-    return [whole_of(shape, layout, n, size) for n, shape in enumerate(shapes)]
-
-
-@pytest.mark.parametrize("size", [2, 4, 8])
-def test_operations_are_even_over_the_ranks_and_the_same_on_each(size):
-    wholes = [whole for _ in range(32) for whole in block(size)]
-    assign(wholes, [])
-    load = Counter[int]()
-    for whole in wholes:
-        assert whole.owner is not None
-        load[whole.owner] += whole.cost
-    assert max(load.values()) <= 1.05 * sum(load.values()) / size
-    again = [whole for _ in range(32) for whole in block(size)]
-    assign(again, [])
-    assert [whole.owner for whole in again] == [whole.owner for whole in wholes]
-
-
-def test_on_two_ranks_most_matrices_stay_where_they_lie():
-    wholes = [whole for _ in range(32) for whole in block(2)]
-    assign(wholes, [])
-    moved = 0
-    for whole in wholes:
-        pieces = {place: Region(whole.trained.region.layout, place).pieces for place in range(2)}
-        moved += sum(
-            p.numel for place, ps in pieces.items() for p in ps if p.slot == whole.index and place != whole.owner
-        )
-    assert moved <= 0.2 * sum(whole.numel for whole in wholes)

@@ -62,12 +62,6 @@ class Whole:
         return self.owner is None or self.owner == self.engine.ranks.owners.rank
 
     @property
-    def cost(self) -> int:
-        """In proportion to operations: of matrix products with the shorter side, or of a pass over its elements."""
-        sides = (self.shape[0], math.prod(self.shape[1:])) if len(self.shape) > 1 else (1, 1)
-        return self.numel * max(1, min(sides))
-
-    @property
     def used(self) -> bool:
         """Whether it has a gradient; the same on every rank."""
         return self.trained.gradients.at_rest is not None and self.trained.gradients.used[self.index]
@@ -111,24 +105,43 @@ class Whole:
         return found
 
 
-def assign(wholes: Sequence[Whole], before: Sequence[Whole]) -> None:
-    """Give each of `wholes` an owner, the dearest first: where most of it lies, unless that rank has its share already.
+def cost_of(shape: Sequence[int]) -> int:
+    """In proportion to operations: of a matrix those of Newton-Schulz, as Muon has them, else a pass over the elements."""
+    if len(shape) < 2:
+        return math.prod(shape)
+    short, long = sorted((shape[0], math.prod(shape[1:])))
+    return short * short * (2 * long + short)
 
-    before: those that have one. Every rank comes to the same without a message.
+
+def owners_of(costs: Sequence[int], held: Sequence[Mapping[int, int]], load: list[int]) -> list[int]:
+    """Who steps each parameter: the dearest first, where most of it lies, unless that rank has its share already.
+
+    costs, held: of each parameter its cost, and its elements by place. load: of each place, what it has to do already; is
+    added to. Every rank comes to the same without a message.
     """
-    load: dict[int, int] = {}
+    share = (sum(costs) + sum(load)) / len(load)
+    found = [0] * len(costs)
+    for number in sorted(range(len(costs)), key=lambda n: -costs[n]):
+        cost, lies = costs[number], held[number]
+        most = max(_SLACK * share, min(load) + cost)
+        fits = [place for place, has in enumerate(load) if has + cost <= most]
+        found[number] = max(fits, key=lambda place: (lies.get(place, 0), -load[place], -place))
+        load[found[number]] += cost
+    return found
+
+
+def assign(wholes: Sequence[Whole], before: Sequence[Whole]) -> None:
+    """Give each of `wholes` its owner. before: those that have theirs."""
+    parted = [w for w in wholes if w.trained.region.rank is not None and w.engine.ranks.owners.size > 1]
+    if not parted:
+        return
+    load = [0] * parted[0].engine.ranks.owners.size
     for whole in before:
         if whole.owner is not None:
-            load[whole.owner] = load.get(whole.owner, 0) + whole.cost
-    parted = [w for w in wholes if w.trained.region.rank is not None and w.engine.ranks.owners.size > 1]
-    for whole in sorted(parted, key=lambda one: -one.cost):
-        size = whole.engine.ranks.owners.size
-        share = sum(one.cost for one in (*before, *wholes)) / size
-        held = {place: sum(piece.numel for piece in pieces) for place, pieces in _pieces(whole).items()}
-        least = min(load.get(place, 0) for place in range(size))
-        fits = [p for p in range(size) if load.get(p, 0) + whole.cost <= max(_SLACK * share, least + whole.cost)]
-        whole.owner = max(fits, key=lambda p: (held.get(p, 0), -load.get(p, 0), -p))
-        load[whole.owner] = load.get(whole.owner, 0) + whole.cost
+            load[whole.owner] += cost_of(whole.shape)
+    held = [{place: sum(p.numel for p in pieces) for place, pieces in _pieces(whole).items()} for whole in parted]
+    for whole, owner in zip(parted, owners_of([cost_of(w.shape) for w in parted], held, load), strict=True):
+        whole.owner = owner
 
 
 def _pieces(whole: Whole) -> dict[int, list[Piece]]:
