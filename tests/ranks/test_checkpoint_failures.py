@@ -49,7 +49,10 @@ class Net(nn.Module):
 
 
 class Run:
-    """A run of a few numbers; `train` takes steps that depend on nothing but the step."""
+    """A run of a few numbers; `train` takes steps that depend on nothing but the step.
+
+    A file "optimizer" in the folder says of which class of torch's it takes them; AdamW without one.
+    """
 
     def __init__(self, folder: str, stage: int = 3, total_limit: int | None = None, **project: Any) -> None:
         forget_run()
@@ -60,7 +63,9 @@ class Run:
             cpu=True, deepspeed_plugin=DeepSpeedPlugin(zero_stage=stage), project_config=project_config
         )
         self.model = Net()
-        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=0.01)
+        said = Path(folder) / "optimizer"
+        make = getattr(torch.optim, said.read_text() if said.exists() else "AdamW")
+        self.optimizer = make([p for p in self.model.parameters() if p.requires_grad], lr=0.01)
         self.accelerator.prepare(self.model, self.optimizer)
         self.steps = 0
         self.accelerator.register_for_checkpointing(self)
@@ -295,8 +300,11 @@ def _points(world: Any, tmp_path: Path, total_limit: int | None, async_: bool) -
     return found + [(None, at) for at in range(min(counts))]
 
 
-def test_ranks_killed_during_a_save_lose_nothing(world, tmp_path):
+@pytest.mark.parametrize("optimizer", ["AdamW", "Adafactor"])
+def test_ranks_killed_during_a_save_lose_nothing(world, tmp_path, optimizer):
     points = _points(world, tmp_path, 1, False)
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "optimizer").write_text(optimizer)
     expected = world(2).run(first_checkpoint, str(tmp_path / "start"))[0]
     for number, (who, at) in enumerate(points[3 :: len(points) // 5]):
         place = tmp_path / f"point{number}"
