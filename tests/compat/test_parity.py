@@ -23,7 +23,7 @@ PROGRAMS = Path(__file__).parent / "programs"
 ENTRY = "from shardwise.cli.main import main; main()"
 
 COVER = ["loop:z2", "loop:z3", "loop:z3cpu-lora", "trainer:z2", "trainer:z3", "trainer:z3cpu-lora", "trainer:plain"]
-COVER += ["trainer:z3ds", "trainer:z3-pretrained", "seq2seq:z3"]
+COVER += ["trainer:z3ds", "trainer:z3-pretrained", "trainer:z3no16-adafactor", "seq2seq:z3"]
 FULL = ["loop:z1", "loop:z2cpu", "loop:z3cpu", "loop:z3-lora", "loop:z2-lora", "trainer:z1", "trainer:z2cpu"]
 FULL += [
     "seq2seq:z2",
@@ -33,6 +33,7 @@ FULL += [
     "trainer:z3-lora",
     "trainer:z3dsds",
     "trainer:z2-pretrained",
+    "trainer:z3-adafactor",
 ]
 TRL = ["z3-sft", "z3-sft-lora", "z3-sft-large", "z3-dpo", "z3-dpo-lora", "z3-dpopre", "z3-reward", "z3-grpo"]
 TRL += ["z2-sft", "z2-dpo", "z2-grpo", "z3cpu-sft", "z3cpu-grpo-lora"]
@@ -126,6 +127,8 @@ def _check_trainer(case: str, found: dict[str, Any], expected: dict[str, Any], f
     for name, tolerance in names.items():
         numbers = [[row[name] for row in rows["log"] if name in row] for rows in (found, expected)]
         _close(numbers[0], numbers[1], tolerance)
+    if case.startswith("z3no16"):
+        return  # no weights are written, only the engine's checkpoints
     reference = f"ddp{'-' + case.partition('-')[2] if '-' in case else ''}"
     written = sorted((folder / "trainer" / reference / "final").glob("*.safetensors"))
     assert written

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -183,10 +184,18 @@ def _save_given(
     if is_saved_as_adapters(model):
         contents = _ask(sharded, model, named)
         on_whole(sharded, values, lambda: _check_adapters(sharded, model, named, contents, state), missing)
-    elif not state:
+    elif not state and not _is_placeholder():
         raise CheckpointError(f"save_pretrained: the state_dict for {named['save_directory']} is empty.")
     refuse_empty({name: value for name, value in state.items() if isinstance(value, Tensor)})
     on_whole(sharded, values, lambda: original(state_dict=state, **named), missing)
+
+
+def _is_placeholder() -> bool:
+    """Whether an empty state dict may be meant: transformers' Trainer writes a file of none under a DeepSpeed configuration of
+    stage 3 without 16-bit saves, takes it away again, and has the engine save its checkpoint.
+    """
+    integration: Any = sys.modules.get("transformers.integrations.deepspeed")
+    return integration is not None and bool(integration.is_deepspeed_zero3_enabled())
 
 
 def _check_adapters(

@@ -66,6 +66,7 @@ CASES: dict[str, dict[str, Any] | None] = {
     "z1": configuration(1),
     "z2": configuration(2),
     "z3": configuration(3),
+    "z3no16": configuration(3, stage3_gather_16bit_weights_on_model_save=False),
     "z2cpu": configuration(2, offload_optimizer=CPU),
     "z3cpu": configuration(3, offload_optimizer=CPU, offload_param=CPU),
     "z3ds": configuration(3) | {"optimizer": ADAMW},
@@ -128,7 +129,8 @@ def train(name: str, folder: str) -> dict[str, Any]:
     """
     case, _, kind = name.partition("-")
     out = f"{folder}/{name}"
-    made = arguments(case, out)
+    more = {"optim": "adafactor"} if kind == "adafactor" else {}
+    made = arguments(case, out, **more)
     model = make_model(kind or "full", folder)
     trainer = Trainer(model=model, args=made, train_dataset=Tokens(48, 1), eval_dataset=Tokens(16, 2))
     deferred = sum(p.is_meta for p in model.parameters())
@@ -142,7 +144,7 @@ def train(name: str, folder: str) -> dict[str, Any]:
     forget(trainer)
     if case == "ddp":
         return found
-    made = arguments(case, out)
+    made = arguments(case, out, **more)
     model = make_model(kind or "full", folder)
     trainer = Trainer(model=model, args=made, train_dataset=Tokens(48, 1), eval_dataset=Tokens(16, 2))
     trainer.train(resume_from_checkpoint=f"{out}/checkpoint-3")
