@@ -275,3 +275,39 @@ def _peeks(ranks: Any) -> str:
 
 def test_a_verb_that_would_see_stand_ins_is_refused(world):
     assert all("Peeks.peek() works on the parameters of its groups" in text for text in world(2).run(_peeks))
+
+
+def _overridden(ranks: Any, plan: str) -> tuple[float, set[torch.dtype]]:
+    """As Trainer does with embeddings: the states of one module's weight stay in 32 bits."""
+    import bitsandbytes
+
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    manager.initialize()
+    model = tower()
+    reference = copy.deepcopy(model)
+    try:
+        for each in (model, reference):
+            manager.register_module_override(each.blocks[1].up, "weight", {"optim_bits": 32})
+        plain, stepping = adamw_8bit(reference.parameters()), adamw_8bit(model.parameters())
+        sharded = shard(ranks, model, plan)
+        stepper = ShardedOptimizer(stepping, [sharded])
+        for number, batch in enumerate(inputs(8)):
+            plain_step(reference, batch, ranks.world_size, number, loss_of)
+            loss_of(model, mine(batch, ranks.rank, ranks.world_size)).backward()
+            for optimizer in (plain, stepping):
+                optimizer.step()
+                optimizer.zero_grad()
+        found = stepper.states.whole()
+        kinds = {name: state["state1"].dtype for (_, name), state in found.items()}
+        wanted = {name: plain.state[p]["state1"].dtype for name, p in reference.named_parameters()}
+        assert kinds == wanted
+        return largest_difference(weights_of(sharded), reference), set(kinds.values())
+    finally:
+        manager.initialize()
+
+
+@pytest.mark.parametrize("plan", ["0", "2", "3-disk"])
+def test_settings_of_single_parameters_hold_for_what_is_stepped_in_their_place(world, plan):
+    for difference, kinds in world(2).run(_overridden, plan):
+        assert difference <= 1e-4
+        assert kinds == {torch.uint8, torch.float32}

@@ -21,6 +21,7 @@ from .elementwise import steps_in_parts
 from .groups import Groups
 from .held import HeldGradients, multiply
 from .optimizer_verbs import OwnVerbs
+from .overrides import standing_in
 from .running import holding, run_step
 from .visits import Shard, Visits
 from .wholes import Whole, WholeSteps
@@ -97,7 +98,11 @@ class Applying:
         """The class's step, on what is in place and stepped in shards."""
         mine = {id(shard.tensor) for shard in self.groups.stepped} if self.groups.wholes else None
         verbs = self.verbs.as_in_the_class() if self.verbs is not None else nullcontext()
-        with verbs, holding(self.optimizer, mine) if mine is not None else nullcontext():
+        with (
+            verbs,
+            holding(self.optimizer, mine) if mine is not None else nullcontext(),
+            standing_in(self.optimizer, self.groups.pairs),
+        ):
             run_step(self.optimizer)
 
     def _step_wholes(self, units: Sequence[Unit], factor: Tensor | None) -> None:
@@ -126,6 +131,7 @@ class Applying:
             if apart:
                 mine = {id(unit.trained) for unit in group}
                 with holding(self.optimizer, {id(shard.tensor) for shard in shards if id(shard.trained) in mine}):
+                    # Of torch's own, which have no settings of single parameters.
                     run_step(self.optimizer)
             for unit in group:
                 unit.cast()

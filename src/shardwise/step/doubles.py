@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import OptimizerError
+from .overrides import is_manager
 
 # Elements. An optimizer's own tensors, beside its states, that are longer than this are no settings.
 _LARGEST = 1 << 20
@@ -58,7 +59,9 @@ def twin(optimizer: Optimizer, stand_ins: Mapping[int, Tensor]) -> Any:
             if name != "params":
                 new[name] = _copied(optimizer, value, memo, f"the setting {name!r} of its group {number}")
     for name, value in vars(optimizer).items():
-        if name not in ("state", "param_groups") and not _belongs_to_the_object(optimizer, name):
+        if is_manager(value):
+            made.__dict__[name] = value
+        elif name not in ("state", "param_groups") and not _belongs_to_the_object(optimizer, name):
             made.__dict__[name] = _copied(optimizer, value, memo, f"its attribute {name!r}")
     _without_hooks(optimizer, made)
     return made
@@ -97,7 +100,7 @@ def refuse_what_it_reaches(optimizer: Optimizer) -> None:
     held = {k: v for k, v in vars(optimizer).items() if k not in ("state", "param_groups")}
     mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for attribute, value in held.items():
-        if _belongs_to_the_object(optimizer, attribute):
+        if _belongs_to_the_object(optimizer, attribute) or is_manager(value):
             continue
         for thing in _reached(value, {id(optimizer)}):
             if isinstance(thing, Optimizer):

@@ -229,6 +229,11 @@ class Groups:
         self.wholes += new
         group["params"] += [one.tensor for one in new if one.is_own]
 
+    def pairs(self) -> Iterator[tuple[int, Tensor]]:
+        """Of what is stepped in shards: id(parameter), and a shard of it."""
+        for shard in self.stepped:
+            yield id(shard.trained.buffer.members[shard.index].parameter), shard.tensor
+
     @property
     def partly(self) -> set[int]:
         """The ids of what holds something that is stepped in shards, on this rank or another."""

@@ -23,6 +23,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from .doubles import double, twin
+from .overrides import standing_in
 from .running import holding
 
 # Of the gradients, verb by verb: optimizers that clip do so at some of them.
@@ -118,7 +119,9 @@ def rehearse(
             gradients = [(torch.randn(s.start.shape, generator=source) * size).to(s.start) for s in stand_ins]
             found.returned = []
             for made, parts in twins:
-                found.returned.append(dict(leaves(_play(made, parts, gradients, verb, way), "what it returned")))
+                found.returned.append(
+                    dict(leaves(_play(made, parts, stand_ins, gradients, verb, way), "what it returned"))
+                )
             found.weights.append(_weights(stand_ins, [part for _, parts in twins for part in parts]))
         found.draws = have_drawn()
     found.states = [[] for _ in stand_ins]
@@ -233,7 +236,14 @@ def _gradient(part: _Part, gradients: Sequence[Tensor]) -> Tensor:
     return gradients[part.number].reshape(-1)[part.begin : part.end].clone().view(part.values.shape)
 
 
-def _play(made: Any, parts: Sequence[_Part], gradients: Sequence[Tensor], verb: Verb, way: Way) -> Any:
+def _play(
+    made: Any,
+    parts: Sequence[_Part],
+    stand_ins: Sequence[StandIn],
+    gradients: Sequence[Tensor],
+    verb: Verb,
+    way: Way,
+) -> Any:
     """As a step does: the optimizer steps what is in place, and a double each part that visits.
 
     It does not see those that are stepped whole, whose stand-ins it holds; of others it holds what has no gradient.
@@ -243,7 +253,7 @@ def _play(made: Any, parts: Sequence[_Part], gradients: Sequence[Tensor], verb: 
     seen = {id(part.tensor) for part in parts if part.number not in visits & way.shaped}
     for part in here:
         part.tensor.grad = _gradient(part, gradients)
-    with holding(made, seen):
+    with holding(made, seen), standing_in(made, lambda: [(stand_ins[p.number].key, p.tensor) for p in parts]):
         result = call(made, verb)
     for part in here:
         part.tensor.grad = None
@@ -255,7 +265,8 @@ def _play(made: Any, parts: Sequence[_Part], gradients: Sequence[Tensor], verb: 
         one.param_groups[group]["params"].append(piece)
         if part.tensor in made.state:
             one.state[piece] = made.state[part.tensor]
-        call(one, verb)
+        with standing_in(one, lambda: [(stand_ins[part.number].key, piece)]):  # noqa: B023 - at once
+            call(one, verb)
         made.state[part.tensor] = one.state[piece]
     return result
 

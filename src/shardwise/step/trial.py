@@ -18,7 +18,6 @@ the user's optimizer step here (`rehearsal.py`), which share nothing with it.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +30,9 @@ from ..errors import OptimizerError
 from ..plan.precision import Precision
 from .comparing import difference, is_plain, is_same
 from .doubles import refuse_what_it_reaches
+from .overrides import settings_of
 from .rehearsal import Cuts, Outcome, StandIn, Verb, Way, is_like, leaves, rehearse, setting
+from .samples import chosen, small
 
 # Elements of a stand-in: more than what optimizers of 8 bits leave in 32 (4,096, or 16,384), and some blocks of them. A group
 # like one before it, with parameters of such sizes, takes few.
@@ -128,7 +129,9 @@ class Trial:
                 kind = self._kind_with(number, parameters)
                 room = _LITTLE_ROOM if kind in known else _ROOM
                 known.add(kind)
-                self._stand_ins += [self._stand_in(number, p, room) for p in _chosen(parameters)]
+                self._stand_ins += [
+                    self._stand_in(number, p, room) for p in chosen(parameters, settings_of(self.optimizer))
+                ]
             self._try_all()
         except OptimizerError:  # a group that is not added after all
             self._stand_ins, self._others = before
@@ -178,7 +181,7 @@ class Trial:
     def _stand_in(self, group: int, parameter: Tensor, room: int) -> StandIn:
         source = torch.Generator().manual_seed(len(self._stand_ins))
         dtype = Precision.master_dtype(parameter)
-        start = torch.randn(_small(tuple(parameter.shape), room), generator=source) * 0.1
+        start = torch.randn(small(tuple(parameter.shape), room), generator=source) * 0.1
         if id(parameter) not in self._states:
             state = self.optimizer.state.get(parameter, {})
             cut = {n: self._cut(n, v, parameter, start, dtype, group in self.wholes) for n, v in state.items()}
@@ -348,7 +351,8 @@ class Trial:
 
     def _kind_with(self, number: int, parameters: Sequence[Tensor]) -> tuple[Any, ...]:
         """Groups with the same are alike: in the signs of their settings, and in the shapes and sizes of what they hold."""
-        sizes = frozenset((p.ndim, min(p.numel(), _ROOM).bit_length()) for p in _chosen(parameters))
+        own = settings_of(self.optimizer)
+        sizes = frozenset((p.ndim, min(p.numel(), _ROOM).bit_length(), own(p)) for p in chosen(parameters, own))
         return tuple(sign for _, sign in self._kind(number)), sizes
 
     def _kind(self, number: int) -> tuple[Any, ...]:
@@ -370,25 +374,6 @@ def _takes_nothing(method: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _chosen(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """For each number of dimensions the first parameter, and the largest of the others."""
-    found = []
-    for ndim in sorted({p.ndim for p in parameters}):
-        same = [p for p in parameters if p.ndim == ndim and p.numel()]
-        found += same[:1]
-        if len(same) > 1:
-            found.append(max(same[1:], key=lambda p: p.numel()))
-    return found
-
-
-def _small(shape: tuple[int, ...], room: int) -> tuple[int, ...]:
-    """`shape` with its largest dimensions cut down to at most `room` elements."""
-    limit = max(shape, default=1)
-    while math.prod(min(n, limit) for n in shape) > room:
-        limit -= max(1, limit // 16)
-    return tuple(min(n, limit) for n in shape)
 
 
 def _sign(value: Any) -> Any:

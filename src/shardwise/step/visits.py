@@ -31,6 +31,7 @@ from ..zero.trained import Trained
 from ..zero.unit import Unit
 from . import publishing
 from .doubles import double
+from .overrides import standing_in
 from .running import run_step
 
 # Elements. 16 MiB of fp32 each: long enough for the link, short enough that a few of them are little memory. A multiple of a
@@ -230,7 +231,8 @@ class Visits:
                 }
             one.param_groups[shard.group]["params"].append(piece)
             pieces.append((shard, piece, where))
-        run_step(one)
+        with standing_in(one, lambda: [(id(s.trained.buffer.members[s.index].parameter), p) for s, p, _ in pieces]):
+            run_step(one)
         stepped = []
         for shard, piece, where in pieces:
             state = one.state[piece]

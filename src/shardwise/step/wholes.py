@@ -26,6 +26,7 @@ from ..zero.engine import Engine
 from ..zero.trained import Trained
 from ..zero.unit import Unit
 from .doubles import double
+from .overrides import standing_in
 from .running import run_step
 from .visits import OFFLOADED
 
@@ -267,7 +268,9 @@ class WholeSteps:
                 one.state[tensor] = whole.brought(state)
             one.param_groups[whole.group]["params"].append(tensor)
             tensors.append(tensor)
-        run_step(one)
+        keys = [id(whole.trained.buffer.members[whole.index].parameter) for whole in own]
+        with standing_in(one, lambda: zip(keys, tensors, strict=True)):
+            run_step(one)
         for whole, tensor in zip(own, tensors, strict=True):
             self.optimizer.state[whole.tensor] = whole.put_to_rest(one.state[tensor])
             take(whole, tensor.detach())
