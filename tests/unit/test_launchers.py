@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from shardwise.cli.elsewhere import Elsewhere
 from shardwise.config.environment import RankEnvironment
 from shardwise.config.launchers import first_host, forgotten_tasks, port_of, tasks_on
 from shardwise.errors import ConfigError
@@ -175,3 +176,16 @@ def test_exported_words_are_torchs(monkeypatch):
     }
     for name in TORCH:
         monkeypatch.delenv(name, raising=False)
+
+
+def test_a_list_of_hosts_that_is_none_is_an_error_where_no_launcher_says_it():
+    with pytest.raises(ConfigError, match="which is no list with SM_CURRENT_HOST 'algo-1' in it"):
+        place({"SM_HOSTS": "algo-1", "SM_CURRENT_HOST": "algo-1"})
+    assert place({"SM_HOSTS": "algo-1", "SM_CURRENT_HOST": "algo-1", **TORCH})[0] == 3
+
+
+def test_flags_for_hosts_without_hosts_are_refused(monkeypatch):
+    with pytest.raises(ConfigError, match="--ssh: has no effect without --hostfile"):
+        Elsewhere(ssh="ssh -p 22").is_asked()
+    monkeypatch.setenv("SHARDWISE_SSH", "ssh -p 22")  # which holds for all runs of a shell
+    assert not Elsewhere(ssh="ssh -p 22").is_asked()

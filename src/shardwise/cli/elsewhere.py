@@ -33,7 +33,7 @@ class Elsewhere:
     """What was typed for --hostfile, --ssh, --env_file and --slurm_script."""
 
     hostfile: str | None = None
-    ssh: str = "ssh"
+    ssh: str | None = None
     env_file: str | None = None
     slurm_script: str | None = None
 
@@ -43,6 +43,8 @@ class Elsewhere:
             raise ConfigError("--hostfile and --slurm_script contradict each other")
         if self.hostfile is None and self.env_file is not None:
             raise ConfigError("--env_file: has no effect without --hostfile")
+        if self.hostfile is None and self.ssh not in (None, os.environ.get("SHARDWISE_SSH")):
+            raise ConfigError("--ssh: has no effect without --hostfile")
         return self.hostfile is not None or self.slurm_script is not None
 
     def filled(self, settings: Mapping[str, str | bool]) -> dict[str, str | bool]:
@@ -72,7 +74,7 @@ class Elsewhere:
             given |= hosts.read_environment(file)
             print(f"shardwise launch: the hosts are given the variables of {file}", file=sys.stderr)
         lines = hosts.commands(found, settings, typed.words, given, os.getcwd())
-        ssh = shlex.split(self.ssh)
+        ssh = shlex.split("ssh" if self.ssh is None else self.ssh)
         if not ssh:
             raise ConfigError("--ssh: is empty")
         if dry_run:

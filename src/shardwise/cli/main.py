@@ -68,8 +68,10 @@ HostFile = Annotated[
     typer.Option("--hostfile", metavar="FILE", help="Start it on the hosts of FILE (`HOST slots=N`) by ssh."),
 ]
 Ssh = Annotated[
-    str,
-    typer.Option("--ssh", metavar="COMMAND", envvar="SHARDWISE_SSH", help="What starts it on a host of --hostfile."),
+    str | None,
+    typer.Option(
+        "--ssh", metavar="COMMAND", envvar="SHARDWISE_SSH", help="What starts it on a host of --hostfile; default: ssh."
+    ),
 ]
 EnvironmentFile = Annotated[
     str | None,
@@ -125,7 +127,7 @@ def launch_command(
         bool, typer.Option("--as_deepspeed", help="In SCRIPT, `import deepspeed` finds shardwise.")
     ] = False,
     hostfile: HostFile = None,
-    ssh: Ssh = "ssh",
+    ssh: Ssh = None,
     env_file: EnvironmentFile = None,
     slurm_script: SlurmScript = None,
     dry_run: Annotated[

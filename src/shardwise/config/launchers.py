@@ -200,16 +200,9 @@ def found(env: Mapping[str, str]) -> Said | None:
     """
     by_mpi, by_slurm = mpi(env), slurm(env)
     if by_mpi is None or by_slurm is None:
-        return by_mpi or by_slurm or _of_sagemaker(env)
+        return by_mpi or by_slurm or sagemaker(env)
     same = (by_mpi.rank, by_mpi.world_size) == (by_slurm.rank, by_slurm.world_size)
     return by_slurm if same else by_mpi
-
-
-def _of_sagemaker(env: Mapping[str, str]) -> Said | None:
-    try:
-        return sagemaker(env)
-    except ConfigError:  # the launcher's to say
-        return None
 
 
 def _first(env: Mapping[str, str], names: Sequence[str]) -> int | None:
