@@ -148,8 +148,7 @@ def _stepped(ranks: Any, plan: str) -> tuple[int, int, dict[str, int]]:
     ranks.shards.counts.clear()
     stepping.step()
     counts = dict(ranks.shards.counts)
-    held = sum(p.numel() for group in stepping.param_groups for p in group["params"])
-    assert held == Counts.seen
+    assert sum(p.numel() for group in stepping.param_groups for p in group["params"]) == total  # its own and others'
     return Counts.seen, total, counts
 
 
@@ -311,3 +310,25 @@ def test_settings_of_single_parameters_hold_for_what_is_stepped_in_their_place(w
     for difference, kinds in world(2).run(_overridden, plan):
         assert difference <= 1e-4
         assert kinds == {torch.uint8, torch.float32}
+
+
+def _clipped_by_its_groups(ranks: Any, plan: str) -> tuple[float, float]:
+    """A script may give what stands in the optimizer's groups: of one that steps whole parameters all of it, on every rank."""
+    model, reference = tower(), tower()
+    plain = AdafactorLike(reference.parameters())
+    _, stepper, stepping = prepare(ranks, model, plan, optimizer=AdafactorLike)
+    plain_step(reference, inputs(1)[0], ranks.world_size, 0, loss_of)
+    loss_of(model, mine(inputs(1)[0], ranks.rank, ranks.world_size)).backward()
+    expected = nn.utils.clip_grad_norm_([p for group in plain.param_groups for p in group["params"]], 0.01)
+    found = stepper.clip_norm([p for group in stepping.param_groups for p in group["params"]], 0.01)
+    plain.step()
+    stepping.step()
+    sharded = stepper.models[0]
+    return abs(float(found) - float(expected)), largest_difference(weights_of(sharded), reference)
+
+
+@pytest.mark.parametrize("plan", ["0", "3"])
+def test_what_its_groups_hold_is_clipped_together(world, plan):
+    for norm, weights in world(3).run(_clipped_by_its_groups, plan):
+        assert norm <= 1e-6
+        assert weights <= 1e-6

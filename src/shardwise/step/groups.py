@@ -4,8 +4,8 @@
                                                            rank 1: [q.lora_B[1024:4096]]
 
 Frozen parameters have no shards. Once they are trained, theirs come into the group that they have always belonged to. A group
-whose parameters are stepped whole holds stand-ins of those that this rank owns (`wholes.py`); their pieces are here for what is
-done to gradients.
+whose parameters are stepped whole holds stand-ins of them, also of those that another rank owns (`wholes.py`); their pieces are
+here for what is done to gradients.
 """
 
 from __future__ import annotations
@@ -151,8 +151,9 @@ class Groups:
                     parameter.grad.zero_()
 
     def chosen(self, parameters: Sequence[Tensor]) -> list[Shard]:
-        """The shards of these, strays included; a shard's own tensor stands for itself."""
+        """The shards of these, strays included; what the optimizer's groups hold stands for its parameter."""
         wanted = {id(p) for p in parameters}
+        wanted |= {id(w.trained.buffer.members[w.index].parameter) for w in self.wholes if id(w.tensor) in wanted}
         own = [
             shard for shard in self.shards
             if id(shard.trained.buffer.members[shard.index].parameter) in wanted or id(shard.tensor) in wanted
@@ -227,7 +228,9 @@ class Groups:
                     self.stepped.append(shard)
         assign(new, self.wholes)
         self.wholes += new
-        group["params"] += [one.tensor for one in new if one.is_own]
+        group["params"] += [
+            one.tensor for one in new
+        ]  # of other ranks' too: a script may give them for all to be clipped
 
     def pairs(self) -> Iterator[tuple[int, Tensor]]:
         """Of what is stepped in shards: id(parameter), and a shard of it."""

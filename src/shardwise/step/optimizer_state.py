@@ -194,7 +194,9 @@ class OptimizerState:
         return [
             (
                 {name: value for name, value in group.items() if name != "params" and name not in MACHINE},
-                {keys[id(tensor)] for tensor in group["params"]},
+                {
+                    keys[id(tensor)] for tensor in group["params"] if id(tensor) in keys
+                },  # not stand-ins of others' wholes
             )
             for group in self.optimizer.param_groups
         ]
