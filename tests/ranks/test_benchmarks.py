@@ -74,6 +74,23 @@ def test_the_hosts_time_is_given_by_call() -> None:
     assert record["threads"][0]["seconds"] >= 0
 
 
+def test_messages_of_hosts_are_measured_in_turns_and_counted_in_a_step() -> None:
+    script = BENCHMARKS / "host_messages.py"
+    environment = {**torchrun(1)[0], "OMP_NUM_THREADS": "1"}
+    modelled = run_script(script, ["--model"], [environment])
+    lines = [json.loads(line) for line in modelled.stdout.splitlines() if line.startswith("{")]
+    assert lines[-1]["hops"]["flags, hops"] == 14
+    done = run_script(script, ["--ranks", "2", "--messages", "2", "--turns", "1"], [environment])
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [line["message"] for line in lines] == ["flags", "number", "object"]
+    assert all(line[way]["wall_us"] > 0 for line in lines for way in ("ring", "hops"))
+    done = run_script(script, ["--steps", "--ranks", "2", "--turns", "1", "--engines", "shardwise:3"], [environment])
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert line["messages"] == {"flags": 2, "flags, without waiting": 1}
+
+
 @pytest.fixture
 def overlap(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))

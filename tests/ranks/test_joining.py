@@ -268,7 +268,7 @@ def test_a_state_before_and_several_accelerators_share_one_run():
 
 def _at_exit() -> Any:
     first, second = Accelerator(cpu=True)._ranks, Accelerator(cpu=True)._ranks.aside()
-    groups = [weakref.ref(group) for group in (first._control, first.shards._data, second._control)]
+    groups = [weakref.ref(group) for group in (first._control.group, first.shards._data, second._control.group)]
     first.any_of([True])  # is under way until the others have answered
     first.barrier()
     held = [group() is not None for group in groups]

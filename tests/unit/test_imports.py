@@ -174,7 +174,7 @@ ELASTIC = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.dis
 
 # deepspeed.comm is torch.distributed under another name.
 HOMES_OF_GROUPS = (
-    *(f"ranks.{file}" for file in ("joining", "ranks", "group", "symmetric", "leaving")),
+    *(f"ranks.{file}" for file in ("joining", "ranks", "group", "control", "doubling", "symmetric", "leaving")),
     "compat.deepspeed.comm",
 )
 

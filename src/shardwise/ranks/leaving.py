@@ -33,6 +33,7 @@ import torch.distributed.nn.functional  # noqa: F401
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from . import watcher
+from .control import Vote
 
 # How long a vote that this rank did not wait for may take to come to its end. After an error of the script the other ranks may
 # be waiting for this one, and learn of its end only by that.
@@ -44,8 +45,8 @@ _MOMENT_S = 0.05
 class Member(Protocol):
     """What holds process groups: the `Ranks` of this process, and those aside."""
 
-    def let_go(self) -> tuple[list[dist.ProcessGroup], dist.Work | None]:
-        """The groups, and the work under way in the last of them. The member itself forgets both."""
+    def let_go(self) -> tuple[list[dist.ProcessGroup], Vote | None]:
+        """The groups, and a vote under way in the last of them. The member itself forgets both."""
         ...
 
 
@@ -112,12 +113,12 @@ def _leave() -> None:
 def _take_down_all() -> None:
     groups: list[dist.ProcessGroup] = []
     for member in list(_members):
-        held, work = member.let_go()
+        held, vote = member.let_go()
         groups += [group for group in held if group not in groups]
-        if work is not None and not _ended(work):
-            for item in (work, held[-1]):
+        if vote is not None and not vote.ends_within(_vote_limit_s()):
+            for item in (vote, held[-1]):
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(item))
-        del held, work
+        del held, vote
     if not dist.is_initialized():
         groups.clear()
         return
@@ -136,15 +137,9 @@ def _is_gloo(group: dist.ProcessGroup | None) -> bool:
         return False
 
 
-def _ended(work: dist.Work) -> bool:
-    """Whether `work` has come to its end, within the time that it has."""
-    failed = getattr(sys, "last_value", None) is not None
-    deadline = time.monotonic() + (_VOTE_AFTER_ERROR_S if failed else _VOTE_WITHIN_S)
-    while not work.is_completed():
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(0.001)
-    return True
+def _vote_limit_s() -> float:
+    """How long a vote may take to come to its end."""
+    return _VOTE_WITHIN_S if getattr(sys, "last_value", None) is None else _VOTE_AFTER_ERROR_S
 
 
 def _clear_frames() -> None:

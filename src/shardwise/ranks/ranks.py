@@ -1,5 +1,5 @@
-"""The ranks of a run and what they do together. Beside it `group.py`, `joining.py`, `leaving.py`, `symmetric.py` call
-torch.distributed.
+"""The ranks of a run and what they do together. Beside it `group.py`, `control.py`, `doubling.py`, `joining.py`, `leaving.py`
+and `symmetric.py` call torch.distributed.
 
     shards, copies   which ranks divide a model's buffers, and which hold the same part: values, see `group.py`; `divided`
                      gives the ranks in other groups
@@ -18,10 +18,8 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -30,7 +28,9 @@ from ..errors import ConfigError
 from . import assembling, leaving, watcher
 from .activity import activity
 from .agreeing import attempt_or_interrupt, compared, raise_first, words_of
+from .control import Control, Vote
 from .dividing import Division, ShardGroup, divide
+from .doubling import control_over
 from .group import Group, ReduceOp
 from .joining import Joined, communicator, join_groups
 from .nested import Nested
@@ -39,20 +39,10 @@ from .words import Words, exchanged
 
 T = TypeVar("T")
 
-# torch 2.13 renamed it and warns on the old name; torch 2.9 to 2.12 have only the old one.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
 
 def _store() -> Any:
     """What the ranks found each other by."""
     return dist.distributed_c10d._get_default_store()
-
-
-@dataclass
-class _Vote:
-    """told: a vote under way in the control group, whose outcome this rank knew."""
-
-    told: dist.Work | None = None
 
 
 class Ranks:
@@ -83,8 +73,8 @@ class Ranks:
         self.counts: Counter[str] = Counter()
         self._owns_group = joined.owned
         self._timeout = joined.timeout
-        self._control = joined.control
-        self._vote = _Vote()
+        place = joined.rank, joined.world_size
+        self._control = None if joined.control is None else control_over(joined.control, *place)
         self._is_aside = False
         self._divided: dict[tuple[Division, bool], Ranks] = {}
         self._asides: list[Ranks] = []
@@ -142,13 +132,13 @@ class Ranks:
         """What a collective said that another rank did not come to; None while all are there."""
         return self.attendance.lost
 
-    def let_go(self) -> tuple[list[dist.ProcessGroup], dist.Work | None]:
+    def let_go(self) -> tuple[list[dist.ProcessGroup], Vote | None]:
         """Forget the process groups, those aside too; gives them, and a vote under way in the last. For `leaving` alone."""
-        told = self._vote.told
+        control, told = (None, None) if self._control is None else self._control.let_go()  # of those divided too
         groups = [group for other in (*self._asides, *self._divided.values()) for group in other.let_go()[0]]
         groups += [group for held in (self._everyone, self.shards, self.copies) for group in held.let_go()]
-        groups += [self._control] if self._control is not None else []
-        self._control = self._vote.told = None
+        groups += [control] if control is not None else []
+        self._control = None
         return groups, told
 
     def aside(self) -> Ranks:
@@ -160,7 +150,6 @@ class Ranks:
         other.counts = Counter()
         other._owns_group = False
         other._is_aside = True
-        other._vote = _Vote()
         other._asides, other._divided = [], {}
         other.attendance = copy.copy(self.attendance)
         other.attendance.before = None
@@ -171,7 +160,8 @@ class Ranks:
         other.owners, other.alike = other.shards, other.copies
         self._asides.append(other)
         if self._control is not None:
-            other._control = dist.new_group(backend="gloo", timeout=self._timeout)
+            control = dist.new_group(backend="gloo", timeout=self._timeout)
+            other._control = control_over(control, self.rank, self.world_size)
         return other
 
     def division(self, shard_group: ShardGroup) -> Division:
@@ -238,7 +228,7 @@ class Ranks:
 
     # Facts, between host processes, over the control group.
 
-    def _exchange(self) -> dist.ProcessGroup | None:
+    def _exchange(self) -> Control | None:
         """The control group, for an exchange among all ranks, which is counted: see `words.py`."""
         if self._control is not None and not self._is_aside:
             exchanged()
@@ -248,7 +238,7 @@ class Ranks:
     def barrier(self) -> None:
         """Return once every rank has called it."""
         if (control := self._exchange()) is not None:
-            dist.all_reduce(torch.zeros(1), group=control)
+            control.barrier()
 
     def assemble(self, call: str, where: str = "", *, say_after_s: float = 5.0) -> None:
         """Return once every rank is in `call`: for a verb that scripts write under `if is_main_process`. Collective.
@@ -267,11 +257,8 @@ class Ranks:
     def gather_numbers(self, number: int) -> list[int]:
         """Every rank's whole number, in rank order. About 0.1 ms between processes of one machine."""
         self.counts["gather_numbers"] += 1
-        if (control := self._exchange()) is None:
-            return [number]
-        numbers = torch.empty(self.world_size, dtype=torch.int64)
-        _all_gather(numbers, torch.tensor([number]), group=control)
-        return [int(n) for n in numbers]
+        control = self._exchange()
+        return [number] if control is None else control.gather_numbers(number)
 
     @waiting
     def any_of(self, flags: list[bool]) -> list[bool]:
@@ -282,34 +269,19 @@ class Ranks:
         self.counts["any_of"] += 1
         if not flags or (control := self._exchange()) is None:
             return flags
-        if self._vote.told is not None:
-            self._vote.told.wait()
-            self._vote.told = None
-        votes = torch.tensor(flags, dtype=torch.uint8)
-        sent = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=control, async_op=True)
-        if all(flags):
-            self._vote.told = sent
-            return flags
-        sent.wait()
-        return [bool(v) for v in votes.tolist()]
+        return control.any_of(flags)
 
     @waiting
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's `value`, in rank order, on every rank. The values are pickled."""
-        if (control := self._exchange()) is None:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=control)
-        return values
+        control = self._exchange()
+        return [value] if control is None else control.gather_objects(value)
 
     @waiting
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
         """Rank `source`'s `value`, on every rank."""
-        if (control := self._exchange()) is None:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=source, group=control)
-        return box[0]
+        control = self._exchange()
+        return value if control is None else control.broadcast_object(value, source)
 
     def agree(self, error: BaseException | None) -> None:
         """Raise on every rank if any rank met an error, so that none waits for a rank that has left.
