@@ -56,6 +56,7 @@ class Case:
 
     mode: "accumulated" is 4 micro-batches a step and clipping at the norm 0.5; "tied" is a Llama whose head is its
           embedding; "bart" is an encoder-decoder whose three embeddings are one.
+    group: how many ranks hold one copy of the model together, None for all; all_own: all ranks divide masters and states.
     """
 
     placement: Placement
@@ -63,9 +64,16 @@ class Case:
     mode: str
     world: int
     optimizer: str
+    group: int | None = None
+    all_own: bool = False
 
     def __str__(self) -> str:
-        return f"{self.placement}-{self.tuning}-{self.mode}-{self.optimizer}-x{self.world}"
+        ranks = (
+            f"x{self.world}"
+            if self.group is None
+            else f"x{self.world}in{self.group}" + ("-own" if self.all_own else "")
+        )
+        return f"{self.placement}-{self.tuning}-{self.mode}-{self.optimizer}-{ranks}"
 
     @property
     def model(self) -> str:
@@ -126,4 +134,13 @@ def _pairs(chosen: dict[int, object]) -> list[tuple[tuple[int, object], tuple[in
     return list(itertools.combinations(sorted(chosen.items(), key=lambda item: item[0]), 2))
 
 
-assert len(fields(Case)) == len(AXES)
+# Two copies of the model, each over two ranks (`shard_group: 2`). What rests and what is sent is held in tests/ranks.
+IN_GROUPS = (
+    Case(Placement(1), "full", "plain", 4, "adamw-groups", 2),
+    Case(Placement(2, "cpu"), "lora", "bart", 4, "adamw", 2),
+    Case(Placement(3), "lora+save", "checkpointed", 4, "adamw-scheduled", 2),
+    Case(Placement(3, "cpu", "cpu"), "full", "tied", 4, "sgd", 2),
+    Case(Placement(3), "full", "plain", 4, "adamw", 2, all_own=True),
+)
+
+assert len(fields(Case)) == len(AXES) + 2

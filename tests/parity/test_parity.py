@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from .cases import PLACEMENTS, Case, Placement, pairwise_cover, whole_table
+from .cases import IN_GROUPS, PLACEMENTS, Case, Placement, pairwise_cover, whole_table
 from .training import Run, difference, reference, sharded_run
 
 LOSS_TOLERANCE = 1e-6
@@ -57,6 +57,11 @@ def test_every_pair_of_settings_trains_as_one_process(world, reference_run, note
 @pytest.mark.full
 @pytest.mark.parametrize("case", whole_table(), ids=str)
 def test_the_whole_table_trains_as_one_process(world, reference_run, note_difference, case):
+    check_fp32(world, reference_run, note_difference, case)
+
+
+@pytest.mark.parametrize("case", IN_GROUPS, ids=str)
+def test_copies_of_a_model_train_as_one_process(world, reference_run, note_difference, case):
     check_fp32(world, reference_run, note_difference, case)
 
 

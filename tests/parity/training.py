@@ -74,6 +74,7 @@ def sharded_run(ranks: Any, case: Case, precision_name: str = "no", steps: int =
     )
     precision = Precision.named(precision_name)
     paths = dict.fromkeys(("param", "optimizer"), tempfile.gettempdir())
+    ranks = ranks if case.group is None else ranks.divided(case.group, all_own=case.all_own)
     sharded = ShardedModel(model, plan=plan, ranks=ranks, precision=precision, nvme_paths=paths)
     scaler = LossScaler.for_precision(precision, init_scale=2.0**10)
     stepper = ShardedOptimizer(optimizer, [sharded], scaler=scaler)

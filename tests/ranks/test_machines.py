@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from rig import networks
 from rig.networks import Machines
@@ -31,33 +32,45 @@ TRAIN = """
     import os, sys, time
     import torch
     from torch import nn
-    from shardwise import Accelerator
+    from shardwise import Accelerator, DeepSpeedPlugin
+    from shardwise.zero.sharded import find_sharded
 
-    folder = sys.argv[1]
-    torch.manual_seed(0)
-    accelerator = Accelerator()
-    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 1))
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
-    first = 0
-    if os.path.isdir(folder + "/state"):
-        accelerator.load_state(folder + "/state")
-        first = 3
-    for step in range(first, 6):
-        if step == 3:
-            if first == 0:
-                accelerator.save_state(folder + "/state")
-            if len(sys.argv) > 2 and first == 0:
-                print("at the step", os.getpid(), flush=True)
-                time.sleep(600)
-        generator = torch.Generator().manual_seed(10 * step + accelerator.process_index)
-        loss = model(torch.randn(4, 8, generator=generator)).square().mean()
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-    weights = accelerator.get_state_dict(model)
-    if accelerator.is_main_process:
-        torch.save(weights, folder + "/weights.pt")
-    accelerator.end_training()
+    def train(accelerator, folder):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 1))
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+        first = 0
+        if os.path.isdir(folder + "/state"):
+            accelerator.load_state(folder + "/state")
+            first = 3
+        for step in range(first, 6):
+            if step == 3:
+                if first == 0:
+                    accelerator.save_state(folder + "/state")
+                if "wait" in sys.argv and first == 0:
+                    print("at the step", os.getpid(), flush=True)
+                    time.sleep(600)
+            generator = torch.Generator().manual_seed(10 * step + accelerator.process_index)
+            loss = model(torch.randn(4, 8, generator=generator)).square().mean()
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        weights = accelerator.get_state_dict(model)
+        print("a copy is on {} of {}".format(find_sharded(model).ranks.shards.size, accelerator.num_processes), flush=True)
+        if accelerator.is_main_process:
+            os.makedirs(folder, exist_ok=True)
+            torch.save(weights, folder + "/weights.pt")
+        accelerator.end_training()
+
+    train(Accelerator(), sys.argv[1])
+    if "groups" in sys.argv:  # each machine holds a copy; from the beginning, and once more from the checkpoint
+        from shardwise.run.joined import forget_run
+
+        for _ in range(2):
+            forget_run()
+            everything = {"offload_optimizer_device": "cpu", "offload_param_device": "cpu"}
+            plugin = DeepSpeedPlugin(zero_stage=3, shard_group="machine", **everything)
+            train(Accelerator(deepspeed_plugin=plugin), sys.argv[1] + "/groups")
 """
 ZERO_3 = ("--zero_stage", "3", "--offload_optimizer_device", "cpu", "--offload_param_device", "cpu")
 
@@ -106,6 +119,20 @@ def trained_on_one_machine(folder: Path, processes: int) -> dict[str, torch.Tens
     return torch.load(folder / "one" / "weights.pt")
 
 
+def trained_by_plain_torch(ranks: int) -> dict[str, torch.Tensor]:
+    """What train.py trains, in this process: the mean loss of all ranks' batches."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(6):
+        seeds = [10 * step + rank for rank in range(ranks)]
+        batch = torch.cat([torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        model(batch).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: weight.detach() for name, weight in model.state_dict().items()}
+
+
 def same(folder: Path, expected: dict[str, torch.Tensor]) -> None:
     found = torch.load(folder / "weights.pt")
     assert found.keys() == expected.keys()
@@ -114,19 +141,21 @@ def same(folder: Path, expected: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.full)])
-def test_machines_train_as_one_machine_does_and_go_on_from_their_checkpoint(folder, count):
-    expected = trained_on_one_machine(folder, count)
+@pytest.mark.parametrize(("count", "each"), [(2, 2), pytest.param(3, 2, marks=pytest.mark.full)])
+def test_machines_train_as_one_process_does_and_go_on_from_their_checkpoint(folder, count, each):
+    """All ranks of all machines hold one copy together; then, in the same processes, each machine one of its own."""
+    expected = trained_by_plain_torch(count * each)
     (folder / "many").mkdir()
+    flags = ("--num_processes", str(count * each), *ZERO_3, "train.py", "many", "groups")
     with Machines(count, folder) as machines:
         for _ in range(1 if count == 2 else 2):  # at the second time from the checkpoint
-            runs = [
-                machines.start(machine, command(machine, *ZERO_3, "train.py", "many", count=count))
-                for machine in range(count)
-            ]
+            runs = [machines.start(machine, command(machine, *flags, count=count)) for machine in range(count)]
             found = ended(runs)
             assert [code for code, _, _ in found] == [0] * count, found
             same(folder / "many", expected)
+            same(folder / "many" / "groups", expected)
+            assert found[1][1].count(f"a copy is on {count * each} of {count * each}") == each, found[1][1]
+            assert found[1][1].count(f"a copy is on {each} of {count * each}") == 2 * each, found[1][1]
             assert found[1][2].startswith("shardwise launch: machine 1 waits for machine 0 at 10.77.0.1:29500\n")
             assert "[W" not in found[0][2] + found[1][2]
 
