@@ -4,6 +4,7 @@
     python benchmarks/scaling.py --case full1b --measured-ms 113
     python benchmarks/scaling.py --case full8b --measured-ms 1500 --sweep groups
     python benchmarks/scaling.py --sweep codes
+    python benchmarks/scaling_fsdp2.py --case full8b --measured-ms 1000    FSDP2 by the same model, a file of its own
 
 Computation is what one rank was measured to take, divided over the units by their arithmetic. A gather of n bytes over p ranks,
 8 to a machine, takes
@@ -61,6 +62,9 @@ class Terms:
 
     nvlink: float = (
         112e9  # measured: 30 GB of gathers in 134 ms on two H200s while the computation runs; 224 to 263e9 alone
+    )
+    engines: float | None = (
+        None  # what gathers get inside a machine, where it is not what NCCL does; see scaling_fsdp2.py
     )
     slowing: float = 0.12  # measured: 32 ms over DDP at 2 ranks less 18 ms exposed, over 116 ms of hidden gathers
     launch: float = 30e-6  # assumed: a kernel's start on both sides
@@ -139,20 +143,23 @@ def step_of(
     prefetch: int = 1,
     group: int | None = None,
     codes: bool = False,
+    apart: bool = False,
 ) -> Step:
     """The engine's schedule of one step. group: how many ranks hold one copy together; None: all. codes: see `gather_s`.
 
+    apart: the all-reduce over copies beside the next unit's reduction, which the engine does not do.
     passes: forward and backward, in order. turn: where the backward begins; the 1 + prefetch units before it stay gathered.
     trained: elements that the optimizer steps, over all ranks.
     """
     shards = ranks if group is None else group
-    now = lane = reduced_until = exposed = slowed = 0.0
+    of_gathers = terms if terms.engines is None else replace(terms, nvlink=terms.engines)
+    now = lane = reduced_until = crossed_until = exposed = slowed = 0.0
     ready: list[float] = []
     for place, work in enumerate(passes):
         while len(ready) <= min(place + prefetch, len(passes) - 1):  # issued when this unit's turn comes
             at = len(ready)
             stays = turn <= at <= turn + prefetch
-            taken = 0.0 if stays else gather_s(passes[at].gathered, shards, terms, codes=codes)
+            taken = 0.0 if stays else gather_s(passes[at].gathered, shards, of_gathers, codes=codes)
             lane = max(lane, now) + taken
             ready.append(lane)
             slowed += terms.slowing * taken if at else 0.0
@@ -161,26 +168,31 @@ def step_of(
         now += waits + work.seconds
         if work.reduced and ranks > 1:
             reduced_until = max(reduced_until, now) + collective_s(work.reduced, shards, terms)
-            reduced_until += all_reduce_s(work.reduced, shards, ranks, terms)
+            crossed_until = max(crossed_until, reduced_until) + all_reduce_s(work.reduced, shards, ranks, terms)
+            reduced_until = reduced_until if apart else crossed_until
+    reduced_until = max(reduced_until, crossed_until)
     compute = sum(work.seconds for work in passes)
     # Masters, two moments and a gradient in fp32: 16 bytes read, 12 and a 16-bit copy written.
     return Step(compute, exposed, slowed, max(0.0, reduced_until - now), 30 * trained / shards / terms.memory)
 
 
-def passes_of(model: nn.Module, case: Case, flops_per_s: float) -> tuple[list[Work], int, int]:
-    """(forward and backward in order, where the backward begins, elements that are trained)."""
+def placed_units(model: nn.Module) -> list[tuple[UnitSpec, str]]:
+    """In the order of a forward, each a "lookup", a "block" or a "head"; a tied embedding comes twice."""
     units = [unit for unit in find_units(model, unit_nbytes=UNIT_NBYTES) if unit.parameters]
     kinds = [(unit, {type(entry) for entry in unit.entries}) for unit in units]
     lookups = [unit for unit, kind in kinds if nn.Embedding in kind]
-    heads = [unit for unit, kind in kinds if nn.Linear in kind]  # a tied embedding is both
+    heads = [unit for unit, kind in kinds if nn.Linear in kind]
     blocks = [unit for unit in units if unit not in lookups and unit not in heads]
+    return [*((u, "lookup") for u in lookups), *((u, "block") for u in blocks), *((u, "head") for u in heads)]
+
+
+def passes_of(model: nn.Module, case: Case, flops_per_s: float) -> tuple[list[Work], int, int]:
+    """(forward and backward in order, where the backward begins, elements that are trained)."""
+    placed = placed_units(model)
+    lookups = [unit for unit, place in placed if place == "lookup"]
     forward: list[Work] = []
     backward: list[Work] = []
-    for unit, place in [
-        *((u, "lookup") for u in lookups),
-        *((u, "block") for u in blocks),
-        *((u, "head") for u in heads),
-    ]:
+    for unit, place in placed:
         frozen, trained = _elements(unit)
         adapters = 0 < trained * 16 <= frozen  # they stay whole
         gathered = 2 * (frozen if adapters else frozen + trained)

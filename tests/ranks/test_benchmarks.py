@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from rig.fresh import Ran, run_script, torchrun
 
@@ -357,6 +358,43 @@ def test_the_model_of_scaling_is_near_what_two_ranks_were_measured_to_take(scali
         row = scaling.predict(case, 2, scaling.rate_of(case, 0.4845), scaling.Terms())
     assert row["step_ms"] == pytest.approx(516.7, rel=0.03)  # docs/log.md, 2026-11-22
     assert row["parts_ms"]["compute"] == pytest.approx(484.5, abs=0.1)
+
+
+@pytest.fixture
+def fsdp2(scaling: ModuleType) -> ModuleType:
+    return importlib.import_module("scaling_fsdp2")
+
+
+def test_fsdp2_pads_rows_and_ours_does_not(fsdp2: ModuleType) -> None:
+    weights = [
+        torch.nn.Parameter(torch.zeros(16, 4)),
+        torch.nn.Parameter(torch.zeros(6)),
+        torch.nn.Parameter(torch.zeros(())),
+    ]
+    assert fsdp2.padded(weights, 1) == 16 * 4 + 6 + 1
+    assert fsdp2.padded(weights, 8) == 16 * 4 + 8 + 8
+    assert fsdp2.padded(weights, 32) == 32 * 4 + 32 + 32
+
+
+def test_the_model_of_fsdp2_has_one_lane_and_copies_out(scaling: ModuleType, fsdp2: ModuleType) -> None:
+    terms = scaling.Terms(nvlink=1e9, slowing=0.0, launch=0.0, latency=0.0, memory=4e9)
+    forward = [fsdp2.Pass(2.0, 10**9)] * 3  # over two ranks a gather takes 0.5 s, its copy-out 0.5 s
+    step = fsdp2.fsdp2_step([*forward, *forward], 2, 0, terms)
+    assert (step.compute, step.exposed_gathers) == (6 * 2.0 + 6 * 0.5, 0.5)
+    # A reduction of 4 s behind each of two units of 1 s: the second waits for the first, and the end for the second.
+    backward = [fsdp2.Pass(1.0, 0, 8 * 10**9)] * 2
+    step = fsdp2.fsdp2_step(backward, 2, 0, terms)
+    assert step.exposed_reductions == 3.0 + 4.0
+    assert fsdp2.fsdp2_step(backward, 1, 0, terms).total == 2.0
+
+
+def test_a_lane_of_its_own_lets_the_next_reduction_begin(scaling: ModuleType) -> None:
+    terms = scaling.Terms(nvlink=100e9, network=1e9, launch=0.0, latency=0.0, network_latency=1.0, slowing=0.0)
+    passes = [scaling.Work(1.0, 0, 80 * 10**9)] * 4
+    one, two = (scaling.step_of(passes, 0, 32, 0, terms, group=8, apart=apart) for apart in (False, True))
+    assert one.exposed_reductions - two.exposed_reductions == pytest.approx(
+        3 * scaling.collective_s(80 * 10**9, 8, terms)
+    )
 
 
 @pytest.mark.parametrize("script", ["drive.py", "host_limits.py"])
