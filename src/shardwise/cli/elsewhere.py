@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..config.launchers import TORCH_PORT
+from ..config.machine import environment_value
 from ..config.schema import Config
 from ..errors import ConfigError
 from . import hosts
@@ -43,7 +44,7 @@ class Elsewhere:
             raise ConfigError("--hostfile and --slurm_script contradict each other")
         if self.hostfile is None and self.env_file is not None:
             raise ConfigError("--env_file: has no effect without --hostfile")
-        if self.hostfile is None and self.ssh not in (None, os.environ.get("SHARDWISE_SSH")):
+        if self.hostfile is None and self.ssh not in (None, environment_value("SHARDWISE_SSH")):
             raise ConfigError("--ssh: has no effect without --hostfile")
         return self.hostfile is not None or self.slurm_script is not None
 
