@@ -13,6 +13,8 @@ Computation is what one rank was measured to take, divided over the units by the
 
 and a reduction the same of its own bytes. With `shard_group: machine` the p ranks are those of a machine, and each reduction is
 followed by an all-reduce of the shard over the machines: sent twice, along a tree, as NCCL has it for this collective alone.
+With `optimizer_shard_group: world` beside it that is a reduce-scatter, sent once, along a ring, and after the step the new
+16-bit shards are gathered over the machines, all units in few collectives.
 With `gather_dtype: int8` a gather over machines sends 65 bytes for 64 weights; the device makes codes of its shard before it
 and weights of all codes behind it, on the same lane.
 
@@ -45,6 +47,7 @@ from shardwise.plan.compressed import CHUNK, Packing
 from shardwise.plan.plan import Tier
 from shardwise.plan.precision import Precision
 from shardwise.plan.units import UnitSpec, find_units
+from shardwise.step.publishing import GROUP_NBYTES
 from shardwise.zero.sharded import UNIT_NBYTES
 
 GROUPED = (8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
@@ -134,6 +137,17 @@ def all_reduce_s(nbytes: int, group: int, ranks: int, terms: Terms) -> float:
     return terms.launch + hops + max(inside, between)
 
 
+def over_copies_s(nbytes: int, group: int, ranks: int, terms: Terms) -> float:
+    """Seconds in which the copies of `ranks` in groups of `group` reduce and divide `nbytes`, or gather them; along a ring."""
+    copies, machines = ranks // group, -(-ranks // PER_MACHINE)
+    if copies == 1 or not nbytes:
+        return 0.0
+    inside = nbytes / group * (1 - 1 / copies) / terms.nvlink
+    between = nbytes * (1 - 1 / machines) / (min(ranks, PER_MACHINE) * terms.network)
+    hops = (copies - 1) * (terms.network_latency if machines > 1 else terms.latency)
+    return terms.launch + hops + max(inside, between)
+
+
 def step_of(
     passes: Sequence[Work],
     turn: int,
@@ -144,9 +158,11 @@ def step_of(
     group: int | None = None,
     codes: bool = False,
     apart: bool = False,
+    all_own: bool = False,
 ) -> Step:
     """The engine's schedule of one step. group: how many ranks hold one copy together; None: all. codes: see `gather_s`.
 
+    all_own: all ranks divide what the optimizer works on, and a group the weights alone (hpZ).
     apart: the all-reduce over copies beside the next unit's reduction, which the engine does not do.
     passes: forward and backward, in order. turn: where the backward begins; the 1 + prefetch units before it stay gathered.
     trained: elements that the optimizer steps, over all ranks.
@@ -168,12 +184,17 @@ def step_of(
         now += waits + work.seconds
         if work.reduced and ranks > 1:
             reduced_until = max(reduced_until, now) + collective_s(work.reduced, shards, terms)
-            crossed_until = max(crossed_until, reduced_until) + all_reduce_s(work.reduced, shards, ranks, terms)
+            cross = over_copies_s if all_own else all_reduce_s
+            crossed_until = max(crossed_until, reduced_until) + cross(work.reduced, shards, ranks, terms)
             reduced_until = reduced_until if apart else crossed_until
     reduced_until = max(reduced_until, crossed_until)
     compute = sum(work.seconds for work in passes)
     # Masters, two moments and a gradient in fp32: 16 bytes read, 12 and a 16-bit copy written.
-    return Step(compute, exposed, slowed, max(0.0, reduced_until - now), 30 * trained / shards / terms.memory)
+    optimizer = 30 * trained / (ranks if all_own else shards) / terms.memory
+    if all_own:  # weights that stay whole are published in any case, in little time
+        gathers = math.ceil(2 * trained / GROUP_NBYTES)
+        optimizer += gathers * over_copies_s(2 * trained // gathers, shards, ranks, terms)
+    return Step(compute, exposed, slowed, max(0.0, reduced_until - now), optimizer)
 
 
 def placed_units(model: nn.Module) -> list[tuple[UnitSpec, str]]:
@@ -235,17 +256,19 @@ def predict(
     group: int | None = None,
     *,
     codes: bool = False,
+    all_own: bool = False,
 ) -> dict[str, object]:
-    """One row: milliseconds by what they go to, and the estimated peak. group, codes: see `step_of`."""
+    """One row: milliseconds by what they go to, and the estimated peak. group, codes, all_own: see `step_of`."""
     model = case.build(torch.device("meta"))
     passes, turn, trained = passes_of(model, case, flops_per_s)
-    step = step_of(passes, turn, ranks, trained, terms, group=group, codes=codes)
+    step = step_of(passes, turn, ranks, trained, terms, group=group, codes=codes, all_own=all_own)
     run = Run(
         world_size=ranks,
         local_processes=min(ranks, PER_MACHINE),
         precision=Precision.named("bf16"),
         batch=Batch(case.rows, case.length, case.checkpointing),
         shard_group=group,
+        all_own=all_own,
         options=EngineConfig(gather_dtype="int8" if codes else "none"),
     )
     peak = estimate(model, Choice(stage), run).peak(Tier.GPU)
@@ -291,10 +314,15 @@ def main(argv: Sequence[str]) -> int:
     rate = rate_of(case, options.measured_ms / 1000)
     print(f"{options.case}: a model, at {rate / 1e12:.0f} TFLOP/s; terms: {json.dumps(asdict(terms))}")
     sweeps = {
-        "ranks": [(str(ranks), case, ranks, None) for ranks in RANKS],
-        "layers": [(str(layers), case.with_layers(layers), 8, None) for layers in LAYERS],
-        "length": [(str(length), replace(case, length=length), 8, None) for length in LENGTHS],
-        "groups": [(str(ranks), case, ranks, group) for ranks in GROUPED for group in (None, PER_MACHINE)],
+        "ranks": [(str(ranks), case, ranks, None, False) for ranks in RANKS],
+        "layers": [(str(layers), case.with_layers(layers), 8, None, False) for layers in LAYERS],
+        "length": [(str(length), replace(case, length=length), 8, None, False) for length in LENGTHS],
+        "groups": [
+            (str(ranks), case, ranks, group, all_own)
+            for ranks in GROUPED
+            for group, all_own in ((None, False), (PER_MACHINE, False), (PER_MACHINE, True))
+            if not all_own or ranks > PER_MACHINE
+        ],
     }
     for what, entries in sweeps.items():
         if options.sweep not in ("all", what):
@@ -302,16 +330,17 @@ def main(argv: Sequence[str]) -> int:
         rows = [
             f"{what:<10}{'step ms':>9}{'compute':>9}{'gathers':>9}{'slowed':>8}{'reduce':>8}{'step':>7}{'peak GB':>9}"
         ]
-        for label, chosen, ranks, group in entries:
-            record = predict(chosen, ranks, rate, terms, group=group)
-            said = {what: int(label), "shard_group": ranks if group is None else group}
+        for label, chosen, ranks, group, all_own in entries:
+            record = predict(chosen, ranks, rate, terms, group=group, all_own=all_own)
+            said: dict[str, object] = {what: int(label), "shard_group": ranks if group is None else group}
+            said["optimizer_shard_group"] = "world" if all_own else "shard_group"
             print(json.dumps({"benchmark": "scaling", "case": options.case, "kind": "model", **said, **record}))
             parts = record["parts_ms"]
             assert isinstance(parts, dict)
             peak = record["peak_bytes"]
             assert isinstance(peak, int)
             cells = "".join(f"{value:>{width}}" for value, width in zip(parts.values(), (9, 9, 8, 8, 7), strict=True))
-            name = label if group is None else f"{label} / {group}"
+            name = (label if group is None else f"{label} / {group}") + " hpZ" * all_own
             rows.append(f"{name:<10}{record['step_ms']:>9}{cells}{peak / 1e9:>9.1f}")
         print("\n".join(rows))
     if options.sweep in ("all", "codes"):
