@@ -1,6 +1,7 @@
 """What do optimizers of whole parameters (Muon, Adafactor, LAMB) cost in messages and balance? Arithmetic; nothing is run.
 
     python benchmarks/wholes.py [--ranks 2 4 8 16 64]
+    python benchmarks/wholes.py --padding           of the four cases of compare.py, of all their buffers at stage 3
 
 The matrices are those of the blocks of a Llama with 8 billion weights. Of an element whose owner is another rank eight bytes
 travel to it (fp32 master and gradient) and four back. Beside it: what one more all-gather of 16-bit weights would bring a rank,
@@ -13,10 +14,20 @@ import argparse
 import json
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 
+import torch
+
+from cases import CASES, Case
+from shardwise.plan.blueprint import divide
 from shardwise.plan.layout import Layout
+from shardwise.plan.plan import Plan
+from shardwise.plan.precision import Precision
+from shardwise.plan.units import find_units
 from shardwise.step.wholes import cost_of, owners_of
+from shardwise.zero.build import BUCKET_NBYTES
+from shardwise.zero.sharded import UNIT_NBYTES
 
 SHAPES = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
 BLOCKS = 32
@@ -55,10 +66,32 @@ def row(size: int) -> dict[str, object]:
     }
 
 
+def padding(case: Case, size: int) -> float:
+    """Of the bytes of all buffers at stage 3 over `size` ranks, the share that is none of a tensor's."""
+    model = case.build(torch.device("meta"))
+    units = find_units(model, unit_nbytes=UNIT_NBYTES)
+    held = tensors = 0
+    for blueprint in divide(units, Plan.from_stage(3), Precision.named("bf16"), bucket_nbytes=BUCKET_NBYTES):
+        if blueprint.frozen:
+            held += blueprint.frozen_layout(size).numel
+        if blueprint.trainable:
+            held += blueprint.trainable_layout(size).numel * blueprint.dtype.itemsize
+        tensors += sum(m.parameter.numel() * m.dtype.itemsize for m in (*blueprint.frozen, *blueprint.trainable))
+    return held / tensors - 1
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64])
-    for size in parser.parse_args(argv).ranks:
+    parser.add_argument("--padding", action="store_true")
+    options = parser.parse_args(argv)
+    if options.padding:
+        warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers and PEFT, about each other
+        for name in ("bart", "lora8b", "full1b", "full8b"):
+            shares = {str(size): round(padding(CASES[name], size), 7) for size in options.ranks}
+            print(json.dumps({"benchmark": "wholes", "kind": "padding", "case": name, "by_ranks": shares}))
+        return 0
+    for size in options.ranks:
         print(json.dumps({"benchmark": "wholes", "kind": "model", **row(size)}))
     return 0
 

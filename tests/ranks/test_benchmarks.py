@@ -412,3 +412,14 @@ def test_a_drive_and_a_host_are_measured(script, tmp_path) -> None:
     else:
         assert {line["question"] for line in lines} >= {"AdamW on the host", "disk, write", "disk, read"}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_whole_parameters_send_less_than_one_more_gather(scaling: ModuleType) -> None:
+    wholes = importlib.import_module("wholes")
+    for size in (2, 8):
+        row = wholes.row(size)
+        assert row["bytes_sent_by_a_rank_per_weight"] < row["of_one_more_all_gather"]
+        assert row["operations_max_over_mean"] < 1.05
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers renames a property that PEFT reads
+        assert 0 <= wholes.padding(wholes.CASES["full1b"], 64) < 0.02
