@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..offload.blocks import chunks, divisors, in_blocks, largest, nan_unless_finite
 from ..offload.peers import on_one_machine
 from ..plan.blueprint import Blueprint
 from ..plan.compressed import BLOCK, CHUNK, Packing
@@ -97,18 +98,16 @@ def quantise(weights: Tensor, packing: Packing, part: Tensor) -> None:
     A block with inf or NaN has the scale NaN, whatever its codes are.
     """
     scales, codes = _scales_and_codes(part.view(1, -1), packing)
-    for first, blocks in _chunks(weights.view(1, -1), CHUNK // BLOCK):
-        low, high = torch.aminmax(blocks, dim=-1)
-        largest = torch.maximum(high, low.neg_()).float()
+    for first, blocks in chunks(weights.view(1, -1), CHUNK // BLOCK):
         own = scales[:, first : first + blocks.shape[1]]
-        torch.div(largest, _LARGEST_CODE, out=own)
-        own.masked_fill_(~own.isfinite(), torch.nan)
-        divisors = torch.where(own == 0, 1, own).unsqueeze(-1)  # a block of zeros has the codes 0
-        scaled = blocks.float().div_(divisors)  # a CPU would divide mixed dtypes in a second copy
+        torch.div(largest(blocks), _LARGEST_CODE, out=own)
+        scaled = blocks.float().div_(
+            divisors(nan_unless_finite(own))
+        )  # a CPU would divide mixed dtypes in a second copy
         scaled.round_().clamp_(-_LARGEST_CODE, _LARGEST_CODE).nan_to_num_(0)
         begin = first * BLOCK
         codes[:, begin : begin + blocks[0].numel()].copy_(scaled.flatten(1))
-        del low, high, largest, own, divisors, scaled  # before the next chunk takes as much
+        del own, scaled  # before the next chunk takes as much
 
 
 @torch.no_grad()
@@ -120,9 +119,9 @@ def dequantise(parts: Tensor, packing: Packing, whole: Tensor) -> None:
     scales, codes = _scales_and_codes(parts.view(packing.shards, -1), packing)
     # A GPU rounds products as it writes them; a CPU has codes and products in fp32 first, in what quantising took.
     at_once = packing.blocks if whole.is_cuda else max(1, min(packing.numel, CHUNK) // BLOCK // (2 * packing.shards))
-    for first, blocks in _chunks(whole.view(packing.shards, -1), at_once):
+    for first, blocks in chunks(whole.view(packing.shards, -1), at_once):
         begin, count, width = first * BLOCK, blocks.shape[1], blocks.shape[2]
-        own = _in_blocks(codes[:, begin : begin + count * width], width)
+        own = in_blocks(codes[:, begin : begin + count * width], width)
         torch.mul(own, scales[:, first : first + count].unsqueeze(-1), out=blocks)
 
 
@@ -130,20 +129,3 @@ def _scales_and_codes(rows: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
     """Of (ranks, part_nbytes) bytes: (ranks, blocks) scales, (ranks, numel) codes; both are views."""
     at = packing.codes_at
     return rows[:, :at].view(torch.float32), rows[:, at : at + packing.numel].view(torch.int8)
-
-
-def _chunks(rows: Tensor, at_once: int) -> list[tuple[int, Tensor]]:
-    """(number of its first block, (ranks, blocks, width)): whole blocks, `at_once` for each rank, then the shorter one."""
-    full, rest = divmod(rows.shape[1], BLOCK)
-    found = []
-    for first in range(0, full, at_once):
-        count = min(at_once, full - first)
-        found.append((first, _in_blocks(rows[:, first * BLOCK : (first + count) * BLOCK], BLOCK)))
-    if rest:
-        found.append((full, _in_blocks(rows[:, full * BLOCK :], rest)))
-    return found
-
-
-def _in_blocks(rows: Tensor, width: int) -> Tensor:
-    """(ranks, n) as (ranks, n / width, width), the same memory."""
-    return rows.view(rows.shape[0], -1, width)
