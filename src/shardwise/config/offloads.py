@@ -65,3 +65,12 @@ def refused_offload(role: Offloaded, device: str, stage: int) -> str | None:
         return None
     needed = "3, where parameters are" if role == "param" else "1, 2 or 3, where the optimizer is"
     return f"{device} needs zero_stage {needed} sharded; zero_stage is {stage}"
+
+
+def states_stay(device: str) -> str:
+    """That optimizer_state_dtype has no effect, where states rest on `device` and are stepped where they rest."""
+    why = "nothing of the optimizer is offloaded"
+    if device != "none":
+        visiting = either([name for name in OFFLOADS if not DEVICES[name].in_place], "or")
+        why = f"a run on CPUs steps what rests on {device} in place, in fp32; offload_optimizer_device {visiting} is coded"
+    return f"optimizer_state_dtype: has no effect: {why}."

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .offloads import DEVICES, WITH_DIRECTORY, no_directory, refused_offload
+from .offloads import DEVICES, WITH_DIRECTORY, no_directory, refused_offload, states_stay
 from .schema import Config, Key, LossScaleConfig
 
 # What is wrong with a configuration, or None.
@@ -283,6 +283,9 @@ def notes(config: Config) -> list[str]:
         said.append(f"generation_memory_budget: has no effect at zero_stage {zero.zero_stage}: every weight is whole.")
     if (exact := _exact_gathers(config)) is not None:
         said.append(f"gather_dtype: has no effect {exact}.")
+    device = zero.offload_optimizer_device
+    if config.engine.optimizer_state_dtype != "fp32" and not DEVICES[device].visits(cuda=not config.use_cpu):
+        said.append(states_stay(device))
     if zero.deepspeed_moe_layer_cls_names:
         said.append("deepspeed_moe_layer_cls_names: has no effect; every unit is gathered whole, its experts included.")
     if zero.deepspeed_multinode_launcher not in (None, "standard"):

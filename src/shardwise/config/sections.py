@@ -271,6 +271,7 @@ class EngineConfig(Section):
     gather_with:    "copy_engine" lets ranks of one machine copy shards from each other, "nccl" gathers with its kernels, "auto"
                     takes the first where it is possible.
     gather_dtype:   "int8" sends 16-bit weights between machines as 8-bit codes with a scale for each 256, in passes alone.
+    optimizer_state_dtype: in which moments rest that visit the device for their step; "int8" has a scale for each 256 codes.
     generation_memory_budget: bytes of gathered weights while generating; "auto" for what is free, None for the fewest.
     optimizer, scheduler: what `prepare` builds for a DummyOptim and a DummyScheduler, as a DeepSpeed JSON says it.
     """
@@ -292,6 +293,16 @@ class EngineConfig(Section):
         one_of("none", "int8"),
         Setting("How weights of passes travel between machines (stage 3).", ENGINE, "none|int8", after="gather_with"),
     ] = "none"
+    optimizer_state_dtype: Annotated[
+        Literal["fp32", "bf16", "int8"],
+        one_of("fp32", "bf16", "int8"),
+        Setting(
+            "Number format in which the optimizer's moments rest when they are offloaded.",
+            ENGINE,
+            "fp32|bf16|int8",
+            after="gather_dtype",
+        ),
+    ] = "fp32"
     units: Annotated[
         OptionalNames, Setting("Block classes or module paths to shard as units, with commas.", ENGINE)
     ] = None

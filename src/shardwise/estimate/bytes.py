@@ -20,6 +20,7 @@ from ..offload.tiers import ON_DISK
 from ..plan.blueprint import Blueprint, Ledger, at_rest, divide, gathered_at_once, moments_at_rest
 from ..plan.plan import Plan, Tier
 from ..plan.precision import Precision
+from ..plan.state_dtypes import scratch_nbytes, state_nbytes
 from ..plan.units import find_units
 from ..step.visits import CHUNK, VISITING
 from ..zero.build import BUCKET_NBYTES
@@ -173,7 +174,9 @@ def estimate(model: nn.Module, choice: Choice, run: Run) -> Estimate:
             nbytes[row, tier] = nbytes.get((row, tier), 0) + count
 
     rest: Ledger = at_rest(blueprints, run.shards, gradients=True)
-    moments: Ledger = moments_at_rest(blueprints, run.shards, moments=run.moments, cuda=run.cuda)
+    moments: Ledger = moments_at_rest(
+        blueprints, run.shards, moments=run.moments, cuda=run.cuda, state_dtype=run.options.optimizer_state_dtype
+    )
     for ledger in (rest, moments):
         for (role, tier), count in ledger.items():
             add(role, tier, count)
@@ -227,6 +230,9 @@ def offload_staging(blueprints: Sequence[Blueprint], run: Run) -> dict[Tier, int
         numels = [p.region(run.shards, 0).numel for p in trained]
         numel = min(sum(numels), VISITING * min(CHUNK, max(numels)))
         found[Tier.GPU] = numel * (2 + run.moments) * max(p.master_dtype.itemsize for p in trained)
+        coded = run.options.optimizer_state_dtype
+        if coded != "fp32":  # of the chunk that steps both are there, numbers and codes
+            found[Tier.GPU] += run.moments * state_nbytes(min(numel, CHUNK), coded) + scratch_nbytes(numel, coded)
     every = tiers.union(*((p.plan.frozen.tier, p.plan.parameter.tier) for p in blueprints))
     found[Tier.CPU] += sum(ON_DISK[tier].staging_nbytes for tier in every if tier.on_disk)
     if run.cuda and run.accumulates and tiers - {Tier.GPU}:

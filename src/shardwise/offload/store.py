@@ -72,6 +72,31 @@ class Slab:
         assert self.store is not None
         return self.store.put(source, self, begin)
 
+    # In the form in which it rests, see `coded.py`: here, its elements as they are.
+
+    def room(self, numel: int, device: torch.device) -> list[Tensor]:
+        """Memory on the device for what `numel` elements rest as."""
+        return [torch.empty(numel, dtype=self.dtype, device=device)]
+
+    def fetch_parts(self, parts: Sequence[Tensor], begin: int = 0) -> list[Arrival]:
+        """`fetch` into such memory."""
+        return [self.fetch(parts[0], begin)]
+
+    def unpacked(self, parts: Sequence[Tensor], numel: int) -> Tensor:
+        """The (numel,) elements that `parts` are, on the current lane; perhaps the same memory."""
+        return parts[0]
+
+    def packed(self, values: Tensor, begin: int = 0, step: Tensor | None = None) -> list[Tensor]:
+        """What `values`, a device tensor, will rest as from element `begin` on, on the current lane; perhaps the same memory.
+
+        step: () int32 on the device, the count of steps; what is not of a step has none.
+        """
+        return [values]
+
+    def put_parts(self, parts: Sequence[Tensor], begin: int = 0) -> torch.Event | None:
+        """`put` of what `packed` gave; the event of the last copy. Raises StoreError."""
+        return self.put(parts[0], begin).enqueued()
+
     def read_part(self, begin: int, numel: int) -> Tensor:
         """(numel,) elements from `begin` on, to read at once: where they rest, or a copy on the device. Raises StoreError."""
         return self.tensor[begin : begin + numel].detach()

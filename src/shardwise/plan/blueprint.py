@@ -7,7 +7,8 @@ The parameters may be on the meta device, for nothing of them is read. Its bytes
     parameter   N numbers of c bytes                         c N / world if sharded, else c N
     gradient    m bytes each (4, or 8 in double precision)   m N / world if the optimizer is sharded, else m N
     optimizer   master: as gradient, or nothing where it is the weight itself (c = m, on one tier); moments: m for each
-                element that lies in the rank's interval, without padding, and 4 for the step count of each piece
+                element that lies in the rank's interval, without padding, and 4 for the step count of each piece. Where they
+                rest as codes: see `state_dtypes.py`
 
 Where states lie over all ranks and weights in groups (`Plan.parts`), gradient and optimizer are divided by as many more.
 
@@ -28,6 +29,7 @@ from .compressed import Packing
 from .layout import ALIGNMENT, Layout, Region
 from .plan import WHOLE_ADAPTER_SHARE, Plan, Tier
 from .precision import Precision
+from .state_dtypes import StateDtype, state_nbytes
 from .units import ROOT, UnitSpec
 
 Role = Literal["frozen", "parameter", "gradient", "optimizer"]
@@ -217,12 +219,19 @@ def at_rest(blueprints: Sequence[Blueprint], world_size: int, *, gradients: bool
 
 
 def moments_at_rest(
-    blueprints: Sequence[Blueprint], world_size: int, rank: int = 0, *, moments: int = 2, cuda: bool = False
+    blueprints: Sequence[Blueprint],
+    world_size: int,
+    rank: int = 0,
+    *,
+    moments: int = 2,
+    cuda: bool = False,
+    state_dtype: StateDtype = "fp32",
 ) -> Ledger:
     """Bytes of the optimizer's states on `rank`, as `ShardedOptimizer.ledger` counts them: Adam's have 2 moments.
 
     cuda: the device is a GPU. States that visit it for their step rest in slabs of the master's size; those that are changed
     in place are a tensor for each interval, and ranks differ by the padding: rank 0 has the least of it.
+    state_dtype: in which fp32 states that visit the device rest.
     """
     found: Ledger = {}
     for blueprint in blueprints:
@@ -231,7 +240,8 @@ def moments_at_rest(
             nbytes = sum(size * blueprint.master_dtype.itemsize * moments for size in sizes)
             tier = blueprint.plan.optimizer.tier
             if sizes and tier.visits(cuda=cuda):
-                nbytes = blueprint.region(world_size, 0).numel * blueprint.master_dtype.itemsize * moments
+                numel, itemsize = blueprint.region(world_size, 0).numel, blueprint.master_dtype.itemsize
+                nbytes = moments * (state_nbytes(numel, state_dtype) if itemsize == 4 else numel * itemsize)
             nbytes += _STEP_COUNT_NBYTES * len(sizes)
             _add(found, "optimizer", blueprint.plan.optimizer.tier, nbytes)
     return found

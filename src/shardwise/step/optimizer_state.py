@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ..errors import OptimizerError
+from ..offload.coded import CodedSlab
 from ..zero.sharded import ShardedModel
 from .exchange import exchange
 from .groups import Groups
@@ -186,7 +187,11 @@ class OptimizerState:
             trained = shards[0].trained
             if len(shards) == len(trained.region.pieces):
                 kept = wanted[id(trained)]
-                trained.states = {n: slab for n, slab in trained.states.items() if (n, slab.dtype) in kept}
+                trained.states = {
+                    n: slab
+                    for n, slab in trained.states.items()
+                    if (n, slab.dtype) in kept and not isinstance(slab, CodedSlab)  # neighbours would set its scales
+                }
 
     def settings(self) -> list[tuple[dict[str, Any], set[Key]]]:
         """Each parameter group: its settings, and the keys of what this rank holds of it."""

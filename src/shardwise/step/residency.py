@@ -101,8 +101,10 @@ class Residency:
             trained = unit.trained
             if trained is not None and id(trained) in self._driven and trained.master.tier is not Tier.GPU:
                 slabs = [trained.master, *trained.states.values()]
-                # The gradient stays too: it rests in the master's dtype.
-                found.append(Choice(i, "optimizer", sum(s.nbytes for s in slabs) + trained.master.nbytes))
+                # The gradient stays too: it rests in the master's dtype. What was coded is numbers there.
+                found.append(
+                    Choice(i, "optimizer", sum(s.numel * s.dtype.itemsize for s in slabs) + trained.master.nbytes)
+                )
         for i, unit in units:
             nbytes = sum(part.slab.nbytes for part in _movable(unit) if part.slab is not None)
             if nbytes:

@@ -31,6 +31,7 @@ from ..zero.trained import Trained
 from ..zero.unit import Unit
 from . import publishing
 from .doubles import double
+from .moments import counted, resting_slab
 from .overrides import standing_in
 from .running import run_step
 
@@ -93,6 +94,7 @@ class _Visit:
         self.master: Tensor
         self.grad: Tensor
         self.states: dict[str, Tensor] = {}
+        self.coming: dict[str, list[Tensor]] = {}  # states in the form in which they rest
         self.arrivals: list[Arrival] = []
         self.held: list[Tensor] = []
         self.down: torch.Event | None = None
@@ -161,12 +163,12 @@ class Visits:
         assert trained.gradients.host is not None
         sources: list[Slab] = [trained.master, trained.gradients.host, *trained.states.values()]
         with lanes.step.on():
-            landings = [torch.empty(visit.end - visit.begin, dtype=s.dtype, device=lanes.device) for s in sources]
-        visit.master, visit.grad = landings[:2]
-        visit.states = dict(zip(trained.states, landings[2:], strict=True))
+            rooms = [slab.room(visit.end - visit.begin, lanes.device) for slab in sources]
+        (visit.master,), (visit.grad,) = rooms[:2]
+        visit.coming = dict(zip(trained.states, rooms[2:], strict=True))
         lanes.up.wait(lanes.step.mark())
-        for slab, landing in zip(sources, landings, strict=True):
-            visit.arrivals.append(slab.fetch(landing, visit.begin))
+        for slab, room in zip(sources, rooms, strict=True):
+            visit.arrivals += slab.fetch_parts(room, visit.begin)
 
     def _finish(
         self,
@@ -184,31 +186,39 @@ class Visits:
         if not engine.land(visit.arrivals, lanes.step.wait):
             return
         with lanes.step.on():
-            stepped = self._run(visit, by_unit.get(id(trained), []), begun, factor, fused)
+            numel = visit.end - visit.begin
+            for key in list(visit.coming):
+                visit.states[key] = trained.states[key].unpacked(visit.coming.pop(key), numel)
+            stepped, step = self._run(visit, by_unit.get(id(trained), []), begun, factor, fused)
             kept, event = trained.deliver(visit.master, visit.begin)
             visit.held.append(kept)
             visit.unit.published = lanes.step.mark()
-            lanes.down.wait(visit.unit.published)
             visit.down = event
             for key, staged in visit.states.items():
                 _slab(model, trained, key, staged.dtype)
             for shard, state in stepped:
                 self.optimizer.state[shard.tensor] = self._resting(shard, state)
-            leaving = [(staged, trained.states[key]) for key, staged in visit.states.items()]
+            leaving: list[tuple[list[Tensor], Slab]] = []
+            for key in list(visit.states):
+                slab = trained.states[key]
+                leaving.append((slab.packed(visit.states.pop(key), visit.begin, step), slab))
             if not trained.shares_weights:
-                leaving.append((visit.master, trained.master))
-            for staged, slab in leaving:
-                visit.down = slab.put(staged, visit.begin).enqueued()
+                leaving.append(([visit.master], trained.master))
+            lanes.down.wait(lanes.step.mark())
+            for parts, slab in leaving:
+                visit.held += parts
+                visit.down = slab.put_parts(parts, visit.begin)
         going.append(visit)
         if len(going) > 1:  # one behind, so that the next step does not wait for this one's way down
             lanes.step.wait(going.popleft().down)
 
     def _run(
         self, visit: _Visit, shards: Sequence[Shard], begun: set[int], factor: Tensor | None, fused: bool
-    ) -> list[tuple[Shard, dict[str, Any]]]:
+    ) -> tuple[list[tuple[Shard, dict[str, Any]]], Tensor | None]:
         """Run the user's optimizer on what is there, with its present hyperparameters.
 
-        Gives the shards whose last elements were here, with the states that the optimizer has for them now.
+        Gives the shards whose last elements were here, with the states that the optimizer has for them now; and the count of
+        steps, where states are coded.
         """
         grad = visit.grad if visit.grad.dtype == visit.master.dtype else visit.grad.to(visit.master.dtype)
         if factor is not None and not fused:
@@ -244,7 +254,8 @@ class Visits:
                         visit.states[key][where].copy_(value)
             if where.stop + visit.begin == shard.end:
                 stepped.append((shard, dict(state)))
-        return stepped
+        coded = visit.trained.codes_states
+        return stepped, counted((one.state[piece] for _, piece, _ in pieces), visit.master.device) if coded else None
 
     @staticmethod
     def _resting(shard: Shard, state: dict[str, Any]) -> dict[str, Any]:
@@ -287,8 +298,9 @@ def _stand_in(slab: Slab, shard: Shard) -> Any:
 def _slab(model: ShardedModel, trained: Trained, key: str, dtype: torch.dtype) -> Slab:
     """Where this state of a unit rests."""
     if key not in trained.states:
-        store = model.engine.stores.of(trained.plan.optimizer.tier, "optimizer")
-        trained.states[key] = store.allocate(trained.master.numel, dtype, f"{trained.name}.{key}")
+        name, tells = f"{trained.name}.{key}", model.ranks.rank == 0
+        tier, numel = trained.plan.optimizer.tier, trained.master.numel
+        trained.states[key] = resting_slab(model.engine, tier, key, numel, dtype, name, tells=tells)
     return trained.states[key]
 
 

@@ -26,6 +26,7 @@ from ..zero.engine import Engine
 from ..zero.trained import Trained
 from ..zero.unit import Unit
 from .doubles import double
+from .moments import counted, resting_slab
 from .overrides import standing_in
 from .running import run_step
 from .visits import OFFLOADED
@@ -73,9 +74,10 @@ class Whole:
             return torch.zeros(self.shape, dtype=dtype, device=self.trained.master.tensor.device)
         slab = self.states.get(name)
         if slab is None or slab.dtype != dtype:
-            store = self.engine.stores.of(self.trained.plan.optimizer.tier, "optimizer")
             words = f"{self.trained.buffer.members[self.index].name}.{name}"
-            slab = self.states[name] = store.allocate(self.numel, dtype, words)
+            tier = self.trained.plan.optimizer.tier
+            slab = resting_slab(self.engine, tier, name, self.numel, dtype, words, tells=True)
+            self.states[name] = slab
         return slab.tensor.view(self.shape) if slab.in_memory else OFFLOADED
 
     def brought(self, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,12 +97,13 @@ class Whole:
         if self.trained.in_place:
             return dict(state)
         found: dict[str, Any] = {}
+        step = counted([state], self.engine.ranks.device) if self.trained.codes_states else None
         for name, value in state.items():
             found[name] = value
             elementwise = isinstance(value, Tensor) and value.ndim and value.shape == self.shape
             if elementwise or name in self.states:  # of a parameter without dimensions, what was loaded as such
                 found[name] = self.state_at_rest(name, value.dtype)
-                self.engine.put_to_rest(value.contiguous().view(-1), self.states[name])
+                self.engine.put_to_rest(value.contiguous().view(-1), self.states[name], step)
             elif isinstance(value, Tensor) and value.ndim:
                 found[name] = value.to("cpu")
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..config.offloads import no_directory
+from ..config.offloads import no_directory, states_stay
 from ..config.sections import EngineConfig
 from ..errors import StoreError, WriteError
 from ..offload.host import HostStore
@@ -17,10 +18,13 @@ from ..offload.peers import PeerMemory
 from ..offload.store import Arrival, Done, MemoryStore, Slab, Store
 from ..offload.tiers import ON_DISK
 from ..plan.plan import Placement, Plan, Tier
+from ..plan.state_dtypes import StateDtype
 from ..ranks.lanes import Lanes
 from ..ranks.ranks import Ranks
 from .compressed import compresses
 from .norms import Norms
+
+log = logging.getLogger("shardwise")
 
 Kind = Literal["param", "optimizer"]
 
@@ -86,6 +90,14 @@ class Stores:
             store.close()
 
 
+def say_where_states_stay(state_dtype: StateDtype, plan: Plan, ranks: Ranks) -> None:
+    """Rank 0 says why `optimizer_state_dtype` has no effect, where it has none."""
+    tier = plan.optimizer.tier
+    if state_dtype == "fp32" or ranks.rank != 0 or tier.visits(cuda=ranks.device.type == "cuda"):
+        return
+    log.warning("%s", states_stay("none" if tier is Tier.GPU else str(tier)))
+
+
 @dataclass
 class Share:
     """What the gradients of the coming backwards are multiplied by, in the reduce dtype, when they leave the parameters.
@@ -103,7 +115,8 @@ class Engine:
 
     reduce_dtype: gradients are summed in it. norms: of single gradients, for scripts. doubts: about what scripts have written.
     peers: where shards rest that copy engines gather, or None. share: of micro-batches, and of ranks.
-    compresses: gathers in passes send 8-bit codes of 16-bit weights.
+    compresses: gathers in passes send 8-bit codes of 16-bit weights. state_dtype: in which moments rest off the device.
+    told: states of which it was said that they rest as they are.
     """
 
     ranks: Ranks
@@ -117,6 +130,8 @@ class Engine:
     peers: PeerMemory | None = None
     share: Share = field(default_factory=Share)
     compresses: bool = False
+    state_dtype: StateDtype = "fp32"
+    told: set[str] = field(default_factory=set)
 
     @classmethod
     def open(
@@ -131,20 +146,25 @@ class Engine:
     ) -> Engine:
         """What the plan needs, the same on every rank. serial: everything on one lane. Collective; raises StoreError."""
         compressed = compresses(options.gather_dtype, plan, ranks)
+        say_where_states_stay(options.optimizer_state_dtype, plan, ranks)
         lanes = Lanes(ranks.device, serial=serial)
         stores = ranks.together(lambda: Stores.make(lanes, ranks.rank, directories(plan, nvme_paths)))
         sharded = plan.frozen.sharded or plan.parameter.sharded
         peers = PeerMemory.open(ranks, lanes, options.gather_with) if sharded else None
         reductions, faults = ReductionsInFlight(lanes), Faults(ranks, stores.drives)
         shared = (reduce_dtype, reductions, faults, Norms(ranks), Doubts(), peers)
-        return cls(ranks, lanes, stores, *shared, compresses=compressed)
+        return cls(ranks, lanes, stores, *shared, compresses=compressed, state_dtype=options.optimizer_state_dtype)
 
-    def put_to_rest(self, values: Tensor, slab: Slab) -> None:
-        """Put a device tensor to rest; its memory may go afterwards. A drive's error waits for the ranks to agree."""
+    def put_to_rest(self, values: Tensor, slab: Slab, step: Tensor | None = None) -> None:
+        """Put a device tensor to rest; its memory may go afterwards. A drive's error waits for the ranks to agree.
+
+        step: as `Slab.packed` takes it.
+        """
         lanes = self.lanes
+        parts = slab.packed(values, 0, step)
         lanes.down.wait(lanes.mark_compute())
         try:
-            lanes.compute_waits(slab.put(values).enqueued())
+            lanes.compute_waits(slab.put_parts(parts))
         except StoreError as error:
             self.faults.note(error)
 
@@ -154,10 +174,10 @@ class Engine:
             self.lanes.join()
             return slab.tensor
         lanes = self.lanes
-        out = torch.empty(slab.numel, dtype=slab.dtype, device=self.ranks.device)
+        parts = slab.room(slab.numel, self.ranks.device)
         lanes.up.wait(lanes.mark_compute())
-        self.land([slab.fetch(out)], lanes.compute_waits)
-        return out
+        self.land(slab.fetch_parts(parts), lanes.compute_waits)
+        return slab.unpacked(parts, slab.numel)
 
     def land(self, arrivals: Iterable[Arrival], waits: Callable[[torch.Event | None], None]) -> bool:
         """Have a lane wait for what is on its way up: `waits` is its. A drive's error waits for the ranks to agree.

@@ -54,6 +54,11 @@ class Trained:
         return self.master.in_memory and (self.master.tier is Tier.GPU or self._engine.lanes.device.type == "cpu")
 
     @property
+    def codes_states(self) -> bool:
+        """Whether moments that visit the device rest as codes."""
+        return self._engine.state_dtype != "fp32"
+
+    @property
     def publishes(self) -> bool:
         """Whether a rank holds more of the weights than it steps, and gets the rest from others: see `publishing`."""
         return self.plan.optimizer.sharded and (not self.plan.parameter.sharded or self.region.parts > 1)
