@@ -75,6 +75,7 @@ CHANGES: dict[str, tuple[Values, Any]] = {
     "shardwise_config.prefetch_units": ({}, 0),
     "shardwise_config.gather_with": ({}, "nccl"),
     "shardwise_config.gather_dtype": ({}, "int8"),
+    "shardwise_config.optimizer_state_dtype": (at("deepspeed_config.offload_optimizer_device", "cpu"), "bf16"),
     "shardwise_config.units": ({}, ["Linear"]),
     "shardwise_config.whole_adapters": ({}, False),
     "shardwise_config.gpu_memory_budget": ({}, "1GB"),

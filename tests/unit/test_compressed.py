@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from rig.allocated import most_in_use
 from shardwise.errors import ConfigError
 from shardwise.plan.blueprint import Blueprint, Member, codes_nbytes, gathered_at_once, packing_of
 from shardwise.plan.compressed import BLOCK, CHUNK, Packing
@@ -96,16 +97,6 @@ def test_gaussian_weights_are_off_by_three_quarters_of_a_percent() -> None:
     weights = (0.02 * torch.randn(1 << 18)).bfloat16()
     error = (there_and_back([weights]).float() - weights.float()).norm() / weights.float().norm()
     assert 0.006 < error < 0.008
-
-
-def most_in_use(prof: torch.profiler.profile) -> int:
-    """Bytes that were allocated and not yet freed, at the worst moment."""
-    events = [event for event in prof.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
 
 
 @pytest.mark.parametrize(("numel", "shards"), [(1 << 16, 2), (CHUNK + 192, 2), (1 << 18, 16)])

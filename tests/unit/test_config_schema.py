@@ -165,6 +165,25 @@ def test_compressed_gathers_without_effect_are_named_where_the_file_alone_tells(
     assert checked(zero()).engine.gather_dtype == "none"
 
 
+def test_a_format_of_states_without_effect_is_named_where_the_file_alone_tells() -> None:
+    def said(device: str, dtype: str = "int8", **values: object) -> list[str]:
+        found = zero(zero_stage=2, offload_optimizer_device=device) | {
+            "shardwise_config": {"optimizer_state_dtype": dtype}
+        }
+        if device == "nvme":
+            found["deepspeed_config"]["offload_optimizer_nvme_path"] = "/mnt"
+        return notes(checked(found | values))
+
+    assert said("cpu", use_cpu=False) == said("nvme", use_cpu=False) == said("nvme", use_cpu=True) == []
+    assert said("none") == ["optimizer_state_dtype: has no effect: nothing of the optimizer is offloaded."]
+    (text,) = said("cpu", use_cpu=True)
+    assert text.startswith(
+        "optimizer_state_dtype: has no effect: a run on CPUs steps what rests on cpu in place, in fp32; "
+    )
+    assert said("none", "fp32") == said("cpu", "fp32", use_cpu=True) == []
+    assert checked(zero()).engine.optimizer_state_dtype == "fp32"
+
+
 def test_machines_must_fit_together() -> None:
     _, problems = check({"num_machines": 2, "num_processes": 3, "distributed_type": "MULTI_GPU"})
     assert {problem.key[0] for problem in problems} == {"num_processes", "main_process_ip", "main_process_port"}

@@ -84,6 +84,24 @@ def test_compressed_gathers_take_the_codes_of_one_unit_more_where_a_group_lies_o
     assert gathered(3, shard_group=2) > gathered(3, "none", shard_group=2)  # one of the groups straddles
 
 
+@pytest.mark.parametrize(("dtype", "each"), [("fp32", 4), ("bf16", 2), ("int8", 1 + 4 / 256)])
+def test_moments_off_the_device_rest_in_their_dtype(config_file, dtype, each):
+    model = build_meta_model(str(config_file))
+
+    def optimizer(device: str, *, cuda: bool = True) -> int:
+        run = Run(world_size=2, options=EngineConfig(optimizer_state_dtype=dtype), cuda=cuda)
+        found = estimate(model, Choice(2, device), run).nbytes
+        return sum(nbytes for (row, _), nbytes in found.items() if row == "optimizer")
+
+    masters = (
+        sum(p.numel() for p in model.parameters()) / 2
+    )  # fp32 weights, of which the masters are copies off the device
+    assert optimizer("cpu") == pytest.approx(masters * (4 + 2 * each), rel=1e-3)
+    assert optimizer("nvme") == optimizer("nvme", cuda=False) == optimizer("cpu")
+    assert optimizer("cpu", cuda=False) == pytest.approx(masters * 12, rel=1e-3)
+    assert optimizer("none") == pytest.approx(masters * 12, rel=1e-3)
+
+
 def test_groups_hold_what_as_many_ranks_alone_would(capsys, config_file):
     model = build_meta_model(str(config_file))
     for stage in range(4):

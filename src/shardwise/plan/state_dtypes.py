@@ -19,7 +19,7 @@ StateDtype = Literal["fp32", "bf16", "int8"]
 # Numbers that are coded at one time: they bound the memory that this takes beside them.
 PIECE = 1 << 20
 # For each of them: the number divided by its scale, its noise, and what makes that.
-_SCRATCH_NBYTES = 24
+_SCRATCH_NBYTES = 28
 
 
 def state_nbytes(numel: int, state_dtype: StateDtype) -> int:
