@@ -299,6 +299,20 @@ def test_losses_of_8_bit_gathers_are_near_those_of_exact_ones() -> None:
         assert exact["held_out"] == exact["held_out_in_passes"]
 
 
+def test_losses_with_moments_as_codes_are_near_those_of_fp32() -> None:
+    done = run("state_dtypes.py", "--tiny", ranks=1)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    errors, *runs, times = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    assert errors["update_error"]["both as bf16"][0] < 0.01
+    assert errors["update_error"]["both as int8"][0] < 0.3
+    exact, *coded = runs
+    assert [one["optimizer_state_dtype"] for one in runs] == ["fp32", "bf16", "int8"]
+    for one in coded:
+        assert one["losses"] != exact["losses"]
+        assert one["losses"] == pytest.approx(exact["losses"], rel=2e-3)
+    assert all(row["median"] > 0 for row in times["step_ms"].values())
+
+
 @pytest.fixture
 def scaling(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))

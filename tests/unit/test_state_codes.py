@@ -220,4 +220,4 @@ def test_counts_of_steps_are_added_up_without_a_device():
 
 def test_scratch_is_for_a_piece_at_a_time():
     assert scratch_nbytes(1 << 30, "fp32") == 0
-    assert scratch_nbytes(1 << 30, "int8") == scratch_nbytes(1 << 20, "bf16") == 28 << 20
+    assert scratch_nbytes(1 << 30, "int8") == scratch_nbytes(1 << 22, "bf16") == 28 << 22

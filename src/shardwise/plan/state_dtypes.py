@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from .compressed import BLOCK
+from .compressed import BLOCK, CHUNK
 
 StateDtype = Literal["fp32", "bf16", "int8"]
 
-# Numbers that are coded at one time: they bound the memory that this takes beside them.
-PIECE = 1 << 20
+# Numbers that are coded at one time: they bound the memory that this takes beside them. Fewer would be more kernels than a host
+# can enqueue while the link brings them.
+PIECE = CHUNK
 # For each of them: the number divided by its scale, its noise, and what makes that.
 _SCRATCH_NBYTES = 28
 

@@ -3,7 +3,8 @@
 A plan that offloads is a promise about the least memory, not a wish to be slow. After a measured step it is known what
 a step needs, and what is left of the budget is filled, in the order of what a byte saves per step:
 
-    optimizer   master, states and gradient of a unit: 16 bytes a parameter that go up and 12 that come down, never hidden
+    optimizer   master, states and gradient of a unit: 16 bytes a parameter that go up and 12 that come down, never hidden;
+                less where moments rest as codes, which are fp32 on the device
     weights     a unit's shards: each byte goes up twice, mostly hidden behind the computation
     whole       a frozen unit stays gathered: its collectives fall away too
     turn        a unit stays gathered from a forward to its backward: one gather of two falls away

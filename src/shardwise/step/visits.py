@@ -8,6 +8,8 @@ runs the very kernels of one that is not offloaded, and gives its bits:
     step        | c0 | c1 | c2 | c3 |       the cast into the weights that compute is part of it
     down             | c0 | c1 | c2 | c3 |  12 bytes
 
+With `optimizer_state_dtype` moments travel and rest as codes, and are fp32 only here, while they are stepped.
+
 The host only enqueues: it is back in the script before the first chunk is down, and the next forward waits, unit by unit,
 for what it reads. The chunks go in the order in which the forward needs the units. Why the device and not the host's cores:
 docs/design/offload.md.
