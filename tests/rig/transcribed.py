@@ -135,7 +135,8 @@ def _name_groups(recorder: Recorder, accelerator: Accelerator) -> None:
         probe.sent = lambda group, method, args, kwargs, to=seen: to.append(group)  # type: ignore[method-assign]
         with recording(probe):
             act()
-        recorder.names(seen[-1], name)
+        if seen:
+            recorder.names(seen[-1], name)
 
 
 def _zero(stage: int, optimizer: str = "none", param: str = "none", **more: Any) -> dict[str, Any]:
