@@ -141,3 +141,21 @@ def test_what_a_rank_reads_alone_moves_no_number_of_another_loaders_iterations()
     other.begins_iteration(2)
     assert alike.begins_iteration(1) == other.begins_iteration(1)
     assert alike.begins_iteration(1) == other.begins_iteration(1) != alike.begins_iteration(2)
+
+
+def test_what_was_said_of_a_wait_that_is_over_is_said_no_more() -> None:
+    activity = Activity()
+    activity.share(0, "run")
+    for collective, line in (("all_gather", "rank 1 is late"), ("barrier", "rank 2 is gone")):
+        activity.waits(collective)
+        activity.judged(line)
+        activity.judged("what was said first holds")
+        activity.goes_on()
+        record = activity.record()
+        assert record is not None
+        assert record.last_word == line
+    activity.waits("all_gather")
+    record = activity.record()
+    assert record is not None
+    assert (record.verdict, record.last_word) == ("rank 2 is gone", "")
+    activity.close()

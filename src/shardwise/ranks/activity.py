@@ -62,7 +62,7 @@ _COUNT, _COUNT_AT = (
 )  # when, steps, forwards, iteration, batches, epoch ended, asks for one
 _BEAT, _BEAT_AT = struct.Struct("<dId500s"), 512  # when, screens that were asked for, when the line was seen, line
 _END, _END_AT = struct.Struct("<dBi300s"), 1536  # when, how, exit code, words
-_VERDICT, _VERDICT_AT = struct.Struct("<d1800s"), 2048  # when, first line
+_VERDICT, _VERDICT_AT = struct.Struct("<dQ1800s"), 2048  # when, collectives begun then, first line
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class Record:
     iteration: which loader it is in, and how often that one was begun, as one number. epoch_ended: it has no more batches.
     asks:      it is asked for one now.
     beat:      when the watcher last wrote; 0.0 without one. line: of the script.
+    verdict:   what it has said of a wait that failed, after it had begun `judged` collectives.
     """
 
     rank: int
@@ -104,6 +105,12 @@ class Record:
     end_words: str = ""
     verdict: str = ""
     verdict_at: float = 0.0
+    judged: int = 0
+
+    @property
+    def last_word(self) -> str:
+        """`verdict`, unless it has begun another collective since: then it was of something that is over."""
+        return self.verdict if self.begun <= self.judged else ""
 
 
 def _text(raw: bytes) -> str:
@@ -127,7 +134,7 @@ def read(buffer: memoryview | mmap.mmap) -> Record | None:
     counted, steps, forwards, iteration, batches, epoch_ended, asks = _COUNT.unpack_from(before, _COUNT_AT)
     beat, wanted, _, line = _BEAT.unpack_from(before, _BEAT_AT)
     _, end, code, words = _END.unpack_from(before, _END_AT)
-    verdict_at, verdict = _VERDICT.unpack_from(before, _VERDICT_AT)
+    verdict_at, judged, verdict = _VERDICT.unpack_from(before, _VERDICT_AT)
     return Record(
         rank=rank,
         pid=pid,
@@ -156,6 +163,7 @@ def read(buffer: memoryview | mmap.mmap) -> Record | None:
         end_words=_text(words),
         verdict=_text(verdict),
         verdict_at=verdict_at,
+        judged=judged,
     )
 
 
@@ -187,7 +195,7 @@ class Activity:
         self._begun = self._steps = self._forwards = self._batches = 0
         self._iterations: dict[int, int] = {}
         self._iteration, self._ended, self._asks = 0, 0, 0
-        self._wanted = self._before = 0
+        self._wanted = self._before = self._judged = 0
         self._depth = 0
         self._calls: list[bytes] = []
 
@@ -332,9 +340,14 @@ class Activity:
             _END.pack_into(self._buffer, _END_AT, time.monotonic(), int(how), code, raw)
 
     def judged(self, line: str) -> None:
-        """This rank is about to raise because of a wait, with these words: others that find it gone know why."""
-        if self.shared and self._buffer[_VERDICT_AT + 8] == 0:
-            _VERDICT.pack_into(self._buffer, _VERDICT_AT, time.monotonic(), line.encode(errors="replace")[:1800])
+        """This rank is about to raise because of a wait, with these words: others that find it gone know why.
+
+        What was said first of one wait holds.
+        """
+        if self.shared and self._begun > self._judged:
+            self._judged = self._begun
+            raw = line.encode(errors="replace")[:1800]
+            _VERDICT.pack_into(self._buffer, _VERDICT_AT, time.monotonic(), self._judged, raw)
 
 
 activity = Activity()

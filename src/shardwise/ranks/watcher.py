@@ -164,7 +164,7 @@ class Watcher:
         found = {(record.rank, record.begun) for record in waits if now - record.waits_since >= self.warning_s}
         if waits:
             found |= {
-                (one.rank, -1) for one in seen if one.ended and not (one.record is not None and one.record.verdict)
+                (one.rank, -1) for one in seen if one.ended and not (one.record is not None and one.record.last_word)
             }
         if not waits and _on_devices and known:
             begun = {record.begun for one, record in known if not one.left}
@@ -216,7 +216,9 @@ def explained(error: BaseException) -> str:
     while True:
         seen = _board.seen()
         said = [
-            (one.record.verdict_at, one.record.verdict) for one in seen if one.record is not None and one.record.verdict
+            (one.record.verdict_at, one.record.last_word)
+            for one in seen
+            if one.record is not None and one.record.last_word
         ]
         if said:
             return min(said)[1]
