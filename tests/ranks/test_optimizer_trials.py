@@ -13,16 +13,15 @@ from torch import Tensor, nn
 
 from rig.engine import inputs, largest_difference, loss_of, plain_step, prepare, weights_of
 from rig.optimizers import (
-    COUNT_FOR_ALL,
     NOWHERE,
     SEVERAL,
     SHARDED,
     WHOLE,
     Blockwise,
+    Iterates,
     Lamb,
     LambClips,
     Lion,
-    Listed,
     Loop,
     Noisy,
     Prodigy,
@@ -52,7 +51,7 @@ def _trains_or_is_refused(ranks: Any, name: str, plan: str) -> str | None:
 @pytest.mark.parametrize(("name", "plan"), [_case(name, plan) for name in EVERY for plan in PLANS])
 def test_it_has_torchs_numbers_or_is_refused_by_name(world, name, plan):
     texts = world(3).run(_trains_or_is_refused, name, plan)
-    on_drive = name in (*COUNT_FOR_ALL, "Sophia") and plan == "3-disk"
+    on_drive = name in ("ScheduleFree", "Sophia") and plan == "3-disk"
     expected = name in NOWHERE or (name in SEVERAL and plan != "0") or on_drive
     if not expected:
         assert texts == [None] * 3
@@ -266,7 +265,7 @@ def test_a_group_that_is_added_is_tried_too(world):
     assert all("in group 1" in text for text in world(2).run(_added, Decays, 0.1))
 
 
-class ListedMatrices(Listed):
+class OddMatrices(Iterates):
     def one(self, p: Tensor, grad: Tensor, group: Any, state: Any) -> None:
         if p.ndim < 2:
             p.sub_(grad, alpha=group["lr"])
@@ -285,8 +284,8 @@ def _vectors(ranks: Any, kind: Any, plan: str, frozen: bool) -> str | None:
 
 def test_what_matters_is_what_the_groups_hold(world):
     pool = world(2)
-    assert pool.run(_vectors, ListedMatrices, "2", False) == [None] * 2
-    assert all("ListedMatrices" in text for text in pool.run(_vectors, ListedMatrices, "2", True))
+    assert pool.run(_vectors, OddMatrices, "2", False) == [None] * 2
+    assert all("OddMatrices" in text for text in pool.run(_vectors, OddMatrices, "2", True))
 
 
 def _stepped_before(ranks: Any, kind: Any, plan: str) -> str | None:

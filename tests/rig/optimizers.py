@@ -3,7 +3,7 @@
 SHARDED      on shards they have torch's numbers
 WHOLE        they take numbers over a whole parameter, or see its shape: they step whole ones, each on one rank
 SEVERAL      they take numbers over several parameters: torch's where each rank steps all (stage 0)
-NOWHERE      they keep what is neither a number nor a tensor, or do not step what is in their groups
+NOWHERE      they keep what is neither made of numbers nor of tensors, or do not step what is in their groups
 """
 
 from __future__ import annotations
@@ -313,6 +313,14 @@ class Listed(Loop):
         p.sub_(sum(state["last"]) / len(state["last"]), alpha=group["lr"])
 
 
+class Iterates(Loop):
+    """A state that cannot be moved or saved."""
+
+    def one(self, p, grad, group, state):
+        state["last"] = iter((grad.clone(),))
+        p.sub_(grad, alpha=group["lr"])
+
+
 class Reassigns(Loop):
     """Gives parameters other memory instead of changing them."""
 
@@ -372,10 +380,21 @@ SHARDED = {
     cls.__name__: cls
     for cls in (Lion, AdamWOneCounter, AdamWOwnCounter, StateInConstructor, Sophia, ScheduleFree)
 }  # fmt: skip
-COUNT_FOR_ALL = ("AdamWOneCounter", "AdamWOwnCounter", "ScheduleFree")
 WHOLE = {
     cls.__name__: cls
-    for cls in (Lamb, Lars, StableAdamW, AdamMini, AdamMiniRows, AdafactorLike, Galore, RowNorm, Blockwise, History)
+    for cls in (
+        Lamb,
+        Lars,
+        StableAdamW,
+        AdamMini,
+        AdamMiniRows,
+        AdafactorLike,
+        Galore,
+        RowNorm,
+        Blockwise,
+        History,
+        Listed,
+    )
 }
 SEVERAL = {cls.__name__: cls for cls in (LambClips, Prodigy, DAdaptSGD)}
-NOWHERE = {cls.__name__: cls for cls in (Listed, Reassigns, PastItsGroups, Sam)}
+NOWHERE = {cls.__name__: cls for cls in (Iterates, Reassigns, PastItsGroups, Sam)}

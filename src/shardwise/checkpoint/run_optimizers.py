@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..ranks.ranks import Ranks
 from ..step.intervals import Interval
+from ..step.kept import packages_of, packed, unpacked
 from ..step.optimizer import ShardedOptimizer
 from ..step.state_kinds import Key
 from ..zero.sharded import ShardedModel
@@ -51,7 +52,7 @@ class RunOptimizers:
             model, name = state.key
             for key, interval in state.elementwise.items():
                 held.setdefault(f"optimizer{number}/{key}/model{homes[model]}", []).append(interval)
-            numbers[f"model{homes[model]}/{name}"] = state.numbers
+            numbers[f"model{homes[model]}/{name}"] = {key: packed(value) for key, value in state.numbers.items()}
         for prefix, found in held.items():
             pieces += pieces_of(stepper.ranks, prefix, found)
         groups = stepper.states.settings()
@@ -112,8 +113,10 @@ class RunOptimizers:
     ) -> None:
         homes = self._homes(stepper)
         numbers: dict[str, dict[str, Any]] = {}
+        packages = packages_of(stepper.optimizer)
         for state in states:
-            numbers.update(state["optimizers"][number]["numbers"])
+            for address, found in state["optimizers"][number]["numbers"].items():
+                numbers[address] = {key: unpacked(value, packages) for key, value in found.items()}
         kinds: dict[str, dict[str, torch.dtype]] = {}
         for address in checkpoint.addresses(f"optimizer{number}/"):
             _, key, parameter = address.split("/", 2)

@@ -6,7 +6,7 @@ by group, as soon as they are there: see `publishing.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,12 +17,13 @@ from torch.optim import Optimizer
 from ..zero.sharded import ShardedModel
 from ..zero.unit import Unit
 from . import publishing
+from .doubles import double
 from .elementwise import steps_in_parts
 from .groups import Groups
 from .held import HeldGradients, multiply
 from .optimizer_verbs import OwnVerbs
 from .overrides import standing_in
-from .running import holding, run_step
+from .running import counted, holding, run_step
 from .visits import Shard, Visits
 from .wholes import Whole, WholeSteps
 
@@ -54,9 +55,10 @@ class Applying:
             if gradient is not None:
                 # In place, unless another optimizer reads the same buffer, and counts on its own factor and scale.
                 shared = id(shard.trained) not in self.groups.sole
-                shard.tensor.grad = gradient.to(shard.tensor.dtype, copy=shared)
+                shard.tensor.grad = gradient.to(shard.tensor.dtype, copy=shared).view(shard.shape)
                 grads.append(shard.tensor.grad)
         driven: Any = self.optimizer
+        before = double(driven)  # every call of this step begins with its settings and numbers
         own = {id(s.trained): s.trained for s in here}.values()
         alone = [trained for trained in own if id(trained) in self.groups.sole]
         multiplied = [t for t in alone if t.sums.rest is not None and t.sums.rest.dtype == t.master.dtype]
@@ -71,7 +73,7 @@ class Applying:
         units = [unit for model in self.models for unit in self.groups.units(model)]
         with publishing.fenced([model.engine for model in self.models]):
             try:
-                self._step_wholes([unit for unit in units if _in_place(unit)], factor)
+                self._step_wholes([unit for unit in units if _in_place(unit)], factor, before)
                 try:
                     self._step_in_place([unit for unit in units if _in_place(unit)], here)
                 finally:
@@ -87,31 +89,33 @@ class Applying:
                     away = [unit for unit in self.groups.units(model) if not _in_place(unit)]
                     visiting = [unit for unit in away if id(unit.trained) in partly]
                     if visiting:
-                        self._visits.step(model, visiting, shards, factor, fused=self.groups.fused)
-                    self._step_wholes(away, factor)
+                        self._visits.step(model, visiting, shards, factor, before, fused=self.groups.fused)
+                    self._step_wholes(away, factor, before)
                     if model.engine.stores.uses_disk:
                         model.engine.drain()
             finally:
                 publishing.arrive(units)
 
-    def run(self) -> None:
-        """The class's step, on what is in place and stepped in shards."""
+    def run(self, absent: Mapping[int, Tensor] | None = None) -> None:
+        """The class's step, on what is in place and stepped in shards. absent: see `counted`."""
         mine = {id(shard.tensor) for shard in self.groups.stepped} if self.groups.wholes else None
         verbs = self.verbs.as_in_the_class() if self.verbs is not None else nullcontext()
+        device = self.models[0].ranks.device
         with (
             verbs,
             holding(self.optimizer, mine) if mine is not None else nullcontext(),
+            counted(self.optimizer, absent or {}, device),
             standing_in(self.optimizer, self.groups.pairs),
         ):
             run_step(self.optimizer)
 
-    def _step_wholes(self, units: Sequence[Unit], factor: Tensor | None) -> None:
+    def _step_wholes(self, units: Sequence[Unit], factor: Tensor | None, before: Any) -> None:
         """Step the parameters of `units` that are stepped whole; new weights of units that are not in place leave at once."""
         of: dict[int, list[Whole]] = {}
         for whole in self.groups.wholes:
             of.setdefault(id(whole.trained), []).append(whole)
         for unit in units:
-            master = self._wholes.step(unit, of.get(id(unit.trained), []), factor)
+            master = self._wholes.step(unit, of.get(id(unit.trained), []), factor, before)
             trained = unit.trained
             if master is not None and trained is not None and not trained.in_place:
                 unit.engine.put_to_rest(master, trained.master)
@@ -126,7 +130,7 @@ class Applying:
         groups = publishing.in_groups(units)
         apart = len(groups) > 1 and steps_in_parts(self.optimizer)
         if not apart:
-            self.run()
+            self.run(self.groups.elsewhere(shards) if self.verbs is not None and self.verbs.counts else None)
         for group in groups:
             if apart:
                 mine = {id(unit.trained) for unit in group}

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rehearsal import Outcome, StandIn, is_attribute, is_like, leaves
+from .kept import is_wrapper, pieces
+from .rehearsal import Outcome, StandIn, is_attribute, is_like
 
 _TOLERANCE = 1e-5  # of the way that a weight has gone, and of a number
 
@@ -43,7 +44,7 @@ def difference(stand_ins: Sequence[StandIn], reference: Outcome, found: Outcome)
 def is_plain(value: Any) -> bool:
     """Whether it is one number or text, or some of them: what goes with every part of a parameter."""
     if isinstance(value, Tensor):
-        return not value.ndim
+        return not value.ndim and not is_wrapper(value)
     if isinstance(value, Mapping):
         return all(map(is_plain, value.values()))
     if isinstance(value, (list, tuple)):
@@ -91,7 +92,7 @@ def _is_part(own: Any, whole: Any, parameter: Tensor, begin: int, end: int) -> b
         if not isinstance(own, Tensor) or own.numel() != end - begin or own.dtype != whole.dtype:
             return False
         return is_same(own.reshape(-1), whole.reshape(-1)[begin:end])
-    mine, right = dict(leaves(own, "")), dict(leaves(whole, ""))
+    mine, right = dict(pieces(own, "")), dict(pieces(whole, ""))
     return mine.keys() == right.keys() and all(is_same(mine[words], right[words]) for words in mine)
 
 

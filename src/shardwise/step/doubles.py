@@ -1,6 +1,6 @@
 """An optimizer once more: for what visits the device, and for trials.
 
-    double    shares settings and attributes; its groups are empty, it has no states     a step of pieces in a call of its own
+    double    has its settings and attributes; its groups are empty, it has no states    a step of pieces in a call of its own
     twin      shares nothing that a step may change, so that the user's stays as it is   a trial on small tensors
 
 Neither has hooks, or the verbs that were set on the one object: those are the user's step, which runs once.
@@ -28,16 +28,31 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, 
 
 
 def double(optimizer: Optimizer) -> Any:
-    """`optimizer` with its present settings and attributes, with empty groups, no states and no hooks."""
+    """`optimizer` with its present settings and attributes, with empty groups, no states and no hooks.
+
+    Numbers and tensors are its own, those in lists and dictionaries too: what a step counts stays in the double. So all calls
+    of one step begin alike, with doubles of one that was made before the first. Objects are shared.
+    """
     made: Any = object.__new__(type(optimizer))
     for name, value in vars(optimizer).items():
         if not _belongs_to_the_object(optimizer, name):
             bound = isinstance(value, MethodType) and value.__self__ is optimizer
-            made.__dict__[name] = MethodType(value.__func__, made) if bound else value
+            made.__dict__[name] = MethodType(value.__func__, made) if bound else _own(value)
     _without_hooks(optimizer, made)
     made.state = defaultdict(dict)
-    made.param_groups = [{**group, "params": []} for group in optimizer.param_groups]
+    made.param_groups = [{n: _own(v) for n, v in {**group, "params": []}.items()} for group in optimizer.param_groups]
     return made
+
+
+def _own(value: Any) -> Any:
+    """A copy of tensors, and of the lists and dictionaries around them."""
+    if isinstance(value, Tensor):
+        return value if isinstance(value, nn.Parameter) else value.detach().clone()
+    if type(value) is dict:
+        return {name: _own(item) for name, item in value.items()}
+    if type(value) is list:
+        return [_own(item) for item in value]
+    return value
 
 
 def twin(optimizer: Optimizer, stand_ins: Mapping[int, Tensor]) -> Any:

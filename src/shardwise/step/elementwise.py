@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..errors import OptimizerError
-from .trial import INSTEAD, Handling, Trial
+from .trial import Trial
+from .ways import INSTEAD, Handling
 
 _ELEMENTWISE = {
     "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
@@ -33,6 +34,7 @@ _WHOLE = {"Adafactor", "Muon"}
 class Judgement:
     """How an optimizer can be stepped. trial: of one that torch does not know. all_whole: every parameter whole."""
 
+    handling: Handling
     trial: Trial | None = None
     all_whole: bool = False
 
@@ -60,10 +62,10 @@ def judged(
             "class does. Write a class with that step, or replace it after prepare, around the prepared step."
         )
     if _is_known(optimizer) or (_is_from_torch(optimizer) and name in _WHOLE):
-        return Judgement(all_whole=name in _WHOLE)
+        return Judgement(handling, all_whole=name in _WHOLE)
     trial = Trial(optimizer, handling, device)
     trial.judge(groups)
-    return Judgement(trial)
+    return Judgement(handling, trial)
 
 
 def steps_in_parts(optimizer: Optimizer) -> bool:

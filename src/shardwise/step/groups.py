@@ -38,10 +38,11 @@ class Groups:
     """The groups of one optimizer.
 
     parameters: the user's, group by group, as torch's verbs number them. as_set: of each group, the settings that were
-                changed here, as the user had set them. is_whole: whether group `number` is stepped whole.
+                changed here, as the user had set them. is_whole: whether group `number` is stepped whole. together: where
+                each rank has everything in place, so that it holds whole parameters themselves, in their shapes.
     shards:     this rank's pieces of what the optimizer drives. stepped: those that it holds itself; the others are parts of
                 `wholes`, which are those of all ranks.
-    members: id(trained) -> it and the places of what it drives there.
+    members: id(trained) -> it and the places of what it drives there. places: the same by the number of the group.
     frozen:     those of `parameters` that have no shards.
     strays:     id(parameter) -> what is trained in the models that this optimizer does not step, and its place: in torch
                 their gradients are clipped with the others, if a script says so.
@@ -50,17 +51,24 @@ class Groups:
     """
 
     def __init__(
-        self, optimizer: Optimizer, models: Sequence[ShardedModel], is_whole: Callable[[int], bool] = lambda _: False
+        self,
+        optimizer: Optimizer,
+        models: Sequence[ShardedModel],
+        is_whole: Callable[[int], bool] = lambda _: False,
+        *,
+        together: bool = False,
     ) -> None:
         self.optimizer = optimizer
         self.models = models
         self.is_whole = is_whole
+        self.together = together
         self.parameters: list[list[Parameter]] = []
         self.as_set: list[dict[str, Any]] = []
         self.shards: list[Shard] = []
         self.stepped: list[Shard] = []
         self.wholes: list[Whole] = []
         self.members: dict[int, tuple[Trained, list[int]]] = {}
+        self.places: dict[int, list[tuple[Trained, int]]] = {}
         self.sole: set[int] = set()
         self.frozen: list[Parameter] = []
         self.strays: dict[int, tuple[Trained, int]] = {}
@@ -211,16 +219,18 @@ class Groups:
 
     def _join(self, number: int, own: Sequence[Parameter], homes: dict[int, tuple[ShardedModel, Trained, int]]) -> None:
         """What rests here of the parameters `own` joins group `number`."""
-        group, whole = self.optimizer.param_groups[number], self.is_whole(number)
+        group = self.optimizer.param_groups[number]
+        whole, shaped = self.is_whole(number) and not self.together, self.is_whole(number) and self.together
         new: list[Whole] = []
         for parameter in own:
             if id(parameter) not in homes:
                 continue
             model, trained, index = homes[id(parameter)]
             self.members.setdefault(id(trained), (trained, []))[1].append(index)
+            self.places.setdefault(number, []).append((trained, index))
             if whole:
                 new.append(Whole(trained, index, number, model.engine))
-            for shard in _shards_of(trained, index):
+            for shard in _shards_of(trained, index, trained.buffer.layout.slots[index].shape if shaped else None):
                 shard.group = number
                 self.shards.append(shard)
                 if not whole:
@@ -236,6 +246,19 @@ class Groups:
         """Of what is stepped in shards: id(parameter), and a shard of it."""
         for shard in self.stepped:
             yield id(shard.trained.buffer.members[shard.index].parameter), shard.tensor
+
+    def elsewhere(self, here: Sequence[Shard]) -> dict[int, Tensor]:
+        """Of each group of which something has a gradient, but nothing of `here`: one of its parameters, without memory."""
+        having = {shard.group for shard in here if shard.gradient() is not None}
+        found: dict[int, Tensor] = {}
+        for number, places in self.places.items():
+            for trained, index in places if number not in having else ():
+                if trained.gradients.at_rest is not None and trained.gradients.used[index]:
+                    slot = trained.buffer.layout.slots[index]
+                    shape = slot.shape if self.is_whole(number) else (slot.numel,)
+                    found[number] = torch.empty(shape, dtype=trained.master.dtype, device="meta")
+                    break
+        return found
 
     @property
     def partly(self) -> set[int]:
@@ -268,8 +291,8 @@ def _steps_as_torchs(optimizer: Optimizer) -> bool:
     return any(isinstance(optimizer, kind) and step is inspect.unwrap(kind.step) for kind in _FUSED)
 
 
-def _shards_of(trained: Trained, index: int) -> Iterator[Shard]:
-    """What rests here of one parameter."""
+def _shards_of(trained: Trained, index: int, shape: tuple[int, ...] | None = None) -> Iterator[Shard]:
+    """What rests here of one parameter. shape: its own, where it is held so."""
     for piece in trained.region.pieces:
         if piece.slot == index:
-            yield Shard(trained, piece.slot, piece.in_slot, piece.in_shard, piece.numel)
+            yield Shard(trained, piece.slot, piece.in_slot, piece.in_shard, piece.numel, shape)

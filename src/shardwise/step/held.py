@@ -88,7 +88,9 @@ class HeldGradients:
         for trained in self.present():
             trained.sums.apply_factor()
         self.wait_for_host()
-        lent = [(s, g, g.to(s.tensor.dtype)) for s in self.groups.shards if (g := s.gradient()) is not None]
+        lent = [
+            (s, g, g.to(s.tensor.dtype).view(s.shape)) for s in self.groups.shards if (g := s.gradient()) is not None
+        ]
         for shard, _, given in lent:
             shard.tensor.grad = given
         try:
@@ -100,7 +102,7 @@ class HeldGradients:
                     if now is None:
                         gradient.zero_()
                     elif now.data_ptr() != gradient.data_ptr():
-                        gradient.copy_(now)
+                        gradient.copy_(now.reshape(-1))
             self._changed(shard for shard, _, _ in lent)
 
     def clip_norm(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:

@@ -45,9 +45,9 @@ from .optimizer_verbs import OwnVerbs
 from .residency import Residency
 from .state_kinds import has_stepped
 from .telling import FlagOnOptimizer
-from .trial import Handling
 from .verdicts import Verdicts
 from .visits import Shard
+from .ways import Handling
 
 log = logging.getLogger("shardwise")
 
@@ -100,7 +100,7 @@ class ShardedOptimizer:
         self.verdicts = Verdicts(self.ranks, models[0].engine.lanes)
         judgement = self.ranks.together(self._tried)
         self._trial = judgement.trial
-        self.groups = Groups(optimizer, self.models, judgement.is_whole)
+        self.groups = Groups(optimizer, self.models, judgement.is_whole, together=judgement.handling.together)
         self.held = HeldGradients(self.groups, self.models, self.scaler)
         self._applying = Applying(optimizer, self.models, self.groups, self.held)
         thawed = self.ranks.together(self._to_thaw)

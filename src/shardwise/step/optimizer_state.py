@@ -11,6 +11,7 @@ with every piece. `intervals` is the one walk over the states: checkpoints write
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ..zero.sharded import ShardedModel
 from .exchange import exchange
 from .groups import Groups
 from .intervals import Interval, Rest
+from .kept import mapped
 from .state_kinds import (
     COUNTS,
     MACHINE,
@@ -122,7 +124,7 @@ class OptimizerState:
                     rest = Rest(value.view(-1), 0)
                     elementwise[name] = Interval(key[1], shape, begin, shard.numel, value.dtype, copied, rest)
                 else:
-                    numbers[name] = value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+                    numbers[name] = mapped(value, lambda tensor: tensor.detach().to("cpu", copy=True))
             found.append(StateOf(key, elementwise, numbers))
         return found
 
@@ -157,12 +159,11 @@ class OptimizerState:
             away = isinstance(shard, Whole) and not shard.trained.in_place
             state: dict[str, Any] = {}
             for name, value in numbers(key).items():
-                state[name] = value
-                if isinstance(value, Tensor):
-                    counts = name in COUNTS and not on_device
-                    state[name] = value.to(torch.device("cpu") if counts or away else self.ranks.device, copy=True)
-                    if name == "step" and group.get("fused"):
-                        state[name] = state[name].float()  # the kernels take no other
+                counts = name in COUNTS and not on_device
+                home = torch.device("cpu") if counts or away else self.ranks.device
+                state[name] = mapped(value, partial(Tensor.to, device=home, copy=True))
+                if name == "step" and group.get("fused") and isinstance(value, Tensor):
+                    state[name] = state[name].float()  # the kernels take no other
             for name, dtype in elementwise(key).items():
                 if isinstance(shard, Whole):
                     state[name] = shard.state_at_rest(name, dtype)
@@ -264,9 +265,13 @@ class OptimizerState:
         return split_states(found, self.shapes, lambda key: key[1], self.is_whole)
 
     def is_whole(self, key: Key) -> bool:
-        """Whether one rank steps that parameter and has all its states."""
-        found = {id(one.trained.buffer.members[one.index].parameter) for one in self.groups.wholes}
-        return any(self.keys[parameter] == key for parameter in found & self.keys.keys())
+        """Whether it is never cut: who steps that parameter has all its states."""
+        return any(
+            self.keys.get(id(parameter)) == key
+            for number, own in enumerate(self.groups.parameters)
+            for parameter in own
+            if self.groups.is_whole(number)
+        )
 
     def _with_memory(self, state: Mapping[str, Any], key: Key, group: Mapping[str, Any]) -> dict[str, Any]:
         """What the constructor made of a parameter, in the master's dtype; made anew of one that had no memory then."""
@@ -329,5 +334,5 @@ class OptimizerState:
 
 def _is_elementwise(name: str, value: Any, held: Shard | Whole) -> bool:
     """Whether a state has a number for each element of what the optimizer holds."""
-    like = isinstance(value, Tensor) and value.shape == held.tensor.shape
+    like = is_like(value, tuple(held.tensor.shape))
     return like and (bool(held.tensor.ndim) or name not in NUMBERS)  # a count has the shape of one without dimensions

@@ -38,6 +38,11 @@ class OwnVerbs:
         self._trial = trial
         self._inside = False
 
+    @property
+    def counts(self) -> bool:
+        """Whether steps change something of a parameter group."""
+        return self._trial.counts
+
     def install(self) -> None:
         """Set them on the optimizer, as methods of this one object."""
         for name in own_verbs(type(self.optimizer)):

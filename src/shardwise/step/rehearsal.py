@@ -23,14 +23,16 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from .doubles import double, twin
+from .kept import is_wrapper
 from .overrides import standing_in
-from .running import holding
+from .running import counted, holding
 
 # Of the gradients, verb by verb: optimizers that clip do so at some of them.
 _SIZES = (1.0, 0.01, 30.0, 1.0)
-_ATTRIBUTE = "the attribute"
-# The least rate that is tried: a schedule may have begun at zero, and a tiny one drowns in the rounding of the weights.
-RATE = 1e-3
+_ATTRIBUTE, _SETTING = "the attribute", "the setting"
+# The least that is tried, of rates: a schedule may have begun at zero, and a tiny one drowns in the rounding of the weights;
+# and of decays that are not zero, so that what they depend on shows.
+RATE, _DECAY = 1e-3, 0.1
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,15 @@ Cuts = Sequence[tuple[int, int, int]]
 @dataclass(frozen=True)
 class Way:
     """How stand-ins are held. twins: what each has. Numbers of stand-ins: shaped: those in their own shape; visits: those of
-    which each part steps in its own call.
+    which each part steps in its own call. counts: whether a group counts steps, see `counted`. plain: attributes hold the very
+    parameters that are stepped, as in plain torch.
     """
 
     twins: Sequence[Cuts]
     shaped: frozenset[int] = frozenset()
     visits: frozenset[int] = frozenset()
+    counts: bool = False
+    plain: bool = False
 
 
 @dataclass
@@ -174,6 +179,11 @@ def leaves(value: Any, words: str) -> Iterator[tuple[str, Any]]:
         yield words, value
 
 
+def is_setting(words: str) -> bool:
+    """Whether these are the words for a setting of a group."""
+    return words.startswith(_SETTING)
+
+
 def is_attribute(words: str) -> bool:
     """Whether these are the words for an attribute of the optimizer."""
     return words.startswith(_ATTRIBUTE)
@@ -181,7 +191,7 @@ def is_attribute(words: str) -> bool:
 
 def setting(group: int, name: str) -> str:
     """Words for a setting of a parameter group."""
-    return f"the setting {name!r} of group {group}"
+    return f"{_SETTING} {name!r} of group {group}"
 
 
 def _twin(
@@ -196,7 +206,7 @@ def _twin(
         parts.append(_Part(number, begin, end, values, Parameter(values)))
     # In attributes the optimizer has whole parameters, which the engine does not change.
     held |= {s.key: Parameter(s.start.clone()) for s in stand_ins}
-    held |= {stand_ins[part.number].key: part.tensor for part in parts if part.number in way.shaped}
+    held |= {stand_ins[part.number].key: part.tensor for part in parts if way.plain}
     made = twin(optimizer, held)
     elementwise = {n for s in stand_ins for n, v in s.state.items() if s.start.ndim and is_like(v, s.start)}
     for part in parts:
@@ -215,21 +225,23 @@ def _twin(
         if not isinstance(key, Tensor):
             made.state[key] = copy.deepcopy(value)
     for group in made.param_groups:
-        _lift_rate(group)
+        _lift(group, "lr", RATE)
+        if group.get("weight_decay"):
+            _lift(group, "weight_decay", _DECAY)
     return made, parts
 
 
-def _lift_rate(group: dict[str, Any]) -> None:
-    rate = group.get("lr")
-    if isinstance(rate, Tensor) and rate.is_floating_point():
-        rate.clamp_(min=RATE)
-    elif isinstance(rate, (int, float)):
-        group["lr"] = max(rate, RATE)
+def _lift(group: dict[str, Any], name: str, least: float) -> None:
+    value = group.get(name)
+    if isinstance(value, Tensor) and value.is_floating_point():
+        value.clamp_(min=least)
+    elif isinstance(value, (int, float)):
+        group[name] = max(value, least)
 
 
 def is_like(value: Any, parameter: Tensor) -> bool:
-    """Whether a state has its parameter's shape."""
-    return isinstance(value, Tensor) and value.shape == parameter.shape
+    """Whether a state has its parameter's shape, and a number for each element."""
+    return isinstance(value, Tensor) and value.shape == parameter.shape and not is_wrapper(value)
 
 
 def _gradient(part: _Part, gradients: Sequence[Tensor]) -> Tensor:
@@ -246,19 +258,30 @@ def _play(
 ) -> Any:
     """As a step does: the optimizer steps what is in place, and a double each part that visits.
 
-    It does not see those that are stepped whole, whose stand-ins it holds; of others it holds what has no gradient.
+    It does not see those that are stepped whole, whose stand-ins it holds; of others it holds what has no gradient. All calls
+    begin with what it kept for groups before the first, and what they make of that is the optimizer's own call's to say.
     """
     visits: frozenset[int] = way.visits if verb.name == "step" else frozenset()
     here = [part for part in parts if part.number not in visits]
     seen = {id(part.tensor) for part in parts if part.number not in visits & way.shaped}
     for part in here:
         part.tensor.grad = _gradient(part, gradients)
-    with holding(made, seen), standing_in(made, lambda: [(stand_ins[p.number].key, p.tensor) for p in parts]):
+    before = double(made) if visits else made
+    absent: dict[int, Tensor] = {}
+    for number, stand_in in enumerate(stand_ins) if way.counts and verb.name == "step" else ():
+        if all(stand_ins[part.number].group != stand_in.group for part in here):
+            absent.setdefault(stand_in.group, stand_in.start if number in way.shaped else stand_in.start.reshape(-1))
+    device = stand_ins[0].start.device if stand_ins else torch.device("cpu")
+    with (
+        holding(made, seen),
+        counted(made, absent, device),
+        standing_in(made, lambda: [(stand_ins[p.number].key, p.tensor) for p in parts]),
+    ):
         result = call(made, verb)
     for part in here:
         part.tensor.grad = None
     for part in (one for one in parts if one.number in visits):
-        one = double(made)
+        one = double(before)
         piece = Parameter(part.values)
         piece.grad = _gradient(part, gradients)
         group = next(n for n, g in enumerate(made.param_groups) if any(part.tensor is p for p in g["params"]))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 
@@ -41,6 +43,30 @@ def _without_momentum(optimizer: Optimizer) -> set[int]:
             if len(first) < len(stepped):
                 found |= first
     return found
+
+
+@contextmanager
+def counted(optimizer: Optimizer, absent: Mapping[int, Tensor], device: torch.device) -> Iterator[None]:
+    """Inside, the groups of these numbers hold a parameter of one element, with a gradient, so that they count this step.
+
+    absent: one of what is stepped of that group elsewhere, in calls of their own or on other ranks; its dimensions count. An
+    optimizer may count only where it has something to step, and this rank goes on from its own numbers, and saves them.
+    """
+    groups = optimizer.param_groups
+    before = {number: groups[number]["params"] for number in absent}
+    blanks = []
+    for number, tensor in absent.items():
+        blank = Parameter(torch.ones((1,) * tensor.ndim, dtype=tensor.dtype, device=device))
+        blank.grad = torch.ones_like(blank)
+        groups[number]["params"] = [*before[number], blank]
+        blanks.append(blank)
+    try:
+        yield
+    finally:
+        for number, params in before.items():
+            groups[number]["params"] = params
+        for blank in blanks:
+            optimizer.state.pop(blank, None)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import OptimizerError
 from .comparing import plain
 from .intervals import Interval
+from .kept import is_wrapper
 
 # Which of the optimizer's models, and a parameter's name in it.
 Key = tuple[int, str]
@@ -100,12 +101,13 @@ def split_states(
     for key, state in states.items():
         parts = found[key] = WholeState({}, {})
         for name, value in state.items():
-            odd = isinstance(value, Tensor) and (value.ndim or not shapes[key]) and not is_like(value, shapes[key])
+            like = is_like(value, shapes[key])
+            odd = isinstance(value, Tensor) and (value.ndim or not shapes[key]) and not like
             if odd and not is_whole(key):
                 raise OptimizerError(
                     f"the state {name} of {name_of(key)} has shape {tuple(value.shape)}, but the parameter's is {shapes[key]}."
                 )
-            if is_like(value, shapes[key]) and (shapes[key] or name in elementwise or name not in numbers):
+            if like and (shapes[key] or name in elementwise or name not in numbers):
                 parts.elementwise[name] = value.detach().reshape(-1)
             else:
                 parts.numbers[name] = value
@@ -122,4 +124,5 @@ def digest(states: Mapping[Key, WholeState], *more: Any) -> int:
 
 
 def is_like(value: Any, shape: tuple[int, ...]) -> bool:
-    return isinstance(value, Tensor) and tuple(value.shape) == shape
+    """Whether it is a tensor of this shape, with a number for each element."""
+    return isinstance(value, Tensor) and tuple(value.shape) == shape and not is_wrapper(value)

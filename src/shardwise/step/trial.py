@@ -1,15 +1,11 @@
 """Whether an optimizer gives on shards the numbers that it gives on whole parameters: it is tried before it steps.
 
 Each parameter group is tried with its own settings, on small stand-ins for its parameters. First as in plain torch; then as the
-engine will hold it, one difference after another, so that the first that shows names the cause:
-
-    flat       one optimizer   [w flat, v flat]                                at every stage
-    apart      two ranks       [w flat] | [v flat]                             where a rank has parts of the parameters
-    parted     three ranks     [] | [w 0:k, v 0:k] | [w k:, v k:]
-    visiting   as before, each part in a call of its own                       where states rest off the device
+engine will hold it (`ways.py`), one difference after another, so that the first that shows names the cause.
 
 A group that gives other numbers so is tried once more with whole parameters, in their own shapes, each on one rank and in a
-call of its own: then it is stepped as `wholes.py` has it.
+call of its own: then it is stepped as `wholes.py` has it. Where each rank has everything in place (stage 0), they are held in
+their own shapes and stepped together, as in plain torch.
 
 What is compared: weights after every step, states, and numbers that are kept for a group or for the optimizer itself. Twins of
 the user's optimizer step here (`rehearsal.py`), which share nothing with it.
@@ -18,8 +14,7 @@ the user's optimizer step here (`rehearsal.py`), which share nothing with it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,40 +25,18 @@ from ..errors import OptimizerError
 from ..plan.precision import Precision
 from .comparing import difference, is_plain, is_same
 from .doubles import refuse_what_it_reaches
+from .kept import cannot_keep, packages_of
 from .overrides import settings_of
-from .rehearsal import Cuts, Outcome, StandIn, Verb, Way, is_like, leaves, rehearse, setting
+from .rehearsal import Outcome, StandIn, Verb, Way, is_like, is_setting, leaves, rehearse, setting
 from .samples import chosen, small
+from .ways import INSTEAD, Handling, Ways
 
 # Elements of a stand-in: more than what optimizers of 8 bits leave in 32 (4,096, or 16,384), and some blocks of them. A group
 # like one before it, with parameters of such sizes, takes few.
 _ROOM, _LITTLE_ROOM = 20_000, 60
 _STEPS = 4
+_MORE_STEPS = 16  # where a group has not moved: some wait until their moments are worth something
 _CLOSURE = "step(closure)"
-INSTEAD = (
-    "Take an optimizer that works element by element, as torch's Adam, AdamW, SGD, Adagrad, RMSprop and their like."
-)
-
-
-@dataclass(frozen=True)
-class Handling:
-    """What a plan does to an optimizer, beside holding every parameter as a flat row.
-
-    parted: a rank has parts of the parameters. visits: parts are stepped in calls of their own. ranks: how many there are.
-    """
-
-    parted: bool
-    visits: bool
-    ranks: int
-
-
-@dataclass(frozen=True)
-class _Difference:
-    """What is different in a way of shards. where: in words that go on from "got other numbers". advice: what to do."""
-
-    way: Way
-    where: str
-    advice: str
-    failing: str = "cannot work on shards"
 
 
 class Trial:
@@ -88,20 +61,24 @@ class Trial:
 
     # What is asked.
 
+    @property
+    def counts(self) -> bool:
+        """Whether steps change something of a group, such as a count."""
+        return any(map(is_setting, self._counted))
+
     def judge(self, groups: Sequence[Sequence[Tensor]], first: int = 0) -> None:
         """Find out which groups from number `first` on need whole parameters. Raises OptimizerError if those do not help."""
         try:
             self._run(groups)
             return
-        except OptimizerError as error:
-            problem = error
-        before, alike = self.wholes, self._alike(groups, first)
+        except OptimizerError:
+            before, alike = self.wholes, self._alike(groups, first)
         self.wholes = before.union(*alike)
         try:
             self._run(groups)
         except OptimizerError:
             self.wholes = before
-            raise problem from None
+            raise
         for numbers in alike if len(alike) > 1 else ():
             found, self.wholes = self.wholes, self.wholes - numbers
             try:
@@ -166,8 +143,8 @@ class Trial:
             return torch.zeros((), device=self.device)
 
         begin = [Verb("train")] if self._has_modes() else []
-        plain = self._rehearse(self._whole(), [*begin, Verb()], "step()")
-        given = self._rehearse(self._whole(), [*begin, Verb("step", (closure,))], _CLOSURE)
+        plain = self._rehearse(self._ways.plain, [*begin, Verb()], "step()")
+        given = self._rehearse(self._ways.plain, [*begin, Verb("step", (closure,))], _CLOSURE)
         same = all(torch.equal(a, b) for a, b in zip(plain.weights[-1], given.weights[-1], strict=True))
         if calls != 1 or not same:
             raise OptimizerError(
@@ -189,9 +166,9 @@ class Trial:
         return StandIn(id(parameter), group, start.to(self.device, dtype), self._states[id(parameter)])
 
     def _cut(self, name: str, value: Any, parameter: Tensor, start: Tensor, dtype: torch.dtype, whole: bool) -> Any:
-        if not isinstance(value, Tensor) or not value.ndim:
+        if is_plain(value):
             return value.detach().clone() if isinstance(value, Tensor) else value
-        if value.shape != parameter.shape:
+        if not is_like(value, parameter):
             if whole:
                 return None  # of the small stand-in it would have another shape
             raise OptimizerError(self._odd_state(name, value, tuple(parameter.shape)))
@@ -200,36 +177,11 @@ class Trial:
         part = value.detach().reshape(-1)[: start.numel()].reshape(start.shape)
         return part.to(self.device, dtype if value.is_floating_point() else value.dtype, copy=True)
 
-    # Ways.
-
-    def _whole(self) -> Way:
-        every = frozenset(range(len(self._stand_ins)))
-        return Way([[(n, 0, s.start.numel()) for n, s in enumerate(self._stand_ins)]], shaped=every)
+    # Trying.
 
     @property
-    def _uncut(self) -> frozenset[int]:
-        """The stand-ins that are stepped whole."""
-        return frozenset(n for n, s in enumerate(self._stand_ins) if s.group in self.wholes)
-
-    def _apart(self) -> Way:
-        everything = [(n, 0, s.start.numel()) for n, s in enumerate(self._stand_ins)]
-        return Way([everything[0::2], everything[1::2]], self._uncut)
-
-    def _parts(self) -> tuple[list[Cuts], Cuts]:
-        """(what two ranks have, all of it). The first part of each ends in the middle of a row."""
-        first: list[tuple[int, int, int]] = []
-        second: list[tuple[int, int, int]] = []
-        for number, stand_in in enumerate(self._stand_ins):
-            numel = stand_in.start.numel()
-            if stand_in.group in self.wholes:
-                (first, second)[number % 2].append((number, 0, numel))
-                continue
-            cut = max(1, numel * 2 // 5)
-            first.append((number, 0, cut))
-            second += [(number, cut, numel)] if cut < numel else []
-        return [[], first, second], [*first, *second]
-
-    # Trying.
+    def _ways(self) -> Ways:
+        return Ways(self._stand_ins, self.wholes, self.handling)
 
     def _try_all(self) -> None:
         modes = self._has_modes()
@@ -238,66 +190,41 @@ class Trial:
                 f"{self._name} cannot be offloaded: its train() and eval() change weights, and states that rest off the device "
                 "are there in a step only. Set offload_optimizer_device: none."
             )
+        if modes and self.handling.parted and self.wholes:
+            raise OptimizerError(
+                f"{self._name} cannot work on shards: its train() and eval() change weights, and parameters that are stepped "
+                "whole, each by one rank, are there in a step only. With zero_stage 0 it works, for there each rank has them."
+            )
         begin = [Verb("train")] if modes else []
         end = [Verb("eval"), Verb("train"), Verb()] if modes else []
-        reference = self._try([*begin, *[Verb()] * _STEPS, *end], self._name)
-        for number, found in self._moves(reference).items():
-            if not found:
-                raise OptimizerError(
-                    f"{self._name} cannot be judged: in a trial of {_STEPS} steps group {number} did not move. Prepare it with "
-                    "the settings with which that group trains."
-                )
-        before, after = reference.before, reference.kept[0]
-        self._counted |= {w for w in before.keys() | after.keys() if not is_same(before.get(w), after.get(w))}
+        for steps in (_STEPS, _MORE_STEPS):
+            reference = self._try([*begin, *[Verb()] * steps, *end], self._name)
+            still = next((number for number, moves in self._moves(reference).items() if not moves), None)
+            if still is None:
+                break
+        else:
+            raise OptimizerError(
+                f"{self._name} cannot be judged: in a trial of {_MORE_STEPS} steps group {still} did not move. Prepare it with "
+                "the settings with which that group trains."
+            )
+        self._counted |= _changed(reference)
         self._verbs |= {"train", "eval"} if modes else set()
         self._tried.add(self._kinds())
 
     def _try(self, verbs: Sequence[Verb], what: str) -> Outcome:
         """Play `verbs` in plain torch's way and in those of the plan. Raises OptimizerError where they differ."""
-        reference = self._rehearse(self._whole(), verbs, what)
+        reference = self._rehearse(self._ways.plain, verbs, what)
         self._check_reference(reference, what)
         if self.handling.ranks > 1 and reference.draws:
             raise OptimizerError(
                 f"{what} cannot work on several ranks: it draws random numbers, other ones on each. {INSTEAD}"
             )
-        for case in self._differences():
+        for case in self._ways.differences(counts=any(map(is_setting, _changed(reference)))):
             found = self._rehearse(case.way, verbs, what, f", {case.where}")
             seen = difference(self._stand_ins, reference, found)
             if seen is not None:
                 raise OptimizerError(f"{what} {case.failing}: in a trial {seen} {case.where}. {case.advice}")
         return reference
-
-    def _differences(self) -> Iterator[_Difference]:
-        """Of this plan, one after another."""
-        yield _Difference(
-            Way(self._whole().twins, self._uncut),
-            "where parameters are flat rows, as every zero_stage holds them",
-            INSTEAD,
-        )
-        cuts, every = self._parts()
-        if self.handling.parted:
-            advice = f"With zero_stage 0 it works, for there each rank steps whole parameters. {INSTEAD}"
-            yield _Difference(
-                self._apart(),
-                "for two parameters that are stepped apart, on two ranks, than for both together, as by a norm or a rate over "
-                "several parameters",
-                advice,
-            )
-            yield _Difference(
-                Way(cuts, self._uncut),
-                "for two parts of a parameter that are stepped apart, on two ranks, than for all of it, as by a norm or a mean "
-                "over a parameter",
-                advice,
-            )
-        visits = frozenset(range(len(self._stand_ins))) if self.handling.visits else self._uncut
-        if visits:
-            yield _Difference(
-                Way(cuts if self.handling.parted else [every], self._uncut, visits),
-                "where parts are stepped one after another, each in a call of its own, as offloaded states are: it keeps "
-                "something for a whole parameter group, such as a count of its steps, or looks at several parameters",
-                "Set offload_optimizer_device: none, or take an optimizer that keeps everything with its parameters.",
-                "cannot be offloaded",
-            )
 
     def _rehearse(self, way: Way, verbs: Sequence[Verb], what: str, where: str = "") -> Outcome:
         try:
@@ -319,13 +246,20 @@ class Trial:
         for stand_in, held in zip(self._stand_ins, found.states, strict=True):
             for name, value in held[0][2].items():
                 odd = not is_plain(value) and not is_like(value, stand_in.start)
-                if odd and not (stand_in.group in self.wholes and isinstance(value, Tensor)):
-                    raise OptimizerError(self._odd_state(name, value, tuple(stand_in.start.shape)))
+                strange = cannot_keep(value, packages_of(self.optimizer)) if odd else None
+                if odd and (stand_in.group not in self.wholes or strange):
+                    raise OptimizerError(self._odd_state(name, value, tuple(stand_in.start.shape), strange))
         if not all(bool(torch.isfinite(w).all()) for weights in found.weights for w in weights):
             raise OptimizerError(f"{what} cannot be judged: in a trial its weights became NaN or infinite. {INSTEAD}")
 
-    def _odd_state(self, name: str, value: Any, shape: tuple[int, ...]) -> str:
+    def _odd_state(self, name: str, value: Any, shape: tuple[int, ...], strange: str | None = None) -> str:
         kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        if strange is not None:
+            return (
+                f"{self._name} cannot work on shards: its state {name!r} of a parameter of shape {shape} is {kind} with a "
+                f"{strange} in it, and what is no number, tensor or container, and of no class of the optimizer's own package, "
+                f"cannot be moved or saved. {INSTEAD}"
+            )
         return (
             f"{self._name} cannot work on shards: its state {name!r} of a parameter of shape {shape} is {kind}, which is "
             f"neither one number nor a number for each element. {INSTEAD}"
@@ -364,6 +298,12 @@ class Trial:
                     (w, _sign(leaf)) for w, leaf in leaves(value, setting(number, name)) if w not in self._counted
                 ]
         return tuple(found)
+
+
+def _changed(found: Outcome) -> set[str]:
+    """What verbs changed beside states, in words for each."""
+    before, after = found.before, found.kept[0]
+    return {words for words in before.keys() | after.keys() if not is_same(before.get(words), after.get(words))}
 
 
 def _takes_nothing(method: Any) -> bool:

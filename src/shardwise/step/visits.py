@@ -49,25 +49,29 @@ class Shard:
 
     tensor: what the optimizer holds: a view of the master where that can be read in place, else a stand-in on the meta
             device that has its shape. group: the number of its parameter group.
+    shape:  of `tensor`: flat, unless this is all of a parameter whose optimizer must see its shape.
     """
 
-    __slots__ = ("begin", "end", "group", "in_slot", "index", "tensor", "trained")
+    __slots__ = ("begin", "end", "group", "in_slot", "index", "shape", "tensor", "trained")
 
-    def __init__(self, trained: Trained, index: int, in_slot: int, begin: int, numel: int) -> None:
+    def __init__(
+        self, trained: Trained, index: int, in_slot: int, begin: int, numel: int, shape: tuple[int, ...] | None = None
+    ) -> None:
         self.trained = trained
         self.index = index
         self.begin, self.end = begin, begin + numel
         self.in_slot = in_slot
         self.group = 0
+        self.shape = (numel,) if shape is None else shape
         self.tensor: Parameter
         self.stand_on(trained.master)
 
     def stand_on(self, master: Slab) -> None:
         """Be the optimizer's view of its elements in `master`."""
         if master.in_memory:
-            self.tensor = Parameter(master.tensor[self.begin : self.end])
+            self.tensor = Parameter(master.tensor[self.begin : self.end].view(self.shape))
         else:
-            self.tensor = Parameter(torch.empty(self.numel, dtype=master.dtype, device="meta"))
+            self.tensor = Parameter(torch.empty(self.shape, dtype=master.dtype, device="meta"))
 
     @property
     def numel(self) -> int:
@@ -109,11 +113,19 @@ class Visits:
         self.optimizer = optimizer
 
     def step(
-        self, model: ShardedModel, units: Sequence[Unit], shards: Sequence[Shard], factor: Tensor | None, *, fused: bool
+        self,
+        model: ShardedModel,
+        units: Sequence[Unit],
+        shards: Sequence[Shard],
+        factor: Tensor | None,
+        before: Any,
+        *,
+        fused: bool,
     ) -> None:
         """One step of `shards`, which belong to `units` of `model` or to other models.
 
-        factor: what the gradients are multiplied by. fused: the optimizer takes it as a scale.
+        factor: what the gradients are multiplied by. fused: the optimizer takes it as a scale. before: a double of the
+        optimizer as the step began.
         A drive's errors are noted; they are raised when the ranks agree on them.
         """
         engine = model.engine
@@ -134,7 +146,7 @@ class Visits:
 
         def finish() -> None:
             visit = coming.popleft()
-            self._finish(model, visit, by_unit, begun, factor, fused, going)
+            self._finish(model, visit, by_unit, begun, factor, before, fused, going)
             if visit.end == visit.trained.master.numel:  # also where a drive failed: the other ranks gather
                 publishing.send([visit.unit], after=lanes.step.mark())
 
@@ -179,6 +191,7 @@ class Visits:
         by_unit: dict[int, list[Shard]],
         begun: set[int],
         factor: Tensor | None,
+        before: Any,
         fused: bool,
         going: deque[_Visit],
     ) -> None:
@@ -191,7 +204,7 @@ class Visits:
             numel = visit.end - visit.begin
             for key in list(visit.coming):
                 visit.states[key] = trained.states[key].unpacked(visit.coming.pop(key), numel)
-            stepped, step = self._run(visit, by_unit.get(id(trained), []), begun, factor, fused)
+            stepped, step = self._run(visit, by_unit.get(id(trained), []), begun, factor, before, fused)
             kept, event = trained.deliver(visit.master, visit.begin)
             visit.held.append(kept)
             visit.unit.published = lanes.step.mark()
@@ -215,9 +228,9 @@ class Visits:
             lanes.step.wait(going.popleft().down)
 
     def _run(
-        self, visit: _Visit, shards: Sequence[Shard], begun: set[int], factor: Tensor | None, fused: bool
+        self, visit: _Visit, shards: Sequence[Shard], begun: set[int], factor: Tensor | None, before: Any, fused: bool
     ) -> tuple[list[tuple[Shard, dict[str, Any]]], Tensor | None]:
-        """Run the user's optimizer on what is there, with its present hyperparameters.
+        """Run the user's optimizer on what is there, with the hyperparameters of this step.
 
         Gives the shards whose last elements were here, with the states that the optimizer has for them now; and the count of
         steps, where states are coded.
@@ -225,7 +238,7 @@ class Visits:
         grad = visit.grad if visit.grad.dtype == visit.master.dtype else visit.grad.to(visit.master.dtype)
         if factor is not None and not fused:
             grad.mul_(factor)
-        one = self._double(visit.master.device, factor if fused else None)
+        one = self._double(before, visit.master.device, factor if fused else None)
         pieces: list[tuple[Shard, Parameter, slice]] = []
         for shard in shards:
             first, last = max(shard.begin, visit.begin), min(shard.end, visit.end)
@@ -268,9 +281,10 @@ class Visits:
             for key, value in state.items()
         }
 
-    def _double(self, device: torch.device, factor: Tensor | None) -> Any:
+    @staticmethod
+    def _double(before: Any, device: torch.device, factor: Tensor | None) -> Any:
         """The user's optimizer once more, with its groups empty and no hooks of its own: those ran once for the step."""
-        one = double(self.optimizer)
+        one = double(before)
         one.grad_scale = one.found_inf = None
         if factor is not None:
             one.grad_scale = factor

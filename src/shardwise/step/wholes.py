@@ -26,9 +26,11 @@ from ..zero.engine import Engine
 from ..zero.trained import Trained
 from ..zero.unit import Unit
 from .doubles import double
+from .kept import mapped
 from .moments import counted, resting_slab
 from .overrides import standing_in
 from .running import run_step
+from .state_kinds import is_like
 from .visits import OFFLOADED
 
 # How much more than an equal share a rank may get to do for the sake of a parameter that lies on it.
@@ -84,12 +86,12 @@ class Whole:
         """Its states on the device, for a step."""
         device, found = self.engine.ranks.device, {}
         for name, value in state.items():
-            if name in self.states:
+            if name in self.states and (isinstance(value, Tensor) or value is OFFLOADED):
                 found[name] = self.engine.look_at(self.states[name]).view(self.shape)
-            elif isinstance(value, Tensor) and value.ndim and not self.trained.in_place:
-                found[name] = value.to(device)
-            else:
+            elif self.trained.in_place:
                 found[name] = value
+            else:
+                found[name] = mapped(value, lambda tensor: tensor.to(device) if tensor.ndim else tensor)
         return found
 
     def put_to_rest(self, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,13 +101,12 @@ class Whole:
         found: dict[str, Any] = {}
         step = counted([state], self.engine.ranks.device) if self.trained.codes_states else None
         for name, value in state.items():
-            found[name] = value
-            elementwise = isinstance(value, Tensor) and value.ndim and value.shape == self.shape
+            elementwise = bool(self.shape) and is_like(value, self.shape)
             if elementwise or name in self.states:  # of a parameter without dimensions, what was loaded as such
                 found[name] = self.state_at_rest(name, value.dtype)
                 self.engine.put_to_rest(value.contiguous().view(-1), self.states[name], step)
-            elif isinstance(value, Tensor) and value.ndim:
-                found[name] = value.to("cpu")
+            else:
+                found[name] = mapped(value, lambda tensor: tensor.to("cpu") if tensor.ndim else tensor)
         return found
 
 
@@ -166,11 +167,11 @@ class WholeSteps:
         self.optimizer = optimizer
         self._known: dict[int, dict[int, list[Piece]]] = {}  # by the id of a Whole, which lives as long
 
-    def step(self, unit: Unit, wholes: Sequence[Whole], factor: Tensor | None) -> Tensor | None:
+    def step(self, unit: Unit, wholes: Sequence[Whole], factor: Tensor | None, before: Any) -> Tensor | None:
         """Step those of `wholes`, all of one unit, that have a gradient. Collective.
 
-        factor: by which gradients are multiplied. Gives the new masters of this rank, on the device: the master itself where
-        it is in place; None if there was nothing to step.
+        factor: by which gradients are multiplied. before: a double of the optimizer as the step began. Gives the new masters
+        of this rank, on the device: the master itself where it is in place; None if there was nothing to step.
         """
         live = [whole for whole in wholes if whole.used]
         if not live:
@@ -185,13 +186,18 @@ class WholeSteps:
                 live,
                 [(self._view(w, master).clone(), self._view(w, gradient).clone()) for w in live],
                 factor,
+                before,
                 lambda w, values: self._view(w, master).copy_(values),
             )
             return master
         mine = self._to_owners(live, [master, gradient])
         stepped: dict[int, Tensor] = {}
         self._run(
-            [w for w in live if w.is_own], mine, factor, lambda w, values: stepped.update({id(w): values.reshape(-1)})
+            [w for w in live if w.is_own],
+            mine,
+            factor,
+            before,
+            lambda w, values: stepped.update({id(w): values.reshape(-1)}),
         )
         self._back(live, stepped, master)
         return master
@@ -256,12 +262,17 @@ class WholeSteps:
                 at[whole.owner] += piece.numel
 
     def _run(
-        self, own: Sequence[Whole], values: Sequence[tuple[Tensor, ...]], factor: Tensor | None, take: Any
+        self,
+        own: Sequence[Whole],
+        values: Sequence[tuple[Tensor, ...]],
+        factor: Tensor | None,
+        before: Any,
+        take: Any,
     ) -> None:
         """The class's own step on whole tensors. values: master and gradient of each. take: is given each, and its new one."""
         if not own:
             return
-        one = double(self.optimizer)
+        one = double(before)
         tensors = []
         for whole, (master, gradient) in zip(own, values, strict=True):
             tensor = Parameter(master)
