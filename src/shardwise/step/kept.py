@@ -69,7 +69,13 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def packed(value: Any) -> Any:
-    """As numbers, texts, containers and plain tensors, for a checkpoint."""
+    """As numbers, texts, containers and plain tensors, for a checkpoint.
+
+    Of a tensor the order of its dimensions in memory goes with it: products of matrices have other last bits in another.
+    """
+    if isinstance(value, Tensor) and not is_wrapper(value) and not value.is_contiguous():
+        order = sorted(range(value.ndim), key=lambda dim: value.stride()[dim], reverse=True)
+        return {_KIND: "permuted", "order": order, "values": value.permute(order).contiguous()}
     if isinstance(value, _NUMBERS) or (isinstance(value, Tensor) and not is_wrapper(value)):
         return value
     if isinstance(value, torch.dtype):
@@ -104,6 +110,9 @@ def unpacked(value: Any, packages: set[str]) -> Any:
         return getattr(torch, value["name"])
     if kind == "device":
         return torch.device(value["name"])
+    if kind == "permuted":
+        order = value["order"]
+        return value["values"].permute([order.index(dim) for dim in range(len(order))])
     if kind == "deque":
         return deque((unpacked(item, packages) for item in value["items"]), value["maxlen"])
     if kind == "wrapper":

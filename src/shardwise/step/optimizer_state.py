@@ -121,6 +121,7 @@ class OptimizerState:
                     rest = Rest(slab, shard.begin)
                     elementwise[name] = Interval(key[1], shape, begin, shard.numel, slab.dtype, copied, rest)
                 elif _is_elementwise(name, value, shard):
+                    value = state[name] = value.contiguous()  # noqa: PLW2901 - the interval is written, too
                     rest = Rest(value.view(-1), 0)
                     elementwise[name] = Interval(key[1], shape, begin, shard.numel, value.dtype, copied, rest)
                 else:

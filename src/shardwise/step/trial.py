@@ -27,7 +27,7 @@ from .comparing import difference, is_plain, is_same
 from .doubles import refuse_what_it_reaches
 from .kept import cannot_keep, packages_of
 from .overrides import settings_of
-from .rehearsal import Outcome, StandIn, Verb, Way, is_like, is_setting, leaves, rehearse, setting
+from .rehearsal import Outcome, StandIn, Verb, Way, collectives, is_like, is_setting, leaves, rehearse, setting
 from .samples import chosen, small
 from .ways import INSTEAD, Handling, Ways
 
@@ -227,14 +227,24 @@ class Trial:
         return reference
 
     def _rehearse(self, way: Way, verbs: Sequence[Verb], what: str, where: str = "") -> Outcome:
+        said, found = collectives(), None
+        problem: Exception | None = None
         try:
-            return rehearse(self.optimizer, self._stand_ins, self._others, way, verbs)
+            found = rehearse(self.optimizer, self._stand_ins, self._others, way, verbs)
         except OptimizerError:
             raise
         except Exception as error:  # whatever an unknown optimizer raises
+            problem = error
+        if self.handling.ranks > 1 and collectives() != said:
             raise OptimizerError(
-                f"{what} could not be tried on small parameters{where} ({type(error).__name__}: {error}). {INSTEAD}"
-            ) from error
+                f"{what} cannot work on several ranks: it calls collectives of torch.distributed by itself, to divide what "
+                "every rank has whole, and here the engine divides it. Take its form for one device, as SingleDeviceMuon."
+            ) from problem
+        if found is None:
+            raise OptimizerError(
+                f"{what} could not be tried on small parameters{where} ({type(problem).__name__}: {problem}). {INSTEAD}"
+            ) from problem
+        return found
 
     def _check_reference(self, found: Outcome, what: str) -> None:
         """Raise OptimizerError for what no shard can have, whatever its numbers."""

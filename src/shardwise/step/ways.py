@@ -71,13 +71,13 @@ class Ways:
         if self._handling.parted:
             yield Difference(
                 Way([self._everything[0::2], self._everything[1::2]], self._uncut, counts=counts),
-                "for two parameters that are stepped apart, on two ranks, than for both together, as by a norm or a rate over "
-                "several parameters",
+                "when two parameters were stepped apart, on two ranks, and not together: it has a norm or a rate over several "
+                "parameters",
                 advice,
             )
             yield Difference(
                 Way(cuts, self._uncut, counts=counts),
-                "for two parts of a parameter that are stepped apart, on two ranks, than for all of it, as by a norm or a mean "
+                "when two parts of a parameter were stepped apart, on two ranks, and not together: it has a norm or a mean "
                 "over a parameter",
                 advice,
             )
@@ -92,8 +92,8 @@ class Ways:
         elif self._handling.parted and self._uncut:
             yield Difference(
                 Way(cuts, self._uncut, self._uncut, counts),
-                "for parameters that are stepped whole, each by one rank in a call of its own, than for all together, as by a "
-                "norm or a rate over several parameters",
+                "when parameters were stepped whole, each by one rank in a call of its own, and not together: it has a norm or "
+                "a rate over several parameters",
                 advice,
             )
 
