@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rig.engine import Tower, inputs, mine
-from rig.optimizers import AdafactorLike, Lamb
+from rig.optimizers import AdafactorLike, Assorted, Lamb
 from shardwise import Accelerator, DeepSpeedPlugin
 from shardwise.run.process import forget_run
 
@@ -56,6 +56,7 @@ OPTIMIZERS: dict[str, Any] = {
     "Adafactor": lambda g: optim.Adafactor(g, lr=1e-2),
     "AdafactorLike": AdafactorLike,
     "Lamb": Lamb,
+    "Assorted": Assorted,  # containers, objects, tensors that wrap others
     "AdamW8bit": _in_8_bits,
 }
 # Of runs that were changed. Muon orthogonalises in bf16: a sum over other ranks with another last bit rounds otherwise there.
@@ -170,7 +171,9 @@ def resumed(ranks: Any, case: Case, folder: str, way: str, save_at: int = SAVE_A
             run = Run(case, folder)
             run.accelerator.load_state(f"{folder}/state")
         else:
-            weights, states = torch.load(f"{folder}/dictionary")
+            weights, states = torch.load(
+                f"{folder}/dictionary", weights_only=False
+            )  # as plain torch needs it for objects
             run = Run(case, folder, weights)
             run.optimizer.load_state_dict(states)
         run.steps(save_at, STEPS)

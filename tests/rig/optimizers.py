@@ -8,6 +8,7 @@ NOWHERE      they keep what is neither made of numbers nor of tensors, or do not
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any, ClassVar
 
 import torch
@@ -313,6 +314,66 @@ class Listed(Loop):
         p.sub_(sum(state["last"]) / len(state["last"]), alpha=group["lr"])
 
 
+class Shadow:
+    """An object that an optimizer keeps."""
+
+    def __init__(self, p: Tensor) -> None:
+        self.rows = p.detach().clone().t() if p.ndim == 2 else p.detach().clone()
+        self.dtype = p.dtype
+        self.seen = 0
+
+
+class Halves(Tensor):
+    """A tensor of p's shape that is kept as two."""
+
+    @staticmethod
+    def __new__(cls, high: Tensor, low: Tensor) -> Any:
+        return Tensor._make_wrapper_subclass(cls, high.shape, dtype=high.dtype, device=high.device)
+
+    def __init__(self, high: Tensor, low: Tensor) -> None:
+        self.high, self.low = high, low
+
+    def __tensor_flatten__(self):
+        return ["high", "low"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, context, size, stride):
+        return cls(inner["high"], inner["low"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.detach.default, torch.ops.aten._to_copy.default, torch.ops.aten.clone.default):
+            return cls(func(args[0].high, **(kwargs or {})), func(args[0].low, **(kwargs or {})))
+        raise NotImplementedError(str(func))
+
+
+class Assorted(Loop):
+    """Momenta in a deque, an object, and a tensor that wraps others; a count for the group."""
+
+    own: ClassVar[dict[str, Any]] = {"count": 0}
+
+    def group(self, group):
+        if group["params"]:  # nothing where it has nothing to step
+            group["count"] += 1
+
+    def one(self, p, grad, group, state):
+        if not state:
+            state |= {"last": deque(), "shadow": Shadow(p), "sum": Halves(torch.zeros_like(p), torch.zeros_like(p))}
+        state["last"].append(grad.clone())
+        if len(state["last"]) > 2:
+            state["last"].popleft()
+        shadow, halves = state["shadow"], state["sum"]
+        shadow.seen += 1
+        shadow.rows.mul_(0.9)
+        halves.high.add_(grad.round(decimals=1))
+        halves.low.add_(grad - grad.round(decimals=1))
+        rows = shadow.rows.t() if p.ndim == 2 else shadow.rows
+        p.sub_(
+            sum(state["last"]) + halves.high + halves.low + rows * 0.1,
+            alpha=group["lr"] / (group["count"] + shadow.seen),
+        )
+
+
 class Iterates(Loop):
     """A state that cannot be moved or saved."""
 
@@ -394,6 +455,7 @@ WHOLE = {
         Blockwise,
         History,
         Listed,
+        Assorted,
     )
 }
 SEVERAL = {cls.__name__: cls for cls in (LambClips, Prodigy, DAdaptSGD)}

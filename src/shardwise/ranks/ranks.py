@@ -326,3 +326,9 @@ class Ranks:
         if differing:
             remedy = "Call it in the same way on every rank."
             raise ConfigError(disagreement(f"{call} is called in another way on {{ranks}}", differing, remedy))
+
+
+def collectives_of_scripts() -> int:
+    """How many there were so far in the default group, which the engine leaves to scripts."""
+    world: Any = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    return 0 if world is None else int(world._get_sequence_number_for_group())

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -300,12 +299,6 @@ def _weights(stand_ins: Sequence[StandIn], parts: Sequence[_Part]) -> list[Tenso
     for part in parts:
         found[part.number][part.begin : part.end] = part.values.detach().reshape(-1)
     return found
-
-
-def collectives() -> int:
-    """How many there were so far in the default group, which the engine leaves to scripts."""
-    world: Any = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-    return 0 if world is None else int(world._get_sequence_number_for_group())
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +12,10 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 
-def run_step(optimizer: Optimizer) -> None:
+def run_step(optimizer: Optimizer, *, hooks: bool = True) -> None:
     """Step what the groups hold and has a gradient.
+
+    hooks: without them for the second and later calls of one step; torch has some for all optimizers, beside each one's own.
 
     torch's fused SGD takes momenta for all tensors of a call or for none. Those that begin now, as a block that has its first
     gradient, or a weight that was thawed, go in a call of their own.
@@ -21,16 +24,19 @@ def run_step(optimizer: Optimizer) -> None:
     if first:
         others = {id(t) for group in optimizer.param_groups for t in group["params"]} - first
         with holding(optimizer, others):
-            _call(optimizer)
+            _call(optimizer, hooks)
         with holding(optimizer, first):
-            _call(optimizer)
+            _call(optimizer, False)
     else:
-        _call(optimizer)
+        _call(optimizer, hooks)
 
 
-def _call(optimizer: Optimizer) -> None:
+def _call(optimizer: Optimizer, hooks: bool) -> None:
+    method: Any = type(optimizer).step
+    if not hooks and vars(method).get("hooked"):
+        method = method.__wrapped__
     with torch.enable_grad():
-        type(optimizer).step(optimizer)
+        method(optimizer)
 
 
 def _without_momentum(optimizer: Optimizer) -> set[int]:

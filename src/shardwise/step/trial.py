@@ -23,11 +23,12 @@ from torch.optim import Optimizer
 
 from ..errors import OptimizerError
 from ..plan.precision import Precision
+from ..ranks.ranks import collectives_of_scripts
 from .comparing import difference, is_plain, is_same
 from .doubles import refuse_what_it_reaches
 from .kept import cannot_keep, packages_of
 from .overrides import settings_of
-from .rehearsal import Outcome, StandIn, Verb, Way, collectives, is_like, is_setting, leaves, rehearse, setting
+from .rehearsal import Outcome, StandIn, Verb, Way, is_like, is_setting, leaves, rehearse, setting
 from .samples import chosen, small
 from .ways import INSTEAD, Handling, Ways
 
@@ -227,7 +228,7 @@ class Trial:
         return reference
 
     def _rehearse(self, way: Way, verbs: Sequence[Verb], what: str, where: str = "") -> Outcome:
-        said, found = collectives(), None
+        said, found = collectives_of_scripts(), None
         problem: Exception | None = None
         try:
             found = rehearse(self.optimizer, self._stand_ins, self._others, way, verbs)
@@ -235,7 +236,7 @@ class Trial:
             raise
         except Exception as error:  # whatever an unknown optimizer raises
             problem = error
-        if self.handling.ranks > 1 and collectives() != said:
+        if self.handling.ranks > 1 and collectives_of_scripts() != said:
             raise OptimizerError(
                 f"{what} cannot work on several ranks: it calls collectives of torch.distributed by itself, to divide what "
                 "every rank has whole, and here the engine divides it. Take its form for one device, as SingleDeviceMuon."

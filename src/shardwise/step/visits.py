@@ -257,7 +257,7 @@ class Visits:
             one.param_groups[shard.group]["params"].append(piece)
             pieces.append((shard, piece, where))
         with standing_in(one, lambda: [(id(s.trained.buffer.members[s.index].parameter), p) for s, p, _ in pieces]):
-            run_step(one)
+            run_step(one, hooks=False)
         stepped = []
         for shard, piece, where in pieces:
             state = one.state[piece]

@@ -284,7 +284,7 @@ class WholeSteps:
             tensors.append(tensor)
         keys = [id(whole.trained.buffer.members[whole.index].parameter) for whole in own]
         with standing_in(one, lambda: zip(keys, tensors, strict=True)):
-            run_step(one)
+            run_step(one, hooks=False)
         for whole, tensor in zip(own, tensors, strict=True):
             self.optimizer.state[whole.tensor] = whole.put_to_rest(one.state[tensor])
             take(whole, tensor.detach())
