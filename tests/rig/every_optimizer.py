@@ -153,7 +153,7 @@ _OTHERS = [
     *_special("muon-optimizer", "muon", _both, "MuonWithAuxAdam", "SingleDeviceMuonWithAuxAdam", lr=1e-3),
 ]
 _PLAIN = (
-    "A2Grad AccSGD AdaBelief AdaBound AdaDelta AdaFactor AdaGC AdaHessian Adai Adalite AdaMax AdaMod AdaNorm AdaPNM AdaShift "
+    "A2Grad AccSGD AdaBelief AdaBound AdaDelta AdaFactor AdaGC AdaHessian Adai Adalite AdaMax AdaMod AdaNorm AdaPNM "
     "AdaSmooth AdaTAM Adam AdamC AdamG AdamP AdamS AdamW AdamWSN Adan ADOPT AdEMAMix AggMo Aida Alice AliG Amos Ano APOLLO "
     "ApolloDQN ASGD AvaGrad BCOS CAME Conda DAdaptAdaGrad DAdaptAdam DAdaptAdan DAdaptLion DAdaptSGD DASH DiffGrad DualAdam "
     "EmoFact EmoLynx EmoNavi EXAdam FAdam Fira FlashAdamW FOCUS Fromage FTRL GaLore Grams Gravity GrokFastAdamW Kate Kron Lamb "
@@ -164,6 +164,7 @@ _PLAIN = (
 _PO = ("pytorch_optimizer", "pytorch_optimizer")
 _PYTORCH_OPTIMIZER = [
     *(of(*_PO, name) for name in _PLAIN.split()),
+    of(*_PO, "AdaShift", keep_num=2),
     of(*_PO, "BSAM", num_data=12),
     of(*_PO, "Ranger21", num_iterations=20),
     *_special(*_PO, _both, "AdaGO", "AdaMuon", "DistributedMuon", "Muon", "MuonClip", "NorMuon"),

@@ -57,7 +57,7 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):
-        return value.item() if value.numel() == 1 else f"a tensor of {tuple(value.shape)}"
+        return value.item() if value.numel() == 1 and not is_wrapper(value) else f"a tensor of {tuple(value.shape)}"
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -48,17 +48,21 @@ def has_stepped(state: Mapping[str, Any]) -> bool:
     """Whether these are states that steps have made: a constructor counts none, and makes all elements alike."""
     if float(state.get("step", 0)) > 0:
         return True
-    return any(isinstance(v, Tensor) and not v.is_meta and v.numel() > 1 and not _is_even(v) for v in state.values())
+    return any(_has_elements(value) and not _is_even(value) for value in state.values())
 
 
 def in_little_memory(state: Mapping[str, Any]) -> dict[str, Any]:
     """The same states, of which those with equal elements take the memory of one."""
     return {
         name: value.reshape(-1)[:1].clone().view((1,) * value.ndim).expand(value.shape)
-        if isinstance(value, Tensor) and not value.is_meta and value.numel() > 1 and _is_even(value)
+        if _has_elements(value) and _is_even(value)
         else value
         for name, value in state.items()
     }
+
+
+def _has_elements(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_meta and not is_wrapper(value) and value.numel() > 1
 
 
 def _is_even(value: Tensor) -> bool:
