@@ -219,7 +219,7 @@ def _dictionary(ranks: Any, plan: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["Muon", "Adafactor"])
-@pytest.mark.parametrize("plan", ["2", "3", "3-disk"])
+@pytest.mark.parametrize("plan", ["0", "2", "3", "3-disk"])
 def test_torchs_dictionaries_go_in_and_come_out(world, plan, name):
     world(2).run(_dictionary, plan, name)
 
@@ -253,7 +253,7 @@ def _grows(ranks: Any, plan: str) -> float:
     return largest_difference(weights_of(sharded), reference)
 
 
-@pytest.mark.parametrize("plan", ["1", "3", "3-disk"])
+@pytest.mark.parametrize("plan", ["0", "1", "3", "3-disk"])
 def test_what_comes_later_is_stepped_whole_too(world, plan):
     assert max(world(2).run(_grows, plan)) <= 1e-6
 

@@ -158,13 +158,14 @@ _PLAIN = (
     "ApolloDQN ASGD AvaGrad BCOS CAME Conda DAdaptAdaGrad DAdaptAdam DAdaptAdan DAdaptLion DAdaptSGD DASH DiffGrad DualAdam "
     "EmoFact EmoLynx EmoNavi EXAdam FAdam Fira FlashAdamW FOCUS Fromage FTRL GaLore Grams Gravity GrokFastAdamW Kate Kron Lamb "
     "LaProp LARS Lion LoRARite MADGRAD Magma MARS MSVAG NAdam Nero NovoGrad PAdam PID PNM Prodigy QHAdam QHM RACS RAdam Ranger "
-    "RMSProp Rose SaRA ScalableShampoo ScheduleFreeAdamW ScheduleFreeRAdam ScheduleFreeSGD SCION SCIONLight SGD SGDP SGDSaI "
+    "ROSE SaRA ScalableShampoo ScheduleFreeAdamW ScheduleFreeRAdam SCION SCIONLight SGD SGDP SGDSaI "
     "SGDW Shampoo SignSGD SimplifiedAdEMAMix SM3 SOAP SophiaH SPAM SPlus SRMM StableAdamW StableSPAM SWATS TAM Tiger VSGD Yogi"
 )
 _PO = ("pytorch_optimizer", "pytorch_optimizer")
 _PYTORCH_OPTIMIZER = [
     *(of(*_PO, name) for name in _PLAIN.split()),
     of(*_PO, "AdaShift", keep_num=2),
+    of(*_PO, "ScheduleFreeSGD", lr=1e-2),
     of(*_PO, "BSAM", num_data=12),
     of(*_PO, "Ranger21", num_iterations=20),
     *_special(*_PO, _both, "AdaGO", "AdaMuon", "DistributedMuon", "Muon", "MuonClip", "NorMuon"),

@@ -61,11 +61,11 @@ class RunOptimizers:
             "names": _names(groups, homes),
         }
         if self.ranks.rank == 0:
-            mine["groups"] = [settings for settings, _ in groups]
+            mine["groups"] = [packed(settings) for settings, _ in groups]
             mine["sizes"] = _sizes(stepper)
             mine["steps"] = stepper.steps
             mine["step_was_skipped"] = stepper.step_was_skipped
-            mine["besides"] = stepper.states.besides
+            mine["besides"] = {key: packed(value) for key, value in stepper.states.besides.items()}
         return mine
 
     def _homes(self, stepper: ShardedOptimizer) -> list[int]:
@@ -124,7 +124,7 @@ class RunOptimizers:
         stepper.states.make(
             lambda key: kinds.get(f"model{homes[key[0]]}/{key[1]}", {}),
             lambda key: numbers.get(f"model{homes[key[0]]}/{key[1]}", {}),
-            states[0]["optimizers"][number].get("besides", {}),
+            {k: unpacked(v, packages) for k, v in states[0]["optimizers"][number].get("besides", {}).items()},
         )
         for made in stepper.states.intervals():
             for name, interval in made.elementwise.items():
@@ -150,7 +150,8 @@ class RunOptimizers:
         for place, (group, names) in enumerate(zip(stepper.optimizer.param_groups, now, strict=True)):
             same = [index for index, other in enumerate(then) if other == names - since]
             if same:  # of groups without trained weights, which are all alike, the one in its place
-                _update(group, saved["groups"][place if place in same else same[0]])
+                settings = saved["groups"][place if place in same else same[0]]
+                _update(group, unpacked(settings, packages_of(stepper.optimizer)))
         stepper.resume(saved["steps"], saved["step_was_skipped"])
 
 

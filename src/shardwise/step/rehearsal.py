@@ -29,6 +29,7 @@ from .running import counted, holding
 
 # Of the gradients, verb by verb: optimizers that clip do so at some of them.
 _SIZES = (1.0, 0.01, 30.0, 1.0)
+_ALONG = 0.02
 _ATTRIBUTE, _SETTING = "the attribute", "the setting"
 # The least that is tried, of rates: a schedule may have begun at zero, and a tiny one drowns in the rounding of the weights;
 # and of decays that are not zero, so that what they depend on shows.
@@ -84,7 +85,7 @@ class Outcome:
 
     before, kept: what the first twin had, and each has, beside states of parameters, by words for it.
     holding: which of them have parts. moved_away: stand-ins whose memory was replaced. draws: whether random numbers were.
-    returned: what the last verb gave each.
+    returned: what the last verb gave each. gradients: of each stand-in, for each verb.
     """
 
     weights: list[list[Tensor]] = field(default_factory=list)
@@ -94,6 +95,7 @@ class Outcome:
     holding: list[bool] = field(default_factory=list)
     moved_away: list[int] = field(default_factory=list)
     returned: list[dict[str, Any]] = field(default_factory=list)
+    gradients: list[list[Tensor]] = field(default_factory=list)
     draws: bool = False
 
 
@@ -107,11 +109,18 @@ class _Part:
 
 
 def rehearse(
-    optimizer: Optimizer, stand_ins: Sequence[StandIn], others: Sequence[int], way: Way, verbs: Sequence[Verb]
+    optimizer: Optimizer,
+    stand_ins: Sequence[StandIn],
+    others: Sequence[int],
+    way: Way,
+    verbs: Sequence[Verb],
+    given: Sequence[Sequence[Tensor]] | None = None,
 ) -> Outcome:
     """Play `verbs` on twins of `optimizer`, which hold the stand-ins in this way. Raises what its methods raise.
 
-    others: ids of the user's parameters that have no stand-in. Gradients and random numbers are the same in every way.
+    others: ids of the user's parameters that have no stand-in. Random numbers are the same in every way, and gradients those
+    that were `given`, or made here: every second time nearly at right angles to the weights, as those of layers before a norm
+    are, because some optimizers (SGDP, AdamP) look at a matrix then only.
     """
     found = Outcome()
     twins = [_twin(optimizer, stand_ins, others, cuts, way) for cuts in way.twins]
@@ -121,7 +130,13 @@ def rehearse(
     with _generators_kept(device) as have_drawn, _classes_kept(type(optimizer)):
         for place, verb in enumerate(verbs):
             size = _SIZES[place % len(_SIZES)]
-            gradients = [(torch.randn(s.start.shape, generator=source) * size).to(s.start) for s in stand_ins]
+            if given is None:
+                gradients = [(torch.randn(s.start.shape, generator=source) * size).to(s.start) for s in stand_ins]
+                if place % 2:
+                    gradients = [_across(g, w) for g, w in zip(gradients, found.weights[-1], strict=True)]
+            else:
+                gradients = list(given[place])
+            found.gradients.append(gradients)
             found.returned = []
             for made, parts in twins:
                 found.returned.append(
@@ -292,6 +307,15 @@ def _play(
             call(one, verb)
         made.state[part.tensor] = one.state[piece]
     return result
+
+
+def _across(gradient: Tensor, weights: Tensor) -> Tensor:
+    """`gradient` with nothing but _ALONG of what each row has in the direction of that of `weights`, which is flat."""
+    rows = gradient.reshape(gradient.shape[0] if gradient.ndim > 1 else 1, -1)
+    beside = weights.view(rows.shape)
+    square = (beside * beside).sum(1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+    found: Tensor = rows - (1 - _ALONG) * beside * ((rows * beside).sum(1, keepdim=True) / square)
+    return gradient if gradient.numel() == 1 else found.view(gradient.shape)
 
 
 def _weights(stand_ins: Sequence[StandIn], parts: Sequence[_Part]) -> list[Tensor]:

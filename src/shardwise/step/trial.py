@@ -221,22 +221,29 @@ class Trial:
                 f"{what} cannot work on several ranks: it draws random numbers, other ones on each. {INSTEAD}"
             )
         for case in self._ways.differences(counts=any(map(is_setting, _changed(reference)))):
-            found = self._rehearse(case.way, verbs, what, f", {case.where}")
+            found = self._rehearse(case.way, verbs, what, f", {case.where}", reference.gradients)
             seen = difference(self._stand_ins, reference, found)
             if seen is not None:
                 raise OptimizerError(f"{what} {case.failing}: in a trial {seen} {case.where}. {case.advice}")
         return reference
 
-    def _rehearse(self, way: Way, verbs: Sequence[Verb], what: str, where: str = "") -> Outcome:
+    def _rehearse(
+        self,
+        way: Way,
+        verbs: Sequence[Verb],
+        what: str,
+        where: str = "",
+        given: Sequence[Sequence[Tensor]] | None = None,
+    ) -> Outcome:
         said, found = collectives_of_scripts(), None
         problem: Exception | None = None
         try:
-            found = rehearse(self.optimizer, self._stand_ins, self._others, way, verbs)
+            found = rehearse(self.optimizer, self._stand_ins, self._others, way, verbs, given)
         except OptimizerError:
             raise
         except Exception as error:  # whatever an unknown optimizer raises
             problem = error
-        if self.handling.ranks > 1 and collectives_of_scripts() != said:
+        if self.handling.ranks > 1 and (collectives_of_scripts() != said or _is_of_collectives(problem)):
             raise OptimizerError(
                 f"{what} cannot work on several ranks: it calls collectives of torch.distributed by itself, to divide what "
                 "every rank has whole, and here the engine divides it. Take its form for one device, as SingleDeviceMuon."
@@ -315,6 +322,14 @@ def _changed(found: Outcome) -> set[str]:
     """What verbs changed beside states, in words for each."""
     before, after = found.before, found.kept[0]
     return {words for words in before.keys() | after.keys() if not is_same(before.get(words), after.get(words))}
+
+
+def _is_of_collectives(error: Exception | None) -> bool:
+    """Whether it was raised inside of torch's collectives."""
+    trace = error.__traceback__ if error is not None else None
+    while trace is not None and not trace.tb_frame.f_globals.get("__name__", "").startswith("torch.distributed"):
+        trace = trace.tb_next
+    return trace is not None
 
 
 def _takes_nothing(method: Any) -> bool:
