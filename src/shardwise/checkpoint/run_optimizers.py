@@ -65,6 +65,7 @@ class RunOptimizers:
             mine["sizes"] = _sizes(stepper)
             mine["steps"] = stepper.steps
             mine["step_was_skipped"] = stepper.step_was_skipped
+            mine["added"] = packed(stepper.dictionary.added())
             mine["besides"] = {key: packed(value) for key, value in stepper.states.besides.items()}
         return mine
 
@@ -152,6 +153,7 @@ class RunOptimizers:
             if same:  # of groups without trained weights, which are all alike, the one in its place
                 settings = saved["groups"][place if place in same else same[0]]
                 _update(group, unpacked(settings, packages_of(stepper.optimizer)))
+        stepper.dictionary.take_added(unpacked(saved.get("added", {}), packages_of(stepper.optimizer)))
         stepper.resume(saved["steps"], saved["step_was_skipped"])
 
 

@@ -157,7 +157,7 @@ class ShardedOptimizer:
         step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
         for verb in (step, zero_grad, add_param_group):
             setattr(self.optimizer, verb.__name__, types.MethodType(verb, self.optimizer))
-        OptimizerDict(self.states, self.groups).install()
+        self.dictionary = OptimizerDict(self.states, self.groups).install()
         if self._trial is not None:
             self._applying.verbs = OwnVerbs(self.states, self.held, self._trial)
             self._applying.verbs.install()

@@ -56,8 +56,8 @@ class OptimizerDict:
         self._states = states
         self._groups = groups
 
-    def install(self) -> None:
-        """Set both verbs on the optimizer, as methods of this one object; its class and other optimizers keep torch's."""
+    def install(self) -> OptimizerDict:
+        """Set both verbs on the optimizer, as methods of this one object, not of its class. Gives this."""
 
         def state_dict(_: Optimizer) -> dict[str, Any]:
             """torch's `state_dict` of the optimizer as it was before prepare: whole states, copied to the CPU of every rank.
@@ -76,6 +76,7 @@ class OptimizerDict:
 
         for verb in (state_dict, load_state_dict):
             setattr(self._states.optimizer, verb.__name__, MethodType(verb, self._states.optimizer))
+        return self
 
     def give(self) -> dict[str, Any]:
         """What torch's `state_dict` gives for the optimizer as it was before prepare; states are whole, on the CPU, and copies.
@@ -131,6 +132,25 @@ class OptimizerDict:
             kept = {name: group[name] for name in (*MACHINE, "params") if name in group}
             group.clear()
             group.update({name: value for name, value in new.items() if name not in MACHINE} | kept)
+
+    def added(self) -> dict[str, Any]:
+        """What the class puts into its dictionary beside states and groups, such as a count of its own. No communication."""
+        optimizer = self._states.optimizer
+        if type(optimizer).state_dict is Optimizer.state_dict:
+            return {}
+        with self._groups.as_given(state=defaultdict(dict)):
+            found = type(optimizer).state_dict(optimizer)
+        return {name: value for name, value in found.items() if name not in ("state", "param_groups")}
+
+    def take_added(self, added: Mapping[str, Any]) -> None:
+        """Let the class take what `added` gave, and keep its states and groups as they are. No communication."""
+        optimizer = self._states.optimizer
+        if not added:
+            return
+        stand_ins = [[self._stand_in(parameter) for parameter in own] for own in self._groups.parameters]
+        with self._groups.as_given(stand_ins, defaultdict(dict)):
+            now = type(optimizer).state_dict(optimizer)
+            type(optimizer).load_state_dict(optimizer, now | dict(added))
 
     def _read(self, state_dict: dict[str, Any]) -> _Loaded:
         """What torch's verb, its hooks included, makes of `state_dict`. Nothing of the prepared optimizer is changed."""
