@@ -162,6 +162,7 @@ _PLAIN = (
     "SGDW Shampoo SignSGD SimplifiedAdEMAMix SM3 SOAP SophiaH SPAM SPlus SRMM StableAdamW StableSPAM SWATS TAM Tiger VSGD Yogi"
 )
 _PO = ("pytorch_optimizer", "pytorch_optimizer")
+_RANK = {"rank": 4, "update_proj_gap": 2, "scale": 0.5, "projection_type": "std"}
 _PYTORCH_OPTIMIZER = [
     *(of(*_PO, name) for name in _PLAIN.split()),
     of(*_PO, "AdaShift", keep_num=2),
@@ -171,12 +172,9 @@ _PYTORCH_OPTIMIZER = [
     *_special(*_PO, _both, "AdaGO", "AdaMuon", "DistributedMuon", "Muon", "MuonClip", "NorMuon"),
     *_special(*_PO, _matrices, "SpectralSphere"),
     *_special(*_PO, _model, "AdamMini", "LOMO", "AdaLOMO"),
-    *_special(*_PO, _around, "SAM", "WSAM", "LookSAM"),
+    *_special(*_PO, _around, "SAM", "LookSAM"),
     *_special(*_PO, _lookahead, "Lookahead"),
-    *(
-        Kind(f"{name}, rank 4", *_PO, partial(_low_rank, name, {"rank": 4, "update_proj_gap": 2, "scale": 0.5}))
-        for name in ("GaLore", "APOLLO", "Fira")
-    ),
+    *(Kind(f"{name}, rank 4", *_PO, partial(_low_rank, name, _RANK)) for name in ("GaLore", "APOLLO", "Fira")),
 ]
 KINDS = {kind.key: kind for kind in (*_TORCH, *_OTHERS, *_PYTORCH_OPTIMIZER)}
 

@@ -26,12 +26,11 @@ def read() -> dict[str, dict[str, str]]:
 
 
 def write(key: str, plan: str, outcome: str) -> None:
-    """Put one outcome into the data, and the page of all of them beside it."""
+    """Put one outcome into the data."""
     data = read() if DATA.exists() else {}
     data.setdefault(key, {})[plan] = outcome
     ordered = {k: {p: data[k][p] for p in PLANS if p in data[k]} for k in KINDS if k in data}
     DATA.write_text(json.dumps(ordered, indent=1) + "\n")
-    PAGE.write_text(page(ordered))
 
 
 def shortened(text: str, name: str) -> str:
@@ -63,7 +62,7 @@ def row(kind: Kind, found: Mapping[str, str]) -> str:
     at_zero = found["0"] in _HOW
     note = ""
     if how is None:
-        how, stages = ("several ranks cannot", "0") if at_zero else ("no", "-")
+        how, stages = ("at stage 0 only", "0") if at_zero else ("no", "-")
         note = parted[0] if at_zero else found["0"]
     else:
         stages = "0 to 3" if at_zero else "1 to 3"

@@ -28,7 +28,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, 
 
 
 def double(optimizer: Optimizer) -> Any:
-    """`optimizer` with its present settings and attributes, with empty groups, no states and no hooks.
+    """`optimizer` with its present settings and attributes, with empty groups, no states of parameters and no hooks.
 
     Numbers and tensors are its own, those in lists and dictionaries too: what a step counts stays in the double. So all calls
     of one step begin alike, with doubles of one that was made before the first. Objects are shared.
@@ -40,6 +40,7 @@ def double(optimizer: Optimizer) -> Any:
             made.__dict__[name] = MethodType(value.__func__, made) if bound else _own(value)
     _without_hooks(optimizer, made)
     made.state = defaultdict(dict)
+    made.state.update((key, _own(value)) for key, value in optimizer.state.items() if not isinstance(key, Tensor))
     made.param_groups = [{n: _own(v) for n, v in {**group, "params": []}.items()} for group in optimizer.param_groups]
     return made
 
