@@ -23,7 +23,7 @@ from .groups import Groups
 from .held import HeldGradients, multiply
 from .optimizer_verbs import OwnVerbs
 from .overrides import standing_in
-from .running import counted, holding, run_step
+from .running import counting, holding, run_step
 from .visits import Shard, Visits
 from .wholes import Whole, WholeSteps
 
@@ -97,14 +97,14 @@ class Applying:
                 publishing.arrive(units)
 
     def run(self, absent: Mapping[int, Tensor] | None = None) -> None:
-        """The class's step, on what is in place and stepped in shards. absent: see `counted`."""
+        """The class's step, on what is in place and stepped in shards. absent: see `counting`."""
         mine = {id(shard.tensor) for shard in self.groups.stepped} if self.groups.wholes else None
         verbs = self.verbs.as_in_the_class() if self.verbs is not None else nullcontext()
         device = self.models[0].ranks.device
         with (
             verbs,
             holding(self.optimizer, mine) if mine is not None else nullcontext(),
-            counted(self.optimizer, absent or {}, device),
+            counting(self.optimizer, absent or {}, device),
             standing_in(self.optimizer, self.groups.pairs),
         ):
             run_step(self.optimizer)

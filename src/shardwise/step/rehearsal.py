@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from .doubles import double, twin
 from .kept import is_wrapper
 from .overrides import standing_in
-from .running import counted, holding
+from .running import counting, holding
 
 # Of the gradients, verb by verb: optimizers that clip do so at some of them.
 _SIZES = (1.0, 0.01, 30.0, 1.0)
@@ -68,7 +68,7 @@ Cuts = Sequence[tuple[int, int, int]]
 @dataclass(frozen=True)
 class Way:
     """How stand-ins are held. twins: what each has. Numbers of stand-ins: shaped: those in their own shape; visits: those of
-    which each part steps in its own call. counts: whether a group counts steps, see `counted`. plain: attributes hold the very
+    which each part steps in its own call. counts: whether a group counts steps, see `counting`. plain: attributes hold the very
     parameters that are stepped, as in plain torch.
     """
 
@@ -289,7 +289,7 @@ def _play(
     device = stand_ins[0].start.device if stand_ins else torch.device("cpu")
     with (
         holding(made, seen),
-        counted(made, absent, device),
+        counting(made, absent, device),
         standing_in(made, lambda: [(stand_ins[p.number].key, p.tensor) for p in parts]),
     ):
         result = call(made, verb)

@@ -52,7 +52,7 @@ def _without_momentum(optimizer: Optimizer) -> set[int]:
 
 
 @contextmanager
-def counted(optimizer: Optimizer, absent: Mapping[int, Tensor], device: torch.device) -> Iterator[None]:
+def counting(optimizer: Optimizer, absent: Mapping[int, Tensor], device: torch.device) -> Iterator[None]:
     """Inside, the groups of these numbers hold a parameter of one element, with a gradient, so that they count this step.
 
     absent: one of what is stepped of that group elsewhere, in calls of their own or on other ranks; its dimensions count. An
