@@ -72,3 +72,10 @@ def test_objects_of_other_packages_are_neither_kept_nor_made():
 
 def test_torchs_own_packages_are_no_optimizers():
     assert packages_of(torch.optim.SGD([nn.Parameter(torch.ones(1))])) == set()
+
+
+def test_the_name_of_a_dtype_names_nothing_else_of_torch():
+    assert unpacked({"kept": "dtype", "name": "bfloat16"}, MINE) is torch.bfloat16
+    for name in ("load", "no_such", None):
+        with pytest.raises(CheckpointError, match="no dtype of torch"):
+            unpacked({"kept": "dtype", "name": name}, MINE)

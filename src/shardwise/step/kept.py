@@ -107,7 +107,12 @@ def unpacked(value: Any, packages: set[str]) -> Any:
         return value
     kind = value.get(_KIND)
     if kind == "dtype":
-        return getattr(torch, value["name"])
+        found = getattr(torch, str(value.get("name")), None)
+        if not isinstance(found, torch.dtype):
+            raise CheckpointError(
+                f"an optimizer's state is saved with {value.get('name')!r}, which is no dtype of torch."
+            )
+        return found
     if kind == "device":
         return torch.device(value["name"])
     if kind == "permuted":
