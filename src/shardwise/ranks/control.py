@@ -16,14 +16,14 @@ spins on a connection while the thread that holds it waits for a core (docs/log.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-# torch 2.13 renamed it and warns on the old name; torch 2.9 to 2.12 have only the old one.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+from .group import all_gather_flat
 
 
 class Vote(Protocol):
@@ -36,7 +36,7 @@ class Vote(Protocol):
         """Whether all hear it in that time. If not, the group is of no use any more."""
 
 
-class Control:
+class Control(ABC):
     """This rank's end of the control group. Every method is collective, in the same order on all ranks.
 
     group: of gloo, over all ranks of the run. told: a vote under way.
@@ -48,17 +48,17 @@ class Control:
         self.world_size = world_size
         self.told: Vote | None = None
 
+    @abstractmethod
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
         """See `Ranks.any_of`. flags: at least one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gather_numbers(self, number: int) -> list[int]:
         """Every rank's whole number of 64 bits, in rank order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's `value`, in rank order."""
-        raise NotImplementedError
 
     def barrier(self) -> None:
         """Return once every rank has called it."""
@@ -98,7 +98,7 @@ class Ring(Control):
 
     def gather_numbers(self, number: int) -> list[int]:
         numbers = torch.empty(self.world_size, dtype=torch.int64)
-        _all_gather(numbers, torch.tensor([number]), group=self.group)
+        all_gather_flat(numbers, torch.tensor([number]), group=self.group)
         return [int(n) for n in numbers]
 
     def gather_objects(self, value: Any) -> list[Any]:

@@ -30,7 +30,7 @@ ReduceOp = Literal["sum", "mean", "max", "min"]
 _OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.AVG, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 # torch 2.13 renamed both and warns on the old names; torch 2.9 to 2.12 have only the old ones.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
@@ -109,7 +109,7 @@ class Group:
             if whole.data_ptr() != shard.data_ptr():
                 whole.copy_(shard)
             return
-        _all_gather(whole, shard, group=self._data)
+        all_gather_flat(whole, shard, group=self._data)
 
     @waiting
     def all_gather_together(self, wholes: Sequence[Tensor], shards: Sequence[Tensor]) -> None:
@@ -125,7 +125,7 @@ class Group:
         self.counts["all_gather"] += 1
         self._data._start_coalescing(self.device)
         for whole, shard in zip(wholes, shards, strict=True):
-            _all_gather(whole, shard, group=self._data, async_op=True)
+            all_gather_flat(whole, shard, group=self._data, async_op=True)
         self._data._end_coalescing(self.device).wait()
 
     @waiting
