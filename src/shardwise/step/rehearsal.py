@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from .doubles import double, twin
 from .kept import is_wrapper
 from .overrides import standing_in
-from .running import counting, holding
+from .running import counting, holding, unhooked
 
 # Of the gradients, verb by verb: optimizers that clip do so at some of them.
 _SIZES = (1.0, 0.01, 30.0, 1.0)
@@ -157,11 +157,8 @@ def rehearse(
 
 def call(optimizer: Any, verb: Verb) -> Any:
     """Call the class's method on `optimizer`, without the hooks that torch puts around `step`."""
-    method: Callable[..., Any] = getattr(type(optimizer), verb.name)
-    if vars(method).get("hooked"):
-        method = method.__wrapped__  # type: ignore[attr-defined]
     with torch.enable_grad():
-        return method(optimizer, *verb.args, **verb.kwargs)
+        return unhooked(getattr(type(optimizer), verb.name))(optimizer, *verb.args, **verb.kwargs)
 
 
 def kept_beside(optimizer: Any) -> dict[str, Any]:

@@ -33,10 +33,13 @@ def run_step(optimizer: Optimizer, *, hooks: bool = True) -> None:
 
 def _call(optimizer: Optimizer, hooks: bool) -> None:
     method: Any = type(optimizer).step
-    if not hooks and vars(method).get("hooked"):
-        method = method.__wrapped__
     with torch.enable_grad():
-        method(optimizer)
+        (method if hooks else unhooked(method))(optimizer)
+
+
+def unhooked(method: Any) -> Any:
+    """A class's method without the hooks that torch puts around `step`."""
+    return method.__wrapped__ if vars(method).get("hooked") else method
 
 
 def _without_momentum(optimizer: Optimizer) -> set[int]:
