@@ -58,7 +58,8 @@ class Applying:
                 shard.tensor.grad = gradient.to(shard.tensor.dtype, copy=shared).view(shard.shape)
                 grads.append(shard.tensor.grad)
         driven: Any = self.optimizer
-        before = double(driven)  # every call of this step begins with its settings and numbers
+        # Every call of this step begins with these settings and numbers; where there is one call, it has them itself.
+        before = double(driven) if wholes or any(not trained.in_place for trained in every) else None
         own = {id(s.trained): s.trained for s in here}.values()
         alone = [trained for trained in own if id(trained) in self.groups.sole]
         multiplied = [t for t in alone if t.sums.rest is not None and t.sums.rest.dtype == t.master.dtype]
@@ -114,15 +115,12 @@ class Applying:
         of: dict[int, list[Whole]] = {}
         for whole in self.groups.wholes:
             of.setdefault(id(whole.trained), []).append(whole)
-        for unit in units:
-            master = self._wholes.step(unit, of.get(id(unit.trained), []), factor, before)
+        for unit in units if of else ():
+            master = self._wholes.step(of.get(id(unit.trained), []), factor, before)
             trained = unit.trained
             if master is not None and trained is not None and not trained.in_place:
                 unit.engine.put_to_rest(master, trained.master)
-                if not trained.shares_weights:
-                    kept, event = trained.deliver(master, 0)
-                    unit.engine.lanes.compute_waits(event)
-                    del kept
+                trained.cast(master)
                 publishing.send([unit])
 
     def _step_in_place(self, units: Sequence[Unit], shards: Sequence[Shard]) -> None:

@@ -161,11 +161,8 @@ class Groups:
     def chosen(self, parameters: Sequence[Tensor]) -> list[Shard]:
         """The shards of these, strays included; what the optimizer's groups hold stands for its parameter."""
         wanted = {id(p) for p in parameters}
-        wanted |= {id(w.trained.buffer.members[w.index].parameter) for w in self.wholes if id(w.tensor) in wanted}
-        own = [
-            shard for shard in self.shards
-            if id(shard.trained.buffer.members[shard.index].parameter) in wanted or id(shard.tensor) in wanted
-        ]  # fmt: skip
+        wanted |= {id(whole.parameter) for whole in self.wholes if id(whole.tensor) in wanted}
+        own = [shard for shard in self.shards if id(shard.parameter) in wanted or id(shard.tensor) in wanted]
         return own + [shard for key in wanted & self.strays.keys() for shard in _shards_of(*self.strays[key])]
 
     def is_all(self, parameters: Sequence[Tensor]) -> bool:
@@ -238,14 +235,13 @@ class Groups:
                     self.stepped.append(shard)
         assign(new, self.wholes)
         self.wholes += new
-        group["params"] += [
-            one.tensor for one in new
-        ]  # of other ranks' too: a script may give them for all to be clipped
+        # Of other ranks' too: a script may give them for all to be clipped.
+        group["params"] += [one.tensor for one in new]
 
     def pairs(self) -> Iterator[tuple[int, Tensor]]:
         """Of what is stepped in shards: id(parameter), and a shard of it."""
         for shard in self.stepped:
-            yield id(shard.trained.buffer.members[shard.index].parameter), shard.tensor
+            yield id(shard.parameter), shard.tensor
 
     def elsewhere(self, here: Sequence[Shard]) -> dict[int, Tensor]:
         """Of each group of which something has a gradient, but nothing of `here`: one of its parameters, without memory."""
@@ -275,9 +271,8 @@ class Groups:
         driven = {id(parameter) for parameter in self.driven()}
         self.frozen = [parameter for own in self.parameters for parameter in own if id(parameter) not in driven]
         self.strays = {key: (g, index) for key, (_, g, index) in self._homes().items() if key not in driven}
-        some = {
-            id(whole.trained) for whole in self.wholes
-        }  # their gradients are multiplied as they are, before they leave
+        # Gradients of whole parameters are multiplied as they are, before they leave.
+        some = {id(whole.trained) for whole in self.wholes}
         alone = {key for key, (g, indices) in self.members.items() if len(indices) == len(g.buffer.members)}
         self.sole = alone - some
         every = [trained for trained, _ in (*self.members.values(), *self.strays.values())]

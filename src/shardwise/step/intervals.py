@@ -169,9 +169,7 @@ def publish(model: ShardedModel) -> None:
             if trained.in_place:
                 trained.cast()
             elif not trained.shares_weights:
-                kept, event = trained.deliver(model.engine.fetched(trained.master), 0)
-                model.engine.lanes.compute_waits(event)
-                del kept
+                trained.cast(model.engine.fetched(trained.master))
         for group in publishing.in_groups(model.units):
             publishing.send(group)
         publishing.arrive(model.units)

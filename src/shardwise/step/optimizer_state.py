@@ -201,9 +201,8 @@ class OptimizerState:
         return [
             (
                 {name: value for name, value in group.items() if name != "params" and name not in MACHINE},
-                {
-                    keys[id(tensor)] for tensor in group["params"] if id(tensor) in keys
-                },  # not stand-ins of others' wholes
+                # Not of what stands there for parameters that another rank steps whole.
+                {keys[id(tensor)] for tensor in group["params"] if id(tensor) in keys},
             )
             for group in self.optimizer.param_groups
         ]

@@ -78,6 +78,11 @@ class Shard:
         return self.end - self.begin
 
     @property
+    def parameter(self) -> Parameter:
+        """The user's own object."""
+        return self.trained.buffer.members[self.index].parameter
+
+    @property
     def states(self) -> dict[str, Slab]:
         """What rests off the device of its unit's states, by key."""
         return self.trained.states
@@ -256,7 +261,7 @@ class Visits:
                 }
             one.param_groups[shard.group]["params"].append(piece)
             pieces.append((shard, piece, where))
-        with standing_in(one, lambda: [(id(s.trained.buffer.members[s.index].parameter), p) for s, p, _ in pieces]):
+        with standing_in(one, lambda: [(id(shard.parameter), piece) for shard, piece, _ in pieces]):
             run_step(one, hooks=False)
         stepped = []
         for shard, piece, where in pieces:

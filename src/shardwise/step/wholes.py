@@ -24,7 +24,6 @@ from ..offload.store import Slab
 from ..plan.layout import Piece, Region
 from ..zero.engine import Engine
 from ..zero.trained import Trained
-from ..zero.unit import Unit
 from .doubles import double
 from .kept import mapped
 from .moments import counted, resting_slab
@@ -59,6 +58,11 @@ class Whole:
         self.owner: int | None = None
         self.tensor = Parameter(torch.empty(slot.shape, dtype=trained.master.dtype, device="meta"))
         self.states: dict[str, Slab] = {}
+
+    @property
+    def parameter(self) -> Parameter:
+        """The user's own object."""
+        return self.trained.buffer.members[self.index].parameter
 
     @property
     def is_own(self) -> bool:
@@ -167,7 +171,7 @@ class WholeSteps:
         self.optimizer = optimizer
         self._known: dict[int, dict[int, list[Piece]]] = {}  # by the id of a Whole, which lives as long
 
-    def step(self, unit: Unit, wholes: Sequence[Whole], factor: Tensor | None, before: Any) -> Tensor | None:
+    def step(self, wholes: Sequence[Whole], factor: Tensor | None, before: Any) -> Tensor | None:
         """Step those of `wholes`, all of one unit, that have a gradient. Collective.
 
         factor: by which gradients are multiplied. before: a double of the optimizer as the step began. Gives the new masters
@@ -182,12 +186,13 @@ class WholeSteps:
         master = trained.master.tensor if trained.in_place else engine.look_at(trained.master)
         gradient = at_rest.to(master.device, master.dtype)
         if live[0].owner is None:
+            view = trained.buffer.view
             self._run(
                 live,
-                [(self._view(w, master).clone(), self._view(w, gradient).clone()) for w in live],
+                [(view(w.index, master).clone(), view(w.index, gradient).clone()) for w in live],
                 factor,
                 before,
-                lambda w, values: self._view(w, master).copy_(values),
+                lambda w, values: view(w.index, master).copy_(values),
             )
             return master
         mine = self._to_owners(live, [master, gradient])
@@ -201,11 +206,6 @@ class WholeSteps:
         )
         self._back(live, stepped, master)
         return master
-
-    @staticmethod
-    def _view(whole: Whole, flat: Tensor) -> Tensor:
-        slot = whole.trained.buffer.layout.slots[whole.index]
-        return flat[slot.offset : slot.offset + slot.numel].view(slot.shape)
 
     def _where(self, whole: Whole) -> dict[int, list[Piece]]:
         if id(whole) not in self._known:
@@ -282,7 +282,7 @@ class WholeSteps:
                 one.state[tensor] = whole.brought(state)
             one.param_groups[whole.group]["params"].append(tensor)
             tensors.append(tensor)
-        keys = [id(whole.trained.buffer.members[whole.index].parameter) for whole in own]
+        keys = [id(whole.parameter) for whole in own]
         with standing_in(one, lambda: zip(keys, tensors, strict=True)):
             run_step(one, hooks=False)
         for whole, tensor in zip(own, tensors, strict=True):

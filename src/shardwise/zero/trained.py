@@ -63,10 +63,13 @@ class Trained:
         """Whether a rank holds more of the weights than it steps, and gets the rest from others: see `publishing`."""
         return self.plan.optimizer.sharded and (not self.plan.parameter.sharded or self.region.parts > 1)
 
-    def cast(self) -> None:
-        """Bring masters that were changed in place into this rank's part of the weights that compute, on the current stream."""
+    def cast(self, values: Tensor | None = None) -> None:
+        """Bring changed masters into this rank's part of the weights that compute, on the current stream.
+
+        values: all of them, on the device; None where they are there in place.
+        """
         if not self.shares_weights:
-            kept, event = self.deliver(self.master.tensor, 0)
+            kept, event = self.deliver(self.master.tensor if values is None else values, 0)
             self._engine.lanes.compute_waits(event)  # before the memory of `kept` is written again
             del kept
 
