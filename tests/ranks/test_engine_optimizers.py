@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from rig.engine import PLANS, inputs, loss_of, mine, plain_step, prepare, shard, tower, train_both, trained
+from rig.engine import PLANS, inputs, loss_of, mine, plain_step, prepare, shard, step_both, tower, train_both, trained
 
 pytestmark = pytest.mark.thinned(2)
 
@@ -199,12 +199,7 @@ def _after_prepare(ranks, plan):
     stepping = adamw(trained(model))
     ShardedOptimizer(stepping, [sharded])
     for batch in inputs(4):
-        plain_step(reference, batch, ranks.world_size, 0, loss_of)
-        plain.step()
-        plain.zero_grad()
-        loss_of(model, mine(batch, ranks.rank, ranks.world_size)).backward()
-        stepping.step()
-        stepping.zero_grad()
+        step_both(ranks, batch, (reference, plain), (model, stepping))
     assert largest_difference(weights_of(sharded), reference) <= 1e-6
 
 

@@ -8,7 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from rig.engine import inputs, largest_difference, loss_of, mine, plain_step, prepare, shard, tower, trained, weights_of
+from rig.engine import (
+    inputs,
+    largest_difference,
+    loss_of,
+    mine,
+    plain_step,
+    prepare,
+    shard,
+    step_both,
+    tower,
+    trained,
+    weights_of,
+)
 from shardwise.errors import OptimizerError, PrepareError, RankError
 
 pytestmark = pytest.mark.thinned(2)
@@ -246,12 +258,8 @@ def _thawed_weights_before_any_step(ranks, plan):
         m.head.requires_grad_(True)
     plain, stepping = _sgd(reference.parameters()), _sgd(model.parameters())
     ShardedOptimizer(stepping, [sharded])
-    for step, batch in enumerate(inputs(3)):
-        plain_step(reference, batch, ranks.world_size, step, loss_of)
-        loss_of(model, mine(batch, ranks.rank, ranks.world_size)).backward()
-        for optimizer in (plain, stepping):
-            optimizer.step()
-            optimizer.zero_grad()
+    for batch in inputs(3):
+        step_both(ranks, batch, (reference, plain), (model, stepping))
     assert largest_difference(weights_of(sharded), reference) <= 1e-6
 
 

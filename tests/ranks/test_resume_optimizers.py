@@ -7,8 +7,6 @@ many ranks (to the bit) or others. `make test` takes each optimizer on each tier
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rig.engine import Tower, inputs, mine
+from rig.engine import Tower, as_on_a_device, inputs, mine
 from rig.optimizers import AdafactorLike, Assorted, Lamb
 from shardwise import Accelerator, DeepSpeedPlugin
 from shardwise.run.process import forget_run
@@ -92,24 +90,6 @@ class Net(Tower):
         return super().forward(x) * self.temperature.exp()
 
 
-@contextmanager
-def _as_on_a_device(tier: str) -> Iterator[None]:
-    """Small chunks, a page of 16 bits; and nothing that rests on the CPU is stepped in place if the tier is "visiting"."""
-    from shardwise.plan.plan import Tier
-    from shardwise.step import visits
-    from shardwise.zero.trained import Trained
-
-    chunk, visits.CHUNK = visits.CHUNK, 2048
-    in_place = Trained.in_place
-    if tier == "visiting":
-        Trained.in_place = property(lambda self: self.master.tier is Tier.GPU)  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        visits.CHUNK = chunk  # the ranks are those of the tests to come
-        Trained.in_place = in_place  # type: ignore[method-assign]
-
-
 class Run:
     """New objects in a new Accelerator, with files below `folder`. weights: what the model is built with."""
 
@@ -152,7 +132,7 @@ class Run:
 
 def straight(ranks: Any, case: Case, folder: str, save_at: int = SAVE_AT) -> dict[str, Tensor]:
     """The undisturbed run, which saves in both ways and goes on; its weights at the end."""
-    with _as_on_a_device(case.tier):
+    with as_on_a_device(visits=case.tier == "visiting"):
         run = Run(case, folder)
         run.steps(0, save_at)
         run.accelerator.save_state(f"{folder}/state")
@@ -166,7 +146,7 @@ def straight(ranks: Any, case: Case, folder: str, save_at: int = SAVE_AT) -> dic
 
 
 def resumed(ranks: Any, case: Case, folder: str, way: str, save_at: int = SAVE_AT) -> dict[str, Tensor]:
-    with _as_on_a_device(case.tier):
+    with as_on_a_device(visits=case.tier == "visiting"):
         if way == "state":
             run = Run(case, folder)
             run.accelerator.load_state(f"{folder}/state")

@@ -17,13 +17,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rig.engine import OTHER_PLANS, PLANS, Tower, adamw, inputs, loss_of, mine, prepare
+from rig.engine import OTHER_PLANS, PLANS, Tower, adamw, as_on_a_device, inputs, loss_of, mine, prepare
 from shardwise import Accelerator
 from shardwise.config.schema import ENVIRONMENT_KEY
 from shardwise.config.sections import EngineConfig
 from shardwise.plan.blueprint import at_rest, divide, moments_at_rest
 from shardwise.plan.compressed import BLOCK
-from shardwise.plan.plan import Plan, Tier
+from shardwise.plan.plan import Plan
 from shardwise.plan.precision import Precision
 from shardwise.plan.units import find_units
 from shardwise.run.process import forget_run
@@ -72,22 +72,6 @@ def net(width: int = 60) -> nn.Module:
     model = Tower(depth=2, width=width)
     model.blocks[0].up.requires_grad_(False)
     return model
-
-
-@contextmanager
-def as_on_a_device(chunk: int = 2048) -> Iterator[None]:
-    """What rests on the CPU is not stepped in place, and a unit has several chunks."""
-    from shardwise.step import visits
-    from shardwise.zero.trained import Trained
-
-    before, visits.CHUNK = visits.CHUNK, chunk
-    in_place = Trained.in_place
-    Trained.in_place = property(lambda self: self.master.tier is Tier.GPU)  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        visits.CHUNK = before  # the ranks are those of the tests to come
-        Trained.in_place = in_place  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from rig.engine import (
     plain_step,
     prepare,
     shard,
+    step_both,
     tower,
     train_both,
     trained,
@@ -209,12 +210,7 @@ def _dictionary(ranks: Any, plan: str, name: str) -> None:
         for key, value in state.items():
             assert torch.equal(torch.as_tensor(given[number][key]), torch.as_tensor(value)), (number, key)
     for batch in inputs(2, seed=3):
-        plain_step(reference, batch, ranks.world_size, 0, loss_of)
-        plain.step()
-        plain.zero_grad()
-        loss_of(model, mine(batch, ranks.rank, ranks.world_size)).backward()
-        stepping.step()
-        stepping.zero_grad()
+        step_both(ranks, batch, (reference, plain), (model, stepping))
     assert largest_difference(weights_of(sharded), reference) <= 1e-5
 
 
@@ -245,11 +241,7 @@ def _grows(ranks: Any, plan: str) -> float:
             for each, optimizer in ((model, stepping), (reference, plain)):
                 each.head.requires_grad_(True)
                 optimizer.add_param_group({"params": list(each.head.parameters()), "lr": 1e-3})
-        plain_step(reference, batch, ranks.world_size, number, loss_of)
-        loss_of(model, mine(batch, ranks.rank, ranks.world_size)).backward()
-        for optimizer in (plain, stepping):
-            optimizer.step()
-            optimizer.zero_grad()
+        step_both(ranks, batch, (reference, plain), (model, stepping))
     return largest_difference(weights_of(sharded), reference)
 
 
@@ -290,12 +282,8 @@ def _overridden(ranks: Any, plan: str) -> tuple[float, set[torch.dtype]]:
         plain, stepping = adamw_8bit(reference.parameters()), adamw_8bit(model.parameters())
         sharded = shard(ranks, model, plan)
         stepper = ShardedOptimizer(stepping, [sharded])
-        for number, batch in enumerate(inputs(8)):
-            plain_step(reference, batch, ranks.world_size, number, loss_of)
-            loss_of(model, mine(batch, ranks.rank, ranks.world_size)).backward()
-            for optimizer in (plain, stepping):
-                optimizer.step()
-                optimizer.zero_grad()
+        for batch in inputs(8):
+            step_both(ranks, batch, (reference, plain), (model, stepping))
         found = stepper.states.whole()
         kinds = {name: state["state1"].dtype for (_, name), state in found.items()}
         wanted = {name: plain.state[p]["state1"].dtype for name, p in reference.named_parameters()}

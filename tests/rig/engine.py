@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -230,3 +230,35 @@ def train_changed(ranks: Any, plan: str, precision: str, change: Callable[[nn.Mo
         stepping.step()
         stepping.zero_grad()
     return largest_difference(weights_of(sharded), reference)
+
+
+@contextmanager
+def as_on_a_device(chunk: int = 2048, *, visits: bool = True) -> Iterator[None]:
+    """Small chunks, a page of 16 bits; and with `visits` nothing that rests on the CPU is stepped in place."""
+    from shardwise.plan.plan import Tier
+    from shardwise.step import visits as stepping
+    from shardwise.zero.trained import Trained
+
+    before, stepping.CHUNK = stepping.CHUNK, chunk
+    in_place = Trained.in_place
+    if visits:
+        Trained.in_place = property(lambda self: self.master.tier is Tier.GPU)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        stepping.CHUNK = before  # the ranks are those of the tests to come
+        Trained.in_place = in_place  # type: ignore[method-assign]
+
+
+def step_both(
+    ranks: Any,
+    batch: Tensor,
+    plain: tuple[nn.Module, torch.optim.Optimizer],
+    stepping: tuple[nn.Module, torch.optim.Optimizer],
+) -> None:
+    """One step of a plain model over all ranks' parts of a batch, and of a prepared one over this rank's."""
+    plain_step(plain[0], batch, ranks.world_size, 0, loss_of)
+    loss_of(stepping[0], mine(batch, ranks.rank, ranks.world_size)).backward()
+    for _, optimizer in (plain, stepping):
+        optimizer.step()
+        optimizer.zero_grad()
