@@ -115,10 +115,13 @@ class Applying:
         of: dict[int, list[Whole]] = {}
         for whole in self.groups.wholes:
             of.setdefault(id(whole.trained), []).append(whole)
-        for unit in units if of else ():
-            master = self._wholes.step(of.get(id(unit.trained), []), factor, before)
-            trained = unit.trained
-            if master is not None and trained is not None and not trained.in_place:
+        if not of:
+            return
+        by_trained = {id(unit.trained): unit for unit in units}
+        for wholes, master in self._wholes.step((of.get(key, []) for key in by_trained), factor, before):
+            trained = wholes[0].trained
+            if not trained.in_place:
+                unit = by_trained[id(trained)]
                 unit.engine.put_to_rest(master, trained.master)
                 trained.cast(master)
                 publishing.send([unit])

@@ -12,7 +12,10 @@ So each is computed once, with the class's own step on a tensor in the parameter
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -164,48 +167,101 @@ def _pieces(whole: Whole) -> dict[int, list[Piece]]:
     return found
 
 
+@dataclass
+class _Together:
+    """The parameters of one unit that are stepped whole, on the way to their owners and back.
+
+    master: this rank's part of all of them, on the device. mine: master and gradient of each of its own, in their shapes.
+    came, went: when they are there, and when the new values are in `master`. stepped: new values, by id of a Whole.
+    """
+
+    live: list[Whole]
+    master: Tensor
+    mine: list[tuple[Tensor, ...]]
+    came: torch.Event | None = None
+    went: torch.Event | None = None
+    stepped: dict[int, Tensor] = field(default_factory=dict)
+
+
 class WholeSteps:
-    """Steps the whole parameters of one optimizer, unit by unit."""
+    """Steps the whole parameters of one optimizer, unit by unit; both ways run on the gather lane beside other units' steps:
+
+    gather    | to owners 0 | to owners 1 |          | back 0 | to owners 2 | back 1 |
+    compute                 | step 0               | step 1               | step 2
+    """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self._known: dict[int, dict[int, list[Piece]]] = {}  # by the id of a Whole, which lives as long
 
-    def step(self, wholes: Sequence[Whole], factor: Tensor | None, before: Any) -> Tensor | None:
-        """Step those of `wholes`, all of one unit, that have a gradient. Collective.
+    def step(
+        self, units: Iterable[Sequence[Whole]], factor: Tensor | None, before: Any
+    ) -> Iterator[tuple[Sequence[Whole], Tensor]]:
+        """Step those that have a gradient, of each unit in turn. Collective.
 
-        factor: by which gradients are multiplied. before: a double of the optimizer as the step began. Gives the new masters
-        of this rank, on the device: the master itself where it is in place; None if there was nothing to step.
+        factor: by which gradients are multiplied. before: a double of the optimizer as the step began. Gives each unit where
+        there was something to step, and the new masters of this rank, which the computation may read: on the device, and
+        the master itself where it is in place.
         """
-        live = [whole for whole in wholes if whole.used]
-        if not live:
-            return None
+        coming: deque[_Together] = deque()
+        going: deque[_Together] = deque()
+        for unit in units:
+            live = [whole for whole in unit if whole.used]
+            if live:
+                coming.append(self._bring(live))
+            if len(coming) > 1:
+                going.append(self._stepped(coming.popleft(), factor, before))
+            if len(going) > 1:
+                yield from self._arrived(going.popleft())
+        while coming:
+            going.append(self._stepped(coming.popleft(), factor, before))
+        while going:
+            yield from self._arrived(going.popleft())
+
+    def _bring(self, live: list[Whole]) -> _Together:
+        """Enqueue the way to the owners."""
         trained, engine = live[0].trained, live[0].engine
         at_rest = trained.gradients.at_rest
         assert at_rest is not None
-        master = trained.master.tensor if trained.in_place else engine.look_at(trained.master)
-        gradient = at_rest.to(master.device, master.dtype)
+        lanes, parted = engine.lanes, live[0].owner is not None
+        if parted:
+            lanes.gather.wait(lanes.mark_compute())
+        with lanes.gather.on() if parted else nullcontext():
+            master = trained.master.tensor if trained.in_place else engine.look_at(trained.master)
+            host = trained.gradients.host
+            gradient = (at_rest if host is None else engine.look_at(host)).to(master.device, master.dtype)
+            if parted:
+                return _Together(live, master, self._to_owners(live, [master, gradient]), came=lanes.gather.mark())
+        view = trained.buffer.view
+        return _Together(live, master, [(view(w.index, master).clone(), view(w.index, gradient).clone()) for w in live])
+
+    def _stepped(self, unit: _Together, factor: Tensor | None, before: Any) -> _Together:
+        """Enqueue the steps of this rank's own, and the way back."""
+        live, lanes = unit.live, unit.live[0].engine.lanes
+        lanes.compute_waits(unit.came)
         if live[0].owner is None:
-            view = trained.buffer.view
-            self._run(
-                live,
-                [(view(w.index, master).clone(), view(w.index, gradient).clone()) for w in live],
-                factor,
-                before,
-                lambda w, values: view(w.index, master).copy_(values),
-            )
-            return master
-        mine = self._to_owners(live, [master, gradient])
-        stepped: dict[int, Tensor] = {}
-        self._run(
-            [w for w in live if w.is_own],
-            mine,
-            factor,
-            before,
-            lambda w, values: stepped.update({id(w): values.reshape(-1)}),
-        )
-        self._back(live, stepped, master)
-        return master
+            view = live[0].trained.buffer.view
+            for whole, values in self._run(live, unit.mine, factor, before):
+                view(whole.index, unit.master).copy_(values)
+            return unit
+        own = [whole for whole in live if whole.is_own]
+        for whole, values in self._run(own, unit.mine, factor, before):
+            unit.stepped[id(whole)] = values.reshape(-1)
+        lanes.gather.wait(lanes.mark_compute())
+        unit.mine.clear()  # the gather lane's memory, which that lane waits for
+        with lanes.gather.on():
+            self._back(live, unit.stepped, unit.master)
+            unit.went = lanes.gather.mark()
+        return unit
+
+    @staticmethod
+    def _arrived(unit: _Together) -> Iterator[tuple[Sequence[Whole], Tensor]]:
+        lanes = unit.live[0].engine.lanes
+        lanes.compute_waits(unit.went)
+        unit.stepped.clear()  # the computation's memory, which it may use again from here on
+        yield unit.live, unit.master
+        if unit.went is not None and not unit.live[0].trained.in_place:
+            lanes.gather.wait(lanes.mark_compute())  # what came up is memory of that lane
 
     def _where(self, whole: Whole) -> dict[int, list[Piece]]:
         if id(whole) not in self._known:
@@ -215,16 +271,17 @@ class WholeSteps:
     def _to_owners(self, live: Sequence[Whole], flats: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
         """Of each of this rank's own: these flats' elements in the parameter's shape. flats: (region.numel,) of one dtype."""
         owners = live[0].engine.ranks.owners
-        empty = flats[0][:0]
-        sent: list[list[Tensor]] = [[empty] for _ in range(owners.size)]
+        sent: list[list[Tensor]] = [[flats[0][:0]] for _ in range(owners.size)]
         sizes = [0] * owners.size
         for whole in live:
             assert whole.owner is not None
-            for piece in self._where(whole).get(owners.rank, []):
-                sent[whole.owner] += [flat[piece.in_shard : piece.in_shard + piece.numel] for flat in flats]
             if whole.is_own:
                 for place, pieces in self._where(whole).items():
-                    sizes[place] += len(flats) * sum(piece.numel for piece in pieces)
+                    if place != owners.rank:
+                        sizes[place] += len(flats) * sum(piece.numel for piece in pieces)
+                continue
+            for piece in self._where(whole).get(owners.rank, []):
+                sent[whole.owner] += [flat[piece.in_shard : piece.in_shard + piece.numel] for flat in flats]
         got = owners.all_to_all([torch.cat(parts) for parts in sent], sizes)
         at = [0] * owners.size
         found = []
@@ -232,10 +289,13 @@ class WholeSteps:
             rows = tuple(flats[0].new_empty(whole.numel) for _ in flats)
             for place, pieces in self._where(whole).items():
                 for piece in pieces:
-                    for row in rows:
-                        came = got[place][at[place] : at[place] + piece.numel]
+                    for row, flat in zip(rows, flats, strict=True):
+                        if place == owners.rank:
+                            came = flat[piece.in_shard : piece.in_shard + piece.numel]
+                        else:
+                            came = got[place][at[place] : at[place] + piece.numel]
+                            at[place] += piece.numel
                         row[piece.in_slot : piece.in_slot + piece.numel].copy_(came)
-                        at[place] += piece.numel
             found.append(tuple(row.view(whole.shape) for row in rows))
         return found
 
@@ -248,28 +308,26 @@ class WholeSteps:
             assert whole.owner is not None
             for place, pieces in self._where(whole).items():
                 for piece in pieces:
-                    if whole.is_own:
+                    if whole.is_own and place != owners.rank:
                         sent[place].append(stepped[id(whole)][piece.in_slot : piece.in_slot + piece.numel])
-                    if place == owners.rank:
+                    elif place == owners.rank and not whole.is_own:
                         sizes[whole.owner] += piece.numel
         got = owners.all_to_all([torch.cat(parts) for parts in sent], sizes)
         at = [0] * owners.size
         for whole in live:
             assert whole.owner is not None
             for piece in self._where(whole).get(owners.rank, []):
-                come = got[whole.owner][at[whole.owner] : at[whole.owner] + piece.numel]
+                if whole.is_own:
+                    come = stepped[id(whole)][piece.in_slot : piece.in_slot + piece.numel]
+                else:
+                    come = got[whole.owner][at[whole.owner] : at[whole.owner] + piece.numel]
+                    at[whole.owner] += piece.numel
                 master[piece.in_shard : piece.in_shard + piece.numel].copy_(come)
-                at[whole.owner] += piece.numel
 
     def _run(
-        self,
-        own: Sequence[Whole],
-        values: Sequence[tuple[Tensor, ...]],
-        factor: Tensor | None,
-        before: Any,
-        take: Any,
-    ) -> None:
-        """The class's own step on whole tensors. values: master and gradient of each. take: is given each, and its new one."""
+        self, own: Sequence[Whole], values: Sequence[tuple[Tensor, ...]], factor: Tensor | None, before: Any
+    ) -> Iterator[tuple[Whole, Tensor]]:
+        """The class's own step on whole tensors; gives each, and its new one. values: master and gradient of each."""
         if not own:
             return
         one = double(before)
@@ -287,4 +345,4 @@ class WholeSteps:
             run_step(one, hooks=False)
         for whole, tensor in zip(own, tensors, strict=True):
             self.optimizer.state[whole.tensor] = whole.put_to_rest(one.state[tensor])
-            take(whole, tensor.detach())
+            yield whole, tensor.detach()
