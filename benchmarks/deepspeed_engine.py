@@ -48,15 +48,17 @@ def configuration(stage: int, offloaded: Collection[str], rows: int) -> dict[str
 
 def initialize(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     stage: int,
     offloaded: Collection[str],
     *,
     rows: int,
     compile_backend: str | None,
+    rate: float,
 ) -> Any:
     """A DeepSpeed engine around `model`: called with a batch; `backward(loss)` and `step()`.
 
+    optimizer: None for DeepSpeed's own Muon at `rate`, which tells matrices from the rest itself.
     Raises ValueError if the package is not installed.
     """
     if not available():
@@ -66,7 +68,11 @@ def initialize(
     import deepspeed
 
     config = configuration(stage, offloaded, rows)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    if optimizer is None:
+        config["optimizer"] = {"type": "Muon", "params": {"lr": rate, "momentum": 0.95}}
+        config["zero_optimization"]["reduce_scatter"] = False  # its Muon needs whole gradients
+    settings = {"optimizer": optimizer} if optimizer is not None else {"model_parameters": list(model.parameters())}
+    engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False, **settings)
     if compile_backend is not None:
         engine.compile(backend=compile_backend)
     return engine

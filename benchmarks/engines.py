@@ -18,9 +18,11 @@ and an optimizer that steps. The step itself is one function for all of them, so
                              so from logits that stay; +lora runs the LoRA linears on their fast path; +recompute recomputes
                              only as many blocks as the device's memory needs, in place of the case's checkpointing;
                              +graphs records compiled blocks as CUDA graphs; +nccl gathers weights by NCCL, not by copy
-                             engines; +serial lets nothing overlap
+                             engines; +serial lets nothing overlap; +bf16states and +int8states let offloaded moments
+                             travel and rest as codes
 
-Every engine takes +compile, torch.compile of each block by inductor, or +aot, the same without its kernels: for a CPU.
+Every engine takes +compile, torch.compile of each block by inductor, or +aot, the same without its kernels: for a CPU. All but
+fsdp2 take +muon: torch's Muon for the matrices of the blocks and AdamW for the rest, as two optimizers, or DeepSpeed's own.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import contextlib
 import inspect
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +43,7 @@ from cases import Case
 from place import Place
 
 _OPTIONS = ("opt", "param", "nvme", "budget", "clip", "loss", "logits", "lora", "recompute", "graphs", "nccl", "serial")
+_STATES = {"bf16states": "bf16", "int8states": "int8"}
 
 
 @dataclass
@@ -51,6 +54,7 @@ class Trainee:
     autocast: run the forward under bf16 autocast.
     ledger:   shardwise's bytes at rest by (role, tier), else empty.
     keep:     objects that must live as long as the training does.
+    others:   optimizers that step beside `optimizer`.
     backward: the engine's own, where loss.backward() is not enough. finish: its own step, which also drops gradients.
     """
 
@@ -62,6 +66,7 @@ class Trainee:
     keep: tuple[Any, ...] = ()
     backward: Callable[[Tensor], Any] | None = None
     finish: Callable[[], Any] | None = None
+    others: Sequence[torch.optim.Optimizer] = ()
 
     def step(self, batch: dict[str, Tensor]) -> Tensor:
         """One whole training step without clipping; gives this rank's loss, detached, without waiting for it."""
@@ -73,8 +78,9 @@ class Trainee:
         else:
             self.backward(loss)
         if self.finish is None:
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            for optimizer in (self.optimizer, *self.others):
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         else:
             self.finish()
         return loss.detach()
@@ -101,13 +107,13 @@ class Engine:
                 prefetch = int(match.group(1))
                 options.remove(option)
         allowed = {
-            "plain": set(),
-            "ddp": set(),
-            "ddp32": set(),
-            "ddpamp": set(),
+            "plain": {"muon"},
+            "ddp": {"muon"},
+            "ddp32": {"muon"},
+            "ddpamp": {"muon"},
             "fsdp2": {"ends", "cpu"},
-            "deepspeed": {"opt", "param"},
-            "shardwise": set(_OPTIONS),
+            "deepspeed": {"opt", "param", "muon"},
+            "shardwise": {*_OPTIONS, *_STATES, "muon"},
         }
         if kind not in allowed:
             raise ValueError(f"no engine is called {kind!r}; there are {', '.join(allowed)}")
@@ -148,10 +154,10 @@ class Engine:
         in_fp32 = full or self.kind in ("ddp32", "ddpamp")
         model = case.build(place.device, torch.float32 if in_fp32 else torch.bfloat16)
         self._compile(model, case)
-        optimizer = _adamw(model, case)
+        optimizer, *others = self._optimizers(model, case)
         autocast = full or self.kind == "ddpamp"
         if self.kind == "plain":
-            return Trainee(model, optimizer, place.device, autocast)
+            return Trainee(model, optimizer, place.device, autocast, others=others)
         from torch.nn.parallel import DistributedDataParallel
 
         # The rotary table never changes: sending it at every step would slow DDP for nothing. torch 2.13 renamed this.
@@ -160,7 +166,7 @@ class Engine:
         wrapped = DistributedDataParallel(
             model, device_ids=[place.device] if place.cuda else None, gradient_as_bucket_view=True, **no_buffers
         )
-        return Trainee(wrapped, optimizer, place.device, autocast)
+        return Trainee(wrapped, optimizer, place.device, autocast, others=others)
 
     def _fsdp2(self, case: Case, place: Place, reduce_dtype: str) -> Trainee:
         from torch.distributed.device_mesh import init_device_mesh
@@ -212,7 +218,8 @@ class Engine:
         lora = (FastLora(model),) if "lora" in self.options and not self.backend else ()
         recomputed = blocks_to_recompute(model, "auto") if recompute else []
         blocks = blocks_of(model, case) if self.backend else []
-        optimizer = _adamw(model, case)
+        optimizer, *others = self._optimizers(model, case)
+        states = [_STATES[option] for option in self.options if option in _STATES]
         sharded = ShardedModel(
             model,
             plan=plan,
@@ -222,14 +229,17 @@ class Engine:
                 prefetch_units=self.prefetch,
                 gpu_memory_budget="auto" if "budget" in self.options else None,
                 gather_with="nccl" if "nccl" in self.options else "auto",
+                optimizer_state_dtype=states[0] if states else "fp32",
             ),
             nvme_paths=dict.fromkeys(("param", "optimizer"), tempfile.gettempdir()),
             serial="serial" in self.options,
         )
         clipping = 1.0 if "clip" in self.options else None
-        stepper = ShardedOptimizer(
-            optimizer, [sharded], scaler=LossScaler.for_precision(precision), gradient_clipping=clipping
-        )
+        scaler = LossScaler.for_precision(precision)
+        steppers = [
+            ShardedOptimizer(each, [sharded], scaler=scaler, gradient_clipping=clipping)
+            for each in (optimizer, *others)
+        ]
         mode = "reduce-overhead" if "graphs" in self.options else "default"
         settings = CompileConfig(dynamo_backend=self.backend, dynamo_mode=mode) if self.backend else None
         compiled = CompiledBlocks(blocks, settings, sharded)
@@ -237,8 +247,8 @@ class Engine:
         # A CPU has no peak to measure: there every block is kept.
         budget = "auto" if place.cuda else 1 << 40
         changed = (RecomputedBlocks(recomputed, sharded, budget),) if recompute else ()
-        keep = (sharded, stepper, compiled, compiled_loss, *lean, *lora, *changed)
-        return Trainee(model, optimizer, place.device, ledger=sharded.ledger, keep=keep)
+        keep = (sharded, *steppers, compiled, compiled_loss, *lean, *lora, *changed)
+        return Trainee(model, optimizer, place.device, ledger=sharded.ledger, keep=keep, others=others)
 
     def _deepspeed(self, case: Case, place: Place) -> Trainee:
         from deepspeed_engine import initialize
@@ -247,11 +257,29 @@ class Engine:
         model = case.build(place.device)
         if self.stage < 3:
             self._compile(model, case)
-        optimizer = _adamw(model, case)
+        optimizer = None if "muon" in self.options else _adamw(model, case)
         whole = self.backend if self.stage == 3 else None
         offloaded = self.options & {"opt", "param"}
-        engine = initialize(model, optimizer, self.stage, offloaded, rows=case.rows, compile_backend=whole)
-        return Trainee(engine, optimizer, place.device, keep=(engine,), backward=engine.backward, finish=engine.step)
+        rate = case.learning_rate
+        engine = initialize(model, optimizer, self.stage, offloaded, rows=case.rows, compile_backend=whole, rate=rate)
+        return Trainee(
+            engine,
+            optimizer or engine.optimizer,
+            place.device,
+            keep=(engine,),
+            backward=engine.backward,
+            finish=engine.step,
+        )
+
+    def _optimizers(self, model: nn.Module, case: Case) -> list[torch.optim.Optimizer]:
+        """AdamW for all, or what Muon is for apart from the rest."""
+        if "muon" not in self.options:
+            return [_adamw(model, case)]
+        inside = {p for block in blocks_of(model, case) for p in block.parameters() if p.requires_grad and p.ndim == 2}
+        matrices = [p for p in model.parameters() if p in inside]
+        muon = torch.optim.Muon(matrices, lr=case.learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        others = [p for p in model.parameters() if p.requires_grad and p not in inside]
+        return [muon, torch.optim.AdamW(others, lr=case.learning_rate, weight_decay=0.0, fused=True)]
 
     def _compile(self, model: nn.Module, case: Case) -> None:
         """Compile every block in place, as torch's own guides do before they shard a model."""

@@ -84,6 +84,16 @@ def adamw(parameters: Iterator[nn.Parameter] | list[nn.Parameter]) -> torch.opti
     return torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.01, eps=1e-6, fused=True)
 
 
+def optimizer_named(name: str, parameters: Iterator[nn.Parameter] | list[nn.Parameter]) -> torch.optim.Optimizer:
+    """adamw, or one that steps whole parameters: adafactor, or muon, which takes matrices alone."""
+    if name == "adamw":
+        return adamw(parameters)
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if name == "muon":
+        return torch.optim.Muon(trained, lr=LEARNING_RATE, weight_decay=0.01)
+    return torch.optim.Adafactor(trained, lr=10 * LEARNING_RATE, weight_decay=0.01)
+
+
 def train_alone(
     trains: str,
     precision: str,
@@ -92,16 +102,18 @@ def train_alone(
     *,
     accumulation: int = 1,
     clip: float | None = None,
+    optimizer: str = "adamw",
 ) -> Curve:
     """Train for STEPS steps on the batches of `world_size` ranks."""
-    if precision == "no":
-        return _train_fp32(trains, world_size, device, accumulation, clip)
-    return _train_bf16(trains, world_size, device, accumulation, clip)
+    train = _train_fp32 if precision == "no" else _train_bf16
+    return train(trains, world_size, device, accumulation, clip, optimizer)
 
 
-def _train_fp32(trains: str, world_size: int, device: torch.device, accumulation: int, clip: float | None) -> Curve:
+def _train_fp32(
+    trains: str, world_size: int, device: torch.device, accumulation: int, clip: float | None, named: str
+) -> Curve:
     model = build_model(trains, device)
-    optimizer = adamw(model.parameters())
+    optimizer = optimizer_named(named, model.parameters())
     losses, norms = [], []
     for step in range(STEPS):
         seen = []
@@ -120,13 +132,15 @@ def _train_fp32(trains: str, world_size: int, device: torch.device, accumulation
     return Curve(torch.stack(losses).tolist(), weights, [float(norm) for norm in norms])
 
 
-def _train_bf16(trains: str, world_size: int, device: torch.device, accumulation: int, clip: float | None) -> Curve:
+def _train_bf16(
+    trains: str, world_size: int, device: torch.device, accumulation: int, clip: float | None, named: str
+) -> Curve:
     model = build_model(trains, device)
     masters = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters() if p.requires_grad}
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = adamw(list(masters.values()))
+    optimizer = optimizer_named(named, list(masters.values()))
     losses, norms = [], []
     for step in range(STEPS):
         seen = []

@@ -66,7 +66,10 @@ class Delays:
     @contextlib.contextmanager
     def lanes(self) -> Iterator[None]:
         """Delay the collectives of `ranks` and the copies, on whatever stream they are issued."""
-        names = ("all_gather", "all_gather_together", "reduce_scatter", "all_reduce_gradient", "all_reduce", "fence")
+        names = (
+            *("all_gather", "all_gather_together", "reduce_scatter", "all_reduce_gradient", "all_reduce", "all_to_all"),
+            "fence",
+        )
         real_copy = Tensor.copy_
 
         def late_copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
@@ -85,11 +88,12 @@ class Delays:
             for name in names:
                 delattr(group, name)
 
-    def _late(self, collective: Callable[..., None]) -> Callable[..., None]:
-        def late(*args: Any, **kwargs: Any) -> None:
+    def _late(self, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def late(*args: Any, **kwargs: Any) -> Any:
             self.host()
             self.stream()
-            collective(*args, **kwargs)
+            result = collective(*args, **kwargs)
             self.stream()
+            return result
 
         return late

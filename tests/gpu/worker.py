@@ -26,7 +26,15 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 from codes import SIZES, apart, check_codes
 from hazards import HAZARDS
-from reference import STEPS, Curve, adamw, batch_of, build_model, checkpoint_blocks, train_alone
+from reference import (
+    STEPS,
+    Curve,
+    batch_of,
+    build_model,
+    checkpoint_blocks,
+    optimizer_named,
+    train_alone,
+)
 from routes import train_on_routes
 from stress import Delays
 from table import Check, Row, run
@@ -53,6 +61,8 @@ class Setting:
     """One way to train. trains: "lora" or "full" (tied). clip: the bound on the global norm, or None.
 
     bucket: bytes of a bucket of whole weights, each of which is then stepped and published by itself, or None.
+    optimizer: "adamw", or one whose parameters are stepped whole: "adafactor", or "muon", which has no row of parity: it makes
+    orthogonal what it has rounded to bf16, whose least singular values are noise. states: `optimizer_state_dtype`.
     block: bytes in which gradients come down to be added in host memory, few enough here to wait for each other, or None.
     """
 
@@ -70,6 +80,8 @@ class Setting:
     prefetch: int = 1
     gather_with: str = "auto"
     gather_dtype: str = "none"  # int8: on ranks that are told that they sit apart
+    optimizer: str = "adamw"
+    states: str = "fp32"
     layers: int = 4
     hidden: int = 128
     steps: int = STEPS
@@ -94,11 +106,15 @@ class Setting:
             words.append("ckpt")
         if self.gather_dtype != "none":
             words.append(self.gather_dtype)
+        if self.optimizer != "adamw":
+            words.append(self.optimizer)
+        if self.states != "fp32":
+            words.append(f"{self.states} states")
         return " ".join(words)
 
 
 # The curves of one process, each trained once: recomputation and sharding do not change them.
-_ALONE: dict[tuple[str, str, int, float | None], Curve] = {}
+_ALONE: dict[tuple[str, str, int, float | None, str], Curve] = {}
 
 BOTH = ("optimizer", "param")
 OPT = ("optimizer",)
@@ -120,6 +136,7 @@ PARITY = [
     Setting(3, precision="bf16", trains="full"),
     Setting(3, precision="bf16", accumulation=4, clip=0.1, checkpointing=True),
     Setting(3, BOTH, "nvme", trains="full", clip=0.1),
+    *(Setting(stage, trains="full", optimizer="adafactor") for stage in (0, 1, 3)),
 ]
 # Held to the bit against the same setting with nothing offloaded.
 OFFLOADED = [
@@ -135,6 +152,8 @@ OFFLOADED = [
     Setting(3, OPT, precision="bf16", trains="full", accumulation=3, block=1 << 12),
     Setting(3, BOTH, precision="bf16", gather_dtype="int8"),
     Setting(3, BOTH, "nvme", precision="bf16", trains="full", gather_dtype="int8"),
+    Setting(3, BOTH, precision="bf16", trains="full", optimizer="adafactor", clip=0.1),
+    Setting(2, OPT, "nvme", precision="bf16", optimizer="muon"),
 ]
 # Held to the bit against the same setting with NCCL's gathers.
 COPIED = [
@@ -163,6 +182,14 @@ STRESSED = [
     Setting(2, trains="full", layers=24, hidden=64, steps=6, accumulation=2, clip=0.1, bucket=1),
     Setting(1, OPT, trains="full", layers=24, hidden=64, steps=6, precision="bf16", chunk=4096, bucket=1),
     Setting(1, layers=24, hidden=64, steps=6, bucket=1 << 15),
+    Setting(3, trains="full", prefetch=2, layers=24, hidden=64, steps=6, precision="bf16", optimizer="adafactor"),
+    Setting(3, BOTH, layers=24, hidden=64, steps=6, precision="bf16", optimizer="muon", clip=0.1),
+    Setting(1, OPT, layers=24, hidden=64, steps=6, precision="bf16", optimizer="muon"),
+    *(
+        Setting(3, BOTH, trains="full", layers=24, hidden=64, steps=6, precision="bf16", chunk=4096, states=states)
+        for states in ("bf16", "int8")
+    ),
+    Setting(2, OPT, "nvme", trains="full", layers=24, hidden=64, steps=6, precision="bf16", states="int8"),
 ]
 # Held to the bit against the same buckets in one call of the optimizer and one gather.
 GROUPED = [
@@ -198,7 +225,7 @@ def train_sharded(
     host.BLOCK = setting.block or BLOCK
     publishing.GROUP_NBYTES = group or setting.bucket or GROUP
     precision = Precision.named(setting.precision, reduce_dtype="fp32")
-    optimizer = adamw(model.parameters())
+    optimizer = optimizer_named(setting.optimizer, model.parameters())
     # Found blocks this small share a unit; named ones are a unit each. Both ways are to hold.
     units = None if setting.checkpointing else ["LlamaDecoderLayer"]
     sharded = ShardedModel(
@@ -211,6 +238,7 @@ def train_sharded(
             units=units,
             gather_with=setting.gather_with,
             gather_dtype=setting.gather_dtype,
+            optimizer_state_dtype=setting.states,
         ),
         nvme_paths=dict.fromkeys(("param", "optimizer"), tempfile.gettempdir()),
     )
@@ -244,11 +272,14 @@ def train_sharded(
 def check_parity(setting: Setting, ranks: Ranks) -> Row:
     """The curve of one process, within the bound of the dtype."""
     mine = train_sharded(setting, ranks)
-    recipe = (setting.trains, setting.precision, setting.accumulation, setting.clip)
+    recipe = (setting.trains, setting.precision, setting.accumulation, setting.clip, setting.optimizer)
     if recipe not in _ALONE:
-        trains, precision, accumulation, clip = recipe
+        trains, precision, accumulation, clip, optimizer = recipe
         _ALONE[recipe] = train_alone(
-            trains, precision, ranks.world_size, ranks.device, accumulation=accumulation, clip=clip
+            *(trains, precision, ranks.world_size, ranks.device),
+            accumulation=accumulation,
+            clip=clip,
+            optimizer=optimizer,
         )
     alone = _ALONE[recipe]
     loss = max(abs(a - b) / abs(b) for a, b in zip(mine.losses, alone.losses, strict=True))

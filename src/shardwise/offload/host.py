@@ -1,9 +1,5 @@
 """Shards that rest in host memory, page-locked where there is a GPU.
 
-torch rounds pinned allocations up to a power of two, which can double a slab of many gigabytes. So a slab is ordinary
-page-aligned memory of the exact size that is registered with CUDA, and unregistered when it is freed: by whoever lets go of it
-last, at any moment, so the memory itself waits for the copies that still use it.
-
 What is added to a slab comes down in blocks, by two threads:
 
     backward --source--> one takes blocks and enqueues copies --> one waits for a copy, adds, gives the block back
@@ -14,31 +10,22 @@ first that this rank has not issued.
 
 from __future__ import annotations
 
-import contextlib
 import threading
-import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import StoreError
 from ..plan.plan import Tier
 from ..ranks.lanes import Lanes
-from .files import PAGE
+from .pinned import host_tensor
 from .store import Arrival, Done, MemoryStore, Slab
 from .threads import DeviceThreads
 
 BLOCK = 8 << 20  # bytes; smaller ones do not saturate a drive
-
-# Of copies that use some memory, by whatever tells them apart: the slab's or the block's own, so that it is always up to date.
-Copies = Mapping[Any, torch.Event | None]
 
 
 class HostSlab(Slab):
@@ -233,36 +220,3 @@ class Ring:
         with self._changed:
             self._free.append(block)
             self._changed.notify()
-
-
-def host_tensor(numel: int, dtype: torch.dtype, *, pinned: bool, copies: Iterable[Copies] = ()) -> Tensor:
-    """(numel,) zeros in host memory of the exact size, on a page boundary. Raises StoreError if it cannot be pinned.
-
-    copies: of the device from and to it; when its last view goes, it is given back once all of them are done.
-    """
-    nbytes = numel * dtype.itemsize
-    # One page more than needed, so that the range starts on a page and no other allocation shares a registered one.
-    memory = np.zeros(-(-nbytes // PAGE) * PAGE + PAGE, dtype=np.uint8)
-    skip = -memory.ctypes.data % PAGE
-    if pinned:
-        address = memory.ctypes.data + skip
-        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        code = int(runtime.cudaHostRegister(address, max(nbytes, 1), 0))
-        if code != 0:
-            raise StoreError(
-                f"{nbytes / 2**20:.0f} MiB of host memory could not be pinned (CUDA error {code}). Raise the limit of "
-                "locked memory (`ulimit -l`, or --ulimit memlock=-1 in a container), or offload less."
-            )
-        # Not at exit: the driver does it then, and a copy behind a collective whose other ranks are gone never ends.
-        weakref.finalize(memory, _unregister, address, torch.cuda.current_device(), tuple(copies)).atexit = False
-    return torch.from_numpy(memory[skip : skip + nbytes]).view(dtype)
-
-
-def _unregister(address: int, device: int, copies: Iterable[Copies]) -> None:
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        with torch.cuda.device(device):  # on whatever thread this runs
-            with contextlib.suppress(RuntimeError):  # of a device that has failed: it copies nothing any more
-                for event in chain.from_iterable(found.values() for found in copies):
-                    if event is not None:
-                        event.synchronize()
-            torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]

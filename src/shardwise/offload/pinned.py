@@ -1,0 +1,87 @@
+"""Host memory of an exact size, page-locked where there is a GPU.
+
+torch rounds pinned allocations up to a power of two, which can double a slab of many gigabytes. So a slab is ordinary memory
+that is registered with CUDA, and unregistered when it is freed: by whoever lets go of it last, at any moment, so the memory
+itself waits for the copies that still use it.
+
+Most of what registering takes is that the kernel finds and clears each page, on one core. So several threads touch large
+memory before, in huge pages where the kernel gives them: what that is worth, `benchmarks/pinning.py` measures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import weakref
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import StoreError
+from .files import PAGE
+
+_HUGE = 2 << 20
+_LARGE = 64 << 20  # bytes from which threads pay
+_TOUCHING = 8  # threads at most
+_POPULATE_WRITE = 23  # of madvise, Linux 5.14; Python's mmap has no name for it
+
+# Of copies that use some memory, by whatever tells them apart: the slab's or the block's own, so that it is always up to date.
+Copies = Mapping[Any, torch.Event | None]
+
+
+def host_tensor(numel: int, dtype: torch.dtype, *, pinned: bool, copies: Iterable[Copies] = ()) -> Tensor:
+    """(numel,) zeros in host memory of the exact size, on a page boundary. Raises StoreError if it cannot be pinned.
+
+    copies: of the device from and to it; when its last view goes, it is given back once all of them are done.
+    """
+    nbytes = numel * dtype.itemsize
+    large = nbytes >= _LARGE
+    edge = _HUGE if large else PAGE
+    # More than needed, so that the range starts on an edge and no other allocation shares a registered page.
+    memory = mmap.mmap(-1, -(-nbytes // PAGE) * PAGE + edge, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if large:
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    array = np.frombuffer(memory, dtype=np.uint8)
+    skip = -array.ctypes.data % edge
+    if pinned:
+        address = array.ctypes.data + skip
+        if large:
+            populate(address, nbytes, min(_TOUCHING, len(os.sched_getaffinity(0))))
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        code = int(runtime.cudaHostRegister(address, max(nbytes, 1), 0))
+        if code != 0:
+            raise StoreError(
+                f"{nbytes / 2**20:.0f} MiB of host memory could not be pinned (CUDA error {code}). Raise the limit of "
+                "locked memory (`ulimit -l`, or --ulimit memlock=-1 in a container), or offload less."
+            )
+        # Not at exit: the driver does it then, and a copy behind a collective whose other ranks are gone never ends.
+        weakref.finalize(memory, _unregister, address, torch.cuda.current_device(), tuple(copies)).atexit = False
+    return torch.from_numpy(array[skip : skip + nbytes]).view(dtype)
+
+
+def populate(address: int, nbytes: int, threads: int) -> None:
+    """Have the kernel give memory to each page of a range, by several threads; nothing where it knows no such call."""
+    advise = ctypes.CDLL(None, use_errno=True).madvise
+    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    piece = -(-nbytes // threads // _HUGE) * _HUGE or _HUGE
+    pieces = [(address + at, min(piece, nbytes - at)) for at in range(0, nbytes, piece)]
+    with ThreadPoolExecutor(threads, thread_name_prefix="shardwise-pages") as pool:  # ctypes lets the interpreter go
+        list(pool.map(lambda part: advise(*part, _POPULATE_WRITE), pieces))
+
+
+def _unregister(address: int, device: int, copies: Iterable[Copies]) -> None:
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        with torch.cuda.device(device):  # on whatever thread this runs
+            with contextlib.suppress(RuntimeError):  # of a device that has failed: it copies nothing any more
+                for event in chain.from_iterable(found.values() for found in copies):
+                    if event is not None:
+                        event.synchronize()
+            torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
