@@ -170,16 +170,17 @@ def table(accounts: list[Account]) -> str:
 
 
 def loss_spread(accounts: list[Account]) -> tuple[float, str]:
-    """The largest relative difference between an engine's losses and those of the first with its compiler, and a sentence.
+    """The largest relative difference between an engine's losses and those of the first of its kind, and a sentence.
 
     `plain` does not average over ranks: it trains something else and is left out. NaN counts as infinitely far.
     Compiled engines are compared among themselves: inductor draws other dropout masks from the same seed, and keeps in fp32
     what eager kernels round to bf16 in between, which a LoRA's first steps feel under every engine (design/benchmarks.md).
+    So are those with Muon, and those with moments as codes, which take other steps.
     """
     compared = [account for account in accounts if account.engine.kind != "plain"]
     worst, at = 0.0, "one engine"
     for account in compared[1:]:
-        alike = [other for other in compared if other.engine.backend == account.engine.backend]
+        alike = [other for other in compared if other.engine.numbers == account.engine.numbers]
         for step, (mine, first) in enumerate(zip(account.losses, alike[0].losses, strict=True)):
             apart = abs(mine - first) / abs(first)
             if not math.isfinite(apart) or apart > worst:

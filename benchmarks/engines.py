@@ -133,6 +133,11 @@ class Engine:
         """Of torch.compile, or None in eager."""
         return "inductor" if "compile" in self.options else "aot_eager" if "aot" in self.options else None
 
+    @property
+    def numbers(self) -> tuple[str | None, frozenset[str]]:
+        """What engines must have in common to have the same losses, but for rounding."""
+        return self.backend, self.options & {"muon", *_STATES}
+
     def build(self, case: Case, place: Place, reduce_dtype: str) -> Trainee:
         """Build the model of `case` on this rank and shard it.
 

@@ -2,6 +2,7 @@
 
     python benchmarks/host_limits.py                      everything; on a machine without CUDA, the host's part
     python benchmarks/host_limits.py --folder /mnt/nvme   where the disk is measured
+    torchrun --nproc_per_node 2 benchmarks/host_limits.py --only link     all GPUs of a machine at once
 
 Prints one JSON line per question. Rates are GB/s (10^9 bytes) of what crosses the link or the disk, and 10^9 parameters a
 second for optimizer steps. An AdamW step of one parameter with fp32 states moves, per parameter,
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.offload.host import HostStore
@@ -38,6 +40,8 @@ def best_of(run: Callable[[], None], times: int = 3) -> float:
     for _ in range(times):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        if dist.is_initialized():
+            dist.barrier()
         begin = time.perf_counter()
         run()
         if torch.cuda.is_available():
@@ -47,12 +51,13 @@ def best_of(run: Callable[[], None], times: int = 3) -> float:
 
 
 def say(question: str, **answer: object) -> None:
-    print(json.dumps({"question": question, **answer}), flush=True)
+    rank = {"rank": dist.get_rank()} if dist.is_initialized() else {}
+    print(json.dumps({"question": question, **answer, **rank}), flush=True)
 
 
 def link(nbytes: int) -> None:
     """Pinned copies: up, down, and both at once."""
-    store = HostStore(Lanes(torch.device("cuda")))
+    store = HostStore(Lanes(torch.device("cuda", torch.cuda.current_device())))
     host = [store.allocate(nbytes, torch.uint8, "link").tensor for _ in range(2)]
     device = [torch.empty(nbytes, dtype=torch.uint8, device="cuda") for _ in range(2)]
     up, down = torch.cuda.Stream(), torch.cuda.Stream()
@@ -206,14 +211,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--mib", type=int, default=1024, help="size of each buffer and of the file")
+    parser.add_argument("--only", choices=("cores", "link", "disk"), help="one of the three; default: all")
     options = parser.parse_args()
     nbytes = options.mib << 20
-    host_copy(nbytes)
-    step_on_host(nbytes // 4)
-    if torch.cuda.is_available():
+    if "LOCAL_RANK" in os.environ:
+        dist.init_process_group("gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if options.only in (None, "cores"):
+        host_copy(nbytes)
+        step_on_host(nbytes // 4)
+    if torch.cuda.is_available() and options.only in (None, "link"):
         link(nbytes)
         step_through_gpu(nbytes // 4)
-    disk(options.folder, nbytes, 8 << 20)
+    if options.only in (None, "disk"):
+        disk(options.folder, nbytes, 8 << 20)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ class Round:
 
     step_ms:  one number per timed step. losses: the mean over ranks, per step, warm-up included.
     peaks:    bytes by name; empty on a CPU, where torch does not count them.
+    first_s:  seconds of building and the first step.
     leftover: bytes that were still allocated on the device after the engine was dropped; 0 unless it leaks.
     """
 
@@ -40,6 +41,7 @@ class Round:
     peaks: dict[str, int]
     at_rest: dict[str, int]
     host_rss: int
+    first_s: float = 0.0
     leftover: int = 0
 
 
@@ -84,6 +86,7 @@ class Account:
             "host_rss_bytes": max(done.host_rss for done in self.rounds),
             "leftover_bytes": max(done.leftover for done in self.rounds),
             "build_s": round(max(done.build_s for done in self.rounds), 2),
+            "first_step_s": round(max(done.first_s for done in self.rounds), 2),
             "losses": self.losses,
             "rounds_bitwise_equal": all(done.losses == self.losses for done in self.rounds),
         }
@@ -109,7 +112,10 @@ def run_alone(
     trainee = engine.build(case, place, reduce_dtype)
     place.synchronize()
     build_s = time.perf_counter() - started
-    losses = [take_step(trainee, case, place, index) for index in range(warmup)]
+    losses = [take_step(trainee, case, place, 0)] if warmup else []
+    place.synchronize()
+    first_s = time.perf_counter() - started
+    losses += [take_step(trainee, case, place, index) for index in range(1, warmup)]
     place.synchronize()
     if place.cuda:
         # What building needed is not what training needs: give back the blocks that only building used.
@@ -127,6 +133,7 @@ def run_alone(
         _peaks(place, base, base_reserved),
         _at_rest(trainee),
         psutil.Process().memory_info().rss,
+        first_s,
     )
     if before_drop is not None:
         before_drop(trainee)
