@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..plan.compressed import BLOCK
 from ..plan.state_dtypes import PIECE, StateDtype
+from . import kernels
 from .blocks import chunks, divisors, largest, nan_unless_finite
 
 # A block whose largest magnitude is below is zeros: its codes would stand for numbers that fp32 cannot tell apart.
@@ -48,6 +49,11 @@ class Chance:
 
     first: int
     step: Tensor
+
+    @property
+    def draw(self) -> kernels.Draw:
+        """The same, with the first place as the hash has it: an int32."""
+        return self.step, _signed(self.first * _BY_PLACE & 0xFFFFFFFF)
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,14 @@ class Coding:
         if self.dtype == "bf16":
             if chance is None or not self.second:
                 parts[0].copy_(values)
+            elif kernels.usable(values.device):
+                kernels.round_at_random(values, chance.draw, parts[0])
             else:
                 _round_at_random(values, chance, parts[0])
+            return parts
+        if kernels.usable(values.device):
+            draw = None if chance is None else chance.draw
+            kernels.encode(values, parts[0], parts[1], draw, second=self.second, smallest=_SMALLEST)
             return parts
         for first, blocks in chunks(values.view(1, -1), PIECE // BLOCK):
             begin, end = first * BLOCK, first * BLOCK + blocks.numel()
@@ -115,6 +127,9 @@ class Coding:
         if self.dtype == "bf16":
             return out.copy_(parts[0])
         table = _powers(self.second, out.device)
+        if kernels.usable(out.device):
+            kernels.decode(parts[0], parts[1], table, out)
+            return out
         for begin in range(0, out.numel(), PIECE):
             piece = out[begin : begin + PIECE]
             torch.index_select(table, 0, parts[0][begin : begin + piece.numel()].int(), out=piece)
@@ -158,9 +173,9 @@ def _round_at_random(values: Tensor, chance: Chance, out: Tensor) -> None:
 
 def _drawn(values: Tensor, chance: Chance) -> Tensor:
     """(n,) int32 without a pattern, from fp32 numbers, their places and the step."""
-    begin = chance.first & 0x3FFFFFFF
-    drawn = torch.arange(begin, begin + values.numel(), dtype=torch.int32, device=values.device)
-    drawn.mul_(_BY_PLACE).add_(chance.step * _BY_STEP).bitwise_xor_(values.view(torch.int32))
+    drawn = torch.arange(values.numel(), dtype=torch.int32, device=values.device)
+    step, place = chance.draw
+    drawn.mul_(_BY_PLACE).add_(step * _BY_STEP + place).bitwise_xor_(values.view(torch.int32))
     for shift, factor in _SHIFT_MULTIPLY:
         drawn.bitwise_xor_(_shifted(drawn, shift)).mul_(factor)
     return drawn.bitwise_xor_(_shifted(drawn, 16))
