@@ -209,12 +209,14 @@ def test_the_table_of_programs_has_ratios_differences_and_failures(programs: Mod
     assert lines[4].endswith("not run: the budget is spent")
 
 
-def test_a_failed_programs_last_error_is_told(programs: ModuleType) -> None:
+def test_a_failed_programs_last_error_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    last_words = importlib.import_module("processes").last_words
     output = (
         "step 1\n[rank1]: torch.OutOfMemoryError: CUDA out of memory\ntorch.distributed.x.ChildFailedError: \n====\n"
     )
-    assert programs.last_words(output) == "[rank1]: torch.OutOfMemoryError: CUDA out of memory"
-    assert programs.last_words("one\ntwo\n") == "one | two"
+    assert last_words(output) == "[rank1]: torch.OutOfMemoryError: CUDA out of memory"
+    assert last_words("one\ntwo\n") == "one | two"
 
 
 def test_the_loss_benchmark_gives_a_line_for_each_form() -> None:
