@@ -40,7 +40,9 @@ KINDS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # An option that means nothing without one of these, or not beside them.
 _NEEDS = {"nvme": ("opt", "param"), "bf16": ("opt",), "int8": ("opt",), "graphs": ("compile",)}
-_EITHER = (("bf16", "int8"), ("loss", "logits"), ("compile", "aot"))
+# From which stage on something lies in shards that can rest on the host; below it a setting would change nothing.
+_FROM_STAGE = {"opt": 1, "param": 3}
+_EITHER = (("bf16", "int8"), ("loss", "logits"), ("compile", "aot"), ("graphs", "recompute"))
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,9 @@ def parse(text: str) -> Word:
     for option, others in _NEEDS.items():
         if option in word.options and not word.options & set(others):
             raise ValueError(f"{text!r}: +{option} means nothing without +{' or +'.join(others)}")
+    for option, stage in _FROM_STAGE.items():
+        if option in word.options and (word.stage or 0) < stage:
+            raise ValueError(f"{text!r}: +{option} means nothing below stage {stage}")
     for pair in _EITHER:
         if set(pair) <= word.options:
             raise ValueError(f"{text!r}: take +{' or +'.join(pair)}")
@@ -126,7 +131,7 @@ def configuration(word: Word, settings: Settings) -> dict[str, Any]:
 def front_end(word: Word) -> Callable[[Word, Case, Settings], Any]:
     """Import the library of a plan; gives what makes its Accelerator. Raises ImportError where it is not installed."""
     if word.kind == "shardwise":
-        from shardwise import Accelerator  # noqa: F401 - the package loads its parts when they are asked for
+        from shardwise import Accelerator  # the package loads its parts when they are asked for
 
         return _of_shardwise
     if word.kind == "fsdp2-torch":
@@ -156,8 +161,7 @@ def _of_accelerate(word: Word, case: Case, settings: Settings) -> Any:
 
     project = ProjectConfiguration(str(settings.folder), automatic_checkpoint_naming=True, total_limit=1)
     more: dict[str, Any] = {"project_config": project, "cpu": settings.use_cpu, "mixed_precision": settings.precision}
-    if word.kind != "deepspeed":  # whose file says it
-        more["gradient_accumulation_steps"] = settings.accumulate
+    more["gradient_accumulation_steps"] = settings.accumulate
     if word.backend:
         more["dynamo_plugin"] = TorchDynamoPlugin(backend=word.backend, use_regional_compilation=True)
     if word.kind == "ddp":

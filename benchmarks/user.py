@@ -8,7 +8,7 @@
 
 Starts `programs/train.py` as processes of their own, by torchrun or, for shardwise, by `shardwise launch` with a YAML file; the
 plans (`plans.py`) take turns, round by round. Prints a JSON line for each run and a table, and keeps the lines in --out. What
-cannot run here is left out with a line; a run that fails is a row with its error. Exits with 1 if a plan has no run that went well.
+cannot run here is left out with a line; a run that fails is a row with its error. Exits with 1 if no run of a plan went well.
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ from words import Word
 
 CASES = ("bart", "lora8b", "full1b", "full8b")
 _EVERYWHERE = ("ddp", "fsdp2", "deepspeed:2", "deepspeed:3", "shardwise:2", "shardwise:3")
-# Under DDP, ZeRO-1 and ZeRO-2 a rank of two would hold more of full8b than a GPU has. accelerate's own `fsdp2+cpu` is not among
-# these: its clipping fails where gradients are on the host.
+_BART = ("ddp", "fsdp2-torch", "deepspeed:2", "deepspeed:3", "shardwise:2", "shardwise:3")
+# Under DDP, ZeRO-1 and ZeRO-2 a rank of two would hold more of full8b than a GPU has. Two of accelerate's are not here, since
+# they fail: `fsdp2+cpu`, in clipping gradients that are on the host, and `fsdp2` on BART under torch 2.13, which takes a weight
+# that embeddings share in one group of FSDP2 only.
 PLANS = {
-    "bart": (*_EVERYWHERE, "shardwise:3+opt+param", "shardwise:3+compile+budget+graphs"),
+    "bart": (*_BART, "shardwise:3+opt+param", "shardwise:3+compile+budget+graphs"),
     "lora8b": (*_EVERYWHERE, "shardwise:3+opt+param", "fsdp2+compile", "shardwise:3+compile+budget+recompute"),
     "full1b": (*_EVERYWHERE, "fsdp2-torch+cpu", "shardwise:3+opt", "fsdp2+compile", "shardwise:3+compile"),
     "full8b": ("fsdp2", "deepspeed:3", "shardwise:3", "fsdp2-torch+cpu", "shardwise:3+opt+param"),
