@@ -67,7 +67,7 @@ def options_of(argv: Sequence[str]) -> argparse.Namespace:
         "--plans", help="words of plans.py for every case, separated by commas; the default depends on the case"
     )
     parser.add_argument("--rounds", type=int, default=1, help="runs of each plan, in turn")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before any is timed, at least 2")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before any is timed, at least 2")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a run")
     parser.add_argument(
         "--free", action="store_true", help="no waiting between steps: the time of all, divided by their number"
@@ -123,10 +123,12 @@ def main(argv: Sequence[str]) -> int:
     records = []
     for number in range(options.rounds):
         for plan in plans:
-            if options.ends - time.monotonic() > max([*plan.seconds, 5]):
-                records.append(take(plan, number, options))
+            enough = options.ends - time.monotonic() > max([*plan.seconds, 5])
+            record = take(plan, number, options) if enough else None
+            if record is None:
+                print(f"# {plan.case}, {plan.word.text}, round {number + 1}: no run: the budget is spent", flush=True)
             else:
-                print(f"# {plan.case}, {plan.word.text}, round {number + 1}: not run, the budget is spent", flush=True)
+                records.append(record)
     print(table(records))
     return 0 if plans and all(plan.good for plan in plans) else 1
 
@@ -147,8 +149,8 @@ def settings_of(options: argparse.Namespace, folder: Path) -> Settings:
     return Settings(options.precision, options.accumulate, options.use_cpu, folder, options.nvme)
 
 
-def take(plan: Plan, number: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One run: its record, onto the terminal and into the file of lines."""
+def take(plan: Plan, number: int, options: argparse.Namespace) -> dict[str, Any] | None:
+    """One run: its record, onto the terminal and into the file of lines. None if the budget ended it: that is no failure."""
     name = f"{plan.case}-{plan.word.text}-{number}".replace(":", "").replace("+", "-")
     written = options.out / f"{name}.json"
     written.unlink(missing_ok=True)
@@ -167,6 +169,10 @@ def take(plan: Plan, number: int, options: argparse.Namespace) -> dict[str, Any]
             more={"OMP_NUM_THREADS": str(threads)},
         )
     plan.seconds.append(time.monotonic() - begun)
+    if trouble is not None:
+        shutil.rmtree(extensions, ignore_errors=True)  # a compiler that was stopped leaves a lock
+        if time.monotonic() >= options.ends:
+            return None
     told = ("precision", "accumulate", "free", "tiny", "layers", "save_every", "nproc", "command")
     record: dict[str, Any] = {"benchmark": "user", "plan": plan.word.text, "case": plan.case}
     record |= {key: getattr(options, key) for key in told} | {"round": number}
@@ -175,7 +181,6 @@ def take(plan: Plan, number: int, options: argparse.Namespace) -> dict[str, Any]
         plan.good += 1
     else:
         record |= {"failed": trouble, "commit": commit()}
-        shutil.rmtree(extensions, ignore_errors=True)  # a compiler that was stopped leaves a lock
     line = json.dumps(record | {"run_s": round(plan.seconds[-1], 1)})
     print(line, flush=True)
     with (options.out / "runs.jsonl").open("a") as file:

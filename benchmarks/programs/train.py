@@ -61,7 +61,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--use-cpu", action="store_true", help="gloo and the CPU")
     parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="no: weights and computing in fp32")
     parser.add_argument("--accumulate", type=int, default=1, help="batches of a step")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before any is timed, at least 2")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before any is timed, at least 2")
     parser.add_argument("--steps", type=int, default=8, help="timed steps")
     parser.add_argument("--free", action="store_true", help="wait for the device only at the end of all steps")
     parser.add_argument("--save-every", type=int, metavar="N", help="save every N steps too, and say what it costs")
@@ -107,8 +107,13 @@ def train(accelerator: Any, case: Case, clock: Clock, options: argparse.Namespac
     model: Any = case.build(accelerator.device)
     if options.precision == "no":
         model.float()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer: Any = torch.optim.AdamW(trained, lr=case.learning_rate, weight_decay=0.0, fused=True)
+    # Nothing here keeps the parameters: those that a front end replaces by shards must be free to go.
+    optimizer: Any = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=case.learning_rate,
+        weight_decay=0.0,
+        fused=True,
+    )
     # Constant, since front ends differ in how often they step a schedule: the curves shall be comparable.
     scheduler: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     rows = Tokens(case, accelerator.num_processes, clock.steps * options.accumulate)

@@ -342,6 +342,7 @@ def test_the_readmes_table_says_which_commands_printed_it(user, tmp_path, capsys
 
 
 @pytest.mark.full
+@pytest.mark.timeout(400)
 def test_plans_take_turns_as_processes_of_their_own_and_a_failure_is_a_row(tmp_path: Path) -> None:
     plans = "fsdp2-torch,shardwise:3,shardwise:3+opt+nvme"
     (tmp_path / "file").touch()
@@ -357,7 +358,7 @@ def test_plans_take_turns_as_processes_of_their_own_and_a_failure_is_a_row(tmp_p
     ]
     command += ["--steps", "2", "--nvme", str(tmp_path / "file"), "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=380, check=False)
     lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert [line["plan"] for line in lines] == plans.split(",")
     assert lines[1]["losses"] == pytest.approx(lines[0]["losses"], rel=5e-3)
