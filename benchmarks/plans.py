@@ -97,6 +97,7 @@ def cannot_run(word: Word, settings: Settings, *, saves: bool) -> str | None:
 def configuration(word: Word, settings: Settings) -> dict[str, Any]:
     """What the YAML file of a shardwise plan says, for `shardwise launch --config_file`."""
     zero: dict[str, Any] = {"zero_stage": word.stage, "gradient_accumulation_steps": settings.accumulate}
+    zero["gradient_clipping"] = 0.0  # the script clips
     for option, role in (("opt", "optimizer"), ("param", "param")):
         if option in word.options:
             zero[f"offload_{role}_device"] = "nvme" if "nvme" in word.options else "cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -252,6 +253,17 @@ def test_plans_that_cannot_run_are_left_out_with_a_line(user, capsys) -> None:
     said = capsys.readouterr().out
     assert "lora8b, fsdp2: left out: accelerate" in said
     assert "lora8b, fsdp2-torch: left out: torch's loop of this benchmark neither accumulates nor saves" in said
+
+
+def test_front_ends_that_are_not_installed_are_left_out_with_a_line(user, monkeypatch, capsys) -> None:
+    for missing in (("accelerate", "deepspeed"), ("deepspeed",)):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, gone=missing: None if name in gone else object())
+        options = user.options_of(["--cases", "bart", "--plans", "ddp,deepspeed:3,shardwise:3"])
+        kept = [plan.word.text for plan in user.chosen_plans(options)]
+        assert kept == (["shardwise:3"] if "accelerate" in missing else ["ddp", "shardwise:3"])
+    said = capsys.readouterr().out
+    assert "bart, ddp: left out: accelerate is not installed" in said
+    assert "bart, deepspeed:3: left out: deepspeed is not installed" in said
 
 
 @pytest.mark.parametrize(
