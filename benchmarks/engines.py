@@ -40,10 +40,9 @@ from torch import Tensor, nn
 
 from cases import Case
 from place import Place
-from words import Word
+from words import STATE_DTYPES, Word
 
 _OPTIONS = ("opt", "param", "nvme", "budget", "clip", "loss", "logits", "lora", "recompute", "graphs", "nccl", "serial")
-_STATES = {"bf16states": "bf16", "int8states": "int8"}
 _KINDS: dict[str, tuple[str, ...]] = {
     "plain": ("muon",),
     "ddp": ("muon",),
@@ -51,7 +50,7 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "ddpamp": ("muon",),
     "fsdp2": ("ends", "cpu"),
     "deepspeed": ("opt", "param", "muon"),
-    "shardwise": (*_OPTIONS, *_STATES, "muon"),
+    "shardwise": (*_OPTIONS, *STATE_DTYPES, "muon"),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -107,7 +106,7 @@ class Engine(Word):
     @property
     def numbers(self) -> tuple[str | None, frozenset[str]]:
         """What engines must have in common to have the same losses, but for rounding."""
-        return self.backend, self.options & {"muon", *_STATES}
+        return self.backend, self.options & {"muon", *STATE_DTYPES}
 
     def build(self, case: Case, place: Place, reduce_dtype: str) -> Trainee:
         """Build the model of `case` on this rank and shard it.
@@ -179,7 +178,7 @@ class Engine(Word):
         recomputed = blocks_to_recompute(model, "auto") if recompute else []
         blocks = blocks_of(model, case) if self.backend else []
         optimizer, *others = self._optimizers(model, case)
-        states = [_STATES[option] for option in self.options if option in _STATES]
+        states = [STATE_DTYPES[option] for option in self.options if option in STATE_DTYPES]
         sharded = ShardedModel(
             model,
             plan=plan,

@@ -4,9 +4,9 @@
     fsdp2[+cpu]              accelerate, FullyShardedDataParallelPlugin(fsdp_version=2); +cpu offloads to the host
     deepspeed:S[+opt][+param]
                              accelerate, DeepSpeedPlugin of stage S (1 to 3), the optimizer and the parameters on the host
-    shardwise:S[+opt][+param][+nvme][+budget][+bf16|+int8][+recompute][+graphs][+lora][+loss|+logits][+nccl][+prefetchN]
+    shardwise:S[+opt][+param][+nvme][+budget][+bf16states|+int8states][+recompute][+graphs][+lora][+loss|+logits][+nccl][+prefetchN]
                              shardwise, stage S (0 to 3). +opt and +param rest on the host, with +nvme on a drive; +budget
-                             leaves on the device what fits; +bf16 and +int8 are the dtype of moments that rest on the host;
+                             leaves on the device what fits; +bf16states and +int8states: how moments rest on the host;
                              +recompute: only as many blocks as memory needs, in place of the case's checkpointing; +graphs:
                              compiled blocks as CUDA graphs; +lora, +loss, +logits, +nccl as in engines.py
     fsdp2-torch[+cpu]        no front end: torch's fully_shard and torch's clipping, behind the same verbs
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cases import Case
-from words import Word
+from words import STATE_DTYPES, Word
 
 if TYPE_CHECKING:
     import torch
@@ -36,13 +36,13 @@ KINDS: dict[str, tuple[str, ...]] = {
     "fsdp2": ("cpu",),
     "fsdp2-torch": ("cpu",),
     "deepspeed": ("opt", "param"),
-    "shardwise": ("opt", "param", "nvme", "budget", "bf16", "int8", "recompute", "graphs", "lora", "loss", "logits", "nccl"),
+    "shardwise": ("opt", "param", "nvme", "budget", *STATE_DTYPES, "recompute", "graphs", "lora", "loss", "logits", "nccl"),
 }  # fmt: skip
 # An option that means nothing without one of these, or not beside them.
-_NEEDS = {"nvme": ("opt", "param"), "bf16": ("opt",), "int8": ("opt",), "graphs": ("compile",)}
+_NEEDS = {"nvme": ("opt", "param"), **dict.fromkeys(STATE_DTYPES, ("opt",)), "graphs": ("compile",)}
 # From which stage on something lies in shards that can rest on the host; below it a setting would change nothing.
 _FROM_STAGE = {"opt": 1, "param": 3}
-_EITHER = (("bf16", "int8"), ("loss", "logits"), ("compile", "aot"), ("graphs", "recompute"))
+_EITHER = (tuple(STATE_DTYPES), ("loss", "logits"), ("compile", "aot"), ("graphs", "recompute"))
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,7 @@ def configuration(word: Word, settings: Settings) -> dict[str, Any]:
     engine: dict[str, Any] = {"prefetch_units": word.prefetch}
     switched = {
         "budget": {"gpu_memory_budget": "auto"},
-        "bf16": {"optimizer_state_dtype": "bf16"},
-        "int8": {"optimizer_state_dtype": "int8"},
+        **{option: {"optimizer_state_dtype": dtype} for option, dtype in STATE_DTYPES.items()},
         "recompute": {"activation_checkpointing": "auto"},
         "lora": {"fast_lora": True},
         "loss": {"loss_chunk_tokens": 1024},

@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Self
 
+# Options of shardwise, and the dtype in which moments that are offloaded then rest.
+STATE_DTYPES = {"bf16states": "bf16", "int8states": "int8"}
 STAGES = {"shardwise": ("0", "1", "2", "3"), "deepspeed": ("1", "2", "3")}
 
 

@@ -238,7 +238,7 @@ def user(on_path) -> ModuleType:
         ("shardwise:3+graphs", r"\+graphs means nothing without \+compile"),
         ("deepspeed:2+param", r"\+param means nothing below stage 3"),
         ("shardwise:0+opt", r"\+opt means nothing below stage 1"),
-        ("shardwise:3+opt+int8+bf16", r"take \+bf16 or \+int8"),
+        ("shardwise:3+opt+int8states+bf16states", r"take \+bf16states or \+int8states"),
         ("fsdp", "no engine is called 'fsdp'"),
     ],
 )
@@ -267,7 +267,7 @@ def test_front_ends_that_are_not_installed_are_left_out_with_a_line(user, monkey
 
 
 @pytest.mark.parametrize(
-    "word", ["shardwise:0", "shardwise:3+opt+param+nvme+int8", "shardwise:3+compile+budget+graphs"]
+    "word", ["shardwise:0", "shardwise:3+opt+param+nvme+int8states", "shardwise:3+compile+budget+graphs"]
 )
 def test_the_yaml_file_of_a_plan_is_one_that_the_launcher_takes(word, user, tmp_path) -> None:
     from shardwise.config.check import checked
