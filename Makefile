@@ -20,8 +20,13 @@ NUM_PROCESSES ?= 1
 CONFIG ?= examples/zero3_offload_cpu.yaml
 OUTPUT ?= runs/demo
 ARGS ?=
-BENCH_CASES ?= bart lora8b
+BENCH_CASES ?= bart,lora8b,full1b
+BENCH_ENGINE_CASES ?= bart lora8b
 BENCH_PROCESSES ?= 2
+BENCH_ROUNDS ?= $(if $(CPU_FLAG),1,3)
+# Seconds after which no run is started and none goes on.
+BENCH_BUDGET ?= 7200
+BENCH_OUT ?= runs/bench
 PYTEST_ARGS ?=
 # Test files that run side by side, each with rank processes of its own.
 WORKERS ?= 2
@@ -74,8 +79,16 @@ check: $(READY) ## lint, format, types, and the sizes of classes, functions and 
 	$(BIN)/python tools/house.py --check
 
 .PHONY: bench
-bench: $(READY) ## shardwise beside DDP and FSDP2, and the cost of its hooks; tiny shapes where there is no GPU
-	for case in $(BENCH_CASES); do \
+bench: $(READY) ## one training script under DDP, FSDP2, DeepSpeed and shardwise; tiny shapes where there is no GPU
+	@$(if $(CPU_FLAG),echo "# there is no GPU: tiny shapes on the CPU. Their times say nothing of the real ones.",:)
+	rm -f $(BENCH_OUT)/runs.jsonl
+	$(BIN)/python benchmarks/user.py --nproc $(BENCH_PROCESSES) --rounds $(BENCH_ROUNDS) --budget $(BENCH_BUDGET) \
+	    --out $(BENCH_OUT) $(if $(CPU_FLAG),--tiny --use-cpu,--cases $(BENCH_CASES)) $(ARGS)
+	@echo "# as the README's table: $(BIN)/python benchmarks/user.py --markdown $(BENCH_OUT)/runs.jsonl"
+
+.PHONY: bench-engine
+bench-engine: $(READY) ## the engine alone beside DDP and FSDP2, and the cost of its hooks; tiny shapes where there is no GPU
+	for case in $(BENCH_ENGINE_CASES); do \
 	    $(BIN)/torchrun --nproc_per_node $(BENCH_PROCESSES) benchmarks/compare.py --case $$case \
 	        $(if $(CPU_FLAG),--tiny --use-cpu) $(ARGS); \
 	done

@@ -23,10 +23,19 @@ def available() -> bool:
     return find_spec("deepspeed") is not None
 
 
-def configuration(stage: int, offloaded: Collection[str], rows: int) -> dict[str, Any]:
+def configuration(
+    stage: int,
+    offloaded: Collection[str],
+    rows: int,
+    *,
+    clipping: float = 0.0,
+    bf16: bool = True,
+    accumulate: int = 1,
+) -> dict[str, Any]:
     """The JSON of one run.
 
-    offloaded: of "opt" and "param". rows: sequences of one rank and step.
+    offloaded: of "opt" and "param". rows: sequences of one rank and step. clipping: the global norm; 0 does not clip.
+    accumulate: batches of a step.
     """
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": True, "contiguous_gradients": True}
     for option, name in (("opt", "offload_optimizer"), ("param", "offload_param")):
@@ -34,10 +43,9 @@ def configuration(stage: int, offloaded: Collection[str], rows: int) -> dict[str
             zero[name] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": rows,
-        "gradient_accumulation_steps": 1,
-        # DeepSpeed clips at 1.0 where this is absent; no other engine clips.
-        "gradient_clipping": 0.0,
-        "bf16": {"enabled": True},
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": clipping,  # DeepSpeed clips at 1.0 where this is absent
+        "bf16": {"enabled": bf16},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -29,9 +29,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,9 +40,19 @@ from torch import Tensor, nn
 
 from cases import Case
 from place import Place
+from words import STATE_DTYPES, Word
 
 _OPTIONS = ("opt", "param", "nvme", "budget", "clip", "loss", "logits", "lora", "recompute", "graphs", "nccl", "serial")
-_STATES = {"bf16states": "bf16", "int8states": "int8"}
+_KINDS: dict[str, tuple[str, ...]] = {
+    "plain": ("muon",),
+    "ddp": ("muon",),
+    "ddp32": ("muon",),
+    "ddpamp": ("muon",),
+    "fsdp2": ("ends", "cpu"),
+    "deepspeed": ("opt", "param", "muon"),
+    "shardwise": (*_OPTIONS, *STATE_DTYPES, "muon"),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -86,57 +95,18 @@ class Trainee:
         return loss.detach()
 
 
-@dataclass(frozen=True)
-class Engine:
-    """One word of `--engines`, taken apart."""
-
-    text: str
-    kind: str
-    stage: int | None
-    options: frozenset[str]
-    prefetch: int = 1
+class Engine(Word):
+    """One word of `--engines`, and what it builds."""
 
     @classmethod
     def parse(cls, text: str) -> Engine:
         """Raises ValueError for a word that names no engine."""
-        head, *options = text.strip().split("+")
-        kind, _, stage = head.partition(":")
-        prefetch = 1
-        for option in list(options):
-            if match := re.fullmatch(r"prefetch(\d+)", option):
-                prefetch = int(match.group(1))
-                options.remove(option)
-        allowed = {
-            "plain": {"muon"},
-            "ddp": {"muon"},
-            "ddp32": {"muon"},
-            "ddpamp": {"muon"},
-            "fsdp2": {"ends", "cpu"},
-            "deepspeed": {"opt", "param", "muon"},
-            "shardwise": {*_OPTIONS, *_STATES, "muon"},
-        }
-        if kind not in allowed:
-            raise ValueError(f"no engine is called {kind!r}; there are {', '.join(allowed)}")
-        stages = {"shardwise": ("0", "1", "2", "3"), "deepspeed": ("1", "2", "3")}.get(kind, ("",))
-        if stage not in stages:
-            raise ValueError(
-                f"{text!r}: a stage belongs to shardwise (0 to 3) and deepspeed (1 to 3), and to nothing else"
-            )
-        if unknown := set(options) - allowed[kind] - {"compile", "aot"}:
-            raise ValueError(f"{text!r}: {kind} has no option {', '.join(sorted(unknown))}")
-        if prefetch != 1 and kind != "shardwise":
-            raise ValueError(f"{text!r}: prefetch is an option of shardwise")
-        return cls(text.strip(), kind, int(stage) if stage else None, frozenset(options), prefetch)
-
-    @property
-    def backend(self) -> str | None:
-        """Of torch.compile, or None in eager."""
-        return "inductor" if "compile" in self.options else "aot_eager" if "aot" in self.options else None
+        return cls.taken_apart(text, _KINDS)
 
     @property
     def numbers(self) -> tuple[str | None, frozenset[str]]:
         """What engines must have in common to have the same losses, but for rounding."""
-        return self.backend, self.options & {"muon", *_STATES}
+        return self.backend, self.options & {"muon", *STATE_DTYPES}
 
     def build(self, case: Case, place: Place, reduce_dtype: str) -> Trainee:
         """Build the model of `case` on this rank and shard it.
@@ -158,7 +128,7 @@ class Engine:
             raise ValueError(f"{case.name} trains every weight: it has no adapters for ddp32; use ddp")
         in_fp32 = full or self.kind in ("ddp32", "ddpamp")
         model = case.build(place.device, torch.float32 if in_fp32 else torch.bfloat16)
-        self._compile(model, case)
+        compile_blocks(model, case, self.backend)
         optimizer, *others = self._optimizers(model, case)
         autocast = full or self.kind == "ddpamp"
         if self.kind == "plain":
@@ -174,25 +144,9 @@ class Engine:
         return Trainee(wrapped, optimizer, place.device, autocast, others=others)
 
     def _fsdp2(self, case: Case, place: Place, reduce_dtype: str) -> Trainee:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-
         model = case.build(place.device)
-        self._compile(model, case)
-        reduce = torch.float32 if reduce_dtype == "fp32" else torch.bfloat16
-        settings: dict[str, Any] = {
-            "mesh": init_device_mesh(place.device.type, (place.world_size,)),
-            "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce),
-            "offload_policy": CPUOffloadPolicy(pin_memory=place.cuda) if "cpu" in self.options else OffloadPolicy(),
-        }
-        for module in blocks_of(model, case):
-            fully_shard(module, **settings)
-        if "ends" in self.options:
-            if case.family == "bart" or case.shape["tie_word_embeddings"]:
-                raise ValueError(f"{case.name} ties the embedding to the head: they cannot be two groups of FSDP2")
-            fully_shard(model.get_input_embeddings(), **settings)
-            fully_shard(model.get_output_embeddings(), **settings)
-        fully_shard(model, **settings)
+        compile_blocks(model, case, self.backend)
+        fully_sharded(model, case, place, self.options, reduce_dtype=DTYPES[reduce_dtype])
         return Trainee(model, _adamw(model, case), place.device)
 
     def _shardwise(self, case: Case, place: Place, reduce_dtype: str) -> Trainee:
@@ -224,7 +178,7 @@ class Engine:
         recomputed = blocks_to_recompute(model, "auto") if recompute else []
         blocks = blocks_of(model, case) if self.backend else []
         optimizer, *others = self._optimizers(model, case)
-        states = [_STATES[option] for option in self.options if option in _STATES]
+        states = [STATE_DTYPES[option] for option in self.options if option in STATE_DTYPES]
         sharded = ShardedModel(
             model,
             plan=plan,
@@ -261,7 +215,7 @@ class Engine:
         assert self.stage is not None
         model = case.build(place.device)
         if self.stage < 3:
-            self._compile(model, case)
+            compile_blocks(model, case, self.backend)
         optimizer = None if "muon" in self.options else _adamw(model, case)
         whole = self.backend if self.stage == 3 else None
         offloaded = self.options & {"opt", "param"}
@@ -286,10 +240,43 @@ class Engine:
         others = [p for p in model.parameters() if p.requires_grad and p not in inside]
         return [muon, torch.optim.AdamW(others, lr=case.learning_rate, weight_decay=0.0, fused=True)]
 
-    def _compile(self, model: nn.Module, case: Case) -> None:
-        """Compile every block in place, as torch's own guides do before they shard a model."""
-        for block in blocks_of(model, case) if self.backend else ():
-            block.compile(backend=self.backend)
+
+def compile_blocks(model: nn.Module, case: Case, backend: str | None) -> None:
+    """Compile every block in place, as torch's own guides do before they shard a model. backend: None compiles nothing."""
+    for block in blocks_of(model, case) if backend else ():
+        block.compile(backend=backend)
+
+
+def fully_sharded(
+    model: nn.Module,
+    case: Case,
+    place: Place,
+    options: Collection[str],
+    *,
+    reduce_dtype: torch.dtype,
+    compute_dtype: torch.dtype | None = torch.bfloat16,
+) -> None:
+    """Shard `model` in place by FSDP2, every block and the root: fp32 shards of what is trained.
+
+    options:       of "ends" and "cpu". reduce_dtype: in which gradients are averaged.
+    compute_dtype: in which weights are gathered; None for that of the shards.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+    settings: dict[str, Any] = {
+        "mesh": init_device_mesh(place.device.type, (place.world_size,)),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype),
+        "offload_policy": CPUOffloadPolicy(pin_memory=place.cuda) if "cpu" in options else OffloadPolicy(),
+    }
+    for module in blocks_of(model, case):
+        fully_shard(module, **settings)
+    if "ends" in options:
+        if case.family == "bart" or case.shape["tie_word_embeddings"]:
+            raise ValueError(f"{case.name} ties the embedding to the head: they cannot be two groups of FSDP2")
+        fully_shard(model.get_input_embeddings(), **settings)
+        fully_shard(model.get_output_embeddings(), **settings)
+    fully_shard(model, **settings)
 
 
 def blocks_of(model: nn.Module, case: Case) -> list[nn.Module]:
@@ -308,5 +295,6 @@ def _adamw(model: nn.Module, case: Case) -> torch.optim.Optimizer:
 def mean_over_ranks(losses: list[Tensor], place: Place) -> list[float]:
     """The mean of each loss over the ranks, on every rank; waits for the device."""
     stacked = torch.stack(losses).double()
-    dist.all_reduce(stacked)
+    if dist.is_initialized():
+        dist.all_reduce(stacked)
     return (stacked / place.world_size).tolist()

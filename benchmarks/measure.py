@@ -107,7 +107,7 @@ def run_alone(
     before_drop: called with the trainee after the timing, while it is still there (to trace it).
     """
     free(place)
-    base, base_reserved = _held(place)
+    base, base_reserved = held(place)
     started = time.perf_counter()
     trainee = engine.build(case, place, reduce_dtype)
     place.synchronize()
@@ -128,9 +128,9 @@ def run_alone(
         step_ms.append(seconds * 1000)
     done = Round(
         build_s,
-        _largest(step_ms, place),
+        largest(step_ms, place),
         mean_over_ranks(losses, place),
-        _peaks(place, base, base_reserved),
+        peaks(place, base, base_reserved),
         _at_rest(trainee),
         psutil.Process().memory_info().rss,
         first_s,
@@ -140,7 +140,7 @@ def run_alone(
     del trainee
     free(place)
     if place.cuda:
-        done.leftover = _held(place)[0] - base
+        done.leftover = held(place)[0] - base
     return done
 
 
@@ -180,20 +180,23 @@ def _seed(index: int, place: Place) -> None:
     torch.manual_seed(1000 * index + place.rank)
 
 
-def _largest(values: Sequence[float], place: Place) -> list[float]:
+def largest(values: Sequence[float], place: Place) -> list[float]:
+    """Of each number the largest over the ranks. Every rank calls this."""
+    if not dist.is_initialized():  # a front end may need no group for one rank
+        return list(values)
     stacked = torch.tensor(values, dtype=torch.float64, device=place.device)
     dist.all_reduce(stacked, op=dist.ReduceOp.MAX)
     return stacked.tolist()
 
 
-def _held(place: Place) -> tuple[int, int]:
+def held(place: Place) -> tuple[int, int]:
     """Bytes allocated and reserved now: before an engine is built, what those before it did not give back."""
     if not place.cuda:
         return 0, 0
     return torch.cuda.memory_allocated(place.device), torch.cuda.memory_reserved(place.device)
 
 
-def _peaks(place: Place, base: int, base_reserved: int) -> dict[str, int]:
+def peaks(place: Place, base: int, base_reserved: int) -> dict[str, int]:
     """The engine's own peaks. base, base_reserved: bytes that an engine before it left, which DeepSpeed does."""
     if not place.cuda:
         return {}
@@ -204,7 +207,7 @@ def _peaks(place: Place, base: int, base_reserved: int) -> dict[str, int]:
         # With the context, NCCL's buffers and the cache: what nvidia-smi shows after the last step.
         "device_in_use": total - unused - base_reserved,
     }
-    return dict(zip(mine, map(int, _largest(list(mine.values()), place)), strict=True))
+    return dict(zip(mine, map(int, largest(list(mine.values()), place)), strict=True))
 
 
 def _at_rest(trainee: Trainee) -> dict[str, int]:

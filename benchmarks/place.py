@@ -9,12 +9,13 @@ import subprocess
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from shardwise.ranks.ranks import Ranks
+if TYPE_CHECKING:
+    from shardwise.ranks.ranks import Ranks
 
 
 @dataclass
@@ -29,8 +30,11 @@ class Place:
     device: torch.device
 
     @classmethod
-    def join(cls, *, use_cpu: bool = False) -> Place:
-        """Join the run that torchrun or `shardwise launch` started; alone, be a run of one rank."""
+    def join(cls, *, use_cpu: bool = False, host_collectives: bool = False) -> Place:
+        """Join the run that torchrun or `shardwise launch` started; alone, be a run of one rank.
+
+        host_collectives: beside NCCL have gloo in the same group, for what lies on the host.
+        """
         rank = int(os.environ.get("RANK", "0"))
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         cuda = torch.cuda.is_available() and not use_cpu
@@ -40,7 +44,7 @@ class Place:
             where["init_method"] = f"tcp://127.0.0.1:{_free_port()}"
         if cuda:
             torch.cuda.set_device(device)
-            dist.init_process_group("nccl", device_id=device, **where)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if host_collectives else "nccl", device_id=device, **where)
             # torchrun gives each rank one thread, which would starve whatever steps on the CPU.
             local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
@@ -56,6 +60,8 @@ class Place:
     @cached_property
     def ranks(self) -> Ranks:
         """shardwise's view of the same ranks, made once: it adds a gloo group beside NCCL."""
+        from shardwise.ranks.ranks import Ranks  # here, so that a run of another library's engine does not import it
+
         return Ranks.join(use_cpu=not self.cuda)
 
     def synchronize(self) -> None:

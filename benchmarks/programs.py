@@ -12,13 +12,9 @@ the same checkpoint of random weights. Prints a JSON line for each run, then a t
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,10 +24,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from cases import Case, pick_case
 from place import commit
+from processes import start
 
 HERE = Path(__file__).resolve().parent
 ENGINES = ("deepspeed", "shardwise")
@@ -158,7 +153,7 @@ def take(series: Series, number: int, weights: Path, options: argparse.Namespace
     if not (model / "config.json").exists():
         command = [sys.executable, str(HERE / "programs" / "weights.py"), shape, str(model)]
         command += [flag for flag, on in (("--tiny", options.tiny), ("--use-cpu", options.use_cpu)) if on]
-        trouble = start(command, options.out / f"weights-{shape}.log", options.budget, options)
+        trouble = start_within(command, options.out / f"weights-{shape}.log", options.budget, options)
         print(f"# weights of {shape}: {time.monotonic() - begun:.1f} s", flush=True)
         begun = time.monotonic()
     record: dict[str, Any] = {}
@@ -171,7 +166,7 @@ def take(series: Series, number: int, weights: Path, options: argparse.Namespace
         command += ["-m", "shardwise.compat"] if series.engine == "shardwise" else []
         command += [str(HERE / "programs" / program), "--model", str(model), "--deepspeed", str(settings)]
         command += ["--out", str(written), *arguments(program, case, options)]
-        trouble = start(command, options.out / f"{name}.log", options.limit, options)
+        trouble = start_within(command, options.out / f"{name}.log", options.limit, options)
         if trouble is None:
             record = json.loads(written.read_text())
     if trouble is None:
@@ -206,64 +201,15 @@ def arguments(program: str, case: Case, options: argparse.Namespace) -> list[str
     return [*(word for key, value in told.items() for word in (f"--{key}", str(value))), *flags]
 
 
-def start(command: list[str], log: Path, limit: float, options: argparse.Namespace) -> str | None:
-    """Run a command to its end or its limit, with its output in `log`. None, or what went wrong."""
-    seconds = max(1.0, min(limit, options.ends - time.monotonic()))
-    path = [str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, path)),
-        "BENCHMARK_STARTED": str(time.time()),
-        "TORCH_EXTENSIONS_DIR": str(_extensions(options)),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if options.use_cpu:
-        environment.setdefault("OMP_NUM_THREADS", "1")
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-    with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-        try:
-            code = process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            _end(process)
-    if code == 0:
-        return None
-    reason = f"exit code {code}" if code is not None else f"stopped after {seconds:.0f} s"
-    return f"{reason}: {last_words(log.read_text(errors='replace'))}"
+def start_within(command: list[str], log: Path, limit: float, options: argparse.Namespace) -> str | None:
+    """Run a command to its end, its limit or that of the budget. None, or what went wrong."""
+    seconds = min(limit, options.ends - time.monotonic())
+    return start(command, log, seconds, use_cpu=options.use_cpu, extensions=_extensions(options))
 
 
 def _extensions(options: argparse.Namespace) -> Path:
     """Where DeepSpeed keeps what it compiles at its first start, if anything: on a CPU it does."""
     return (options.out / "extensions").resolve()
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    # torchrun's workers are sessions of their own: ending torchrun alone could leave them on the GPUs.
-    if process.poll() is not None:
-        return
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=10)
-    process.kill()
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.wait()
-
-
-def last_words(text: str) -> str:
-    """Of a program's output: its last error, or else its last lines."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [
-        line
-        for line in lines
-        if re.search(r"^(\[rank\d+\]: ?)?[\w.]*(Error|Exception)\b", line) and "ChildFailed" not in line
-    ]
-    return (errors or [" | ".join(lines[-3:])])[-1][:400]
 
 
 def apart(mine: dict[str, Any], theirs: dict[str, Any], key: str) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -169,6 +170,215 @@ def test_the_ratio_is_to_the_fastest_peer_of_the_same_kind(suite: ModuleType) ->
     assert ratios["shardwise:3+compile"] == "1.200"
 
 
+def trained(plan: str, folder: Path, *options: str, ranks: int = 2) -> dict:
+    """The record of one plan's run of the script that user.py starts, with the settings that its launcher would give it."""
+    environments = torchrun(ranks)
+    if plan.startswith("shardwise"):
+        plans = importlib.import_module("plans")
+        precision = "no" if "no" in options else "bf16"
+        accumulate = int(options[options.index("--accumulate") + 1]) if "--accumulate" in options else 1
+        settings = plans.Settings(precision, accumulate, True, folder, folder)
+        told = json.dumps(plans.configuration(plans.parse(plan), settings))
+        environments = [{**each, "SHARDWISE_CONFIG": told} for each in environments]
+    script = BENCHMARKS / "programs" / "train.py"
+    told = ["--use-cpu", "--tiny", "--plan", plan, "--folder", str(folder), "--nvme", str(folder)]
+    done = run_script(script, [*told, "--warmup", "2", "--steps", "2", *options], environments)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    (record,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return record
+
+
+@pytest.fixture
+def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.mark.parametrize(
+    ("case", "plans", "options"),
+    [
+        ("bart", ("ddp", "shardwise:3"), ()),
+        ("full1b", ("ddp", "shardwise:2"), ("--free", "--accumulate", "2")),
+        ("lora8b", ("fsdp2-torch+aot", "shardwise:3+opt+param+nvme"), ("--precision", "no")),
+    ],
+)
+def test_a_users_script_has_the_same_losses_under_every_front_end(case, plans, options, tmp_path, on_path) -> None:
+    if "ddp" in plans:
+        pytest.importorskip("accelerate")
+    found = {plan: trained(plan, tmp_path, "--case", case, *options) for plan in plans}
+    first = next(iter(found.values()))
+    for record in found.values():
+        assert record["losses"] == pytest.approx(first["losses"], rel=5e-3)
+        assert len(record["losses"]) == 4
+        assert len(record["step_ms"]) == (1 if "--free" in options else 2)
+        start = record["first_step_s"]
+        parts = ("launch", "imports", "accelerator", "model", "prepare", "first step")
+        assert start["from_start"] > start["from_accelerator"] > 0
+        assert set(start) == {"from_start", "from_accelerator", *parts}
+
+
+def test_saves_of_a_users_script_are_timed_call_by_call(tmp_path, on_path) -> None:
+    record = trained("shardwise:3+opt", tmp_path, "--case", "lora8b", "--save-every", "2", "--saves", "2")
+    assert len(record["save"]["call_ms"]) == 2
+    assert record["save"]["first_call_ms"] > 0
+    assert len(record["losses"]) == 2 + 4 + 2 + 4 + 4
+    assert len(record["step_ms"]) == 8  # those without saves
+
+
+@pytest.fixture
+def user(on_path) -> ModuleType:
+    return importlib.import_module("user")
+
+
+@pytest.mark.parametrize(
+    ("word", "error"),
+    [
+        ("shardwise:4", "a stage belongs to shardwise"),
+        ("ddp+opt", "ddp has no option opt"),
+        ("shardwise:3+nvme", r"\+nvme means nothing without \+opt or \+param"),
+        ("shardwise:3+graphs", r"\+graphs means nothing without \+compile"),
+        ("deepspeed:2+param", r"\+param means nothing below stage 3"),
+        ("shardwise:0+opt", r"\+opt means nothing below stage 1"),
+        ("shardwise:3+opt+int8states+bf16states", r"take \+bf16states or \+int8states"),
+        ("fsdp", "no engine is called 'fsdp'"),
+    ],
+)
+def test_a_word_that_is_no_plan_is_refused(word, error, user) -> None:
+    with pytest.raises(ValueError, match=error):
+        user.parse(word)
+
+
+def test_plans_that_cannot_run_are_left_out_with_a_line(user, capsys) -> None:
+    options = user.options_of(["--tiny", "--use-cpu", "--plans", "fsdp2,fsdp2-torch,shardwise:3", "--save-every", "5"])
+    assert [plan.word.text for plan in user.chosen_plans(options)] == ["shardwise:3"]
+    said = capsys.readouterr().out
+    assert "lora8b, fsdp2: left out: accelerate" in said
+    assert "lora8b, fsdp2-torch: left out: torch's loop of this benchmark neither accumulates nor saves" in said
+
+
+def test_front_ends_that_are_not_installed_are_left_out_with_a_line(user, monkeypatch, capsys) -> None:
+    for missing in (("accelerate", "deepspeed"), ("deepspeed",)):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, gone=missing: None if name in gone else object())
+        options = user.options_of(["--cases", "bart", "--plans", "ddp,deepspeed:3,shardwise:3"])
+        kept = [plan.word.text for plan in user.chosen_plans(options)]
+        assert kept == (["shardwise:3"] if "accelerate" in missing else ["ddp", "shardwise:3"])
+    said = capsys.readouterr().out
+    assert "bart, ddp: left out: accelerate is not installed" in said
+    assert "bart, deepspeed:3: left out: deepspeed is not installed" in said
+
+
+@pytest.mark.parametrize(
+    "word", ["shardwise:0", "shardwise:3+opt+param+nvme+int8states", "shardwise:3+compile+budget+graphs"]
+)
+def test_the_yaml_file_of_a_plan_is_one_that_the_launcher_takes(word, user, tmp_path) -> None:
+    from shardwise.config.check import checked
+
+    said = user.configuration(user.parse(word), user.Settings("bf16", 2, False, tmp_path, tmp_path))
+    config = checked(said)
+    assert (config.zero.zero_stage, config.gradient_accumulation_steps, config.mixed_precision) == (
+        int(word[10]),
+        2,
+        "bf16",
+    )
+    assert config.engine.optimizer_state_dtype == ("int8" if "int8" in word else "fp32")
+
+
+def user_record(plan: str, ms: float, **more) -> dict:
+    """What user.py writes of one run."""
+    first = {"from_start": 9.0, "from_accelerator": 4.0}
+    shared = {
+        "case": "bart",
+        "nproc": 2,
+        "precision": "bf16",
+        "accumulate": 1,
+        "free": True,
+        "tiny": False,
+        "layers": None,
+    }
+    measured = {"median_ms": ms, "tokens_per_s_per_gpu": 5.0, "peak_bytes": {"allocated": 2e9, "reserved": 3e9}}
+    measured |= {
+        "host_rss_bytes": 4e9,
+        "first_step_s": first,
+        "losses": [2.0, 1.0],
+        "device": "GPU",
+        "torch": "2",
+        "nccl": None,
+    }
+    return {
+        "plan": plan,
+        "command": "python benchmarks/user.py",
+        "commit": "abc",
+        "save_every": None,
+        **shared,
+        **measured,
+        **more,
+    }
+
+
+def failed_record(plan: str, error: str) -> dict:
+    kept = ("case", "nproc", "precision", "accumulate", "free", "tiny", "layers", "save_every", "command", "commit")
+    return {**{key: value for key, value in user_record(plan, 0).items() if key in kept}, "plan": plan, "failed": error}
+
+
+def test_the_table_of_a_users_script_has_medians_of_rounds_ratios_and_failures(user) -> None:
+    save = {"stall_percent": 0.5, "drift_percent": 0.1, "call_ms": [30.0, 50.0]}
+    runs = [user_record("ddp", 100), failed_record("fsdp2+cpu", "exit code 1: RuntimeError: no backend"),
+            user_record("ddp", 104), user_record("shardwise:3", 51, losses=[2.0, 1.1], save=save)]  # fmt: skip
+    lines = [" ".join(line.split()) for line in user.table(runs).splitlines()]
+    assert lines[1] == "bart ddp 2 102.0 100.0 104.0 1.000 5 2.00 3.00 4.0 9.0 4.0 0.0e+00"
+    assert lines[2] == "bart fsdp2+cpu FAILED exit code 1: RuntimeError: no backend"
+    assert lines[3] == "bart shardwise:3 1 51.0 51.0 51.0 0.500 5 2.00 3.00 4.0 9.0 4.0 1.0e-01 0.50 40.0"
+
+
+def test_the_readmes_table_says_which_commands_printed_it(user, tmp_path, capsys) -> None:
+    lines = [
+        user_record("ddp", 100),
+        user_record("shardwise:3", 50),
+        failed_record("fsdp2+cpu", "exit code 1: RuntimeError"),
+    ]
+    lines.append(
+        user_record("shardwise:3", 70, free=False, command="python benchmarks/user.py --rounds 2", commit="def")
+    )
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path, some in zip(paths, (lines[:3], lines[3:]), strict=True):
+        path.write_text("".join(json.dumps(line) + "\n" for line in some))
+    assert user.main(["--markdown", *map(str, paths)]) == 0
+    shown = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")] for line in shown.splitlines() if line.startswith("|")]
+    assert len({len(row) for row in rows}) == 1
+    assert rows[2][1:5] == ["BART-large, LoRA on q and v, 2 x GPU, free-running", "`ddp`", "100", "1.00"]
+    assert rows[3][1:5] == ["", "`shardwise:3`", "50", "0.50"]
+    assert rows[4][1:5] == ["BART-large, LoRA on q and v, 2 x GPU", "`shardwise:3`", "70", "1.00"]
+    assert "python benchmarks/user.py\npython benchmarks/user.py --rounds 2\n" in shown
+    assert "Commit abc, def; torch 2" in shown
+    assert "- `fsdp2+cpu`, BART-large" in shown
+
+
+@pytest.mark.full
+@pytest.mark.timeout(400)
+def test_plans_take_turns_as_processes_of_their_own_and_a_failure_is_a_row(tmp_path: Path) -> None:
+    plans = "fsdp2-torch,shardwise:3,shardwise:3+opt+nvme"
+    (tmp_path / "file").touch()
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "user.py"),
+        "--tiny",
+        "--use-cpu",
+        "--cases",
+        "lora8b",
+        "--plans",
+        plans,
+    ]
+    command += ["--steps", "2", "--nvme", str(tmp_path / "file"), "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=380, check=False)
+    lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [line["plan"] for line in lines] == plans.split(",")
+    assert lines[1]["losses"] == pytest.approx(lines[0]["losses"], rel=5e-3)
+    assert "exit code 1" in lines[2]["failed"]
+    assert done.stdout.splitlines()[-1].split()[:3] == ["lora8b", "shardwise:3+opt+nvme", "FAILED"]
+    assert done.returncode == 1
+
+
 @pytest.mark.full
 def test_a_program_written_for_deepspeed_is_timed_as_it_is(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
@@ -209,12 +419,14 @@ def test_the_table_of_programs_has_ratios_differences_and_failures(programs: Mod
     assert lines[4].endswith("not run: the budget is spent")
 
 
-def test_a_failed_programs_last_error_is_told(programs: ModuleType) -> None:
+def test_a_failed_programs_last_error_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    last_words = importlib.import_module("processes").last_words
     output = (
         "step 1\n[rank1]: torch.OutOfMemoryError: CUDA out of memory\ntorch.distributed.x.ChildFailedError: \n====\n"
     )
-    assert programs.last_words(output) == "[rank1]: torch.OutOfMemoryError: CUDA out of memory"
-    assert programs.last_words("one\ntwo\n") == "one | two"
+    assert last_words(output) == "[rank1]: torch.OutOfMemoryError: CUDA out of memory"
+    assert last_words("one\ntwo\n") == "one | two"
 
 
 def test_the_loss_benchmark_gives_a_line_for_each_form() -> None:
