@@ -1,4 +1,4 @@
-"""Weights as 8-bit codes on a device: the bits of a CPU, in the memory that the arithmetic says."""
+"""Weights and moments as codes on a device: the bits of a CPU, in the memory that the arithmetic says."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import copy
 import torch
 from table import Row
 
+from shardwise.offload import kernels
+from shardwise.offload.codes import Chance, Coding
 from shardwise.plan.compressed import CHUNK, Packing
 from shardwise.ranks.ranks import Ranks
 from shardwise.zero.compressed import dequantise, quantise
@@ -43,6 +45,33 @@ def check_codes(numel: int, ranks: Ranks) -> Row:
     return Row("codes", name, 0.0, float(differing), not differing and over <= 0, f"{over} bytes over the estimate")
 
 
+def check_moments(numel: int, ranks: Ranks) -> Row:
+    """One kernel each way has the bits that a CPU finds operation by operation. loss, weight: codes and numbers apart."""
+    torch.manual_seed(ranks.rank)
+    values = torch.randn(numel) * torch.exp(4 * torch.randn(numel))
+    codes, numbers = 0, 0
+    for second in (False, True):
+        mine = values.square() if second else values.clone()
+        mine[3], mine[300], mine[520], mine[1024:1280], mine[1280:1536] = 0, torch.nan, torch.inf, 0, 1e-38
+        for dtype in ("bf16", "int8"):
+            coding = Coding(dtype, second)  # type: ignore[arg-type]
+            for first in (None, 768, (1 << 33) + 256):
+                found = []
+                for device in (torch.device("cpu"), ranks.device):
+                    step = torch.tensor(17, dtype=torch.int32, device=device)
+                    parts = coding.encode(mine.to(device), None if first is None else Chance(first, step))
+                    out = coding.decode(parts, torch.empty(numel, device=device))
+                    found.append([part.cpu() for part in (*parts, out)])
+                *parts, out = (_apart(a, b) for a, b in zip(*found, strict=True))
+                codes, numbers = codes + sum(parts), numbers + out
+    note = "in kernels" if kernels.usable(ranks.device) else "operation by operation"
+    return Row("moments", f"codes of {numel} moments", float(codes), float(numbers), not codes and not numbers, note)
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> int:
+    return int(((a != b) & ~(a.isnan() & b.isnan())).sum())
+
+
 def _in_use(device: torch.device) -> int:
     """Bytes, from which the peak is counted anew; a CPU counts none."""
     if device.type != "cuda":
@@ -55,4 +84,4 @@ def _peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-SIZES = [1024 + 192, 3 * CHUNK + 320]
+SIZES = [2048 + 192, 3 * CHUNK + 320]

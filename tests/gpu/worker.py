@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
-from codes import SIZES, apart, check_codes
+from codes import SIZES, apart, check_codes, check_moments
 from hazards import HAZARDS
 from reference import (
     STEPS,
@@ -468,6 +468,7 @@ def all_checks() -> list[Check]:
                 )
             )  # type: ignore[misc]
     checks += [(f"codes of {numel}", lambda ranks, n=numel: check_codes(n, ranks)) for numel in SIZES]  # type: ignore[misc]
+    checks += [(f"moments of {numel}", lambda ranks, n=numel: check_moments(n, ranks)) for numel in SIZES]  # type: ignore[misc]
     return [*checks, *HAZARDS]
 
 

@@ -100,7 +100,8 @@ def quantise(weights: Tensor, packing: Packing, part: Tensor) -> None:
     scales, codes = _scales_and_codes(part.view(1, -1), packing)
     for first, blocks in chunks(weights.view(1, -1), CHUNK // BLOCK):
         own = scales[:, first : first + blocks.shape[1]]
-        torch.div(largest(blocks), _LARGEST_CODE, out=own)
+        # Not divided: a GPU divides by a number as it multiplies by the inverse, and a CPU does not.
+        torch.mul(largest(blocks), 1 / _LARGEST_CODE, out=own)
         scaled = blocks.float().div_(
             divisors(nan_unless_finite(own))
         )  # a CPU would divide mixed dtypes in a second copy
