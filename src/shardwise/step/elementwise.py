@@ -61,7 +61,7 @@ def judged(
             f"the step of this {name} was replaced on the object (optimizer.step = ...), and a prepared optimizer steps as its "
             "class does. Write a class with that step, or replace it after prepare, around the prepared step."
         )
-    if _is_known(optimizer) or (_is_from_torch(optimizer) and name in _WHOLE):
+    if is_torchs(optimizer) or (_is_from_torch(optimizer) and name in _WHOLE):
         return Judgement(handling, all_whole=name in _WHOLE)
     trial = Trial(optimizer, handling, device)
     trial.judge(groups)
@@ -80,10 +80,10 @@ def steps_in_parts(optimizer: Optimizer) -> bool:
         _global_optimizer_pre_hooks,
         _global_optimizer_post_hooks,
     )
-    return _is_known(optimizer) and not any(hooks)
+    return is_torchs(optimizer) and not any(hooks)
 
 
-def _is_known(optimizer: Optimizer) -> bool:
+def is_torchs(optimizer: Optimizer) -> bool:
     return _is_from_torch(optimizer) and type(optimizer).__name__ in _ELEMENTWISE
 
 

@@ -33,14 +33,15 @@ from ..zero.trained import Trained
 from ..zero.unit import Unit
 from . import publishing
 from .doubles import double
+from .elementwise import is_torchs
 from .moments import counted, resting_slab
 from .overrides import standing_in
 from .running import run_step
 
-# Elements. 16 MiB of fp32 each: long enough for the link, short enough that a few of them are little memory. A multiple of a
-# page in 16 bits too, because files are written by the page.
-CHUNK = 4 << 20
-_AHEAD = 3  # chunks on their way up while one steps
+# Elements. 32 MiB of fp32 each: the link of an H200 takes longer for a chunk (2.6 ms) than a slow host takes to enqueue it
+# (1.5), and a few of them are little memory. A multiple of a page in 16 bits too, because files are written by the page.
+CHUNK = 8 << 20
+_AHEAD = 2  # chunks on their way up while one steps
 VISITING = _AHEAD + 3  # chunks that have memory on the device at most: those, the one that steps, two on their way down
 
 
@@ -146,12 +147,14 @@ class Visits:
             with lanes.step.on():
                 factor = factor.reciprocal().float() if fused else factor.clone()
             lanes.compute_waits(lanes.step.mark())
+        with lanes.step.on():
+            doubles = _Doubles(self.optimizer, before, engine.ranks.device, factor if fused else None)
         coming: deque[_Visit] = deque()
         going: deque[_Visit] = deque()
 
         def finish() -> None:
             visit = coming.popleft()
-            self._finish(model, visit, by_unit, begun, factor, before, fused, going)
+            self._finish(model, visit, by_unit, begun, None if fused else factor, doubles, going)
             if visit.end == visit.trained.master.numel:  # also where a drive failed: the other ranks gather
                 publishing.send([visit.unit], after=lanes.step.mark())
 
@@ -196,8 +199,7 @@ class Visits:
         by_unit: dict[int, list[Shard]],
         begun: set[int],
         factor: Tensor | None,
-        before: Any,
-        fused: bool,
+        doubles: _Doubles,
         going: deque[_Visit],
     ) -> None:
         """Step the elements of a visit and send them down again."""
@@ -209,7 +211,7 @@ class Visits:
             numel = visit.end - visit.begin
             for key in list(visit.coming):
                 visit.states[key] = trained.states[key].unpacked(visit.coming.pop(key), numel)
-            stepped, step = self._run(visit, by_unit.get(id(trained), []), begun, factor, before, fused)
+            stepped, step = self._run(visit, by_unit.get(id(trained), []), begun, factor, doubles)
             kept, event = trained.deliver(visit.master, visit.begin)
             visit.held.append(kept)
             visit.unit.published = lanes.step.mark()
@@ -233,7 +235,7 @@ class Visits:
             lanes.step.wait(going.popleft().down)
 
     def _run(
-        self, visit: _Visit, shards: Sequence[Shard], begun: set[int], factor: Tensor | None, before: Any, fused: bool
+        self, visit: _Visit, shards: Sequence[Shard], begun: set[int], factor: Tensor | None, doubles: _Doubles
     ) -> tuple[list[tuple[Shard, dict[str, Any]]], Tensor | None]:
         """Run the user's optimizer on what is there, with the hyperparameters of this step.
 
@@ -241,9 +243,9 @@ class Visits:
         steps, where states are coded.
         """
         grad = visit.grad if visit.grad.dtype == visit.master.dtype else visit.grad.to(visit.master.dtype)
-        if factor is not None and not fused:
+        if factor is not None:
             grad.mul_(factor)
-        one = self._double(before, visit.master.device, factor if fused else None)
+        one = doubles.next()
         pieces: list[tuple[Shard, Parameter, slice]] = []
         for shard in shards:
             first, last = max(shard.begin, visit.begin), min(shard.end, visit.end)
@@ -286,14 +288,33 @@ class Visits:
             for key, value in state.items()
         }
 
-    @staticmethod
-    def _double(before: Any, device: torch.device, factor: Tensor | None) -> Any:
-        """The user's optimizer once more, with its groups empty and no hooks of its own: those ran once for the step."""
-        one = double(before)
-        one.grad_scale = one.found_inf = None
-        if factor is not None:
-            one.grad_scale = factor
-            one.found_inf = torch.zeros((), device=device)
+
+class _Doubles:
+    """The user's optimizer once more for each call of a step: as the step began, with empty groups and no hooks of its own,
+    which ran once for the step. torch's own keep what a call counts with their parameters, so one double serves all calls.
+
+    scale: by which its kernel divides gradients, or None.
+    """
+
+    def __init__(self, optimizer: Optimizer, before: Any, device: torch.device, scale: Tensor | None) -> None:
+        self._before = before
+        self._scale = scale
+        self._found_inf = None if scale is None else torch.zeros((), device=device)
+        self._kept = self._made() if is_torchs(optimizer) else None
+
+    def next(self) -> Any:
+        """For one call."""
+        one = self._kept
+        if one is None:
+            return self._made()
+        one.state.clear()
+        for group in one.param_groups:
+            group["params"] = []
+        return one
+
+    def _made(self) -> Any:
+        one = double(self._before)
+        one.grad_scale, one.found_inf = self._scale, self._found_inf
         return one
 
 
