@@ -1,4 +1,4 @@
-"""`shardwise estimate --optimizer`: any class by name, what it keeps without memory, and one line for what cannot be stepped."""
+"""`shardwise estimate --optimizer`: any class by name, what it keeps without memory, and one line for what cannot be."""
 
 from __future__ import annotations
 
@@ -237,7 +237,8 @@ def test_plans_that_an_optimizer_does_not_have_say_why(capsys, folder):
     assert code == 0
     lines = {line.strip().split("  ")[0]: line for line in out.splitlines()}
     assert lines["stage 0"].rstrip().endswith("yes")
-    assert "no: Mean cannot work on shards" in lines["stage 2"]
+    assert lines["stage 2"].endswith("no: refused [1]")
+    assert sum(line.startswith("  [1] Mean cannot work on shards") for line in out.splitlines()) == 1
     code, out, _ = told(capsys, "--optimizer", "own_optimizers:Mean", "--zero_stage", "0", "--json")
     plans = {plan["zero_stage"]: plan for plan in json.loads(out)["plans"]}
     assert plans[0]["refused"] is None

@@ -188,13 +188,16 @@ def table(every: list[Estimate], machine: Machine, run: Run) -> list[str]:
     known.append(("free disk", machine.disk_nbytes))
     sizes = ", ".join(f"{name} {size(count)}" for name, count in known if count is not None)
     head = f"  {'plan':<46}{'GPU rest':>10}{'GPU peak':>10}{'host':>10}{'disk':>10}  fits"
+    refusals = list(dict.fromkeys(found.refused for found in every if found.refused is not None))
     lines = [f"every plan, bytes of one rank; this machine has {what}" + (f"; {sizes}" if sizes else ""), head]
     for found in every:
         values = [found.rest(Tier.GPU), *(found.taken(medium) for medium in MEDIA)]
         short = machine.shortages(found, run)
+        if found.refused is not None:
+            short = [f"refused [{refusals.index(found.refused) + 1}]"]
         sizes = "".join(f"{size(value) if value else '-':>10}" for value in values)
         lines.append(f"  {found.choice!s:<46}{sizes}  {'no: ' + '; '.join(short) if short else 'yes'}")
-    return lines
+    return lines + [f"  [{number}] {text}" for number, text in enumerate(refusals, 1)]
 
 
 def steppers_text(found: Estimate, run: Run) -> str:
