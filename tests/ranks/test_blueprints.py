@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rig.engine import PLANS, adamw, inputs, loss_of, mine, prepare, tower, trained
+from rig.engine import PLANS, adamw, inputs, loss_of, mine, prepare, states_at_rest, tower, trained
 from rig.tiny import batches, share, tiny
-from shardwise.plan.blueprint import at_rest, divide, gathered_at_once, moments_at_rest
+from shardwise.plan.blueprint import at_rest, divide, gathered_at_once
 from shardwise.plan.plan import Plan
 from shardwise.plan.precision import Precision
 from shardwise.plan.units import find_units
@@ -71,7 +71,7 @@ def test_the_arithmetic_gives_the_engines_bytes_under_every_plan(world, n, name,
             blueprints = blueprints_of(model, plan, precision)
             assert at_rest(blueprints, n, gradients=True) == backward, plan
             assert at_rest(blueprints, n) == step, plan
-            assert moments_at_rest(blueprints, n, rank) == moments, plan
+            assert states_at_rest(blueprints, model, n, rank) == moments, plan
 
 
 def _most_gathered(ranks, plan, prefetch):

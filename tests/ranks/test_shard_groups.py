@@ -23,6 +23,7 @@ from rig.engine import (
     plain_step,
     prepare,
     shard,
+    states_at_rest,
     tower,
     train_both,
     trained,
@@ -31,7 +32,7 @@ from rig.engine import (
 from shardwise import Accelerator, DeepSpeedPlugin
 from shardwise.errors import ConfigError, OptimizerError, PrepareError
 from shardwise.offload import peers
-from shardwise.plan.blueprint import at_rest, divide, moments_at_rest
+from shardwise.plan.blueprint import at_rest, divide
 from shardwise.plan.plan import Plan
 from shardwise.plan.precision import Precision
 from shardwise.plan.units import find_units
@@ -125,13 +126,14 @@ def _rests(ranks, stage, shard_group):
     grouped, model = divided(ranks, shard_group), with_frozen(tower())
     plan = replace(Plan.from_stage(stage), parts=grouped.owners.size // grouped.shards.size)
     blueprints = divide(find_units(model), plan, Precision(), bucket_nbytes=BUCKET_NBYTES)
+    size = grouped.shards.size
+    states = states_at_rest(blueprints, model, size, grouped.owners.rank)
     sharded, stepper, stepping = prepare(grouped, model, str(stage))
     loss_of(model, mine(inputs(1)[0], ranks.rank, 4)).backward()
     stepping.step()
     stepping.zero_grad()
-    size = grouped.shards.size
     assert sharded.ledger() == at_rest(blueprints, size)
-    assert stepper.ledger() == moments_at_rest(blueprints, size, grouped.owners.rank)
+    assert stepper.ledger() == states
     return sum(sharded.ledger().values()) + sum(stepper.ledger().values())
 
 

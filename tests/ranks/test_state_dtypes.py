@@ -17,11 +17,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rig.engine import OTHER_PLANS, PLANS, Tower, adamw, as_on_a_device, inputs, loss_of, mine, prepare
+from rig.engine import OTHER_PLANS, PLANS, Tower, adamw, as_on_a_device, inputs, loss_of, mine, prepare, states_at_rest
 from shardwise import Accelerator
 from shardwise.config.schema import ENVIRONMENT_KEY
 from shardwise.config.sections import EngineConfig
-from shardwise.plan.blueprint import at_rest, divide, moments_at_rest
+from shardwise.plan.blueprint import at_rest, divide
 from shardwise.plan.compressed import BLOCK
 from shardwise.plan.plan import Plan
 from shardwise.plan.precision import Precision
@@ -234,10 +234,11 @@ def _ledgers(ranks: Any, plan: str, dtype: str) -> Any:
 def test_what_rests_is_what_the_formula_says(world, plan, dtype):
     stage, optimizer, param = (PLANS | OTHER_PLANS)[plan]
     chosen = Plan.from_stage(stage, offload_optimizer=optimizer, offload_param=param)
-    blueprints = divide(find_units(net()), chosen, Precision.named("bf16"), bucket_nbytes=BUCKET_NBYTES)
-    for rank, (model, states) in enumerate(world(2).run(_ledgers, plan, dtype)):
-        assert model == at_rest(blueprints, 2)
-        assert states == moments_at_rest(blueprints, 2, rank, cuda=True, state_dtype=dtype)
+    model = net()
+    blueprints = divide(find_units(model), chosen, Precision.named("bf16"), bucket_nbytes=BUCKET_NBYTES)
+    for rank, (weights, states) in enumerate(world(2).run(_ledgers, plan, dtype)):
+        assert weights == at_rest(blueprints, 2)
+        assert states == states_at_rest(blueprints, model, 2, rank, cuda=True, state_dtype=dtype)
 
 
 def _over_the_drive(ranks: Any, folder: str, dtype: str) -> tuple[int, int, int]:

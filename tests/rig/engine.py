@@ -146,6 +146,17 @@ def prepare(
     return sharded, ShardedOptimizer(stepping, [sharded], scaler=scaler, gradient_clipping=clipping), stepping
 
 
+def states_at_rest(
+    blueprints: Any, model: nn.Module, size: int, rank: int, optimizer: Callable[[Any], Any] = adamw, **settings: Any
+) -> dict[Any, int]:
+    """The ledger of an optimizer's states on `rank` of `size`, by arithmetic. settings: as States takes them."""
+    from shardwise.estimate.keeping import Stepper
+    from shardwise.estimate.states import States
+
+    found = States(blueprints, [Stepper(optimizer, trained(model), "it")], size, **settings)
+    return found.ledgers[rank % found.places]
+
+
 def weights_of(sharded: Any) -> dict[str, Tensor]:
     """Every parameter by name, cloned, on every rank."""
     with sharded.gathered():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..config.machine import free_disk_bytes, gpu_memory_bytes, host_memory_bytes, memory_limit_bytes, visible_gpus
@@ -12,6 +12,7 @@ from ..config.offloads import MEDIA
 from ..config.resolve import resolve
 from ..config.schema import Config
 from ..errors import ConfigError
+from ..estimate.named import named
 
 if TYPE_CHECKING:
     from ..estimate.bytes import Estimate, Machine, Run
@@ -29,11 +30,14 @@ class Asked:
     sequence_length: str | None = None
     attention: str = "sdpa"
     checkpointing: bool = False
+    optimizer: str = "AdamW"
+    optimizer_args: str | None = None
 
     def check(self) -> None:
         """Raises ConfigError for a value that a flag does not take."""
         rank = _count("lora_r", self.lora_r)
         _count("sequence_length", self.sequence_length)
+        named(self.optimizer, self.optimizer_args)
         if self.attention not in ("sdpa", "eager"):
             raise ConfigError(f"--attention: {self.attention!r} is not one of sdpa, eager")
         if self.quantize not in (None, "8bit", "4bit"):
@@ -57,15 +61,19 @@ def run_estimate(
     asked.check()
 
     # From here on it takes seconds: torch is imported.
-    from ..estimate.bytes import CHOICES, Choice, Machine, estimate
+    from ..estimate.bytes import Choice, Machine, estimate, estimates
+    from ..estimate.steppers import steppers_of, uncompiled
 
     built = _built(model, asked)
     zero = config.zero
     gpus = 0 if config.use_cpu else visible_gpus(config.gpu_ids) or 0
     machine = Machine(gpus, gpu_memory_bytes(), _host(), free_disk_bytes(_disk(config)))
     run = run_of(config, asked, gpus)
-    chosen = estimate(built, Choice(zero.zero_stage, zero.offload_optimizer_device, zero.offload_param_device), run)
-    every = [estimate(built, choice, run) for choice in CHOICES]
+    wanted = named(asked.optimizer, asked.optimizer_args)
+    with uncompiled(wanted):
+        run = replace(run, steppers=steppers_of(built, wanted))
+        choice = Choice(zero.zero_stage, zero.offload_optimizer_device, zero.offload_param_device)
+        chosen, every = estimate(built, choice, run), estimates(built, run)
     total, trained = _counts(built)
     if as_json:
         facts = {
@@ -88,7 +96,7 @@ def run_estimate(
     if groups and run.all_own:
         groups += " (at stage 3: weights alone; gradients and states over all)"
     place = f"{run.world_size} process(es), {run.local_processes} on this machine{groups}"
-    print(f"{place}; AdamW; {_batch_text(built, run)}")
+    print(f"{place}; {steppers_text(chosen, run)}; {_batch_text(built, run)}")
     if asked.quantize:
         print(f"the frozen linear weights in {asked.quantize}: codes and scales as an estimate of what libraries keep")
     print("\n".join(["", *rows_of(chosen), "", *table(every, machine, run)]))
@@ -140,7 +148,7 @@ def rows_of(found: Estimate) -> list[str]:
     """One plan: a line for each kind of bytes, a column for each tier."""
     from ..estimate.bytes import AT_REST, PASSING, size
 
-    lines = [f"{found.choice}, bytes of one rank", f"  {'':<18}{'GPU':>10}{'host':>10}{'disk':>10}"]
+    lines = [f"{found.choice}, bytes of one rank{_which(found)}", f"  {'':<18}{'GPU':>10}{'host':>10}{'disk':>10}"]
 
     def line(name: str, values: list[int]) -> str:
         return f"  {name:<18}" + "".join(f"{size(value) if value else '-':>10}" for value in values)
@@ -151,7 +159,23 @@ def rows_of(found: Estimate) -> list[str]:
             if any(values):
                 lines.append(line(row, values))
         lines.append(line(f"= {name}", [found.taken(medium, all_of) for medium in MEDIA]))
+    lines.append(f"  layout: buffers padded by {_percent(found.padding)}{_spread(found)}")
     return lines
+
+
+def _which(found: Estimate) -> str:
+    return "" if found.operations is None else ", the one with most states"
+
+
+def _spread(found: Estimate) -> str:
+    """How evenly whole parameters lie, where each is one rank's."""
+    if found.operations is None:
+        return ""
+    return f"; whole parameters: states of the fullest rank {found.imbalance:.3f} x the mean, work {found.operations:.3f} x"
+
+
+def _percent(share: float) -> str:
+    return "0" if share == 0 else f"{100 * share:.2g}%"
 
 
 def table(every: list[Estimate], machine: Machine, run: Run) -> list[str]:
@@ -164,13 +188,26 @@ def table(every: list[Estimate], machine: Machine, run: Run) -> list[str]:
     known.append(("free disk", machine.disk_nbytes))
     sizes = ", ".join(f"{name} {size(count)}" for name, count in known if count is not None)
     head = f"  {'plan':<46}{'GPU rest':>10}{'GPU peak':>10}{'host':>10}{'disk':>10}  fits"
+    refusals = list(dict.fromkeys(found.refused for found in every if found.refused is not None))
     lines = [f"every plan, bytes of one rank; this machine has {what}" + (f"; {sizes}" if sizes else ""), head]
     for found in every:
         values = [found.rest(Tier.GPU), *(found.taken(medium) for medium in MEDIA)]
         short = machine.shortages(found, run)
+        if found.refused is not None:
+            short = [f"refused [{refusals.index(found.refused) + 1}]"]
         sizes = "".join(f"{size(value) if value else '-':>10}" for value in values)
         lines.append(f"  {found.choice!s:<46}{sizes}  {'no: ' + '; '.join(short) if short else 'yes'}")
-    return lines
+    return lines + [f"  [{number}] {text}" for number, text in enumerate(refusals, 1)]
+
+
+def steppers_text(found: Estimate, run: Run) -> str:
+    """Which optimizers there are, and how each is stepped where that is not in shards."""
+    said = {stepper.name: stepper.said for stepper in run.steppers or ()}
+    parts = []
+    for name, how in found.how:
+        notes = [note for note in (said.get(name, ""), how if how != "in shards" else "") if note]
+        parts.append(name + (f" ({', '.join(notes)})" if notes else ""))
+    return " and ".join(parts) or "nothing is trained"
 
 
 def _counts(model: Any) -> tuple[int, int]:

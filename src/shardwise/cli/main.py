@@ -186,6 +186,15 @@ def estimate_command(
         bool, typer.Option("--checkpointing", help="Every block is recomputed in the backward.")
     ] = False,
     attention: Annotated[str, typer.Option("--attention", metavar="sdpa|eager")] = "sdpa",
+    optimizer: Annotated[
+        str,
+        typer.Option(
+            "--optimizer", metavar="NAME", help="A known one, module:Class, or A+B: A for matrices, B for the rest."
+        ),
+    ] = "AdamW",
+    optimizer_args: Annotated[
+        str | None, typer.Option("--optimizer_args", metavar="K=V,...", help="What it is made with, as momentum=0.9.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print the bytes that a model needs under each plan, by role and tier, before anything is loaded."""
@@ -200,6 +209,8 @@ def estimate_command(
         sequence_length=sequence_length,
         attention=attention,
         checkpointing=checkpointing,
+        optimizer=optimizer,
+        optimizer_args=optimizer_args,
     )
     run_estimate(model, settings, asked, config_file=config_file, as_json=as_json)
 

@@ -15,22 +15,35 @@ from torch import nn
 from ..config.offloads import DEVICES, MEDIA, OFFLOADS, Medium
 from ..config.rules import lies_on_one_machine
 from ..config.sections import EngineConfig
+from ..errors import OptimizerError
 from ..offload.host import BLOCK, Ring
 from ..offload.tiers import ON_DISK
-from ..plan.blueprint import Blueprint, Ledger, at_rest, divide, gathered_at_once, moments_at_rest
+from ..plan.blueprint import Blueprint, at_rest, divide, gathered_at_once, padding
 from ..plan.plan import Plan, Tier
 from ..plan.precision import Precision
 from ..plan.state_dtypes import scratch_nbytes, state_nbytes
 from ..plan.units import find_units
+from ..step.moments import is_moment
 from ..step.visits import CHUNK, VISITING
 from ..zero.build import BUCKET_NBYTES
 from ..zero.engine import ReductionsInFlight
 from ..zero.sharded import DEFAULTS, UNIT_NBYTES
 from .activations import Batch, decoder_shape, kept_nbytes, peak_nbytes
+from .keeping import Stepper
+from .states import States
+from .steppers import steppers_of
 
 # By role, at rest; then what comes and goes in a step.
 AT_REST = ("frozen", "parameter", "gradient", "optimizer")
-PASSING = ("gathered units", "reductions", "whole gradients", "offload staging", "activations", "logits and loss")
+PASSING = (
+    "gathered units",
+    "reductions",
+    "whole gradients",
+    "offload staging",
+    "whole steps",
+    "activations",
+    "logits and loss",
+)
 
 # What a process takes before it has a tensor: on the GPU its context, the library of kernels and NCCL's buffers; on the
 # host Python with torch and transformers. Round figures, on the safe side of what was seen.
@@ -68,7 +81,7 @@ class Run:
                      alone, and all ranks divide masters, states and gradients.
     local_processes: of one machine. cuda: ranks are GPUs. accumulates: a step has several micro-batches.
     options:         as ShardedModel takes them.
-    batch:           None leaves activations out. moments: fp32 states of the optimizer for each element, AdamW's 2.
+    batch:           None leaves activations out. steppers: the optimizers, made of the model; None: AdamW of all it trains.
     """
 
     world_size: int = 1
@@ -78,7 +91,7 @@ class Run:
     options: EngineConfig = DEFAULTS
     accumulates: bool = False
     batch: Batch | None = None
-    moments: int = 2
+    steppers: Sequence[Stepper] | None = None
     shard_group: int | None = None
     all_own: bool = False
 
@@ -95,10 +108,26 @@ class Run:
 
 @dataclass(frozen=True)
 class Estimate:
-    """nbytes: (row, tier) -> bytes on one rank; rows are AT_REST and PASSING."""
+    """nbytes: (row, tier) -> bytes on one rank, that which has most states; rows are AT_REST and PASSING.
+
+    how:        of each optimizer its name, and how it is stepped: one of the words of `states.py`, or some.
+    states:     bytes of states on each rank that divides the masters; one number where all ranks have all.
+    operations: of whole parameters, what the rank that does most does, over the mean; None where there are none.
+    padding:    of all buffers of weights, in parts of their tensors. refused: why `prepare` would not take the optimizer.
+    """
 
     choice: Choice
     nbytes: dict[tuple[str, Tier], int]
+    how: tuple[tuple[str, str], ...] = ()
+    states: tuple[int, ...] = ()
+    operations: float | None = None
+    padding: float = 0.0
+    refused: str | None = None
+
+    @property
+    def imbalance(self) -> float:
+        """The states of the fullest rank over the mean."""
+        return max(self.states) * len(self.states) / sum(self.states) if any(self.states) else 1.0
 
     def rest(self, tier: Tier) -> int:
         """What always lies on the tier, gradients as between a backward and its step."""
@@ -121,6 +150,11 @@ class Estimate:
             "bytes": {f"{row}/{tier}": count for (row, tier), count in self.nbytes.items()},
             "at_rest": {str(tier): self.rest(tier) for tier in Tier},
             "peak": {str(tier): self.peak(tier) for tier in Tier},
+            "optimizers": [{"name": name, "stepped": how} for name, how in self.how],
+            "states_max_over_mean": round(self.imbalance, 6),
+            "operations_max_over_mean": None if self.operations is None else round(self.operations, 6),
+            "padding": round(self.padding, 8),
+            "refused": self.refused,
         }
 
 
@@ -135,6 +169,8 @@ class Machine:
 
     def shortages(self, estimate: Estimate, run: Run) -> list[str]:
         """Why the plan does not fit, a few words each; [] if it does. What is not known is taken to be enough."""
+        if estimate.refused is not None:
+            return [estimate.refused]
         local = run.local_processes
         device, host, disk = (estimate.taken(medium) for medium in MEDIA)
         host = local * (host + PROCESS_NBYTES)
@@ -152,10 +188,22 @@ class Machine:
         return found
 
 
+def estimates(model: nn.Module, run: Run) -> list[Estimate]:
+    """One of every plan; where the optimizer cannot be stepped so, it says why."""
+    found = []
+    for choice in CHOICES:
+        try:
+            found.append(estimate(model, choice, run))
+        except OptimizerError as error:
+            found.append(Estimate(choice, {}, refused=str(error)))
+    return found
+
+
 def estimate(model: nn.Module, choice: Choice, run: Run) -> Estimate:
-    """The bytes of one rank of `run` training `model` under a plan. Raises PlanError for one that ZeRO does not have.
+    """The bytes of one rank of `run` training `model` under a plan, that which has most states.
 
     model: on the meta device or elsewhere; only names, shapes, dtypes and requires_grad are read.
+    Raises PlanError for a plan that ZeRO does not have, OptimizerError where `prepare` would refuse the optimizer.
     """
     plan = Plan.from_stage(choice.stage, offload_optimizer=choice.optimizer, offload_param=choice.param)
     if run.all_own and choice.stage == 3:
@@ -167,17 +215,35 @@ def estimate(model: nn.Module, choice: Choice, run: Run) -> Estimate:
         whole_adapters=run.options.whole_adapters,
         bucket_nbytes=BUCKET_NBYTES,
     )
+    states = States(
+        blueprints,
+        steppers_of(model) if run.steppers is None else run.steppers,
+        run.shards,
+        ranks=run.world_size,
+        cuda=run.cuda,
+        state_dtype=run.options.optimizer_state_dtype,
+    )
+    operations = [max(load) * len(load) / sum(load) for load in states.loads]
+    return Estimate(
+        choice,
+        _rows(model, plan, blueprints, states, run),
+        how=tuple(states.how),
+        states=tuple(states.totals),
+        operations=max(operations, default=None),
+        padding=padding(blueprints, run.shards),
+    )
+
+
+def _rows(
+    model: nn.Module, plan: Plan, blueprints: Sequence[Blueprint], states: States, run: Run
+) -> dict[tuple[str, Tier], int]:
     nbytes: dict[tuple[str, Tier], int] = {}
 
     def add(row: str, tier: Tier, count: int) -> None:
         if count:
             nbytes[row, tier] = nbytes.get((row, tier), 0) + count
 
-    rest: Ledger = at_rest(blueprints, run.shards, gradients=True)
-    moments: Ledger = moments_at_rest(
-        blueprints, run.shards, moments=run.moments, cuda=run.cuda, state_dtype=run.options.optimizer_state_dtype
-    )
-    for ledger in (rest, moments):
+    for ledger in (at_rest(blueprints, run.shards, gradients=True), states.fullest):
         for (role, tier), count in ledger.items():
             add(role, tier, count)
     ahead, compressed = run.options.prefetch_units, run.compresses
@@ -187,15 +253,16 @@ def estimate(model: nn.Module, choice: Choice, run: Run) -> Estimate:
     if run.accumulates and not plan.gradient.sharded:
         whole = sum(p.trainable_layout(run.shards).numel * p.master_dtype.itemsize for p in blueprints if p.trainable)
         add("whole gradients", Tier.GPU, whole)
-    for tier, count in offload_staging(blueprints, run).items():
+    for tier, count in offload_staging(blueprints, states, run).items():
         add("offload staging", tier, count)
+    add("whole steps", Tier.GPU, states.whole_steps())
     shape = decoder_shape(model) if run.batch is not None else None
     if shape is not None and run.batch is not None:
         itemsize = run.precision.compute.itemsize if run.precision.compute else _widest(blueprints)
         kept = kept_nbytes(shape, run.batch, itemsize)
         add("activations", Tier.GPU, kept)
         add("logits and loss", Tier.GPU, peak_nbytes(shape, run.batch, itemsize) - kept)
-    return Estimate(choice, nbytes)
+    return nbytes
 
 
 def reductions(blueprints: Sequence[Blueprint], run: Run) -> int:
@@ -216,23 +283,26 @@ def reductions(blueprints: Sequence[Blueprint], run: Run) -> int:
     return arriving + under_way
 
 
-def offload_staging(blueprints: Sequence[Blueprint], run: Run) -> dict[Tier, int]:
+def offload_staging(blueprints: Sequence[Blueprint], states: States, run: Run) -> dict[Tier, int]:
     """What offloading needs besides the resting places.
 
-    GPU:  the chunks that visit the device in a step, each with master, gradient and moments; never more than there is.
+    GPU:  the chunks that visit the device in a step, each with master, gradient and states; never more than there is.
           Weights are fetched straight into their gathered buffer and need nothing.
     Host: what each store on a disk takes; a ring of pinned blocks where micro-batches are added up in host memory.
     """
     found = dict.fromkeys(Tier, 0)
     trained = [blueprint for blueprint in blueprints if blueprint.trainable]
     tiers = {p.plan.optimizer.tier for p in trained}
-    if any(tier.visits(cuda=run.cuda) for tier in tiers):
-        numels = [p.region(run.shards, 0).numel for p in trained]
+    visiting = list(states.in_chunks())
+    if visiting:
+        numels = [p.region(run.shards, 0).numel for p, _ in visiting]
         numel = min(sum(numels), VISITING * min(CHUNK, max(numels)))
-        found[Tier.GPU] = numel * (2 + run.moments) * max(p.master_dtype.itemsize for p in trained)
+        of_states = max(sum(dtype.itemsize for dtype in coming.values()) for _, coming in visiting)
+        found[Tier.GPU] = numel * (2 * max(p.master_dtype.itemsize for p, _ in visiting) + of_states)
         coded = run.options.optimizer_state_dtype
-        if coded != "fp32":  # of the chunk that steps both are there, numbers and codes
-            found[Tier.GPU] += run.moments * state_nbytes(min(numel, CHUNK), coded) + scratch_nbytes(numel, coded)
+        moments = max(sum(is_moment(*state) for state in coming.items()) for _, coming in visiting)
+        if coded != "fp32" and moments:  # of the chunk that steps both are there, numbers and codes
+            found[Tier.GPU] += moments * state_nbytes(min(numel, CHUNK), coded) + scratch_nbytes(numel, coded)
     every = tiers.union(*((p.plan.frozen.tier, p.plan.parameter.tier) for p in blueprints))
     found[Tier.CPU] += sum(ON_DISK[tier].staging_nbytes for tier in every if tier.on_disk)
     if run.cuda and run.accumulates and tiers - {Tier.GPU}:

@@ -68,7 +68,7 @@ def quantise(model: nn.Module, bits: str) -> None:
     4bit: half a byte a weight, a byte of scale for each 64 weights and an fp32 one for each 256 scales: NF4 with double
           quantisation (QLoRA, arXiv 2305.14314).
     """
-    skipped = {id(head) for head in _heads(model)}
+    skipped = {id(head) for head in heads_of(model)}
     for module in model.modules():
         # GPT-2 has its linear layers as transformers' Conv1D, whose weight lies the other way round.
         turned = type(module).__name__ == "Conv1D"
@@ -91,7 +91,8 @@ def _bytes(count: int) -> Parameter:
     return Parameter(torch.empty(count, dtype=torch.uint8, device="meta"), requires_grad=False)
 
 
-def _heads(model: nn.Module) -> list[nn.Module]:
+def heads_of(model: nn.Module) -> list[nn.Module]:
+    """The layers behind the last block that give logits, also inside of adapters."""
     askable: list[Any] = [m for m in model.modules() if hasattr(m, "get_output_embeddings")]
     found = [module.get_output_embeddings() for module in askable]
     inner = [getattr(head, "base_layer", None) for head in found if head is not None]

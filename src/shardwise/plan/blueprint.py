@@ -6,9 +6,8 @@ The parameters may be on the meta device, for nothing of them is read. Its bytes
     frozen      B = layout in bytes                          B / world if sharded, else B
     parameter   N numbers of c bytes                         c N / world if sharded, else c N
     gradient    m bytes each (4, or 8 in double precision)   m N / world if the optimizer is sharded, else m N
-    optimizer   master: as gradient, or nothing where it is the weight itself (c = m, on one tier); moments: m for each
-                element that lies in the rank's interval, without padding, and 4 for the step count of each piece. Where they
-                rest as codes: see `state_dtypes.py`
+    optimizer   master: as gradient, or nothing where it is the weight itself (c = m, on one tier). Its states are the
+                optimizer's own: see `estimate/states.py`
 
 Where states lie over all ranks and weights in groups (`Plan.parts`), gradient and optimizer are divided by as many more.
 
@@ -29,13 +28,10 @@ from .compressed import Packing
 from .layout import ALIGNMENT, Layout, Region
 from .plan import WHOLE_ADAPTER_SHARE, Plan, Tier
 from .precision import Precision
-from .state_dtypes import StateDtype, state_nbytes
 from .units import ROOT, UnitSpec
 
 Role = Literal["frozen", "parameter", "gradient", "optimizer"]
 Ledger = dict[tuple[Role, Tier], int]
-
-_STEP_COUNT_NBYTES = 4
 
 
 @dataclass(frozen=True)
@@ -218,33 +214,16 @@ def at_rest(blueprints: Sequence[Blueprint], world_size: int, *, gradients: bool
     return found
 
 
-def moments_at_rest(
-    blueprints: Sequence[Blueprint],
-    world_size: int,
-    rank: int = 0,
-    *,
-    moments: int = 2,
-    cuda: bool = False,
-    state_dtype: StateDtype = "fp32",
-) -> Ledger:
-    """Bytes of the optimizer's states on `rank`, as `ShardedOptimizer.ledger` counts them: Adam's have 2 moments.
-
-    cuda: the device is a GPU. States that visit it for their step rest in slabs of the master's size; those that are changed
-    in place are a tensor for each interval, and ranks differ by the padding: rank 0 has the least of it.
-    state_dtype: in which fp32 states that visit the device rest.
-    """
-    found: Ledger = {}
+def padding(blueprints: Sequence[Blueprint], world_size: int) -> float:
+    """Of the bytes of all buffers, the part by which they are more than their tensors'."""
+    held = tensors = 0
     for blueprint in blueprints:
+        if blueprint.frozen:
+            held += blueprint.frozen_layout(world_size).numel
         if blueprint.trainable:
-            sizes = [piece.numel for piece in blueprint.region(world_size, rank).pieces]
-            nbytes = sum(size * blueprint.master_dtype.itemsize * moments for size in sizes)
-            tier = blueprint.plan.optimizer.tier
-            if sizes and tier.visits(cuda=cuda):
-                numel, itemsize = blueprint.region(world_size, 0).numel, blueprint.master_dtype.itemsize
-                nbytes = moments * (state_nbytes(numel, state_dtype) if itemsize == 4 else numel * itemsize)
-            nbytes += _STEP_COUNT_NBYTES * len(sizes)
-            _add(found, "optimizer", blueprint.plan.optimizer.tier, nbytes)
-    return found
+            held += blueprint.trainable_layout(world_size).numel * blueprint.dtype.itemsize
+        tensors += _nbytes(blueprint.frozen) + _nbytes(blueprint.trainable)
+    return held / tensors - 1 if tensors else 0.0
 
 
 def gathered_at_once(

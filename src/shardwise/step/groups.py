@@ -27,6 +27,7 @@ from ..zero.guard import unasked
 from ..zero.sharded import ShardedModel
 from ..zero.trained import Trained
 from ..zero.unit import Unit
+from .kept import nbytes_of
 from .visits import Shard
 from .wholes import Whole, assign
 
@@ -189,19 +190,26 @@ class Groups:
     def ledger(self) -> dict[tuple[Role, Tier], int]:
         """Bytes of the optimizer's states on this rank."""
         found: dict[tuple[Role, Tier], int] = {}
+
+        def add(tier: Tier, nbytes: int) -> None:
+            if nbytes:
+                found["optimizer", tier] = found.get(("optimizer", tier), 0) + nbytes
+
         for shard in self.stepped:
-            tier = shard.trained.master.tier
             for value in self.optimizer.state.get(shard.tensor, {}).values():
-                if isinstance(value, Tensor) and (shard.trained.in_place or not value.ndim):
-                    found["optimizer", tier] = found.get(("optimizer", tier), 0) + value.nbytes
+                if shard.trained.in_place or not (isinstance(value, Tensor) and value.ndim):
+                    add(shard.trained.master.tier, nbytes_of(value))
         for whole in self.owned:
             tier = whole.trained.master.tier if whole.trained.in_place else Tier.CPU
             for name, value in self.optimizer.state.get(whole.tensor, {}).items():
-                if isinstance(value, Tensor) and name not in whole.states:
-                    found["optimizer", tier] = found.get(("optimizer", tier), 0) + value.nbytes
-        slabs = [slab for trained, _ in self.members.values() for slab in trained.states.values()]
+                if name not in whole.states:
+                    add(tier, nbytes_of(value))
+        partly = self.partly  # states of others in the same unit are theirs to count
+        slabs = [
+            slab for key, (trained, _) in self.members.items() if key in partly for slab in trained.states.values()
+        ]
         for slab in (*slabs, *(slab for whole in self.owned for slab in whole.states.values())):
-            found["optimizer", slab.tier] = found.get(("optimizer", slab.tier), 0) + slab.nbytes
+            add(slab.tier, slab.nbytes)
         return found
 
     def _homes(self) -> dict[int, tuple[ShardedModel, Trained, int]]:

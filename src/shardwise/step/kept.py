@@ -61,6 +61,11 @@ def pieces(value: Any, words: str) -> Iterator[tuple[str, Any]]:
         yield from pieces(part, f"{words}{name}")
 
 
+def nbytes_of(value: Any) -> int:
+    """Bytes of the tensors in `value`; numbers are none."""
+    return sum(leaf.nbytes for _, leaf in pieces(value, "") if isinstance(leaf, Tensor))
+
+
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """A copy in which every plain tensor is what `change` gives for it."""
     if isinstance(value, Tensor) and not is_wrapper(value):

@@ -27,9 +27,14 @@ FIRST = frozenset({"exp_avg", "momentum_buffer", "grad_avg", "exp_avg_diff"})
 SECOND = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf", "variance"})
 
 
+def is_moment(state: str, dtype: torch.dtype) -> bool:
+    """Whether a state of that name may rest as codes."""
+    return dtype == torch.float32 and state in FIRST | SECOND
+
+
 def rests_as(engine: Engine, state: str, dtype: torch.dtype) -> Coding | None:
     """How a state of that name rests off the device; None: as it is."""
-    if engine.state_dtype == "fp32" or dtype != torch.float32 or state not in FIRST | SECOND:
+    if engine.state_dtype == "fp32" or not is_moment(state, dtype):
         return None
     return Coding(engine.state_dtype, state in SECOND)
 

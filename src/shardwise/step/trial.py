@@ -128,7 +128,7 @@ class Trial:
         if name in self._verbs:
             return
         verb, step = Verb(name, tuple(args), kwargs), Verb()
-        begin = [Verb("train")] if self._has_modes() else []
+        begin = [Verb("train")] if has_modes(self.optimizer) else []
         self._try([*begin, step, step, verb], f"{self._name}.{name}()")
         self._verbs.add(name)
 
@@ -143,7 +143,7 @@ class Trial:
             calls += 1
             return torch.zeros((), device=self.device)
 
-        begin = [Verb("train")] if self._has_modes() else []
+        begin = [Verb("train")] if has_modes(self.optimizer) else []
         plain = self._rehearse(self._ways.plain, [*begin, Verb()], "step()")
         given = self._rehearse(self._ways.plain, [*begin, Verb("step", (closure,))], _CLOSURE)
         same = all(torch.equal(a, b) for a, b in zip(plain.weights[-1], given.weights[-1], strict=True))
@@ -185,7 +185,7 @@ class Trial:
         return Ways(self._stand_ins, self.wholes, self.handling)
 
     def _try_all(self) -> None:
-        modes = self._has_modes()
+        modes = has_modes(self.optimizer)
         if modes and self.handling.visits:
             raise OptimizerError(
                 f"{self._name} cannot be offloaded: its train() and eval() change weights, and states that rest off the device "
@@ -294,10 +294,6 @@ class Trial:
 
     # Settings.
 
-    def _has_modes(self) -> bool:
-        """Whether it swaps weights by `train` and `eval`, as optimizers without a schedule do."""
-        return all(_takes_nothing(getattr(type(self.optimizer), name, None)) for name in ("train", "eval"))
-
     def _kinds(self) -> tuple[Any, ...]:
         return tuple(self._kind(number) for number in range(len(self.optimizer.param_groups)))
 
@@ -330,6 +326,11 @@ def _is_of_collectives(error: Exception | None) -> bool:
     while trace is not None and not trace.tb_frame.f_globals.get("__name__", "").startswith("torch.distributed"):
         trace = trace.tb_next
     return trace is not None
+
+
+def has_modes(optimizer: Optimizer) -> bool:
+    """Whether it swaps weights by `train` and `eval`, as optimizers without a schedule do."""
+    return all(_takes_nothing(getattr(type(optimizer), name, None)) for name in ("train", "eval"))
 
 
 def _takes_nothing(method: Any) -> bool:
