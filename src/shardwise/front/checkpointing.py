@@ -28,7 +28,7 @@ from ..checkpoint import directory
 from ..checkpoint.patience import Progress, patiently
 from ..checkpoint.run_folder import Place
 from ..checkpoint.run_saving import DamagedError, draft_run, load_run
-from ..checkpoint.write import open_staging, write_checkpoint
+from ..checkpoint.write import open_staging, take, write_checkpoint
 from ..errors import CheckpointError, ConfigError, PrepareError
 from ..files import disk
 from ..ranks.agree import on_first, together
@@ -121,7 +121,7 @@ def save_state(
     place = _agree_on_place(run, output_dir, metric)
     target = place.target
     state = run.state()
-    state.settle()
+    state.settle(waits=not async_)
     if any(model.accumulating for model in state.models) and run.is_main_process:
         logger.warning(
             "save_state between two optimizer steps, with gradients of some micro-batches accumulated: those are not "
@@ -136,13 +136,23 @@ def save_state(
         return place.named
     if run.aside is None:
         run.aside = run.ranks.aside()
-    aside = run.aside
-    copying = Progress("copies its part to the host")
-    copied = patiently(run.ranks, made.draft.copied, copying, what=f"Saving {target}", failed=made.failed)
-    assert copied is not None
+    aside, pool = run.aside, run.pool
+    taking = Progress("takes its part")
+    lanes = [model.engine.lanes for model in state.models]
+    taken = patiently(
+        run.ranks,
+        lambda: take(staging, made.draft, run.ranks.rank, lanes, pool),
+        taking,
+        what=f"Saving {target}",
+        failed=made.failed,
+    )
 
     def write() -> None:
-        write_checkpoint(staging, target, copied, aside, made.manifest)
+        try:
+            write_checkpoint(staging, target, made.draft, aside, made.manifest, taken)
+        finally:
+            if taken is not None:
+                taken.close()
         _prune(run, aside, place)
 
     run.background.start(write)
