@@ -35,11 +35,6 @@ class Part:
     numel: int
     place: Place
 
-    def row(self) -> str:
-        """As JSON of an index has it."""
-        spec = Spec(self.address, self.place.dtype, (self.numel,))
-        return row_head(self.address, self.shape, self.begin, spec, self.place.offset) + row_end(self.place.blocks)
-
 
 @dataclass
 class Index:
@@ -48,12 +43,9 @@ class Index:
     parts: list[Part] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
 
-    def to_text(self) -> str:
-        return index_text([part.row() for part in self.parts], self.state)
-
 
 def index_text(rows: Sequence[str], state: dict[str, Any]) -> str:
-    """The JSON of an index. rows: from `Part.row`, or of `row_head` and `row_end`."""
+    """The JSON of an index. rows: of each part `row_head` and `row_end`."""
     return f'{{"tensors":{{{",".join(rows)}}},"state":{_json(state)}}}\n'
 
 

@@ -33,6 +33,19 @@ from .standing import Standing
 
 
 @dataclass(frozen=True)
+class TakenStates:
+    """What a save takes of an optimizer: `state` for this rank's, to be encoded, and `encoded`, which belongs to it and is.
+
+    stand: pieces that stand until the next save. pieces: others.
+    """
+
+    state: dict[str, Any]
+    encoded: dict[str, Any]
+    stand: list[Piece]
+    pieces: list[Piece]
+
+
+@dataclass(frozen=True)
 class RunOptimizers:
     """The optimizers of a run, by their order, and its models, in which their parameters are. standing: see `RunState`."""
 
@@ -43,20 +56,8 @@ class RunOptimizers:
 
     # Taking.
 
-    def taken(
-        self, pieces: list[Piece], late: list[Callable[[], None]]
-    ) -> tuple[list[dict[str, Any]], list[dict[str, Any] | None]]:
-        """What of each is no tensor, for this rank's state; its part of the tensors goes into `pieces`.
-
-        Also, of each, its numbers as JSON has them, where they are all plain; `late` gets what completes them. None where they
-        are in the first.
-        """
-        found = [self._taken(number, pieces, late) for number in range(len(self.steppers))]
-        return [mine for mine, _ in found], [counts for _, counts in found]
-
-    def _taken(
-        self, number: int, pieces: list[Piece], late: list[Callable[[], None]]
-    ) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    def taken(self, number: int, late: list[Callable[[], None]]) -> TakenStates:
+        """What a save takes of one of them, now but for what `late` completes. No communication."""
         stepper = self.steppers[number]
         seen = sight(stepper.states)
         witnesses = [*(one for model in stepper.models for one in rests_of(model)), *seen.witnesses]
@@ -65,8 +66,7 @@ class RunOptimizers:
         is_plain = seen.is_plain and plan.names == seen.names
         if not is_plain:  # there are states that are neither intervals nor numbers
             plan = self._planned(number, seen)
-        pieces += plan.pieces
-        mine: dict[str, Any] = {"numbers": {} if is_plain else plan.numbers, "names": plan.in_groups}
+        mine: dict[str, Any] = {"numbers": {} if is_plain else plan.numbers}
         if self.ranks.rank == 0:
             mine["groups"] = [packed(settings) for settings in stepper.states.own_settings()]
             mine["sizes"] = _sizes(stepper)
@@ -74,7 +74,11 @@ class RunOptimizers:
             mine["step_was_skipped"] = stepper.step_was_skipped
             mine["added"] = packed(stepper.dictionary.added())
             mine["besides"] = {key: packed(value) for key, value in stepper.states.besides.items()}
-        return mine, _counted(seen, plan.keys, late) if is_plain else None
+        encoded: dict[str, Any] = {"names": plan.in_groups}
+        if is_plain:
+            encoded["numbers"] = _counted(seen, plan.keys, late)
+            return TakenStates(mine, encoded, stand=plan.pieces, pieces=[])
+        return TakenStates(mine, encoded, stand=[], pieces=plan.pieces)
 
     def _planned(self, number: int, seen: Sighting) -> _Planned:
         stepper = self.steppers[number]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +41,7 @@ from .codec import encode
 from .file_plan import FilePlan
 from .generators import generator_states, set_generator_states
 from .model_facts import KeptAdapters
-from .pieces import Given, Piece, Resting, pieces_of, whole_pieces
+from .pieces import Given, Piece, pieces_of, whole_pieces
 from .read import Checkpoint
 from .run_models import Changed, RunModels, fill, rests_of
 from .run_optimizers import RunOptimizers
@@ -98,19 +98,24 @@ class RunState:
         """
         rank = self.ranks.rank
         pieces: list[Piece] = []
+        stand: list[Piece] = []
         unread = [stepper.verdicts.unread() for stepper in self.steppers]
         late = [read for read in unread if read is not None]  # first: of a bad step nothing is written
         # All communication comes before what may fail on one rank alone.
         state: dict[str, Any] = {"buffers": self.of_models.buffers(pieces)}
         objects, tensors = self._objects()
         state["generators"] = generator_states(self.ranks.device)
-        pieces += self.of_models.trained_pieces()
+        stand += self.of_models.trained_pieces()
         pieces += self.of_models.frozen_pieces(None if with_frozen else [kept.frozen for kept in adapters])
         for number, kept in enumerate(adapters):
             pieces += whole_pieces({f"model{number}/adapter/{name}": tensor for name, tensor in kept.computed.items()})
-        state["optimizers"], counts = self.of_optimizers.taken(pieces, late)
+        taken = [self.of_optimizers.taken(number, late) for number in range(len(self.steppers))]
+        state["optimizers"] = [one.state for one in taken]
+        for one in taken:
+            stand += one.stand
+            pieces += one.pieces
         for number, average in enumerate(self.averages):
-            pieces += self._average_pieces(number, average)
+            stand += self._average_pieces(number, average)
         state["loaders"] = [position(loader) for loader in self.loaders]
         if rank == 0:
             state["models"] = len(self.models)
@@ -119,9 +124,10 @@ class RunState:
             state["scaler"] = self.scaler.state_dict()
             state["counters"] = counters
         encoded = {**encode(state, tensors, "state"), "objects": objects}
-        for mine, counted in zip(encoded["optimizers"], counts, strict=True):
-            mine["numbers"] = mine["numbers"] if counted is None else counted
-        return self._planned([*pieces, *whole_pieces(tensors)], encoded, late)
+        for entry, one in zip(encoded["optimizers"], taken, strict=True):
+            entry.update(one.encoded)
+        pieces += whole_pieces(tensors)
+        return Draft([*stand, *pieces], encoded, late, self._planned(stand, pieces))
 
     def _average_pieces(self, number: int, average: ShardedEMA) -> list[Piece]:
         place, model = self._place_of(number), average.model
@@ -129,16 +135,16 @@ class RunState:
         made = f"average{number}"
         return self.standing.of(made, witnesses, place, lambda: [*pieces_of(model.ranks, place, average.intervals())])
 
-    def _planned(self, pieces: list[Piece], state: dict[str, Any], late: list[Callable[[], None]]) -> Draft:
-        """The draft, with the plan of its file: the earlier one where the pieces are the same."""
-        if not pieces:
-            return Draft(pieces, state, late)
-        resting = [piece for piece in pieces if isinstance(piece.source, Resting)]
-        given = [(piece.address, piece.shape, piece.spec) for piece in pieces if isinstance(piece.source, Given)]
+    def _planned(self, stand: Sequence[Piece], pieces: Sequence[Piece]) -> FilePlan | None:
+        """The plan of the file: the earlier one where nothing was made anew but given tensors of the same kinds."""
+        if not stand and not pieces:
+            return None
+        kinds = [(one.address, one.shape, one.spec, isinstance(one.source, Given) or one.source) for one in pieces]
         file = tensors_of(self.ranks.rank)
-        plan = self.standing.of("plan", resting, given, lambda: FilePlan(pieces, file))
-        plan.pieces = pieces
-        return Draft(pieces, state, late, plan)
+        facts = (self.standing.made, kinds)
+        plan = self.standing.of("plan", [], facts, lambda: FilePlan([*stand, *pieces], file), counts=False)
+        plan.pieces = [*stand, *pieces]
+        return plan
 
     def _objects(self) -> tuple[Any, dict[str, Tensor]]:
         """The registered objects' states, encoded, and their tensors; None and nothing where they are equal to rank 0's."""

@@ -5,8 +5,8 @@
     down                     |weights|    states     |
     thread                                           | sums and writes ........... |
 
-`take` only enqueues: weights and averages first, for which the computation waits, because scripts may write them; an optimizer's
-states behind them, for which its next step waits (of 0.75 GB on a rank that is 5 and 9 ms at 54 GB/s). What a script writes
+`take` only enqueues: weights and averages first, for which the computation waits, because scripts may write them; behind them
+an optimizer's states, for which its next step waits (of 0.75 GB on a rank that is 5 and 9 ms at 54 GB/s). What a script writes
 into states before that step could be in the copy: torch's own count of writes shows it, and it is the save's error.
 """
 

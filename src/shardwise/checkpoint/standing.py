@@ -17,20 +17,28 @@ class Standing:
     """Values that were made before, by name."""
 
     def __init__(self) -> None:
+        self.made = 0  # how often something was made anew
         self._kept: dict[str, tuple[list[weakref.ref[Any]], object, Any]] = {}
 
-    def of(self, name: str, witnesses: Sequence[object], facts: object, make: Callable[[], T]) -> T:
-        """What `make` gave for these witnesses, in this order, and equal facts; else what it gives now."""
+    def of(
+        self, name: str, witnesses: Sequence[object], facts: object, make: Callable[[], T], *, counts: bool = True
+    ) -> T:
+        """What `make` gave for these witnesses, in this order, and equal facts; else what it gives now.
+
+        counts: `made` does.
+        """
         found = self._kept.get(name)
         if found is not None and _are(found[0], witnesses) and found[1] == facts:
             kept: T = found[2]
             return kept
         made = make()
+        self.made += counts
         self._kept[name] = ([weakref.ref(one) for one in witnesses], facts, made)
         return made
 
     def clear(self) -> None:
         """Forget everything."""
+        self.made += 1
         self._kept.clear()
 
 

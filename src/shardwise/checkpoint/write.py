@@ -90,11 +90,12 @@ def _failed(target: Path) -> str:
     return f"{target} was not saved, earlier checkpoints are as they were: "
 
 
-def take(staging: Path, draft: Draft, rank: int, lanes: Sequence[Lanes], pool: Pool) -> Taken | None:
-    """Take this rank's part as it is now, in the directory from `open_staging`; None where it has no tensors.
+def take(staging: Path | None, draft: Draft, rank: int, lanes: Sequence[Lanes], pool: Pool) -> Taken | None:
+    """Take this rank's part as it is now; None where it has no tensors.
 
-    lanes: of the run's models. pool: where copies go; the save before this one has ended. What rests on a drive or as codes is
-    written before this returns.
+    staging: the directory from `open_staging`; None where nothing rests on a drive or as codes. lanes: of the run's models.
+    pool:    where copies go; the save before this one has ended.
+    What rests on a drive or as codes is written before this returns.
     """
     if draft.plan is None:
         return None
@@ -102,6 +103,7 @@ def take(staging: Path, draft: Draft, rank: int, lanes: Sequence[Lanes], pool: P
     try:
         taken.snapshot.take()
         if draft.plan.numbers(Way.WRITTEN):
+            assert staging is not None
             taken.file = TensorFile(staging / tensors_of(rank), draft.plan.layout)
             taken.snapshot.write_now(taken.file)
     except BaseException:

@@ -27,8 +27,8 @@ from torch.utils.hooks import RemovableHandle
 from ..checkpoint import directory
 from ..checkpoint.patience import Progress, patiently
 from ..checkpoint.run_folder import Place
-from ..checkpoint.run_saving import DamagedError, draft_run, load_run
-from ..checkpoint.write import open_staging, take, write_checkpoint
+from ..checkpoint.run_saving import DamagedError, Drafted, draft_run, load_run
+from ..checkpoint.write import Taken, open_staging, take, write_checkpoint
 from ..errors import CheckpointError, ConfigError, PrepareError
 from ..files import disk
 from ..ranks.agree import on_first, together
@@ -36,6 +36,7 @@ from ..ranks.agreeing import attempt
 from ..ranks.ranks import Ranks
 from ..step.averaging import ShardedEMA
 from ..zero.access import prepared_as
+from ..zero.engine import Engine
 from .run import Run
 
 logger = logging.getLogger("shardwise")
@@ -128,35 +129,49 @@ def save_state(
             "saved. Save where accelerator.sync_gradients is true."
         )
     made = draft_run(state, place, {"step": run.step}, include_frozen)
-    staging = open_staging(target, run.ranks)
-    _call_save_hooks(run, staging)
+    engines = [model.engine for model in state.models]
+    at_once = any(engine.stores.uses_disk or engine.state_dtype != "fp32" for engine in engines)
+    staging = None
+    if not async_ or run.save_hooks or at_once:
+        staging = open_staging(target, run.ranks)
+        _call_save_hooks(run, staging)
     if not async_:
-        write_checkpoint(staging, target, made.draft, run.ranks, made.manifest)
+        write_checkpoint(staging or open_staging(target, run.ranks), target, made.draft, run.ranks, made.manifest)
         _prune(run, run.ranks, place)
         return place.named
+    _write_aside(run, place, made, staging, engines)
+    return place.named
+
+
+def _write_aside(run: Run, place: Place, made: Drafted, staging: Path | None, engines: Sequence[Engine]) -> None:
+    """Take this rank's part as it is, and have it written in the background. Collective.
+
+    staging: the directory, where something is to be written at once; else it is made in the background too.
+    """
     if run.aside is None:
         run.aside = run.ranks.aside()
-    aside, pool = run.aside, run.pool
-    taking = Progress("takes its part")
-    lanes = [model.engine.lanes for model in state.models]
-    taken = patiently(
-        run.ranks,
-        lambda: take(staging, made.draft, run.ranks.rank, lanes, pool),
-        taking,
-        what=f"Saving {target}",
-        failed=made.failed,
-    )
+    aside, pool, target = run.aside, run.pool, place.target
+    lanes = [engine.lanes for engine in engines]
+
+    def taking() -> Taken | None:
+        return take(staging, made.draft, run.ranks.rank, lanes, pool)
+
+    if staging is None:  # nothing asks a disk
+        taken = together(run.ranks, taking, what=made.failed)
+    else:
+        progress = Progress("writes what does not rest in memory")
+        taken = patiently(run.ranks, taking, progress, what=f"Saving {target}", failed=made.failed)
 
     def write() -> None:
         try:
-            write_checkpoint(staging, target, made.draft, aside, made.manifest, taken)
+            where = staging or open_staging(target, aside)
+            write_checkpoint(where, target, made.draft, aside, made.manifest, taken)
         finally:
             if taken is not None:
                 taken.close()
         _prune(run, aside, place)
 
     run.background.start(write)
-    return place.named
 
 
 def finish_saving(run: Run) -> None:
