@@ -176,18 +176,15 @@ class ShardedModel:
     # Construction.
 
     def settle(self, *, waits: bool = True) -> None:
-        """Finish what is under way, so that what rests is what counts. Collective, like the end of a pass.
+        """Finish what is under way, so that what rests counts. Collective, like the end of a pass.
 
-        waits: False leaves the device to its work where nothing rests on a drive: what is enqueued then counts as done, for
-        whoever orders its own work behind it.
-        """
+        waits: for the device; always where something rests on a drive. Else only what is enqueued behind it may read."""
         self._hooks.finish_interrupted()
         self.schedule.abandon_open_pass()
         self.schedule.stop_lingering()
         self.follow_weights()
         if waits or self._engine.stores.uses_disk:
-            self._engine.meet()
-            self._engine.drain()
+            self._engine.rest()
 
     # Training.
 
