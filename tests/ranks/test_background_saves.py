@@ -26,6 +26,7 @@ from shardwise.files import disk
 from shardwise.run.process import forget_run
 
 WIDTH = 24
+USE_CPU = True  # tests/gpu runs these on devices
 
 
 class Net(nn.Module):
@@ -54,9 +55,9 @@ class Training:
     ) -> None:
         forget_run()
         settings = {"mixed_precision": "bf16", "deepspeed_config": zero, "shardwise_config": engine}
-        os.environ["SHARDWISE_CONFIG"] = json.dumps({"distributed_type": "DEEPSPEED", "use_cpu": True, **settings})
+        os.environ["SHARDWISE_CONFIG"] = json.dumps({"distributed_type": "DEEPSPEED", "use_cpu": USE_CPU, **settings})
         try:
-            self.accelerator = Accelerator(cpu=True)
+            self.accelerator = Accelerator(cpu=USE_CPU)
         finally:
             del os.environ["SHARDWISE_CONFIG"]
         self.model = Net()
@@ -69,6 +70,7 @@ class Training:
         for _ in range(steps):
             self.steps += 1
             x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(self.steps))
+            x = x.to(self.accelerator.device)
             self.accelerator.backward(self.model(x).square().mean())
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -115,7 +117,7 @@ def _saved_both_ways(run: Training, rank: int, folder: Path, meanwhile: Callable
     assert _files(folder / "again", rank) == expected
 
 
-def _equal(ranks: Any, folder: str, stage: int, tier: str, visits: bool, optimizer: str, dtype: str) -> int:
+def both_ways(ranks: Any, folder: str, stage: int, tier: str, visits: bool, optimizer: str, dtype: str) -> int:
     zero: dict[str, Any] = {"zero_stage": stage, "offload_optimizer_device": tier}
     if tier == "nvme":
         zero["offload_optimizer_nvme_path"] = f"{folder}/drive"
@@ -150,7 +152,7 @@ def _equal(ranks: Any, folder: str, stage: int, tier: str, visits: bool, optimiz
 def test_a_save_in_the_background_writes_the_bytes_of_one_that_waits(
     world, tmp_path, stage, tier, visits, optimizer, dtype
 ):
-    taken = world(2).run(_equal, str(tmp_path), stage, tier, visits, optimizer, dtype)
+    taken = world(2).run(both_ways, str(tmp_path), stage, tier, visits, optimizer, dtype)
     if visits and dtype == "fp32" and optimizer == "AdamW":
         assert taken == [0, 0], "what visits the device is not copied"
 

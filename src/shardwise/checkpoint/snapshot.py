@@ -12,6 +12,7 @@ into states before that step could be in the copy: torch's own count of writes s
 
 from __future__ import annotations
 
+import logging
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,8 @@ from .keeping import Keeping
 from .patience import Progress
 from .pieces import Resting
 
+logger = logging.getLogger("shardwise")
+
 _WRITERS = 4  # threads: one sums up and writes about 1 GB/s
 _SEVERAL_NBYTES = 64 << 20  # from which on several threads are worth their start
 
@@ -40,7 +43,6 @@ class Pool:
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
         self._copies: dict[str, torch.Event | None] = {}
-        self.is_pinned = False
 
     @property
     def nbytes(self) -> int:
@@ -48,16 +50,15 @@ class Pool:
         return 0 if self._buffer is None else self._buffer.nbytes
 
     def take(self, nbytes: int, *, pinned: bool) -> Tensor:
-        """(nbytes,) bytes, for one save at a time. Where so much cannot be pinned, memory that is not."""
+        """(nbytes,) bytes, for one save at a time. Where so much cannot be pinned, memory that is not, which is said."""
         if self._buffer is None or self._buffer.nbytes != nbytes:
             self._buffer, self._copies = None, {}
             with torch.inference_mode(False):  # it outlives the script's
                 try:
                     self._buffer = host_tensor(nbytes, torch.uint8, pinned=pinned, copies=(self._copies,))
-                    self.is_pinned = pinned
-                except StoreError:
+                except StoreError as error:
+                    logger.warning("A save in the background holds the training while it copies: %s", error)
                     self._buffer = host_tensor(nbytes, torch.uint8, pinned=False)
-                    self.is_pinned = False
         return self._buffer
 
     def note(self, event: torch.Event | None) -> None:

@@ -90,15 +90,15 @@ def _failed(target: Path) -> str:
     return f"{target} was not saved, earlier checkpoints are as they were: "
 
 
-def take(staging: Path | None, draft: Draft, rank: int, lanes: Sequence[Lanes], pool: Pool) -> Taken | None:
-    """Take this rank's part as it is now; None where it has no tensors.
+def take(staging: Path | None, draft: Draft, rank: int, lanes: Sequence[Lanes], pool: Pool) -> list[Taken]:
+    """Take this rank's part as it is now; nothing where it has no tensors.
 
     staging: the directory from `open_staging`; None where nothing rests on a drive or as codes. lanes: of the run's models.
     pool:    where copies go; the save before this one has ended.
     What rests on a drive or as codes is written before this returns.
     """
     if draft.plan is None:
-        return None
+        return []
     taken = Taken(Snapshot(draft.plan, lanes, pool))
     try:
         taken.snapshot.take()
@@ -109,7 +109,7 @@ def take(staging: Path | None, draft: Draft, rank: int, lanes: Sequence[Lanes], 
     except BaseException:
         taken.close()
         raise
-    return taken
+    return [taken]
 
 
 def tensors_of(rank: int) -> str:

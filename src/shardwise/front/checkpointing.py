@@ -152,26 +152,33 @@ def _write_aside(run: Run, place: Place, made: Drafted, staging: Path | None, en
         run.aside = run.ranks.aside()
     aside, pool, target = run.aside, run.pool, place.target
     lanes = [engine.lanes for engine in engines]
+    held: list[Taken] = []
 
-    def taking() -> Taken | None:
-        return take(staging, made.draft, run.ranks.rank, lanes, pool)
+    def taking() -> None:
+        held.extend(take(staging, made.draft, run.ranks.rank, lanes, pool))
 
-    if staging is None:  # nothing asks a disk
-        taken = together(run.ranks, taking, what=made.failed)
-    else:
-        progress = Progress("writes what does not rest in memory")
-        taken = patiently(run.ranks, taking, progress, what=f"Saving {target}", failed=made.failed)
+    def let_go() -> None:
+        for taken in held:
+            taken.close()
 
     def write() -> None:
         try:
             where = staging or open_staging(target, aside)
-            write_checkpoint(where, target, made.draft, aside, made.manifest, taken)
+            write_checkpoint(where, target, made.draft, aside, made.manifest, next(iter(held), None))
         finally:
-            if taken is not None:
-                taken.close()
+            let_go()
         _prune(run, aside, place)
 
-    run.background.start(write)
+    try:
+        if staging is None:  # nothing asks a disk
+            together(run.ranks, taking, what=made.failed)
+        else:
+            progress = Progress("writes what does not rest in memory")
+            patiently(run.ranks, taking, progress, what=f"Saving {target}", failed=made.failed)
+        run.background.start(write)
+    except BaseException:  # also where another rank could not: no step of this one may wait for a writer
+        let_go()
+        raise
 
 
 def finish_saving(run: Run) -> None:
