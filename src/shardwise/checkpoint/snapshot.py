@@ -93,8 +93,6 @@ class Snapshot:
     @torch.no_grad()
     def take(self) -> None:
         """Enqueue the copies, and keep what stays. The host waits for nothing but memory that is not pinned."""
-        for lanes in self._lanes:
-            lanes.join()
         transfers = self.plan.transfers
         weights = [one for one in transfers if not one.is_state]
         states = [one for one in transfers if one.is_state]
@@ -102,9 +100,12 @@ class Snapshot:
             assert not transfers, "what rests belongs to a model"
         else:
             lanes = self._lanes[0]
-            self._enqueued = lanes.mark_compute()
-            lanes.down.wait(self._enqueued)
-            lanes.compute_waits(self._transfer(weights, lanes))
+            # Not through the compute lane: where states are offloaded, the next forward need not wait for their way down.
+            for event in (lanes.mark_compute(), *(event for every in self._lanes for event in every.marks())):
+                lanes.down.wait(event)
+            self._enqueued = lanes.down.mark() or lanes.mark_compute()
+            if weights:
+                lanes.compute_waits(self._transfer(weights, lanes))
             sources = self._sources(states)
             self._copied = self._transfer(states, lanes)
             self._pool.note(self._copied)

@@ -109,10 +109,14 @@ class Lanes:
         if event is not None:
             torch.accelerator.current_stream(self.device.index).wait_event(event)
 
+    def marks(self) -> list[torch.Event | None]:
+        """Events that are done when everything that was enqueued on any lane so far is."""
+        return [lane.mark() for lane in (self.gather, self.reduce, self.up, self.step, self.down)]
+
     def join(self) -> None:
         """The computation waits for every lane."""
-        for lane in (self.gather, self.reduce, self.up, self.step, self.down):
-            self.compute_waits(lane.mark())
+        for event in self.marks():
+            self.compute_waits(event)
 
     def synchronize(self) -> None:
         """The host waits for every lane and for the computation."""
