@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, StoreError
 from ..files.writer import TensorFile, as_bytes
-from ..offload.host import host_tensor
+from ..offload.pinned import host_tensor
 from ..ranks.lanes import Lanes
 from .file_plan import FilePlan, Span, Transfer, Way, memory_of
 from .keeping import Keeping
