@@ -94,8 +94,9 @@ def test_a_save_that_ends_early_lets_waiting_steps_go(monkeypatch):
 
 def test_states_that_a_script_writes_while_they_are_copied_are_the_saves_error(tmp_path):
     state = torch.zeros(4)
-    plan = FilePlan(whole_pieces({"a": torch.ones(2)}), "rank-00000.safetensors")
-    snapshot = Snapshot(plan, [], Pool())
+    pieces = whole_pieces({"a": torch.ones(2)})
+    plan = FilePlan(pieces, "rank-00000.safetensors")
+    snapshot = Snapshot(plan, pieces, [], Pool())
     snapshot._versions = [(state, state._version)]
     state.add_(1)
     expected = pytest.raises(CheckpointError, match=r"finish_saving\(\) before")

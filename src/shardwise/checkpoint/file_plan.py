@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+import torch
 from torch import Tensor
 
 from ..files.writer import BLOCK_NBYTES, Layout
@@ -62,6 +63,7 @@ class Transfer:
     count: int
     target: int
     nbytes: int
+    dtype: torch.dtype
     is_state: bool
 
 
@@ -91,16 +93,14 @@ class FilePlan:
                 self._copy(n)
             elif self.ways[n] is Way.KEPT:
                 self._keep(n)
+        self.pieces = []  # those that are given are of one save, and may be large
 
     def targets(self, buffer: Tensor, *, are_states: bool) -> list[Tensor]:
         """Where the transfers of states, or the others, go: views of `buffer`, each in the dtype of what it comes from."""
         if self._buffer is not buffer:
             self._buffer, self._targets = buffer, {True: [], False: []}
             for one in self.transfers:
-                source = self.pieces[one.source].source
-                assert isinstance(source, Resting)
-                dtype = memory_of(source.held()).dtype
-                self._targets[one.is_state].append(buffer[one.target : one.target + one.nbytes].view(dtype))
+                self._targets[one.is_state].append(buffer[one.target : one.target + one.nbytes].view(one.dtype))
         return self._targets[are_states]
 
     def numbers(self, way: Way) -> list[int]:
@@ -122,7 +122,8 @@ class FilePlan:
             last.count += source.count
             last.nbytes += nbytes
         else:
-            self.transfers.append(Transfer(n, source.begin, source.count, self.nbytes, nbytes, source.is_state))
+            dtype = memory_of(source.held()).dtype
+            self.transfers.append(Transfer(n, source.begin, source.count, self.nbytes, nbytes, dtype, source.is_state))
         self._span(n, self.nbytes, None)
         self.nbytes += nbytes
 

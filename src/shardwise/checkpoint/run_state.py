@@ -142,9 +142,7 @@ class RunState:
         kinds = [(one.address, one.shape, one.spec, isinstance(one.source, Given) or one.source) for one in pieces]
         file = tensors_of(self.ranks.rank)
         facts = (self.standing.made, kinds)
-        plan = self.standing.of("plan", [], facts, lambda: FilePlan([*stand, *pieces], file), counts=False)
-        plan.pieces = [*stand, *pieces]
-        return plan
+        return self.standing.of("plan", [], facts, lambda: FilePlan([*stand, *pieces], file), counts=False)
 
     def _objects(self) -> tuple[Any, dict[str, Tensor]]:
         """The registered objects' states, encoded, and their tensors; None and nothing where they are equal to rank 0's."""

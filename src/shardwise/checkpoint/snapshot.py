@@ -29,7 +29,7 @@ from ..ranks.lanes import Lanes
 from .file_plan import FilePlan, Span, Transfer, Way, memory_of
 from .keeping import Keeping
 from .patience import Progress
-from .pieces import Resting
+from .pieces import Piece, Resting
 
 logger = logging.getLogger("shardwise")
 
@@ -67,16 +67,17 @@ class Pool:
 
 
 class Snapshot:
-    """What of a plan's pieces was taken, until it is written. lanes: of the models whose states these are.
+    """What of `pieces`, which the plan is of, was taken, until it is written. lanes: of the models whose states these are.
 
     `take` it; have `write_now` called while nothing changes; `write` it in any thread; `close` it in any case.
     """
 
-    def __init__(self, plan: FilePlan, lanes: Sequence[Lanes], pool: Pool) -> None:
+    def __init__(self, plan: FilePlan, pieces: Sequence[Piece], lanes: Sequence[Lanes], pool: Pool) -> None:
         self.plan = plan
+        self._pieces = list(pieces)
         self._lanes = lanes
         # What rests is alive while it is read, whoever lets go of it.
-        self._flats: list[Any] = [p.source.held() if isinstance(p.source, Resting) else None for p in plan.pieces]
+        self._flats: list[Any] = [p.source.held() if isinstance(p.source, Resting) else None for p in pieces]
         cuda = any(lane.device.type == "cuda" for lane in lanes)
         with torch.inference_mode(False):
             self._buffer = pool.take(plan.nbytes, pinned=cuda) if plan.nbytes else torch.empty(0, dtype=torch.uint8)
@@ -154,7 +155,7 @@ class Snapshot:
     def write_now(self, file: TensorFile) -> None:
         """What rests on a drive or as codes, one tensor at a time."""
         for n in self.plan.numbers(Way.WRITTEN):
-            piece = self.plan.pieces[n]
+            piece = self._pieces[n]
             source = piece.source
             assert isinstance(source, Resting)
             file.write(piece.address, source.read())
@@ -171,13 +172,13 @@ class Snapshot:
                 "they were being copied. Call finish_saving() before it writes there, or save with async_=False."
             )
         for n in self.plan.numbers(Way.GIVEN):
-            piece = self.plan.pieces[n]
+            piece = self._pieces[n]
             file.write(piece.address, piece.source.read(), progress.advance)
         sums = [[0] * blocks for blocks in self.plan.blocks]
         self._write_spans(file, sums, progress)
         for n, way in enumerate(self.plan.ways):
             if way in (Way.COPIED, Way.KEPT):
-                file.note(self.plan.pieces[n].address, sums[n])
+                file.note(self._pieces[n].address, sums[n])
 
     def _write_spans(self, file: TensorFile, sums: list[list[int]], progress: Progress) -> None:
         waiting = iter([span for span in self.plan.spans if span.source is None])
@@ -223,4 +224,4 @@ class Snapshot:
         if self._copied is not None:
             self._copied.synchronize()
         self._versions = []
-        self._flats = []
+        self._flats, self._pieces = [], []

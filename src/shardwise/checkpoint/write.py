@@ -99,7 +99,7 @@ def take(staging: Path | None, draft: Draft, rank: int, lanes: Sequence[Lanes], 
     """
     if draft.plan is None:
         return []
-    taken = Taken(Snapshot(draft.plan, lanes, pool))
+    taken = Taken(Snapshot(draft.plan, draft.pieces, lanes, pool))
     try:
         taken.snapshot.take()
         if draft.plan.numbers(Way.WRITTEN):
