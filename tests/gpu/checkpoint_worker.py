@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ranks import test_background_saves as background
 from ranks import test_buffers as buffers
 from ranks import test_checkpoint_resume as runs
 from ranks import test_resume_optimizers as optimizers
@@ -46,6 +47,22 @@ OPTIMIZERS = [
 ]
 
 
+# Each save in the background beside one that waits: the bytes must be equal.
+BACKGROUND = [
+    (1, "none", "AdamW-fused", "fp32"),
+    (3, "none", "AdamW", "fp32"),
+    (3, "none", "Adafactor", "fp32"),
+    (3, "cpu", "AdamW", "fp32"),
+    (3, "cpu", "AdamW", "int8"),
+    (3, "nvme", "AdamW", "fp32"),
+]
+
+
+def _background(where: str, stage: int, tier: str, name: str, dtype: str) -> None:
+    taken = background.both_ways(join_run(), where, stage, tier, False, name, dtype)
+    assert (taken > 0) == (tier == "none"), taken  # bytes that were copied to the host
+
+
 def cases(folder: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """(name, what raises AssertionError if it is wrong)"""
 
@@ -62,6 +79,12 @@ def cases(folder: str) -> Iterator[tuple[str, Callable[[], None]]]:
         Path(where).mkdir(exist_ok=True)
         yield str(other), partial(optimizers.both, None, other, where, optimizers.SAVE_AT)
 
+    for number, (stage, tier, name, dtype) in enumerate(BACKGROUND):
+        where = f"{folder}/background{number}"
+        Path(where).mkdir(exist_ok=True)
+        words = f"background save of {name}, stage {stage}, {tier}, {dtype}, and one that waits"
+        yield words, partial(_background, where, stage, tier, name, dtype)
+
     def same_buffers() -> None:
         assert buffers.prepared_saved_loaded(join_run(), 3, f"{folder}/buffers", True) == ([], True, [])
 
@@ -73,7 +96,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--use-cpu", action="store_true")
     args = parser.parse_args()
-    runs.USE_CPU = optimizers.USE_CPU = buffers.USE_CPU = args.use_cpu
+    runs.USE_CPU = optimizers.USE_CPU = buffers.USE_CPU = background.USE_CPU = args.use_cpu
     # The runs below come and go; the group stays.
     if args.use_cpu:
         torch.set_num_threads(1)

@@ -300,9 +300,9 @@ def _points(world: Any, tmp_path: Path, total_limit: int | None, async_: bool) -
     return found + [(None, at) for at in range(min(counts))]
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "Adafactor"])
-def test_ranks_killed_during_a_save_lose_nothing(world, tmp_path, optimizer):
-    points = _points(world, tmp_path, 1, False)
+@pytest.mark.parametrize(("optimizer", "async_"), [("AdamW", False), ("Adafactor", False), ("AdamW", True)])
+def test_ranks_killed_during_a_save_lose_nothing(world, tmp_path, optimizer, async_):
+    points = _points(world, tmp_path, 1, async_)
     (tmp_path / "start").mkdir()
     (tmp_path / "start" / "optimizer").write_text(optimizer)
     expected = world(2).run(first_checkpoint, str(tmp_path / "start"))[0]
@@ -312,7 +312,7 @@ def test_ranks_killed_during_a_save_lose_nothing(world, tmp_path, optimizer):
             world,
             tmp_path / "start",
             place,
-            lambda: world(2).run(_save_and_fail, str(place), at, who, "die"),  # noqa: B023
+            lambda: world(2).run(_save_and_fail, str(place), at, who, "die", 1, async_),  # noqa: B023
         )
         assert step in (1, 2)
         assert weights == expected[step]

@@ -19,7 +19,7 @@ from shardwise.checkpoint.codec import decode, encode
 from shardwise.checkpoint.directory import next_number, not_counted, prune, survey
 from shardwise.checkpoint.fingerprint import part_sums
 from shardwise.checkpoint.lineage import Lineage
-from shardwise.checkpoint.manifest import Entry, Index, Manifest, Origin, text_checksum
+from shardwise.checkpoint.manifest import Entry, Manifest, Origin, index_text, text_checksum
 from shardwise.errors import CheckpointError
 from shardwise.files import writer
 from shardwise.files.writer import Spec, TensorFile, read_part
@@ -219,7 +219,7 @@ def _empty(folder: Path, number: int, metric: float | None, made: Origin | None 
     """A checkpoint that automatic naming made, without a tensor."""
     path = folder / f"checkpoint_{number}"
     path.mkdir(parents=True)
-    text = Index().to_text()
+    text = index_text([], {})
     (path / "rank-00000.json").write_text(text)
     entry = Entry("rank-00000.json", text_checksum(text), None, 0)
     made = made or Origin(RUN, path.name)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..files.writer import Place, dtype_name
+from ..files.writer import Place, Spec, dtype_name
 
 FORMAT = "shardwise-checkpoint"
 VERSION = 1
@@ -43,20 +43,32 @@ class Index:
     parts: list[Part] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
 
-    def to_text(self) -> str:
-        rows = {
-            part.address: {
-                "shape": list(part.shape),
-                "begin": part.begin,
-                "numel": part.numel,
-                "dtype": dtype_name(part.place.dtype),
-                "offset": part.place.offset,
-                "nbytes": part.place.nbytes,
-                "blocks": list(part.place.blocks),
-            }
-            for part in self.parts
-        }
-        return json.dumps({"tensors": rows, "state": self.state}, separators=(",", ":")) + "\n"
+
+def index_text(rows: Sequence[str], state: dict[str, Any]) -> str:
+    """The JSON of an index. rows: of each part `row_head` and `row_end`."""
+    return f'{{"tensors":{{{",".join(rows)}}},"state":{_json(state)}}}\n'
+
+
+def row_head(address: str, shape: Sequence[int], begin: int, spec: Spec, offset: int) -> str:
+    """The row of a tensor that will lie at byte `offset` of its file, up to the sums of its blocks."""
+    row = {
+        "shape": list(shape),
+        "begin": begin,
+        "numel": spec.shape[0],
+        "dtype": dtype_name(spec.dtype),
+        "offset": offset,
+        "nbytes": spec.nbytes,
+    }
+    return f'{_json(address)}:{_json(row)[:-1]},"blocks":['
+
+
+def row_end(blocks: Sequence[int]) -> str:
+    """What follows a `row_head`."""
+    return f"{','.join(map(str, blocks))}]}}"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 @dataclass(frozen=True)

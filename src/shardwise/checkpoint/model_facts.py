@@ -42,7 +42,7 @@ def facts_of(sharded: ShardedModel) -> dict[str, Any]:
 
 def dtypes_of(sharded: ShardedModel) -> dict[str, str]:
     """The dtypes that the user gave to trained weights, by name."""
-    return {m.name: dtype_name(m.dtype) for m in sharded.whole.members() if m.trained}
+    return {name: dtype_name(dtype) for name, dtype in sharded.whole.trained_dtypes().items()}
 
 
 @dataclass
@@ -80,7 +80,8 @@ def adapters_of(sharded: ShardedModel) -> KeptAdapters:
     needed = {name for entry in known for name in entry.weights.values()}
     computes = any(entry.computed for entry in known)
     reads, needed, computes = ranks.broadcast_object((reads, needed, computes))
-    kept = KeptAdapters(frozen=frozenset(m.name for m in sharded.whole.members() if not m.trained and m.name in needed))
+    buffers = [unit.frozen for unit in sharded.units if unit.frozen is not None] if needed else []
+    kept = KeptAdapters(frozen=frozenset(m.name for frozen in buffers for m in frozen.members if m.name in needed))
     if computes:
         tensors = sharded.whole.on_first(reads.__contains__)
         ranks.together(lambda: _compute(sharded, contents, tensors, kept.computed) if ranks.rank == 0 else None)

@@ -35,11 +35,16 @@ class Place:
 
 @dataclass
 class RunFolder:
-    """What this process has claimed, and the runs that it goes on with. looked_at: folders of which others were told."""
+    """What this process has claimed, and the runs that it goes on with.
+
+    looked_at: folders of which others were told. orders: the last that was given in a folder that is claimed, where nobody else
+    saves: to read all manifests takes 5 ms for each.
+    """
 
     lineage: Lineage = field(default_factory=Lineage)
     locks: dict[Path, directory.Lock] = field(default_factory=dict)
     looked_at: set[Path] = field(default_factory=set)
+    orders: dict[Path, int] = field(default_factory=dict)
 
     def numbered(self, project: ProjectConfiguration) -> Path:
         """Where automatic naming puts checkpoints. Raises CheckpointError without it."""
@@ -62,7 +67,8 @@ class RunFolder:
             number = directory.next_number(folder, project.iteration)
             project.iteration = number + 1
             target = folder / f"checkpoint_{number}"
-            return Place(target, str(target), directory.next_order(folder), self.lineage.origin(target.name), score)
+            self.orders[folder] = self.orders[folder] + 1 if folder in self.orders else directory.next_order(folder)
+            return Place(target, str(target), self.orders[folder], self.lineage.origin(target.name), score)
         given = Path(os.path.abspath(output_dir))
         target = followed(given)
         refuse_foreign(target)
@@ -118,6 +124,7 @@ class RunFolder:
         for lock in self.locks.values():
             lock.release()
         self.locks.clear()
+        self.orders.clear()
 
 
 def _score(metric: float | None) -> float | None:

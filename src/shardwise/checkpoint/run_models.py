@@ -11,20 +11,21 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files.writer import DTYPES, Spec, as_bytes
+from ..files.writer import DTYPES, as_bytes
 from ..ranks.ranks import Ranks
 from ..step import intervals
 from ..step.intervals import Interval
 from ..zero.buffers import bytes_of, named_buffers, packed, parts_of, replace_buffers, unpacked, written
 from ..zero.sharded import ShardedModel
+from .pieces import Piece, pieces_of, whole_pieces
 from .read import Checkpoint
-from .write import Piece, whole_pieces
+from .standing import Standing
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,27 @@ class RunModels:
 
     ranks: Ranks
     models: Sequence[ShardedModel]
+    standing: Standing = field(default_factory=Standing)
 
     # Taking.
 
     def trained_pieces(self) -> list[Piece]:
         """This rank's part of the masters."""
-        return [
-            piece
-            for number, model in enumerate(self.models)
-            for piece in pieces_of(model.ranks, f"model{number}/trained", intervals.trained(model))
-        ]
+        return self.standing.of(
+            "trained",
+            [one for model in self.models for one in rests_of(model)],
+            None,
+            lambda: [
+                piece
+                for number, model in enumerate(self.models)
+                for piece in pieces_of(model.ranks, f"model{number}/trained", intervals.trained(model))
+            ],
+        )
 
-    def frozen_pieces(self, only: Sequence[Container[str]] | None = None) -> list[Piece]:
+    def frozen_pieces(self, only: Sequence[frozenset[str]] | None = None) -> list[Piece]:
         """This rank's part of the frozen weights. only: for each model, the names that are wanted."""
+        if only is not None and not any(only):
+            return []
         return [
             piece
             for number, model in enumerate(self.models)
@@ -166,12 +175,10 @@ class RunModels:
             replace_buffers(model.model, buffers)
 
 
-def pieces_of(ranks: Ranks, prefix: str, held: Sequence[Interval]) -> Iterator[Piece]:
-    """This rank's part of intervals, which several ranks may hold, as pieces at `prefix/<name>`. ranks: their model's."""
-    for interval in intervals.share(held, ranks):
-        address = f"{prefix}/{interval.name}"
-        spec = Spec(address, interval.dtype, (interval.numel,))
-        yield Piece(address, interval.shape, interval.begin, spec, interval.read)
+def rests_of(model: ShardedModel) -> list[object]:
+    """What the intervals of the trained weights are made from, and what they rest in."""
+    trained = model.trained()
+    return [model, *trained, *(one.master for one in trained)]
 
 
 def fill(checkpoint: Checkpoint, prefix: str, held: Sequence[Interval]) -> None:

@@ -9,8 +9,8 @@ Optimizers are known by their order, their states by the names of weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,53 +21,83 @@ from ..ranks.ranks import Ranks
 from ..step.intervals import Interval
 from ..step.kept import packages_of, packed, unpacked
 from ..step.optimizer import ShardedOptimizer
+from ..step.sighting import Sighting, read_at_once, sight
 from ..step.state_kinds import Key
 from ..zero.sharded import ShardedModel
+from .codec import encode
+from .pieces import Piece, pieces_of
 from .read import Checkpoint
-from .run_models import fill, pieces_of
+from .run_models import fill, rests_of
 from .saved_states import check_counts
-from .write import Piece
+from .standing import Standing
+
+
+@dataclass(frozen=True)
+class TakenStates:
+    """What a save takes of an optimizer: `state` for this rank's, to be encoded, and `encoded`, which belongs to it and is.
+
+    stand: pieces that stand until the next save. pieces: others.
+    """
+
+    state: dict[str, Any]
+    encoded: dict[str, Any]
+    stand: list[Piece]
+    pieces: list[Piece]
 
 
 @dataclass(frozen=True)
 class RunOptimizers:
-    """The optimizers of a run, by their order, and its models, in which their parameters are."""
+    """The optimizers of a run, by their order, and its models, in which their parameters are. standing: see `RunState`."""
 
     ranks: Ranks
     steppers: Sequence[ShardedOptimizer]
     models: Sequence[ShardedModel]
+    standing: Standing = field(default_factory=Standing)
 
     # Taking.
 
-    def taken(self, pieces: list[Piece]) -> list[dict[str, Any]]:
-        """What of each is no tensor, for this rank's state; its part of the tensors goes into `pieces`."""
-        return [self._taken(number, pieces) for number in range(len(self.steppers))]
-
-    def _taken(self, number: int, pieces: list[Piece]) -> dict[str, Any]:
+    def taken(self, number: int, late: list[Callable[[], None]]) -> TakenStates:
+        """What a save takes of one of them, now but for what `late` completes. No communication."""
         stepper = self.steppers[number]
-        homes = self._homes(stepper)
-        held: dict[str, list[Interval]] = {}
-        numbers: dict[str, dict[str, Any]] = {}
-        for state in stepper.states.intervals():
-            model, name = state.key
-            for key, interval in state.elementwise.items():
-                held.setdefault(f"optimizer{number}/{key}/model{homes[model]}", []).append(interval)
-            numbers[f"model{homes[model]}/{name}"] = {key: packed(value) for key, value in state.numbers.items()}
-        for prefix, found in held.items():
-            pieces += pieces_of(stepper.ranks, prefix, found)
-        groups = stepper.states.settings()
-        mine: dict[str, Any] = {
-            "numbers": numbers,
-            "names": _names(groups, homes),
-        }
+        seen = sight(stepper.states)
+        witnesses = [*(one for model in stepper.models for one in rests_of(model)), *seen.witnesses]
+        facts = (seen.names, seen.groups)
+        plan = self.standing.of(f"optimizer{number}", witnesses, facts, lambda: self._planned(number, seen))
+        is_plain = seen.is_plain and plan.names == seen.names
+        if not is_plain:  # there are states that are neither intervals nor numbers
+            plan = self._planned(number, seen)
+        mine: dict[str, Any] = {"numbers": {} if is_plain else plan.numbers}
         if self.ranks.rank == 0:
-            mine["groups"] = [packed(settings) for settings, _ in groups]
+            mine["groups"] = [packed(settings) for settings in stepper.states.own_settings()]
             mine["sizes"] = _sizes(stepper)
             mine["steps"] = stepper.steps
             mine["step_was_skipped"] = stepper.step_was_skipped
             mine["added"] = packed(stepper.dictionary.added())
             mine["besides"] = {key: packed(value) for key, value in stepper.states.besides.items()}
-        return mine
+        encoded: dict[str, Any] = {"names": plan.in_groups}
+        if is_plain:
+            encoded["numbers"] = _counted(seen, plan.keys, late)
+            return TakenStates(mine, encoded, stand=plan.pieces, pieces=[])
+        return TakenStates(mine, encoded, stand=[], pieces=plan.pieces)
+
+    def _planned(self, number: int, seen: Sighting) -> _Planned:
+        stepper = self.steppers[number]
+        homes = self._homes(stepper)
+        held: dict[str, list[Interval]] = {}
+        numbers: dict[str, dict[str, Any]] = {}
+        states = iter(found := stepper.states.intervals())
+        for state in found:
+            model, name = state.key
+            for key, interval in state.elementwise.items():
+                held.setdefault(f"optimizer{number}/{key}/model{homes[model]}", []).append(interval)
+            numbers[f"model{homes[model]}/{name}"] = {key: packed(value) for key, value in state.numbers.items()}
+        return _Planned(
+            pieces=[p for at, some in held.items() for p in pieces_of(stepper.ranks, at, some, are_states=True)],
+            in_groups=_names(stepper.states.settings(), homes),
+            numbers=numbers,
+            keys=[f"model{homes[state.key[0]]}/{state.key[1]}" for state in found],
+            names=[None if names is None else tuple(next(states).elementwise) for names in seen.names],
+        )
 
     def _homes(self, stepper: ShardedOptimizer) -> list[int]:
         """Each of the optimizer's models as a number among the run's."""
@@ -155,6 +185,58 @@ class RunOptimizers:
                 _update(group, unpacked(settings, packages_of(stepper.optimizer)))
         stepper.dictionary.take_added(unpacked(saved.get("added", {}), packages_of(stepper.optimizer)))
         stepper.resume(saved["steps"], saved["step_was_skipped"])
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What a save takes of an optimizer's states.
+
+    in_groups: of each group the names of what is trained in it. numbers: by address, `packed`. keys: the addresses of what has
+    taken a step. names: as `Sighting.names`, but as the intervals are.
+    """
+
+    pieces: list[Piece]
+    in_groups: list[list[str]]
+    numbers: dict[str, dict[str, Any]]
+    keys: list[str]
+    names: list[tuple[str, ...] | None]
+
+
+def _counted(seen: Sighting, keys: Sequence[str], late: list[Callable[[], None]]) -> dict[str, Any]:
+    """The numbers of what has taken a step, by `keys`, as `encode` would have them. What is on the device comes `late`."""
+    found: dict[str, dict[str, Any]] = {key: {} for key in keys}
+    rows = [found[key] for key in keys]
+    for name, (places, values) in seen.counts.items():
+        mine = [rows[place] for place in places]
+        at_once = read_at_once(values)
+        if at_once is None:
+            for row, value in zip(mine, values, strict=True):
+                row[name] = encode(value, {}, name)
+            continue
+        kind = str(at_once.dtype).removeprefix("torch.")
+        if at_once.device.type == "cuda":
+            late.append(_coming(at_once, name, kind, mine))
+        else:
+            _fill(at_once, name, kind, mine)
+    return found
+
+
+def _coming(values: Tensor, name: str, kind: str, rows: Sequence[dict[str, Any]]) -> Callable[[], None]:
+    """Have device values copied to the host behind what is enqueued; gives what waits for them, and fills the rows."""
+    landing = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    landing.copy_(values, non_blocking=True)
+    event = torch.accelerator.current_stream(values.device.index).record_event()
+
+    def arrive() -> None:
+        event.synchronize()
+        _fill(landing, name, kind, rows)
+
+    return arrive
+
+
+def _fill(values: Tensor, name: str, kind: str, rows: Sequence[dict[str, Any]]) -> None:
+    for row, value in zip(rows, values.tolist(), strict=True):
+        row[name] = {"!": "scalar", "dtype": kind, "value": encode(value, {}, name)}
 
 
 def _names(groups: Sequence[tuple[dict[str, Any], set[Key]]], homes: Sequence[int]) -> list[list[str]]:

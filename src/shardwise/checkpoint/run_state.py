@@ -20,7 +20,7 @@ import json
 import zlib
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -38,18 +38,24 @@ from ..step.averaging import ShardedEMA, refuse_swapped
 from ..step.optimizer import ShardedOptimizer
 from ..zero.sharded import ShardedModel
 from .codec import encode
+from .file_plan import FilePlan
 from .generators import generator_states, set_generator_states
 from .model_facts import KeptAdapters
+from .pieces import Given, Piece, pieces_of, whole_pieces
 from .read import Checkpoint
-from .run_models import Changed, RunModels, fill, pieces_of
+from .run_models import Changed, RunModels, fill, rests_of
 from .run_optimizers import RunOptimizers
 from .saved_states import lacking
-from .write import Draft, Piece, whole_pieces
+from .standing import Standing
+from .write import Draft, tensors_of
 
 
 @dataclass
 class RunState:
-    """The objects of a run whose state counts. of_models, of_optimizers: what a checkpoint keeps of these."""
+    """The objects of a run whose state counts. of_models, of_optimizers: what a checkpoint keeps of these.
+
+    standing: what stands of an earlier draft of this run.
+    """
 
     ranks: Ranks
     models: Sequence[ShardedModel]
@@ -59,10 +65,11 @@ class RunState:
     objects: Sequence[Any]
     averages: Sequence[ShardedEMA]
     scaler: LossScaler
+    standing: Standing = field(default_factory=Standing)
 
     def __post_init__(self) -> None:
-        self.of_models = RunModels(self.ranks, self.models)
-        self.of_optimizers = RunOptimizers(self.ranks, self.steppers, self.models)
+        self.of_models = RunModels(self.ranks, self.models, self.standing)
+        self.of_optimizers = RunOptimizers(self.ranks, self.steppers, self.models, self.standing)
 
     @property
     def step(self) -> int:
@@ -71,12 +78,16 @@ class RunState:
 
     # Taking.
 
-    def settle(self) -> None:
-        """Finish what is under way on the device. Collective. Raises PrepareError while a model has averaged weights."""
+    def settle(self, *, waits: bool = True) -> None:
+        """Finish what is under way. Collective. Raises PrepareError while a model has averaged weights.
+
+        waits: until the device is done with it, and raises what the last step's message said; False leaves both to the draft's
+        `late`, and only enqueues.
+        """
         refuse_swapped(self.models, "save_state and load_state")
         for model in self.models:
-            model.settle()
-        for stepper in self.steppers:
+            model.settle(waits=waits)
+        for stepper in self.steppers if waits else ():
             stepper.raise_if_bad()
 
     def draft(self, counters: dict[str, Any], adapters: Sequence[KeptAdapters], *, with_frozen: bool) -> Draft:
@@ -87,17 +98,24 @@ class RunState:
         """
         rank = self.ranks.rank
         pieces: list[Piece] = []
+        stand: list[Piece] = []
+        unread = [stepper.verdicts.unread() for stepper in self.steppers]
+        late = [read for read in unread if read is not None]  # first: of a bad step nothing is written
         # All communication comes before what may fail on one rank alone.
         state: dict[str, Any] = {"buffers": self.of_models.buffers(pieces)}
         objects, tensors = self._objects()
         state["generators"] = generator_states(self.ranks.device)
-        pieces += self.of_models.trained_pieces()
+        stand += self.of_models.trained_pieces()
         pieces += self.of_models.frozen_pieces(None if with_frozen else [kept.frozen for kept in adapters])
         for number, kept in enumerate(adapters):
             pieces += whole_pieces({f"model{number}/adapter/{name}": tensor for name, tensor in kept.computed.items()})
-        state["optimizers"] = self.of_optimizers.taken(pieces)
+        taken = [self.of_optimizers.taken(number, late) for number in range(len(self.steppers))]
+        state["optimizers"] = [one.state for one in taken]
+        for one in taken:
+            stand += one.stand
+            pieces += one.pieces
         for number, average in enumerate(self.averages):
-            pieces += pieces_of(average.model.ranks, self._place_of(number), average.intervals())
+            stand += self._average_pieces(number, average)
         state["loaders"] = [position(loader) for loader in self.loaders]
         if rank == 0:
             state["models"] = len(self.models)
@@ -106,7 +124,25 @@ class RunState:
             state["scaler"] = self.scaler.state_dict()
             state["counters"] = counters
         encoded = {**encode(state, tensors, "state"), "objects": objects}
-        return Draft([*pieces, *whole_pieces(tensors)], encoded)
+        for entry, one in zip(encoded["optimizers"], taken, strict=True):
+            entry.update(one.encoded)
+        pieces += whole_pieces(tensors)
+        return Draft([*stand, *pieces], encoded, late, self._planned(stand, pieces))
+
+    def _average_pieces(self, number: int, average: ShardedEMA) -> list[Piece]:
+        place, model = self._place_of(number), average.model
+        witnesses = [average, *rests_of(model), *average.slabs]
+        made = f"average{number}"
+        return self.standing.of(made, witnesses, place, lambda: [*pieces_of(model.ranks, place, average.intervals())])
+
+    def _planned(self, stand: Sequence[Piece], pieces: Sequence[Piece]) -> FilePlan | None:
+        """The plan of the file: the earlier one where nothing was made anew but given tensors of the same kinds."""
+        if not stand and not pieces:
+            return None
+        kinds = [(one.address, one.shape, one.spec, isinstance(one.source, Given) or one.source) for one in pieces]
+        file = tensors_of(self.ranks.rank)
+        facts = (self.standing.made, kinds)
+        return self.standing.of("plan", [], facts, lambda: FilePlan([*stand, *pieces], file), counts=False)
 
     def _objects(self) -> tuple[Any, dict[str, Tensor]]:
         """The registered objects' states, encoded, and their tensors; None and nothing where they are equal to rank 0's."""

@@ -8,7 +8,7 @@
 Each agreement waits as long as the disks take (`patience.py`).
 
 A kill before the rename leaves a hidden directory, which nobody takes for a checkpoint; after it, a complete one. What is
-written is a `Draft`: its tensors are read one at a time (a save that waits), or were all copied before (one that does not).
+written is a `Draft`: its tensors are read one at a time (a save that waits), or were taken before (one that does not).
 """
 
 from __future__ import annotations
@@ -19,64 +19,54 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..errors import CheckpointError
 from ..files import disk
 from ..files.documents import check_json, printed, read_text
-from ..files.writer import Spec, TensorFile
+from ..files.writer import TensorFile
 from ..ranks.agree import sees_another
 from ..ranks.agreeing import attempt
+from ..ranks.lanes import Lanes
 from ..ranks.ranks import Ranks
-from .manifest import MANIFEST, Entry, Index, Manifest, Part, text_checksum
+from .file_plan import FilePlan, Way
+from .manifest import MANIFEST, Entry, Manifest, index_text, row_end, text_checksum
 from .patience import Progress, patiently
+from .pieces import Piece
 from .places import MARK, STAGING, discard, left_behind, make_staging, put_in_place, refuse_taken
+from .snapshot import Pool, Snapshot
 
 logger = logging.getLogger("shardwise")
 
 
-@dataclass(frozen=True)
-class Piece:
-    """One tensor to write: its address, the whole's shape, which elements of it, and how to get them as (numel,) values."""
-
-    address: str
-    shape: tuple[int, ...]
-    begin: int
-    spec: Spec
-    read: Callable[[], Tensor]
-
-
 @dataclass
 class Draft:
-    """One rank's part of a checkpoint. state: JSON; its tensors are among the pieces."""
+    """One rank's part of a checkpoint. state: JSON; its tensors are among the pieces.
+
+    late: called before the state is written, by whoever writes it: what of it comes from the device, and may fail.
+    plan: how its file comes about, where that is known.
+    """
 
     pieces: list[Piece] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
-
-    def copied(self) -> Draft:
-        """The same, with every tensor copied now: training may go on while it is written."""
-
-        def holder(value: Tensor) -> Callable[[], Tensor]:
-            return lambda: value
-
-        pieces = [Piece(p.address, p.shape, p.begin, p.spec, holder(p.read())) for p in self.pieces]
-        return Draft(pieces, self.state)
+    late: list[Callable[[], None]] = field(default_factory=list)
+    plan: FilePlan | None = None
 
     @property
     def nbytes(self) -> int:
         return sum(piece.spec.nbytes for piece in self.pieces)
 
 
-def whole_pieces(tensors: Mapping[str, Tensor]) -> list[Piece]:
-    """Pieces of tensors in memory, each whole and under its own name."""
+@dataclass
+class Taken:
+    """What a save that does not wait has of its draft. file: opened already, where something had to be written at once."""
 
-    def holder(value: Tensor) -> Callable[[], Tensor]:
-        return lambda: value
+    snapshot: Snapshot
+    file: TensorFile | None = None
 
-    return [
-        Piece(name, tuple(t.shape), 0, Spec(name, t.dtype, (t.numel(),)), holder(t.reshape(-1)))
-        for name, t in tensors.items()
-    ]
+    def close(self) -> None:
+        """Let go of everything, written or not."""
+        self.snapshot.close()
+        if self.file is not None:
+            self.file.discard()
 
 
 def open_staging(target: Path, ranks: Ranks) -> Path:
@@ -100,19 +90,51 @@ def _failed(target: Path) -> str:
     return f"{target} was not saved, earlier checkpoints are as they were: "
 
 
+def take(staging: Path | None, draft: Draft, rank: int, lanes: Sequence[Lanes], pool: Pool) -> list[Taken]:
+    """Take this rank's part as it is now; nothing where it has no tensors.
+
+    staging: the directory from `open_staging`; None where nothing rests on a drive or as codes. lanes: of the run's models.
+    pool:    where copies go; the save before this one has ended.
+    What rests on a drive or as codes is written before this returns.
+    """
+    if draft.plan is None:
+        return []
+    taken = Taken(Snapshot(draft.plan, draft.pieces, lanes, pool))
+    try:
+        taken.snapshot.take()
+        if draft.plan.numbers(Way.WRITTEN):
+            assert staging is not None
+            taken.file = TensorFile(staging / tensors_of(rank), draft.plan.layout)
+            taken.snapshot.write_now(taken.file)
+    except BaseException:
+        taken.close()
+        raise
+    return [taken]
+
+
+def tensors_of(rank: int) -> str:
+    """The name of a rank's file of tensors."""
+    return f"rank-{rank:05d}.safetensors"
+
+
 def write_checkpoint(
-    staging: Path, target: Path, draft: Draft, ranks: Ranks, describe: Callable[[Sequence[Entry]], Manifest]
+    staging: Path,
+    target: Path,
+    draft: Draft,
+    ranks: Ranks,
+    describe: Callable[[Sequence[Entry]], Manifest],
+    taken: Taken | None = None,
 ) -> None:
     """Publish the ranks' drafts as the directory `target`. Collective; an error of any rank is raised on every rank.
 
-    staging:  from `open_staging`.
+    staging:  from `open_staging`. taken: the draft's pieces as they were; None reads them where they rest.
     describe: on rank 0, the manifest for the files of all ranks. An earlier checkpoint at `target` is replaced.
     """
     failed, what = _failed(target), f"Saving {target}"
     writing, publishing = Progress("writes"), Progress("gives the checkpoint its name")
     try:
         entry = patiently(
-            ranks, lambda: _write_rank(staging, draft, ranks.rank, writing), writing, what=what, failed=failed
+            ranks, lambda: _write_rank(staging, draft, ranks.rank, writing, taken), writing, what=what, failed=failed
         )
         entries = [found for found in ranks.gather_objects(entry) if found is not None]
         patiently(
@@ -154,20 +176,27 @@ def write_alone(
         raise CheckpointError(f"{printed(target)} was not written: {error}.") from error
 
 
-def _write_rank(staging: Path, draft: Draft, rank: int, progress: Progress) -> Entry:
+def _write_rank(staging: Path, draft: Draft, rank: int, progress: Progress, taken: Taken | None = None) -> Entry:
     name = f"rank-{rank:05d}"
-    index = Index(state=draft.state)
+    for complete in draft.late:
+        complete()
+    rows: list[str] = []
     nbytes, tensors = 0, None
     if draft.pieces:
-        tensors = f"{name}.safetensors"
+        tensors = tensors_of(rank)
         progress.start(draft.nbytes, "writes")
-        with TensorFile(staging / tensors, [piece.spec for piece in draft.pieces]) as file:
-            for piece in draft.pieces:
-                file.write(piece.address, piece.read(), progress.advance)
-            nbytes = file.nbytes
+        plan = draft.plan or FilePlan(draft.pieces, tensors)
+        opened = taken.file if taken is not None else None
+        with opened or TensorFile(staging / tensors, plan.layout) as file:
+            if taken is not None:
+                taken.snapshot.write(file, progress)
+            else:
+                for piece in draft.pieces:
+                    file.write(piece.address, piece.source.read(), progress.advance)
+            nbytes, places = file.nbytes, file.places
             progress.start(0, "waits for the disk to take what was written")
-        index.parts = [Part(p.address, p.shape, p.begin, p.spec.shape[0], file.places[p.address]) for p in draft.pieces]
-    text = index.to_text()
+        rows = [head + row_end(places[p.address].blocks) for head, p in zip(plan.rows, draft.pieces, strict=True)]
+    text = index_text(rows, draft.state)
     # What could not be read back must not be written: nobody would know before the run is to go on.
     check_json(text, f"{name}.json, which keeps the state of the run besides its tensors,", CheckpointError)
     disk.write_text(staging / f"{name}.json", text)

@@ -88,45 +88,61 @@ class Spec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class TensorFile:
-    """A safetensors file being written; as a context manager it is closed, and synced if nothing was raised.
+class Layout:
+    """Where the tensors of a file lie, and its header; made once, and good for every file of the same tensors.
 
-    specs: every tensor of the file. `write` each of them once, in any order.
-    Raises CheckpointError for a tensor without elements: such a file could be loaded, and would be an empty adapter.
+    specs: every tensor of the file. in_order: they, in the order in which they lie. start: bytes before the first of them.
+    Raises CheckpointError for a tensor without elements: such a file could be loaded, and would be an empty adapter. The
+    errors name `file`.
     """
 
-    def __init__(self, path: Path, specs: Sequence[Spec], metadata: Mapping[str, str] | None = None) -> None:
-        self.path = path
-        self.places: dict[str, Place] = {}
-        self._specs = {spec.name: spec for spec in specs}
+    def __init__(self, specs: Sequence[Spec], file: str, metadata: Mapping[str, str] | None = None) -> None:
+        self.specs = {spec.name: spec for spec in specs}
         empty = [spec.name for spec in specs if 0 in spec.shape]
         if empty:
             raise CheckpointError(
-                f"{empty[0]} has no elements (shape {self._specs[empty[0]].shape}): it is not written to {path.name}. A "
+                f"{empty[0]} has no elements (shape {self.specs[empty[0]].shape}): it is not written to {file}. A "
                 "sharded weight looks like that; save through the accelerator or model.save_pretrained."
             )
-        if len(self._specs) != len(specs):
-            raise CheckpointError(f"{path.name}: two tensors have the same name.")
+        if len(self.specs) != len(specs):
+            raise CheckpointError(f"{file}: two tensors have the same name.")
         # The widest dtype first: then every tensor is aligned for its own, whatever comes before it.
+        self.in_order = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
         header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-        self._offsets: dict[str, int] = {}
+        offsets: dict[str, int] = {}
         end = 0
-        for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):
-            self._offsets[spec.name] = end
-            offsets = [end, end + spec.nbytes]
+        for spec in self.in_order:
+            offsets[spec.name] = end
+            end += spec.nbytes
             header[spec.name] = {
                 "dtype": dtype_name(spec.dtype),
                 "shape": list(spec.shape),
-                "data_offsets": offsets,
+                "data_offsets": [offsets[spec.name], end],
             }
-            end = offsets[1]
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._start = 8 + len(text)
-        self.nbytes = self._start + end
+        self.header = struct.pack("<Q", len(text)) + text
+        self.start = len(self.header)
+        self.nbytes = self.start + end
+        self.offsets = {name: self.start + offset for name, offset in offsets.items()}
+
+
+class TensorFile:
+    """A safetensors file being written; as a context manager it is closed, and synced if nothing was raised.
+
+    content: every tensor of the file, or their layout. `write` each of them once, in any order.
+    Raises CheckpointError as `Layout`.
+    """
+
+    def __init__(self, path: Path, content: Sequence[Spec] | Layout, metadata: Mapping[str, str] | None = None) -> None:
+        self.path = path
+        self.places: dict[str, Place] = {}
+        self.layout = content if isinstance(content, Layout) else Layout(content, path.name, metadata)
+        self.nbytes = self.layout.nbytes
+        self._specs = dict(self.layout.specs)
         self._descriptor = disk.create(path, self.nbytes)
         try:
-            disk.write(self._descriptor, memoryview(struct.pack("<Q", len(text)) + text), 0, path)
+            disk.write(self._descriptor, memoryview(self.layout.header), 0, path)
         except BaseException:
             self.discard()
             raise
@@ -145,7 +161,7 @@ class TensorFile:
                 f"announced for {self.path.name}."
             )
         data = as_bytes(tensor)
-        offset = self._start + self._offsets[name]
+        offset = self.layout.offsets[name]
         sums = []
         for begin in range(0, spec.nbytes, BLOCK_NBYTES):
             block = data[begin : begin + BLOCK_NBYTES]
@@ -153,6 +169,18 @@ class TensorFile:
             disk.write(self._descriptor, block, offset + begin, self.path)
             advance(block.nbytes)
         self.places[name] = Place(spec.dtype, offset, spec.nbytes, tuple(sums))
+
+    def write_span(self, data: memoryview, offset: int) -> None:
+        """Write `data` at `offset`, whatever tensors it is of; `note` says their sums when all of them are written.
+
+        Any thread may call it.
+        """
+        disk.write(self._descriptor, data, offset, self.path)
+
+    def note(self, name: str, blocks: Sequence[int]) -> None:
+        """The tensor of that name has been written by spans; blocks: the sums of its blocks."""
+        spec = self._specs.pop(name)
+        self.places[name] = Place(spec.dtype, self.layout.offsets[name], spec.nbytes, tuple(blocks))
 
     def close(self) -> None:
         """Sync and close. Raises CheckpointError if something that was announced has not been written."""

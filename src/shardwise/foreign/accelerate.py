@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.write import Piece
+from ..checkpoint.pieces import Piece, given_piece
 from ..errors import CheckpointError, LoadingError
 from ..files.documents import printed, shown
 from ..files.reader import FileStretch, TensorFile
@@ -83,7 +83,7 @@ class _Weight:
 
     def piece(self, address: str, dtype: torch.dtype) -> Piece:
         spec = Spec(address, dtype, (math.prod(self.shape),))
-        return Piece(address, self.shape, 0, spec, lambda: self.read().reshape(-1).to(dtype))
+        return given_piece(address, self.shape, 0, spec, lambda: self.read().reshape(-1).to(dtype))
 
 
 def _weights(folder: Path) -> dict[str, _Weight]:

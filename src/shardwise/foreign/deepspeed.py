@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.write import Piece
+from ..checkpoint.pieces import Piece
 from ..errors import CheckpointError
 from ..files.documents import printed, shown
 from ..files.writer import dtype_name

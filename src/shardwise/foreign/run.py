@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.codec import encode
-from ..checkpoint.write import Draft, Piece, whole_pieces
+from ..checkpoint.pieces import Piece, given_piece, whole_pieces
+from ..checkpoint.write import Draft
 from ..errors import CheckpointError
 from ..files.writer import Spec, dtype_name
 from ..ranks.agreeing import attempt
@@ -100,7 +101,7 @@ class ForeignRun:
 def piece(address: str, shape: Iterable[int], begin: int, values: Tensor, dtype: torch.dtype) -> Piece:
     """The piece of a tensor that begins at element `begin`. values: (numel,), written in `dtype`."""
     dtype_name(dtype)  # raises for one that a file cannot hold
-    return Piece(address, tuple(shape), begin, Spec(address, dtype, (values.numel(),)), lambda: values.to(dtype))
+    return given_piece(address, tuple(shape), begin, Spec(address, dtype, (values.numel(),)), lambda: values.to(dtype))
 
 
 def whole_piece(address: str, values: Tensor, dtype: torch.dtype | None = None) -> Piece:

@@ -27,8 +27,8 @@ from torch.utils.hooks import RemovableHandle
 from ..checkpoint import directory
 from ..checkpoint.patience import Progress, patiently
 from ..checkpoint.run_folder import Place
-from ..checkpoint.run_saving import DamagedError, draft_run, load_run
-from ..checkpoint.write import open_staging, write_checkpoint
+from ..checkpoint.run_saving import DamagedError, Drafted, draft_run, load_run
+from ..checkpoint.write import Taken, open_staging, take, write_checkpoint
 from ..errors import CheckpointError, ConfigError, PrepareError
 from ..files import disk
 from ..ranks.agree import on_first, together
@@ -36,6 +36,7 @@ from ..ranks.agreeing import attempt
 from ..ranks.ranks import Ranks
 from ..step.averaging import ShardedEMA
 from ..zero.access import prepared_as
+from ..zero.engine import Engine
 from .run import Run
 
 logger = logging.getLogger("shardwise")
@@ -121,32 +122,63 @@ def save_state(
     place = _agree_on_place(run, output_dir, metric)
     target = place.target
     state = run.state()
-    state.settle()
+    state.settle(waits=not async_)
     if any(model.accumulating for model in state.models) and run.is_main_process:
         logger.warning(
             "save_state between two optimizer steps, with gradients of some micro-batches accumulated: those are not "
             "saved. Save where accelerator.sync_gradients is true."
         )
     made = draft_run(state, place, {"step": run.step}, include_frozen)
-    staging = open_staging(target, run.ranks)
-    _call_save_hooks(run, staging)
+    engines = [model.engine for model in state.models]
+    at_once = any(engine.stores.uses_disk or engine.state_dtype != "fp32" for engine in engines)
+    staging = None
+    if not async_ or run.save_hooks or at_once:
+        staging = open_staging(target, run.ranks)
+        _call_save_hooks(run, staging)
     if not async_:
-        write_checkpoint(staging, target, made.draft, run.ranks, made.manifest)
+        write_checkpoint(staging or open_staging(target, run.ranks), target, made.draft, run.ranks, made.manifest)
         _prune(run, run.ranks, place)
         return place.named
+    _write_aside(run, place, made, staging, engines)
+    return place.named
+
+
+def _write_aside(run: Run, place: Place, made: Drafted, staging: Path | None, engines: Sequence[Engine]) -> None:
+    """Take this rank's part as it is, and have it written in the background. Collective.
+
+    staging: the directory, where something is to be written at once; else it is made in the background too.
+    """
     if run.aside is None:
         run.aside = run.ranks.aside()
-    aside = run.aside
-    copying = Progress("copies its part to the host")
-    copied = patiently(run.ranks, made.draft.copied, copying, what=f"Saving {target}", failed=made.failed)
-    assert copied is not None
+    aside, pool, target = run.aside, run.pool, place.target
+    lanes = [engine.lanes for engine in engines]
+    held: list[Taken] = []
+
+    def taking() -> None:
+        held.extend(take(staging, made.draft, run.ranks.rank, lanes, pool))
+
+    def let_go() -> None:
+        for taken in held:
+            taken.close()
 
     def write() -> None:
-        write_checkpoint(staging, target, copied, aside, made.manifest)
+        try:
+            where = staging or open_staging(target, aside)
+            write_checkpoint(where, target, made.draft, aside, made.manifest, next(iter(held), None))
+        finally:
+            let_go()
         _prune(run, aside, place)
 
-    run.background.start(write)
-    return place.named
+    try:
+        if staging is None:  # nothing asks a disk
+            together(run.ranks, taking, what=made.failed)
+        else:
+            progress = Progress("writes what does not rest in memory")
+            patiently(run.ranks, taking, progress, what=f"Saving {target}", failed=made.failed)
+        run.background.start(write)
+    except BaseException:  # also where another rank could not: no step of this one may wait for a writer
+        let_go()
+        raise
 
 
 def finish_saving(run: Run) -> None:

@@ -21,6 +21,8 @@ from torch.optim import Optimizer
 from ..checkpoint.background import Background
 from ..checkpoint.run_folder import RunFolder
 from ..checkpoint.run_state import RunState
+from ..checkpoint.snapshot import Pool
+from ..checkpoint.standing import Standing
 from ..checkpoint.stopping import StopSignals
 from ..data.prepare import PreparedLoader
 from ..ranks.ranks import Ranks
@@ -120,6 +122,8 @@ class Run:
         self.load_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
         self.folder = RunFolder()
         self.background = Background()
+        self.standing = Standing()  # of the last save's draft
+        self.pool = Pool()  # that saves in the background are copied into
         self.aside: Ranks | None = None  # the ranks as a save in the background speaks to them, once there was one
         self.stop_signals = StopSignals()
         # What is told: trackers that were started, and the flag of set_trigger.
@@ -166,10 +170,13 @@ class Run:
             objects=[*self.custom_objects, *(s for s in steppers if isinstance(s, PlainOptimizer))],
             averages=self.averages,
             scaler=self.scaler,
+            standing=self.standing,
         )
 
     def forget_prepared(self) -> None:
         """Let go of everything that was prepared."""
         for known in (self.models, self.optimizers, self.schedulers, self.dataloaders, self.averages):
             known.clear()
+        self.standing.clear()
+        self.pool = Pool()
         self.step = 0

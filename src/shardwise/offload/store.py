@@ -41,6 +41,14 @@ class Done:
         return self.event
 
 
+class Keeper(Protocol):
+    """Somebody who is still reading a slab in place, on the host."""
+
+    def give_way(self, begin: int, end: int) -> None:
+        """Return when the elements [begin, end) may be overwritten. Raises what kept it from reading them."""
+        ...
+
+
 class Slab:
     """`numel` elements of `dtype` that rest on a tier.
 
@@ -61,6 +69,8 @@ class Slab:
         # Events of copies into and out of it, by range: chunks of one slab go up and down at the same time.
         self.writes: dict[tuple[int, int], torch.Event | None] = {}
         self.reads: dict[tuple[int, int], torch.Event | None] = {}
+        # Who must give way before it is written.
+        self.keeper: Keeper | None = None
 
     def fetch(self, out: Tensor, begin: int = 0) -> Arrival:
         """See `Store.fetch`."""
@@ -104,6 +114,8 @@ class Slab:
     @torch.no_grad()
     def write_part(self, begin: int, values: Tensor) -> None:
         """Overwrite elements from `begin` on; they rest there when this returns. Raises StoreError."""
+        if self.keeper is not None:
+            self.keeper.give_way(begin, begin + values.numel())
         self.read_part(begin, values.numel()).copy_(values)
 
     @property
@@ -192,6 +204,8 @@ class MemoryStore:
 
     def put(self, source: Tensor, slab: Slab, begin: int = 0) -> Arrival:
         down, end = self.lanes.down, begin + source.numel()
+        if slab.keeper is not None:
+            slab.keeper.give_way(begin, end)
         for event in overlapping(slab.reads, begin, end):
             down.wait(event)
         with down.on():

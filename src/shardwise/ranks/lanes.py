@@ -9,6 +9,7 @@ tensor needs record_stream. On a CPU device every lane is the calling thread and
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import torch
 
@@ -86,6 +87,18 @@ class Lanes:
         self.up = Lane(lane_device)
         self.down = Lane(lane_device)
         self.step = Lane(lane_device)
+        self._before_states: list[Callable[[], None]] = []
+
+    def before_states_change(self, call: Callable[[], None]) -> None:
+        """Have `call` run once, before the optimizer's states on the device are written next: it is still reading them."""
+        self._before_states.append(call)
+
+    def states_change(self) -> None:
+        """The optimizer's states are about to be written, by what is enqueued on the compute lane after this."""
+        if self._before_states:
+            calls, self._before_states = self._before_states, []
+            for call in calls:
+                call()
 
     def mark_compute(self) -> torch.Event | None:
         """An event that is done when the computation enqueued so far is."""
@@ -96,10 +109,14 @@ class Lanes:
         if event is not None:
             torch.accelerator.current_stream(self.device.index).wait_event(event)
 
+    def marks(self) -> list[torch.Event | None]:
+        """Events that are done when everything that was enqueued on any lane so far is."""
+        return [lane.mark() for lane in (self.gather, self.reduce, self.up, self.step, self.down)]
+
     def join(self) -> None:
         """The computation waits for every lane."""
-        for lane in (self.gather, self.reduce, self.up, self.step, self.down):
-            self.compute_waits(lane.mark())
+        for event in self.marks():
+            self.compute_waits(event)
 
     def synchronize(self) -> None:
         """The host waits for every lane and for the computation."""

@@ -44,6 +44,8 @@ class Applying:
 
     def apply(self, factor: Tensor | None) -> None:
         """Step everything that has a gradient. factor: a scalar by which gradients are multiplied first. Collective."""
+        for model in self.models:
+            model.engine.lanes.states_change()
         here = [shard for shard in self.groups.stepped if shard.trained.in_place]
         wholes = self.groups.wholes
         every = [trained for trained, _ in self.groups.members.values()]

@@ -88,6 +88,11 @@ class ShardedEMA:
             self.model.swapped = False
             self._exchange()
 
+    @property
+    def slabs(self) -> list[Slab]:
+        """What the averages rest in."""
+        return list(self._slabs.values())
+
     def intervals(self) -> list[Interval]:
         """This rank's part, for a checkpoint."""
         return intervals.trained(self.model, self._slabs.__getitem__)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..offload.store import Slab
+from ..plan.plan import Tier
 from ..ranks.ranks import Ranks
 from ..zero.sharded import ShardedModel
 from ..zero.trained import Trained
@@ -32,31 +33,43 @@ _CUT = 64
 
 @dataclass(frozen=True)
 class Rest:
-    """Elements of a flat buffer from `begin` on, in memory or in a slab; dtype: what its bytes are, where it is of bytes."""
+    """Elements of a contiguous buffer from `begin` on, in memory or in a slab.
+
+    dtype:    what its bytes are, where it is of bytes. visits: it is a slab in memory that nothing but `put` and `write_part`
+              changes, because it visits the device for a step.
+    """
 
     flat: Tensor | Slab
     begin: int
     dtype: torch.dtype | None = None
+    visits: bool = False
 
-    def _range(self, first: int, numel: int) -> tuple[int, int]:
+    def range(self, first: int, numel: int) -> tuple[int, int]:
+        """(begin, count) in elements of the buffer, of `numel` elements from `first` on."""
         size = 1 if self.dtype is None else self.dtype.itemsize
         return self.begin + first * size, numel * size
 
     def look(self, first: int, numel: int) -> Tensor:
-        begin, count = self._range(first, numel)
-        flat = self.flat
-        found = flat.read_part(begin, count) if isinstance(flat, Slab) else flat[begin : begin + count].detach()
-        return found if self.dtype is None else found.view(self.dtype)
+        return seen(self.flat, *self.range(first, numel), self.dtype)
 
     @torch.no_grad()
     def write(self, first: int, values: Tensor) -> None:
-        begin, _ = self._range(first, values.numel())
+        begin, _ = self.range(first, values.numel())
         if not isinstance(self.flat, Slab):
             self.look(first, values.numel()).copy_(values)
             return
         if self.dtype is not None:
             values = values.to(self.dtype).contiguous().view(torch.uint8)
         self.flat.write_part(begin, values)
+
+
+def seen(flat: Tensor | Slab, begin: int, count: int, dtype: torch.dtype | None) -> Tensor:
+    """Elements [begin, begin + count) of a buffer where they rest, or a copy of what rests on a drive; see `Rest`."""
+    if isinstance(flat, Slab):
+        found = flat.read_part(begin, count)
+    else:
+        found = flat.detach().view(-1)[begin : begin + count]
+    return found if dtype is None else found.view(dtype)
 
 
 @dataclass(frozen=True)
@@ -87,6 +100,11 @@ class Interval:
         """(numel,) where it rests, or a copy of what rests on a drive, for reading at once: not to keep or to change."""
         return self._rest.look(self._first, self.numel)
 
+    @property
+    def place(self) -> tuple[Rest, int, int]:
+        """What it rests in, and (begin, count) there."""
+        return (self._rest, *self._rest.range(self._first, self.numel))
+
     def write(self, values: Tensor) -> None:
         """Take (numel,) values of any floating dtype, or of this one. Raises StoreError where a drive fails."""
         self._rest.write(self._first, values)
@@ -106,9 +124,14 @@ def trained(model: ShardedModel, rests: Callable[[Trained], Slab] | None = None)
             for piece in own.region.pieces:
                 slot = own.buffer.layout.slots[piece.slot]
                 slab = own.master if rests is None else rests(own)
-                rest = Rest(slab, piece.in_shard)
+                rest = Rest(slab, piece.in_shard, visits=visiting(slab, own))
                 found.append(Interval(slot.name, slot.shape, piece.in_slot, piece.numel, slab.dtype, copied, rest))
     return found
+
+
+def visiting(slab: Slab, trained: Trained) -> bool:
+    """Whether a slab of this unit is in host memory and visits the device for a step."""
+    return slab.in_memory and slab.tier is Tier.CPU and not trained.in_place
 
 
 def frozen(model: ShardedModel) -> list[Interval]:

@@ -24,7 +24,7 @@ from ..offload.coded import CodedSlab
 from ..zero.sharded import ShardedModel
 from .exchange import exchange
 from .groups import Groups
-from .intervals import Interval, Rest
+from .intervals import Interval, Rest, visiting
 from .kept import mapped
 from .state_kinds import (
     COUNTS,
@@ -118,11 +118,11 @@ class OptimizerState:
             for name, value in state.items():
                 if name in shard.states and (isinstance(value, Tensor) or value is OFFLOADED):
                     slab = shard.states[name]
-                    rest = Rest(slab, shard.begin)
+                    rest = Rest(slab, shard.begin, visits=visiting(slab, shard.trained))
                     elementwise[name] = Interval(key[1], shape, begin, shard.numel, slab.dtype, copied, rest)
                 elif _is_elementwise(name, value, shard):
                     value = state[name] = value.contiguous()  # noqa: PLW2901 - the interval is written, too
-                    rest = Rest(value.view(-1), 0)
+                    rest = Rest(value, 0)
                     elementwise[name] = Interval(key[1], shape, begin, shard.numel, value.dtype, copied, rest)
                 else:
                     numbers[name] = mapped(value, lambda tensor: tensor.detach().to("cpu", copy=True))
@@ -139,6 +139,8 @@ class OptimizerState:
 
         elementwise, numbers: what a parameter has, by its key. Both empty: it has taken no step.
         """
+        for model in self.models:
+            model.engine.lanes.states_change()
         self.optimizer.state.clear()
         self.optimizer.state.update(besides)
         self._clear_slabs(elementwise)
@@ -195,16 +197,20 @@ class OptimizerState:
                     if (n, slab.dtype) in kept and not isinstance(slab, CodedSlab)  # neighbours would set its scales
                 }
 
+    def own_settings(self) -> list[dict[str, Any]]:
+        """The settings of each parameter group."""
+        return [
+            {name: value for name, value in group.items() if name != "params" and name not in MACHINE}
+            for group in self.optimizer.param_groups
+        ]
+
     def settings(self) -> list[tuple[dict[str, Any], set[Key]]]:
         """Each parameter group: its settings, and the keys of what this rank holds of it."""
         keys = {id(shard.tensor): key for key, _, _, _, shard in self._held()}
         return [
-            (
-                {name: value for name, value in group.items() if name != "params" and name not in MACHINE},
-                # Not of what stands there for parameters that another rank steps whole.
-                {keys[id(tensor)] for tensor in group["params"] if id(tensor) in keys},
-            )
-            for group in self.optimizer.param_groups
+            # Not of what stands there for parameters that another rank steps whole.
+            (own, {keys[id(tensor)] for tensor in group["params"] if id(tensor) in keys})
+            for own, group in zip(self.own_settings(), self.optimizer.param_groups, strict=True)
         ]
 
     # Whole.

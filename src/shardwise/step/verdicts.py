@@ -11,7 +11,7 @@ The sum of squares is that of one copy of the model, whatever is sharded: `zero/
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -90,6 +90,18 @@ class Verdicts:
         event = self._lanes.mark_compute()
         assert event is not None
         self._unread = (step, copy, event)
+
+    def unread(self) -> Callable[[], None] | None:
+        """What waits for the last message that was sent, and raises what it says; for another thread. None: it was read."""
+        if self._unread is None:
+            return None
+        step, message, event = self._unread
+
+        def read() -> None:
+            event.synchronize()
+            self._raise_for(step, message)
+
+        return read
 
     def raise_if_bad(self) -> None:
         """Raise what the last message that was sent says; every rank raises it."""

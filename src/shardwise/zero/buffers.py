@@ -31,10 +31,20 @@ _LAYOUTS = {str(layout): layout for layout in (torch.strided, torch.sparse_coo, 
 
 def named_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """(name in the model, the module that has it, its name there, the buffer); what several modules have comes for each."""
-    for prefix, module in model.named_modules():
+    # The order of `named_modules`, whose generators take each name through every level above it.
+    seen: set[int] = set()
+    coming: list[tuple[str, nn.Module]] = [("", model)]
+    while coming:
+        prefix, module = coming.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                yield f"{prefix}.{name}" if prefix else name, module, name, buffer
+                yield f"{prefix}{name}", module, name, buffer
+        if module._modules:
+            inner = [(f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None]
+            coming += reversed(inner)
 
 
 def replace_buffers(model: nn.Module, new: Mapping[int, Tensor]) -> None:

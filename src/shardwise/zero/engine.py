@@ -215,6 +215,11 @@ class Engine:
         self.lanes.synchronize()
         self.stores.cpu.drain()
 
+    def rest(self) -> None:
+        """`meet` and `drain`. Collective; raises StoreError."""
+        self.meet()
+        self.drain()
+
     def meet(self) -> None:
         """`synchronize`, and where ranks read each other's shards, wait until all have. Collective."""
         self.synchronize()

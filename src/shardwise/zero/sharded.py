@@ -175,14 +175,16 @@ class ShardedModel:
 
     # Construction.
 
-    def settle(self) -> None:
-        """Finish what is under way, so that what rests is what counts. Collective, like the end of a pass."""
+    def settle(self, *, waits: bool = True) -> None:
+        """Finish what is under way, so that what rests counts. Collective, like the end of a pass.
+
+        waits: for the device; always where something rests on a drive. Else only what is enqueued behind it may read."""
         self._hooks.finish_interrupted()
         self.schedule.abandon_open_pass()
         self.schedule.stop_lingering()
         self.follow_weights()
-        self._engine.meet()
-        self._engine.drain()
+        if waits or self._engine.stores.uses_disk:
+            self._engine.rest()
 
     # Training.
 

@@ -81,6 +81,11 @@ class WholeTensors:
                     found.append(WholeMember(member.name, member.parameter, slot.shape, dtype, trained))
         return found
 
+    def trained_dtypes(self) -> dict[str, torch.dtype]:
+        """The dtypes that the user gave to trained weights, by name."""
+        held = [unit.trained.buffer for unit in self._units if unit.trained is not None]
+        return {member.name: self._dtypes[member.name] for buffer in held for member in buffer.members}
+
     def stream(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Callable[[], Tensor] | None]]:
         """Every parameter of `wanted`: (name, a function that gives it whole).
 

@@ -1,0 +1,227 @@
+"""This rank's part of a checkpoint as it was at one moment, without waiting for the device, and written afterwards.
+
+    training   | step | take | forward, backward      | step |
+    compute                  |  waits for weights     |      | waits for states
+    down                     |weights|    states     |
+    thread                                           | sums and writes ........... |
+
+`take` only enqueues: weights and averages first, for which the computation waits, because scripts may write them; behind them
+an optimizer's states, for which its next step waits (of 0.75 GB on a rank that is 5 and 9 ms at 54 GB/s). What a script writes
+into states before that step could be in the copy: torch's own count of writes shows it, and it is the save's error.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, StoreError
+from ..files.writer import TensorFile, as_bytes
+from ..offload.pinned import host_tensor
+from ..ranks.lanes import Lanes
+from .file_plan import FilePlan, Span, Transfer, Way, memory_of
+from .keeping import Keeping
+from .patience import Progress
+from .pieces import Piece, Resting
+
+logger = logging.getLogger("shardwise")
+
+_WRITERS = 4  # threads: one sums up and writes about 1 GB/s
+_SEVERAL_NBYTES = 64 << 20  # from which on several threads are worth their start
+
+
+class Pool:
+    """The buffer of saves, kept between them: pinned where there is a GPU, and of exactly the size of what is copied."""
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+        self._copies: dict[str, torch.Event | None] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory that it takes."""
+        return 0 if self._buffer is None else self._buffer.nbytes
+
+    def take(self, nbytes: int, *, pinned: bool) -> Tensor:
+        """(nbytes,) bytes, for one save at a time. Where so much cannot be pinned, memory that is not, which is said."""
+        if self._buffer is None or self._buffer.nbytes != nbytes:
+            self._buffer, self._copies = None, {}
+            with torch.inference_mode(False):  # it outlives the script's
+                try:
+                    self._buffer = host_tensor(nbytes, torch.uint8, pinned=pinned, copies=(self._copies,))
+                except StoreError as error:
+                    logger.warning("A save in the background holds the training while it copies: %s", error)
+                    self._buffer = host_tensor(nbytes, torch.uint8, pinned=False)
+        return self._buffer
+
+    def note(self, event: torch.Event | None) -> None:
+        """The last copy into it."""
+        self._copies["last"] = event
+
+
+class Snapshot:
+    """What of `pieces`, which the plan is of, was taken, until it is written. lanes: of the models whose states these are.
+
+    `take` it; have `write_now` called while nothing changes; `write` it in any thread; `close` it in any case.
+    """
+
+    def __init__(self, plan: FilePlan, pieces: Sequence[Piece], lanes: Sequence[Lanes], pool: Pool) -> None:
+        self.plan = plan
+        self._pieces = list(pieces)
+        self._lanes = lanes
+        # What rests is alive while it is read, whoever lets go of it.
+        self._flats: list[Any] = [p.source.held() if isinstance(p.source, Resting) else None for p in pieces]
+        cuda = any(lane.device.type == "cuda" for lane in lanes)
+        with torch.inference_mode(False):
+            self._buffer = pool.take(plan.nbytes, pinned=cuda) if plan.nbytes else torch.empty(0, dtype=torch.uint8)
+        self._pool = pool
+        self._enqueued: torch.Event | None = None  # everything that was under way before
+        self._copied: torch.Event | None = None
+        self._versions: list[tuple[Tensor, int]] = []
+        self._written_by_script = False
+        self.keeping = Keeping(self._await_slabs)
+        self._lock = threading.Lock()
+
+    # Taking.
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Enqueue the copies, and keep what stays. The host waits for nothing but memory that is not pinned."""
+        transfers = self.plan.transfers
+        weights = [one for one in transfers if not one.is_state]
+        states = [one for one in transfers if one.is_state]
+        if not self._lanes:
+            assert not transfers, "what rests belongs to a model"
+        else:
+            lanes = self._lanes[0]
+            # Not through the compute lane: where states are offloaded, the next forward need not wait for their way down.
+            for event in (lanes.mark_compute(), *(event for every in self._lanes for event in every.marks())):
+                lanes.down.wait(event)
+            self._enqueued = lanes.down.mark() or lanes.mark_compute()
+            if weights:
+                lanes.compute_waits(self._transfer(weights, lanes))
+            sources = self._sources(states)
+            self._copied = self._transfer(states, lanes)
+            self._pool.note(self._copied)
+            if self._copied is not None and states:
+                self._versions = [(one, one._version) for one in sources if not one.is_inference()]
+                for other in self._lanes:
+                    other.before_states_change(lambda: self._states_change(lanes))
+        for number, span in enumerate(self.plan.spans):
+            if span.source is not None:
+                self.keeping.add(self._flats[span.source], span.begin, span.begin + span.nbytes, number)
+        self.keeping.watch()
+
+    def _transfer(self, transfers: Sequence[Transfer], lanes: Lanes) -> torch.Event | None:
+        sources = self._sources(transfers)
+        into = self.plan.targets(self._buffer, are_states=transfers[0].is_state) if transfers else []
+        with lanes.down.on():
+            if sources:
+                torch._foreach_copy_(into, sources, non_blocking=True)
+            return lanes.down.mark() or lanes.mark_compute()
+
+    def _sources(self, transfers: Sequence[Transfer]) -> list[Tensor]:
+        found = []
+        for one in transfers:
+            flat = memory_of(self._flats[one.source])
+            found.append(flat if one.count == flat.numel() else flat[one.begin : one.begin + one.count])
+        return found
+
+    def _states_change(self, lanes: Lanes) -> None:
+        """A step comes: it waits for the copies of the states, and a script must not have written them meanwhile."""
+        self._look_at_versions()
+        lanes.compute_waits(self._copied)
+
+    def _look_at_versions(self) -> None:
+        """Once: when a step comes, or the copies are there, whatever is first. Later writes are no longer in them."""
+        with self._lock:
+            versions, self._versions = self._versions, []
+            if any(one._version != then for one, then in versions):
+                self._written_by_script = True
+
+    def _await_slabs(self) -> None:
+        if self._enqueued is not None:
+            self._enqueued.synchronize()
+
+    # Writing.
+
+    def write_now(self, file: TensorFile) -> None:
+        """What rests on a drive or as codes, one tensor at a time."""
+        for n in self.plan.numbers(Way.WRITTEN):
+            piece = self._pieces[n]
+            source = piece.source
+            assert isinstance(source, Resting)
+            file.write(piece.address, source.read())
+
+    def write(self, file: TensorFile, progress: Progress) -> None:
+        """Everything else. Raises CheckpointError where a script has written what was being copied."""
+        for event in (self._enqueued, self._copied):
+            if event is not None:
+                event.synchronize()
+        self._look_at_versions()
+        if self._written_by_script:
+            raise CheckpointError(
+                "the script has written into an optimizer's states between save_state(async_=True) and the next step, while "
+                "they were being copied. Call finish_saving() before it writes there, or save with async_=False."
+            )
+        for n in self.plan.numbers(Way.GIVEN):
+            piece = self._pieces[n]
+            file.write(piece.address, piece.source.read(), progress.advance)
+        sums = [[0] * blocks for blocks in self.plan.blocks]
+        self._write_spans(file, sums, progress)
+        for n, way in enumerate(self.plan.ways):
+            if way in (Way.COPIED, Way.KEPT):
+                file.note(self._pieces[n].address, sums[n])
+
+    def _write_spans(self, file: TensorFile, sums: list[list[int]], progress: Progress) -> None:
+        waiting = iter([span for span in self.plan.spans if span.source is None])
+
+        def work() -> None:
+            for span, memory in self._kept_and(waiting):
+                self._write_span(file, span, memory, sums)
+                with self._lock:
+                    progress.advance(span.nbytes)
+
+        if sum(span.nbytes for span in self.plan.spans) < _SEVERAL_NBYTES:
+            work()
+            return
+        with ThreadPoolExecutor(_WRITERS, "shardwise-save") as threads:
+            for done in [threads.submit(work) for _ in range(_WRITERS)]:
+                done.result()
+
+    def _kept_and(self, copied: Iterator[Span]) -> Iterator[tuple[Span, Tensor]]:
+        """Spans for the caller to write, each before it asks for the next: kept ones first, for which steps may wait."""
+        while True:
+            with self.keeping.next_block() as found:
+                if found is None:
+                    break
+                yield self.plan.spans[found[0]], found[1]
+        while True:
+            with self._lock:
+                span = next(copied, None)
+            if span is None:
+                return
+            yield span, self._buffer[span.begin : span.begin + span.nbytes]
+
+    @staticmethod
+    def _write_span(file: TensorFile, span: Span, memory: Tensor, sums: list[list[int]]) -> None:
+        data, at = as_bytes(memory), 0
+        for n, block, nbytes in span.parts:
+            sums[n][block] = zlib.crc32(data[at : at + nbytes])
+            at += nbytes
+        file.write_span(data, span.offset)
+
+    def close(self) -> None:
+        """Let go of what was read. What is still being copied stays until it is."""
+        self.keeping.close()
+        if self._copied is not None:
+            self._copied.synchronize()
+        self._versions = []
+        self._flats, self._pieces = [], []
