@@ -35,7 +35,7 @@ def _taken(model):
     from shardwise.zero.sharded import find_sharded
 
     drives = find_sharded(model).engine.stores.drives
-    files, nbytes = sum(len(d.files) for d in drives), sum(d.files.nbytes for d in drives)
+    files, nbytes = sum(d.open_files for d in drives), sum(d.nbytes for d in drives)
     return files, nbytes, len(os.listdir("/proc/self/fd"))
 
 
@@ -86,7 +86,7 @@ def _moved(ranks, folder):
         loss_of(model, mine(batch, ranks.rank, ranks.world_size)).backward()
         stepping.step()
         stepping.zero_grad()
-        found.append((sum(len(d.files) for d in drives), sum(d.files.nbytes for d in drives)))
+        found.append((sum(d.open_files for d in drives), sum(d.nbytes for d in drives)))
     sharded.release()
     return found
 

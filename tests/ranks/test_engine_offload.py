@@ -172,16 +172,16 @@ def _written(ranks, folder):
     store = sharded.engine.stores.of(Tier.NVME, "param")
     before = store.bytes_written
     slabs = [unit.frozen.slab for unit in sharded.units if unit.frozen is not None]
-    assert len(slabs) == len(store.files) > 0
-    times = [os.fstat(slab.file.descriptor).st_mtime_ns for slab in slabs]
+    assert len(slabs) == store.open_files > 0
+    times = [os.fstat(slab.files[0].descriptor).st_mtime_ns for slab in slabs]
     for batch in inputs(3):
         loss_of(model, mine(batch, ranks.rank, ranks.world_size)).backward()
         stepping.step()
         stepping.zero_grad()
     ledger = sharded.ledger()
-    unchanged = [os.fstat(slab.file.descriptor).st_mtime_ns for slab in slabs] == times
+    unchanged = [os.fstat(slab.files[0].descriptor).st_mtime_ns for slab in slabs] == times
     sharded.release()
-    return before, store.bytes_written - before, store.bytes_read, unchanged, len(store.files), ledger
+    return before, store.bytes_written - before, store.bytes_read, unchanged, store.open_files, ledger
 
 
 def test_a_frozen_base_is_written_once_and_only_read_afterwards(world, tmp_path):
@@ -197,9 +197,9 @@ def test_a_frozen_base_is_written_once_and_only_read_afterwards(world, tmp_path)
 
 def _fault(ranks, folder, kind):
     """Train with a drive that fails on rank 1; the error that this rank got."""
-    from shardwise.offload import nvme
+    from shardwise.offload import drive
 
-    real = nvme.read_at, nvme.write_at, os.posix_fallocate
+    real = drive.read_at, drive.write_at, os.posix_fallocate
     calls = {"n": 0}
 
     def failing(code):
@@ -222,11 +222,11 @@ def _fault(ranks, folder, kind):
     try:
         if ranks.rank == 1:
             if kind == "read EIO":
-                nvme.read_at = failing(errno.EIO)
+                drive.read_at = failing(errno.EIO)
             elif kind == "short read":
-                nvme.read_at = short
+                drive.read_at = short
             elif kind == "write ENOSPC":
-                nvme.write_at = failing(errno.ENOSPC)
+                drive.write_at = failing(errno.ENOSPC)
             elif kind == "no space":
                 os.posix_fallocate = no_space
             elif kind == "path gone":
@@ -235,7 +235,7 @@ def _fault(ranks, folder, kind):
     except (StoreError, RankError) as error:
         return type(error).__name__, str(error)
     finally:
-        nvme.read_at, nvme.write_at, os.posix_fallocate = real
+        drive.read_at, drive.write_at, os.posix_fallocate = real
     return "nothing", ""
 
 

@@ -16,7 +16,8 @@ from ..config.offloads import DEVICES, MEDIA, OFFLOADS, Medium
 from ..config.rules import lies_on_one_machine
 from ..config.sections import EngineConfig
 from ..errors import OptimizerError
-from ..offload.host import BLOCK, Ring
+from ..offload.host import Ring
+from ..offload.striping import BLOCK
 from ..offload.tiers import ON_DISK
 from ..plan.blueprint import Blueprint, at_rest, divide, gathered_at_once, padding
 from ..plan.plan import Plan, Tier
