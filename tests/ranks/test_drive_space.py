@@ -130,11 +130,14 @@ SCRIPT = """
 
 def launched(tmp_path, tries):
     script, drive, temporary = tmp_path / "train.py", tmp_path / "drive", tmp_path / "tmp"
+    second = tmp_path / "second"
+    for folder in (drive, second):
+        folder.mkdir()
     script.write_text(textwrap.dedent(SCRIPT))
     temporary.mkdir()
     start = ["launch", "--use_cpu", "--num_processes", "2", "--zero_stage", "3", "--max_restarts", str(tries)]
     for what in ("optimizer", "param"):
-        start += [f"--offload_{what}_device", "nvme", f"--offload_{what}_nvme_path", str(drive)]
+        start += [f"--offload_{what}_device", "nvme", f"--offload_{what}_nvme_path", f"{drive},{second}"]
     environment = {
         key: value for key, value in os.environ.items() if key not in ("SHARDWISE_CONFIG", "RANK", "WORLD_SIZE")
     }
@@ -148,7 +151,7 @@ def launched(tmp_path, tries):
     assert [line for line in said if line.startswith("start")] == [f"start {n} finds []" for n in range(tries + 1)]
     threads = [line for line in said if line.startswith("threads")]
     assert threads == ["threads of gloo True 0"] * 2, "end_training ends the threads of every group"
-    assert list(drive.iterdir()) == []
+    assert [*drive.iterdir(), *second.iterdir()] == []
     assert [name for name in os.listdir(temporary) if not name.startswith("torchinductor_")] == []
 
 

@@ -239,6 +239,8 @@ def test_several_paths_are_each_there_once(folders, tmp_path, caplog):
     (tmp_path / "link").symlink_to(folders[0])
     with pytest.raises(StoreError, match=rf"rank 2: {folders[0]} and {tmp_path}/link of nvme_path are one directory"):
         NvmeStore([folders[0], folders[1], tmp_path / "link"], lanes, 2)
+    with pytest.raises(StoreError, match="are one directory"):
+        NvmeStore([folders[0], folders[0]], lanes, 0)
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match=rf"could not put files into {tmp_path}/file: "):
         NvmeStore([folders[0], tmp_path / "file"], lanes, 0)

@@ -289,9 +289,11 @@ def _check_several(paths: Sequence[Path], rank: int) -> None:
                 f"rank {rank} could not put files into {path}: {error.strerror}. Each of several paths must exist, because "
                 "it is on a drive of its own: mount the drive or make the directory, or take the path out of nvme_path."
             ) from error
-        first = seen.setdefault((found.st_dev, found.st_ino), path)
-        if first is not path:
-            raise StoreError(f"rank {rank}: {first} and {path} of nvme_path are one directory. Give each drive once.")
+        place = found.st_dev, found.st_ino
+        if place in seen:
+            both = f"{seen[place]} and {path}"
+            raise StoreError(f"rank {rank}: {both} of nvme_path are one directory. Give each drive once.")
+        seen[place] = path
     if rank == 0 and len({device for device, _ in seen}) < len(seen):
         names = ", ".join(map(str, paths))
         log.warning("nvme_path: several of %s are on one file system, which several paths make no faster.", names)
