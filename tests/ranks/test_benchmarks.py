@@ -625,19 +625,22 @@ def test_a_lane_of_its_own_lets_the_next_reduction_begin(scaling: ModuleType) ->
 
 @pytest.mark.parametrize("script", ["drive.py", "host_limits.py"])
 def test_a_drive_and_a_host_are_measured(script, tmp_path) -> None:
-    more = ["--rounds", "1"] if script == "drive.py" else []
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+    more = ["--rounds", "1", "--use-cpu", "--folder", str(folders[1])] if script == "drive.py" else []
     done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), "--folder", str(tmp_path), "--mib", "16", *more],
+        [sys.executable, str(BENCHMARKS / script), "--folder", str(folders[0]), "--mib", "16", *more],
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     if script == "drive.py":
         assert [line["way"] for line in lines] == ["write", "read"]
-        assert all(line["tier_gb_per_s"] > 0 for line in lines)
+        assert all(line["tier_gb_per_s"] > 0 and line["in_place_gb_per_s"] > 0 for line in lines)
     else:
         assert {line["question"] for line in lines} >= {"AdamW on the host", "disk, write", "disk, read"}
-    assert list(tmp_path.iterdir()) == []
+    assert [list(folder.iterdir()) for folder in folders] == [[], []]
 
 
 def test_whole_parameters_send_less_than_one_more_gather(scaling: ModuleType) -> None:

@@ -35,7 +35,7 @@ def _taken(model):
     from shardwise.zero.sharded import find_sharded
 
     drives = find_sharded(model).engine.stores.drives
-    files, nbytes = sum(len(d.files) for d in drives), sum(d.files.nbytes for d in drives)
+    files, nbytes = sum(d.open_files for d in drives), sum(d.nbytes for d in drives)
     return files, nbytes, len(os.listdir("/proc/self/fd"))
 
 
@@ -86,7 +86,7 @@ def _moved(ranks, folder):
         loss_of(model, mine(batch, ranks.rank, ranks.world_size)).backward()
         stepping.step()
         stepping.zero_grad()
-        found.append((sum(len(d.files) for d in drives), sum(d.files.nbytes for d in drives)))
+        found.append((sum(d.open_files for d in drives), sum(d.nbytes for d in drives)))
     sharded.release()
     return found
 
@@ -130,11 +130,14 @@ SCRIPT = """
 
 def launched(tmp_path, tries):
     script, drive, temporary = tmp_path / "train.py", tmp_path / "drive", tmp_path / "tmp"
+    second = tmp_path / "second"
+    for folder in (drive, second):
+        folder.mkdir()
     script.write_text(textwrap.dedent(SCRIPT))
     temporary.mkdir()
     start = ["launch", "--use_cpu", "--num_processes", "2", "--zero_stage", "3", "--max_restarts", str(tries)]
     for what in ("optimizer", "param"):
-        start += [f"--offload_{what}_device", "nvme", f"--offload_{what}_nvme_path", str(drive)]
+        start += [f"--offload_{what}_device", "nvme", f"--offload_{what}_nvme_path", f"{drive},{second}"]
     environment = {
         key: value for key, value in os.environ.items() if key not in ("SHARDWISE_CONFIG", "RANK", "WORLD_SIZE")
     }
@@ -148,7 +151,7 @@ def launched(tmp_path, tries):
     assert [line for line in said if line.startswith("start")] == [f"start {n} finds []" for n in range(tries + 1)]
     threads = [line for line in said if line.startswith("threads")]
     assert threads == ["threads of gloo True 0"] * 2, "end_training ends the threads of every group"
-    assert list(drive.iterdir()) == []
+    assert [*drive.iterdir(), *second.iterdir()] == []
     assert [name for name in os.listdir(temporary) if not name.startswith("torchinductor_")] == []
 
 

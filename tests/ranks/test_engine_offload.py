@@ -85,7 +85,7 @@ def _plan(*placement):
 
 def _trained(ranks, folder, make, steps, micro, clipping, precision, more):
     model = half_frozen()
-    paths = dict.fromkeys(("param", "optimizer"), str(folder))
+    paths = dict.fromkeys(("param", "optimizer"), folder)
     sharded, stepper, stepping = prepare(
         ranks, model, "chosen", optimizer=make, clipping=clipping, precision=precision, nvme_paths=paths, **more
     )
@@ -120,6 +120,49 @@ def _bits(ranks, tier, folder, **settings):
 def test_every_tier_gives_the_bits_of_none(world, tmp_path, tier, n, precision):
     for differing in world(n).run(_bits, tier, tmp_path, precision=precision, clipping=0.5):
         assert differing == ([], [])
+
+
+@contextmanager
+def _small_blocks():
+    """A block is a page, so that small slabs too lie on all drives."""
+    from shardwise.offload import host, striping
+
+    assert host.BLOCK == 8 << 20, "memory stays as it is"
+    whole, striping.BLOCK = striping.BLOCK, 4096
+    try:
+        yield
+    finally:
+        striping.BLOCK = whole
+
+
+def _striped(ranks, tier, folders, **settings):
+    """`_bits` over several drives; the bytes on each drive at the end, and those that were written to it."""
+    with _small_blocks():
+        differing = _bits(ranks, tier, folders, **settings)
+        *_, sharded, _ = _train(ranks, *TIERS[tier], folders, **settings)
+        (store,) = sharded.engine.stores.drives
+        lie, written = [drive.files.nbytes for drive in store.drives], [drive.bytes_written for drive in store.drives]
+        sharded.release()
+    return differing, lie, written
+
+
+@pytest.fixture
+def folders(tmp_path):
+    made = [tmp_path / name for name in "abc"]
+    for folder in made:
+        folder.mkdir()
+    return made
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("tier", ["1-nvme", "3-param-nvme", "3-nvme"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_several_drives_give_the_bits_of_none_and_share_the_bytes(world, folders, tier, n, precision):
+    for differing, lie, written in world(n).run(_striped, tier, folders, precision=precision, clipping=0.5):
+        assert differing == ([], [])
+        for each in (lie, written):
+            assert min(each) > 0.7 * max(each)
+    assert [list(folder.iterdir()) for folder in folders] == [[], [], []]
 
 
 @pytest.mark.parametrize("tier", ["3-cpu", "3-nvme", "1-nvme"])
@@ -172,16 +215,16 @@ def _written(ranks, folder):
     store = sharded.engine.stores.of(Tier.NVME, "param")
     before = store.bytes_written
     slabs = [unit.frozen.slab for unit in sharded.units if unit.frozen is not None]
-    assert len(slabs) == len(store.files) > 0
-    times = [os.fstat(slab.file.descriptor).st_mtime_ns for slab in slabs]
+    assert len(slabs) == store.open_files > 0
+    times = [os.fstat(slab.files[0].descriptor).st_mtime_ns for slab in slabs]
     for batch in inputs(3):
         loss_of(model, mine(batch, ranks.rank, ranks.world_size)).backward()
         stepping.step()
         stepping.zero_grad()
     ledger = sharded.ledger()
-    unchanged = [os.fstat(slab.file.descriptor).st_mtime_ns for slab in slabs] == times
+    unchanged = [os.fstat(slab.files[0].descriptor).st_mtime_ns for slab in slabs] == times
     sharded.release()
-    return before, store.bytes_written - before, store.bytes_read, unchanged, len(store.files), ledger
+    return before, store.bytes_written - before, store.bytes_read, unchanged, store.open_files, ledger
 
 
 def test_a_frozen_base_is_written_once_and_only_read_afterwards(world, tmp_path):
@@ -197,9 +240,9 @@ def test_a_frozen_base_is_written_once_and_only_read_afterwards(world, tmp_path)
 
 def _fault(ranks, folder, kind):
     """Train with a drive that fails on rank 1; the error that this rank got."""
-    from shardwise.offload import nvme
+    from shardwise.offload import drive
 
-    real = nvme.read_at, nvme.write_at, os.posix_fallocate
+    real = drive.read_at, drive.write_at, os.posix_fallocate
     calls = {"n": 0}
 
     def failing(code):
@@ -222,11 +265,11 @@ def _fault(ranks, folder, kind):
     try:
         if ranks.rank == 1:
             if kind == "read EIO":
-                nvme.read_at = failing(errno.EIO)
+                drive.read_at = failing(errno.EIO)
             elif kind == "short read":
-                nvme.read_at = short
+                drive.read_at = short
             elif kind == "write ENOSPC":
-                nvme.write_at = failing(errno.ENOSPC)
+                drive.write_at = failing(errno.ENOSPC)
             elif kind == "no space":
                 os.posix_fallocate = no_space
             elif kind == "path gone":
@@ -235,7 +278,7 @@ def _fault(ranks, folder, kind):
     except (StoreError, RankError) as error:
         return type(error).__name__, str(error)
     finally:
-        nvme.read_at, nvme.write_at, os.posix_fallocate = real
+        drive.read_at, drive.write_at, os.posix_fallocate = real
     return "nothing", ""
 
 
@@ -246,6 +289,61 @@ def test_a_failing_drive_is_one_clear_error_on_every_rank(world, tmp_path, kind)
     assert "rank 1" in text
     assert text in told, "the others repeat it"
     assert ("nvme_path" in text) or ("last checkpoint" in text)
+
+
+def _second_full(ranks, folders, when):
+    """Train with a second drive that is full on rank 1, from the start or later; the error, and what is left."""
+    from shardwise.offload import drive
+
+    real = os.posix_fallocate, drive.write_at
+    calls = {"n": 0}
+
+    def full(call):
+        def told(descriptor, *args):
+            if f"{folders[1]}/" in os.readlink(f"/proc/self/fd/{descriptor}"):
+                calls["n"] += 1
+                if when == "at the start" or calls["n"] > 6:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return call(descriptor, *args)
+
+        return told
+
+    try:
+        if ranks.rank == 1 and when == "at the start":
+            os.posix_fallocate = full(real[0])
+        elif ranks.rank == 1:
+            drive.write_at = full(real[1])
+        with _small_blocks():
+            _train(ranks, 3, "nvme", "nvme", folders, steps=6)
+    except (StoreError, RankError) as error:
+        return type(error).__name__, str(error)
+    finally:
+        os.posix_fallocate, drive.write_at = real
+    return "nothing", ""
+
+
+@pytest.mark.parametrize("when", ["at the start", "later"])
+def test_a_full_second_drive_is_one_error_that_names_it(world, folders, when):
+    (other, told), (own, text) = world(2).run(_second_full, folders, when)
+    assert (other, own) == ("RankError", "StoreError")
+    assert "rank 1 could not" in text
+    assert f"in {folders[1]}: No space left on device" in text
+    assert text in told, "the others repeat it"
+    assert [list(folder.iterdir()) for folder in folders] == [[], [], []]
+
+
+def _missing(ranks, folders):
+    try:
+        _train(ranks, 3, "nvme", "nvme", folders)
+    except (StoreError, RankError) as error:
+        return str(error)
+    return ""
+
+
+def test_a_second_drive_that_is_not_there_is_refused_on_every_rank(world, folders):
+    for text in world(2).run(_missing, [folders[0], folders[0] / "not mounted"]):
+        assert "not mounted: No such file or directory. Each of several paths must exist" in text
+    assert list(folders[0].iterdir()) == []
 
 
 def test_a_part_of_a_slab_is_read_and_written_whatever_pages_it_meets(tmp_path):

@@ -16,10 +16,9 @@ import pytest
 import torch
 
 from shardwise.errors import StoreError
-from shardwise.offload import files, nvme, threads
+from shardwise.offload import drive, files
 from shardwise.offload.files import PAGE, Files, take_space
 from shardwise.offload.nvme import NvmeStore
-from shardwise.ranks import lanes
 from shardwise.ranks.lanes import Lanes
 from shardwise.zero.engine import Faults
 
@@ -67,10 +66,10 @@ def test_a_slab_that_nobody_holds_gives_its_file_back(store, way):
         full(store, 300_000, value)
         store.drain()
     gc.collect()
-    assert len(store.files) == 1
-    assert store.files.nbytes < 200_000
+    assert store.open_files == 1
+    assert store.nbytes < 200_000
     assert torch.equal(kept.read_part(0, 5000), torch.ones(5000))
-    assert list(store.folder.iterdir()) == []
+    assert list(store.drives[0].folder.iterdir()) == []
 
 
 def test_a_slab_that_is_dropped_while_it_is_written_and_read_lives_until_that_is_over(store, monkeypatch):
@@ -81,15 +80,15 @@ def test_a_slab_that_is_dropped_while_it_is_written_and_read_lives_until_that_is
 
         return slowly
 
-    monkeypatch.setattr(nvme, "write_at", slow(nvme.write_at))
-    monkeypatch.setattr(nvme, "read_at", slow(nvme.read_at))
+    monkeypatch.setattr(drive, "write_at", slow(drive.write_at))
+    monkeypatch.setattr(drive, "read_at", slow(drive.read_at))
     for value in range(5):
         out = torch.empty(70_000)
         slab = full(store, 70_000, value)
         store.drain()
         slab.put(torch.full((70_000,), value + 0.5))
         arrival = slab.fetch(out)
-        descriptor = slab.file.descriptor
+        descriptor = slab.files[0].descriptor
         del slab
         os.fstat(descriptor)
         arrival.enqueued()
@@ -97,9 +96,9 @@ def test_a_slab_that_is_dropped_while_it_is_written_and_read_lives_until_that_is
         store.drain()
         del arrival
     deadline = time.monotonic() + 5  # a thread lets go of its last task a moment after that is done
-    while len(store.files) and time.monotonic() < deadline:
+    while store.open_files and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert len(store.files) == 0
+    assert store.open_files == 0
 
 
 def test_what_ends_closes_every_file_and_no_other(tmp_path):
@@ -123,7 +122,7 @@ def test_a_forked_child_holds_nothing_and_takes_nothing_from_its_parent(store):
     if pid == 0:
         code = 1
         try:
-            code = 0 if len(store.files) == 0 and not held_by("self", store.folder) else 2
+            code = 0 if store.open_files == 0 and not held_by("self", store.drives[0].folder) else 2
             store.close()
         finally:
             os._exit(code)
@@ -268,7 +267,7 @@ def test_a_full_drive_is_told_in_bytes_and_stays_the_cause(store, monkeypatch):
 def test_bytes_that_could_not_be_written_say_why_until_they_are_written_anew(store, monkeypatch):
     slab = full(store, 10_000)
     store.drain()
-    monkeypatch.setattr(nvme, "write_at", failing(errno.EDQUOT))
+    monkeypatch.setattr(drive, "write_at", failing(errno.EDQUOT))
     slab.put(torch.zeros(2048), 4096).enqueued()
     words = r"rank 3 could not write 8,192 bytes of weights in .*: Disk quota exceeded"
     with pytest.raises(StoreError, match=words):
@@ -287,10 +286,10 @@ def test_bytes_that_could_not_be_written_say_why_until_they_are_written_anew(sto
 def test_of_several_failures_the_first_is_told_and_told_once(store, monkeypatch):
     first, second = full(store, 5120, name="first"), full(store, 5120, name="second")
     store.drain()
-    monkeypatch.setattr(nvme, "write_at", failing(errno.ENOSPC))
+    monkeypatch.setattr(drive, "write_at", failing(errno.ENOSPC))
     slab_parts = first.put(torch.zeros(5120))
     first.writing[-1].future.exception()
-    monkeypatch.setattr(nvme, "read_at", failing(errno.EIO))
+    monkeypatch.setattr(drive, "read_at", failing(errno.EIO))
     with pytest.raises(StoreError, match=r"could not write 20,480 bytes of first in .*No space left"):
         second.fetch(torch.empty(5120)).enqueued()
     assert slab_parts.enqueued() is None
@@ -302,8 +301,8 @@ def test_of_several_failures_the_first_is_told_and_told_once(store, monkeypatch)
 
 
 def test_a_call_that_stops_short_goes_on_and_has_the_reason_of_the_next(store, monkeypatch):
-    monkeypatch.setattr(nvme, "write_at", lambda d, b, o: os.pwritev(d, [b[0][:PAGE]], o))
-    monkeypatch.setattr(nvme, "read_at", lambda d, b, o: os.preadv(d, [b[0][:PAGE]], o))
+    monkeypatch.setattr(drive, "write_at", lambda d, b, o: os.pwritev(d, [b[0][:PAGE]], o))
+    monkeypatch.setattr(drive, "read_at", lambda d, b, o: os.preadv(d, [b[0][:PAGE]], o))
     slab = full(store, 9216, 4.0)
     store.drain()
     assert torch.equal(slab.read_part(0, 9216), torch.full((9216,), 4.0))
@@ -315,17 +314,17 @@ def test_a_call_that_stops_short_goes_on_and_has_the_reason_of_the_next(store, m
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return os.pwritev(descriptor, [buffers[0][:PAGE]], offset)
 
-    monkeypatch.setattr(nvme, "write_at", then_full)
+    monkeypatch.setattr(drive, "write_at", then_full)
     slab.put(torch.zeros(9216))
     with pytest.raises(StoreError, match=r"could not write 36,864 bytes of weights in .*No space left"):
         store.drain()
     monkeypatch.undo()
     slab.put(torch.zeros(9216))
     store.drain()
-    monkeypatch.setattr(nvme, "read_at", lambda d, b, o: 0)
+    monkeypatch.setattr(drive, "read_at", lambda d, b, o: 0)
     with pytest.raises(StoreError, match=r"read 36,864 bytes of weights in .*ends after 0 of them .*last checkpoint"):
         slab.read_part(0, 9216)
-    monkeypatch.setattr(nvme, "write_at", lambda d, b, o: 0)
+    monkeypatch.setattr(drive, "write_at", lambda d, b, o: 0)
     slab.put(torch.zeros(9216))
     with pytest.raises(StoreError, match=r"write 36,864 bytes of weights in .*it took 0 of them and no more"):
         store.drain()
@@ -335,7 +334,7 @@ def test_too_many_open_files_are_not_called_a_full_drive(store, monkeypatch):
     def too_many(*_):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr(store.files, "make", too_many)
+    monkeypatch.setattr(store.drives[0].files, "make", too_many)
     store.allocate(5, torch.float32, "weights")
     with pytest.raises(StoreError, match=r"Too many open files\. Raise the limit of open files"):
         store.drain()
@@ -377,7 +376,7 @@ def test_ranks_are_told_what_failed_first_and_not_what_was_noted_first(store, mo
     store.drain()
     faults = Faults(OneRank(), (store,))
     faults.agree()
-    monkeypatch.setattr(nvme, "write_at", failing(errno.ENOSPC))
+    monkeypatch.setattr(drive, "write_at", failing(errno.ENOSPC))
     slab.put(torch.zeros(5120))
     slab.writing[-1].future.exception()  # nobody has waited for it yet
     faults.note(StoreError("a read of another slab"))
@@ -396,31 +395,6 @@ def test_a_failure_without_a_drive_is_not_lost():
         faults.agree()
     faults.agree()
     assert not hasattr(ranks, "asked"), "no message where no drive is used"
-
-
-# Devices.
-
-
-def test_a_thread_that_cannot_use_its_device_says_why(monkeypatch):
-    def lost(device):
-        raise RuntimeError("CUDA error: device is gone")
-
-    monkeypatch.setattr(torch.cuda, "set_device", lost)
-    pool = threads.DeviceThreads(1, "shardwise-test", torch.device("cuda", 1))
-    for _ in range(2):
-        with pytest.raises(StoreError, match="shardwise-test_0 could not use cuda:1: CUDA error: device is gone"):
-            pool.submit(pool.take_device).result()
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    pool.submit(pool.take_device).result()
-    pool.close()
-
-
-def test_a_device_without_an_index_is_the_current_one(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
-    assert lanes.whole_device(torch.device("cuda")) == torch.device("cuda", 2)
-    assert lanes.whole_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
-    assert lanes.whole_device(torch.device("cpu")) == torch.device("cpu")
-    assert Lanes(torch.device("cuda"), serial=True).device == torch.device("cuda", 2)
 
 
 def test_a_part_that_was_put_is_read_after_a_file_was_dropped(store):

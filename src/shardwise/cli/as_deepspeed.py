@@ -10,18 +10,29 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..config.deepspeed_json import find_json
+from ..config.offloads import Directories, directories_of
 from ..config.schema import Config
+from ..errors import ConfigError
 from . import worker
 
 
 def variables(config: Config, beside: str | None = None) -> dict[str, str]:
-    """What each process gets besides `SHARDWISE_CONFIG`. beside: the YAML file, from whose directory its JSON is found."""
+    """What each process gets besides `SHARDWISE_CONFIG`. beside: the YAML file, from whose directory its JSON is found.
+
+    Raises ConfigError for what DeepSpeed's settings have no room for.
+    """
     found = {worker.AS_DEEPSPEED: "1", "ACCELERATE_MIXED_PRECISION": config.mixed_precision}
     if config.use_cpu:
         found["CUDA_VISIBLE_DEVICES"] = ""  # accelerate has no CPU run with DeepSpeed: it takes the GPUs that it sees
     if config.distributed_type != "DEEPSPEED":
         return found
     zero = config.zero
+    for name in ("offload_optimizer_nvme_path", "offload_param_nvme_path"):
+        if len(paths := directories_of(getattr(zero, name))) > 1:
+            raise ConfigError(
+                f"{name}: {', '.join(paths)} are several paths, and DeepSpeed's settings, by which --as-deepspeed tells the "
+                "script, have room for one. Give one path, or launch without --as-deepspeed."
+            )
     found |= {
         "ACCELERATE_USE_DEEPSPEED": "true",
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(zero.zero_stage),
@@ -33,10 +44,14 @@ def variables(config: Config, beside: str | None = None) -> dict[str, str]:
     said: dict[str, object] = {
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": zero.gradient_accumulation_steps,
         "ACCELERATE_GRADIENT_CLIPPING": zero.gradient_clipping,
-        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH": zero.offload_optimizer_nvme_path,
-        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH": zero.offload_param_nvme_path,
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH": _single(zero.offload_optimizer_nvme_path),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH": _single(zero.offload_param_nvme_path),
         "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": ",".join(zero.deepspeed_moe_layer_cls_names or ()) or None,
     }
     if zero.deepspeed_config_file is not None:
         said["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = Path(find_json(zero.deepspeed_config_file, beside)).absolute()
     return found | {name: str(value) for name, value in said.items() if value is not None}
+
+
+def _single(path: Directories | None) -> str | None:
+    return next(iter(directories_of(path)), None)

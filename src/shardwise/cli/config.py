@@ -15,7 +15,7 @@ from typing import Any
 
 from ..config.check import check
 from ..config.machine import visible_gpus
-from ..config.offloads import DEVICES
+from ..config.offloads import DEVICES, directories_of
 from ..config.resolve import resolve
 from ..config.rules import notes
 from ..config.schema import Config, every_setting, key_of, value_of
@@ -120,7 +120,7 @@ QUESTIONS: tuple[Question, ...] = (
     _question("offload_param_device", lambda answers: "none", lambda answers: _stage(answers) == 3),
     _question(
         "offload_param_nvme_path",
-        lambda answers: answers.get("offload_optimizer_nvme_path") or "/local_nvme",
+        lambda answers: ",".join(directories_of(answers.get("offload_optimizer_nvme_path"))) or "/local_nvme",
         lambda answers: _stage(answers) == 3 and DEVICES[answers["offload_param_device"]].on_disk,
     ),
     _question("gradient_accumulation_steps", lambda answers: 1, _by_hand),

@@ -7,15 +7,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..config.machine import free_disk_bytes, gpu_memory_bytes, host_memory_bytes, memory_limit_bytes, visible_gpus
-from ..config.offloads import MEDIA
+from ..config.machine import (
+    file_system,
+    free_disk_bytes,
+    gpu_memory_bytes,
+    host_memory_bytes,
+    memory_limit_bytes,
+    visible_gpus,
+)
+from ..config.offloads import MEDIA, Offloaded, directories_of
 from ..config.resolve import resolve
 from ..config.schema import Config
 from ..errors import ConfigError
 from ..estimate.named import named
 
 if TYPE_CHECKING:
-    from ..estimate.bytes import Estimate, Machine, Run
+    from ..estimate.bytes import Disk, Estimate, Machine, Run
+
+# What of an estimate lies in the directories of a setting.
+_ROLES: dict[Offloaded, tuple[str, ...]] = {"optimizer": ("optimizer",), "param": ("frozen", "parameter")}
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,7 @@ def run_estimate(
     built = _built(model, asked)
     zero = config.zero
     gpus = 0 if config.use_cpu else visible_gpus(config.gpu_ids) or 0
-    machine = Machine(gpus, gpu_memory_bytes(), _host(), free_disk_bytes(_disk(config)))
+    machine = Machine(gpus, gpu_memory_bytes(), _host(), _disks(config))
     run = run_of(config, asked, gpus)
     wanted = named(asked.optimizer, asked.optimizer_args)
     with uncompiled(wanted):
@@ -87,6 +97,7 @@ def run_estimate(
             "mixed_precision": config.mixed_precision,
             "quantize": asked.quantize,
             "plan": {**chosen.as_values(), "shortages": machine.shortages(chosen, run)},
+            "disks": {disk.name: {"free": disk.free_nbytes, "taken": disk.taken(chosen)} for disk in machine.disks},
             "plans": [{**found.as_values(), "shortages": machine.shortages(found, run)} for found in every],
         }
         print(json.dumps(facts, indent=1))
@@ -99,7 +110,7 @@ def run_estimate(
     print(f"{place}; {steppers_text(chosen, run)}; {_batch_text(built, run)}")
     if asked.quantize:
         print(f"the frozen linear weights in {asked.quantize}: codes and scales as an estimate of what libraries keep")
-    print("\n".join(["", *rows_of(chosen), "", *table(every, machine, run)]))
+    print("\n".join(["", *rows_of(chosen), *disks_of(chosen, machine), "", *table(every, machine, run)]))
 
 
 def _built(model: str, asked: Asked) -> Any:
@@ -141,6 +152,7 @@ def run_of(config: Config, asked: Asked, gpus: int) -> Run:
         batch=batch,
         shard_group=None if group == world_size else group,
         all_own=config.zero.optimizer_shard_group == "world" and group < world_size,
+        directories=max(1, sum(len(paths) for paths in set(_paths(config).values()))),
     )
 
 
@@ -178,6 +190,15 @@ def _percent(share: float) -> str:
     return "0" if share == 0 else f"{100 * share:.2g}%"
 
 
+def disks_of(found: Estimate, machine: Machine) -> list[str]:
+    """One plan: a line for each disk, where there are several."""
+    from ..estimate.bytes import size
+
+    if len(machine.disks) < 2:
+        return []
+    return [f"  on {disk.name}: {size(disk.taken(found))}" for disk in machine.disks if disk.taken(found)]
+
+
 def table(every: list[Estimate], machine: Machine, run: Run) -> list[str]:
     """Every plan: a line each, with whether it fits this machine."""
     from ..estimate.bytes import size
@@ -185,7 +206,8 @@ def table(every: list[Estimate], machine: Machine, run: Run) -> list[str]:
 
     what = f"{machine.gpus} GPU(s)" if run.cuda and machine.gpus else "no GPU"
     known = [("a GPU", machine.gpu_nbytes if run.cuda else None), ("host", machine.host_nbytes)]
-    known.append(("free disk", machine.disk_nbytes))
+    several = len(machine.disks) > 1
+    known += [(f"free on {disk.name}" if several else "free disk", disk.free_nbytes) for disk in machine.disks]
     sizes = ", ".join(f"{name} {size(count)}" for name, count in known if count is not None)
     head = f"  {'plan':<46}{'GPU rest':>10}{'GPU peak':>10}{'host':>10}{'disk':>10}  fits"
     refusals = list(dict.fromkeys(found.refused for found in every if found.refused is not None))
@@ -243,6 +265,31 @@ def _host() -> int | None:
     return min(found, default=None)
 
 
-def _disk(config: Config) -> str:
+def _paths(config: Config) -> dict[Offloaded, tuple[str, ...]]:
+    """The directories of what rests on a disk."""
     zero = config.zero
-    return zero.offload_optimizer_nvme_path or zero.offload_param_nvme_path or "."
+    found: dict[Offloaded, tuple[str, ...]] = {
+        "optimizer": directories_of(zero.offload_optimizer_nvme_path),
+        "param": directories_of(zero.offload_param_nvme_path),
+    }
+    return {role: paths for role, paths in found.items() if paths}
+
+
+def _disks(config: Config) -> list[Disk]:
+    """The file systems of these directories, each with its part of the bytes. A role without one lies beside the other."""
+    from ..estimate.bytes import Disk
+
+    paths = _paths(config)
+    anywhere = next(iter(paths.values()), (".",))
+    names: dict[object, list[str]] = {}
+    shares: dict[object, dict[str, float]] = {}
+    for offloaded, roles in _ROLES.items():
+        own = paths.get(offloaded, anywhere)
+        for path in own:
+            place = file_system(path) or path
+            if path not in names.setdefault(place, []):
+                names[place].append(path)
+            for role in roles:
+                there = shares.setdefault(place, {})
+                there[role] = there.get(role, 0.0) + 1 / len(own)
+    return [Disk(" and ".join(of), free_disk_bytes(of[0]), shares[place]) for place, of in names.items()]

@@ -17,7 +17,7 @@ from ..files.documents import shown
 from . import usage
 from .check import checked, from_environment
 from .deepspeed_json import read_deepspeed_json
-from .fields import NO, YES
+from .fields import NO, YES, single_path
 from .schema import ENVIRONMENT_KEY, Config, Key
 
 _ZERO = "deepspeed_config"
@@ -192,7 +192,7 @@ def _take(said: Said, name: str, key: Key, text: str) -> None:
         text = word
     elif word in ("y", "t"):
         text = "true"
-    said.put(key, text, name)
+    said.put(key, single_path(text) if key[-1].endswith("_nvme_path") else text, name)
 
 
 def _device(said: Said, text: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..files.documents import SETTINGS_NBYTES, parse_json, read_text, shown
 from .check import nearest
+from .fields import single_path
 from .offloads import OFFLOADS
 from .schema import Key
 from .yaml_file import SettingsFile, parse_yaml
@@ -279,7 +280,7 @@ class _Reader:
             if name == "device":
                 self.put(("deepspeed_config", f"{key}_device"), "none" if inner is None else inner, (*path, name))
             elif name == "nvme_path":
-                self.put(("deepspeed_config", f"{key}_nvme_path"), inner, (*path, name))
+                self.put(("deepspeed_config", f"{key}_nvme_path"), single_path(inner), (*path, name))
             elif name in _OFFLOAD_TUNING:
                 self.idle.append(".".join((*path, name)))
             else:

@@ -8,6 +8,7 @@ setting by name.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -120,6 +121,27 @@ def _names(value: Any) -> list[str]:
     return list(value)
 
 
+def _paths(value: Any) -> str | list[str]:
+    """One path, or several: a list, or a string with commas. A path that has a comma itself is a list of one."""
+    found = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(found, list) or not found or not all(isinstance(path, str) for path in found):
+        raise wrong(f"{value!r} is neither a path in quotes nor a list of such")
+    if not all(path.strip() for path in found):
+        raise wrong(f"{value!r} has an empty path in it")
+    seen: dict[str, str] = {}
+    for path in found:
+        place = os.path.normpath(os.path.expanduser(path))
+        if place in seen:
+            raise wrong(f"{seen[place]} is there twice; name each directory once")
+        seen[place] = path
+    return found[0] if len(found) == 1 and "," not in found[0] else list(found)
+
+
+def single_path(value: Any) -> Any:
+    """What a setting that takes several paths is told by a text that can only be one, whatever commas it has."""
+    return [value] if isinstance(value, str) and "," in value else value
+
+
 def optional(kind: Kind, *words: Any) -> Kind:
     """`kind`, or None for null and for each of `words`."""
 
@@ -146,6 +168,7 @@ def absent(why: str) -> Kind:
 Flag = Annotated[bool, Kind(_yes_or_no, metavar="true|false")]
 Text = Annotated[str, Kind(_text)]
 OptionalText = Annotated[str | None, optional(Kind(_text), "none", "")]
+OptionalPaths = Annotated[str | list[str] | None, optional(Kind(_paths, metavar="DIR[,DIR]"), "none", "")]
 OptionalNames = Annotated[list[str] | None, optional(Kind(_names, metavar="NAMES"), "none", "auto", "")]
 OptionalCount = Annotated[int | None, optional(whole_number(1), "auto", "none", "")]
 

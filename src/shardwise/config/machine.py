@@ -135,13 +135,25 @@ def gpu_memory_bytes() -> int | None:
 
 def free_disk_bytes(path: str | Path) -> int | None:
     """Free bytes where `path` is or would be made; None if that cannot be told."""
-    place = Path(path).absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
     try:
-        return shutil.disk_usage(place).free
+        return shutil.disk_usage(_existing(path)).free
     except OSError:
         return None
+
+
+def file_system(path: str | Path) -> int | None:
+    """A number of the file system where `path` is or would be made, another one for each; None if that cannot be told."""
+    try:
+        return os.stat(_existing(path)).st_dev
+    except OSError:
+        return None
+
+
+def _existing(path: str | Path) -> Path:
+    place = Path(path).expanduser().absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return place
 
 
 def visible_gpus(gpu_ids: str | None = None, environ: Mapping[str, str] | None = None) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import Literal, get_args
@@ -48,6 +49,17 @@ OFFLOADS = tuple(device for device in DEVICES if device != "none")
 def either(words: Sequence[str], conjunction: str) -> str:
     """`cpu and nvme`; `none, cpu or nvme`."""
     return f" {conjunction} ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+# Of a tier on a disk: one directory, or several, each on a drive of its own.
+Directories = str | os.PathLike[str] | Sequence[str] | Sequence[os.PathLike[str]]
+
+
+def directories_of(given: Directories | None) -> tuple[str, ...]:
+    """The single paths of such a setting; none where it is empty."""
+    if isinstance(given, (str, os.PathLike)):
+        return (os.fspath(given),) if os.fspath(given) else ()
+    return tuple(os.fspath(path) for path in given or ())
 
 
 # The devices that need a directory, in words.

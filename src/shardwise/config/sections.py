@@ -17,6 +17,7 @@ from .fields import (
     Kind,
     OptionalCount,
     OptionalNames,
+    OptionalPaths,
     OptionalText,
     absent,
     budget,
@@ -64,8 +65,8 @@ _BUDGET = optional(Kind(budget, metavar="SIZE"), "none", "")
 _DEVICE = one_of(*DEVICES)
 _DEVICES = {"none": "on the device", **{device: device for device in OFFLOADS}}
 _ONE_OF_THEM = either([*DEVICES], "or")
-_FAST_DRIVE = "A fast local drive; the files of a run are removed when it ends."
-_OWN_PATH = "a path of this machine"
+_FAST_DRIVE = "A fast local drive, or several with commas, which share the bytes; the files of a run go when it ends."
+_OWN_PATH = "paths of this machine"
 
 
 def _shard_group(value: Any) -> int | str:
@@ -184,22 +185,20 @@ class ZeroConfig(Section):
         ),
     ] = "none"
     offload_optimizer_nvme_path: Annotated[
-        OptionalText,
+        OptionalPaths,
         Setting(
-            f"Directory for the device {WITH_DIRECTORY}.",
+            f"Directory for the device {WITH_DIRECTORY}; of several drives one each, with commas.",
             ZERO,
-            "DIR",
             after="deepspeed_config_file",
             own=_OWN_PATH,
             asked=Wording("Directory on the drive, for optimizer states?", _FAST_DRIVE),
         ),
     ] = None
     offload_param_nvme_path: Annotated[
-        OptionalText,
+        OptionalPaths,
         Setting(
-            f"Directory for the device {WITH_DIRECTORY}.",
+            f"Directory for the device {WITH_DIRECTORY}; of several drives one each, with commas.",
             ZERO,
-            "DIR",
             after="offload_optimizer_nvme_path",
             own=_OWN_PATH,
             asked=Wording("Directory on the drive, for parameters?", _FAST_DRIVE),

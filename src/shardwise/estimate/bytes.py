@@ -6,17 +6,19 @@ formula beside each term here. The model is on the meta device; nothing is alloc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
-from ..config.offloads import DEVICES, MEDIA, OFFLOADS, Medium
+from ..config.offloads import DEVICES, OFFLOADS, Medium
 from ..config.rules import lies_on_one_machine
 from ..config.sections import EngineConfig
 from ..errors import OptimizerError
-from ..offload.host import BLOCK, Ring
+from ..offload.host import Ring
+from ..offload.striping import BLOCK
 from ..offload.tiers import ON_DISK
 from ..plan.blueprint import Blueprint, at_rest, divide, gathered_at_once, padding
 from ..plan.plan import Plan, Tier
@@ -80,7 +82,7 @@ class Run:
     shard_group:     how many ranks hold one copy of the model together; None: all. all_own: at stage 3 they divide weights
                      alone, and all ranks divide masters, states and gradients.
     local_processes: of one machine. cuda: ranks are GPUs. accumulates: a step has several micro-batches.
-    options:         as ShardedModel takes them.
+    options:         as ShardedModel takes them. directories: of what rests on a disk, each with staging of its own.
     batch:           None leaves activations out. steppers: the optimizers, made of the model; None: AdamW of all it trains.
     """
 
@@ -94,6 +96,7 @@ class Run:
     steppers: Sequence[Stepper] | None = None
     shard_group: int | None = None
     all_own: bool = False
+    directories: int = 1
 
     @property
     def shards(self) -> int:
@@ -159,20 +162,37 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Disk:
+    """A file system of this machine, on which some of what rests on a disk would lie.
+
+    name:   its directories. free_nbytes: None where that is not known.
+    shares: role -> which part of its bytes; a role that is not named has none here.
+    """
+
+    name: str
+    free_nbytes: int | None
+    shares: Mapping[str, float]
+
+    def taken(self, estimate: Estimate) -> int:
+        """Bytes of one rank here."""
+        return sum(math.ceil(share * estimate.taken("disk", [role])) for role, share in self.shares.items())
+
+
+@dataclass(frozen=True)
 class Machine:
-    """What there is: bytes of one GPU, the number of GPUs (0: the ranks' device is the host), host memory, free disk."""
+    """What there is: bytes of one GPU, the number of GPUs (0: the ranks' device is the host), host memory, disks."""
 
     gpus: int = 0
     gpu_nbytes: int | None = None
     host_nbytes: int | None = None
-    disk_nbytes: int | None = None
+    disks: Sequence[Disk] = ()
 
     def shortages(self, estimate: Estimate, run: Run) -> list[str]:
         """Why the plan does not fit, a few words each; [] if it does. What is not known is taken to be enough."""
         if estimate.refused is not None:
             return [estimate.refused]
         local = run.local_processes
-        device, host, disk = (estimate.taken(medium) for medium in MEDIA)
+        device, host = estimate.taken("GPU"), estimate.taken("host")
         host = local * (host + PROCESS_NBYTES)
         found = []
         if not run.cuda:
@@ -183,8 +203,11 @@ class Machine:
             found.append(f"GPU: {size(device + CONTEXT_NBYTES)} of {size(self.gpu_nbytes)}")
         if self.host_nbytes is not None and host > self.host_nbytes:
             found.append(f"host: {size(host)} of {size(self.host_nbytes)}")
-        if self.disk_nbytes is not None and local * disk > self.disk_nbytes:
-            found.append(f"disk: {size(local * disk)} of {size(self.disk_nbytes)}")
+        for disk in self.disks:
+            needed = local * disk.taken(estimate)
+            if disk.free_nbytes is not None and needed > disk.free_nbytes:
+                name = f"disk {disk.name}" if len(self.disks) > 1 else "disk"
+                found.append(f"{name}: {size(needed)} of {size(disk.free_nbytes)}")
         return found
 
 
@@ -304,7 +327,7 @@ def offload_staging(blueprints: Sequence[Blueprint], states: States, run: Run) -
         if coded != "fp32" and moments:  # of the chunk that steps both are there, numbers and codes
             found[Tier.GPU] += moments * state_nbytes(min(numel, CHUNK), coded) + scratch_nbytes(numel, coded)
     every = tiers.union(*((p.plan.frozen.tier, p.plan.parameter.tier) for p in blueprints))
-    found[Tier.CPU] += sum(ON_DISK[tier].staging_nbytes for tier in every if tier.on_disk)
+    found[Tier.CPU] += run.directories * sum(ON_DISK[tier].staging_nbytes for tier in every if tier.on_disk)
     if run.cuda and run.accumulates and tiers - {Tier.GPU}:
         found[Tier.CPU] += Ring.LENGTH * BLOCK
     return found

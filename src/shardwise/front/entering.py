@@ -21,6 +21,7 @@ from torch import nn
 from ..building.deferred_tensors import deferred_if_it_fails, sources_of
 from ..building.loading import build_without_memory
 from ..config.foreign import note_prepared
+from ..config.offloads import Directories, directories_of
 from ..config.schema import Config, ZeroConfig
 from ..plan.plan import Plan
 from ..plan.precision import Precision
@@ -159,12 +160,11 @@ def into_engine(
     return PreparedModel(model, sharded, changes, parameters)
 
 
-def _nvme_paths(zero: ZeroConfig) -> dict[Kind, str]:
-    paths: dict[Kind, str | None] = {
-        "param": zero.offload_param_nvme_path,
-        "optimizer": zero.offload_optimizer_nvme_path,
+def _nvme_paths(zero: ZeroConfig) -> dict[Kind, Directories]:
+    return {
+        "param": directories_of(zero.offload_param_nvme_path),
+        "optimizer": directories_of(zero.offload_optimizer_nvme_path),
     }
-    return {kind: path for kind, path in paths.items() if path is not None}
 
 
 def _changes(checked: CheckedModel, config: Config, sharded: ShardedModel) -> list[Change]:

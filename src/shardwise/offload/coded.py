@@ -51,13 +51,13 @@ class CodedSlab(Slab):
     def packed(self, values: Tensor, begin: int = 0, step: Tensor | None = None) -> list[Tensor]:
         return self.coding.encode(values, None if step is None else Chance(begin, step))
 
-    def put_parts(self, parts: Sequence[Tensor], begin: int = 0) -> torch.Event | None:
+    def put_parts(self, parts: Sequence[Tensor], begin: int = 0, *, given: bool = False) -> torch.Event | None:
         if self._edges:
             last = begin // BLOCK + -(-parts[0].numel() // BLOCK)
             self._edges = {n: edge for n, edge in self._edges.items() if not begin // BLOCK <= n < last}
         event = None
         for slab, part, at in self._each(parts, begin):
-            event = slab.put(part, at).enqueued()
+            event = slab.put_parts([part], at, given=given)
         return event
 
     def _each(self, parts: Sequence[Tensor], begin: int) -> list[tuple[Slab, Tensor, int]]:

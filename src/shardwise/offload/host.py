@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,9 +24,8 @@ from ..plan.plan import Tier
 from ..ranks.lanes import Lanes
 from .pinned import host_tensor
 from .store import Arrival, Done, MemoryStore, Slab
+from .striping import BLOCK
 from .threads import DeviceThreads
-
-BLOCK = 8 << 20  # bytes; smaller ones do not saturate a drive
 
 
 class HostSlab(Slab):
@@ -95,7 +95,7 @@ class HostStore(MemoryStore):
             return Done(None)
         before = [event for event in slab.writes.values() if event is not None]
         additions: list[Future[None]] = []
-        brought = self._bringing.submit(self._bring, source, slab, after, before, additions)
+        brought = self._bringing.submit(partial(self._bring, source, slab, after, before, additions))
         adding = Adding(brought, additions)
         slab.adding.append(adding)
         self._busy[id(slab)] = slab
@@ -110,7 +110,6 @@ class HostStore(MemoryStore):
         additions: list[Future[None]],
     ) -> torch.Event | None:
         """Copy `source` down block by block, and have what has come added."""
-        self._bringing.take_device()
         step = BLOCK // source.element_size()
         event = after
         self.lanes.down.wait(after)
@@ -121,18 +120,15 @@ class HostStore(MemoryStore):
                 landing = block.memory[: part.nbytes].view(part.dtype)
                 landing.copy_(part, non_blocking=True)
                 event = block.event = self.lanes.down.mark()
-            additions.append(self._adding.submit(self._add, slab, begin, landing, block, before))
+            add = partial(self._add, slab, begin, landing, block, before)
+            additions.append(self._adding.submit(add, partial(self._ring.give, block)))
         return event
 
     def _add(self, slab: Slab, begin: int, landing: Tensor, block: Block, before: Sequence[torch.Event]) -> None:
-        try:
-            self._adding.take_device()
-            for event in (*before, block.event):
-                if event is not None:
-                    event.synchronize()
-            slab.tensor[begin : begin + landing.numel()].add_(landing)
-        finally:
-            self._ring.give(block)
+        for event in (*before, block.event):
+            if event is not None:
+                event.synchronize()
+        slab.tensor[begin : begin + landing.numel()].add_(landing)
 
     def _settle(self, slab: Slab) -> None:
         """Return once nothing is being added to this slab any more; of what failed `drain` tells."""

@@ -2,10 +2,11 @@
 
     fetch   disk --thread--> pinned block --up lane--> device        put   device --down lane--> pinned block --thread--> disk
 
-A slab is a file of its own, of whole pages and without a name (`files.py`): it goes with the last reference to the slab, or
-with the process, however that ends. Blocks go through two rings of pinned buffers, one for each way, so that no
-transfer is longer than a ring and a slab of any size needs the same host memory. Threads do the input and output: the
-calls release the interpreter, and two of them keep a drive busy.
+A slab has a file of its own in each directory, of whole pages and without a name (`files.py`): they go with the last reference
+to the slab, or with the process, however that ends. Its blocks lie in the directories in turn (`striping.py`), so that several
+drives work for one slab. They go through two rings of pinned buffers for each directory, one for each way (`drive.py`), so that
+no transfer is longer than a ring and a slab of any size needs the same host memory. Where the device is the host, whole pages
+that nobody else writes go without a copy.
 
 Errors of the disk are StoreError. A read's is raised by whoever waits for the bytes, a write's by `drain`, or by the next
 read of the slab: never by a thread, and never in the middle of a collective. Of several the first is told, for the others
@@ -14,51 +15,58 @@ follow from it; and bytes that could not be written stay unreadable until they a
 
 from __future__ import annotations
 
-import errno
+import logging
 import os
-import threading
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..config.offloads import Directories, directories_of
 from ..errors import StoreError
 from ..plan.plan import Tier
 from ..ranks.lanes import Lanes
-from .files import PAGE, File, Files, take_space
-from .host import BLOCK, Block, Ring
+from .drive import Drive, Reading, Shared, in_place
+from .files import PAGE, File, take_space
+from .pinned import host_room
 from .store import Arrival, Done, Slab
-from .threads import DeviceThreads
+from .striping import Stretch, file_sizes, stretches
 
-THREADS = 4
-
-# The two calls that touch a file; tests put failing ones in their place.
-read_at = os.preadv
-write_at = os.pwritev
+log = logging.getLogger("shardwise")
 
 
 class FileSlab(Slab):
-    """A slab that is a file of its own, from its first byte on.
+    """A slab that is a file of its own on each drive where it has bytes.
 
-    name: what errors call it. file: None where it could not be made; then every byte of it is in `writing`, as failed.
+    name:  what errors call it. start: the drive of its first block.
+    files: by the number of the drive; empty where they could not be made: then every byte of it is in `writing`, as failed.
     """
 
     store: NvmeStore
 
-    def __init__(self, store: NvmeStore, numel: int, dtype: torch.dtype, name: str) -> None:
+    def __init__(self, store: NvmeStore, numel: int, dtype: torch.dtype, name: str, start: int) -> None:
         super().__init__(store, Tier.NVME, numel, dtype)
         self.name = name
-        self.file: File | None = None
+        self.start = start
+        self.files: dict[int, File] = {}
         self.writing: list[_Part] = []  # writes under way, and those that failed
         self.reading: list[_Part] = []
 
+    def room(self, numel: int, device: torch.device) -> list[Tensor]:
+        return [host_room(numel, self.dtype)] if device.type == "cpu" else super().room(numel, device)
+
+    def put_parts(self, parts: Sequence[Tensor], begin: int = 0, *, given: bool = False) -> torch.Event | None:
+        return self.store.put(parts[0], self, begin, given=given).enqueued()
+
     def read_part(self, begin: int, numel: int) -> Tensor:
         lanes = self.store.lanes
-        out = torch.empty(numel, dtype=self.dtype, device=lanes.device)
+        (out,) = self.room(numel, lanes.device)
         lanes.up.wait(lanes.mark_compute())
         try:
             lanes.compute_waits(self.fetch(out, begin).enqueued())
@@ -75,8 +83,12 @@ class FileSlab(Slab):
         whole = self.read_part(first, last - first)
         whole[begin - first : begin - first + values.numel()].copy_(values)
         lanes.down.wait(lanes.mark_compute())
-        lanes.compute_waits(self.put(whole, first).enqueued())
+        lanes.compute_waits(self.put_parts([whole], first, given=True))
         self.store.drain()
+
+    def stretches(self, begin: int, end: int) -> list[Stretch]:
+        """Where its bytes [begin, end) lie."""
+        return stretches(begin, end, len(self.store.drives), self.start)
 
 
 @dataclass
@@ -94,91 +106,78 @@ class _Part:
         return first <= self.first and self.last <= last
 
 
-@dataclass
-class _Reading:
-    """An Arrival whose blocks are still being read."""
-
-    futures: list[Future[None]] = field(default_factory=list)
-    event: torch.Event | None = None
-
-    def enqueued(self) -> torch.Event | None:
-        wait(self.futures)  # all of them, also where one fails: afterwards no thread tells the device of another copy
-        for future in self.futures:
-            future.result()
-        return self.event
-
-
 class NvmeStore:
-    """Slabs in files below `folder`.
+    """Slabs in files below one directory or several, whose drives share each slab.
 
-    folder: an existing or new directory on the drive. Nothing is seen in it: the files have no names.
-    rank:   of this process, for errors.
-    bytes_written, bytes_read: what went over the drive since the start.
-    files:  the open files; a dropped slab's is closed.
-    Raises StoreError if the directory cannot be made or written.
+    folders: one directory, existing or new; or several, which must exist, each on a drive of its own.
+    rank:    of this process, for errors.
+    drives:  one for each directory, with the open files there.
+    Raises StoreError if a directory cannot be used, or is given twice.
     """
 
     tier = Tier.NVME
 
-    def __init__(self, folder: str | os.PathLike[str], lanes: Lanes, rank: int) -> None:
+    def __init__(self, folders: Directories, lanes: Lanes, rank: int) -> None:
         self.lanes = lanes
-        self.rank = rank
-        self.folder = Path(folder).expanduser()
-        self.bytes_written = 0
-        self.bytes_read = 0
-        pinned = lanes.device.type == "cuda"
-        self._incoming, self._outgoing = Ring(pinned), Ring(pinned)
-        self._enqueue = threading.Lock()  # of what the threads share: the order on a lane, the counts, the fault
-        self._fault: StoreError | None = None
+        self._shared = Shared(lanes, rank)
+        self._allocated = 0
         self._written: set[FileSlab] = set()
-        try:
-            self.files = Files(self.folder)
-        except OSError as error:
-            raise self._error("put files into", error) from error
-        self._threads = DeviceThreads(THREADS, "shardwise-nvme", lanes.device)
-        self._finalizer = weakref.finalize(self, _end, self._threads, self.files)
+        paths = [Path(folder).expanduser() for folder in directories_of(folders)]
+        _check_several(paths, rank)
+        self.drives = tuple(Drive(path, self._shared) for path in paths)
+        self._finalizer = weakref.finalize(self, _end, self.drives)
 
     # The Store protocol.
 
     def allocate(self, numel: int, dtype: torch.dtype, name: str) -> FileSlab:
-        slab = FileSlab(self, numel, dtype, name)
-        size = -(-slab.nbytes // PAGE) * PAGE
-        try:
-            file = self.files.make()
-            # Space is taken now: a full disk shows here and not in the middle of a step, and overwriting is faster.
-            take_space(file, size)
-            slab.file = file
-        except OSError as error:
-            # Told by `drain`, as a failed write is: the other ranks are on their way into a collective.
-            failed: Future[None] = Future()
-            failed.set_exception(self._failed(f"take {size:,} bytes for {name} in", error))
-            slab.writing.append(_Part(0, slab.nbytes, failed))
-            self._written.add(slab)
+        # Slabs of one block, too, lie on all drives in turn.
+        slab = FileSlab(self, numel, dtype, name, self._allocated % len(self.drives))
+        self._allocated += 1
+        made: dict[int, File] = {}
+        for number, (drive, size) in enumerate(
+            zip(self.drives, file_sizes(slab.nbytes, len(self.drives), slab.start), strict=True)
+        ):
+            if size == 0 and number != slab.start:
+                continue
+            nbytes = -(-size // PAGE) * PAGE
+            try:
+                made[number] = drive.files.make()
+                # Space is taken now: a full disk shows here and not in the middle of a step, and overwriting is faster.
+                take_space(made[number], nbytes)
+            except OSError as error:
+                # Told by `drain`, as a failed write is: the other ranks are on their way into a collective.
+                failed: Future[None] = Future()
+                # Without its traceback, whose frames would keep the files that could be made.
+                failed.set_exception(drive.failed(f"take {nbytes:,} bytes for {name} in", error.with_traceback(None)))
+                slab.writing.append(_Part(0, slab.nbytes, failed))
+                self._written.add(slab)
+                return slab
+        slab.files = made
         return slab
 
     def fetch(self, slab: Slab, out: Tensor, begin: int = 0) -> Arrival:
         assert isinstance(slab, FileSlab)
         target = out.view(torch.uint8)
-        reading = _Reading()
+        reading = Reading()
         offset = begin * slab.dtype.itemsize
         slab.reading = [part for part in slab.reading if not part.future.done()]
-        for first, last in _parts(offset, offset + target.numel()):
-            piece = target[first - offset : last - offset]
-            before = [part.future for part in slab.writing if part.meets(first, last)]
-            task = self._threads.submit(self._read, slab, first, last, piece, reading, before)
+        for part in slab.stretches(offset, offset + target.numel()):
+            piece = target[part.first - offset : part.last - offset]
+            before = [other.future for other in slab.writing if other.meets(part.first, part.last)]
+            task = self.drives[part.drive].threads.submit(partial(self._read, slab, part, piece, reading, before))
             reading.futures.append(task)
-            slab.reading.append(_Part(first, last, task))
+            slab.reading.append(_Part(part.first, part.last, task))
         return reading
 
-    def put(self, source: Tensor, slab: Slab, begin: int = 0) -> Arrival:
+    def put(self, source: Tensor, slab: Slab, begin: int = 0, *, given: bool = False) -> Arrival:
+        """See `Store.put`. given: nobody writes `source` any more, so its bytes may be read until they are on the drive."""
         assert isinstance(slab, FileSlab)
-        down = self.lanes.down
         size = slab.dtype.itemsize
         offset, end = begin * size, (begin + source.numel()) * size
         assert offset % PAGE == 0, "only whole pages are written"
         assert end % PAGE == 0 or end == slab.nbytes, "only whole pages are written"
         last_event = None
-        if slab.file is None:
+        if not slab.files:
             self._written.add(slab)
             return Done(None)
         # A write that failed is made good by one of the same bytes.
@@ -187,17 +186,36 @@ class NvmeStore:
             for part in slab.writing
             if not part.future.done() or (part.future.exception() and not part.lies_in(offset, end))
         ]
-        for first, last in _parts(offset, end):
-            block = self._outgoing.take()
-            with down.on():
-                landing = block.memory[: last - first].view(slab.dtype)
-                landing.copy_(source[(first - offset) // size : (last - offset) // size], non_blocking=True)
-                last_event = down.mark()
-            before = [part.future for part in slab.reading if part.meets(first, last)]
-            task = self._threads.submit(self._write, slab, first, last, block, last_event, before)
-            slab.writing.append(_Part(first, last, task))
+        for part in slab.stretches(offset, end):
+            piece = source[(part.first - offset) // size : (part.last - offset) // size]
+            before = [other.future for other in slab.reading if other.meets(part.first, part.last)]
+            memory, copied, lastly = self._leaving(slab, part, piece, given)
+            last_event = copied or last_event
+            write = partial(self._write, slab, part, memory, copied, before)
+            task = self.drives[part.drive].threads.submit(write, lastly)
+            slab.writing.append(_Part(part.first, part.last, task))
         self._written.add(slab)
         return Done(last_event)
+
+    def _leaving(
+        self, slab: FileSlab, part: Stretch, piece: Tensor, given: bool
+    ) -> tuple[Tensor, torch.Event | None, Callable[[], None]]:
+        """`piece` in memory that can be written from: itself or a block, with the event of the copy, and what gives it back."""
+        drive, down = self.drives[part.drive], self.lanes.down
+        # The bytes on the host, where they are there as they are to rest.
+        host = piece.detach().view(torch.uint8) if piece.device.type == "cpu" and piece.dtype == slab.dtype else None
+        if given and host is not None and in_place(slab.files[part.drive], part.offset, host.numpy()):
+            drive.take_turn()
+            return host, down.mark(), drive.give_turn
+        block = drive.take_block()
+        landing = block.memory[: part.last - part.first]
+        if host is not None and self.lanes.device.type == "cpu":
+            # Not torch's copy: it waits for threads of its own, which have no core while the drive's threads and others do.
+            np.copyto(landing.numpy(), host.numpy())
+        else:
+            with down.on():
+                landing.view(slab.dtype).copy_(piece, non_blocking=True)
+        return block.memory, down.mark(), partial(drive.give_block, block)
 
     def drain(self) -> None:
         """Return once everything that was put is on the drive. Raises StoreError for the first thing that failed."""
@@ -211,132 +229,76 @@ class NvmeStore:
             raise first
 
     def take_fault(self) -> StoreError | None:
-        with self._enqueue:
-            fault, self._fault = self._fault, None
-        return fault
+        return self._shared.take_fault()
 
     @property
     def staging_nbytes(self) -> int:
-        return self._incoming.nbytes + self._outgoing.nbytes
+        return sum(drive.staging_nbytes for drive in self.drives)
+
+    @property
+    def bytes_written(self) -> int:
+        """What went over the drives since the start."""
+        return sum(drive.bytes_written for drive in self.drives)
+
+    @property
+    def bytes_read(self) -> int:
+        """What came over the drives since the start."""
+        return sum(drive.bytes_read for drive in self.drives)
+
+    @property
+    def open_files(self) -> int:
+        return sum(len(drive.files) for drive in self.drives)
+
+    @property
+    def nbytes(self) -> int:
+        """What the open files take on the drives."""
+        return sum(drive.files.nbytes for drive in self.drives)
 
     def close(self) -> None:
         self._finalizer()
 
-    # Blocks.
+    # On the threads. before: of the same bytes, in the other direction; begun earlier, so it needs no thread that waits here.
 
     def _read(
-        self,
-        slab: FileSlab,
-        first: int,
-        last: int,
-        out: Tensor,
-        reading: _Reading,
-        before: Sequence[Future[None]],
+        self, slab: FileSlab, part: Stretch, out: Tensor, reading: Reading, before: Sequence[Future[None]]
     ) -> None:
         for write in before:
             write.result()
-        self._threads.take_device()  # before the block, which may be made here, and page-locked for this device
-        block = self._incoming.take()
-        try:
-            file = slab.file
-            assert file is not None, "a file that could not be made is a write that failed"
-            skip = first % PAGE if file.direct else 0
-            wanted = skip + last - first
-            length = -(-wanted // PAGE) * PAGE if file.direct else wanted
-            buffer = block.memory.numpy()[:length].data
-            got, problem = _moved(read_at, file, buffer, first - skip, wanted)
-            if problem is not None:
-                raise self._failed(f"read {wanted:,} bytes of {slab.name} in", problem)
-            if got < wanted:
-                lost = OSError(errno.EIO, f"it ends after {got:,} of them and is shorter than it was")
-                raise self._failed(f"read {wanted:,} bytes of {slab.name} in", lost)
-            # The target may be of torch.inference_mode, as in an evaluation, or not: inside of it both may be written.
-            with self._enqueue, self.lanes.up.on(), torch.inference_mode():
-                self.bytes_read += got
-                out.copy_(block.memory[skip:wanted], non_blocking=True)
-                block.event = reading.event = self.lanes.up.mark()
-        finally:
-            self._incoming.give(block)
+        self.drives[part.drive].read(slab.files[part.drive], part.offset, out, slab.name, reading)
 
     def _write(
-        self,
-        slab: FileSlab,
-        first: int,
-        last: int,
-        block: Block,
-        copied: torch.Event | None,
-        before: Sequence[Future[None]],
+        self, slab: FileSlab, part: Stretch, memory: Tensor, copied: torch.Event | None, before: Sequence[Future[None]]
     ) -> None:
+        for read in before:
+            read.exception()
+        if copied is not None:
+            copied.synchronize()
+        self.drives[part.drive].write(slab.files[part.drive], part.offset, memory, part.last - part.first, slab.name)
+
+
+def _check_several(paths: Sequence[Path], rank: int) -> None:
+    """Raises StoreError for a directory of several that is missing, or that is another one by a second name."""
+    if len(paths) < 2:
+        return
+    seen: dict[tuple[int, int], Path] = {}
+    for path in paths:
         try:
-            self._threads.take_device()
-            for read in before:
-                read.exception()
-            if copied is not None:
-                copied.synchronize()
-            file = slab.file
-            assert file is not None, "`put` writes into no other"
-            # The last page is written whole: the file ends with it, and nothing else lies in it.
-            length = -(-(last - first) // PAGE) * PAGE if file.direct else last - first
-            buffer = block.memory.numpy()[:length].data
-            done, problem = _moved(write_at, file, buffer, first, length)
-            if problem is None and done < length:
-                problem = OSError(errno.EIO, f"it took {done:,} of them and no more")
-            if problem is not None:
-                raise self._failed(f"write {length:,} bytes of {slab.name} in", problem)
-            with self._enqueue:
-                self.bytes_written += done
-        finally:
-            self._outgoing.give(block)
-
-    def _failed(self, action: str, error: OSError) -> StoreError:
-        """What to raise where `action` failed: the first error since one was told, for what fails later follows from it."""
-        made = self._error(action, error)
-        with self._enqueue:
-            if self._fault is None:
-                self._fault = made
-            return self._fault
-
-    def _error(self, action: str, error: OSError) -> StoreError:
-        remedy = "Give nvme_path a directory on a drive with room that this process may write to"
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            remedy = "Raise the limit of open files (ulimit -n): each shard is a file"
-        elif error.errno == errno.EIO:
-            remedy = "Go on with nvme_path on another drive"
-        why = error.strerror or error
-        made = StoreError(
-            f"rank {self.rank} could not {action} {self.folder}: {why}. {remedy}; the last checkpoint is whole."
-        )
-        made.__cause__ = error
-        return made
-
-
-def _moved(
-    call: Callable[..., int], file: File, buffer: memoryview, offset: int, wanted: int
-) -> tuple[int, OSError | None]:
-    """The bytes that preadv or pwritev moved between `buffer` and the file from `offset` on, and what stopped them.
-
-    A call may stop short of `wanted` without a reason; the one after it has the reason, or moves nothing.
-    """
-    done = 0
-    while done < wanted:
-        try:
-            more = call(file.descriptor, [buffer[done:]], offset + done)
+            found = os.stat(path)
         except OSError as error:
-            return done, error
-        if done + more < wanted:
-            more -= (done + more) % PAGE  # a file past the cache goes on at a page
-        if more <= 0:
-            break
-        done += more
-    return done, None
+            raise StoreError(
+                f"rank {rank} could not put files into {path}: {error.strerror}. Each of several paths must exist, because "
+                "it is on a drive of its own: mount the drive or make the directory, or take the path out of nvme_path."
+            ) from error
+        place = found.st_dev, found.st_ino
+        if place in seen:
+            both = f"{seen[place]} and {path}"
+            raise StoreError(f"rank {rank}: {both} of nvme_path are one directory. Give each drive once.")
+        seen[place] = path
+    if rank == 0 and len({device for device, _ in seen}) < len(seen):
+        names = ", ".join(map(str, paths))
+        log.warning("nvme_path: several of %s are on one file system, which several paths make no faster.", names)
 
 
-def _parts(begin: int, end: int) -> list[tuple[int, int]]:
-    """Bytes [begin, end) cut into stretches that fit a block together with what alignment adds in front."""
-    size = BLOCK if begin % PAGE == 0 else BLOCK - PAGE
-    return [(first, min(end, first + size)) for first in range(begin, end, size)]
-
-
-def _end(threads: DeviceThreads, files: Files) -> None:
-    threads.close()
-    files.close()
+def _end(drives: Sequence[Drive]) -> None:
+    for drive in drives:
+        drive.close()

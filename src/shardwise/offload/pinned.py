@@ -36,6 +36,14 @@ _POPULATE_WRITE = 23  # of madvise, Linux 5.14; Python's mmap has no name for it
 Copies = Mapping[Any, torch.Event | None]
 
 
+def host_room(numel: int, dtype: torch.dtype) -> Tensor:
+    """(numel,) in host memory on a page boundary, not pinned, with nothing in it yet: files are read into it as it lies."""
+    nbytes = numel * dtype.itemsize
+    memory = np.empty(nbytes + PAGE, dtype=np.uint8)
+    skip = -memory.ctypes.data % PAGE
+    return torch.from_numpy(memory[skip : skip + nbytes]).view(dtype)
+
+
 def host_tensor(numel: int, dtype: torch.dtype, *, pinned: bool, copies: Iterable[Copies] = ()) -> Tensor:
     """(numel,) zeros in host memory of the exact size, on a page boundary. Raises StoreError if it cannot be pinned.
 

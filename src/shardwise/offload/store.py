@@ -103,8 +103,11 @@ class Slab:
         """
         return [values]
 
-    def put_parts(self, parts: Sequence[Tensor], begin: int = 0) -> torch.Event | None:
-        """`put` of what `packed` gave; the event of the last copy. Raises StoreError."""
+    def put_parts(self, parts: Sequence[Tensor], begin: int = 0, *, given: bool = False) -> torch.Event | None:
+        """`put` of what `packed` gave; the event of the last copy. Raises StoreError.
+
+        given: nobody writes the parts any more, so a store may keep them, in place of a copy, until they are at rest.
+        """
         return self.put(parts[0], begin).enqueued()
 
     def read_part(self, begin: int, numel: int) -> Tensor:

@@ -5,37 +5,52 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 import torch
 
 from ..errors import StoreError
+from ..ranks.lanes import whole_device
 
-P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def _nothing() -> None:
+    pass
 
 
 class DeviceThreads:
     """`count` threads named `name`, begun when they are first needed, for work on `device`.
 
-    A task calls `take_device` first. A pool's own initializer would do the same, but where it fails every task says
-    BrokenThreadPool and none says why.
+    Each makes the device current before its first task: a thread that never did works on device 0, where a rank of another
+    device would make a context of some hundred MB. A pool's own initializer would do the same, but where it fails every task
+    says BrokenThreadPool and none says why; here each task has the one error, and the next one tries again.
+
+    device: without an index it is the device that is current on the thread that makes this, not on those that work.
     """
 
     def __init__(self, count: int, name: str, device: torch.device) -> None:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix=name)
-        self._device = device
+        self._device = whole_device(device)
         self._taken = threading.local()
 
-    def submit(self, task: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        """Run task(*args, **kwargs) on one of the threads."""
-        return self._pool.submit(task, *args, **kwargs)
+    def submit(self, task: Callable[[], R], lastly: Callable[[], None] = _nothing) -> Future[R]:
+        """Run `task` on one of the threads, and then `lastly`, whatever became of the task.
 
-    def take_device(self) -> None:
-        """Make the device current on the calling thread. Raises StoreError if that cannot be.
-
-        A thread that never did works on device 0, where a rank of another device would make a context of some hundred MB.
+        lastly: gives back what was taken for the task. It runs before the Future is done, and also where the task could not
+        begin because its thread could not use the device; the Future then has a StoreError. After `close` it does not run.
         """
+        return self._pool.submit(self._run, task, lastly)
+
+    def _run(self, task: Callable[[], R], lastly: Callable[[], None]) -> R:
+        try:
+            self._take_device()
+            return task()
+        finally:
+            lastly()
+
+    def _take_device(self) -> None:
+        """Make the device current on the calling thread. Raises StoreError if that cannot be."""
         if self._device.type != "cuda" or getattr(self._taken, "done", False):
             return
         try:

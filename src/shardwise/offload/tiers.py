@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from ..config.offloads import Directories
 from ..plan.plan import Tier
 from ..ranks.lanes import Lanes
-from .host import BLOCK, Ring
+from .host import Ring
 from .nvme import NvmeStore
 from .store import Store
+from .striping import BLOCK
 
 
 @dataclass(frozen=True)
 class OnDisk:
-    """open: makes the store from a directory, the lanes and the rank, or raises StoreError.
+    """open: makes the store from its directories, the lanes and the rank, or raises StoreError.
 
-    staging_nbytes: the most that its transfers take of host memory, on a rank.
+    staging_nbytes: the most that its transfers take of host memory, on a rank and for each directory.
     """
 
-    open: Callable[[str, Lanes, int], Store]
+    open: Callable[[Directories, Lanes, int], Store]
     staging_nbytes: int = 0
 
 

@@ -106,7 +106,7 @@ def words_of(config: Config) -> dict[str, Any]:
     return found | {name: copy.deepcopy(section) for name, section in sections.items() if section is not None}
 
 
-def _device(device: str, path: str | None) -> dict[str, Any]:
+def _device(device: str, path: str | list[str] | None) -> dict[str, Any]:
     return {"device": device, "nvme_path": path} if device == "nvme" else {"device": device}
 
 

@@ -229,7 +229,7 @@ class Visits:
             lanes.down.wait(lanes.step.mark())
             for parts, slab in leaving:
                 visit.held += parts
-                visit.down = slab.put_parts(parts, visit.begin)
+                visit.down = slab.put_parts(parts, visit.begin, given=True)
         going.append(visit)
         if len(going) > 1:  # one behind, so that the next step does not wait for this one's way down
             lanes.step.wait(going.popleft().down)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..config.offloads import no_directory, states_stay
+from ..config.offloads import Directories, directories_of, no_directory, states_stay
 from ..config.sections import EngineConfig
 from ..errors import StoreError, WriteError
 from ..offload.host import HostStore
@@ -29,9 +29,9 @@ log = logging.getLogger("shardwise")
 Kind = Literal["param", "optimizer"]
 
 
-def directories(plan: Plan, given: Mapping[Kind, str]) -> dict[tuple[Tier, Kind], str]:
+def directories(plan: Plan, given: Mapping[Kind, Directories]) -> dict[tuple[Tier, Kind], tuple[str, ...]]:
     """The directories that the plan needs, of those given. Raises StoreError if one is missing."""
-    found: dict[tuple[Tier, Kind], str] = {}
+    found: dict[tuple[Tier, Kind], tuple[str, ...]] = {}
     rests: tuple[tuple[Kind, Placement], ...] = (
         ("param", plan.frozen),
         ("param", plan.parameter),
@@ -39,9 +39,9 @@ def directories(plan: Plan, given: Mapping[Kind, str]) -> dict[tuple[Tier, Kind]
     )
     for kind, placement in rests:
         if placement.tier.on_disk:
-            if kind not in given:
+            found[placement.tier, kind] = directories_of(given.get(kind))
+            if not found[placement.tier, kind]:
                 raise StoreError(f"offload_{kind}_nvme_path {no_directory(placement.tier)}.")
-            found[placement.tier, kind] = given[kind]
     return found
 
 
@@ -54,11 +54,11 @@ class Stores:
     on_disk: Mapping[tuple[Tier, Kind], Store]
 
     @classmethod
-    def make(cls, lanes: Lanes, rank: int, paths: Mapping[tuple[Tier, Kind], str]) -> Stores:
-        """paths: see `directories`; what shares one shares a store. Raises StoreError if one cannot be used."""
-        places = dict.fromkeys((tier, path) for (tier, _), path in paths.items())
-        made = {(tier, path): ON_DISK[tier].open(path, lanes, rank) for tier, path in places}
-        return cls(MemoryStore(lanes), HostStore(lanes), {at: made[at[0], path] for at, path in paths.items()})
+    def make(cls, lanes: Lanes, rank: int, paths: Mapping[tuple[Tier, Kind], tuple[str, ...]]) -> Stores:
+        """paths: see `directories`; what has the same ones shares a store. Raises StoreError if one cannot be used."""
+        places = dict.fromkeys((tier, several) for (tier, _), several in paths.items())
+        made = {(tier, several): ON_DISK[tier].open(several, lanes, rank) for tier, several in places}
+        return cls(MemoryStore(lanes), HostStore(lanes), {at: made[at[0], several] for at, several in paths.items()})
 
     def of(self, tier: Tier, kind: Kind) -> Store:
         if tier.on_disk:
@@ -140,7 +140,7 @@ class Engine:
         ranks: Ranks,
         reduce_dtype: torch.dtype,
         *,
-        nvme_paths: Mapping[Kind, str],
+        nvme_paths: Mapping[Kind, Directories],
         options: EngineConfig,
         serial: bool,
     ) -> Engine:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
+from ..config.offloads import Directories
 from ..config.sections import EngineConfig
 from ..errors import PrepareError
 from ..plan.blueprint import Role
@@ -67,7 +68,8 @@ class ShardedModel:
     options:        the engine's settings, whole and by their names in a file; `EngineConfig` tells what each does.
     found:          its units, where somebody has looked for them already by these options.
     sources:        of the parameters on the meta device: each rank reads its own interval from them.
-    nvme_paths:     directories of what rests on nvme. serial: one lane does everything, for measurements.
+    nvme_paths:     directories of what rests on nvme, one or several for each.
+    serial:         one lane does everything, for measurements.
     after_step:     called after every step of an optimizer on this model, on every rank. after_backward: after a backward.
                     before_following: before masters follow the weights.
     trains:         False for a model that no optimizer steps: no masters, no gradients. What has gradients in a backward
@@ -90,7 +92,7 @@ class ShardedModel:
         options: EngineConfig = DEFAULTS,
         found: FoundUnits | None = None,
         sources: Sources | None = None,
-        nvme_paths: Mapping[Kind, str] | None = None,
+        nvme_paths: Mapping[Kind, Directories] | None = None,
         serial: bool = False,
         trains: bool = True,
     ) -> None:
