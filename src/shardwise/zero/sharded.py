@@ -295,11 +295,8 @@ class ShardedModel:
         there is no collective inside. pinned: parameters that are read outside of forwards; their units stay in any case.
         """
         self._hooks.finish_interrupted()
-        return self.schedule.generating(
-            lambda: units_to_keep(
-                self.schedule, self.ranks, self.options.generation_memory_budget, {id(p) for p in pinned}
-            )
-        )
+        budget, read = self.options.generation_memory_budget, {id(p) for p in pinned}
+        return self.schedule.generating(lambda: units_to_keep(self.schedule, self.ranks, budget, read))
 
     def state_dict(self, *, trainable_only: bool = False) -> dict[str, Any]:
         """Full tensors by the model's own names, on the CPU of rank 0; an empty dict on the others.
