@@ -390,3 +390,57 @@ def test_a_budget_keeps_on_the_device_what_fits_and_changes_no_bit(world, tmp_pa
     assert offloaded[0] > 0
     if tier == "3-nvme":  # several units, with all of their states in files
         assert offloaded[0] > offloaded[1] > 0
+
+
+class _Lopsided(torch.nn.Module):
+    """Two small weights that are used, with a large one between them that is not."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.first = torch.nn.Parameter(torch.randn(6))
+        self.spare = torch.nn.Parameter(torch.randn(8000))
+        self.last = torch.nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        return x * self.first + self.last
+
+
+def _visited(ranks, placement, folder):
+    """Elements of masters that came up in each of three steps; the weights are plain torch's."""
+    from shardwise.offload.nvme import NvmeStore
+
+    model, reference, came = _Lopsided(), _Lopsided(), []
+    fetch = NvmeStore.fetch
+
+    def counted(store, slab, out, begin=0):
+        came[-1] += out.numel()
+        return fetch(store, slab, out, begin)
+
+    with _small_chunks(), _plan(*placement):
+        paths = dict.fromkeys(("param", "optimizer"), folder)
+        sharded, _, stepping = prepare(ranks, model, "chosen", optimizer=adamw, nvme_paths=paths)
+        plain = adamw(list(reference.parameters()))
+        for number in range(3):
+            batch = torch.randn(4, 6, generator=torch.Generator().manual_seed(number))
+            for each, optimizer in ((model, stepping), (reference, plain)):
+                each(batch).square().mean().backward()
+                came.append(0)
+                NvmeStore.fetch = counted
+                try:
+                    optimizer.step()
+                finally:
+                    NvmeStore.fetch = fetch
+                optimizer.zero_grad()
+        weights = sharded.state_dict()
+    if ranks.rank == 0:
+        for name, value in reference.named_parameters():
+            assert torch.equal(weights[name], value.detach()), name
+    return came[2::2]
+
+
+@pytest.mark.parametrize("placement", [(1, "nvme", "none"), (3, "nvme", "nvme")])
+def test_chunks_of_which_nothing_is_stepped_stay_where_they_are(world, tmp_path, placement):
+    """Behind the first step, which has no states, of two ranks each visits one chunk of two; the gradient is in host memory."""
+    for steps in world(2).run(_visited, placement, str(tmp_path)):
+        assert all(0 < elements <= 3 * 2048 for elements in steps), steps

@@ -149,19 +149,21 @@ class Visits:
             lanes.compute_waits(lanes.step.mark())
         with lanes.step.on():
             doubles = _Doubles(self.optimizer, before, engine.ranks.device, factor if fused else None)
-        coming: deque[_Visit] = deque()
+        coming: deque[_Visit | Unit] = deque()
         going: deque[_Visit] = deque()
 
         def finish() -> None:
             visit = coming.popleft()
-            self._finish(model, visit, by_unit, begun, None if fused else factor, doubles, going)
-            if visit.end == visit.trained.master.numel:  # also where a drive failed: the other ranks gather
-                publishing.send([visit.unit], after=lanes.step.mark())
+            if isinstance(visit, _Visit):
+                self._finish(model, visit, by_unit, begun, None if fused else factor, doubles, going)
+            else:  # behind all of a unit: also where nothing of it was here, or a drive failed, for the other ranks gather
+                publishing.send([visit], after=lanes.step.mark())
 
-        for visit in self._visits(in_forward_order(units, model.schedule)):
-            self._bring(model, visit)
+        for visit in self._visits(in_forward_order(units, model.schedule), by_unit):
+            if isinstance(visit, _Visit):
+                self._bring(model, visit)
             coming.append(visit)
-            if len(coming) > _AHEAD:
+            while sum(isinstance(one, _Visit) for one in coming) > _AHEAD:
                 finish()
         while coming:
             finish()
@@ -172,12 +174,17 @@ class Visits:
             if unit.trained is not None and unit.trained.buffer.slab is None:
                 lanes.compute_waits(unit.published)
 
-    def _visits(self, units: Sequence[Unit]) -> Iterator[_Visit]:
+    def _visits(self, units: Sequence[Unit], by_unit: dict[int, list[Shard]]) -> Iterator[_Visit | Unit]:
+        """Of each unit the chunks in which something is stepped, and behind them the unit itself."""
         for unit in units:
             trained = unit.trained
-            if trained is not None and trained.gradients.host is not None:
-                for begin in range(0, trained.master.numel, CHUNK):
-                    yield _Visit(unit, trained, begin, min(begin + CHUNK, trained.master.numel))
+            if trained is None or trained.gradients.host is None:
+                continue
+            used = [s for s in by_unit.get(id(trained), []) if trained.gradients.used[s.index] and s.numel]
+            within = {n for s in used for n in range(s.begin // CHUNK, -(-s.end // CHUNK))}
+            for begin in (n * CHUNK for n in sorted(within)):
+                yield _Visit(unit, trained, begin, min(begin + CHUNK, trained.master.numel))
+            yield unit
 
     def _bring(self, model: ShardedModel, visit: _Visit) -> None:
         """Enqueue everything that the visit needs on its way up."""
