@@ -48,6 +48,7 @@ LEVELS = (
     "tuning",
     "run",
     "data",
+    "watching",
     "weights",
     "checkpoint",
     "estimate",

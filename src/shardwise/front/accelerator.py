@@ -30,7 +30,7 @@ from ..run.deepspeed_plugins import plugins_of
 from ..run.joined import accelerator_in_force, leave_run, remember_accelerator
 from ..run.plugins import AutocastKwargs, DeepSpeedPlugin, ProfileKwargs, ProjectConfiguration
 from ..run.process import DistributedType, PartialState
-from . import checkpointing, facts, metrics, preparing, reporting, saving, training
+from . import checkpointing, facts, metrics, preparing, reporting, saving, training, watching
 from .of_accelerate import own
 from .pickling import reduced
 from .run import Run
@@ -333,6 +333,7 @@ class Accelerator(PartialState):
     get_tracker = _over_run(reporting.get_tracker)
     log = _over_run(reporting.log)
     profile = _over_run(reporting.profile)
+    watch = _collective(watching.watch)
 
     def skip_first_batches(self, dataloader: Any, num_batches: int = 0) -> Any:
         """A loader of the rest of an epoch, in the very same order; see `data.skip_first_batches`."""
@@ -354,6 +355,9 @@ class Accelerator(PartialState):
         """
         _, error = attempt(self.finish_saving)
         self._run.folder.release()
+        if self._run.watch is not None:  # its last line goes to the trackers too
+            _, broken = attempt(self._run.watch.close)
+            error = error or broken
         for tracker in self._run.trackers:
             _, broken = attempt(getattr(tracker, "finish", lambda: None))
             if isinstance(broken, OSError):

@@ -1,0 +1,29 @@
+"""Numbers that are on their way from the device to the host, and are read when they have come."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Late:
+    """numbers: (n,) on any device. What it holds then is what they were when it was made; making it waits for nothing."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if numbers.device.type != "cuda":
+            self._numbers = numbers.detach().clone()
+            return
+        self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        self._numbers.copy_(numbers.detach(), non_blocking=True)
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event.record(torch.cuda.current_stream(numbers.device))
+
+    def has_come(self) -> bool:
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def read(self) -> list[float]:
+        """The numbers; waits for the device if they have not come."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [float(number) for number in self._numbers.tolist()]

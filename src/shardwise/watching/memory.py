@@ -1,0 +1,54 @@
+"""Bytes that this process takes now, and took at most, by tier: the device, the host, drives.
+
+Nothing polls: torch and the kernel keep the largest values themselves, and what lies on drives is the engine's to say.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+
+import psutil
+import torch
+
+from ..plan.plan import Tier
+
+Ledger = dict[tuple[str, Tier], int]
+Level = dict[str, int]
+_KIB = 1024  # ru_maxrss's unit on Linux
+
+
+class Memory:
+    """What a process takes by tier.
+
+    device: the rank's.
+    ledger: gives the bytes at rest by role and tier.
+    """
+
+    def __init__(self, device: torch.device, ledger: Callable[[], Ledger]) -> None:
+        self._device = device if device.type == "cuda" else None
+        self._process = psutil.Process()
+        self._ledger = ledger
+        self._device_peak = self._drive_peak = 0
+        self._drive: int | None = None
+        self.look_at_drives()
+
+    def look_at_drives(self) -> None:
+        """Count what rests on drives; it changes when something is prepared, and when an optimizer makes its states."""
+        on_drives = [count for (_, tier), count in self._ledger().items() if tier.on_disk]
+        self._drive = sum(on_drives) if on_drives else None
+        self._drive_peak = max(self._drive_peak, self._drive or 0)
+
+    def read(self) -> dict[str, Level | None]:
+        """`now` and `peak` by tier, in bytes; None for a tier that there is not."""
+        host = int(self._process.memory_info().rss)
+        found: dict[str, Level | None] = {
+            "device": None,
+            "host": {"now": host, "peak": max(host, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB)},
+            "drive": None if self._drive is None else {"now": self._drive, "peak": self._drive_peak},
+        }
+        if self._device is not None:
+            # A MemoryTracker may have begun the maximum anew: what was seen before still counts.
+            self._device_peak = max(self._device_peak, torch.cuda.max_memory_allocated(self._device))
+            found["device"] = {"now": torch.cuda.memory_allocated(self._device), "peak": self._device_peak}
+        return found
