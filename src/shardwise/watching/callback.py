@@ -89,7 +89,7 @@ class WatchCallback:
             )
         )
         bar = Bar(state.max_steps, state.num_train_epochs) if self._shows else None
-        self._lines = Lines(run, Clock(device, "data"), Memory(device, ledger), record, bar, _nobody)
+        self._lines = Lines(run, Clock(device, "data"), state.global_step, Memory(device, ledger), record, bar, _nobody)
         self._step = state.global_step
         self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
         activity.listener = self

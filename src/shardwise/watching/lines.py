@@ -86,7 +86,7 @@ class Lines:
     """Writes the lines of a run.
 
     run:    what they need of it.
-    clock:  its time, made when the run is first watched.
+    clock:  its time, made when the run is first watched. step: how many were done then.
     memory: of this process.
     record: the files, None for no files. bar: None for none. tell: who else is given each line.
     """
@@ -95,6 +95,7 @@ class Lines:
         self,
         run: Run,
         clock: Clock,
+        step: int,
         memory: Memory,
         record: Record | None,
         bar: Bar | None,
@@ -103,6 +104,7 @@ class Lines:
         self._run, self._clock, self._memory = run, clock, memory
         self._record, self._bar, self._tell = record, bar, tell
         self._began = self._asked_at = time.perf_counter()
+        self._step = step  # of the last line
         self._due: _Pending | None = None
         self._pending: deque[_Pending] = deque()
         self._within: list[str] = []  # parts that verbs have interrupted
@@ -206,6 +208,7 @@ class Lines:
 
     def _line(self, pending: _Pending, seconds: dict[str, float]) -> Line:
         noted, run = pending.noted(), self._run
+        steps, self._step = pending.step - self._step, pending.step
         wall = sum(seconds.values())
         training = wall - seconds.get("saving", 0.0) - seconds.get("evaluation", 0.0)
         tokens = _rate(noted.tokens, training)
@@ -213,6 +216,7 @@ class Lines:
         work = run.work.of_token(noted.tokens / noted.samples) if noted.tokens and noted.samples else None
         return {
             "step": pending.step,
+            "steps": steps,
             "epoch": None if not run.steps_per_epoch else pending.step / run.steps_per_epoch,
             "loss": noted.loss,
             "learning_rate": noted.learning_rate,

@@ -20,6 +20,7 @@ logger = logging.getLogger("shardwise")
 
 METRICS = "metrics.jsonl"
 ABOUT = "run.json"
+_LONGEST_LINE = 1 << 16
 Line = dict[str, Any]
 
 
@@ -52,9 +53,9 @@ class Record:
             self.directory.mkdir(parents=True, exist_ok=True)
             if path.exists() and not goes_on:
                 path.rename(_unused(path))
+            if path.exists():
+                _drop_cut_line(path)
             self._file: IO[str] | None = path.open("a", encoding="utf-8")
-            if path.stat().st_size and not _ends_a_line(path):
-                self._file.write("\n")  # a line that was cut when the run before this one was killed
         except OSError as error:
             raise ConfigError(f"{path}: the run's record cannot be written: {error.strerror}.") from error
 
@@ -94,7 +95,10 @@ def _unused(path: Path) -> Path:
     return found
 
 
-def _ends_a_line(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
+def _drop_cut_line(path: Path) -> None:
+    """Take away what stands behind the last whole line: the process that wrote it was killed."""
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _LONGEST_LINE))
+        tail = file.read()
+        file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
