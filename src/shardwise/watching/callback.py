@@ -92,7 +92,7 @@ class WatchCallback:
         self._lines = Lines(run, Clock(device, "data"), state.global_step, Memory(device, ledger), record, bar, _nobody)
         self._step = state.global_step
         self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
-        activity.listener = self
+        activity.listener = self._lines  # the engine says when it steps
         atexit.register(self._close, wait=False)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -149,7 +149,7 @@ class WatchCallback:
 
     def _close(self, *, wait: bool = True) -> None:
         atexit.unregister(self._close)
-        if activity.listener is self:
+        if activity.listener is self._lines:
             activity.listener = None
         if self._hook is not None:
             self._hook.remove()
@@ -157,24 +157,6 @@ class WatchCallback:
         if self._lines is not None:
             self._lines.close(self._step, wait=wait)
             self._lines = None
-
-    # What the engine tells; see ranks/listener.py.
-
-    def begins(self, doing: int) -> None:
-        if self._lines is not None:
-            self._lines.begins(doing)
-
-    def stepped(self) -> None:
-        if self._lines is not None:
-            self._lines.enter("other")
-
-    def calls(self, verb: str) -> None:
-        if self._lines is not None:
-            self._lines.calls(verb)
-
-    def returns(self) -> None:
-        if self._lines is not None:
-            self._lines.returns()
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

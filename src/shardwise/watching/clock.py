@@ -15,6 +15,8 @@ from typing import Protocol
 
 import torch
 
+from ..ranks.lanes import compute_stream, timed_mark
+
 
 class Mark(Protocol):
     """A moment. `passed` says whether it has come; `until` waits for the later one, and gives the seconds between."""
@@ -45,12 +47,11 @@ class DeviceMark:
 
     __slots__ = ("_event",)
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        self._event.record(stream)
+    def __init__(self, stream: torch.Stream) -> None:
+        self._event = timed_mark(stream)
 
     def passed(self) -> bool:
-        return bool(self._event.query())  # type: ignore[no-untyped-call]
+        return bool(self._event.query())
 
     def until(self, later: Mark) -> float:
         assert isinstance(later, DeviceMark)
@@ -90,7 +91,7 @@ class Clock:
     """The part that time goes to now, from its making on. device: whose time is taken: a GPU's, or else the host's."""
 
     def __init__(self, device: torch.device, part: str) -> None:
-        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._stream = compute_stream(device)
         self.part = part
         self._last = self._mark()
         self._interval = Interval()

@@ -5,22 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ranks.lanes import compute_stream
+
 
 class Late:
     """numbers: (n,) on any device. What it holds then is what they were when it was made; making it waits for nothing."""
 
     def __init__(self, numbers: Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        if numbers.device.type != "cuda":
+        self._event: torch.Event | None = None
+        stream = compute_stream(numbers.device)
+        if stream is None:
             self._numbers = numbers.detach().clone()
             return
         self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
         self._numbers.copy_(numbers.detach(), non_blocking=True)
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._event.record(torch.cuda.current_stream(numbers.device))
+        self._event = stream.record_event()
 
     def has_come(self) -> bool:
-        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+        return self._event is None or bool(self._event.query())
 
     def read(self) -> list[float]:
         """The numbers; waits for the device if they have not come."""

@@ -83,7 +83,7 @@ def _known() -> bool:
 
 
 class Lines:
-    """Writes the lines of a run.
+    """Writes the lines of a run. It may listen to the engine (`ranks/listener.py`), or be told.
 
     run:    what they need of it.
     clock:  its time, made when the run is first watched. step: how many were done then.
@@ -123,6 +123,10 @@ class Lines:
         part = _OF_PASS.get(Doing(doing))
         if part is not None and part != self._clock.part:
             self.enter(part)
+
+    def stepped(self) -> None:
+        """The engine has made a step."""
+        self.enter("other")
 
     def calls(self, verb: str) -> None:
         """A verb of the script begins; what lies inside is its part of the time."""

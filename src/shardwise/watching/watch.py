@@ -172,7 +172,7 @@ class Watch:
         if step % self.wishes.log_every == 0:
             self._log()
         if self._lines is not None:
-            self._lines.enter("other")
+            self._lines.stepped()
 
     # Lines.
 
