@@ -33,6 +33,7 @@ _OF_VERB = {
     "clip_grad_norm_": "step",
     **dict.fromkeys(("save_state", "finish_saving", "load_state", "save_model", "get_state_dict"), "saving"),
 }
+_BETWEEN = "between"  # loops: other time, but none in which tokens could have been trained on
 _DRIVES_EVERY = 256  # lines between two counts of what lies on drives
 
 
@@ -187,8 +188,8 @@ class Lines:
             self._tell(line)
 
     def rest(self) -> None:
-        """A loop has ended: the script goes on with other things."""
-        self.enter("other")
+        """A loop has ended: the script goes on with other things, which are no part of training."""
+        self.enter(_BETWEEN)
         self.flush()
         if self._bar is not None:
             self._bar.rest()
@@ -213,8 +214,9 @@ class Lines:
     def _line(self, pending: _Pending, seconds: dict[str, float]) -> Line:
         noted, run = pending.noted(), self._run
         steps, self._step = pending.step - self._step, pending.step
-        wall = sum(seconds.values())
-        training = wall - seconds.get("saving", 0.0) - seconds.get("evaluation", 0.0)
+        wall, between = sum(seconds.values()), seconds.pop(_BETWEEN, 0.0)
+        training = sum(seconds.values()) - seconds.get("saving", 0.0) - seconds.get("evaluation", 0.0)
+        seconds["other"] = seconds.get("other", 0.0) + between
         tokens = _rate(noted.tokens, training)
         each = None if tokens is None else tokens / run.ranks
         work = run.work.of_token(noted.tokens / noted.samples) if noted.tokens and noted.samples else None

@@ -10,7 +10,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -80,12 +81,15 @@ class Record:
             self._tried(self._file.close)
         self._file = None
 
-    def _tried(self, action: Any) -> None:
+    def _tried(self, action: Callable[[], Any]) -> None:
         try:
             action()
         except OSError as error:
             logger.warning("%s: the run's record ends here: %s.", self.directory, error.strerror or error)
-            self._file = None
+            file, self._file = self._file, None
+            with suppress(OSError):
+                if file is not None:
+                    file.close()
 
 
 def _unused(path: Path) -> Path:
