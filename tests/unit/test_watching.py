@@ -20,6 +20,7 @@ from shardwise.errors import ConfigError, DataError, PrepareError
 from shardwise.ranks.activity import Doing, activity
 from shardwise.run.process import forget_run
 from shardwise.watching import clock as clocks
+from shardwise.watching import lines as making
 from shardwise.watching.bar import Bar, count, duration, text_of
 from shardwise.watching.clock import Clock
 from shardwise.watching.lines import PARTS, Lines, Noted, Run
@@ -161,6 +162,7 @@ def test_on_a_gpu_nothing_waits_for_the_device_until_the_run_ends(monkeypatch):
     stream = SimpleNamespace(now=0.0, done=0.0, waited=0)
     monkeypatch.setattr(clocks, "compute_stream", lambda device: stream)
     monkeypatch.setattr(clocks, "timed_mark", Event)
+    monkeypatch.setattr(making, "_WRITTEN_EVERY_S", 0.0)
     told = []
     lines = lines_of(told)
     for number in (1, 2, 3):

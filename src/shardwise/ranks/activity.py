@@ -272,6 +272,11 @@ class Activity:
         if self.listener is not None:
             self.listener.begins(doing)
 
+    def evaluates(self) -> None:
+        """Forwards without gradients follow that are too small to be told one by one, as of tokens."""
+        if self.listener is not None:
+            self.listener.begins(Doing.EVALUATION)
+
     def unit(self, name: str) -> None:
         """The computation needs this unit, or its gradients are reduced."""
         if self.shared:

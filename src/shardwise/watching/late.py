@@ -9,13 +9,17 @@ from ..ranks.lanes import compute_stream
 
 
 class Late:
-    """numbers: (n,) on any device. What it holds then is what they were when it was made; making it waits for nothing."""
+    """numbers: (n,) on any device, or a list. It gives what they were when it was made; making it waits for nothing."""
 
-    def __init__(self, numbers: Tensor) -> None:
+    def __init__(self, numbers: Tensor | list[float]) -> None:
         self._event: torch.Event | None = None
+        self._values: list[float] = []
+        if isinstance(numbers, list):
+            self._values = numbers
+            return
         stream = compute_stream(numbers.device)
         if stream is None:
-            self._numbers = numbers.detach().clone()
+            self._values = numbers.tolist()
             return
         self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
         self._numbers.copy_(numbers.detach(), non_blocking=True)
@@ -28,4 +32,5 @@ class Late:
         """The numbers; waits for the device if they have not come."""
         if self._event is not None:
             self._event.synchronize()
-        return [float(number) for number in self._numbers.tolist()]
+            self._values, self._event = self._numbers.tolist(), None
+        return self._values

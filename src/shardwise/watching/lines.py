@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from ..ranks.activity import Doing
 from .bar import Bar
 from .clock import Clock, Interval
-from .memory import Level, Memory
+from .memory import Levels, Memory
 from .record import Line, Record
 from .work import Work
 
@@ -34,6 +34,7 @@ _OF_VERB = {
     **dict.fromkeys(("save_state", "finish_saving", "load_state", "save_model", "get_state_dict"), "saving"),
 }
 _BETWEEN = "between"  # loops: other time, but none in which tokens could have been trained on
+_WRITTEN_EVERY_S = 0.5  # lines of steps that are shorter are written together, which costs half
 _DRIVES_EVERY = 256  # lines between two counts of what lies on drives
 
 
@@ -74,7 +75,7 @@ class _Pending:
     step: int
     noted: Callable[[], Noted]
     has_come: Callable[[], bool]
-    memory: dict[str, Level | None]
+    memory: Levels
     interval: Interval | None = None
     elapsed_s: float = 0.0
 
@@ -105,6 +106,7 @@ class Lines:
         self._run, self._clock, self._memory = run, clock, memory
         self._record, self._bar, self._tell = record, bar, tell
         self._began = self._asked_at = time.perf_counter()
+        self._flushed_at = -_WRITTEN_EVERY_S
         self._step = step  # of the last line
         self._due: _Pending | None = None
         self._pending: deque[_Pending] = deque()
@@ -153,7 +155,9 @@ class Lines:
         if self._due is not None:
             self._end_line(self._clock.cut(before_part=self._clock.part == "data"), self._asked_at)
         self.enter("forward_backward")
-        self.flush()
+        if self._asked_at - self._flushed_at >= _WRITTEN_EVERY_S:
+            self._flushed_at = self._asked_at
+            self.flush()
 
     # Lines.
 
@@ -210,6 +214,7 @@ class Lines:
             self._bar.rest()
         if self._record is not None:
             self._record.close()
+        self._memory.close()
 
     def _line(self, pending: _Pending, seconds: dict[str, float]) -> Line:
         noted, run = pending.noted(), self._run

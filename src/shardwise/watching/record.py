@@ -21,6 +21,7 @@ logger = logging.getLogger("shardwise")
 
 METRICS = "metrics.jsonl"
 ABOUT = "run.json"
+_line = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 _LONGEST_LINE = 1 << 16
 Line = dict[str, Any]
 
@@ -67,14 +68,14 @@ class Record:
 
     def write(self, line: Line) -> None:
         """Append a line. It is in the file when this returns."""
-        text = json.dumps(plain(line), allow_nan=False, separators=(",", ":"))
+        try:
+            text = _line(line)
+        except (TypeError, ValueError):  # a number that is not finite, which is rare: most lines are plain already
+            text = _line(plain(line))
 
-        def append(file: IO[str]) -> None:
-            file.write(text + "\n")
-            file.flush()
-
-        if self._file is not None:
-            self._tried(lambda: append(self._file))
+        file = self._file
+        if file is not None:
+            self._tried(lambda: (file.write(text + "\n"), file.flush()))
 
     def close(self) -> None:
         if self._file is not None:

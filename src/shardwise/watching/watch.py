@@ -179,23 +179,37 @@ class Watch:
     @torch.no_grad()
     def _log(self) -> None:
         """Bring together what the ranks have noted, for a line. One all_reduce."""
-        device = self._ranks.device
-        facts = torch.zeros(4, dtype=torch.float64, device=device)
-        if self._loss is not None:
-            facts[0] = self._loss.to(device) / self._losses
-            facts[1].fill_(1)
-        facts[2].fill_(self._tokens)  # to assign it would copy it from the host, which waits for the device
-        facts[3].fill_(self._samples)
-        if self._ranks.world_size > 1:
-            self._ranks.all_reduce(facts)
+        facts = self._facts(self._ranks.device)
         if self._lines is not None:
             norm = self._clipped if self._clipped is not None else self._norm()
             self._give(self._lines, facts, self._rate(), norm)
         self._logged = self._step
         self._begin_line()
 
-    def _give(self, lines: Lines, facts: Tensor, rate: float | Tensor | None, norm: Tensor | None) -> None:
-        on_device = [facts]
+    def _facts(self, device: torch.device) -> Tensor | list[float]:
+        """Four numbers, of all ranks: the sum of their mean losses, how many have one, tokens, samples."""
+        facts: Tensor
+        if device.type == "cpu":
+            mean = 0.0 if self._loss is None else float(self._loss) / self._losses
+            numbers = [mean, float(self._loss is not None), float(self._tokens), float(self._samples)]
+            if self._ranks.world_size == 1:
+                return numbers
+            facts = torch.tensor(numbers, dtype=torch.float64)
+        else:
+            facts = torch.zeros(4, dtype=torch.float64, device=device)
+            if self._loss is not None:
+                facts[0] = self._loss.to(device) / self._losses
+                facts[1].fill_(1)
+            facts[2].fill_(self._tokens)  # to assign it would copy it from the host, which waits for the device
+            facts[3].fill_(self._samples)
+        if self._ranks.world_size > 1:
+            self._ranks.all_reduce(facts)
+        return facts
+
+    def _give(
+        self, lines: Lines, facts: Tensor | list[float], rate: float | Tensor | None, norm: Tensor | None
+    ) -> None:
+        on_device: list[Tensor] = []
         known: dict[str, float | None] = {"rate": None, "norm": None}
         places: dict[str, int] = {}
         for name, value in (("rate", rate), ("norm", norm)):
@@ -204,7 +218,7 @@ class Watch:
                 on_device.append(value.detach().double().reshape(1))
             elif value is not None:
                 known[name] = float(value)
-        late = Late(torch.cat(on_device))
+        late = Late(torch.cat([facts, *on_device]) if on_device and isinstance(facts, Tensor) else facts)
 
         def noted() -> Noted:
             numbers = late.read()

@@ -324,8 +324,6 @@ class Schedule:
         else it ends when the last rank leaves, and a rank whose sequences have ended gathers for the others. A block inside
         another one chooses nothing, but ends in the same way: what a script does behind it may be collective.
         """
-        if activity.listener is not None:  # forwards inside are too small to be told one by one
-            activity.listener.begins(Doing.EVALUATION)
         gatherable = self.gathers.gatherable
         if self.mode is Mode.HELD or not gatherable:
             yield
