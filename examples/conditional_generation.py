@@ -40,7 +40,7 @@ def main() -> None:
     )
     steps = args.gradient_accumulation_steps
     settings = {} if steps is None else {"gradient_accumulation_steps": steps}
-    accelerator = Accelerator(project_config=project_of(args), **settings)
+    accelerator = Accelerator(project_config=project_of(args), log_with=args.log_with, **settings)
     set_seed(args.seed)
     text_column, label_column = args.text_column, args.label_column
 
@@ -95,6 +95,8 @@ def main() -> None:
     progress = Progress(accelerator.device)
     accelerator.register_for_checkpointing(progress)
     resume(accelerator, args)
+    if args.log_with:
+        accelerator.init_trackers(args.output_dir.name, config={key: str(value) for key, value in vars(args).items()})
 
     is_ds_zero_3 = False
     if getattr(accelerator.state, "deepspeed_plugin", None):
@@ -116,11 +118,11 @@ def main() -> None:
                 predictions.extend(tokenizer.batch_decode(outputs, skip_special_tokens=True))
         return [prediction.strip() for prediction in predictions]
 
-    # A prepared loader knows its epoch, and goes on within it after a resume.
+    # A prepared loader knows its epoch, and goes on within it after a resume. What is watched is in output_dir/metrics.jsonl.
     for epoch in range(train_dataloader.iteration, args.num_epochs):
         with MemoryTracker("train", accelerator.device) as memory:
             model.train()
-            for batch in tqdm(train_dataloader, disable=not accelerator.is_local_main_process):
+            for batch in accelerator.watch(train_dataloader, epochs=args.num_epochs):
                 with accelerator.accumulate(model):
                     loss = model(**batch).loss
                     progress.total_loss += loss.detach().float()

@@ -88,6 +88,12 @@ def parse_arguments(
     results.add_argument("--predictions-file", type=Path, help="CSV of --do-test (<output-dir>/predictions.csv)")
     results.add_argument("--output-dir", type=Path, default=Path("runs") / name, help="of the adapter")
     results.add_argument(
+        "--log-with",
+        nargs="+",
+        metavar="TRACKER",
+        help="give the run's numbers to tensorboard, wandb, ... (all: every one)",
+    )
+    results.add_argument(
         "--save-logits",
         type=Path,
         metavar="FILE",

@@ -11,6 +11,9 @@ import torch
 from datasets import Dataset
 from safetensors.torch import save_file
 
+# Of the run: they name directories of this machine.
+RECORDS = ["metrics*.jsonl", "run.json", "report.html"]
+
 
 def accuracy_of(predictions: list[str], labels: list[str]) -> float:
     """The share of predictions equal to their label, in percent; blanks around either do not count."""
@@ -53,4 +56,4 @@ def push_to_hub(directory: Path, repository: str) -> None:
 
     api = HfApi()
     api.create_repo(repository, exist_ok=True)
-    api.upload_folder(repo_id=repository, folder_path=directory, ignore_patterns=["checkpoints/*"])
+    api.upload_folder(repo_id=repository, folder_path=directory, ignore_patterns=["checkpoints/*", *RECORDS])

@@ -49,6 +49,7 @@ _HOMES = {
     "run.launchers": ("debug_launcher", "notebook_launcher"),
     "errors": ("ShardwiseError",),
     "run.memory": ("MemoryTracker",),
+    "watching.callback": ("WatchCallback",),
     "zero.access": ("gathered", "gradient"),
     "step.full": ("full", "set_full"),
     "step.averaging": ("ShardedEMA",),

@@ -279,6 +279,19 @@ def import_command(
     run_import(source, output, names=names)
 
 
+@app.command(name="report")
+def report_command(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The directory with a run's metrics.jsonl, or that file.")],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="The page. Default: report.html beside it.")
+    ] = None,
+) -> None:
+    """Write a run's record as one HTML page: losses, speed, memory, and where the time went."""
+    from .report import run_report
+
+    run_report(run, output)
+
+
 def complain(text: str) -> None:
     """Each line of `text` on stderr as an error of its own."""
     for line in text.splitlines() or ["unknown error"]:

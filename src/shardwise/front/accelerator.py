@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
@@ -30,13 +29,11 @@ from ..run.deepspeed_plugins import plugins_of
 from ..run.joined import accelerator_in_force, leave_run, remember_accelerator
 from ..run.plugins import AutocastKwargs, DeepSpeedPlugin, ProfileKwargs, ProjectConfiguration
 from ..run.process import DistributedType, PartialState
-from . import checkpointing, facts, metrics, preparing, reporting, saving, training
+from . import checkpointing, facts, metrics, preparing, reporting, saving, training, watching
 from .of_accelerate import own
 from .pickling import reduced
 from .run import Run
 from .settings import Settings, act_on_process, join_with, loading_of, project_of, refuse_others, resolve
-
-logger = logging.getLogger("shardwise")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -333,6 +330,7 @@ class Accelerator(PartialState):
     get_tracker = _over_run(reporting.get_tracker)
     log = _over_run(reporting.log)
     profile = _over_run(reporting.profile)
+    watch = _collective(watching.watch)
 
     def skip_first_batches(self, dataloader: Any, num_batches: int = 0) -> Any:
         """A loader of the rest of an epoch, in the very same order; see `data.skip_first_batches`."""
@@ -347,25 +345,20 @@ class Accelerator(PartialState):
 
     @published
     def end_training(self) -> None:
-        """Wait for saves, close the trackers and leave the run. Nothing that needs the other ranks works afterwards.
+        """Wait for saves, close record and trackers and leave the run. Nothing that needs the other ranks works afterwards.
 
         Raises CheckpointError if a save in the background failed, and what a tracker raised, once all else is done: no rank
         leaves the others waiting. A disk that takes nothing more is a warning then, for the training is finished.
         """
         _, error = attempt(self.finish_saving)
         self._run.folder.release()
-        for tracker in self._run.trackers:
-            _, broken = attempt(getattr(tracker, "finish", lambda: None))
-            if isinstance(broken, OSError):
-                logger.warning("The tracker %s could not be closed: %s.", getattr(tracker, "name", tracker), broken)
-            else:
-                error = error or broken
+        broken = reporting.finish(self._run)
         _, later = attempt(self.wait_for_everyone)
         self._run.lending.forget()
         if later is None:
             leave_run()
-        if error or later:
-            raise error or later  # type: ignore[misc]
+        if error or broken or later:
+            raise error or broken or later  # type: ignore[misc]
 
 
 # What a script reads and sets by name, passed on as it is; see `docs/design/front_end.md` for why these are no properties.

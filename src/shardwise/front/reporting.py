@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
+from ..ranks.agreeing import attempt
 from ..run.plugins import ProfileKwargs
 from ..run.tracking import InertTracker, make_tracker
 from .run import Run
+
+logger = logging.getLogger("shardwise")
 
 
 def init_trackers(
@@ -52,6 +56,21 @@ def log(
     for tracker in run.trackers:
         name = getattr(tracker, "name", type(tracker).__name__)
         tracker.log(values, step=step, **(log_kwargs or {}).get(name, {}))
+
+
+def finish(run: Run) -> Exception | None:
+    """Write the last line of the record, which the trackers get too, and close them. Gives the first error that is no disk's.
+
+    A disk that takes nothing more is a warning: the training is finished.
+    """
+    error = None if run.watch is None else attempt(run.watch.close)[1]
+    for tracker in run.trackers:
+        _, broken = attempt(getattr(tracker, "finish", lambda: None))
+        if isinstance(broken, OSError):
+            logger.warning("The tracker %s could not be closed: %s.", getattr(tracker, "name", tracker), broken)
+        else:
+            error = error or broken
+    return error
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from ..run.scheduler import Scheduler
 from ..step.averaging import ShardedEMA
 from ..step.optimizer import ShardedOptimizer
 from ..step.plain import PlainOptimizer
+from ..watching.watch import Watch
 from ..zero.lending import Lending
 from .entering import PreparedModel
 from .settings import Settings, plan_of
@@ -126,9 +127,10 @@ class Run:
         self.pool = Pool()  # that saves in the background are copied into
         self.aside: Ranks | None = None  # the ranks as a save in the background speaks to them, once there was one
         self.stop_signals = StopSignals()
-        # What is told: trackers that were started, and the flag of set_trigger.
+        # What is told: trackers that were started, the record of the run, and the flag of set_trigger.
         self.log_with = settings.log_with
         self.trackers: list[Any] = []
+        self.watch: Watch | None = None
         self.trigger = False
 
     @property
@@ -174,7 +176,10 @@ class Run:
         )
 
     def forget_prepared(self) -> None:
-        """Let go of everything that was prepared."""
+        """Let go of everything that was prepared; its record ends."""
+        if self.watch is not None:
+            self.watch.close()
+            self.watch = None
         for known in (self.models, self.optimizers, self.schedulers, self.dataloaders, self.averages):
             known.clear()
         self.standing.clear()

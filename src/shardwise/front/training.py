@@ -22,6 +22,8 @@ from .run import Run
 
 log = logging.getLogger("shardwise")
 
+Steppers = list[tuple[ShardedOptimizer | PlainOptimizer, list[Tensor]]]
+
 # Where a step ends.
 
 
@@ -186,6 +188,8 @@ def backward(run: Run, /, loss: Tensor, **kwargs: Any) -> None:
     loader = run.gradient_state.active_dataloader
     if loader is not None:
         loader.trains()
+    if run.watch is not None:
+        run.watch.note_loss(loss)
     share = loss / steps if steps > 1 else loss
     scaled = run.scaler.scale(share)
     for entry in run.optimizers:
@@ -211,9 +215,7 @@ def autocast(run: Run, autocast_handler: AutocastKwargs | None = None) -> Iterat
 # Clipping.
 
 
-def _steppers_of(
-    run: Run, parameters: Iterable[Tensor] | Tensor, verb: str
-) -> list[tuple[ShardedOptimizer | PlainOptimizer, list[Tensor]]]:
+def _steppers_of(run: Run, parameters: Iterable[Tensor] | Tensor, verb: str) -> Steppers:
     """The optimizers that these parameters belong to, with the parameters of each: the same ones on every rank, in one order.
 
     No parameters on any rank belong to none: [], and it is said once, for the usual cause is a generator that is used up.
@@ -272,7 +274,16 @@ def clip_grad_norm_(
         return torch.tensor(0.0)
     if len(steppers) == 1:
         stepper, items = steppers[0]
-        return stepper.clip_norm(items, max_norm, norm_type=norm_type)
+        norm = stepper.clip_norm(items, max_norm, norm_type=norm_type)
+    else:
+        norm = _clip_together(run, steppers, max_norm, norm_type)
+    if run.watch is not None:
+        run.watch.note_norm(norm)
+    return norm
+
+
+def _clip_together(run: Run, steppers: Steppers, max_norm: float, norm_type: float) -> Tensor:
+    """Clip the gradients of several optimizers to one norm, which it gives."""
     order = float(norm_type)
     norms = []
     for stepper, items in steppers:

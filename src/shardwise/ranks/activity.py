@@ -23,6 +23,7 @@ from enum import IntEnum
 from typing import ParamSpec, TypeVar
 
 from ..config.machine import process_fields
+from .listener import Listener
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -180,9 +181,13 @@ def start_of(pid: int) -> int:
 
 
 class Activity:
-    """The record of this process. shared: whether it lies where others can read it; without it nothing is published."""
+    """The record of this process. shared: whether it lies where others can read it; without it nothing is published.
+
+    listener: who is told what happens, besides; one, or None.
+    """
 
     def __init__(self) -> None:
+        self.listener: Listener | None = None
         self._buffer: mmap.mmap | bytearray = bytearray(SIZE)
         self._names: dict[str, bytes] = {}
         self._forget_all()
@@ -213,10 +218,11 @@ class Activity:
         _IDENTITY.pack_into(self._buffer, _IDENTITY_AT, _MAGIC, rank, pid, start_of(pid), run.encode()[:16])
 
     def close(self) -> None:
-        """Publish nothing any more. Who has mapped the record keeps it as it was."""
+        """Publish nothing any more, and tell nobody. Who has mapped the record keeps it as it was."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
         self._buffer, self.descriptor, self.shared = bytearray(SIZE), -1, False
+        self.listener = None
         self._forget_all()
 
     def record(self) -> Record | None:
@@ -263,6 +269,13 @@ class Activity:
                 self._count()
             self._pass, self._unit = int(doing), b""
             _PLACE.pack_into(self._buffer, _PLACE_AT, time.monotonic(), self._pass, b"")
+        if self.listener is not None:
+            self.listener.begins(doing)
+
+    def evaluates(self) -> None:
+        """Forwards without gradients follow that are too small to be told one by one, as of tokens."""
+        if self.listener is not None:
+            self.listener.begins(Doing.EVALUATION)
 
     def unit(self, name: str) -> None:
         """The computation needs this unit, or its gradients are reduced."""
@@ -275,6 +288,18 @@ class Activity:
     @contextmanager
     def call(self, verb: str) -> Iterator[None]:
         """Inside, the script is in that verb. Of verbs inside of each other the outermost is published."""
+        listener = self.listener
+        if listener is not None:
+            listener.calls(verb)
+        try:
+            with self._published(verb):
+                yield
+        finally:
+            if listener is not None:
+                listener.returns()
+
+    @contextmanager
+    def _published(self, verb: str) -> Iterator[None]:
         if not self.shared:
             yield
             return
@@ -299,6 +324,8 @@ class Activity:
             self._steps = steps
             self._count()
             self.begins(Doing.NONE)
+        if self.listener is not None:
+            self.listener.stepped()
 
     def begins_iteration(self, loader: int) -> tuple[int, int]:
         """A prepared loader is iterated over: a number for that iteration, and how many forwards there were before.

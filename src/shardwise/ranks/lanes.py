@@ -69,6 +69,18 @@ class Lane:
             self.stream.synchronize()
 
 
+def compute_stream(device: torch.device) -> torch.Stream | None:
+    """The stream on which this thread computes on `device`; None on a CPU."""
+    return torch.accelerator.current_stream(device.index) if device.type == "cuda" else None
+
+
+def timed_mark(stream: torch.Stream) -> torch.Event:
+    """An event that is done when everything enqueued on `stream` so far is, and that knows when that was."""
+    event = torch.Event(stream.device, enable_timing=True)
+    event.record(stream)
+    return event
+
+
 class Lanes:
     """gather: brings weights together. reduce: sums gradients. up, down: move shards from and to another tier, one stream
     for each way, because the link carries both at once. step: runs the optimizer on states that visit the device.

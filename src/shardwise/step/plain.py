@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from ..errors import NonFiniteError, OptimizerError
 from ..plan.precision import LossScaler
+from ..ranks.activity import Doing, activity
 from .clipping import clip_factor
 from .telling import FlagOnOptimizer
 
@@ -167,7 +168,10 @@ class PlainOptimizer:
                     "unscaled nor clipped. Call the closure before the step, or use bf16 and no gradient_clipping."
                 )
             self.steps += 1
-            return own(closure)
+            result = own(closure)
+            activity.stepped(self.steps)
+            return result
+        activity.begins(Doing.STEP)
         self.unscale()
         self.steps += 1
         gradients = self._gradients(self.parameters)
@@ -178,4 +182,5 @@ class PlainOptimizer:
             if self.gradient_clipping is not None:
                 self.clip_norm(self.parameters, self.gradient_clipping)
             own()
+        activity.stepped(self.steps)
         return None

@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import nn
 
+from ..ranks.activity import activity
 from ..zero.sharded import ShardedModel, find_sharded
 from ..zero.stand_ins import is_standing_in
 from .save_pretrained import push_to_hub, save_pretrained
@@ -105,4 +106,5 @@ def generation(sharded: ShardedModel) -> AbstractContextManager[None]:
             if isinstance(model, peft.PeftModel) and any(c.is_prompt_learning for c in model.peft_config.values()):
                 for part in (getattr(model, "prompt_encoder", None), getattr(model, "word_embeddings", None)):
                     pinned += [] if part is None else part.parameters()
+    activity.evaluates()
     return sharded.generation(pinned)

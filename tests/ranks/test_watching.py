@@ -1,0 +1,116 @@
+"""A watched run of several ranks: one record, the mean of all losses, and one collective in a step that is logged."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from shardwise import Accelerator, DeepSpeedPlugin
+from shardwise.errors import ConfigError, RankError
+from shardwise.ranks.activity import activity
+from shardwise.run.process import forget_run
+
+STEPS = 6
+
+
+def fresh(directory, stage=0, offload="none"):
+    forget_run()
+    plugin = DeepSpeedPlugin(
+        zero_stage=stage,
+        offload_optimizer_device=offload if stage else "none",
+        offload_optimizer_nvme_path=str(directory) if offload == "nvme" else None,
+    )
+    return Accelerator(cpu=True, deepspeed_plugin=plugin, project_dir=directory)
+
+
+def _train(ranks, directory, stage, log_every, offload="none"):
+    """What rank's losses were, and how many all_reduces its steps took more than those of a run that nobody watches."""
+    counts = []
+    for watches in (False, True):
+        accelerator = fresh(directory, stage, offload)
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 20))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        ids = torch.arange(STEPS * 2 * 2 * 3).reshape(-1, 3) % 20
+        model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(TensorDataset(ids), batch_size=2))
+        batches = accelerator.watch(loader, epochs=1, log_every=log_every, bar=False) if watches else loader
+        losses = []
+        before = accelerator._run.ranks.counts["all_reduce"]
+        for (batch,) in batches:
+            loss = nn.functional.cross_entropy(model(batch).flatten(0, 1), batch.flatten())
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        counts.append(accelerator._run.ranks.counts["all_reduce"] - before)
+        accelerator.free_memory()
+    forget_run()
+    return losses, counts[1] - counts[0], activity.listener is None
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_rank_0_writes_the_mean_loss_of_all_ranks(world, tmp_path, stage, log_every):
+    found = world(2).run(_train, tmp_path, stage, log_every)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    ends = [step for step in range(1, STEPS + 1) if step % log_every == 0 or step == STEPS]
+    assert [line["step"] for line in lines] == ends
+    both = [(a + b) / 2 for a, b in zip(found[0][0], found[1][0], strict=True)]
+    for begin, end, line in zip([0, *ends], ends, lines, strict=False):
+        assert line["loss"] == pytest.approx(sum(both[begin:end]) / (end - begin), rel=1e-6)
+        assert line["tokens"] == (end - begin) * 2 * 2 * 3
+        assert line["tokens_per_s_per_gpu"] == pytest.approx(line["tokens_per_s"] / 2)
+    assert [row[1] for row in found] == [len(ends)] * 2
+    assert [row[2] for row in found] == [True, True]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "run.json"]
+    about = json.loads((tmp_path / "run.json").read_text())
+    assert about["weights"] == 20 * 8 + 8 * 20 + 20  # whole ones, also where a rank has a part
+    assert about["ranks"] == 2
+
+
+def test_bytes_on_a_drive_are_the_ledgers(world, tmp_path):
+    world(2).run(_train, tmp_path, 2, 1, "nvme")
+    *_, last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    about = json.loads((tmp_path / "run.json").read_text())["at_rest_bytes"]
+    masters = sum(count for name, count in about.items() if name.endswith("/nvme"))
+    assert masters > 0
+    assert last["memory_bytes"]["drive"]["now"] > masters  # the moments too, which the first step has made
+    assert last["memory_bytes"]["drive"]["peak"] == last["memory_bytes"]["drive"]["now"]
+
+
+def _wrong_on_one(ranks, directory):
+    accelerator = fresh(directory)
+    model = nn.Linear(2, 2)
+    accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    try:
+        accelerator.watch([], log_every=0 if ranks.rank == 1 else 1)
+    except (ConfigError, RankError) as error:
+        return str(error)
+    finally:
+        forget_run()
+
+
+def _unwritable(ranks, directory):
+    accelerator = fresh(directory / "file" / "run")
+    model = nn.Linear(2, 2)
+    accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    try:
+        accelerator.watch([])
+    except (ConfigError, RankError) as error:
+        return str(error)
+    finally:
+        forget_run()
+
+
+def test_what_is_wrong_on_one_rank_is_an_error_on_all(world, tmp_path):
+    first, second = world(2).run(_wrong_on_one, tmp_path)
+    assert "rank 1 failed" in first
+    assert "log_every is 0" in second
+    (tmp_path / "file").write_text("")
+    first, second = world(2).run(_unwritable, tmp_path)
+    assert "cannot be written" in first
+    assert "rank 0 failed" in second
