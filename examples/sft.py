@@ -188,10 +188,12 @@ def save_model(accelerator: Accelerator, model: torch.nn.Module, tokenizer: Any,
 
 def main() -> None:
     args = parse_arguments("Fine-tune a causal language model on conversations, prompts with completions, or text.")
-    settings: dict[str, Any] = {"log_with": args.log_with}
+    # The schedule is stepped below, once for each optimizer step.
+    accelerator = Accelerator(
+        project_config=project_of(args), log_with=args.log_with, step_scheduler_with_optimizer=False
+    )
     if args.gradient_accumulation_steps is not None:
-        settings["gradient_accumulation_steps"] = args.gradient_accumulation_steps
-    accelerator = Accelerator(project_config=project_of(args), **settings)
+        accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
     set_seed(args.seed)
     target = args.output_dir / "model"
 
@@ -225,7 +227,7 @@ def main() -> None:
     eval_loader = None if eval_rows is None else loader_of(eval_rows, shuffle=False)
     accelerator.print(*said, sep="\n")
 
-    # The model, the optimizer and the schedule. A prepared schedule steps once for each process.
+    # The model, the optimizer and the schedule.
     model = load_model(args, accelerator)
     if args.method != "full" and accelerator.is_main_process:
         model.print_trainable_parameters()
@@ -233,8 +235,7 @@ def main() -> None:
     train_loader, eval_loader = accelerator.prepare(train_loader, eval_loader)
     steps_per_epoch = -(-len(train_loader) // accelerator.gradient_accumulation_steps)
     total_steps = steps_per_epoch * args.num_epochs
-    schedule_steps = total_steps * accelerator.num_processes
-    schedule = get_scheduler(args.schedule, optimizer, round(args.warmup * schedule_steps), schedule_steps)
+    schedule = get_scheduler(args.schedule, optimizer, round(args.warmup * total_steps), total_steps)
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     in_one = needs_one_sequence(model)
     if args.packing and attends_across_rows(model, len(tokenizer), accelerator.device):
@@ -298,7 +299,8 @@ def main() -> None:
                     accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 rate = schedule.get_last_lr()[0]
                 optimizer.step()
-                schedule.step()
+                if not accelerator.optimizer_step_was_skipped:
+                    schedule.step()
                 optimizer.zero_grad()
                 step = progress.steps + 1
                 if step % args.log_every == 0 or step == total_steps:

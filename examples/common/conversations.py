@@ -124,7 +124,7 @@ class Encoder:
     # Conversations.
 
     def _conversation(self, messages: Messages, learned_from: int) -> tuple[list[int], list[bool]] | None:
-        """Ids, and which of them are the assistant's from message `learned_from` on; None without an answer, or with an empty one."""
+        """Ids, and which of them are the assistant's from message `learned_from` on; None without any, or with an empty one."""
         answers = [message for message in messages[learned_from:] if message["role"] == "assistant"]
         if not answers or any(_is_empty(message) for message in answers):
             return None
