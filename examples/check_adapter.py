@@ -54,7 +54,9 @@ def main() -> int:
     parser.add_argument("directory", type=Path, help="where the training script saved the adapter")
     parser.add_argument("logits", type=Path, help="file written with --save-logits")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest absolute difference allowed")
-    parser.add_argument("--load-in-4bit", action="store_true", help="the base in 4 bits, as sft.py --method qlora has it")
+    parser.add_argument(
+        "--load-in-4bit", action="store_true", help="the base in 4 bits, as sft.py --method qlora has it"
+    )
     args = parser.parse_args()
     if empty := empty_tensors(args.directory):
         print(f"FAILED: {len(empty)} tensors of {args.directory} are empty, the first is {empty[0]}")

@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from common.adapters import adapter_config
 from common.conversations import IGNORED, Encoder, encode_rows, read_template
 from common.data_files import read_rows
-from common.model_card import write_card
+from common.model_card import merged_card, write_card
 from common.packing import PackedRows, as_one, attends_across_rows, fill_packs, needs_one_sequence, pad_rows
 from common.results import push_to_hub, reference_logits, save_logits
 from common.resuming import after_step, project_of, resume
@@ -277,6 +277,11 @@ def main() -> None:
             if accelerator.is_main_process:
                 save_logits(args.save_logits, reference)
 
+    def is_due(step: int) -> bool:
+        return step % steps_per_epoch == 0 or (args.eval_every is not None and step % args.eval_every == 0)
+
+    if progress.steps and is_due(progress.steps) and progress.evaluated_at != progress.steps:
+        evaluate_and_keep()  # a checkpoint is saved before the evaluation of its step
     began = time.perf_counter()
     model.train()
     # A prepared loader knows its epoch, and goes on within it after a resume.
@@ -314,16 +319,13 @@ def main() -> None:
                     began = time.perf_counter()
                 if after_step(accelerator, args, progress):
                     return
-                if args.eval_every is not None and progress.steps % args.eval_every == 0:
+                if is_due(progress.steps):
                     evaluate_and_keep()
                     began = time.perf_counter()
         accelerator.print(memory.report())
-        if progress.evaluated_at != progress.steps:
-            evaluate_and_keep()
-            began = time.perf_counter()
         accelerator.print(f"{epoch=}: {progress.steps} steps, best step={progress.best_step}")
 
-    if progress.evaluated_at != progress.steps or not target.is_dir():  # resumed behind the last step
+    if not target.is_dir():  # resumed behind the last step, in another directory
         evaluate_and_keep()
     # What follows is one process's work, and may take longer than the others would wait.
     alone = accelerator.is_main_process
@@ -349,7 +351,7 @@ def write_merged(args: argparse.Namespace, tokenizer: Any, adapter: Path) -> Pat
     merge(base, adapter, fresh, dtype=getattr(torch, args.dtype))
     tokenizer.save_pretrained(fresh)
     card = (adapter / "README.md").read_text(encoding="utf-8")
-    (fresh / "README.md").write_text(card.replace("library_name: peft", "library_name: transformers"), encoding="utf-8")
+    (fresh / "README.md").write_text(merged_card(card), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     return fresh.rename(target)
 

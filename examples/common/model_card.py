@@ -8,6 +8,13 @@ from typing import Any
 
 import yaml
 
+# What is imported to load a model, and the class that does.
+WHOLE = ("from transformers import AutoModelForCausalLM, AutoTokenizer", "AutoModelForCausalLM")
+ADAPTER = (
+    "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer",
+    "AutoPeftModelForCausalLM",
+)
+
 
 def write_card(directory: Path, facts: dict[str, Any]) -> None:
     """Write the card of sft.py's model into its directory. What a machine alone knows, such as local paths, is left out.
@@ -47,21 +54,16 @@ def write_card(directory: Path, facts: dict[str, Any]) -> None:
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("transformers", "peft", "torch", "datasets"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     name = args.push_to_hub or "this directory"
-    if args.method == "full":
-        load = f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")'
-        what = "from transformers import AutoModelForCausalLM, AutoTokenizer"
-    else:
-        load = f'model = AutoPeftModelForCausalLM.from_pretrained("{name}", dtype="auto")'
-        what = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
+    imports, loader = WHOLE if args.method == "full" else ADAPTER
     text = f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
 ---
 # {base}, fine-tuned on {data}
 
 ```python
-{what}
+{imports}
 
-{load}
+model = {loader}.from_pretrained("{name}", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
@@ -72,3 +74,11 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 Trained by `examples/sft.py` of shardwise, with {versions}.
 """
     (directory / "README.md").write_text(text, encoding="utf-8")
+
+
+def merged_card(card: str) -> str:
+    """An adapter's card as it is true of the base with the adapter in it."""
+    changed = {"library_name: peft": "library_name: transformers", "relation: adapter": "relation: finetune"}
+    for old, new in {**changed, **dict(zip(ADAPTER, WHOLE, strict=True))}.items():
+        card = card.replace(old, new)
+    return card
