@@ -75,7 +75,7 @@ def text_of(rows: Dataset, column: str, where: str) -> Dataset:
     missing = next((number for number, text in enumerate(texts) if text is None), None)
     if missing is not None:
         raise SystemExit(f"row {missing} of the {where} (counted from 0) has nothing in column {column!r}.")
-    if texts == values:
+    if texts == rows[column][:]:
         return rows
     return rows.remove_columns(column).add_column(column, texts).select_columns(rows.column_names)
 
