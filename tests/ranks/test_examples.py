@@ -257,8 +257,21 @@ def written(kind: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     "kind",
-    "a.csv semicolon.csv bom.csv a.tsv a.jsonl lines.json list.json columns.json inner.json a.parquet "
-    "no_ending_csv no_ending_lines no_ending_parquet".split(),
+    [
+        "a.csv",
+        "semicolon.csv",
+        "bom.csv",
+        "a.tsv",
+        "a.jsonl",
+        "lines.json",
+        "list.json",
+        "columns.json",
+        "inner.json",
+        "a.parquet",
+        "no_ending_csv",
+        "no_ending_lines",
+        "no_ending_parquet",
+    ],
 )
 def test_data_files_of_every_usual_shape_are_read(kind: str, tmp_path: Path) -> None:
     data_files = importlib.import_module("common.data_files")
