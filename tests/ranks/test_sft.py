@@ -387,3 +387,30 @@ def test_arguments_that_cannot_be_are_refused(
         arguments.parse_arguments("", flags.format(file=EXAMPLES / "data" / "chat.jsonl").split())
     assert stop.value.code == 2
     assert reason in capsys.readouterr().err
+
+
+# What the documentation says.
+
+
+def fenced(page: str, language: str) -> list[str]:
+    text = (EXAMPLES.parent / page).read_text(encoding="utf-8")
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+def test_the_commands_of_the_documentation_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = part("sft_arguments")
+    monkeypatch.setattr(arguments.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: name)
+    (tmp_path / "chats.jsonl").write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    lines = [line for page in ("README.md", "docs/sft.md") for line in fenced(page, "") if "examples/sft.py" in line]
+    assert len(lines) == 5
+    for line in lines:
+        assert arguments.parse_arguments("", line.split("examples/sft.py")[1].split()).dtype == "bfloat16"
+
+
+def test_the_rows_of_the_documentation_are_trained_on() -> None:
+    rows = [json.loads(line) for line in fenced("docs/sft.md", "json")]
+    texts = [learned(row, part("conversations").kind_of(list(row)), encoder()) for row in rows]
+    assert texts == [[" It is.</s>"]] * 3 + [[" All of this is learned.</s>"]]
