@@ -48,13 +48,11 @@ class Summary:
         """The summary for people, one sentence a line; what did not happen is not said."""
         said = [f"{name}: {self.kept} of {self.rows} rows, {self.tokens} tokens, {self.answer_tokens} of them answers"]
         if self.empty:
-            said.append(f"{name}: {self.empty} rows dropped, which have no answer or an empty one")
+            said.append(f"{name}: rows dropped, which have no answer or an empty one: {self.empty}")
         if self.cut:
-            said.append(f"{name}: {self.cut} rows cut at --max-length {max_length} tokens; they lost their ends")
+            said.append(f"{name}: rows cut at --max-length {max_length} tokens, which lost their ends: {self.cut}")
         if self.lost:
-            said.append(
-                f"{name}: {self.lost} rows dropped, whose answers all lie beyond --max-length {max_length} tokens"
-            )
+            said.append(f"{name}: rows dropped, whose answers all lie beyond --max-length {max_length}: {self.lost}")
         if self.unused:
             said.append(f"{name}: columns that are not used: {', '.join(self.unused)}")
         return said

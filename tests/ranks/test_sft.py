@@ -127,7 +127,12 @@ def test_what_is_dropped_and_cut_is_counted_and_said() -> None:
     assert [len(ids) for ids in kept["input_ids"]] == [fits, fits]
     assert summary.tokens == sum(len(ids) for ids in kept["input_ids"])
     said = "\n".join(summary.lines("data", fits))
-    for line in ("2 of 5 rows", "2 rows dropped, which have no answer", f"1 rows cut at --max-length {fits}", "source"):
+    for line in (
+        "2 of 5 rows",
+        "rows dropped, which have no answer or an empty one: 2",
+        f"rows cut at --max-length {fits} tokens, which lost their ends: 1",
+        "source",
+    ):
         assert line in said
 
 
