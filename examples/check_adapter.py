@@ -15,17 +15,32 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 
 
-def load_model(directory: Path) -> torch.nn.Module:
-    """The base model with the adapter of `directory`, or the model if it was saved whole; float32, in eval mode."""
+def load_model(directory: Path, *, in_4bit: bool = False) -> torch.nn.Module:
+    """The base model with the adapter of `directory`, or the model if it was saved whole; float32, in eval mode.
+
+    in_4bit: the base as sft.py --method qlora has it.
+    """
     adapted = (directory / "adapter_config.json").is_file()
     source = str(PeftConfig.from_pretrained(directory).base_model_name_or_path) if adapted else str(directory)
     encoder_decoder = AutoConfig.from_pretrained(source).is_encoder_decoder
     kind = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
-    model = kind.from_pretrained(source, dtype=torch.float32)
-    return (PeftModel.from_pretrained(model, directory) if adapted else model).eval()
+    quantised = {}
+    if in_4bit:
+        quantised["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    model = kind.from_pretrained(source, dtype=torch.float32, **quantised)
+    model = (PeftModel.from_pretrained(model, directory) if adapted else model).eval()
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.train()  # in eval mode, on a CPU, bitsandbytes computes in bfloat16 by another kernel
+    return model
 
 
 def empty_tensors(directory: Path) -> list[str]:
@@ -39,6 +54,9 @@ def main() -> int:
     parser.add_argument("directory", type=Path, help="where the training script saved the adapter")
     parser.add_argument("logits", type=Path, help="file written with --save-logits")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest absolute difference allowed")
+    parser.add_argument(
+        "--load-in-4bit", action="store_true", help="the base in 4 bits, as sft.py --method qlora has it"
+    )
     args = parser.parse_args()
     if empty := empty_tensors(args.directory):
         print(f"FAILED: {len(empty)} tensors of {args.directory} are empty, the first is {empty[0]}")
@@ -46,7 +64,7 @@ def main() -> int:
     batch = load_file(args.logits)
     expected = batch.pop("logits")
     with torch.no_grad():
-        logits = load_model(args.directory)(**batch).logits
+        logits = load_model(args.directory, in_4bit=args.load_in_4bit)(**batch).logits
     difference = (logits - expected).abs().max().item()
     print(
         f"adapter in stock peft: max |logit difference| = {difference:.3g} over {tuple(logits.shape)} "

@@ -37,8 +37,14 @@ def parse_arguments(
         help=f"{EMBEDDED!r} (messages of this repository) or a task of ought/raft on the hub, such as "
         "twitter_complaints",
     )
-    model.add_argument("--data-file", type=Path, help="CSV of labelled messages to train on, instead of --dataset")
-    model.add_argument("--test-file", type=Path, help="CSV of messages for --do-test; its labels, if any, only score")
+    model.add_argument(
+        "--data-file",
+        type=Path,
+        help="labelled messages to train on, instead of --dataset: CSV, TSV, JSON, JSON lines or Parquet",
+    )
+    model.add_argument(
+        "--test-file", type=Path, help="messages for --do-test, of any of these kinds; labels only score"
+    )
     model.add_argument("--text-column", default="Tweet text")
     model.add_argument("--label-column", default="Label")
     model.add_argument("--max-length", type=int, default=128, help="tokens of a prompt; longer messages are cut")

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from datasets import DatasetDict, load_dataset
 
 from .arguments import EMBEDDED, EXAMPLES
+from .data_files import has_values, read_rows, text_of
 
 Features = list[dict[str, Any]]
 
 
 def load_messages(args: argparse.Namespace) -> DatasetDict:
-    """The labelled messages as "train" and, with --do-test, those to predict as "test"; labels are text.
+    """The labelled messages as "train" and, with --do-test, those to predict as "test"; messages and labels are text.
 
     Raises SystemExit with one sentence if a file has no message, or a column is missing.
     """
@@ -27,16 +26,11 @@ def load_messages(args: argparse.Namespace) -> DatasetDict:
         files = {"train": f"{base}/train/*.parquet", "test": f"{base}/test/*.parquet"}
         messages = load_dataset("parquet", data_files=files if args.do_test else {"train": files["train"]})
         if args.test_file is not None:
-            messages["test"] = load_dataset("csv", data_files=str(args.test_file), split="train")
+            messages["test"] = read_rows([args.test_file])
     else:
-        files = {"train": str(args.data_file or EXAMPLES / "data" / "train.csv")}
+        messages = DatasetDict({"train": read_rows([args.data_file or EXAMPLES / "data" / "train.csv"])})
         if args.do_test:
-            files["test"] = str(args.test_file or EXAMPLES / "data" / "test.csv")
-        for file in files.values():
-            with open(file, newline="", encoding="utf-8") as lines:
-                if len(list(itertools.islice(csv.reader(lines), 2))) < 2:
-                    raise SystemExit(f"there is no message in {file}.")
-        messages = load_dataset("csv", data_files=files)
+            messages["test"] = read_rows([args.test_file or EXAMPLES / "data" / "test.csv"])
     for part, rows in messages.items():
         needed = [args.text_column] if part == "test" else [args.text_column, args.label_column]
         for column in needed:
@@ -45,24 +39,20 @@ def load_messages(args: argparse.Namespace) -> DatasetDict:
                     f"the {part} messages have no column {column!r}, only {rows.column_names}; name the "
                     "right ones with --text-column and --label-column."
                 )
-        if args.label_column in rows.column_names:
-            messages[part] = labels_as_text(rows, args.label_column)
+    if args.max_train_samples is not None:
+        messages["train"] = messages["train"].select(range(min(args.max_train_samples, len(messages["train"]))))
+    test = messages.get("test")
+    if test is not None and args.label_column in test.column_names and not has_values(test, args.label_column):
+        messages["test"] = test.remove_columns(args.label_column)
+    for part, rows in messages.items():
+        for column in (args.text_column, args.label_column):
+            if column in rows.column_names:
+                messages[part] = text_of(messages[part], column, f"{part} messages")
     if "test" in messages and args.label_column in messages["test"].column_names:
         known = set(messages["train"][args.label_column])
         if not known & set(messages["test"][args.label_column]):  # a placeholder, such as "Unlabeled"
             messages["test"] = messages["test"].remove_columns(args.label_column)
-    if args.max_train_samples is not None:
-        messages["train"] = messages["train"].select(range(min(args.max_train_samples, len(messages["train"]))))
     return messages
-
-
-def labels_as_text(rows: Dataset, column: str) -> Dataset:
-    """The rows with class numbers replaced by their names ("no_complaint" reads "no complaint")."""
-    feature = rows.features[column]
-    if not isinstance(feature, ClassLabel):
-        return rows
-    names = [name.replace("_", " ") for name in feature.names]
-    return rows.remove_columns(column).add_column(column, [names[number] for number in rows[column]])
 
 
 def prompt_of(text: str, args: argparse.Namespace) -> str:

@@ -236,6 +236,20 @@ def test_a_merged_model_equals_pefts_to_the_last_bit(tmp_path, kind):
         assert torch.equal(value, wanted[name]), name
 
 
+def test_a_model_merged_into_a_wider_dtype_is_not_rounded_to_the_bases(tmp_path):
+    weight, low_a, low_b = torch.randn(6, 4).bfloat16(), torch.randn(2, 4), torch.randn(6, 2)
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    adapter.mkdir()
+    base.mkdir()
+    save_weights({"a.weight": weight}, base)
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 2}))
+    parts = {"base_model.model.a.lora_A.weight": low_a, "base_model.model.a.lora_B.weight": low_b}
+    save_file(parts, adapter / "adapter_model.safetensors")
+    merge(base, adapter, tmp_path / "merged", dtype=torch.float32)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")["a.weight"]
+    assert torch.equal(merged, weight.float() + low_b @ low_a)
+
+
 def test_what_cannot_be_merged_is_refused(tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     adapter.mkdir()

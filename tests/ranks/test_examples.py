@@ -220,7 +220,7 @@ def test_flags_that_contradict_each_other_are_refused(
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [("text,Label\nhello,complaint\n", "no column 'Tweet text'"), ("Tweet text,Label\n", "no message")],
+    [("text,Label\nhello,complaint\n", "no column 'Tweet text'"), ("Tweet text,Label\n", "no row")],
 )
 def test_a_data_file_that_cannot_be_used_is_refused(content: str, reason: str, tmp_path: Path) -> None:
     file = tmp_path / "messages.csv"
@@ -234,9 +234,122 @@ def test_a_data_file_that_cannot_be_used_is_refused(content: str, reason: str, t
         messages.load_messages(args)
 
 
-def test_class_numbers_become_their_names() -> None:
+ROWS = [{"Tweet text": 'hi, "you"', "Label": 1, "ID": 0}, {"Tweet text": "so; what", "Label": 0, "ID": 1}]
+
+
+def written(kind: str, folder: Path) -> Path:
+    """ROWS in a file of this kind, as people have them."""
+    path = folder / kind
+    pandas = importlib.import_module("pandas")
+    table = pandas.DataFrame(ROWS)
+    if kind.endswith((".parquet", "no_ending_parquet")):
+        table.to_parquet(path)
+    elif "csv" in kind or kind.endswith(".tsv"):
+        separator = "\t" if kind.endswith(".tsv") else ";" if "semicolon" in kind else ","
+        table.to_csv(path, index=False, sep=separator, encoding="utf-8-sig" if "bom" in kind else "utf-8")
+    elif "lines" in kind or kind.endswith(".jsonl"):
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    else:
+        shapes = {"columns": table.to_dict("list"), "inner": {"version": 1, "data": ROWS}}
+        path.write_text(json.dumps(shapes.get(kind.removesuffix(".json"), ROWS), indent=1))
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "a.csv",
+        "semicolon.csv",
+        "bom.csv",
+        "a.tsv",
+        "a.jsonl",
+        "lines.json",
+        "list.json",
+        "columns.json",
+        "inner.json",
+        "a.parquet",
+        "no_ending_csv",
+        "no_ending_lines",
+        "no_ending_parquet",
+    ],
+)
+def test_data_files_of_every_usual_shape_are_read(kind: str, tmp_path: Path) -> None:
+    data_files = importlib.import_module("common.data_files")
+    rows = data_files.read_rows([written(kind, tmp_path)])
+    assert rows.to_list() == ROWS
+    assert data_files.text_of(rows, "Label", "rows")["Label"][:] == ["1", "0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.json", "{", "cannot be read as json"),
+        ("a.parquet", "nothing", "cannot be read as parquet"),
+        ("a.csv", "", "no row"),
+        ("a.csv", "only,a,header", "no row"),
+        ("a.csv", b"\xff\xfe\x00", "cannot be read as csv"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused_by_name(
+    name: str, content: str | bytes, reason: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit, match=f"{name}.*{reason}|{reason}.*{name}"):
+        importlib.import_module("common.data_files").read_rows([path])
+
+
+def test_files_with_other_columns_are_not_put_together(tmp_path: Path) -> None:
+    one, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    one.write_text('{"text": "a"}\n')
+    other.write_text('{"body": "a"}\n')
+    read_rows = importlib.import_module("common.data_files").read_rows
+    assert read_rows([one, one])["text"][:] == ["a", "a"]
+    with pytest.raises(SystemExit, match=r"b\.jsonl has the columns \['body'\]"):
+        read_rows([one, other])
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([2, 1], ["no complaint", "complaint"]),  # of a class
+        ([3.0, 1.0], ["3", "1"]),
+        ([1.5, 1.0], ["1.5", "1.0"]),
+        ([True, False], ["true", "false"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, None], "row 1 of the train messages"),
+        ([["a"], ["b"]], "lists or objects"),
+    ],
+)
+def test_labels_of_every_type_become_text(values: list[object], expected: list[str] | str) -> None:
     datasets = importlib.import_module("datasets")
-    messages = importlib.import_module("common.messages")
-    feature = datasets.ClassLabel(names=["Unlabeled", "complaint", "no_complaint"])
-    rows = datasets.Dataset.from_dict({"Text": ["a", "b"], "Label": [2, 1]}).cast_column("Label", feature)
-    assert messages.labels_as_text(rows, "Label")["Label"][:] == ["no complaint", "complaint"]
+    text_of = importlib.import_module("common.data_files").text_of
+    rows = datasets.Dataset.from_dict({"Label": values, "Text": ["a", "b"]})
+    if values == [2, 1]:
+        rows = rows.cast_column("Label", datasets.ClassLabel(names=["Unlabeled", "complaint", "no_complaint"]))
+    if isinstance(expected, str):
+        with pytest.raises(SystemExit, match=expected):
+            text_of(rows, "Label", "train messages")
+    else:
+        changed = text_of(rows, "Label", "train messages")
+        assert changed["Label"][:] == expected
+        assert changed.column_names == ["Label", "Text"]
+
+
+@pytest.mark.parametrize("script", ["conditional_generation.py", pytest.param("causal_lm.py", marks=pytest.mark.full)])
+def test_number_labels_of_json_lines_train_and_are_predicted(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, test = tmp_path / "train.jsonl", tmp_path / "test.parquet"
+    data.write_text("".join(json.dumps({"Satz": f"Nummer {n}", "Klasse": n % 2}) + "\n" for n in range(8)))
+    importlib.import_module("pandas").DataFrame({"Satz": ["Nummer 1"], "Klasse": [None]}).to_parquet(test)
+    names = ["--text-column", "Satz", "--label-column", "Klasse"]
+    run_here(
+        script,
+        monkeypatch,
+        *[*TINY, *names, "--data-file", str(data), "--test-file", str(test), "--do-test"],
+        *["--output-dir", str(tmp_path / "out")],
+    )
+    assert re.search(r"^accuracy=[\d.]+$", capsys.readouterr().out, re.M)
+    with (tmp_path / "out" / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        assert [row["Klasse"] in ("0", "1") for row in csv.DictReader(file)] == [True]

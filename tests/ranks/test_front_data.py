@@ -366,3 +366,13 @@ def _state_outlives(ranks):
 
 def test_a_state_is_the_runs(world):
     assert world(2).run(_state_outlives) == [(0, 2), (1, 2)]
+
+
+def _one_rank(ranks):
+    return [
+        values(fresh(split_batches=split).prepare(DataLoader(list(range(5)), batch_size=2))) for split in (False, True)
+    ]
+
+
+def test_one_rank_keeps_its_short_batch(world):
+    assert world(1).run(_one_rank) == [[[[0, 1], [2, 3], [4]]] * 2]

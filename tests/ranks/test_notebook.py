@@ -185,3 +185,40 @@ def test_more_processes_than_gpus_are_refused(gpus, count, refused):
             _check_counts(count, 0, 1, gpus)
     else:
         _check_counts(count, 0, 1, gpus)
+
+
+def _cells_of(notebook, folder):
+    """Run a notebook's cells one after another, in its own directory, as a kernel does. What the last one gives, as text."""
+    import ast
+    import json
+    import shutil
+
+    for name in ("data", "base_model"):
+        shutil.copytree(notebook.parent / name, folder / "examples" / name)
+    os.chdir(folder / "examples")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    names = {"__name__": "__main__"}
+    given = None
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            body = ast.parse("".join(cell["source"])).body
+            last = body.pop() if isinstance(body[-1], ast.Expr) else None
+            exec(compile(ast.Module(body, []), "<cell>", "exec"), names)
+            given = eval(compile(ast.Expression(last.value), "<cell>", "eval"), names) if last else None
+    return given
+
+
+def test_the_quickstart_runs_from_its_first_cell_to_its_last(tmp_path):
+    notebook = Path(__file__).resolve().parents[2] / "examples" / "quickstart.ipynb"
+    answer = alone(_cells_of, notebook, tmp_path)
+    assert answer.strip() in ("complaint", "no complaint")
+    assert (tmp_path / "runs" / "quickstart" / "adapter_model.safetensors").is_file()
+
+
+def test_the_quickstart_is_kept_without_what_it_printed():
+    import json
+
+    notebook = Path(__file__).resolve().parents[2] / "examples" / "quickstart.ipynb"
+    read = json.loads(notebook.read_text(encoding="utf-8"))
+    assert (read["nbformat"], len({cell["id"] for cell in read["cells"]})) == (4, len(read["cells"]))
+    assert all(cell["outputs"] == [] for cell in read["cells"] if cell["cell_type"] == "code")

@@ -110,7 +110,8 @@ def merge(
 ) -> list[Path]:
     """Write base + adapter below `output`, with the base's other files (configuration, tokenizer). The files of weights.
 
-    dtype: floating tensors are written in it; None keeps the base's. Raises CheckpointError for an adapter that is not
+    dtype: floating tensors are written in it, and added up in it if it is wider than the base's; None keeps that.
+    Raises CheckpointError for an adapter that is not
     LoRA or DoRA on linear layers and embeddings, and for one that does not fit the base.
     """
     folder, target = Path(adapter_folder), Path(output)
@@ -132,6 +133,9 @@ def merge(
                     for name in file.keys():  # noqa: SIM118 - not a dictionary
                         tensor = file.get_tensor(name)
                         if name in changes:
+                            # In a wider dtype than the base's own the sum would else be rounded to the base's first.
+                            if _cast(tensor.dtype, dtype).itemsize > tensor.dtype.itemsize:
+                                tensor = tensor.to(dtype)
                             tensor = _merged(tensor, name, changes[name], adapter, config)
                         weights.write(name, tensor.to(_cast(tensor.dtype, dtype)))
             added = [name for name in changes if name not in base.homes]

@@ -177,7 +177,7 @@ def _deal_batches(result: Any, ranks: Ranks, settings: DataLoaderConfiguration) 
         ranks.world_size,
         ranks.rank,
         split=settings.split_batches,
-        even=settings.even_batches,
+        even=settings.even_batches and ranks.world_size > 1,  # one rank keeps its short batch, as under accelerate
     )
     if hasattr(index, "__len__"):
         counts = [dealt.length_on(rank) for rank in range(ranks.world_size)]
