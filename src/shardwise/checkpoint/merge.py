@@ -111,8 +111,8 @@ def merge(
     """Write base + adapter below `output`, with the base's other files (configuration, tokenizer). The files of weights.
 
     dtype: floating tensors are written in it, and added up in it if it is wider than the base's; None keeps that.
-    Raises CheckpointError for an adapter that is not
-    LoRA or DoRA on linear layers and embeddings, and for one that does not fit the base.
+    Raises CheckpointError for an adapter that is not LoRA or DoRA on linear layers and embeddings, and for one that does not
+    fit the base.
     """
     folder, target = Path(adapter_folder), Path(output)
     if target.resolve() in (Path(base_folder).resolve(), folder.resolve()):
