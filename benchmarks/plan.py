@@ -3,9 +3,9 @@
     python benchmarks/plan.py
     python benchmarks/plan.py --only full8b
 
-One set of terms for all rows: those of `Terms`, for two H200s; of rows of one rank the link is that of one rank alone (55.3 GB/s one
-way, 50.6 each way both ways). No term is chosen by row. `learned` marks a row from which a term was learned, so that it is no check
-of that term. Prints a JSON line for each row, and a table of both with what each prediction is off by.
+One set of terms for all rows: those of `Terms`, for two H200s; of rows of one rank the link is that of one rank alone (55.3 GB/s
+one way, 50.6 each way both ways). No term is chosen by row. `learned` marks a row from which a term was learned, so that it is
+no check of that term. Prints a JSON line for each row, and a table of both with what each prediction is off by.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from shardwise.estimate.terms import SHEETS, Terms, terms_of
 from shardwise.estimate.times import Way
 from shardwise.plan.precision import Precision
 
+EACH_ONCE, AGAIN = Way(), Way(recompute=True)
 ONE_RANK = {"up": 55.3e9, "both": 50.6e9}
 
 
@@ -44,7 +45,7 @@ class Row:
     choice: Choice
     ms: tuple[float, float]
     gb: float | None
-    way: Way = Way()
+    way: Way = EACH_ONCE
     states: str = "fp32"
     learned: str = ""
     said: str = ""
@@ -53,10 +54,11 @@ class Row:
     def name(self) -> str:
         more = [f"{self.states} moments" * (self.states != "fp32"), "compiled" * self.way.compiled]
         more += [self.said, "nothing recomputed" * (self.case == "lora8b" and not self.way.recompute)]
-        return ", ".join([f"{self.case}, {self.ranks} rank{'s' * (self.ranks > 1)}, {self.choice}", *filter(None, more)])
+        return ", ".join(
+            [f"{self.case}, {self.ranks} rank{'s' * (self.ranks > 1)}, {self.choice}", *filter(None, more)]
+        )
 
 
-AGAIN = Way(recompute=True)
 ALL_ON_CPU = Choice(3, "cpu", "cpu")
 ROWS = (
     Row("lora8b", 2, Choice(3), (492.8, 509.7), 17.00, AGAIN),
@@ -116,8 +118,18 @@ def main(argv: Sequence[str]) -> int:
         ms, gb = 1000 * found.time.total, found.estimate.taken("GPU") / 1e9
         parts = {name: round(1000 * value, 1) for name, value in found.time.parts.items()}
         late, large = off(ms, row.ms), None if row.gb is None else gb / row.gb - 1
-        record = {"configuration": row.name, "ms": round(ms, 1), "measured_ms": row.ms, "off": round(late, 4), "parts_ms": parts}
-        print(json.dumps({"benchmark": "plan", **record, "peak_gb": round(gb, 2), "measured_gb": row.gb, "learned": row.learned}))
+        record = {
+            "configuration": row.name,
+            "ms": round(ms, 1),
+            "measured_ms": row.ms,
+            "off": round(late, 4),
+            "parts_ms": parts,
+        }
+        print(
+            json.dumps(
+                {"benchmark": "plan", **record, "peak_gb": round(gb, 2), "measured_gb": row.gb, "learned": row.learned}
+            )
+        )
         measured = " to ".join(f"{value:g}" for value in dict.fromkeys(row.ms))
         sizes = f"{'-':>8}{'-':>8}" if row.gb is None else f"{row.gb:>8}{large:>+8.1%}"
         lines.append(f"{row.name:<72}{ms:>8.1f}{measured:>15}{late:>+8.1%}{gb:>8.2f}{sizes}  {found.time.bound}")

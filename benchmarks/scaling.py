@@ -7,7 +7,7 @@
     python benchmarks/scaling_fsdp2.py --case full8b --measured-ms 1000    FSDP2 by the same model, a file of its own
 
 Computation is what one rank was measured to take, divided over the units by their arithmetic. The rest is the model that
-`shardwise plan` uses: terms, collectives and the engine's schedule are `shardwise.estimate`'s. Peaks are `shardwise estimate`'s.
+`shardwise plan` uses: terms, collectives and the engine's schedule are `shardwise.estimate`'s, and peaks are as well.
 
 Terms that were measured (docs/log.md) and terms that are assumed are told apart in `Terms` and in every line that is printed.
 This file knows nothing of processes; it is arithmetic on shapes.

@@ -103,7 +103,7 @@ def counted(
 
 
 def _arithmetic(model: nn.Module, placed: Sequence[Placed], batch: Batch) -> Traced:
-    """Two operations for each weight of a matrix and token, causal attention, and nothing of the kernels between: a lower bound."""
+    """Two operations for each weight of a matrix and token, causal attention, and no other kernels: a lower bound."""
     shape = decoder_shape(model)
     hidden = shape.hidden if shape is not None else 0
     found = Traced()

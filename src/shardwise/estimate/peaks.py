@@ -4,8 +4,8 @@
     the backward  the same without activations; gradients, those that are being reduced, gathered units, one recomputed block
     the step      gradients, and what visits the device or is stepped whole
 
-Gradients wait through the turn only where micro-batches are added up. With a compiled loss, logits and their gradient are there in
-16 bits alone.
+Gradients wait through the turn only where micro-batches are added up. With a compiled loss, logits and their gradient are there
+in 16 bits alone.
 """
 
 from __future__ import annotations
@@ -35,10 +35,13 @@ def at_peak(found: Estimate, run: Run) -> Estimate:
 
 
 def with_compiled_loss(found: Estimate, shape: DecoderShape, batch: Batch, itemsize: int) -> Estimate:
-    """The estimate where the loss is compiled with the blocks: of a word of a token its logit and that one's gradient are there."""
+    """The estimate where the loss is compiled with the blocks: logits and their gradient, in 16 bits."""
     if batch.loss_chunk is not None:
         return found  # a loss in chunks stays as it is
     loss = min(loss_nbytes(shape, batch, itemsize), 2 * itemsize * batch.tokens * shape.vocabulary)
     least = block_nbytes(shape, batch, itemsize) if batch.checkpointing else 0
-    rows = {("activations", Tier.GPU): kept_nbytes(shape, batch, itemsize), ("logits and loss", Tier.GPU): max(loss, least)}
+    rows = {
+        ("activations", Tier.GPU): kept_nbytes(shape, batch, itemsize),
+        ("logits and loss", Tier.GPU): max(loss, least),
+    }
     return replace(found, nbytes={**found.nbytes, **rows})

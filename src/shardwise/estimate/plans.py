@@ -1,7 +1,7 @@
 """All plans of a model on a machine: which bytes and which time each has, which fit, and which of those is the fastest.
 
-A plan is a stage, where it keeps what, whether blocks are recomputed and compiled, and whether free GPU memory takes back what is
-offloaded. Bytes are `bytes.py`'s and times `times.py`'s; the model is run once, without memory, for all of them.
+A plan is a stage, where it keeps what, whether blocks are recomputed and compiled, and whether free GPU memory takes back what
+is offloaded. Bytes are `bytes.py`'s and times `times.py`'s; the model is run once, without memory, for all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .bytes import CHOICES, CONTEXT_NBYTES, Choice, Estimate, Machine, Run, esti
 from .passes import counted, placed_units
 from .peaks import at_peak, with_compiled_loss
 from .terms import Terms
-from .times import Clock, Timed, Way
+from .times import NOTHING, Clock, Timed, Way
 
 # What a budget leaves free of a GPU, as the engine does.
 _FILLED = 0.95
@@ -42,7 +42,9 @@ class Planned:
     def words(self) -> str:
         """What it does besides stage and tiers."""
         way = self.way
-        return ", ".join(filter(None, ("recompute" * way.recompute, "compile" * way.compiled, "budget" * (way.kept > 0))))
+        return ", ".join(
+            filter(None, ("recompute" * way.recompute, "compile" * way.compiled, "budget" * (way.kept > 0)))
+        )
 
 
 class Planner:
@@ -92,35 +94,41 @@ class Planner:
         shortages = machine.shortages(found, run) if machine is not None else []
         return Planned(choice, way, found, time, tuple(shortages))
 
-    def plans(self, machine: Machine, choices: Sequence[Choice] = CHOICES, *, compiles: bool = True) -> list[Planned]:
-        """Of each choice the fastest way that fits, or that which lacks least where none does; a refused one says why."""
+    def plans(
+        self,
+        machine: Machine,
+        choices: Sequence[Choice] = CHOICES,
+        *,
+        recompute: Sequence[bool] = (False, True),
+        compiled: Sequence[bool] = (False, True),
+        budgets: bool = True,
+    ) -> list[Planned]:
+        """Of each choice the fastest way that fits, or the smallest where none does; a refused one says why.
+
+        recompute, compiled: what of each may be. budgets: whether free GPU memory may take back what is offloaded.
+        """
+        ways = [Way(again, fused) for again in recompute for fused in compiled]
         found = []
         for choice in choices:
             try:
-                found.append(self._best(choice, machine, compiles))
+                found.append(self._best(choice, machine, ways, budgets))
             except OptimizerError as error:
                 refused = Estimate(choice, {}, refused=str(error))
-                nothing = Timed(0, 0, 0, 0, 0, 0, 0, 0)
-                found.append(Planned(choice, Way(), refused, nothing, (str(error),)))
+                found.append(Planned(choice, Way(), refused, NOTHING, (str(error),)))
         return found
 
-    def _best(self, choice: Choice, machine: Machine, compiles: bool) -> Planned:
-        asked = self._run.batch
-        assert asked is not None
-        ways = [
-            Way(recompute, compiled)
-            for recompute in ((True,) if asked.checkpointing else (False, True))
-            for compiled in ((False, True) if compiles else (False,))
-        ]
+    def _best(self, choice: Choice, machine: Machine, ways: Sequence[Way], budgets: bool) -> Planned:
         found = [self.plan(choice, way, machine) for way in ways]
-        if {choice.optimizer, choice.param} != {"none"}:
-            found += [self.plan(choice, replace(one.way, kept=kept), machine) for one in found if (kept := _room(one, machine))]
+        if budgets and {choice.optimizer, choice.param} != {"none"}:
+            rooms = [(one, _room(one, machine)) for one in found]
+            found += [self.plan(choice, replace(one.way, kept=kept), machine) for one, kept in rooms if kept]
         fitting = [one for one in found if one.fits]
-        # Of equal times the one that asks for less: nothing recomputed, compiled or moved.
-        return min(fitting, key=lambda one: one.time.total) if fitting else min(found, key=lambda one: one.estimate.peak(Tier.GPU))
+        if not fitting:
+            return min(found, key=lambda one: one.estimate.peak(Tier.GPU))
+        return min(fitting, key=lambda one: one.time.total)  # of equal times the one that asks for less
 
     def _kept(self, way: Way, itemsize: int) -> dict[tuple[str, Tier], int]:
-        """What autograd keeps of a model for which there is no formula: counted, and with recomputation one unit's at a time."""
+        """What autograd keeps of a model without a formula: counted; with recomputation one unit's at a time."""
         kept, outputs = self._traced.kept, self._traced.outputs
         blocks = {one.key for one in self._placed if one.place == "block"}
         rest = sum(nbytes for key, nbytes in kept.items() if key not in blocks)
@@ -135,11 +143,12 @@ class Planner:
 
 
 def _room(plan: Planned, machine: Machine) -> float:
-    """Which part of what a plan offloads the GPU could keep; 0 where that is little."""
+    """Which part of what a plan offloads the GPU could keep; 0 where that is little, or all: then nothing need be offloaded."""
     if machine.gpu_nbytes is None or not plan.fits:
         return 0.0
     free = _FILLED * machine.gpu_nbytes - CONTEXT_NBYTES - plan.estimate.peak(Tier.GPU)
-    return 0.0 if (off := _offloaded(plan.estimate)) == 0 or free / off < 0.02 else min(1.0, free / off)
+    off = _offloaded(plan.estimate)
+    return free / off if off and 0.02 < free / off < 1 else 0.0
 
 
 def _offloaded(found: Estimate) -> int:
@@ -156,5 +165,3 @@ def _moved(found: Estimate, kept: float) -> Estimate:
             nbytes[row, tier] = count - there
             nbytes[row, Tier.GPU] = nbytes.get((row, Tier.GPU), 0) + there
     return replace(found, nbytes=nbytes)
-
-

@@ -1,7 +1,8 @@
 """The engine's schedule of one step as arithmetic: what the computation waits for, and what runs beside it.
 
-A gather starts with the computation of the unit `prefetch` places before, one after another on a lane of their own; what a gather
-needs from the host is fetched one unit earlier. Reductions follow their unit's backward, and what leaves for the host follows them.
+A gather starts with the computation of the unit `prefetch` places before, one after another on a lane of their own; what it
+needs from the host is fetched one unit earlier. Reductions follow their unit's backward, and what leaves for the host follows
+them.
 What the computation waits for is exposed; what it does not wait for slows it by a measured share.
 """
 
@@ -42,7 +43,7 @@ class Step:
 
     @property
     def total(self) -> float:
-        return sum(asdict(self).values())
+        return float(sum(asdict(self).values()))
 
 
 def step_of(

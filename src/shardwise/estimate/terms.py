@@ -85,8 +85,8 @@ SHEETS: Mapping[str, Sheet] = {
     "RTX 3090": Sheet(71e12, 0.936e12, 24 * 10**9, 0, _GEN4),
 }
 
-# Of a data sheet's rate, what two H200s reached: products, streaming, gathers by copy engines and by NCCL, pinned copies one way
-# and both. Without NVLink bytes between GPUs cross PCIe twice, and copy engines reach no peer.
+# Of a data sheet's rate, what two H200s reached: products, streaming, gathers by copy engines and by NCCL, pinned copies one
+# way and both. Without NVLink bytes between GPUs cross PCIe twice, and copy engines reach no peer.
 MATRIX, MEMORY, ENGINES, ALONE, BESIDE = 0.78, 0.83, 0.68, 0.51, 0.25
 UP, BOTH, ACROSS = 0.85, 0.58, 0.35
 SLOWING = 0.26  # measured with copy engines: 14 ms over DDP, of which 2 exposed, over 47 ms of hidden gathers
@@ -125,14 +125,19 @@ def terms_of(sheet: Sheet) -> Terms:
 
 
 def with_values(terms: Terms, values: Mapping[str, object]) -> Terms:
-    """`terms` with those of a measurement in their place. Raises ConfigError for a name or a value that is none."""
+    """`terms` with those of a measurement in their place; engines of 0: copy engines reach no peer.
+
+    Raises ConfigError for a name or a value that is none.
+    """
     known = {one.name for one in fields(Terms)}
     for name, value in values.items():
         if name not in known:
             raise ConfigError(f"{name}: no term of the model; measure again: shardwise plan --measure")
+        if name == "engines" and value == 0:
+            continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise ConfigError(f"{name}: {value!r} is not a number above 0; measure again: shardwise plan --measure")
-    given = {name: float(value) for name, value in values.items() if isinstance(value, (int, float))}
+    given = {name: float(value) or None for name, value in values.items() if isinstance(value, (int, float))}
     return replace(terms, **given)  # type: ignore[arg-type]
 
 

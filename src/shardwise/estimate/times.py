@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..config.offloads import DEVICES
-from ..plan.plan import Tier
 from ..step.publishing import GROUP_NBYTES
 from .bytes import Choice, Estimate, Run
 from .collectives import collective_s
@@ -69,10 +68,15 @@ class Timed:
         return max(parts, key=lambda name: parts[name])
 
 
+NOTHING = Timed(0, 0, 0, 0, 0, 0, 0, 0)
+
+
 class Clock:
     """The time of any plan of one model, batch and machine."""
 
-    def __init__(self, placed: Sequence[Placed], traced: Traced, run: Run, terms: Terms, micro_batches: int = 1) -> None:
+    def __init__(
+        self, placed: Sequence[Placed], traced: Traced, run: Run, terms: Terms, micro_batches: int = 1
+    ) -> None:
         """placed, traced: the model's units, and what they compute. micro_batches: of a step."""
         self._placed = placed
         self._traced = traced
@@ -85,7 +89,9 @@ class Clock:
         choice, run, terms = estimate.choice, self._run, self._terms
         spent = {one.key: self._spent(one, way) for one in self._placed}
         works, turn = works_of(
-            self._placed, lambda one: (spent[one.key][0].longest, spent[one.key][1].longest), run.precision.reduce.itemsize
+            self._placed,
+            lambda one: (spent[one.key][0].longest, spent[one.key][1].longest),
+            run.precision.reduce.itemsize,
         )
         works = at_stage(works, choice.stage, run.shards)
 
@@ -178,8 +184,7 @@ class Clock:
         part = 1 - way.kept
         up, down = part * (states + 4 * mine), part * (states + (2 * mine if choice.param != "none" else 0))
         link, drive = terms.over_link(up, down), 0.0
-        if Tier(choice.optimizer).on_disk:
-            link = terms.over_link(up, down)
+        if DEVICES[choice.optimizer].on_disk:
             drive = part * states * run.local_processes * (1 / terms.read + 1 / terms.write)
         rest = way.kept * on_device
         longest = max(link, drive)

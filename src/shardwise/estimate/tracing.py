@@ -31,7 +31,16 @@ from .terms import Terms
 
 # A softmax over a row that the cores' own memory cannot hold reads it for its largest, for its sum and for its result.
 _LONG_ROW_NBYTES = 100_000
-_NO_KERNELS = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "_local_scalar_dense"}
+_NO_KERNELS = {
+    "_unsafe_view",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "detach",
+    "alias",
+    "_local_scalar_dense",
+}
 
 
 @dataclass
@@ -66,7 +75,7 @@ class Operations:
         )
 
     def streams_s(self, terms: Terms, *, compiled: bool) -> float:
-        """All other kernels. compiled: one between two products, which reads what the first gave and writes what the next takes."""
+        """All other kernels. compiled: one between two products, which reads the first's and writes the next's."""
         if not compiled:
             rate = terms.eager * terms.memory
             return sum(count * (nbytes / rate + terms.kernel) for nbytes, count in self.streams.items())
@@ -97,7 +106,8 @@ def trace(model: nn.Module, entries: Mapping[str, Sequence[str]], batch: Batch, 
     model = copy.deepcopy(model).train()
     if dtype is not None:
         model = model.to(dtype)
-    model.config.use_cache = False
+    config: Any = model.config
+    config.use_cache = False
     counting = _Counting(model, entries)
     ids = torch.zeros(batch.rows, batch.length, dtype=torch.int64, device="meta")
     forward: Any = model.forward
@@ -217,7 +227,8 @@ class _GpuForms(TorchFunctionMode):
         if func is torch.nn.functional.scaled_dot_product_attention:
             query, key, value, *rest = args
             causal = kwargs.get("is_causal", rest[2] if len(rest) > 2 else False)
-            return _Attention.apply(query, key, value, bool(causal), self._counting)
+            attend: Any = _Attention.apply
+            return attend(query, key, value, bool(causal), self._counting)
         if func is torch.nn.functional.dropout:
             x, p = args[0], kwargs.get("p", args[1] if len(args) > 1 else 0.5)
             training = kwargs.get("training", args[2] if len(args) > 2 else True)
@@ -226,7 +237,7 @@ class _GpuForms(TorchFunctionMode):
 
 
 class _Attention(torch.autograd.Function):
-    """Of (batch, heads, n, d) and (batch, heads, m, d): two products forward, five backward, half of each where it is causal."""
+    """Of (batch, heads, n, d) and (batch, heads, m, d): two products forward, five backward; causal: half of each."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool, counting: _Counting) -> Tensor:
