@@ -29,7 +29,6 @@ from cases import CASES, Case
 from shardwise.config.sections import EngineConfig
 from shardwise.estimate.activations import Batch
 from shardwise.estimate.bytes import Choice, Run, estimate
-from shardwise.estimate.collectives import PER_MACHINE
 from shardwise.estimate.passes import Placed, forward_flops, placed_units, works_of
 from shardwise.estimate.schedule import Work, step_of
 from shardwise.estimate.terms import Terms
@@ -41,6 +40,7 @@ GROUPED = (8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 RANKS = (1, 2, 4, 8, 16, 64, 256, 1024)
 LAYERS = (8, 16, 32, 64, 128)
 LENGTHS = (512, 1024, 2048, 4096, 8192)
+PER_MACHINE = Terms.per_machine
 NETWORKS = (40, 10, 5, 2.5)  # GB/s for each rank
 COMPRESSED = (16, 64, 256, 1024)
 

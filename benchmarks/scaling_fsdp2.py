@@ -32,8 +32,8 @@ import torch
 from torch import nn
 
 from cases import CASES, Case
-from scaling import GROUPED, passes_of, predict, rate_of
-from shardwise.estimate.collectives import PER_MACHINE, all_reduce_s, collective_s
+from scaling import GROUPED, PER_MACHINE, passes_of, predict, rate_of
+from shardwise.estimate.collectives import all_reduce_s, collective_s
 from shardwise.estimate.passes import placed_units
 from shardwise.estimate.schedule import Step, step_of
 from shardwise.estimate.terms import Terms

@@ -46,7 +46,7 @@ def measured(gpus: int, folder: str | None) -> dict[str, float]:
 
 
 def _best(devices: Devices, run: Callable[[int], object], times: int = 5) -> float:
-    """Seconds of the fastest of `times` runs on all devices at once, after one that does not count. run: of a device's number."""
+    """Seconds of the fastest of `times` runs on all devices at once, after a first. run: of a device's number."""
     seconds = []
     for _ in range(times + 1):
         _wait(devices)

@@ -67,12 +67,13 @@ class Planner:
         placed = self._placed if shapes is None else placed_units(shapes, run.options.units)
         self._traced, self.arithmetic_alone = counted(runs, placed, run.batch, run.precision.compute)
         self._shape = decoder_shape(model)
+        self._estimates: dict[tuple[Choice, bool], Estimate] = {}
 
     def of(self, run: Run, terms: Terms) -> Planner:
         """The same model and batch on another machine."""
         other = object.__new__(Planner)
         other.__dict__.update(self.__dict__)
-        other._run, other._terms = run, terms
+        other._run, other._terms, other._estimates = run, terms, {}
         return other
 
     def plan(self, choice: Choice, way: Way, machine: Machine | None = None) -> Planned:
@@ -80,7 +81,9 @@ class Planner:
         batch = self._run.batch
         assert batch is not None
         run = replace(self._run, batch=replace(batch, checkpointing=way.recompute))
-        found = estimate(self._model, choice, run)
+        if (choice, way.recompute) not in self._estimates:  # a trial of optimizers is most of what it takes
+            self._estimates[choice, way.recompute] = estimate(self._model, choice, run)
+        found = self._estimates[choice, way.recompute]
         assert run.batch is not None
         itemsize = run.precision.compute.itemsize if run.precision.compute else 4
         if self._shape is None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from ..step.publishing import GROUP_NBYTES
-from .collectives import PER_MACHINE, all_reduce_s, collective_s, gather_s, over_copies_s
+from .collectives import all_reduce_s, collective_s, gather_s, over_copies_s
 from .terms import Terms
 
 
@@ -98,7 +98,7 @@ def walk(
     """
     shards = ranks if group is None else group
     # Copy engines reach the memory of one machine alone.
-    engines = None if shards > PER_MACHINE else terms.engines
+    engines = None if shards > terms.per_machine else terms.engines
     of_gathers = terms if engines is None else replace(terms, nvlink=engines)
     now = lane = up = reduced_until = crossed_until = landed_until = exposed = slowed = 0.0
     fetched: list[float] = []

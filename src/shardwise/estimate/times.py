@@ -81,7 +81,7 @@ class Clock:
         self._placed = placed
         self._traced = traced
         self._run = run
-        self._terms = terms
+        self._terms = replace(terms, per_machine=run.local_processes)
         self._micro_batches = micro_batches
 
     def timed(self, estimate: Estimate, way: Way) -> Timed:
@@ -105,7 +105,7 @@ class Clock:
         times = self._micro_batches
         gathers, reductions = walked(works)
         copied = self._with_copies(works, turn, choice, way)
-        waits = sum(walked(copied)) - gathers - reductions
+        waits = max(0.0, sum(walked(copied)) - gathers - reductions)
         once = 1 if choice.stage < 2 else times  # stages 0 and 1 reduce behind the last micro-batch
         every = [part for ahead, behind in spent.values() for part in (ahead, behind)]
         on_drive = DEVICES[choice.param].on_disk

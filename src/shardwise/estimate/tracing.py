@@ -15,9 +15,9 @@ import copy
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,15 +109,16 @@ def trace(model: nn.Module, entries: Mapping[str, Sequence[str]], batch: Batch, 
     config: Any = model.config
     config.use_cache = False
     counting = _Counting(model, entries)
+    counting.watch()
     ids = torch.zeros(batch.rows, batch.length, dtype=torch.int64, device="meta")
     forward: Any = model.forward
     given = {"input_ids": ids, "labels": ids}
-    with warnings.catch_warnings(), counting.hooked(), _GpuForms(counting), counting:
+    with warnings.catch_warnings(), _GpuForms(counting), counting:
         warnings.simplefilter("ignore")
         with torch.autograd.graph.saved_tensors_hooks(counting.keep, lambda tensor: tensor):
             loss = forward(**given).loss
         counting.turn()
-        loss.backward()
+        torch.autograd.backward(loss)
     return counting.found
 
 
@@ -135,21 +136,12 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._last = ""
         self._backward = False
 
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
-        """Inside, the modules of units say when they run."""
-        handles = []
+    def watch(self) -> None:
+        """Have the modules of units say when they run, and their outputs when their gradients come. The model is a copy."""
         for unit, paths in self._entries.items():
             for path in paths:
-                module = self._model.get_submodule(path)
-                handles.append(module.register_forward_pre_hook(lambda *_, unit=unit: self._within.append(unit)))
-                handles.append(module.register_forward_hook(lambda _m, _i, out, unit=unit: self._ended(unit, out)))
-                handles.append(module.register_full_backward_pre_hook(lambda *_, unit=unit: self._returned(unit)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+                module: Any = self._model.get_submodule(path)
+                module.forward = partial(self._run, unit, module.forward)
 
     def turn(self) -> None:
         """The backward begins."""
@@ -169,13 +161,22 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         mine.around += nbytes
         mine.calls += 1
 
-    def _ended(self, unit: str, out: Any) -> None:
-        self._within.pop()
-        first = out[0] if isinstance(out, tuple) else out
-        if isinstance(first, Tensor):
-            self.found.outputs[unit] = self.found.outputs.get(unit, 0) + first.nbytes
+    def _run(self, unit: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._within.append(unit)
+        try:
+            out = forward(*args, **kwargs)
+        finally:
+            self._within.pop()
+        first, *rest = out if isinstance(out, tuple) else (out,)
+        if not isinstance(first, Tensor):
+            return out
+        self.found.outputs[unit] = self.found.outputs.get(unit, 0) + first.nbytes
+        mark: Any = _Mark.apply
+        first = mark(first, unit, self)
+        return (first, *rest) if isinstance(out, tuple) else first
 
-    def _returned(self, unit: str) -> None:
+    def reach(self, unit: str) -> None:
+        """The backward comes to a unit."""
         self._last = unit
 
     @property
@@ -234,6 +235,20 @@ class _GpuForms(TorchFunctionMode):
             training = kwargs.get("training", args[2] if len(args) > 2 else True)
             return torch.native_dropout(x, float(p), True)[0] if training and p > 0 else x
         return func(*args, **kwargs)
+
+
+class _Mark(torch.autograd.Function):
+    """What a unit gives, as it is; says when its gradient has come."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, unit: str, counting: _Counting) -> Tensor:
+        ctx.unit, ctx.counting = unit, counting
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        ctx.counting.reach(ctx.unit)
+        return *grads, None, None
 
 
 class _Attention(torch.autograd.Function):
