@@ -3,9 +3,9 @@
     python benchmarks/plan.py
     python benchmarks/plan.py --only full8b
 
-One set of terms for all rows: those of `Terms`, for two H200s; in rows of one rank the link is that of one rank alone (55.3 and,
-both ways at once, 50.6 GB/s). No term is chosen by row. `learned` names a term that was learned of DDP's run of the same case:
-the row is no check of that term.
+One set of terms for all rows: those of `Terms`, for two H200s; in rows of one rank the link is that of one rank
+alone (55.3 and, both ways at once, 50.6 GB/s). No term is chosen by row. `learned` names a term that was learned of
+DDP's run of the same case: the row is no check of that term.
 
 Prints a JSON line for each row, and a table of both with what each prediction is off by.
 """

@@ -197,8 +197,6 @@ def test_products_are_counted_exactly_and_given_to_their_units(model) -> None:
     scores = 3 * 2 * 2 * (batch.rows * 4 * 16 * 16 * 16) // 2
     assert sum(flops * n for (flops, _), n in total(traced.forward).attention.items()) == scores
     assert sum(flops * n for (flops, _), n in total(traced.backward).attention.items()) == 5 * scores // 2
-    for block in ("block", "head", "lookup"):
-        assert any(one.place == block for one in placed)
     assert all(one.key in traced.forward and one.key in traced.backward for one in placed if one.entries)
     assert all(parameter.is_meta and parameter.grad is None for parameter in model.parameters())
 

@@ -104,8 +104,9 @@ class Clock:
 
         times = self._micro_batches
         gathers, reductions = walked(works)
-        copied = self._with_copies(works, turn, choice, way)
-        waits = max(0.0, sum(walked(copied)) - gathers - reductions)
+        waits = 0.0
+        if {choice.optimizer, choice.param} != {"none"}:
+            waits = max(0.0, sum(walked(self._with_copies(works, turn, choice, way))) - gathers - reductions)
         once = 1 if choice.stage < 2 else times  # stages 0 and 1 reduce behind the last micro-batch
         every = [part for ahead, behind in spent.values() for part in (ahead, behind)]
         on_drive = DEVICES[choice.param].on_disk
