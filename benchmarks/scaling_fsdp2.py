@@ -32,19 +32,11 @@ import torch
 from torch import nn
 
 from cases import CASES, Case
-from scaling import (
-    GROUPED,
-    PER_MACHINE,
-    Step,
-    Terms,
-    all_reduce_s,
-    collective_s,
-    passes_of,
-    placed_units,
-    predict,
-    rate_of,
-    step_of,
-)
+from scaling import GROUPED, PER_MACHINE, passes_of, predict, rate_of
+from shardwise.estimate.collectives import all_reduce_s, collective_s
+from shardwise.estimate.passes import placed_units
+from shardwise.estimate.schedule import Step, step_of
+from shardwise.estimate.terms import Terms
 
 # Shards of one machine, gathered by copy engines. Measured on two H200s: 218 MiB a rank in 0.75 ms; and `lora8b` at 492.8 ms
 # where DDP took 478.4, of which 2.2 ms are the first gather and the rest is a share of 47 ms of hidden ones.
@@ -71,7 +63,8 @@ def padded(parameters: Sequence[nn.Parameter], ranks: int) -> int:
 
 def fsdp2_passes(model: nn.Module, case: Case, flops_per_s: float, shards: int) -> tuple[list[Pass], int]:
     """(forward and backward in order, where the backward begins). The root is gathered first and reduced last."""
-    placed, (works, turn, _) = placed_units(model), passes_of(model, case, flops_per_s)
+    placed = [(one.unit, one.place) for one in placed_units(model)]
+    works, turn, _ = passes_of(model, case, flops_per_s)
     ends = [parameter for unit, place in placed if place != "block" for parameter in unit.parameters.values()]
     ends = list({id(parameter): parameter for parameter in ends}.values())
     forward, backward = [], []

@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from rig.fresh import Ran, run_script, torchrun
+from shardwise.estimate.collectives import collective_s, gather_s
+from shardwise.estimate.terms import Terms
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -531,42 +533,11 @@ def scaling(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("scaling")
 
 
-def test_the_model_of_scaling_hides_what_the_computation_is_longer_than(scaling: ModuleType) -> None:
-    terms = scaling.Terms(nvlink=1e9, slowing=0.0, launch=0.0, latency=0.0)
-    half = [scaling.Work(1.0, 10**9)] * 4  # over two ranks a gather takes 0.5 s
-    step = scaling.step_of([*half, *half], 4, 2, 0, terms)
-    assert (step.compute, step.exposed_gathers) == (8.0, 0.5)  # the first, which nothing comes before
-    # 2 s: three more of the forward wait a second each; of the backward the two that stayed do not, the two others do.
-    slow = [scaling.Work(1.0, 4 * 10**9)] * 4
-    step = scaling.step_of([*slow, *slow], 4, 2, 0, terms)
-    assert step.exposed_gathers == pytest.approx(2 + 3 + 2)
-    assert scaling.step_of([*slow, *slow], 4, 1, 0, terms).total == 8.0
-
-
-def test_between_machines_a_collective_takes_what_its_slower_way_takes(scaling: ModuleType) -> None:
-    terms = scaling.Terms(nvlink=100e9, network=1e9, launch=0.0, latency=0.0, network_latency=0.0)
-    assert scaling.collective_s(16 * 10**9, 8, terms) == pytest.approx(14 / 100)
-    assert scaling.collective_s(16 * 10**9, 16, terms) == pytest.approx(8 / 8)
-    assert scaling.collective_s(16 * 10**9, 1, terms) == 0
-
-
-def test_copies_average_over_machines_what_their_groups_have_reduced(scaling: ModuleType) -> None:
-    terms = scaling.Terms(nvlink=100e9, network=1e9, launch=0.0, latency=0.0, network_latency=1.0, slowing=0.0)
-    assert scaling.all_reduce_s(16 * 10**9, 8, 8, terms) == 0
-    # Two machines send and get half of 16 GB twice over 8 cards; one step of a tree there and back.
-    assert scaling.all_reduce_s(16 * 10**9, 8, 16, terms) == pytest.approx(2 + 2)
-    units = [scaling.Work(1.0, 10**9)] * 4
-    passes = [*units, *(scaling.Work(1.0, 10**9, 8 * 10**9) for _ in units)]
-    alone, grouped = (scaling.step_of(passes, 4, ranks, 0, terms, group=8) for ranks in (8, 32))
-    assert (alone.exposed_gathers, alone.slowed) == (grouped.exposed_gathers, grouped.slowed)
-    assert grouped.exposed_reductions > alone.exposed_reductions
-
-
 def test_gathers_of_codes_send_half_over_machines_and_nothing_else_inside_of_one(scaling: ModuleType) -> None:
-    terms = scaling.Terms(nvlink=100e9, network=1e9, launch=0.0, latency=0.0, network_latency=0.0, kernel=0.0)
+    terms = Terms(nvlink=100e9, network=1e9, launch=0.0, latency=0.0, network_latency=0.0, kernel=0.0)
     nbytes = 16 * 2**30
-    assert scaling.gather_s(nbytes, 8, terms, codes=True) == scaling.collective_s(nbytes, 8, terms)
-    exact, codes = (scaling.gather_s(nbytes, 16, terms, codes=codes) for codes in (False, True))
+    assert gather_s(nbytes, 8, terms, codes=True) == collective_s(nbytes, 8, terms)
+    exact, codes = (gather_s(nbytes, 16, terms, codes=codes) for codes in (False, True))
     arithmetic = (45 / 16 + 3) * nbytes / 2 / terms.memory
     assert codes - arithmetic == pytest.approx(exact * 65 / 128)
     case = scaling.CASES["lora8b"].tiny()
@@ -581,7 +552,7 @@ def test_the_model_of_scaling_is_near_what_two_ranks_were_measured_to_take(scali
     case = scaling.CASES["lora8b"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers renames a property that PEFT reads
-        row = scaling.predict(case, 2, scaling.rate_of(case, 0.4845), scaling.Terms())
+        row = scaling.predict(case, 2, scaling.rate_of(case, 0.4845), Terms())
     assert row["step_ms"] == pytest.approx(516.7, rel=0.03)  # docs/log.md, 2026-11-22
     assert row["parts_ms"]["compute"] == pytest.approx(484.5, abs=0.1)
 
@@ -603,7 +574,7 @@ def test_fsdp2_pads_rows_and_ours_does_not(fsdp2: ModuleType) -> None:
 
 
 def test_the_model_of_fsdp2_has_one_lane_and_copies_out(scaling: ModuleType, fsdp2: ModuleType) -> None:
-    terms = scaling.Terms(nvlink=1e9, slowing=0.0, launch=0.0, latency=0.0, memory=4e9)
+    terms = Terms(nvlink=1e9, slowing=0.0, launch=0.0, latency=0.0, memory=4e9)
     forward = [fsdp2.Pass(2.0, 10**9)] * 3  # over two ranks a gather takes 0.5 s, its copy-out 0.5 s
     step = fsdp2.fsdp2_step([*forward, *forward], 2, 0, terms)
     assert (step.compute, step.exposed_gathers) == (6 * 2.0 + 6 * 0.5, 0.5)
@@ -612,15 +583,6 @@ def test_the_model_of_fsdp2_has_one_lane_and_copies_out(scaling: ModuleType, fsd
     step = fsdp2.fsdp2_step(backward, 2, 0, terms)
     assert step.exposed_reductions == 3.0 + 4.0
     assert fsdp2.fsdp2_step(backward, 1, 0, terms).total == 2.0
-
-
-def test_a_lane_of_its_own_lets_the_next_reduction_begin(scaling: ModuleType) -> None:
-    terms = scaling.Terms(nvlink=100e9, network=1e9, launch=0.0, latency=0.0, network_latency=1.0, slowing=0.0)
-    passes = [scaling.Work(1.0, 0, 80 * 10**9)] * 4
-    one, two = (scaling.step_of(passes, 0, 32, 0, terms, group=8, apart=apart) for apart in (False, True))
-    assert one.exposed_reductions - two.exposed_reductions == pytest.approx(
-        3 * scaling.collective_s(80 * 10**9, 8, terms)
-    )
 
 
 @pytest.mark.parametrize("script", ["drive.py", "host_limits.py"])

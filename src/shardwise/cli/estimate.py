@@ -74,7 +74,7 @@ def run_estimate(
     from ..estimate.bytes import Choice, Machine, estimate, estimates
     from ..estimate.steppers import steppers_of, uncompiled
 
-    built = _built(model, asked)
+    built = model_of(model, asked)
     zero = config.zero
     gpus = 0 if config.use_cpu else visible_gpus(config.gpu_ids) or 0
     machine = Machine(gpus, gpu_memory_bytes(), _host(), _disks(config))
@@ -113,7 +113,7 @@ def run_estimate(
     print("\n".join(["", *rows_of(chosen), *disks_of(chosen, machine), "", *table(every, machine, run)]))
 
 
-def _built(model: str, asked: Asked) -> Any:
+def model_of(model: str, asked: Asked) -> Any:
     """The model without memory, with what the flags do to it."""
     from ..estimate.meta_model import Adapters, build_meta_model
 

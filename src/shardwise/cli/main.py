@@ -13,10 +13,30 @@ from typing import Annotated
 
 import typer
 
-from ..errors import ShardwiseError
+from ..errors import ConfigError, ShardwiseError
 from ..version import __version__
 from .flags import with_setting_flags
 from .foreign_flags import instead_of
+from .model_flags import (
+    Attention,
+    Checkpointing,
+    DriveRate,
+    DriveSize,
+    GpuMemory,
+    GpuName,
+    Gpus,
+    HostMemory,
+    LinkRate,
+    LoadedDtype,
+    LoraR,
+    ModulesToSave,
+    NetworkRate,
+    OptimizerArgs,
+    OptimizerName,
+    Quantize,
+    SequenceLength,
+    TargetModules,
+)
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -162,39 +182,16 @@ def estimate_command(
         str, typer.Argument(metavar="MODEL", help="A hub id, a directory with a config.json, or such a file.")
     ],
     config_file: ConfigFile = None,
-    lora_r: Annotated[
-        str | None, typer.Option("--lora_r", metavar="N", help="LoRA of this rank; default: every weight is trained.")
-    ] = None,
-    target_modules: Annotated[
-        str, typer.Option("--target_modules", metavar="NAMES", help="What LoRA adapts, with commas.")
-    ] = "all-linear",
-    modules_to_save: Annotated[
-        str | None, typer.Option("--modules_to_save", metavar="NAMES", help="Modules trained whole beside LoRA.")
-    ] = None,
-    quantize: Annotated[
-        str | None, typer.Option("--quantize", metavar="8bit|4bit", help="Frozen linear weights as codes and scales.")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", metavar="fp32|bf16|fp16", help="Of the loaded weights; default: the model's."),
-    ] = None,
-    sequence_length: Annotated[
-        str | None,
-        typer.Option("--sequence_length", metavar="N", help="Count activations too, for --micro_batch_size sequences."),
-    ] = None,
-    checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Every block is recomputed in the backward.")
-    ] = False,
-    attention: Annotated[str, typer.Option("--attention", metavar="sdpa|eager")] = "sdpa",
-    optimizer: Annotated[
-        str,
-        typer.Option(
-            "--optimizer", metavar="NAME", help="A known one, module:Class, or A+B: A for matrices, B for the rest."
-        ),
-    ] = "AdamW",
-    optimizer_args: Annotated[
-        str | None, typer.Option("--optimizer_args", metavar="K=V,...", help="What it is made with, as momentum=0.9.")
-    ] = None,
+    lora_r: LoraR = None,
+    target_modules: TargetModules = "all-linear",
+    modules_to_save: ModulesToSave = None,
+    quantize: Quantize = None,
+    dtype: LoadedDtype = None,
+    sequence_length: SequenceLength = None,
+    checkpointing: Checkpointing = False,
+    attention: Attention = "sdpa",
+    optimizer: OptimizerName = "AdamW",
+    optimizer_args: OptimizerArgs = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print the bytes that a model needs under each plan, by role and tier, before anything is loaded."""
@@ -213,6 +210,66 @@ def estimate_command(
         optimizer_args=optimizer_args,
     )
     run_estimate(model, settings, asked, config_file=config_file, as_json=as_json)
+
+
+@app.command(name="plan")
+@with_setting_flags
+def plan_command(
+    settings: dict[str, str | bool],
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A hub id, a directory with a config.json, or such a file.")
+    ] = None,
+    config_file: ConfigFile = None,
+    gpus: Gpus = None,
+    gpu: GpuName = None,
+    gpu_memory: GpuMemory = None,
+    host_memory: HostMemory = None,
+    link: LinkRate = None,
+    network: NetworkRate = None,
+    nvme: DriveSize = None,
+    drive: DriveRate = None,
+    tokens: Annotated[str | None, typer.Option("--tokens", metavar="N", help="Of the whole run, as 1B: hours.")] = None,
+    write: Annotated[
+        str | None, typer.Option("--write", metavar="FILE", help="Write the YAML of the fastest plan that fits.")
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine's rates, and keep them.")] = False,
+    lora_r: LoraR = None,
+    target_modules: TargetModules = "all-linear",
+    modules_to_save: ModulesToSave = None,
+    quantize: Quantize = None,
+    dtype: LoadedDtype = None,
+    sequence_length: SequenceLength = None,
+    checkpointing: Checkpointing = False,
+    attention: Attention = "sdpa",
+    optimizer: OptimizerName = "AdamW",
+    optimizer_args: OptimizerArgs = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print every plan of a model on a machine: bytes, time of a step, what bounds it; the fastest one's YAML on request."""
+    from .estimate import Asked
+    from .plan import Wanted, run_measure, run_plan
+    from .plan_machine import MachineAsked
+
+    on = MachineAsked(gpus, gpu, gpu_memory, host_memory, link, network, nvme, drive)
+    if measure:
+        run_measure(settings, config_file, on)
+    if model is None:
+        if measure:
+            return
+        raise ConfigError("MODEL is missing: a hub id, a directory with a config.json, or such a file")
+    asked = Asked(
+        lora_r=lora_r,
+        target_modules=target_modules,
+        modules_to_save=modules_to_save,
+        quantize=quantize,
+        dtype=dtype,
+        sequence_length=sequence_length,
+        attention=attention,
+        checkpointing=checkpointing,
+        optimizer=optimizer,
+        optimizer_args=optimizer_args,
+    )
+    run_plan(model, settings, asked, on, Wanted(tokens, write, as_json), config_file)
 
 
 @app.command(name="env")

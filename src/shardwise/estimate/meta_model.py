@@ -61,6 +61,16 @@ def build_meta_model(
     return model
 
 
+def small_decoder(device: str) -> nn.Module:
+    """A Llama of four small blocks, in training mode: the host does for it what it does for a large one."""
+    transformers = _transformers()
+    shape = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
+    config = transformers.LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2)
+    with torch.device(device):
+        model: nn.Module = transformers.LlamaForCausalLM(config)
+    return model.train()
+
+
 def quantise(model: nn.Module, bits: str) -> None:
     """Put codes and scales in the place of every frozen linear weight but the head's. An estimate of what libraries keep.
 
