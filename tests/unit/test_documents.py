@@ -417,6 +417,7 @@ def test_an_archive_of_torch_whose_records_are_too_short_or_compressed_is_not_re
 # Files of the kernel, and what this run's own processes tell each other, which are what they are.
 ALLOWED = {
     "config.machine": {"read_text"},
+    "config.drives": {"read_text"},
     "cli.many": {"read_bytes"},
     "cli.machines": {"loads"},
     "config.launchers": {"loads"},

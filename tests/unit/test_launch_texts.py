@@ -146,6 +146,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("shardwise.config.drives.not_nvme", lambda path: None)
     monkeypatch.setattr("shardwise.cli.launch_plan.interface_towards", lambda address: "eth0")
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)), raising=False)
     monkeypatch.chdir(tmp_path)

@@ -7,8 +7,8 @@ from typing import Annotated
 import pytest
 
 from shardwise.cli import flags
-from shardwise.cli.config import QUESTIONS
 from shardwise.cli.flags import FLAGS
+from shardwise.cli.questions import QUESTIONS
 from shardwise.compat.deepspeed.settings import read
 from shardwise.config.agreement import keys_of_schema
 from shardwise.config.check import check, merged

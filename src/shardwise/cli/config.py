@@ -1,201 +1,97 @@
-"""`shardwise config`: the guide's questions, one by one, and the YAML file that they lead to.
+"""`shardwise config`: a form of the guide's questions, and the YAML file that it fills in.
 
-The questions are a table. Each has a key of the schema, which has its words, a default, and a condition on the answers so
-far. A flag answers its question beforehand; without a terminal flags must answer all that apply, or `--default` the
-rest. An answer is checked when it is given, by the same schema that checks a file.
+A flag answers its question beforehand, and a file that is there answers it by default. Without a terminal the same questions
+come line by line, and what is read are lines of the input. Nothing is written before the last page was agreed to, or, after
+a Ctrl-C, the offer to write what was answered.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
 
-from ..config.check import check
-from ..config.machine import visible_gpus
-from ..config.offloads import DEVICES, directories_of
-from ..config.resolve import resolve
-from ..config.rules import notes
-from ..config.schema import Config, every_setting, key_of, value_of
-from ..config.setting import Wording, setting_of
-from ..config.yaml_file import default_file, write_yaml
-from ..errors import ConfigError
-
-Answers = dict[str, Any]
-USE_ZERO = "use_zero"  # the one question that is not a key: it decides distributed_type
-USE_JSON = "use_json"
-CLIP = "clip"
-_HELPERS = (USE_ZERO, USE_JSON, CLIP)
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question of the dialogue.
-
-    name:    the setting that it answers, whose words are the schema's (or one of `_HELPERS`).
-    default: from the answers so far.
-    when:    does it apply to the answers so far?
-    words:   text, help and choices; with choices it is answered with the arrow keys, else a bool default makes it yes or no,
-             else a line is typed.
-    """
-
-    name: str
-    default: Callable[[Answers], Any]
-    when: Callable[[Answers], bool]
-    words: Wording
-
-
-def _several(answers: Answers) -> bool:
-    return int(answers["num_machines"]) > 1
-
-
-def _zero(answers: Answers) -> bool:
-    return bool(answers[USE_ZERO])
-
-
-def _by_hand(answers: Answers) -> bool:
-    return _zero(answers) and not answers[USE_JSON]
-
-
-def _stage(answers: Answers) -> int:
-    return int(answers["zero_stage"]) if _by_hand(answers) else -1
-
-
-def _one_for_each_gpu(answers: Answers) -> int:
-    gpus = visible_gpus(answers.get("gpu_ids"))
-    return int(answers["num_machines"]) * (1 if answers["use_cpu"] else gpus or 1)
-
-
-def _question(
-    name: str,
-    default: Callable[[Answers], Any],
-    when: Callable[[Answers], bool] = lambda answers: True,
-    words: Wording | None = None,
-) -> Question:
-    words = words or _WORDS[name]
-    assert words is not None, f"the schema has no question for {name}"
-    return Question(name, default, when, words)
-
-
-_WORDS = {key[-1]: setting_of(info).asked for key, info in every_setting()}
-
-# The dialogue: its order, and what its answers so far mean for the next question.
-QUESTIONS: tuple[Question, ...] = (
-    _question("use_cpu", lambda answers: visible_gpus() == 0),
-    _question("num_machines", lambda answers: 1),
-    _question("machine_rank", lambda answers: 0, _several),
-    _question("main_process_ip", lambda answers: "", _several),
-    _question("main_process_port", lambda answers: 29500, _several),
-    _question("same_network", lambda answers: True, _several),
-    _question("rdzv_backend", lambda answers: "static", _several),
-    _question("debug", lambda answers: False),
-    _question(
-        USE_ZERO,
-        lambda answers: True,
-        words=Wording(
-            "Shard the training state over the processes (ZeRO)?",
-            "Needed for models that do not fit; written as DEEPSPEED, the name that this schema has for it.",
-        ),
-    ),
-    _question(
-        USE_JSON,
-        lambda answers: False,
-        _zero,
-        Wording(
-            "Take the ZeRO settings from a DeepSpeed JSON file?",
-            "Yes only if you have one; the questions that it answers are skipped.",
-        ),
-    ),
-    _question("deepspeed_config_file", lambda answers: "", lambda answers: _zero(answers) and answers[USE_JSON]),
-    _question("zero_stage", lambda answers: 3, _by_hand),
-    _question("shard_group", lambda answers: "world", lambda answers: _several(answers) and _stage(answers) >= 1),
-    _question("offload_optimizer_device", lambda answers: "none", lambda answers: _stage(answers) >= 1),
-    _question(
-        "offload_optimizer_nvme_path",
-        lambda answers: "/local_nvme",
-        lambda answers: _stage(answers) >= 1 and DEVICES[answers["offload_optimizer_device"]].on_disk,
-    ),
-    _question("offload_param_device", lambda answers: "none", lambda answers: _stage(answers) == 3),
-    _question(
-        "offload_param_nvme_path",
-        lambda answers: ",".join(directories_of(answers.get("offload_optimizer_nvme_path"))) or "/local_nvme",
-        lambda answers: _stage(answers) == 3 and DEVICES[answers["offload_param_device"]].on_disk,
-    ),
-    _question("gradient_accumulation_steps", lambda answers: 1, _by_hand),
-    _question(
-        CLIP,
-        lambda answers: False,
-        _by_hand,
-        Wording("Clip gradients?", "Scales all gradients down when their global norm is above a value."),
-    ),
-    _question("gradient_clipping", lambda answers: 1.0, lambda answers: _by_hand(answers) and answers[CLIP]),
-    _question("zero3_save_16bit_model", lambda answers: True, lambda answers: _stage(answers) == 3),
-    _question("zero3_init_flag", lambda answers: False, lambda answers: _stage(answers) == 3),
-    _question("gpu_ids", lambda answers: "all", lambda answers: not answers["use_cpu"]),
-    _question("num_processes", _one_for_each_gpu),
-    _question(
-        "mixed_precision",
-        lambda answers: "no" if answers["use_cpu"] else "bf16",
-        lambda answers: not (_zero(answers) and answers[USE_JSON]),
-    ),
+from ..config.check import checked, sound
+from ..config.machine import (
+    gpu_memory_bytes,
+    gpu_names,
+    host_memory_bytes,
+    memory_limit_bytes,
+    usable_cores,
+    visible_gpus,
 )
+from ..config.resolve import Resolution, resolve
+from ..config.rules import notes
+from ..config.schema import Config, Key, every_setting, key_of
+from ..config.yaml_file import SettingsFile, default_file, read_yaml, write_yaml
+from ..errors import ConfigError
+from .asking import Asker, EndOfInput, InLines, InTerminal, has_terminal
+from .filling import Interrupted, fill, remarks
+from .form import Existing, Form, at, normal, problem_with
+from .questions import CLIP, USE_JSON, USE_ZERO, Answers, Typed, as_text
+from .recommending import Recommender
 
-Ask = Callable[[Question, Any, Callable[[Any], str | None]], Any]
+_NOBODY = Typed()
 
 
 def run_config(
-    settings: Mapping[str, str | bool], *, config_file: str | None = None, take_defaults: bool = False
+    settings: Mapping[str, str | bool],
+    *,
+    config_file: str | None = None,
+    take_defaults: bool = False,
+    update: bool = False,
+    typed: Typed = _NOBODY,
 ) -> None:
-    """Ask, check, write. Raises ConfigError; KeyboardInterrupt (Ctrl-C) leaves the file as it was."""
-    path = config_file or str(default_file())
-    ask: Ask | None = None
-    if not take_defaults and sys.stdin.isatty() and sys.stdout.isatty():
-        ask = ask_in_terminal
-    config = answer(settings, ask=ask, take_defaults=take_defaults)
-    write_yaml(config, path)
-    for note in notes(config):
-        print(f"note: {note}", file=sys.stderr)
-    print(f"configuration written to {path}")
-    print(f"next: shardwise launch {f'--config_file {path} ' if config_file else ''}SCRIPT")
-
-
-def answer(settings: Mapping[str, str | bool], *, ask: Ask | None, take_defaults: bool) -> Config:
-    """The Config of the flags `settings` and, for what they do not say, of `ask` or of the defaults."""
-    # A wrong flag is told before the first question, not after the last.
-    flags = resolve(settings).config if settings else None
-    answers: Answers = _implied(settings)
-    missing: list[str] = []
-    if flags is not None and flags.use_cpu:
-        answers["use_cpu"] = True
-    for question in QUESTIONS:
-        name = question.name
-        if name in answers or not question.when(answers):
-            continue
-        default = question.default(answers)
-        if name in settings:
-            answers[name] = _normal(flags, name, settings[name])
-        elif ask is not None:
-            answers[name] = ask(question, default, partial(problem_with, name))
-        else:
-            if not take_defaults and name not in _HELPERS:
-                missing.append(f"--{name}")
-            answers[name] = default
-    if missing:
+    """Ask, check, write. Raises ConfigError; after a Ctrl-C KeyboardInterrupt, unless what was answered is written."""
+    if take_defaults and update:
         raise ConfigError(
-            f"there is no terminal to ask in; give {', '.join(missing)}, or add --default to take the default for these"
+            "--default and --update contradict each other: one begins anew, the other keeps what is there"
         )
-    given = {name: value for name, value in answers.items() if name not in _HELPERS and value not in (None, "")}
-    given.update(settings)
-    if "distributed_type" not in given:
-        several = int(given.get("num_processes", 1)) > 1
-        plain = ("MULTI_CPU" if answers["use_cpu"] else "MULTI_GPU") if several else "NO"
-        given["distributed_type"] = "DEEPSPEED" if answers[USE_ZERO] else plain
-    if given.get("gpu_ids") == "all":
-        del given["gpu_ids"]
-    config = resolve(given).config
-    return config if config.num_machines > 1 else config.model_copy(update={"machine_rank": 0})
+    path = Path(config_file) if config_file else default_file()
+    existing = Existing.of(read_yaml(path)) if path.is_file() and not take_defaults else None
+    if update and existing is None:
+        raise ConfigError(f"{path}: there is no such file to update; leave out --update to make it")
+    form = form_of(settings, existing, typed)
+    if take_defaults or update:
+        config = finished(form, path)
+        plan = form.plan(form.state())
+        print("".join(f"{text}\n" for text in (plan.said if plan else ())), end="")
+        _write(form, config, path)
+        return
+    asker: Asker = InTerminal() if has_terminal() else InLines()
+    try:
+        _begin(asker, form, path)
+        fill(form, asker, path)
+    except EndOfInput:
+        raise ConfigError(_unanswered(form)) from None
+    except Interrupted as stop:
+        if not _offer(form, asker, path, stop):
+            raise KeyboardInterrupt from None
+        return
+    _write(form, finished(form, path), path)
+
+
+def form_of(settings: Mapping[str, str | bool], existing: Existing | None = None, typed: Typed = _NOBODY) -> Form:
+    """The form with its flags filled in. Raises ConfigError for flags that are wrong or contradict one another."""
+    wrong = [f"--{name}: {text}" for name, value in settings.items() if (text := problem_with(name, value))]
+    if typed.model is None and any((typed.lora_r, typed.quantize, typed.sequence_length)):
+        wrong.append("--lora_r, --quantize and --sequence_length are of the model that --model names; add it")
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    flags = {name: normal(name, value) for name, value in settings.items()}
+    recommender = Recommender(typed.lora_r, typed.quantize)
+    form = Form(existing, {**_implied(settings), **flags, **typed.answers()}, recommender)
+    told = []
+    for problem in form.problems({name: form.answers[name] for name in form.answers}):
+        # What a question may still answer is not wrong yet.
+        if all(key[-1] in settings for key in (problem.key, *problem.also)):
+            told.append(f"--{problem.key[-1]}: {problem.text}")
+    if told:
+        raise ConfigError("\n".join(told))
+    if typed.model is not None and (why := recommender.problem(typed.model)):
+        raise ConfigError(f"--model: {why}")
+    return form
 
 
 def _implied(settings: Mapping[str, str | bool]) -> Answers:
@@ -204,8 +100,8 @@ def _implied(settings: Mapping[str, str | bool]) -> Answers:
     kind = str(settings.get("distributed_type", "")).upper()
     if kind:
         answers[USE_ZERO] = kind == "DEEPSPEED"
-        if kind in ("MULTI_CPU", "MULTI_GPU"):
-            answers["use_cpu"] = settings.get("use_cpu", kind == "MULTI_CPU")
+        if kind in ("MULTI_CPU", "MULTI_GPU") and "use_cpu" not in settings:
+            answers["use_cpu"] = kind == "MULTI_CPU"
     if any(key_of(name)[0] == "deepspeed_config" and name != "gradient_accumulation_steps" for name in settings):
         answers.setdefault(USE_ZERO, True)
     if "deepspeed_config_file" in settings:
@@ -213,40 +109,121 @@ def _implied(settings: Mapping[str, str | bool]) -> Answers:
     elif "zero_stage" in settings:
         answers[USE_JSON] = False
     if "gradient_clipping" in settings:
-        answers[CLIP] = True
+        answers[CLIP] = normal("gradient_clipping", settings["gradient_clipping"]) is not None
     return answers
 
 
-def _normal(flags: Config | None, name: str, typed: str | bool) -> Any:
-    """A flag's value as the schema reads it: "3" is 3."""
-    assert flags is not None
-    found = value_of(flags, name)
-    return typed if found is None else found
+def finished(form: Form, path: Path) -> Config:
+    """The Config of the answers, and of defaults for the others. Raises ConfigError with a line for each problem."""
+    state = form.state()
+    values = form.values(state)
+
+    def name(key: Key) -> str:
+        return f"--{key[-1]}" if key[-1] in form.typed else f"{path}: {'.'.join(key)}"
+
+    if not state.get(USE_JSON):
+        config = checked(values, name)
+    else:
+        lines = form.existing.settings.lines if form.existing else {}
+        kept = {key: line for key, line in lines.items() if at(form.kept, key) is not None}
+        config = resolve({}, SettingsFile(str(path), values, kept)).config
+    return config if config.num_machines > 1 else config.model_copy(update={"machine_rank": 0})
 
 
-def problem_with(name: str, value: Any) -> str | None:
-    """What is wrong with an answer by itself, or None."""
-    if name in _HELPERS:
-        return None
-    if name in ("main_process_ip", "deepspeed_config_file") and not str(value).strip():
-        return "an answer is needed here"
-    key = key_of(name)
-    values: dict[str, Any] = {key[0]: {key[1]: value} if len(key) > 1 else value}
-    _, problems = check(values)
-    return next((problem.text for problem in problems if problem.key == key and not problem.also), None)
+def _begin(asker: Asker, form: Form, path: Path) -> None:
+    asker.say(machine_text())
+    if form.existing is not None:
+        asker.say(f"{path} is there: its values are the defaults, and what no question asks for is kept.")
+        for problem in form.existing.problems:
+            asker.say(f"! not taken over: {problem}")
+    asker.say("Enter takes the default, `back` (or Esc) the question before; nothing is written before the last page.")
 
 
-def ask_in_terminal(question: Question, default: Any, wrong: Callable[[Any], str | None]) -> Any:
-    """Put one question: arrow keys for choices, y or n, or a line of text that is asked again until it fits."""
-    import questionary
+def machine_text() -> str:
+    """What this machine has, in one sentence."""
+    count, memory, names = visible_gpus(), gpu_memory_bytes(), gpu_names()
+    kind = f" ({names[0].split(': ', 1)[-1].split(' (UUID')[0]}" if names else ""
+    size = f"{', ' if kind else ' ('}{memory / 2**30:.0f} GiB" if memory else ""
+    gpus = f"{count} GPU(s){kind}{size}{')' if kind or size else ''}" if count else "no GPU"
+    if count is None:
+        gpus = "GPUs that only torch can count"
+    host = min((found for found in (host_memory_bytes(), memory_limit_bytes()) if found is not None), default=None)
+    hosted = "" if host is None else f", {host / 2**30:.0f} GiB of memory"
+    return f"This machine: {gpus}{hosted}, {usable_cores()} cores."
 
-    words = question.words
-    print(f"\n  {words.help}")
-    if words.choices:
-        choices = [questionary.Choice(text, value=value) for value, text in words.choices.items()]
-        first = next(choice for choice in choices if choice.value == default)
-        return questionary.select(words.text, choices=choices, default=first).unsafe_ask()
-    if isinstance(default, bool):
-        return questionary.confirm(words.text, default=default).unsafe_ask()
-    reply = questionary.text(words.text, default=str(default), validate=lambda text: wrong(text) or True).unsafe_ask()
-    return reply.strip()
+
+def _write(form: Form, config: Config, path: Path, left: list[str] | None = None) -> None:
+    """Write the file, and say what was done and what it means."""
+    there = path.is_file()
+    gone = form.left_out(config)
+    if there and form.existing is None:
+        old = path.with_name(f"{path.name}.old")
+        try:
+            shutil.copyfile(path, old)
+        except OSError as error:
+            raise ConfigError(f"{old}: cannot be written: {error.strerror}") from None
+        print(f"note: {path} was there; what it said is in {old}", file=sys.stderr)
+    write_yaml(config, path, also=form.existing.settings if form.existing else None)
+    for text in (f"left out, because it has no meaning beside these answers: {name}" for name in gone):
+        print(f"note: {text}", file=sys.stderr)
+    for note in [*remarks(form), *notes(config)]:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"configuration written to {path}")
+    for text in left or ():
+        print(f"missing: {text}", file=sys.stderr)
+    if not left:
+        named = f"--config_file {path} " if path != default_file() else ""
+        print(f"next: shardwise launch {named}SCRIPT")
+
+
+def _unanswered(form: Form) -> str:
+    """Which flags say what the input did not."""
+    open_ones = [f"--{q.name}" for q, _ in form.walk() if q.name not in form.answers and q.needed and not q.is_helper]
+    return (
+        f"the input ended before all was answered, and nothing was written; give {', '.join(open_ones)}, or add --default to "
+        "take the defaults"
+        if open_ones
+        else "the input ended on the last page, and nothing was written; add --default to write without it"
+    )
+
+
+def _offer(form: Form, asker: Asker, path: Path, stop: Interrupted) -> bool:
+    """After a Ctrl-C: say where it came and that nothing is written, and offer what was answered. True if it is written."""
+    asker.say()
+    state = "as it was" if path.is_file() else "not written"
+    asker.say(f"Interrupted {stop}; {path} is {state}.")
+    answered = [name for name in form.answers if name not in form.typed]
+    if not answered:
+        return False
+    form.settle()
+    config, _ = sound(form.values(form.state()))
+    missing = [f"{'.'.join(problem.key)}: {problem.text}" for problem in form.problems()]
+    rest = "what the file said" if form.existing else "the defaults"
+    try:
+        asker.say(f"It could have the {len(answered)} answer(s) so far, and {rest} for the others.")
+        for text in missing:
+            asker.say(f"! launch will refuse it: {text}")
+        if not asker.agrees(f"Write {path} so?", default=False):
+            return False
+    except (KeyboardInterrupt, EndOfInput):
+        return False
+    _write(form, config, path, missing)
+    return True
+
+
+def show(file: str | None) -> None:
+    """Print what a file says, key by key with its line, and how many keys have their defaults. Raises ConfigError."""
+    path = Path(file) if file else default_file()
+    if not file and not path.is_file():
+        raise ConfigError(f"{path}: there is no such file; `shardwise config` makes it")
+    found: Resolution = resolve({}, path)
+    full = found.config.model_dump(mode="json")
+    # What a DeepSpeed JSON says, or what follows from something else, has that in the place of a line.
+    rows = [(found.origins[key].removeprefix(f"{path}:"), key) for key, _ in every_setting() if key in found.origins]
+    print(f"{path}: line, setting, value")
+    for line, key in sorted(rows, key=lambda row: (not row[0].isdigit(), int(row[0]) if row[0].isdigit() else 0)):
+        print(f"{line:>4}  {'.'.join(key)} = {as_text(at(full, key))}")
+    rest = len(list(every_setting())) - len(rows)
+    print(f"{rest} others have their defaults; `shardwise launch --dry_run` shows all.")
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)

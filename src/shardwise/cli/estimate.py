@@ -71,19 +71,20 @@ def run_estimate(
     asked.check()
 
     # From here on it takes seconds: torch is imported.
-    from ..estimate.bytes import Choice, Machine, estimate, estimates
+    from ..estimate.bytes import Choice, estimate, estimates
+    from ..estimate.recommending import recommended
     from ..estimate.steppers import steppers_of, uncompiled
 
     built = model_of(model, asked)
     zero = config.zero
-    gpus = 0 if config.use_cpu else visible_gpus(config.gpu_ids) or 0
-    machine = Machine(gpus, gpu_memory_bytes(), _host(), _disks(config))
-    run = run_of(config, asked, gpus)
+    machine = machine_of(config)
+    run = run_of(config, asked, machine.gpus)
     wanted = named(asked.optimizer, asked.optimizer_args)
     with uncompiled(wanted):
         run = replace(run, steppers=steppers_of(built, wanted))
         choice = Choice(zero.zero_stage, zero.offload_optimizer_device, zero.offload_param_device)
         chosen, every = estimate(built, choice, run), estimates(built, run)
+        best = recommended(built, run, machine)
     total, trained = _counts(built)
     if as_json:
         facts = {
@@ -98,6 +99,7 @@ def run_estimate(
             "quantize": asked.quantize,
             "plan": {**chosen.as_values(), "shortages": machine.shortages(chosen, run)},
             "disks": {disk.name: {"free": disk.free_nbytes, "taken": disk.taken(chosen)} for disk in machine.disks},
+            "recommended": None if best is None else {**best.found.as_values(), "recomputes": best.recomputes},
             "plans": [{**found.as_values(), "shortages": machine.shortages(found, run)} for found in every],
         }
         print(json.dumps(facts, indent=1))
@@ -111,6 +113,15 @@ def run_estimate(
     if asked.quantize:
         print(f"the frozen linear weights in {asked.quantize}: codes and scales as an estimate of what libraries keep")
     print("\n".join(["", *rows_of(chosen), *disks_of(chosen, machine), "", *table(every, machine, run)]))
+    print(f"recommended: {best or 'none of these fits this machine'}")
+
+
+def machine_of(config: Config) -> Machine:
+    """This machine, as far as it can be told, with the GPUs that the run may use."""
+    from ..estimate.bytes import Machine
+
+    gpus = 0 if config.use_cpu else visible_gpus(config.gpu_ids) or 0
+    return Machine(gpus, gpu_memory_bytes(), _host(), _disks(config))
 
 
 def model_of(model: str, asked: Asked) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 _HOSTFILE = "give the file to --hostfile, and leave hosts out of it that are not to be used"
 _CLOUD = "cloud services are not supported; start the script on the machine itself"
 _TPU = "TPUs are not supported"
@@ -48,3 +50,20 @@ def instead_of(flag: str) -> str | None:
     if name in _INSTEAD:
         return _INSTEAD[name]
     return next((text for beginning, text in _BEGINNINGS.items() if name.startswith(beginning)), None)
+
+
+def usage_error(error: Exception, text: str) -> str:
+    """A parser's error in one line of ours; an unknown flag gets the nearest known one."""
+    typed = getattr(error, "option_name", None)
+    known = getattr(getattr(error, "ctx", None), "command", None)
+    instead = instead_of(typed) if isinstance(typed, str) else None
+    if type(error).__name__ == "NoSuchOption" and instead is not None:
+        return f"{typed}: {instead}."
+    if type(error).__name__ != "NoSuchOption" or not isinstance(typed, str) or known is None:
+        return text[:1].lower() + text[1:]
+    names = {
+        name.lstrip("-"): name for parameter in known.params for name in (*parameter.opts, *parameter.secondary_opts)
+    }
+    close = difflib.get_close_matches(typed.lstrip("-").replace("-", "_"), list(names), n=1)
+    hint = f"; did you mean {names[close[0]]}?" if close else "; see --help. Flags of the script come after it."
+    return f"{typed}: unknown flag{hint}"

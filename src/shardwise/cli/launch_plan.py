@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..config.check import checked
+from ..config.drives import drive_notes
 from ..config.launchers import LOOPBACK
 from ..config.machine import environment_value, interface_towards, physical_gpus, usable_cores, visible_gpus
 from ..config.resolve import Resolution
@@ -274,7 +275,7 @@ def make_plan(
     return LaunchPlan(
         config=config,
         origins=origins,
-        notes=notes,
+        notes=[*notes, *drive_notes(config)],
         script=script,
         how=how,
         arguments=list(arguments or []),

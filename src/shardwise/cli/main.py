@@ -6,7 +6,6 @@ subcommand's own imports happen when it is called, so that `shardwise --help` an
 
 from __future__ import annotations
 
-import difflib
 import signal
 import sys
 from typing import Annotated
@@ -15,8 +14,10 @@ import typer
 
 from ..errors import ConfigError, ShardwiseError
 from ..version import __version__
+from .config_command import ConfigFile, config_app
 from .flags import with_setting_flags
-from .foreign_flags import instead_of
+from .foreign_flags import usage_error
+from .helping import Command, Group
 from .model_flags import (
     Attention,
     Checkpointing,
@@ -45,7 +46,9 @@ app = typer.Typer(
     name="shardwise",
     help="Train transformers that do not fit: ZeRO-1/2/3 and offload on torch.distributed.",
     no_args_is_help=True,
-    add_completion=False,
+    cls=Group,
+    rich_markup_mode=None,  # whole names in --help: helping.py
+    add_completion=False,  # its scripts start Python at every TAB: completion.py
     pretty_exceptions_enable=False,
     context_settings={
         "help_option_names": ["-h", "--help"],
@@ -70,10 +73,7 @@ def _top(
     pass
 
 
-ConfigFile = Annotated[
-    str | None,
-    typer.Option("--config_file", metavar="FILE", help="The YAML file. Default: in the user's cache."),
-]
+app.add_typer(config_app, name="config")
 
 
 Tee = Annotated[
@@ -103,22 +103,9 @@ SlurmScript = Annotated[
 ]
 
 
-@app.command(name="config")
-@with_setting_flags
-def config_command(
-    settings: dict[str, str | bool],
-    config_file: ConfigFile = None,
-    default: Annotated[
-        bool, typer.Option("--default", help="Ask nothing: flags, and defaults for what they do not say.")
-    ] = False,
-) -> None:
-    """Ask a few questions and write the answers to a YAML file for `launch`."""
-    from .config import run_config
-
-    run_config(settings, config_file=config_file, take_defaults=default)
-
-
-@app.command(name="launch", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False})
+@app.command(
+    name="launch", cls=Command, context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False}
+)
 @with_setting_flags
 def launch_command(
     settings: dict[str, str | bool],
@@ -174,7 +161,7 @@ def launch_command(
     )
 
 
-@app.command(name="estimate")
+@app.command(name="estimate", cls=Command)
 @with_setting_flags
 def estimate_command(
     settings: dict[str, str | bool],
@@ -212,7 +199,7 @@ def estimate_command(
     run_estimate(model, settings, asked, config_file=config_file, as_json=as_json)
 
 
-@app.command(name="plan")
+@app.command(name="plan", cls=Command)
 @with_setting_flags
 def plan_command(
     settings: dict[str, str | bool],
@@ -272,7 +259,7 @@ def plan_command(
     run_plan(model, settings, asked, on, Wanted(tokens, write, as_json), config_file)
 
 
-@app.command(name="env")
+@app.command(name="env", cls=Command)
 def env_command(config_file: ConfigFile = None) -> None:
     """Print what a bug report needs: versions, machine, configuration."""
     from .env import run_env
@@ -287,7 +274,7 @@ Dtype = Annotated[
 ShardSize = Annotated[str, typer.Option("--max_shard_size", metavar="SIZE", help="Largest size of one file.")]
 
 
-@app.command(name="merge")
+@app.command(name="merge", cls=Command)
 def merge_command(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Directory of the base model.")],
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Directory of the adapter, as PEFT writes it.")],
@@ -301,7 +288,7 @@ def merge_command(
     run_merge(base, adapter, output, dtype=dtype, max_shard_size=max_shard_size)
 
 
-@app.command(name="export")
+@app.command(name="export", cls=Command)
 def export_command(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A directory that save_state has written.")],
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Where the files are written.")],
@@ -315,7 +302,7 @@ def export_command(
     run_export(checkpoint, output, model=model, dtype=dtype, max_shard_size=max_shard_size)
 
 
-@app.command(name="import")
+@app.command(name="import", cls=Command)
 def import_command(
     source: Annotated[
         str, typer.Argument(metavar="SOURCE", help="A DeepSpeed checkpoint, or a directory of accelerate's save_state.")
@@ -336,7 +323,7 @@ def import_command(
     run_import(source, output, names=names)
 
 
-@app.command(name="report")
+@app.command(name="report", cls=Command)
 def report_command(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The directory with a run's metrics.jsonl, or that file.")],
     output: Annotated[
@@ -349,6 +336,18 @@ def report_command(
     run_report(run, output)
 
 
+@app.command(name="completion", cls=Command)
+def completion_command(
+    context: typer.Context,
+    shell: Annotated[str, typer.Argument(metavar="bash|zsh|fish", help="Whose script.")],
+) -> None:
+    """Print a script for a shell, which then completes commands, flags and their values."""
+    from .completion import script_of, words_of
+
+    assert context.parent is not None
+    print(script_of(shell, words_of(context.parent.command, context)), end="")
+
+
 def complain(text: str) -> None:
     """Each line of `text` on stderr as an error of its own."""
     for line in text.splitlines() or ["unknown error"]:
@@ -358,7 +357,7 @@ def complain(text: str) -> None:
 def run(arguments: list[str] | None = None) -> int:
     """Run the command and give its exit code."""
     try:
-        code = app(args=arguments, standalone_mode=False)
+        code = app(args=arguments, prog_name="shardwise", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except ShardwiseError as error:
         complain(str(error))
@@ -380,25 +379,8 @@ def run(arguments: list[str] | None = None) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(told())
             return USAGE_ERROR
-        complain(_usage_error(error, " ".join(str(told()).split())))
+        complain(usage_error(error, " ".join(str(told()).split())))
         return USAGE_ERROR
-
-
-def _usage_error(error: Exception, text: str) -> str:
-    """A parser's error in one line of ours; an unknown flag gets the nearest known one."""
-    typed = getattr(error, "option_name", None)
-    known = getattr(getattr(error, "ctx", None), "command", None)
-    instead = instead_of(typed) if isinstance(typed, str) else None
-    if type(error).__name__ == "NoSuchOption" and instead is not None:
-        return f"{typed}: {instead}."
-    if type(error).__name__ != "NoSuchOption" or not isinstance(typed, str) or known is None:
-        return text[:1].lower() + text[1:]
-    names = {
-        name.lstrip("-"): name for parameter in known.params for name in (*parameter.opts, *parameter.secondary_opts)
-    }
-    close = difflib.get_close_matches(typed.lstrip("-").replace("-", "_"), list(names), n=1)
-    hint = f"; did you mean {names[close[0]]}?" if close else "; see --help. Flags of the script come after it."
-    return f"{typed}: unknown flag{hint}"
 
 
 def main() -> None:

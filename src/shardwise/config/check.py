@@ -44,21 +44,28 @@ def nearest(word: str, known: list[str]) -> str:
 
 def check(values: Mapping[str, Any]) -> tuple[Config | None, list[Problem]]:
     """The Config of `values` and no problem, or None and every problem found."""
-    values = _without_legacy(values)
-    try:
-        config = Config.model_validate(values)
-        problems: list[Problem] = []
-    except ValidationError as error:
-        problems = _problems(error)
-        rest = values
-        for problem in problems:
-            rest = _dropped(rest, problem.key)
-        config = Config.model_validate(rest)
-    set_aside = {problem.key for problem in problems}
+    config, problems = sound(values)
+    set_aside = {key for problem in problems for key in (problem.key, *problem.also)}
     for problem in conflicts(config):
         if not {problem.key, *problem.also} & set_aside:
             problems.append(problem)
     return (None, problems) if problems else (config, [])
+
+
+def sound(values: Mapping[str, Any]) -> tuple[Config, list[Problem]]:
+    """The Config of those of `values` that are right by themselves, and what is wrong with the others.
+
+    Whether they go together is not asked. Of an unknown key `also` names the known one that is near: what was to be said of
+    that is not known either.
+    """
+    values = _without_legacy(values)
+    try:
+        return Config.model_validate(values), []
+    except ValidationError as error:
+        problems = _problems(error)
+    for problem in problems:
+        values = _dropped(values, problem.key)
+    return Config.model_validate(values), problems
 
 
 def _without_legacy(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,10 +81,12 @@ def _problems(error: ValidationError) -> list[Problem]:
     for detail in error.errors(include_url=False, include_context=False):
         # Positions in a list say nothing to a reader of the file; the key of the list does.
         key = tuple(part for part in detail["loc"] if isinstance(part, str))
+        also: tuple[Key, ...] = ()
         if detail["type"] == "extra_forbidden":
             section = SECTIONS.get(key[:-1])
             known = sorted(section.model_fields) if section else []
             text = f"unknown key{nearest(key[-1], known) or _section_of(key[-1])}"
+            also = _meant(key, known)
             if key[:-1] == ("deepspeed_config",) and key[-1] in _OF_THE_JSON:
                 text = (
                     "is a key of DeepSpeed's JSON: put it into the file that deepspeed_config_file names, or write "
@@ -87,8 +96,16 @@ def _problems(error: ValidationError) -> list[Problem]:
             text = f"{detail['input']!r} is not a section with keys of its own"
         else:
             text = detail["msg"]
-        found.append(Problem(key, text))
+        found.append(Problem(key, text, also))
     return found
+
+
+def _meant(key: Key, known: list[str]) -> tuple[Key, ...]:
+    """The keys that an unknown one may stand for: the near one of its section, or that of its name in another."""
+    close = difflib.get_close_matches(key[-1], known, n=1, cutoff=0.6)
+    if close:
+        return ((*key[:-1], close[0]),)
+    return tuple((*path, key[-1]) for path, model in SECTIONS.items() if key[-1] in model.model_fields)
 
 
 def _section_of(word: str) -> str:

@@ -187,3 +187,40 @@ def budget(value: Any) -> int | str:
     unit = match[2].removesuffix("B")
     base = 1024 if unit.endswith("I") else 1000
     return int(float(match[1]) * base ** " KMGT".index(unit.removesuffix("I") or " "))
+
+
+def none_or_all(value: Any) -> Any:
+    """YAML's false and true are none and all."""
+    return {False: "none", True: "all"}[value] if isinstance(value, bool) else "none" if value is None else value
+
+
+def auto_or_flag(value: Any) -> bool | str:
+    """auto, or yes or no."""
+    if isinstance(value, bool):
+        return value
+    text = str(value).strip().lower()
+    if text == "auto":
+        return "auto"
+    if text in YES | NO:
+        return text in YES
+    raise wrong(f"{value!r} is not one of auto, true, false")
+
+
+def described(value: Any) -> dict[str, Any]:
+    """A section {"type", "params"} of a DeepSpeed JSON; what the type takes is known where the object is built."""
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+        raise wrong(f"{value!r} is not an object with the key type")
+    if set(value) - {"type", "params"} or not isinstance(value.get("params") or {}, dict):
+        raise wrong(f"{value!r} is not an object with the keys type and params")
+    return {"type": value["type"], "params": dict(value.get("params") or {})}
+
+
+def group_of_ranks(value: Any) -> int | str:
+    """world, machine, or so many ranks."""
+    text = value.strip().lower() if isinstance(value, str) else value
+    if text in ("world", "machine"):
+        return str(text)
+    number = int(text) if isinstance(text, str) and text.isdecimal() else text
+    if isinstance(number, int) and not isinstance(number, bool) and number >= 1:
+        return number
+    raise wrong(f"{value!r} is not world, machine or a number of ranks")

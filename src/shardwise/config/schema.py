@@ -74,7 +74,8 @@ class Config(Section):
             comment="no, bf16 or fp16",
             asked=Wording(
                 "Mixed precision?",
-                "What the model computes in. bf16 needs no loss scale; fp16 is for older GPUs.",
+                "What the model computes in. 16 bits take half the memory of activations and run on tensor cores; bf16 needs "
+                "no loss scale, fp16 is for older GPUs.",
                 {"no": "no  (fp32)", "bf16": "bf16", "fp16": "fp16"},
             ),
         ),
@@ -221,6 +222,13 @@ class Config(Section):
             "Compile the blocks of the model with torch.compile.",
             TRAINING,
             after="gradient_clipping",
+            comment="torch.compile of each block: no or inductor",
+            asked=Wording(
+                "Compile the blocks of the model?",
+                "For 8B with LoRA on two GPUs 348 ms a step in place of 493, and 12.8 GB in place of 17.0. The first step "
+                "compiles, and so does a second length of sequences.",
+                {"no": "no", "inductor": "inductor  torch.compile"},
+            ),
             own="the older spelling of dynamo_config.dynamo_backend, which is compared as it is in force",
         ),
     ] = "no"

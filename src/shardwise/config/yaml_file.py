@@ -7,7 +7,7 @@ out what accelerate does not know (`shardwise_config`) while it is all default, 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,11 +24,16 @@ from .yaml_loader import Loader, check_expansion
 
 @dataclass(frozen=True)
 class SettingsFile:
-    """A file's values and the line (from 1) of every key: {("deepspeed_config", "zero_stage"): 8}."""
+    """A file's values and the line (from 1) of every key: {("deepspeed_config", "zero_stage"): 8}.
+
+    comments: what somebody wrote above a key, and beside it, but for what `to_yaml` writes there; at () what the file begins
+              with.
+    """
 
     path: str
     values: dict[str, Any] = field(default_factory=dict)
     lines: dict[Key, int] = field(default_factory=dict)
+    comments: dict[Key, tuple[list[str], str]] = field(default_factory=dict)
 
     def place(self, key: Key) -> str | None:
         """`run.yaml:8`, or None for a key that the file does not have."""
@@ -59,6 +64,7 @@ def parse_yaml(text: str, path: str) -> SettingsFile:
             lines.setdefault(key, line)
         if twice:
             raise ConfigError("\n".join(twice))
+        comments = dict(_comments(node, (), text.splitlines()))
         values = loader.construct_document(node)
     except ConfigError:  # which is a ValueError
         raise
@@ -69,7 +75,7 @@ def parse_yaml(text: str, path: str) -> SettingsFile:
         raise ConfigError(f"{place}: is not YAML: {error.problem or error.context}{column}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
-    return SettingsFile(path, {str(key): value for key, value in values.items()}, lines)
+    return SettingsFile(path, {str(key): value for key, value in values.items()}, lines, comments)
 
 
 def _keys(node: yaml.MappingNode, above: Key) -> Iterator[tuple[Key, int]]:
@@ -83,8 +89,35 @@ def _keys(node: yaml.MappingNode, above: Key) -> Iterator[tuple[Key, int]]:
             yield from _keys(value_node, key)
 
 
+def _comments(node: yaml.MappingNode, above: Key, text: list[str]) -> Iterator[tuple[Key, tuple[list[str], str]]]:
+    """Every key that has comments, with the lines above it and the text beside it."""
+    for key_node, value_node in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            continue
+        key = (*above, key_node.value)
+        line = first = key_node.start_mark.line
+        while first > 0 and text[first - 1].strip().startswith("#"):
+            first -= 1
+        before = [found.strip() for found in text[first:line] if not found.strip().startswith(_HEAD)]
+        beside = ""
+        if isinstance(value_node, yaml.ScalarNode) and value_node.end_mark.line < len(text):
+            rest = text[value_node.end_mark.line][value_node.end_mark.column :].strip()
+            beside = rest.removeprefix("#").strip() if rest.startswith("#") else ""
+        if beside == _COMMENTS.get(key[-1]):
+            beside = ""
+        if first == 0 and before:
+            yield (), (before, "")
+            before = []
+        if before or beside:
+            yield key, (before, beside)
+        if isinstance(value_node, yaml.MappingNode) and len(above) < 4:
+            yield from _comments(value_node, key, text)
+
+
 # What each key does, in a few words, beside those that are written.
-_COMMENTS = {key[-1]: setting_of(info).comment for key, info in every_setting()}
+_COMMENTS = {key[-1]: said for key, info in every_setting() if (said := setting_of(info).comment) is not None}
+
+_HEAD = "# Settings of one run"
 
 _ALWAYS = (
     *("compute_environment", "debug", "distributed_type", "machine_rank", "main_training_function", "mixed_precision"),
@@ -92,8 +125,11 @@ _ALWAYS = (
 )
 
 
-def to_file_values(config: Config) -> dict[str, Any]:
-    """What a file of this Config holds: the guide's keys, sorted, and others where they differ from the default."""
+def to_file_values(config: Config, also: Iterable[Key] = ()) -> dict[str, Any]:
+    """What a file of this Config holds: the guide's keys, sorted, and others where they differ from the default.
+
+    also: keys that it has in any case, where they have a value.
+    """
     full = config.model_dump(mode="json")
     values = {**config.to_values(), **{key: full[key] for key in _ALWAYS}, "downcast_bf16": "no"}
     values = {key: value for key, value in values.items() if value not in (None, {})}
@@ -114,39 +150,60 @@ def to_file_values(config: Config) -> dict[str, Any]:
             section = {"deepspeed_config_file": zero.deepspeed_config_file, "zero3_init_flag": zero.zero3_init_flag}
             values.pop("mixed_precision", None)
         values["deepspeed_config"] = section
+    for key in also:
+        _add(values, full, key, config.zero.deepspeed_config_file is not None)
     return dict(sorted(values.items()))
 
 
-def to_yaml(config: Config) -> str:
-    """The text of a file of this Config."""
-    lines = ["# Settings of one run, for `shardwise launch --config_file` (accelerate reads this schema too)."]
-    for key, value in to_file_values(config).items():
+def _add(values: dict[str, Any], full: Mapping[str, Any], key: Key, beside_json: bool) -> None:
+    """Put the value of `key` in `full` into `values`, where it has one and is not to be said elsewhere."""
+    said_there = beside_json and key[0] in ("deepspeed_config", "mixed_precision")
+    found: Any = full
+    for part in key:
+        found = found.get(part) if isinstance(found, Mapping) else None
+    if found in (None, {}, []) or isinstance(found, dict) or len(key) > 2 or said_there:
+        return
+    section = values.setdefault(key[0], {}) if len(key) > 1 else values
+    section.setdefault(key[-1], found)
+
+
+def to_yaml(config: Config, also: SettingsFile | None = None) -> str:
+    """The text of a file of this Config; with the keys and comments of another, in whose place it comes."""
+    values = to_file_values(config, also.lines if also else ())
+    both = "" if "shardwise_config" in values else " (accelerate reads this schema too)"
+    lines = [f"{_HEAD}, for `shardwise launch --config_file`{both}."]
+    said = also.comments if also else {}
+    lines += said.get((), ([], ""))[0]
+    for key, value in values.items():
         if isinstance(value, dict):
-            lines.append(f"{key}:")
-            lines += [f"  {line}" for name, inner in sorted(value.items()) for line in _entry(name, inner)]
+            above, beside = said.get((key,), ([], ""))
+            lines += [*above, f"{key}:" + (f"  # {beside}" if beside else "")]
+            for name, inner in sorted(value.items()):
+                lines += [f"  {line}" for line in _entry(name, inner, *said.get((key, name), ([], "")))]
         else:
-            lines += _entry(key, value)
+            lines += _entry(key, value, *said.get((key,), ([], "")))
     return "\n".join(lines) + "\n"
 
 
-def _entry(key: str, value: Any) -> list[str]:
+def _entry(key: str, value: Any, above: list[str], beside: str) -> list[str]:
     text = yaml.safe_dump({key: value}, default_flow_style=False, width=1000).rstrip("\n").split("\n")
-    comment = _COMMENTS.get(key)
-    if comment is not None and len(text) == 1:
+    comment = beside or _COMMENTS.get(key)
+    if comment and len(text) == 1:
         text[0] = f"{text[0]}  # {comment}"
-    return text
+    return [*above, *text]
 
 
-def write_yaml(config: Config, path: str | Path) -> None:
+def write_yaml(config: Config, path: str | Path, also: SettingsFile | None = None) -> None:
     """Write the file, and the directory above it, in one piece: a reader sees the old text or the new one.
 
+    also: a file whose keys and comments it has too.
     Raises ConfigError where that cannot be done.
     """
     target = Path(path)
     part = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(to_yaml(config), encoding="utf-8")
+        part.write_text(to_yaml(config, also), encoding="utf-8")
         part.replace(target)
     except OSError as error:
         with suppress(OSError):  # the first error is the one to tell

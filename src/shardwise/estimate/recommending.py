@@ -1,0 +1,73 @@
+"""Which plan to take: the first that fits, in the order of what a plan costs beside its computing.
+
+1. Nothing offloaded, nothing recomputed. Stage 2 has a copy's traffic and less memory than 1, which is first where
+   micro-batches add up: it reduces once a step. Stage 3 gathers every weight twice.
+2. The same with blocks recomputed, a third more computing at the most.
+3. Optimizer states on the host: bytes over the link once a step. Parameters too: over the link in both passes.
+4. The same on a drive.
+
+An order, not a model of times: which of two plans that fit is faster depends on link and batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from ..config.offloads import DEVICES
+from ..errors import OptimizerError
+from .bytes import CHOICES, Choice, Estimate, Machine, Run, estimate
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A plan that fits. recomputes: with its blocks recomputed, as the bytes of `found` are."""
+
+    found: Estimate
+    recomputes: bool
+
+    @property
+    def choice(self) -> Choice:
+        return self.found.choice
+
+    def __str__(self) -> str:
+        return f"{self.choice}" + (", blocks recomputed" if self.recomputes else "")
+
+
+def recommended(model: nn.Module, run: Run, machine: Machine) -> Recommendation | None:
+    """The first plan that fits `machine`, where it is known; None if none does.
+
+    Without a batch activations are not counted, and recomputing them is never needed.
+    """
+    for choice, recomputes in order_of(run):
+        batch = None if run.batch is None else replace(run.batch, checkpointing=recomputes)
+        try:
+            found = estimate(model, choice, replace(run, batch=batch))
+        except OptimizerError:
+            continue  # `prepare` would refuse it too
+        if not machine.shortages(found, run):
+            return Recommendation(found, recomputes)
+    return None
+
+
+def order_of(run: Run) -> Iterator[tuple[Choice, bool]]:
+    """Plans, and whether blocks are recomputed, as they are to be tried."""
+    stages = (1, 2, 3) if run.accumulates else (2, 3)
+    places = dict.fromkeys((choice.param, choice.optimizer) for choice in CHOICES)
+    for param, optimizer in sorted(places, key=lambda place: _far(*place)):
+        # A script that recomputes by itself does so in every plan.
+        always = run.batch is not None and run.batch.checkpointing
+        for recomputes in (True,) if always else (False, True) if run.batch is not None else (False,):
+            yield from (
+                (choice, recomputes)
+                for choice in (Choice(stage, optimizer, param) for stage in stages)
+                if choice in CHOICES
+            )
+
+
+def _far(param: str, optimizer: str) -> tuple[int, int]:
+    """Nearer places first; of two at one distance that with fewer things away."""
+    away = [list(DEVICES).index(place) for place in (param, optimizer)]  # which are the nearest first
+    return max(away), sum(away)
