@@ -110,7 +110,7 @@ $(DOCS_VENV)/.ready: requirements-docs.lock
 docs: $(READY) $(DOCS_VENV)/.ready ## the documentation as a site, in build/site; a warning is an error
 	$(BIN)/python tools/site/reference.py
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --clean
-	@echo "build/site/index.html"
+	@echo "build/site/index.html; with search: $(BIN)/python -m http.server -d build/site"
 
 $(DIST_VENV)/.ready: requirements-dist.lock
 	test -x $(DIST_VENV)/bin/python || $(PYTHON) -m venv $(DIST_VENV)
