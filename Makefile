@@ -12,6 +12,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# The site's generator and the packager have environments of their own: `make test` needs neither.
+DOCS_VENV := .venv-docs
+DIST_VENV := .venv-dist
 
 MODEL ?=
 DATASET ?=
@@ -98,7 +101,30 @@ bench-engine: $(READY) ## the engine alone beside DDP and FSDP2, and the cost of
 suite: $(READY) ## every engine on every case, eager and compiled, with a table and a plot; tiny shapes where there is no GPU
 	$(BIN)/python benchmarks/suite.py --nproc $(BENCH_PROCESSES) $(if $(CPU_FLAG),--tiny --use-cpu) $(ARGS)
 
+$(DOCS_VENV)/.ready: requirements-docs.lock
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.lock
+	@touch $@
+
+.PHONY: docs
+docs: $(READY) $(DOCS_VENV)/.ready ## the documentation as a site, in build/site; a warning is an error
+	$(BIN)/python tools/site/reference.py
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --clean
+	@echo "build/site/index.html; with search: $(BIN)/python -m http.server -d build/site"
+
+$(DIST_VENV)/.ready: requirements-dist.lock
+	test -x $(DIST_VENV)/bin/python || $(PYTHON) -m venv $(DIST_VENV)
+	$(DIST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dist.lock
+	@touch $@
+
+.PHONY: dist
+dist: $(READY) $(DIST_VENV)/.ready ## wheel and sdist in dist/, checked: metadata, contents, an import from an empty environment
+	rm -rf dist
+	$(DIST_VENV)/bin/python -m build --no-isolation --outdir dist .
+	$(DIST_VENV)/bin/python -m twine check --strict dist/*
+	$(BIN)/python tools/check_dist.py dist
+
 .PHONY: clean
-clean: ## remove the environment, caches and runs
-	rm -rf $(VENV) runs dist .pytest_cache .ruff_cache .mypy_cache
+clean: ## remove the environments, caches, runs and what was built
+	rm -rf $(VENV) $(DOCS_VENV) $(DIST_VENV) runs build dist .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

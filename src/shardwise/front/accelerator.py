@@ -68,12 +68,12 @@ class Accelerator(PartialState):
 
     The arguments are accelerate's. What the launcher's configuration says holds; a keyword given here overrules it, except
     gradient_accumulation_steps, where the configuration wins. fsdp, megatron and tensor-parallel plugins are refused.
-    dynamo_backend: compile the blocks of prepared models with torch.compile; see `tuning/compiling.py`. dynamo_plugin: the
-    same, with the rest of what accelerate's `dynamo_config` says. step_scheduler_with_optimizer: False makes a prepared
-    scheduler step whenever its `step` is called. rng_types: generators that take rank 0's state when an epoch starts:
-    "generator" (a sampler's own), "torch", "cuda". log_with:  trackers; see `run/tracking.py`. Raises ConfigError: on every
-    rank if the ranks have different settings, of which config/agreement.py has the list. A rank whose own settings are
-    wrong raises what is wrong, the others RankError.
+    dynamo_backend, dynamo_plugin: compile the blocks of prepared models, by name or as accelerate's `dynamo_config` says it.
+    step_scheduler_with_optimizer: False makes a prepared scheduler step whenever its `step` is called.
+    rng_types: generators that take rank 0's state when an epoch starts: "generator" (a sampler's own), "torch", "cuda".
+    log_with: trackers; see `run/tracking.py`.
+    Raises ConfigError: on every rank if the ranks have different settings, of which `config/agreement.py` has the list. A rank
+    whose own settings are wrong raises what is wrong, the others RankError.
 
     The attributes below may be read and set, too; they lie in the Run.
     """
