@@ -50,7 +50,7 @@ def test_the_first_that_fits_is_taken_as_memory_shrinks(model, index):
     run = Run(world_size=2, local_processes=2, precision=Precision.named("bf16"), batch=Batch(4, 1024))
     choice, recomputes = list(order_of(run))[index]
     found = estimate(model, choice, Run(**{**vars(run), "batch": Batch(4, 1024, recomputes)}))
-    best = recommended(model, run, Machine(2, found.peak(Tier.GPU) + CONTEXT_NBYTES, 1 << 50, 1 << 50))
+    best = recommended(model, run, Machine(2, found.peak(Tier.GPU) + CONTEXT_NBYTES, 1 << 50))
     assert best is not None
     order = list(order_of(run))
     assert order.index((best.choice, best.recomputes)) <= index
