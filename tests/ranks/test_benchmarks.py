@@ -198,8 +198,8 @@ def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("case", "plans", "options"),
     [
-        ("bart", ("ddp", "shardwise:3"), ()),
-        ("full1b", ("ddp", "shardwise:2"), ("--free", "--accumulate", "2")),
+        pytest.param("bart", ("ddp", "shardwise:3"), (), marks=pytest.mark.full),
+        pytest.param("full1b", ("ddp", "shardwise:2"), ("--free", "--accumulate", "2"), marks=pytest.mark.full),
         ("lora8b", ("fsdp2-torch+aot", "shardwise:3+opt+param+nvme"), ("--precision", "no")),
     ],
 )
