@@ -135,7 +135,10 @@ def _hold(world: Any, name: str, plan: str, size: int = 2, dtype: str = "fp32", 
 
 TIERS = ("1", "1-disk", "3", "3-all", "3-disk")
 COVER = [
-    (n, p) for row, n in enumerate(OPTIMIZERS) for column, p in enumerate(TIERS) if (row + column) % 4 == 1 or n == "Muon"
+    (n, p)
+    for row, n in enumerate(OPTIMIZERS)
+    for column, p in enumerate(TIERS)
+    if (row + column) % 4 == 1 or n == "Muon"
 ]
 REST = [(n, p) for n in OPTIMIZERS for p in (*TIERS, "0") if (n, p) not in COVER]
 
