@@ -412,7 +412,10 @@ def test_the_commands_of_the_documentation_are_accepted(tmp_path: Path, monkeypa
     lines = [line for page in ("README.md", "docs/sft.md") for line in fenced(page, "") if "examples/sft.py" in line]
     assert len(lines) == 5
     for line in lines:
-        assert arguments.parse_arguments("", line.split("examples/sft.py")[1].split()).dtype == "bfloat16"
+        assert (
+            arguments.parse_arguments("", line.partition("#")[0].split("examples/sft.py")[1].split()).dtype
+            == "bfloat16"
+        )
 
 
 def test_the_rows_of_the_documentation_are_trained_on() -> None:
