@@ -454,10 +454,10 @@ def _files(ranks: Any, folder: str) -> tuple[tuple[int, int], tuple[int, int]]:
     sharded, model, stepping = _prepared(ranks, "3-disk", OPTIMIZERS["AdamW"], nvme_paths=paths)
     _step(ranks, model, stepping, inputs(1)[0])
     store = sharded.engine.stores.of(Tier.NVME, "optimizer")
-    before = len(store.files), store.files.nbytes
+    before = store.open_files, store.nbytes
     for _ in range(3):
         stepping.load_state_dict(stepping.state_dict())
-    return before, (len(store.files), store.files.nbytes)
+    return before, (store.open_files, store.nbytes)
 
 
 def test_loading_again_takes_no_more_room_on_a_drive(world, tmp_path):
