@@ -1,4 +1,4 @@
-"""A checkpoint that was written before the folders of src were moved is read: on as many ranks it goes on to the bit.
+"""A checkpoint that was written before the folders of src were moved is read, and on as many ranks it goes on as it did.
 
 `rig/old_run.py` is the run, and the command that wrote tests/data/checkpoint_before_moves and the numbers beside it.
 """
@@ -54,7 +54,9 @@ def test_a_checkpoint_from_before_the_moves_is_read(world, tmp_path, size, stage
         assert found["drawn"] == HELD["ranks"][rank]["drawn"]
         assert found["losses"] == pytest.approx(HELD["ranks"][rank]["losses"], rel=1e-6)
         for name, value in _of(("ends",)).items():
-            torch.testing.assert_close(found["ends"][name], value, rtol=1e-6, atol=1e-7, msg=name)
+            # To the bit on the CPU that wrote it. A bias in front of a batch norm has no gradient but rounding, which AdamW
+            # makes steps of: another CPU ends 1e-6 away in it. Training moves the others by 1e-3 and more.
+            torch.testing.assert_close(found["ends"][name], value, rtol=1e-6, atol=5e-6, msg=name)
 
 
 def test_the_checkpoint_is_small():
