@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 EXAMPLES = Path(__file__).resolve().parent.parent
@@ -116,7 +117,7 @@ def parse_arguments(
 
 def contradiction(args: argparse.Namespace) -> str | None:
     """What is wrong with these arguments together, in a sentence; None if nothing is. Fills defaults that depend."""
-    for flag in (
+    counts = (
         "num_epochs",
         "batch_size",
         "max_length",
@@ -128,12 +129,9 @@ def contradiction(args: argparse.Namespace) -> str | None:
         "gradient_accumulation_steps",
         "save_every",
         "keep_checkpoints",
-    ):
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            return f"--{flag.replace('_', '-')} must be at least 1, not {value}."
-    if args.resume not in (None, "latest") and not Path(args.resume).is_dir():
-        return f"--resume: there is no directory {args.resume}; 'latest' finds the newest checkpoint by itself."
+    )
+    if reason := below_one(args, counts) or no_checkpoint(args):
+        return reason
     if args.lr <= 0:
         return f"--lr must be positive, not {args.lr}."
     given = [f for f in ("lora_r", "lora_alpha", "lora_dropout") if getattr(args, f) is not None]
@@ -162,10 +160,36 @@ def contradiction(args: argparse.Namespace) -> str | None:
         return "--do-test with --data-file needs --test-file, the messages to predict."
     if not args.do_test and (args.test_file is not None or args.predictions_file is not None):
         return "--test-file and --predictions-file are for --do-test, which is not given."
+    if reason := no_token(args):
+        return reason
+    args.predictions_file = args.predictions_file or args.output_dir / "predictions.csv"
+    return None
+
+
+# What scripts with other arguments check too.
+
+
+def below_one(args: argparse.Namespace, names: Sequence[str]) -> str | None:
+    """Which of these counts is given and below 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            return f"--{name.replace('_', '-')} must be at least 1, not {value}."
+    return None
+
+
+def no_checkpoint(args: argparse.Namespace) -> str | None:
+    """That --resume names no directory."""
+    if args.resume not in (None, "latest") and not Path(args.resume).is_dir():
+        return f"--resume: there is no directory {args.resume}; 'latest' finds the newest checkpoint by itself."
+    return None
+
+
+def no_token(args: argparse.Namespace) -> str | None:
+    """That --push-to-hub has no token."""
     if args.push_to_hub is not None:
         from huggingface_hub import get_token
 
         if get_token() is None:
             return "--push-to-hub needs a token: run `hf auth login` first, or set HF_TOKEN."
-    args.predictions_file = args.predictions_file or args.output_dir / "predictions.csv"
     return None

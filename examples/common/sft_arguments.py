@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .arguments import EXAMPLES
+from .arguments import EXAMPLES, below_one, no_checkpoint, no_token
 
 BASE_MODEL = EXAMPLES / "base_model" / "causal_lm"
 CHAT, CHAT_EVAL, CHAT_TEMPLATE = (
@@ -111,7 +111,7 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> argparse
 
 def _contradiction(args: argparse.Namespace) -> str | None:
     """What is wrong with these arguments together, in a sentence; None if nothing is."""
-    for flag in (
+    counts = (
         "num_epochs",
         "batch_size",
         "max_length",
@@ -122,10 +122,9 @@ def _contradiction(args: argparse.Namespace) -> str | None:
         "save_every",
         "keep_checkpoints",
         "lora_r",
-    ):
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            return f"--{flag.replace('_', '-')} must be at least 1, not {value}."
+    )
+    if reason := below_one(args, counts):
+        return reason
     for flag in ("lr", "max_grad_norm"):
         value = getattr(args, flag)
         if value is not None and value <= 0:
@@ -155,8 +154,8 @@ def _contradiction(args: argparse.Namespace) -> str | None:
 
 def _missing(args: argparse.Namespace) -> str | None:
     """Which file, package or device an argument needs that is not there, in a sentence; None if all are."""
-    if args.resume not in (None, "latest") and not Path(args.resume).is_dir():
-        return f"--resume: there is no directory {args.resume}; 'latest' finds the newest checkpoint by itself."
+    if reason := no_checkpoint(args):
+        return reason
     for flag, paths in (("--eval-data", args.eval_data), ("--chat-template", [args.chat_template])):
         for path in paths or []:
             if path is not None and not path.is_file():
@@ -180,12 +179,7 @@ def _missing(args: argparse.Namespace) -> str | None:
         package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}[args.attention]
         if importlib.util.find_spec(package) is None and importlib.util.find_spec("kernels") is None:
             return f"--attention {args.attention} needs the package {package} or kernels; sdpa packs rows too."
-    if args.push_to_hub is not None:
-        from huggingface_hub import get_token
-
-        if get_token() is None:
-            return "--push-to-hub needs a token: run `hf auth login` first, or set HF_TOKEN."
-    return None
+    return no_token(args)
 
 
 def _fill(args: argparse.Namespace) -> None:

@@ -99,17 +99,29 @@ def _padded(lines: Sequence[Line]) -> list[str]:
     return rows
 
 
-class InLines:
-    """Questions and answers as lines of text, on any input: a dumb terminal, a pipe, a file."""
+class _Speaker:
+    """What both ways to ask say alike."""
 
     def say(self, text: str = "", *, indent: str = "") -> None:
         print("\n".join(wrapped(part, indent) for part in text.split("\n")), flush=True)
 
-    def ask(self, question: Question, default: Any, wrong: Wrong, place: str) -> Any:
-        words, choices = question.words, choices_of(question, default)
+    def refuse(self, problem: str) -> None:
+        """Say what is wrong with an answer, before the question comes again."""
+        self.say(f"! {problem}", indent="   ")
+
+    def open(self, question: Question, place: str) -> None:
+        """Say a question and what it means."""
         self.say()
-        self.say(f"{place}  {words.text}")
-        self.say(words.help, indent="   ")
+        self.say(f"{place}  {question.words.text}")
+        self.say(question.words.help, indent="   ")
+
+
+class InLines(_Speaker):
+    """Questions and answers as lines of text, on any input: a dumb terminal, a pipe, a file."""
+
+    def ask(self, question: Question, default: Any, wrong: Wrong, place: str) -> Any:
+        choices = choices_of(question, default)
+        self.open(question, place)
         for value, text in choices.items():
             known = text if text.startswith(as_text(value)) else f"{as_text(value)}  {text}"
             self.say(f"- {known}", indent="   ")
@@ -122,7 +134,7 @@ class InLines:
             problem = problem or wrong(value)
             if problem is None:
                 return value
-            self.say(f"! {problem}", indent="   ")
+            self.refuse(problem)
 
     def review(self, lines: Sequence[Line], path: str, *, writable: bool) -> str:
         rows = _padded(lines)
@@ -144,7 +156,7 @@ class InLines:
             found = [line.name for number, line in enumerate(lines, 1) if reply in (str(number), line.name)]
             if found:
                 return found[0]
-            self.say(f"! {reply!r} is no line of this page", indent="   ")
+            self.refuse(f"{reply!r} is no line of this page")
 
     def line(self, prompt: str, default: str, wrong: Wrong) -> str:
         while True:
@@ -154,7 +166,7 @@ class InLines:
             problem = wrong(reply)
             if problem is None:
                 return reply
-            self.say(f"! {problem}", indent="   ")
+            self.refuse(problem)
 
     def agrees(self, text: str, *, default: bool) -> bool:
         self.say(text)
@@ -195,19 +207,14 @@ def _meant(reply: str, default: Any, choices: dict[Any, str]) -> tuple[Any, str 
     return reply, None
 
 
-class InTerminal:
+class InTerminal(_Speaker):
     """Menus, by questionary. Escape goes back everywhere, the left arrow where no line is typed, and so does the word."""
-
-    def say(self, text: str = "", *, indent: str = "") -> None:
-        print("\n".join(wrapped(part, indent) for part in text.split("\n")), flush=True)
 
     def ask(self, question: Question, default: Any, wrong: Wrong, place: str) -> Any:
         import questionary
 
-        words, choices = question.words, choices_of(question, default)
-        self.say()
-        self.say(f"{place}  {words.text}")
-        self.say(words.help, indent="   ")
+        choices = choices_of(question, default)
+        self.open(question, place)
         while True:
             if choices:
                 options = [questionary.Choice(text, value=value) for value, text in choices.items()]
@@ -221,7 +228,7 @@ class InTerminal:
             problem = wrong(value)
             if problem is None:
                 return value
-            self.say(f"! {problem}", indent="   ")
+            self.refuse(problem)
 
     def review(self, lines: Sequence[Line], path: str, *, writable: bool) -> str:
         import questionary

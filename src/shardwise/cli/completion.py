@@ -69,6 +69,13 @@ def script_of(shell: str, commands: list[Words]) -> str:
     return makers[shell](commands)
 
 
+def _act(allowed: tuple[str, ...] | str, *, path: str, words: str, else_: str) -> str:
+    """What a shell is to do for a value. path: a path. words: known ones, which take {}. else_: any other."""
+    if allowed == PATH:
+        return path
+    return words.format(" ".join(allowed)) if allowed else else_
+
+
 _BASH = """\
 # Completion of shardwise for bash:  eval "$(shardwise completion bash)"  in ~/.bashrc
 _shardwise() {{
@@ -99,11 +106,8 @@ def _bash(commands: list[Words]) -> str:
     values, flags = [], []
     for command in commands:
         for name, allowed in command.values.items():
-            act = "return"
-            if allowed == PATH:
-                act = 'COMPREPLY=($(compgen -f -- "$word")); return'
-            elif allowed:
-                act = f'COMPREPLY=($(compgen -W "{" ".join(allowed)}" -- "$word")); return'
+            paths, words = 'COMPREPLY=($(compgen -f -- "$word")); ', 'COMPREPLY=($(compgen -W "{}" -- "$word")); '
+            act = _act(allowed, path=paths, words=words, else_="") + "return"
             values.append(f'        "{command.name} {name}") {act} ;;')
         flags.append(
             f'        {command.name}) flags="{" ".join(command.flags)}" below="{" ".join(command.commands)}" ;;'
@@ -145,11 +149,9 @@ def _zsh(commands: list[Words]) -> str:
         rows = []
         for name, said in command.flags.items():
             allowed = command.values.get(name)
-            follows = "" if allowed is None else ":value:"
-            if allowed == PATH:
-                follows = ":path:_files"
-            elif allowed:
-                follows = f":value:({' '.join(allowed)})"
+            follows = ""
+            if allowed is not None:
+                follows = _act(allowed, path=":path:_files", words=":value:({})", else_=":value:")
             rows.append(f"'{name}[{quoted(said)}]{follows}'")
         first = f"'1:command:({' '.join(command.commands)})'" if command.commands else "'1:path:_files'"
         arguments = " \\\n                ".join([*rows, first, "'*:path:_files'"])
@@ -173,10 +175,8 @@ def _fish(commands: list[Words]) -> str:
         for name, said in command.flags.items():
             typed = f"-l {name[2:]}" if name.startswith("--") else f"-s {name[1:]}"
             allowed = command.values.get(name)
-            value = "" if allowed is None else " -x"
-            if allowed == PATH:
-                value = " -r -F"
-            elif allowed:
-                value = f" -x -a {quoted(' '.join(allowed))}"
+            value = ""
+            if allowed is not None:
+                value = _act(allowed, path=" -r -F", words=f" -x -a {quoted('{}')}", else_=" -x")
             lines.append(f"{here} {typed}{value} -d {quoted(said)}")
     return "\n".join(lines) + "\n"

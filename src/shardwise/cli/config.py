@@ -16,9 +16,8 @@ from ..config.check import checked, sound
 from ..config.machine import (
     gpu_memory_bytes,
     gpu_names,
-    host_memory_bytes,
-    memory_limit_bytes,
     usable_cores,
+    usable_memory_bytes,
     visible_gpus,
 )
 from ..config.resolve import Resolution, resolve
@@ -147,7 +146,7 @@ def machine_text() -> str:
     gpus = f"{count} GPU(s){kind}{size}{')' if kind or size else ''}" if count else "no GPU"
     if count is None:
         gpus = "GPUs that only torch can count"
-    host = min((found for found in (host_memory_bytes(), memory_limit_bytes()) if found is not None), default=None)
+    host = usable_memory_bytes()
     hosted = "" if host is None else f", {host / 2**30:.0f} GiB of memory"
     return f"This machine: {gpus}{hosted}, {usable_cores()} cores."
 

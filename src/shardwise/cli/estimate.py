@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..config.machine import (
     file_system,
     free_disk_bytes,
     gpu_memory_bytes,
-    host_memory_bytes,
-    memory_limit_bytes,
+    usable_memory_bytes,
     visible_gpus,
 )
 from ..config.offloads import MEDIA, Offloaded, directories_of
@@ -20,42 +19,13 @@ from ..config.resolve import resolve
 from ..config.schema import Config
 from ..errors import ConfigError
 from ..estimate.named import named
+from .model_flags import Asked, count_of
 
 if TYPE_CHECKING:
     from ..estimate.bytes import Disk, Estimate, Machine, Run
 
 # What of an estimate lies in the directories of a setting.
 _ROLES: dict[Offloaded, tuple[str, ...]] = {"optimizer": ("optimizer",), "param": ("frozen", "parameter")}
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The flags that no configuration has. Values are texts, as they were typed."""
-
-    lora_r: str | None = None
-    target_modules: str = "all-linear"
-    modules_to_save: str | None = None
-    quantize: str | None = None
-    dtype: str | None = None
-    sequence_length: str | None = None
-    attention: str = "sdpa"
-    checkpointing: bool = False
-    optimizer: str = "AdamW"
-    optimizer_args: str | None = None
-
-    def check(self) -> None:
-        """Raises ConfigError for a value that a flag does not take."""
-        rank = _count("lora_r", self.lora_r)
-        _count("sequence_length", self.sequence_length)
-        named(self.optimizer, self.optimizer_args)
-        if self.attention not in ("sdpa", "eager"):
-            raise ConfigError(f"--attention: {self.attention!r} is not one of sdpa, eager")
-        if self.quantize not in (None, "8bit", "4bit"):
-            raise ConfigError(f"--quantize: {self.quantize!r} is not one of 8bit, 4bit")
-        if self.dtype not in (None, "fp32", "bf16", "fp16"):
-            raise ConfigError(f"--dtype: {self.dtype!r} is not one of fp32, bf16, fp16")
-        if self.quantize is not None and rank is None:
-            raise ConfigError("--quantize: quantised weights cannot be trained; add --lora_r")
 
 
 def run_estimate(
@@ -121,14 +91,14 @@ def machine_of(config: Config) -> Machine:
     from ..estimate.bytes import Machine
 
     gpus = 0 if config.use_cpu else visible_gpus(config.gpu_ids) or 0
-    return Machine(gpus, gpu_memory_bytes(), _host(), _disks(config))
+    return Machine(gpus, gpu_memory_bytes(), usable_memory_bytes(), _disks(config))
 
 
 def model_of(model: str, asked: Asked) -> Any:
     """The model without memory, with what the flags do to it."""
     from ..estimate.meta_model import Adapters, build_meta_model
 
-    rank = _count("lora_r", asked.lora_r)
+    rank = count_of("--lora_r", asked.lora_r)
     adapters = None
     if rank is not None:
         adapters = Adapters(rank, _names(asked.target_modules), _names(asked.modules_to_save))
@@ -141,7 +111,7 @@ def run_of(config: Config, asked: Asked, gpus: int) -> Run:
     from ..estimate.bytes import Run
     from ..plan.precision import Precision
 
-    engine, length = config.engine, _count("sequence_length", asked.sequence_length)
+    engine, length = config.engine, count_of("--sequence_length", asked.sequence_length)
     world_size = config.num_processes or max(1, gpus) * config.num_machines
     local_processes = -(-world_size // config.num_machines)
     said = config.zero.shard_group
@@ -261,19 +231,6 @@ def _batch_text(model: Any, run: Run) -> str:
 
 def _names(text: str | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in (text or "").split(",") if part.strip())
-
-
-def _count(name: str, text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"--{name}: {text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
-def _host() -> int | None:
-    found = [count for count in (host_memory_bytes(), memory_limit_bytes()) if count is not None]
-    return min(found, default=None)
 
 
 def _paths(config: Config) -> dict[Offloaded, tuple[str, ...]]:

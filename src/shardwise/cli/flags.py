@@ -8,7 +8,7 @@ never a default.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,13 @@ def with_setting_flags(command: Callable[..., None]) -> Callable[..., None]:
         *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own),
         *(_parameter(flag) for flag in FLAGS),
     ]
+    return as_command(typed, command, parameters)
+
+
+def as_command(
+    typed: Callable[..., None], command: Callable[..., None], parameters: Sequence[inspect.Parameter]
+) -> Callable[..., None]:
+    """`typed` as the parser is to see it: with the name and words of `command`, and these parameters."""
     typed.__doc__ = command.__doc__
     typed.__name__ = command.__name__
     typed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -19,8 +19,7 @@ from .flags import with_setting_flags
 from .foreign_flags import usage_error
 from .helping import Command, Group
 from .model_flags import (
-    Attention,
-    Checkpointing,
+    Asked,
     DriveRate,
     DriveSize,
     GpuMemory,
@@ -28,15 +27,9 @@ from .model_flags import (
     Gpus,
     HostMemory,
     LinkRate,
-    LoadedDtype,
-    LoraR,
-    ModulesToSave,
+    ModelName,
     NetworkRate,
-    OptimizerArgs,
-    OptimizerName,
-    Quantize,
-    SequenceLength,
-    TargetModules,
+    with_model_flags,
 )
 
 USAGE_ERROR = 2
@@ -163,49 +156,27 @@ def launch_command(
 
 @app.command(name="estimate", cls=Command)
 @with_setting_flags
+@with_model_flags
 def estimate_command(
     settings: dict[str, str | bool],
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A hub id, a directory with a config.json, or such a file.")
-    ],
+    model: Annotated[str, ModelName],
     config_file: ConfigFile = None,
-    lora_r: LoraR = None,
-    target_modules: TargetModules = "all-linear",
-    modules_to_save: ModulesToSave = None,
-    quantize: Quantize = None,
-    dtype: LoadedDtype = None,
-    sequence_length: SequenceLength = None,
-    checkpointing: Checkpointing = False,
-    attention: Attention = "sdpa",
-    optimizer: OptimizerName = "AdamW",
-    optimizer_args: OptimizerArgs = None,
+    *,
+    asked: Asked,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print the bytes that a model needs under each plan, by role and tier, before anything is loaded."""
-    from .estimate import Asked, run_estimate
+    from .estimate import run_estimate
 
-    asked = Asked(
-        lora_r=lora_r,
-        target_modules=target_modules,
-        modules_to_save=modules_to_save,
-        quantize=quantize,
-        dtype=dtype,
-        sequence_length=sequence_length,
-        attention=attention,
-        checkpointing=checkpointing,
-        optimizer=optimizer,
-        optimizer_args=optimizer_args,
-    )
     run_estimate(model, settings, asked, config_file=config_file, as_json=as_json)
 
 
 @app.command(name="plan", cls=Command)
 @with_setting_flags
+@with_model_flags
 def plan_command(
     settings: dict[str, str | bool],
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="A hub id, a directory with a config.json, or such a file.")
-    ] = None,
+    model: Annotated[str | None, ModelName] = None,
     config_file: ConfigFile = None,
     gpus: Gpus = None,
     gpu: GpuName = None,
@@ -220,20 +191,11 @@ def plan_command(
         str | None, typer.Option("--write", metavar="FILE", help="Write the YAML of the fastest plan that fits.")
     ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Measure this machine's rates, and keep them.")] = False,
-    lora_r: LoraR = None,
-    target_modules: TargetModules = "all-linear",
-    modules_to_save: ModulesToSave = None,
-    quantize: Quantize = None,
-    dtype: LoadedDtype = None,
-    sequence_length: SequenceLength = None,
-    checkpointing: Checkpointing = False,
-    attention: Attention = "sdpa",
-    optimizer: OptimizerName = "AdamW",
-    optimizer_args: OptimizerArgs = None,
+    *,
+    asked: Asked,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print every plan of a model on a machine: bytes, time of a step, what bounds it; the fastest one's YAML on request."""
-    from .estimate import Asked
     from .plan import Wanted, run_measure, run_plan
     from .plan_machine import MachineAsked
 
@@ -244,18 +206,6 @@ def plan_command(
         if measure:
             return
         raise ConfigError("MODEL is missing: a hub id, a directory with a config.json, or such a file")
-    asked = Asked(
-        lora_r=lora_r,
-        target_modules=target_modules,
-        modules_to_save=modules_to_save,
-        quantize=quantize,
-        dtype=dtype,
-        sequence_length=sequence_length,
-        attention=attention,
-        checkpointing=checkpointing,
-        optimizer=optimizer,
-        optimizer_args=optimizer_args,
-    )
     run_plan(model, settings, asked, on, Wanted(tokens, write, as_json), config_file)
 
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
 
 import typer
+
+from ..errors import ConfigError
+from ..estimate.named import named
+from .flags import as_command
 
 LoraR = Annotated[
     str | None, typer.Option("--lora_r", metavar="N", help="LoRA of this rank; default: every weight is trained.")
@@ -49,3 +56,76 @@ NetworkRate = Annotated[
 ]
 DriveSize = Annotated[str | None, typer.Option("--nvme", metavar="SIZE", help="Free space of a drive, as 4TB.")]
 DriveRate = Annotated[str | None, typer.Option("--drive", metavar="RATE", help="What it reads and writes, as 3GB/s.")]
+
+ModelName = typer.Argument(metavar="MODEL", help="A hub id, a directory with a config.json, or such a file.")
+# By the fields of `Asked`, in the order of --help.
+_OF_MODEL = {
+    "lora_r": LoraR,
+    "target_modules": TargetModules,
+    "modules_to_save": ModulesToSave,
+    "quantize": Quantize,
+    "dtype": LoadedDtype,
+    "sequence_length": SequenceLength,
+    "checkpointing": Checkpointing,
+    "attention": Attention,
+    "optimizer": OptimizerName,
+    "optimizer_args": OptimizerArgs,
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The flags that no configuration has. Values are texts, as they were typed."""
+
+    lora_r: str | None = None
+    target_modules: str = "all-linear"
+    modules_to_save: str | None = None
+    quantize: str | None = None
+    dtype: str | None = None
+    sequence_length: str | None = None
+    attention: str = "sdpa"
+    checkpointing: bool = False
+    optimizer: str = "AdamW"
+    optimizer_args: str | None = None
+
+    def check(self) -> None:
+        """Raises ConfigError for a value that a flag does not take."""
+        rank = count_of("--lora_r", self.lora_r)
+        count_of("--sequence_length", self.sequence_length)
+        named(self.optimizer, self.optimizer_args)
+        if self.attention not in ("sdpa", "eager"):
+            raise ConfigError(f"--attention: {self.attention!r} is not one of sdpa, eager")
+        if self.quantize not in (None, "8bit", "4bit"):
+            raise ConfigError(f"--quantize: {self.quantize!r} is not one of 8bit, 4bit")
+        if self.dtype not in (None, "fp32", "bf16", "fp16"):
+            raise ConfigError(f"--dtype: {self.dtype!r} is not one of fp32, bf16, fp16")
+        if self.quantize is not None and rank is None:
+            raise ConfigError("--quantize: quantised weights cannot be trained; add --lora_r")
+
+
+def count_of(flag: str, text: str | None) -> int | None:
+    """The number that was typed for `flag`. Raises ConfigError for another text than a whole number of 1 or more."""
+    if text is None:
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"{flag}: {text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def with_model_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """`command(asked, ...)` as a function whose signature has a parameter for each flag of `Asked` in place of `asked`."""
+    defaults = {field.name: field.default for field in fields(Asked)}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        if name != "asked":
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        parameters += [
+            inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=defaults[flag], annotation=kind)
+            for flag, kind in _OF_MODEL.items()
+        ]
+
+    def typed(**values: Any) -> None:
+        command(asked=Asked(**{flag: values.pop(flag) for flag in _OF_MODEL}), **values)
+
+    return as_command(typed, command, parameters)

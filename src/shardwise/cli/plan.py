@@ -16,7 +16,8 @@ from ..errors import ConfigError
 from ..estimate.kept_terms import store
 from ..estimate.named import named
 from ..estimate.terms import as_values
-from .estimate import Asked, model_of, run_of
+from .estimate import model_of, run_of
+from .model_flags import Asked
 from .plan_machine import Described, MachineAsked, described, terms_file, tokens_of
 
 if TYPE_CHECKING:

@@ -17,14 +17,14 @@ from ..config.machine import (
     free_disk_bytes,
     gpu_memory_bytes,
     gpu_names,
-    host_memory_bytes,
-    memory_limit_bytes,
+    usable_memory_bytes,
     visible_gpus,
 )
 from ..config.yaml_file import default_file
 from ..errors import ConfigError
 from ..estimate.kept_terms import FILE, stored
 from ..estimate.terms import SHEETS, Sheet, Terms, sheet_named, sheet_of_memory, terms_of, with_values
+from .model_flags import count_of
 
 if TYPE_CHECKING:
     from ..estimate.bytes import Machine
@@ -79,22 +79,22 @@ def described(asked: MachineAsked, gpu_ids: str | None, nvme_path: str | None) -
     count, nbytes, sheet = known
     terms = with_values(terms_of(sheet), terms_here)
     if asked.link is not None:
-        link = _rate("link", asked.link)
+        link = _rate("--link", asked.link)
         terms = replace(terms, up=link, both=link * min(1.0, terms.both / terms.up))
     if asked.network is not None:
-        terms = replace(terms, network=_rate("network", asked.network))
+        terms = replace(terms, network=_rate("--network", asked.network))
     if asked.drive is not None:
-        terms = replace(terms, read=_rate("drive", asked.drive), write=_rate("drive", asked.drive))
-    host = _size("host_memory", asked.host_memory)
+        terms = replace(terms, read=_rate("--drive", asked.drive), write=_rate("--drive", asked.drive))
+    host = _size("--host_memory", asked.host_memory)
     path, free = nvme_path, None
     if asked.nvme is not None:
-        path, free = nvme_path or _DRIVE, _size("nvme", asked.nvme)
+        path, free = nvme_path or _DRIVE, _size("--nvme", asked.nvme)
     elif nvme_path is not None and not asked.described:
         free = free_disk_bytes(nvme_path)
     if path is None:
         notes = (*notes, "without plans on a drive: say --nvme SIZE, or --offload_optimizer_nvme_path DIR")
     if host is None and not asked.described:
-        host = min((found for found in (host_memory_bytes(), memory_limit_bytes()) if found is not None), default=None)
+        host = usable_memory_bytes()
     elif host is None:
         notes = (*notes, "host memory is taken to be enough: say --host_memory SIZE")
     return Described(count, nbytes, host, free, path, terms, notes)
@@ -104,8 +104,8 @@ def _gpu(
     asked: MachineAsked, gpu_ids: str | None
 ) -> tuple[tuple[int, int, Sheet], tuple[str, ...], Mapping[str, float]]:
     """(how many GPUs, bytes of one, its sheet), notes, and terms that were measured here."""
-    count = _count("gpus", asked.gpus)
-    nbytes = _size("gpu_memory", asked.gpu_memory)
+    count = count_of("--gpus", asked.gpus)
+    nbytes = _size("--gpu_memory", asked.gpu_memory)
     if asked.described:
         if asked.gpu is not None:
             named = sheet_named(asked.gpu)
@@ -141,15 +141,7 @@ def terms_file() -> Path:
     return default_file().with_name(FILE)
 
 
-def _count(name: str, text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"--{name}: {text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
-def _size(name: str, text: str | None) -> int | None:
+def _size(flag: str, text: str | None) -> int | None:
     if text is None:
         return None
     try:
@@ -157,18 +149,18 @@ def _size(name: str, text: str | None) -> int | None:
     except ValueError:
         found = "auto"
     if not isinstance(found, int) or found <= 0:
-        raise ConfigError(f"--{name}: {text!r} is not a size such as 80GB")
+        raise ConfigError(f"{flag}: {text!r} is not a size such as 80GB")
     return found
 
 
-def _rate(name: str, text: str) -> float:
+def _rate(flag: str, text: str) -> float:
     match = _RATE.fullmatch(text.strip())
     try:
         found = budget(match[1]) if match else "auto"
     except ValueError:
         found = "auto"
     if not isinstance(found, int) or found <= 0:
-        raise ConfigError(f"--{name}: {text!r} is not a rate such as 25GB/s")
+        raise ConfigError(f"{flag}: {text!r} is not a rate such as 25GB/s")
     return float(found)
 
 

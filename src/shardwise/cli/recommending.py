@@ -9,7 +9,8 @@ from typing import Any
 
 from ..config.schema import Config
 from ..errors import ConfigError, ShardwiseError
-from .estimate import Asked, machine_of, model_of, run_of
+from .estimate import machine_of, model_of, run_of
+from .model_flags import Asked
 from .questions import LENGTH, LORA, MODEL, QLORA, ROWS, TRAINED, WHOLE, Answers
 
 _RANK = "16"  # of LoRA, where nobody says it

@@ -9,16 +9,19 @@ network's, a container's overlay, memory) the kind is all that is known. Nothing
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .machine import nearest_existing
 from .offloads import DEVICES, directories_of
 from .schema import Config
 
 BLOCKS = Path("/sys/class/block")
 MOUNTS = Path("/proc/self/mountinfo")
 
+_NVME = re.compile(r"nvme\d")
 _IN_MEMORY = ("tmpfs", "ramfs")
 _VIRTUAL = ("vd", "xvd")  # they say that they turn, whatever lies below
 _OF_A_NETWORK = ("nfs", "nfs4", "cifs", "smb3", "9p", "lustre", "ceph", "beegfs", "gpfs", "fuse.sshfs", "virtiofs")
@@ -39,14 +42,12 @@ class Drive:
 
     @property
     def is_nvme(self) -> bool:
-        return bool(self.disks) and all(name.startswith("nvme") for name in self.disks)
+        return bool(self.disks) and all(_NVME.match(name) for name in self.disks)
 
 
 def drive_of(path: str | Path) -> Drive | None:
     """The drive where `path` is or would be made; None where the system does not tell (it is not Linux)."""
-    place = Path(path).expanduser().absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = nearest_existing(path)
     try:
         number = os.stat(place).st_dev
         mounts = list(_mounts(MOUNTS.read_text(encoding="utf-8", errors="replace")))

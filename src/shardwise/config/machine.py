@@ -54,6 +54,11 @@ def memory_limit_bytes() -> int | None:
         return None
 
 
+def usable_memory_bytes() -> int | None:
+    """Bytes of host memory that this process may take: the machine's or its container's; None if neither can be told."""
+    return min((count for count in (host_memory_bytes(), memory_limit_bytes()) if count is not None), default=None)
+
+
 def oom_kills() -> int | None:
     """How many processes of this container the kernel has killed for memory so far; None where it does not tell.
 
@@ -136,7 +141,7 @@ def gpu_memory_bytes() -> int | None:
 def free_disk_bytes(path: str | Path) -> int | None:
     """Free bytes where `path` is or would be made; None if that cannot be told."""
     try:
-        return shutil.disk_usage(_existing(path)).free
+        return shutil.disk_usage(nearest_existing(path)).free
     except OSError:
         return None
 
@@ -144,12 +149,13 @@ def free_disk_bytes(path: str | Path) -> int | None:
 def file_system(path: str | Path) -> int | None:
     """A number of the file system where `path` is or would be made, another one for each; None if that cannot be told."""
     try:
-        return os.stat(_existing(path)).st_dev
+        return os.stat(nearest_existing(path)).st_dev
     except OSError:
         return None
 
 
-def _existing(path: str | Path) -> Path:
+def nearest_existing(path: str | Path) -> Path:
+    """`path`, or of the directories above it the nearest that is there."""
     place = Path(path).expanduser().absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
