@@ -311,7 +311,7 @@ def test_the_older_spelling_of_fp16_is_read() -> None:
 
 def test_a_recommended_plan_is_the_default_and_what_differs_is_told() -> None:
     plan = {"zero_stage": 3, "offload_optimizer_device": "cpu", "offload_param_device": "none"}
-    knows = Knows({**plan, "activation_checkpointing": "auto", "gpu_memory_budget": "auto"})
+    knows = Knows({**plan, "activation_checkpointing": "auto", "gpu_memory_budget": "auto", "dynamo_backend": "no"})
     form = Form(existing_of("deepspeed_config: {zero_stage: 1}\nmixed_precision: fp16\n"), {}, knows)
     user = User({"model": ["wrong", "gpt"], "activation_checkpointing": "all"})
     fill(form, user, PATH)

@@ -1,4 +1,4 @@
-"""Which plan `estimate` recommends: the first that fits, in the order of what plans cost."""
+"""Which plan `plan`, `estimate` and `config` recommend: the fastest that fits, or the first in the order of what plans cost."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import json
 import pytest
 
 from shardwise.cli.main import run
+from shardwise.cli.questions import OF_THE_PLAN
 from shardwise.config.resolve import resolve
 from shardwise.estimate.activations import Batch
 from shardwise.estimate.bytes import CONTEXT_NBYTES, Choice, Machine, Run, estimate
 from shardwise.estimate.meta_model import build_meta_model
-from shardwise.estimate.recommending import order_of, recommended
+from shardwise.estimate.recommending import first_that_fits, order_of
 from shardwise.plan.plan import Tier
 from shardwise.plan.precision import Precision
 
@@ -50,20 +51,25 @@ def test_the_first_that_fits_is_taken_as_memory_shrinks(model, index):
     run = Run(world_size=2, local_processes=2, precision=Precision.named("bf16"), batch=Batch(4, 1024))
     choice, recomputes = list(order_of(run))[index]
     found = estimate(model, choice, Run(**{**vars(run), "batch": Batch(4, 1024, recomputes)}))
-    best = recommended(model, run, Machine(2, found.peak(Tier.GPU) + CONTEXT_NBYTES, 1 << 50))
+    best = first_that_fits(model, run, Machine(2, found.peak(Tier.GPU) + CONTEXT_NBYTES, 1 << 50))
     assert best is not None
     order = list(order_of(run))
-    assert order.index((best.choice, best.recomputes)) <= index
-    assert best.found.peak(Tier.GPU) <= found.peak(Tier.GPU)
-    assert recommended(model, run, Machine(2, CONTEXT_NBYTES, 1 << 50)) is None
+    assert order.index((best.choice, best.way.recompute)) <= index
+    assert best.estimate.peak(Tier.GPU) <= found.peak(Tier.GPU)
+    assert first_that_fits(model, run, Machine(2, CONTEXT_NBYTES, 1 << 50)) is None
 
 
-def test_config_writes_what_estimate_recommends(capsys, monkeypatch, model_file, tmp_path):
+@pytest.mark.parametrize("gpu", [None, "NVIDIA H100 80GB HBM3"], ids=["by_order", "by_time"])
+def test_config_writes_what_estimate_recommends(capsys, monkeypatch, model_file, tmp_path, gpu):
+    """And what `plan` finds the fastest, where it knows the GPU."""
     monkeypatch.setattr("shardwise.config.machine.physical_gpus", lambda: 2)
-    path = tmp_path / "run.yaml"
+    path, planned = tmp_path / "run.yaml", tmp_path / "planned.yaml"
     flags = ["--num_processes", "2", "--mixed_precision", "bf16"]
-    for memory in (1 << 40, (3 << 29) + (150 << 20), (3 << 29) + (60 << 20)):
-        monkeypatch.setattr("shardwise.cli.estimate.gpu_memory_bytes", lambda memory=memory: memory)
+    found = []
+    for memory in (1 << 40, 1850 << 20, 1600 << 20):
+        for module in ("model_run", "plan_machine"):
+            monkeypatch.setattr(f"shardwise.cli.{module}.gpu_memory_bytes", lambda memory=memory: memory)
+        monkeypatch.setattr("shardwise.cli.plan_machine.gpu_names", lambda: [gpu, gpu] if gpu else [])
         assert run(["estimate", str(model_file), *flags, "--sequence_length", "256", "--json"]) == 0
         best = json.loads(capsys.readouterr().out)["recommended"]
         asked = ["--model", str(model_file), "--sequence_length", "256", "--default", "--config_file", str(path)]
@@ -73,11 +79,29 @@ def test_config_writes_what_estimate_recommends(capsys, monkeypatch, model_file,
             assert "no plan fits this machine" in out
             continue
         config = resolve({}, path).config
+        found.append(config.zero)
         assert config.zero.zero_stage == best["zero_stage"]
         assert config.zero.offload_optimizer_device == best["offload_optimizer_device"]
         assert config.zero.offload_param_device == best["offload_param_device"]
-        assert config.engine.activation_checkpointing == ("auto" if best["recomputes"] else "none")
-        assert f"recommends stage {best['zero_stage']}" in out
+        assert (config.engine.activation_checkpointing != "none") == best["recomputes"]
+        assert (config.compiling is not None) == best["compiles"]
+        assert f"stage {best['zero_stage']}" in out
+        assert (best["step_s"] is None) == (gpu is None)
+        if gpu is None:
+            continue
+        where = ["--sequence_length", "256", "--nvme", "1TB", "--write", str(planned)]
+        assert run(["plan", str(model_file), *flags, *where]) == 0
+        capsys.readouterr()
+        of_plan = resolve({}, planned).config
+        for name in OF_THE_PLAN:
+            values = [
+                getattr(getattr(one, section), name, None)
+                for one in (config, of_plan)
+                for section in ("zero", "engine")
+            ]
+            assert values[:2] == values[2:], name
+        assert of_plan.dynamo_backend == config.dynamo_backend
+    assert len(found) == 2
 
 
 def test_a_model_that_is_not_there_is_one_line(capsys, tmp_path):

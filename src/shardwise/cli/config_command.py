@@ -31,7 +31,7 @@ def config_command(
     ] = False,
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="MODEL", help="Take the plan that estimate recommends for it on this machine."),
+        typer.Option("--model", metavar="MODEL", help="Take the fastest plan of it that fits this machine."),
     ] = None,
     lora_r: Annotated[
         str | None, typer.Option("--lora_r", metavar="N", help="With --model: LoRA of this rank is trained.")

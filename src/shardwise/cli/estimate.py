@@ -7,25 +7,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..config.machine import (
-    file_system,
-    free_disk_bytes,
-    gpu_memory_bytes,
-    usable_memory_bytes,
-    visible_gpus,
-)
-from ..config.offloads import MEDIA, Offloaded, directories_of
+from ..config.offloads import MEDIA
 from ..config.resolve import resolve
-from ..config.schema import Config
-from ..errors import ConfigError
 from ..estimate.named import named
-from .model_flags import Asked, count_of
+from .model_flags import Asked
+from .model_run import machine_of, model_of, run_of
+from .planning import recommendation
 
 if TYPE_CHECKING:
-    from ..estimate.bytes import Disk, Estimate, Machine, Run
-
-# What of an estimate lies in the directories of a setting.
-_ROLES: dict[Offloaded, tuple[str, ...]] = {"optimizer": ("optimizer",), "param": ("frozen", "parameter")}
+    from ..estimate.bytes import Estimate, Machine, Run
+    from ..estimate.plans import Planned
 
 
 def run_estimate(
@@ -42,7 +33,6 @@ def run_estimate(
 
     # From here on it takes seconds: torch is imported.
     from ..estimate.bytes import Choice, estimate, estimates
-    from ..estimate.recommending import recommended
     from ..estimate.steppers import steppers_of, uncompiled
 
     built = model_of(model, asked)
@@ -54,7 +44,7 @@ def run_estimate(
         run = replace(run, steppers=steppers_of(built, wanted))
         choice = Choice(zero.zero_stage, zero.offload_optimizer_device, zero.offload_param_device)
         chosen, every = estimate(built, choice, run), estimates(built, run)
-        best = recommended(built, run, machine)
+        best = recommendation(model, built, asked, settings, config, run, machine)
     total, trained = _counts(built)
     if as_json:
         facts = {
@@ -69,7 +59,7 @@ def run_estimate(
             "quantize": asked.quantize,
             "plan": {**chosen.as_values(), "shortages": machine.shortages(chosen, run)},
             "disks": {disk.name: {"free": disk.free_nbytes, "taken": disk.taken(chosen)} for disk in machine.disks},
-            "recommended": None if best is None else {**best.found.as_values(), "recomputes": best.recomputes},
+            "recommended": None if best is None else _recommended(best),
             "plans": [{**found.as_values(), "shortages": machine.shortages(found, run)} for found in every],
         }
         print(json.dumps(facts, indent=1))
@@ -83,58 +73,14 @@ def run_estimate(
     if asked.quantize:
         print(f"the frozen linear weights in {asked.quantize}: codes and scales as an estimate of what libraries keep")
     print("\n".join(["", *rows_of(chosen), *disks_of(chosen, machine), "", *table(every, machine, run)]))
-    print(f"recommended: {best or 'none of these fits this machine'}")
+    step = "" if best is None or not best.time.total else f"; a step of about {best.time.total:.3f} s"
+    print(f"recommended: {best or 'none of these fits this machine'}{step}")
 
 
-def machine_of(config: Config) -> Machine:
-    """This machine, as far as it can be told, with the GPUs that the run may use."""
-    from ..estimate.bytes import Machine
-
-    gpus = 0 if config.use_cpu else visible_gpus(config.gpu_ids) or 0
-    return Machine(gpus, gpu_memory_bytes(), usable_memory_bytes(), _disks(config))
-
-
-def model_of(model: str, asked: Asked) -> Any:
-    """The model without memory, with what the flags do to it."""
-    from ..estimate.meta_model import Adapters, build_meta_model
-
-    rank = count_of("--lora_r", asked.lora_r)
-    adapters = None
-    if rank is not None:
-        adapters = Adapters(rank, _names(asked.target_modules), _names(asked.modules_to_save))
-    return build_meta_model(model, dtype=asked.dtype, adapters=adapters, quantize=asked.quantize)
-
-
-def run_of(config: Config, asked: Asked, gpus: int) -> Run:
-    """What the bytes depend on besides the model and its plan. gpus: of this machine."""
-    from ..estimate.activations import Batch
-    from ..estimate.bytes import Run
-    from ..plan.precision import Precision
-
-    engine, length = config.engine, count_of("--sequence_length", asked.sequence_length)
-    world_size = config.num_processes or max(1, gpus) * config.num_machines
-    local_processes = -(-world_size // config.num_machines)
-    said = config.zero.shard_group
-    group = said if isinstance(said, int) else local_processes if said == "machine" else world_size
-    if world_size % group:
-        raise ConfigError(f"--shard_group: {group} does not divide {world_size} processes; take a number that does")
-    batch = None
-    if length is not None:
-        rows = engine.micro_batch_size or 1
-        checkpointing = asked.checkpointing or engine.activation_checkpointing != "none"
-        batch = Batch(rows, length, checkpointing, asked.attention, engine.loss_chunk_tokens, engine.loss_keeps_logits)
-    return Run(
-        world_size=world_size,
-        local_processes=local_processes,
-        precision=Precision.named(config.mixed_precision, engine.reduce_dtype),
-        cuda=not config.use_cpu,
-        options=engine,
-        accumulates=config.gradient_accumulation_steps > 1,
-        batch=batch,
-        shard_group=None if group == world_size else group,
-        all_own=config.zero.optimizer_shard_group == "world" and group < world_size,
-        directories=max(1, sum(len(paths) for paths in set(_paths(config).values()))),
-    )
+def _recommended(best: Planned) -> dict[str, Any]:
+    way, seconds = best.way, best.time.total
+    does = {"recomputes": way.recompute, "compiles": way.compiled, "budget_keeps": round(way.kept, 4)}
+    return {**best.estimate.as_values(), **does, "step_s": round(seconds, 6) or None}
 
 
 def rows_of(found: Estimate) -> list[str]:
@@ -227,37 +173,3 @@ def _batch_text(model: Any, run: Run) -> str:
         return "without activations: the formula is for decoder transformers"
     text = f"activations of {run.batch.rows} x {run.batch.length} tokens"
     return text + (" with checkpointing" if run.batch.checkpointing else "")
-
-
-def _names(text: str | None) -> tuple[str, ...]:
-    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
-
-
-def _paths(config: Config) -> dict[Offloaded, tuple[str, ...]]:
-    """The directories of what rests on a disk."""
-    zero = config.zero
-    found: dict[Offloaded, tuple[str, ...]] = {
-        "optimizer": directories_of(zero.offload_optimizer_nvme_path),
-        "param": directories_of(zero.offload_param_nvme_path),
-    }
-    return {role: paths for role, paths in found.items() if paths}
-
-
-def _disks(config: Config) -> list[Disk]:
-    """The file systems of these directories, each with its part of the bytes. A role without one lies beside the other."""
-    from ..estimate.bytes import Disk
-
-    paths = _paths(config)
-    anywhere = next(iter(paths.values()), (".",))
-    names: dict[object, list[str]] = {}
-    shares: dict[object, dict[str, float]] = {}
-    for offloaded, roles in _ROLES.items():
-        own = paths.get(offloaded, anywhere)
-        for path in own:
-            place = file_system(path) or path
-            if path not in names.setdefault(place, []):
-                names[place].append(path)
-            for role in roles:
-                there = shares.setdefault(place, {})
-                there[role] = there.get(role, 0.0) + 1 / len(own)
-    return [Disk(" and ".join(of), free_disk_bytes(of[0]), shares[place]) for place, of in names.items()]

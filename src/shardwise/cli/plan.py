@@ -16,9 +16,10 @@ from ..errors import ConfigError
 from ..estimate.kept_terms import store
 from ..estimate.named import named
 from ..estimate.terms import as_values
-from .estimate import model_of, run_of
 from .model_flags import Asked
+from .model_run import model_of, run_of
 from .plan_machine import Described, MachineAsked, described, terms_file, tokens_of
+from .planning import planner_of, settings_of, ways_of
 
 if TYPE_CHECKING:
     from ..estimate.bytes import Choice, Run
@@ -88,19 +89,18 @@ def run_plan(
         config = config.model_copy(update={"num_processes": place.gpus * config.num_machines})
 
     # From here on it takes seconds: torch is imported.
-    from ..estimate.plans import Planner
+    from ..estimate.recommending import fastest
     from ..estimate.steppers import steppers_of, uncompiled
 
     meta = model_of(model, asked)
     run = run_of(config, asked, place.gpus)
     stepped = named(asked.optimizer, asked.optimizer_args)
-    shapes = None if asked.quantize is None else model_of(model, replace(asked, quantize=None))
     with uncompiled(stepped):
         run = replace(run, steppers=steppers_of(meta, stepped))
-        planner = Planner(meta, run, place.terms, config.gradient_accumulation_steps, shapes)
-        found = planner.plans(place.machine(), _choices(settings, place), **_ways(settings, asked, config))
+        planner = planner_of(model, meta, asked, config, run, place.terms)
+        found = planner.plans(place.machine(), _choices(settings, place), **ways_of(settings, asked, config))
     found.sort(key=lambda one: (not one.fits, one.time.total or float("inf")))
-    best = found[0] if found[0].fits else None
+    best = fastest(found)
     if wanted.as_json:
         print(json.dumps(_as_values(model, run, place, found, config, tokens), indent=1))
     else:
@@ -110,9 +110,9 @@ def run_plan(
             raise ConfigError(
                 f"{wanted.write}: not written, for no plan fits: more GPUs, a shorter sequence, LoRA or a smaller batch"
             )
-        write_yaml(settings_of(best, settings, config_file, config, place), wanted.write)
+        write_yaml(_written(best, settings, config_file, config, place), wanted.write)
         if not wanted.as_json:
-            print(f"\n{best.choice}{', ' * bool(best.words)}{best.words}: written to {wanted.write}")
+            print(f"\n{best}: written to {wanted.write}")
             print(f"next: shardwise launch --config_file {wanted.write} SCRIPT")
 
 
@@ -141,44 +141,13 @@ def _choices(settings: Mapping[str, str | bool], place: Described) -> list[Choic
     return [choice for choice in found if place.nvme_path is not None or choice not in on_disk]
 
 
-def _ways(settings: Mapping[str, str | bool], asked: Asked, config: Config) -> dict[str, Any]:
-    """What of recomputing, compiling and a budget is open: both, or what a flag or a file says."""
-    compiled = [config.compiling is not None]
-    if "dynamo_backend" not in settings and config.compiling is None:
-        compiled = [False, True]
-    said = config.engine.activation_checkpointing
-    recompute = [False, True]
-    if said == "all" or asked.checkpointing:
-        recompute = [True]
-    elif said == "none" and "activation_checkpointing" in settings:
-        recompute = [False]
-    budgets = config.engine.gpu_memory_budget is not None or "gpu_memory_budget" not in settings
-    return {"recompute": recompute, "compiled": compiled, "budgets": budgets}
-
-
-def settings_of(
+def _written(
     best: Planned, settings: Mapping[str, str | bool], config_file: str | None, config: Config, place: Described
 ) -> Config:
     """The settings of a run under this plan, over those that were given."""
-    choice, way = best.choice, best.way
-    values: dict[str, Any] = {
-        **settings,
-        "distributed_type": "DEEPSPEED",
-        "zero_stage": choice.stage,
-        "offload_optimizer_device": choice.optimizer,
-        "offload_param_device": choice.param,
-        "mixed_precision": config.mixed_precision,
-        "num_processes": config.num_processes,
-        "activation_checkpointing": "all" if way.recompute else "none",
-        "dynamo_backend": "inductor" if way.compiled and config.compiling is None else config.dynamo_backend,
-    }
-    if way.kept:
-        values.setdefault("gpu_memory_budget", "auto")
-    for role, where in (("optimizer", choice.optimizer), ("param", choice.param)):
-        name = f"offload_{role}_nvme_path"
-        if DEVICES[where].on_disk:
-            values.setdefault(name, getattr(config.zero, name) or place.nvme_path)
-    return resolve(values, config_file).config
+    of_the_run = {"mixed_precision": config.mixed_precision, "num_processes": config.num_processes}
+    planned = settings_of(best, config, place.nvme_path)
+    return resolve({**settings, "distributed_type": "DEEPSPEED", **of_the_run, **planned}, config_file).config
 
 
 def _tokens_a_step(run: Run, config: Config) -> int:
@@ -220,7 +189,7 @@ def _text(
         if one.estimate.refused is not None:
             lines.append(f"  {one.choice!s:<46}  refused: {one.estimate.refused}")
             continue
-        name = f"{one.choice}{', ' * bool(one.words)}{one.words}"
+        name = str(one)
         columns = "".join(f"{size(value) if value else '-':>10}" for value in _media(one))
         rate = each / one.time.total
         hours = f"{tokens / rate / 3600:>9,.1f}" if tokens else ""

@@ -119,9 +119,17 @@ def _gpu(
         else:
             raise ConfigError("--gpus: also say which: --gpu NAME, as H100, or --gpu_memory SIZE")
         return (count or 1, nbytes or sheet.nbytes, sheet), (note,), {}
-    here = visible_gpus(gpu_ids)
-    if here == 0 or not (names := gpu_names()):
+    here = _gpu_here(gpu_ids)
+    if here is None:
         raise ConfigError("this machine has no GPU: describe one, as --gpus 8 --gpu H100 --host_memory 1TB")
+    return here
+
+
+def _gpu_here(gpu_ids: str | None) -> tuple[tuple[int, int, Sheet], tuple[str, ...], Mapping[str, float]] | None:
+    """The same of this machine; None where it has no GPU that is named."""
+    here, names = visible_gpus(gpu_ids), gpu_names()
+    if here == 0 or not names:
+        return None
     nbytes = gpu_memory_bytes() or 0
     named = sheet_named(names[0])
     name, sheet = named if named is not None else sheet_of_memory(nbytes)
@@ -134,6 +142,12 @@ def _gpu(
     if named is None and not kept:
         note = f"{names[0]} is not known: terms of an {name}; to measure: --measure"
     return (here or len(names), nbytes or sheet.nbytes, sheet), (note,), kept
+
+
+def terms_here(gpu_ids: str | None) -> Terms | None:
+    """The terms of this machine; None where it has no GPU that is named. Raises ConfigError for a wrong file of terms."""
+    here = _gpu_here(gpu_ids)
+    return None if here is None else with_values(terms_of(here[0][2]), here[2])
 
 
 def terms_file() -> Path:

@@ -20,14 +20,14 @@ Answers = dict[str, Any]
 USE_ZERO = "use_zero"  # it decides distributed_type
 USE_JSON = "use_json"
 CLIP = "clip"
-# What `estimate` is told, to recommend a plan.
+# What is told of a model, for a plan to be recommended.
 MODEL, TRAINED, LENGTH, ROWS = "model", "trained", "sequence_length", "rows"
 HELPERS = (USE_ZERO, USE_JSON, CLIP, MODEL, TRAINED, LENGTH, ROWS)
 WHOLE, LORA, QLORA = "all", "lora", "qlora"
 # Keys whose default is what was recommended for the model.
 OF_THE_PLAN = (
     *("zero_stage", "offload_optimizer_device", "offload_param_device", "gpu_memory_budget"),
-    "activation_checkpointing",
+    *("activation_checkpointing", "dynamo_backend"),
 )
 
 
@@ -201,8 +201,7 @@ _ABOUT_THE_MODEL = (
         _by_hand,
         Wording(
             "Which model will you train?",
-            "A hub id or a directory: the plan that `estimate` recommends for it on this machine is then the default. Empty: "
-            "none.",
+            "A hub id or a directory: the fastest plan that fits this machine is then the default. Empty: none.",
         ),
     ),
     _question(

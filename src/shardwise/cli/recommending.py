@@ -1,4 +1,4 @@
-"""The plan that `estimate` recommends for a model, as defaults of the questionnaire; torch is imported once one is named."""
+"""The plan that is recommended for a model, as defaults of the questionnaire; torch is imported once one is named."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 from ..config.schema import Config
 from ..errors import ConfigError, ShardwiseError
-from .estimate import machine_of, model_of, run_of
 from .model_flags import Asked
+from .model_run import machine_of, model_of, run_of
+from .planning import recommendation, settings_of
 from .questions import LENGTH, LORA, MODEL, QLORA, ROWS, TRAINED, WHOLE, Answers
 
 _RANK = "16"  # of LoRA, where nobody says it
@@ -66,7 +67,6 @@ class Recommender:
     def _found(self, model: str, asked: Asked, answers: Answers, config: Config) -> Plan:
         from ..config.offloads import MEDIA
         from ..estimate.bytes import size
-        from ..estimate.recommending import recommended
 
         asked.check()
         rows = str(answers.get(ROWS) or 1)
@@ -76,26 +76,22 @@ class Recommender:
         config = config.model_copy(update={"shardwise_config": engine})
         machine = machine_of(config)
         run = run_of(config, asked, machine.gpus)
-        best = recommended(self._built(model, asked), run, machine)
+        best = recommendation(model, self._built(model, asked), asked, {}, config, run, machine)
         where = f"{model} on {run.world_size} process(es)"
         if best is None:
             return Plan(
                 said=(f"For {where} no plan fits this machine; `shardwise estimate {model}` says what each lacks.",)
             )
-        choice = best.choice
-        defaults: dict[str, Any] = {
-            "zero_stage": choice.stage,
-            "offload_optimizer_device": choice.optimizer,
-            "offload_param_device": choice.param,
-            "activation_checkpointing": "auto" if best.recomputes else "none",
-        }
-        if choice.optimizer != "none" or choice.param != "none":
-            defaults["gpu_memory_budget"] = "auto"
+        # What the settings leave open is asked for: a directory on a drive.
+        defaults = settings_of(best, config, None)
+        if {best.choice.optimizer, best.choice.param} != {"none"} and not best.time.total:
+            defaults["gpu_memory_budget"] = "auto"  # nothing is known of what it keeps, and it does no harm
         # On a CPU the device is host memory.
         names = {"GPU": "GPU" if run.cuda else "host"}
-        taken = [(names.get(medium, medium), best.found.taken(medium)) for medium in MEDIA]
+        taken = [(names.get(medium, medium), best.estimate.taken(medium)) for medium in MEDIA]
         sizes = ", ".join(f"{size(count)} of {name}" for name, count in taken if count)
-        said = [f"For {where} estimate recommends {best}: at its peak {sizes} for each."]
+        step = f", a step of about {best.time.total:.3f} s" if best.time.total else ""
+        said = [f"For {where} {best} is recommended: at its peak {sizes} for each{step}."]
         if run.cuda and machine.gpu_nbytes is None:
             said.append("How much memory a GPU has is not known here, so it is taken to be enough.")
         return Plan(defaults, tuple(said))

@@ -26,7 +26,7 @@ _FILLED = 0.95
 
 @dataclass(frozen=True)
 class Planned:
-    """One plan. shortages: why it does not fit, or why the optimizer is refused under it; [] if it fits."""
+    """One plan. time: NOTHING where it is not modelled. shortages: why it does not fit or is refused; () if it fits."""
 
     choice: Choice
     way: Way
@@ -38,13 +38,8 @@ class Planned:
     def fits(self) -> bool:
         return not self.shortages
 
-    @property
-    def words(self) -> str:
-        """What it does besides stage and tiers."""
-        way = self.way
-        return ", ".join(
-            filter(None, ("recompute" * way.recompute, "compile" * way.compiled, "budget" * (way.kept > 0)))
-        )
+    def __str__(self) -> str:
+        return ", ".join([str(self.choice), *self.way.words])
 
 
 class Planner:

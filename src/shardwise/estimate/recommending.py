@@ -1,43 +1,35 @@
-"""Which plan to take: the first that fits, in the order of what a plan costs beside its computing.
+"""Which plan to take: of those that fit the fastest, or, where times are not modelled, the first in an order of costs.
+
+Times are modelled for GPUs and a batch (`plans.py`). Elsewhere the order is that of what a plan costs beside its computing:
 
 1. Nothing offloaded, nothing recomputed. Stage 2 has a copy's traffic and less memory than 1, which is first where
    micro-batches add up: it reduces once a step. Stage 3 gathers every weight twice.
 2. The same with blocks recomputed, a third more computing at the most.
 3. Optimizer states on the host: bytes over the link once a step. Parameters too: over the link in both passes.
 4. The same on a drive.
-
-An order, not a model of times: which of two plans that fit is faster depends on link and batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from ..config.offloads import DEVICES
 from ..errors import OptimizerError
-from .bytes import CHOICES, Choice, Estimate, Machine, Run, estimate
+from .bytes import CHOICES, Choice, Machine, Run, estimate
+from .plans import Planned
+from .times import NOTHING, Way
 
 
-@dataclass(frozen=True)
-class Recommendation:
-    """A plan that fits. recomputes: with its blocks recomputed, as the bytes of `found` are."""
-
-    found: Estimate
-    recomputes: bool
-
-    @property
-    def choice(self) -> Choice:
-        return self.found.choice
-
-    def __str__(self) -> str:
-        return f"{self.choice}" + (", blocks recomputed" if self.recomputes else "")
+def fastest(plans: Sequence[Planned]) -> Planned | None:
+    """The plan whose step takes least of those that fit; None if none does."""
+    return min((one for one in plans if one.fits), key=lambda one: one.time.total, default=None)
 
 
-def recommended(model: nn.Module, run: Run, machine: Machine) -> Recommendation | None:
-    """The first plan that fits `machine`, where it is known; None if none does.
+def first_that_fits(model: nn.Module, run: Run, machine: Machine) -> Planned | None:
+    """The first plan in the order that fits `machine`, as far as it is known; None if none does.
 
     Without a batch activations are not counted, and recomputing them is never needed.
     """
@@ -48,7 +40,7 @@ def recommended(model: nn.Module, run: Run, machine: Machine) -> Recommendation 
         except OptimizerError:
             continue  # `prepare` would refuse it too
         if not machine.shortages(found, run):
-            return Recommendation(found, recomputes)
+            return Planned(choice, Way(recomputes), found, NOTHING)
     return None
 
 

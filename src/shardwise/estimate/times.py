@@ -39,6 +39,12 @@ class Way:
     compiled: bool = False
     kept: float = 0.0
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """One for each thing."""
+        found = {"recompute": self.recompute, "compile": self.compiled, "budget": self.kept > 0}
+        return tuple(word for word, does in found.items() if does)
+
 
 @dataclass(frozen=True)
 class Timed:
