@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -44,11 +43,11 @@ Batch = dict[str, torch.Tensor]
 
 
 class Progress:
-    """Where the run is; part of every checkpoint. The three sums are this process's, since the last line that was printed."""
+    """Where the run is; part of every checkpoint. The two sums are this process's, since the last line that was printed."""
 
     def __init__(self, device: torch.device) -> None:
         self.steps, self.evaluated_at, self.best_step, self.best_loss = 0, -1, 0, math.inf
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # losses of answer tokens, answer tokens, tokens
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # losses of answer tokens, and how many
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -124,27 +123,24 @@ def make_optimizer(args: argparse.Namespace, model: torch.nn.Module) -> torch.op
     return torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
 
 
-def windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+def windows(accelerator: Accelerator, batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
     """The batches of each optimizer step: `size` of them, the last ones of an epoch maybe fewer."""
     window: list[Batch] = []
     for batch in batches:
         window.append(batch)
-        if len(window) == size:
+        if len(window) == size or accelerator.gradient_state.end_of_dataloader:
             yield window
             window = []
-    if window:
-        yield window
 
 
-def counts_of(window: list[Batch]) -> torch.Tensor:
-    """(answer tokens, tokens) of these batches, float64: tokens that have a loss, and all that are not padding."""
-    answers = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in window)
-    return torch.stack([answers, sum(batch["tokens"].sum() for batch in window)]).double()
+def answers_in(window: list[Batch]) -> torch.Tensor:
+    """How many tokens of these batches have a loss, float64."""
+    return torch.stack([(batch["labels"][:, 1:] != IGNORED).sum() for batch in window]).sum().double()
 
 
 def forward(model: torch.nn.Module, batch: Batch, *, in_one: bool, with_labels: bool) -> Any:
     """The model's outputs; `in_one` lays packed sequences behind one another, as flash attention reads them."""
-    inputs = {key: value for key, value in batch.items() if key != "tokens" and (with_labels or key != "labels")}
+    inputs = {key: value for key, value in batch.items() if with_labels or key != "labels"}
     if in_one and "position_ids" in batch:
         inputs = as_one(inputs)
     # A cache is of no use here, and with one transformers does not look for packed rows.
@@ -233,7 +229,8 @@ def main() -> None:
         model.print_trainable_parameters()
     optimizer = make_optimizer(args, model)
     train_loader, eval_loader = accelerator.prepare(train_loader, eval_loader)
-    steps_per_epoch = -(-len(train_loader) // accelerator.gradient_accumulation_steps)
+    window_size = accelerator.gradient_accumulation_steps
+    steps_per_epoch = -(-len(train_loader) // window_size)
     total_steps = steps_per_epoch * args.num_epochs
     schedule = get_scheduler(args.schedule, optimizer, round(args.warmup * total_steps), total_steps)
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
@@ -269,9 +266,7 @@ def main() -> None:
         save_model(accelerator, model, tokenizer, target, facts)
         if args.save_logits is not None:
             rows = [train_rows[number] for number in range(min(4, len(train_rows)))]
-            batch = {
-                key: value for key, value in pad_rows(pad_token_id)(rows).items() if key not in ("labels", "tokens")
-            }
+            batch = {key: value for key, value in pad_rows(pad_token_id)(rows).items() if key != "labels"}
             reference = reference_logits(model, batch, accelerator.device)
             model.train()
             if accelerator.is_main_process:
@@ -282,24 +277,24 @@ def main() -> None:
 
     if progress.steps and is_due(progress.steps) and progress.evaluated_at != progress.steps:
         evaluate_and_keep()  # a checkpoint is saved before the evaluation of its step
-    began = time.perf_counter()
     model.train()
-    # A prepared loader knows its epoch, and goes on within it after a resume.
+    # A prepared loader knows its epoch, and goes on within it after a resume. What is watched is in output_dir/metrics.jsonl.
     for epoch in range(train_loader.iteration, args.num_epochs):
         with MemoryTracker("train", accelerator.device) as memory:
-            for window in windows(train_loader, accelerator.gradient_accumulation_steps):
+            batches = accelerator.watch(train_loader, epochs=args.num_epochs, log_every=args.log_every)
+            for window in windows(accelerator, batches, window_size):
                 # Each answer token of the step counts alike, on whichever rank and in whichever micro-batch it is: `backward`
                 # divides by the micro-batches, and the engine by the ranks.
-                mine = counts_of(window)
-                scale = accelerator.gradient_accumulation_steps * accelerator.num_processes
-                scale = scale / accelerator.reduce(mine, "sum")[0]
+                accelerator.gradient_accumulation_steps = len(window)
+                answers = answers_in(window)
+                scale = len(window) * accelerator.num_processes / accelerator.reduce(answers, "sum")
                 for number, batch in enumerate(window, start=1):
                     with nullcontext() if number == len(window) else accelerator.no_sync(model):
                         loss = forward(model, batch, in_one=in_one, with_labels=True).loss
                         loss = loss * (batch["labels"][:, 1:] != IGNORED).sum()
                         accelerator.backward(loss * scale.to(loss.dtype))
                     progress.sums[0] += loss.detach()
-                progress.sums[1:] += mine
+                progress.sums[1] += answers
                 if args.max_grad_norm is not None:
                     accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 rate = schedule.get_last_lr()[0]
@@ -309,19 +304,13 @@ def main() -> None:
                 optimizer.zero_grad()
                 step = progress.steps + 1
                 if step % args.log_every == 0 or step == total_steps:
-                    losses, answers, tokens = accelerator.reduce(progress.sums, "sum").tolist()
-                    speed = tokens / (time.perf_counter() - began)
-                    accelerator.print(
-                        f"step={step}/{total_steps} loss={losses / answers:.6f} lr={rate:.3g} tokens/s={speed:.0f}"
-                    )
-                    accelerator.log({"loss": losses / answers, "lr": rate, "tokens_per_second": speed}, step=step)
+                    losses, count = accelerator.reduce(progress.sums, "sum").tolist()
+                    accelerator.print(f"step={step}/{total_steps} loss={losses / count:.6f} lr={rate:.3g}")
                     progress.sums.zero_()
-                    began = time.perf_counter()
                 if after_step(accelerator, args, progress):
                     return
                 if is_due(progress.steps):
                     evaluate_and_keep()
-                    began = time.perf_counter()
         accelerator.print(memory.report())
         accelerator.print(f"{epoch=}: {progress.steps} steps, best step={progress.best_step}")
 

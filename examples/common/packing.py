@@ -64,14 +64,14 @@ class PackedRows(Dataset[list[dict[str, Any]]]):
 
 
 def fill_packs(pad_token_id: int, capacity: int) -> Callable[[list[list[dict[str, Any]]]], Batch]:
-    """A collate function over packs: input_ids, labels and position_ids, (packs, capacity), and tokens, (packs,), all int64.
+    """A collate function over packs: input_ids, labels and position_ids, (packs, capacity), int64.
 
     What is left of a sequence is a row of its own, of padding without labels. All batches have one shape, so that compiled
     models are compiled once.
     """
 
     def collate(packs: list[list[dict[str, Any]]]) -> Batch:
-        batch: dict[str, list[Any]] = {"input_ids": [], "labels": [], "position_ids": [], "tokens": []}
+        batch: dict[str, list[Any]] = {"input_ids": [], "labels": [], "position_ids": []}
         for rows in packs:
             ids = [token for row in rows for token in row["input_ids"]]
             rest = capacity - len(ids)
@@ -79,25 +79,23 @@ def fill_packs(pad_token_id: int, capacity: int) -> Callable[[list[list[dict[str
             batch["input_ids"].append(ids + [pad_token_id] * rest)
             batch["labels"].append([label for row in rows for label in row["labels"]] + [IGNORED] * rest)
             batch["position_ids"].append(positions + list(range(rest)))
-            batch["tokens"].append(len(ids))
         return {key: torch.tensor(value, dtype=torch.int64) for key, value in batch.items()}
 
     return collate
 
 
 def pad_rows(pad_token_id: int) -> Callable[[list[dict[str, Any]]], Batch]:
-    """A collate function over rows: input_ids, labels and attention_mask, (rows, longest), and tokens, (rows,), all int64."""
+    """A collate function over rows: input_ids, labels and attention_mask, (rows, longest), int64."""
 
     def collate(rows: list[dict[str, Any]]) -> Batch:
         longest = max(len(row["input_ids"]) for row in rows)
-        batch: dict[str, list[Any]] = {"input_ids": [], "labels": [], "attention_mask": [], "tokens": []}
+        batch: dict[str, list[Any]] = {"input_ids": [], "labels": [], "attention_mask": []}
         for row in rows:
             length = len(row["input_ids"])
             rest = longest - length
             batch["input_ids"].append(row["input_ids"] + [pad_token_id] * rest)
             batch["labels"].append(row["labels"] + [IGNORED] * rest)
             batch["attention_mask"].append([1] * length + [0] * rest)
-            batch["tokens"].append(length)
         return {key: torch.tensor(value, dtype=torch.int64) for key, value in batch.items()}
 
     return collate
