@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-# As ranks of the rig have it, for this process and those that it starts. Threads of OpenMP spin while they wait for one another:
-# where test files run side by side a small product takes ten times as long with two as with one.
+# As ranks of the rig have it, for this process and those that it starts. Threads of OpenMP spin while they wait for one
+# another: where test files run side by side a small product takes ten times as long with two as with one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
-from rig import Worlds  # noqa: E402
+from rig import Worlds
 
 # With it, print writes a text and the end of its line one after the other, and what two ranks print runs together.
 os.environ.pop("PYTHONUNBUFFERED", None)
