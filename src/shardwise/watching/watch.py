@@ -63,17 +63,17 @@ def ids_in(batch: Any) -> Tensor | None:
     if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
         found: Tensor = batch["input_ids"]
         return found
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else (batch,)
-    for value in values:
-        if isinstance(value, Tensor) and value.dtype in _IDS and value.dim() > 1:
-            return value
-    return None
+    return next((v for v in _tensors(batch) if v.dtype in _IDS and v.dim() > 1), None)
 
 
 def rows_of(batch: Any) -> int:
     """Samples of a batch: the first dimension of its first tensor that has one."""
+    return next((len(tensor) for tensor in _tensors(batch) if tensor.dim()), 0)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else (batch,)
-    return next((len(value) for value in values if isinstance(value, Tensor) and value.dim()), 0)
+    yield from (value for value in values if isinstance(value, Tensor))
 
 
 class Watch:
