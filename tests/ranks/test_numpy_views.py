@@ -65,20 +65,53 @@ def test_a_weight_that_numpy_saw_after_its_release_can_be_gathered(world):
     world(2).run(_late_view)
 
 
-def _nothing_changes(ranks):
-    """Without numpy the storage is the same one for good: views that autograd saved are views of what is gathered."""
-    model = _watched_tower()
-    sharded, _, _ = prepare(ranks, model, "3", units=["Block", "Watched"])
+def _nothing_changes(ranks, plan):
+    """Without the script's numpy the storage is the same one for good: what autograd saved are views of what is gathered."""
+    torch.manual_seed(5)
+    model = Tower(2)
+    sharded, stepper, _ = prepare(ranks, model, plan, units=["Block"])
     buffers = [part for unit in sharded.units for part in unit.parts]
     before = [part.whole.untyped_storage()._cdata for part in buffers]
-    for _ in range(2):
+    for batch in inputs(2):
         with sharded.gathered():
             pass
+        model(mine(batch, ranks.rank, ranks.world_size)).square().mean().backward()
+        stepper.step()
+        stepper.zero_grad()
+    with shardwise.gathered(model), torch.no_grad():  # written, and kept where it rests
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
     assert [part.whole.untyped_storage()._cdata for part in buffers] == before
+    assert all(part.whole.untyped_storage().resizable() for part in buffers)
 
 
-def test_a_weight_that_numpy_has_not_seen_keeps_its_storage(world):
-    world(2).run(_nothing_changes)
+@pytest.mark.parametrize("plan", SHARDED)
+def test_a_weight_that_numpy_has_not_seen_keeps_its_storage(world, plan):
+    world(2).run(_nothing_changes, plan)
+
+
+def _addresses(ranks):
+    """A storage that was replaced within a forward is nobody's: its address may be that of any tensor made since."""
+    model = _watched_tower()
+    sharded, _, _ = prepare(ranks, model, "3", units=["Block", "Watched"])
+    unit = next(unit for unit in sharded.units if unit.name == "blocks.1")
+    part, saved = unit.parts[0], sharded._hooks.saved
+    with sharded.gathered():
+        old = part.whole.view(-1)
+        old.numpy()
+        assert saved.begin()
+        assert saved.owner(old) is unit
+    unit.gather()  # its storage was given to whoever has seen it
+    unit.arrive()
+    assert part.whole.untyped_storage()._cdata != old.untyped_storage()._cdata
+    assert saved.owner(old) is None
+    assert saved.owner(part.whole) is unit
+    unit.release()
+    saved.end()
+
+
+def test_a_storage_that_was_replaced_owns_nothing(world):
+    world(2).run(_addresses)
 
 
 TENSORS = {

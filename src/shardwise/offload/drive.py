@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StoreError
+from ..files.writer import as_bytes
 from ..ranks.lanes import Lanes
 from .files import PAGE, File, Files
 from .host import Block, Ring
@@ -122,7 +123,7 @@ class Drive:
 
     def read(self, file: File, offset: int, out: Tensor, name: str, reading: Reading) -> None:
         """Copy the file's bytes from `offset` on into `out`, (n,) uint8 on the device, as a part of `reading`."""
-        host = out.numpy() if self.shared.lanes.device.type == "cpu" else None
+        host = bytes_of(out) if self.shared.lanes.device.type == "cpu" else None
         if host is not None and in_place(file, offset, host):
             self._fill(file, offset, host, len(host), name)
             torch.autograd.graph.increment_version(out)
@@ -160,11 +161,11 @@ class Drive:
         with self.shared.lock:
             self.bytes_read += got
 
-    def write(self, file: File, offset: int, memory: Tensor, nbytes: int, name: str) -> None:
+    def write(self, file: File, offset: int, memory: np.ndarray, nbytes: int, name: str) -> None:
         """Write the first `nbytes` of `memory`, (n,) uint8 of a block or `in_place`."""
         # The last page is written whole: the file ends with it, and nothing else lies in it.
         length = -(-nbytes // PAGE) * PAGE if file.direct else nbytes
-        done, problem = _moved(write_at, file, memory.numpy()[:length].data, offset, length)
+        done, problem = _moved(write_at, file, memory[:length].data, offset, length)
         if problem is None and done < length:
             problem = OSError(errno.EIO, f"it took {done:,} of them and no more")
         if problem is not None:
@@ -194,6 +195,11 @@ class Drive:
     def close(self) -> None:
         self.threads.close()
         self.files.close()
+
+
+def bytes_of(tensor: Tensor) -> np.ndarray:
+    """The bytes of a contiguous tensor on the CPU, (nbytes,), to be read and written; its storage can still be resized."""
+    return np.frombuffer(as_bytes(tensor), np.uint8)
 
 
 def in_place(file: File, offset: int, memory: np.ndarray) -> bool:

@@ -32,7 +32,7 @@ from ..config.offloads import Directories, directories_of
 from ..errors import StoreError
 from ..plan.plan import Tier
 from ..ranks.lanes import Lanes
-from .drive import Drive, Reading, Shared, in_place
+from .drive import Drive, Reading, Shared, bytes_of, in_place
 from .files import PAGE, File, take_space
 from .pinned import host_room
 from .store import Arrival, Done, Slab
@@ -199,23 +199,23 @@ class NvmeStore:
 
     def _leaving(
         self, slab: FileSlab, part: Stretch, piece: Tensor, given: bool
-    ) -> tuple[Tensor, torch.Event | None, Callable[[], None]]:
+    ) -> tuple[np.ndarray, torch.Event | None, Callable[[], None]]:
         """`piece` in memory that can be written from: itself or a block, with the event of the copy, and what gives it back."""
         drive, down = self.drives[part.drive], self.lanes.down
         # The bytes on the host, where they are there as they are to rest.
-        host = piece.detach().view(torch.uint8) if piece.device.type == "cpu" and piece.dtype == slab.dtype else None
-        if given and host is not None and in_place(slab.files[part.drive], part.offset, host.numpy()):
+        host = bytes_of(piece) if piece.device.type == "cpu" and piece.dtype == slab.dtype else None
+        if given and host is not None and in_place(slab.files[part.drive], part.offset, host):
             drive.take_turn()
             return host, down.mark(), drive.give_turn
         block = drive.take_block()
         landing = block.memory[: part.last - part.first]
         if host is not None and self.lanes.device.type == "cpu":
             # Not torch's copy: it waits for threads of its own, which have no core while the drive's threads and others do.
-            np.copyto(landing.numpy(), host.numpy())
+            np.copyto(landing.numpy(), host)
         else:
             with down.on():
                 landing.view(slab.dtype).copy_(piece, non_blocking=True)
-        return block.memory, down.mark(), partial(drive.give_block, block)
+        return block.memory.numpy(), down.mark(), partial(drive.give_block, block)
 
     def drain(self) -> None:
         """Return once everything that was put is on the drive. Raises StoreError for the first thing that failed."""
@@ -267,7 +267,12 @@ class NvmeStore:
         self.drives[part.drive].read(slab.files[part.drive], part.offset, out, slab.name, reading)
 
     def _write(
-        self, slab: FileSlab, part: Stretch, memory: Tensor, copied: torch.Event | None, before: Sequence[Future[None]]
+        self,
+        slab: FileSlab,
+        part: Stretch,
+        memory: np.ndarray,
+        copied: torch.Event | None,
+        before: Sequence[Future[None]],
     ) -> None:
         for read in before:
             read.exception()

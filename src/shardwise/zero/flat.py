@@ -41,7 +41,10 @@ class FlatBuffer:
     peers:     where shards on the device rest if all ranks shall read them. changes: steps write into them.
     packing:   how shards travel in passes if not exactly, see `compressed.py`.
     slab:      (layout.shard_numel,) at rest on placement.tier; None when the whole never leaves.
+    replaced:  how many storages of `whole` have been replaced, of all buffers: who knows storages by address looks again.
     """
+
+    replaced = 0
 
     def __init__(
         self,
@@ -209,6 +212,7 @@ class FlatBuffer:
         storage = self.whole.untyped_storage()
         if storage.resizable() and (not self.whole.is_cpu or not storage.is_shared()):
             return storage
+        FlatBuffer.replaced += 1
         with torch.inference_mode(False), unasked():  # it outlives the script's
             self.whole.data = torch.empty_like(self.whole)
             for index, member in enumerate(self.members):

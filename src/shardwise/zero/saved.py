@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.autograd import graph
 
 from ..errors import ReleasedParameterError
+from .flat import FlatBuffer
 from .unit import Unit, Weights
 
 log = logging.getLogger("shardwise")
@@ -134,6 +135,7 @@ class SavedWeights:
         self._main = main
         self._surprised = False
         self._owners: dict[int, Unit] = {}  # by the address of a storage
+        self._replaced = 0  # how many storages had been replaced when those were asked for
         self._pushed: list[tuple[_Packer, int]] = []  # those that are asked now, each with its thread
         finalize(self, _take_off, self._pushed).atexit = False
         self.renew(units)
@@ -172,13 +174,17 @@ class SavedWeights:
         autograd: Any = torch._C._autograd
         if not self._any or not autograd._saved_tensors_hooks_is_enabled():
             return False
-        # Asked each time: what a script has seen outside of torch gets another storage when it is released.
-        self._owners = {part.whole.untyped_storage()._cdata: unit for unit in self._units for part in unit.parts}
+        self._look()
         packer = _Packer(self, autograd._top_saved_tensors_default_hooks(False), in_forward)
         autograd._push_saved_tensors_default_hooks(packer.pack, packer.unpack)
         graph.disable_saved_tensors_hooks = _disable_others
         self._pushed.append((packer, get_ident()))
         return True
+
+    def _look(self) -> None:
+        """Ask for the storages of all units. What a script has seen outside of torch gets another one when it is released."""
+        self._replaced = FlatBuffer.replaced
+        self._owners = {part.whole.untyped_storage()._cdata: unit for unit in self._units for part in unit.parts}
 
     def end(self) -> None:
         self._pushed.pop()
@@ -192,6 +198,8 @@ class SavedWeights:
 
     def owner(self, tensor: Tensor) -> Unit | None:
         """The unit in whose weights `tensor` lives."""
+        if self._replaced != FlatBuffer.replaced:  # an address that is free again may be anybody's now
+            self._look()
         return self._owners.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
 
     def read(self, kept: _Kept) -> Tensor:
