@@ -11,7 +11,7 @@ import torch
 
 from rig.tiny import tiny
 from shardwise.cli import as_deepspeed
-from shardwise.cli import estimate as command
+from shardwise.cli import model_run
 from shardwise.config.accelerate_variables import configuration
 from shardwise.config.check import checked, from_environment
 from shardwise.config.offloads import directories_of
@@ -141,13 +141,13 @@ def machine(monkeypatch):
     def of(path):
         return next((found for name, found in drives.items() if str(path).startswith(name)), (3, 70))
 
-    monkeypatch.setattr(command, "file_system", lambda path: of(path)[0])
-    monkeypatch.setattr(command, "free_disk_bytes", lambda path: of(path)[1])
+    monkeypatch.setattr(model_run, "file_system", lambda path: of(path)[0])
+    monkeypatch.setattr(model_run, "free_disk_bytes", lambda path: of(path)[1])
 
 
 def disks(optimizer, param=None):
     zero = SimpleNamespace(offload_optimizer_nvme_path=optimizer, offload_param_nvme_path=param)
-    return command._disks(SimpleNamespace(zero=zero))
+    return model_run._disks(SimpleNamespace(zero=zero))
 
 
 def test_each_drive_has_its_part_of_each_role(machine) -> None:
