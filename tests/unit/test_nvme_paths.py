@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from rig.tiny import tiny
-from shardwise.cli import as_deepspeed
-from shardwise.cli import model_run
+from shardwise.cli import as_deepspeed, model_run
 from shardwise.config.accelerate_variables import configuration
 from shardwise.config.check import checked, from_environment
 from shardwise.config.offloads import directories_of
