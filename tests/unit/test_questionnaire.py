@@ -17,8 +17,9 @@ from rig.terminal import CTRL_C, DOWN, ENTER, ERASE, ESCAPE, LEFT, UP, Terminal,
 
 SCREENS = Path(__file__).resolve().parents[1] / "data" / "screens"
 MACHINE = """
-import fcntl, termios
+import fcntl, signal, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background of a shell ignores it
 import shardwise.config.drives, shardwise.config.machine as machine
 machine.physical_gpus = lambda: 2
 machine.gpu_memory_bytes = lambda: 80 << 30
