@@ -13,6 +13,7 @@ from shardwise.errors import ConfigError
 from shardwise.watching.curves import POINTS, Series, line_chart, stacked_chart, stretches, ticks
 from shardwise.watching.page import page_of
 from shardwise.watching.reading import read_record
+from shardwise.watching.record import Record
 
 TIME = {"data": 0.1, "forward_backward": 0.5, "step": 0.2, "saving": 0.0, "evaluation": 0.0, "other": 0.2}
 
@@ -106,6 +107,19 @@ def test_of_steps_that_a_resumed_run_did_again_the_later_lines_count(tmp_path):
     assert past.resumed == [2]
     assert "resumed behind step 2" in page_of(past)
     assert past.notes == ["There is no run.json beside it, so nothing is known of settings and versions."]
+
+
+@pytest.mark.parametrize("slower", [0.1, 10.0])
+def test_a_resumed_run_is_known_however_long_its_first_step_takes(slower, tmp_path):
+    for goes_on, steps, pace in ((False, (1, 2, 3, 4), 1.0), (True, (3, 4, 5), slower)):
+        record = Record(tmp_path, goes_on=goes_on)
+        for number, step in enumerate(steps, 1):
+            record.write(line(step, elapsed=number * pace, loss=pace))
+        record.close()
+    past = read_record(tmp_path)
+    assert past.steps == [1, 2, 3, 4, 5]
+    assert past.columns["loss"] == [1.0, 1.0, slower, slower, slower]
+    assert past.resumed == [2]
 
 
 def test_time_behind_the_last_step_is_added_to_it(tmp_path):

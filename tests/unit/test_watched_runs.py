@@ -269,7 +269,7 @@ def test_a_run_that_goes_on_appends_and_drops_a_line_that_was_cut(tmp_path):
     record.write({"step": 2, "loss": math.nan, "norm": -math.inf})
     record.close()
     lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
-    assert lines == [{"step": 1}, {"step": 2}, {"step": 2, "loss": "NaN", "norm": "-Infinity"}]
+    assert lines == [{"step": 1}, {"step": 2}, {"step": 2, "loss": "NaN", "norm": "-Infinity", "resumed": True}]
 
 
 def test_a_full_disk_ends_the_record_and_not_the_run(tmp_path, caplog, monkeypatch):

@@ -133,7 +133,7 @@ def _take(past: Past, line: Any, name: str) -> None:
         for key in ("wall_s", *(key for key in values if key.startswith("time/"))):
             past.columns[key][-1] += values.get(key, 0.0)
         return
-    if past.steps and _began_again(past, values):
+    if past.steps and (line.get("resumed") is True or _began_again(past, values)):
         kept = bisect_left(past.steps, step)
         past.resumed.append(past.steps[kept - 1] if kept else 0)
         del past.steps[kept:]
@@ -150,7 +150,7 @@ def _take(past: Past, line: Any, name: str) -> None:
 
 
 def _began_again(past: Past, values: Mapping[str, float]) -> bool:
-    """Whether a line is of another process than the one before: its clock began anew."""
+    """Whether a line is of another process than the one before: its clock began anew. For records that do not say `resumed`."""
     earlier, now = past.columns.get("elapsed_s"), values.get("elapsed_s", math.nan)
     return bool(earlier) and now < earlier[-1]  # type: ignore[index]  # a nan is not below
 

@@ -57,6 +57,7 @@ class Record:
                 path.rename(_unused(path))
             if path.exists():
                 _drop_cut_line(path)
+            self._resumes = path.exists()  # which the first line says: clocks of two processes cannot be compared
             self._file: IO[str] | None = path.open("a", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{path}: the run's record cannot be written: {error.strerror}.") from error
@@ -68,6 +69,8 @@ class Record:
 
     def write(self, line: Line) -> None:
         """Append a line. It is in the file when this returns."""
+        if self._resumes:
+            line, self._resumes = {**line, "resumed": True}, False
         try:
             text = _line(line)
         except (TypeError, ValueError):  # a number that is not finite, which is rare: most lines are plain already
