@@ -13,7 +13,7 @@ import pytest
 
 import shardwise
 from shardwise.cli import worker
-from shardwise.config.foreign import TRAINERS, stage_asked_for
+from shardwise.config.foreign import SPEAK_DEEPSPEED, TRAINERS, stage_asked_for
 
 SOURCE = Path(shardwise.__file__).parents[1]
 ZERO = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3}}
@@ -81,6 +81,19 @@ def test_what_trains_without_zero_cannot_be_made_in_a_run_that_asked_for_it(tmp_
         package = module.split(".")[0]
         assert line.startswith(f"ConfigError: this run asked for zero_stage 3, but {package}'s {name} was made")
         assert instead in line
+        assert ("--as-deepspeed" in line) == (package in SPEAK_DEEPSPEED)
+
+
+def test_a_trainer_is_sent_to_deepspeeds_name_and_to_no_other_import(tmp_path):
+    make_packages(tmp_path)
+    trainer = tmp_path / "transformers" / "trainer.py"
+    trainer.parent.mkdir()
+    (trainer.parent / "__init__.py").touch()
+    trainer.write_text("from accelerate.accelerator import Accelerator\ndef train():\n    Accelerator(1)\n")
+    done = run(tmp_path, "from transformers.trainer import train\ntrain()", ZERO)
+    assert "made by transformers' Trainer" in done.stderr
+    assert "Start it by `shardwise launch --as-deepspeed`" in done.stderr
+    assert "from shardwise import" not in done.stderr
 
 
 def test_what_was_loaded_before_is_refused_too(tmp_path):

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from ..config.machine import host_memory_bytes, memory_limit_bytes, oom_kills
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 # Failures that the agent sees within this time of the first may be causes; later ones were stopped by the agent itself.
 SAME_MOMENT_S = 3
+_LONGEST_HEADLINE = 160
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,22 @@ def explain(failures: Sequence[Failure], plan: LaunchPlan, kills_before: int | N
     """Say why the run ended, the cause first, and give its exit code."""
     cause, *others = failures
     _show(cause, kills_before, alone=plan.config.num_processes == 1)
-    for other in [] if plan.watching.quiet else others:
-        print(f"shardwise launch: rank {other.rank} failed too: {headline(other)[:160]}", file=sys.stderr)
+    for text in [] if plan.watching.quiet else of_others(headline(cause), others):
+        print(f"shardwise launch: {text}", file=sys.stderr)
     return cause.exit_code or 1
+
+
+def of_others(cause: str, others: Sequence[Failure]) -> list[str]:
+    """A line for each way in which the others failed. cause: what the first rank's says, which is not said again."""
+    ranks: dict[str, list[int]] = {}
+    for other in others:
+        ranks.setdefault(headline(other), []).append(other.rank)
+    lines = []
+    for text, failed in ranks.items():
+        who = f"rank{'s' if len(failed) > 1 else ''} {', '.join(map(str, sorted(failed)))} failed too"
+        said = shorten(text, _LONGEST_HEADLINE, placeholder=" ...")
+        lines.append(f"{who}, with the same error" if text == cause else f"{who}: {said}")
+    return lines
 
 
 def _cause_first(failure: Failure) -> tuple[int, int]:

@@ -25,6 +25,9 @@ TRAINERS: dict[str, tuple[str, str]] = {
     "pytorch_lightning.trainer.trainer": ("Trainer", "a loop with shardwise's Accelerator"),
     "deepspeed.runtime.engine": ("DeepSpeedEngine", "from shardwise import Accelerator"),
 }
+# Libraries that reach shardwise under DeepSpeed's name; Trainer does so through accelerate.
+SPEAK_DEEPSPEED = ("accelerate", "deepspeed")
+_AS_DEEPSPEED = "start it by `shardwise launch --as-deepspeed`, which changes nothing in the script"
 _prepared: list[str] = []
 _answering: list[str] = []
 
@@ -77,7 +80,8 @@ def unused() -> str | None:
         )
     return (
         f"this run asked for zero_stage {stage}, but the script never prepared a model with shardwise: nothing was sharded. "
-        "Use `from shardwise import Accelerator` and its prepare(), or start the script without ZeRO."
+        f"Use `from shardwise import Accelerator` and its prepare(); for a script of DeepSpeed's, {_AS_DEEPSPEED}; or train "
+        "without ZeRO, by --zero_stage 0."
     )
 
 
@@ -136,10 +140,10 @@ def _refuse_in(module: ModuleType) -> None:
     name, instead = TRAINERS[module.__name__]
     kind = getattr(module, name, None)
     if isinstance(kind, type):
-        kind.__init__ = _refusing(kind.__init__, f"{module.__name__.split('.')[0]}'s {name}", instead)  # type: ignore[misc]
+        kind.__init__ = _refusing(kind.__init__, module.__name__.split(".")[0], name, instead)  # type: ignore[misc]
 
 
-def _refusing(original: Callable[..., None], what: str, instead: str) -> Callable[..., None]:
+def _refusing(original: Callable[..., None], library: str, name: str, instead: str) -> Callable[..., None]:
     @functools.wraps(original)
     def refuse(*args: Any, **kwargs: Any) -> None:
         if _answering:
@@ -148,13 +152,13 @@ def _refusing(original: Callable[..., None], what: str, instead: str) -> Callabl
         from shardwise.errors import ConfigError
 
         caller = str(sys._getframe(1).f_globals.get("__name__"))
-        by, remedy = "", f"use `{instead}`" if instead.startswith("from") else f"write {instead}"
-        if caller.startswith("transformers."):
-            by, remedy = " by transformers' Trainer", "write a loop with shardwise's Accelerator"
+        by = " by transformers' Trainer" if caller.startswith("transformers.") else ""
+        remedies = [] if by else [f"use `{instead}`" if instead.startswith("from") else f"write {instead}"]
+        remedies += [_AS_DEEPSPEED] if library in SPEAK_DEEPSPEED else []
+        remedy = "; or ".join([*remedies, "train without ZeRO, by --zero_stage 0"])
         raise ConfigError(
-            f"this run asked for zero_stage {stage_asked_for()}, but {what} was made{by}, which does not know of it: every "
-            f"process would train by itself, or as without ZeRO. In its place {remedy}; or start the script without ZeRO, "
-            "with --zero_stage 0 or another launcher."
+            f"this run asked for zero_stage {stage_asked_for()}, but {library}'s {name} was made{by}, which does not know of "
+            f"it: every process would train by itself, or as without ZeRO. {remedy[0].upper()}{remedy[1:]}."
         )
 
     return refuse
