@@ -90,6 +90,7 @@ def test_another_shell_is_an_error_in_one_line(capsys):
         (["launch", "--config_file", "r"], {"run.yaml"}),
         (["launch", "--num_processes", ""], set()),
         (["launch", "r"], {"run.yaml"}),
+        (["completion", "z"], {"zsh"}),
     ],
 )
 def test_bash_completes(capsys, tmp_path, typed, offered):
@@ -130,3 +131,32 @@ def test_what_follows_from_an_unknown_key_is_no_error_of_its_own(capsys, tmp_pat
         capsys, "launch", "--use_cpu", "--config_file", str(tmp_path / "run.yaml"), str(tmp_path / "train.py")
     )
     assert len(err.splitlines()) == lines, err
+
+
+def test_errors_of_a_file_come_in_its_order(capsys, tmp_path):
+    text = (
+        "mixed_precision: bf61\ndeepspeed_config:\n  zero_stge: 3\n  offload_param_device: x\nnum_processes: many\n"
+        "shardwise_config:\n  prefetch_unit: 2\ndebug: maybe\n"
+    )
+    (tmp_path / "run.yaml").write_text(text)
+    _, _, err = said(capsys, "config", "show", str(tmp_path / "run.yaml"))
+    found = [int(line.split("run.yaml:")[1].split(":")[0]) for line in err.splitlines()]
+    assert found == [1, 3, 4, 5, 7, 8], err
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["estimate", "model", "--gpu_memory", "80GB"], "unknown flag; `shardwise plan` has it"),
+        (["plan", "model", "--nonsense"], "unknown flag; see --help.\n"),
+        (["launch", "--tokens", "8", "train.py"], "see --help. Flags of the script come after it.\n"),
+        (["config", "run.yaml"], "The file is --config_file FILE"),
+        (["config", "num_processes=2"], "a setting a flag such as --num_processes 2"),
+        (["config", "shwo"], "Did you mean 'show'?\n"),
+    ],
+)
+def test_a_word_in_the_wrong_place_is_told_where_it_belongs(capsys, words, hint):
+    code, _, err = said(capsys, *words)
+    assert code == 2
+    assert hint in err
+    assert len(err.splitlines()) == 1

@@ -39,11 +39,11 @@ def test_each_mistake_has_its_line(tmp_path: Path) -> None:
         "  zero_stge: 2\n  zero_stage: 5\n  offload_optimizer_device: disk\nnum_processes: eight\n",
     )
     assert failure(path) == [
+        f"{path}:3: mixed_precison: unknown key; did you mean mixed_precision?",
+        f"{path}:5: deepspeed_config.zero_stge: unknown key; did you mean zero_stage?",
         f"{path}:6: deepspeed_config.zero_stage: 5 is not one of 0, 1, 2, 3",
         f"{path}:7: deepspeed_config.offload_optimizer_device: 'disk' is not one of none, cpu, nvme",
-        f"{path}:5: deepspeed_config.zero_stge: unknown key; did you mean zero_stage?",
         f"{path}:8: num_processes: 'eight' is not a whole number",
-        f"{path}:3: mixed_precison: unknown key; did you mean mixed_precision?",
     ]
 
 

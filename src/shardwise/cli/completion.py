@@ -23,7 +23,10 @@ _PATHS = ("FILE", "DIR", "DIR[,DIR]")
 
 @dataclass(frozen=True)
 class Words:
-    """One command. flags: name -> what it does. values: name -> what may follow it, PATH, or nothing that is known."""
+    """One command. flags: name -> what it does. values: name -> what may follow it, PATH, or nothing that is known.
+
+    commands: those below it, or what its argument may be.
+    """
 
     name: str
     help: str
@@ -51,7 +54,9 @@ def words_of(group: Any, context: Any) -> list[Words]:
 
 
 def _below(command: Any) -> tuple[str, ...]:
-    return tuple(getattr(command, "commands", ()))
+    """The words that may come next: commands, or the values of an argument whose name lists them."""
+    known = [_values(found.metavar or "") for found in command.params if found.param_type_name == "argument"]
+    return (*getattr(command, "commands", ()), *(word for words in known if words != PATH for word in words))
 
 
 def _values(metavar: str) -> tuple[str, ...] | str:

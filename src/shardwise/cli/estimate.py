@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..config.offloads import MEDIA
 from ..config.resolve import resolve
+from ..estimate.hub import check_path
 from ..estimate.named import named
 from .model_flags import Asked
 from .model_run import machine_of, model_of, run_of
@@ -30,6 +32,7 @@ def run_estimate(
     """Print the estimate. Raises ConfigError for a wrong setting, or a model that cannot be built."""
     config = resolve(settings, config_file).config
     asked.check()
+    check_path(model)
 
     # From here on it takes seconds: torch is imported.
     from ..estimate.bytes import Choice, estimate, estimates
@@ -75,6 +78,11 @@ def run_estimate(
     print("\n".join(["", *rows_of(chosen), *disks_of(chosen, machine), "", *table(every, machine, run)]))
     step = "" if best is None or not best.time.total else f"; a step of about {best.time.total:.3f} s"
     print(f"recommended: {best or 'none of these fits this machine'}{step}")
+    if run.cuda and not machine.gpus:
+        print(
+            f"for a machine that has GPUs: shardwise plan {shlex.quote(model)} --gpus {run.world_size} --gpu H100; for a run "
+            "without: --use_cpu"
+        )
 
 
 def _recommended(best: Planned) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 _HOSTFILE = "give the file to --hostfile, and leave hosts out of it that are not to be used"
 _CLOUD = "cloud services are not supported; start the script on the machine itself"
@@ -54,8 +55,11 @@ def instead_of(flag: str) -> str | None:
 
 def usage_error(error: Exception, text: str) -> str:
     """A parser's error in one line of ours; an unknown flag gets the nearest known one."""
+    context = getattr(error, "ctx", None)
+    if getattr(context, "info_name", None) == "config" and text.startswith("No such command") and text.endswith("."):
+        text = f"{text.rstrip('.')}. The file is --config_file FILE, a setting a flag such as --num_processes 2."
     typed = getattr(error, "option_name", None)
-    known = getattr(getattr(error, "ctx", None), "command", None)
+    known = getattr(context, "command", None)
     instead = instead_of(typed) if isinstance(typed, str) else None
     if type(error).__name__ == "NoSuchOption" and instead is not None:
         return f"{typed}: {instead}."
@@ -64,6 +68,18 @@ def usage_error(error: Exception, text: str) -> str:
     names = {
         name.lstrip("-"): name for parameter in known.params for name in (*parameter.opts, *parameter.secondary_opts)
     }
+    of = _siblings_with(typed, context)
+    if of:
+        return f"{typed}: unknown flag; `shardwise {of[0]}` has it"
+    beside = " Flags of the script come after it." if getattr(context, "info_name", None) == "launch" else ""
     close = difflib.get_close_matches(typed.lstrip("-").replace("-", "_"), list(names), n=1)
-    hint = f"; did you mean {names[close[0]]}?" if close else "; see --help. Flags of the script come after it."
+    hint = f"; did you mean {names[close[0]]}?" if close else f"; see --help.{beside}"
     return f"{typed}: unknown flag{hint}"
+
+
+def _siblings_with(typed: str, context: Any) -> list[str]:
+    """Commands beside this one that have the flag. None for `launch`: there it may be the script's, typed too early."""
+    parent = getattr(context, "parent", None)
+    if parent is None or context.info_name == "launch":
+        return []
+    return [name for name, other in parent.command.commands.items() if any(typed in flag.opts for flag in other.params)]

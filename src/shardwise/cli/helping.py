@@ -27,6 +27,10 @@ class Command(TyperCommand):
 class Group(TyperGroup):
     """The same for a command that has commands of its own."""
 
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Those that have commands of their own first: typer adds `config` last, which is where one begins."""
+        return sorted(super().list_commands(ctx), key=lambda name: not hasattr(self.commands[name], "commands"))
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         _write_parts(self, ctx, formatter)
         rows = [(name, _first_sentence(self.get_command(ctx, name))) for name in self.list_commands(ctx)]

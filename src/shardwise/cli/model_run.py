@@ -8,6 +8,7 @@ from ..config.machine import file_system, free_disk_bytes, gpu_memory_bytes, usa
 from ..config.offloads import Offloaded, directories_of
 from ..config.schema import Config
 from ..errors import ConfigError
+from ..estimate.hub import check_path
 from .model_flags import Asked, count_of
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def machine_of(config: Config) -> Machine:
 
 def model_of(model: str, asked: Asked) -> Any:
     """The model without memory, with what the flags do to it."""
+    check_path(model)
     from ..estimate.meta_model import Adapters, build_meta_model
 
     rank = count_of("--lora_r", asked.lora_r)

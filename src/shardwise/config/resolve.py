@@ -186,6 +186,9 @@ class _Build:
 
     def finish(self) -> Resolution:
         config, problems = check(self.values)
+        # In the order of the file, and those of flags before them.
+        typed = [key for key, origin in self.origins.items() if origin.startswith("--")]
+        problems.sort(key=lambda problem: 0 if problem.key in typed else self.file.lines.get(problem.key, 0))
         self.problems += [self.line(problem) for problem in problems]
         if config is None or self.problems:
             raise ConfigError("\n".join(dict.fromkeys(self.problems)))

@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from ..errors import ConfigError
 from ..files.documents import printed, read_configuration
+from .hub import check_path, unreachable
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Elements that share a scale in NF4, and scales that share one of the second level.
@@ -130,11 +131,15 @@ def _config(name: str) -> Any:
             raise ConfigError(f"{name}: not the configuration of a model: {_one_line(error)}") from error
     if path.is_dir():
         read_configuration(path / "config.json", ConfigError)  # with limits, which transformers has not
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigError(f"{name}: there is no such file or directory")
+    check_path(name)
+    why = None if path.is_dir() else unreachable()
     try:
-        return transformers.AutoConfig.from_pretrained(name)
+        return transformers.AutoConfig.from_pretrained(name, local_files_only=why is not None)
     except Exception as error:  # as above
+        if why is not None:
+            raise ConfigError(
+                f"{name}: there is no such directory here, {why}, and nothing of that name is in its cache"
+            ) from error
         raise ConfigError(f"{name}: no configuration can be read: {_one_line(error)}") from error
 
 
