@@ -1,1 +1,1 @@
-"""What the two example scripts share: their arguments, the messages, the PEFT configuration, the closing lines."""
+"""What the example scripts share: their arguments, the messages, the PEFT configuration, the closing lines."""

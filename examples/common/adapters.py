@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from typing import Any
 
 from peft import (
@@ -16,6 +17,9 @@ from peft import (
     PromptTuningConfig,
     TaskType,
 )
+
+# peft asks for this property by its old name, and transformers 5.23 warns of it in each process; it does no harm.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def adapter_config(args: argparse.Namespace, task_type: TaskType) -> PeftConfig | None:

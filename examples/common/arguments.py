@@ -13,6 +13,15 @@ LOW_RANK = {"lora", "dora", "loha", "lokr"}
 VIRTUAL_TOKENS = {"prefix", "prompt", "p-tuning"}
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """A flag's default in its help, where it has one: `default: None` and `default: False` say nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, []):
+            return action.help
+        return super()._get_help_string(action)
+
+
 def parse_arguments(
     description: str, *, name: str, base_model: str, num_epochs: int, argv: list[str] | None = None
 ) -> argparse.Namespace:
@@ -23,7 +32,7 @@ def parse_arguments(
     num_epochs: default of --num-epochs; enough for that base model to learn 50 messages, on one process or two.
     Exits with status 2 and one sentence if flags contradict each other or name files that do not exist.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=Help)
     model = parser.add_argument_group("model and data")
     model.add_argument("--model", default=str(EXAMPLES / "base_model" / base_model), help="hub id or local directory")
     model.add_argument(
@@ -46,8 +55,8 @@ def parse_arguments(
     model.add_argument(
         "--test-file", type=Path, help="messages for --do-test, of any of these kinds; labels only score"
     )
-    model.add_argument("--text-column", default="Tweet text")
-    model.add_argument("--label-column", default="Label")
+    model.add_argument("--text-column", default="Tweet text", help="of the messages")
+    model.add_argument("--label-column", default="Label", help="of the messages")
     model.add_argument("--max-length", type=int, default=128, help="tokens of a prompt; longer messages are cut")
     model.add_argument("--max-train-samples", type=int, help="train on the first so many messages only")
 
@@ -67,12 +76,12 @@ def parse_arguments(
     peft.add_argument("--num-virtual-tokens", type=int, help="of prefix, prompt and p-tuning (20)")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--num-epochs", type=int, default=num_epochs)
+    training.add_argument("--num-epochs", type=int, default=num_epochs, help="passes over the messages")
     training.add_argument("--batch-size", type=int, default=8, help="per process")
-    training.add_argument("--lr", type=float, default=2e-3)
-    training.add_argument("--seed", type=int, default=42)
+    training.add_argument("--lr", type=float, default=2e-3, help="learning rate")
+    training.add_argument("--seed", type=int, default=42, help="of new weights, dropout and the order of messages")
     training.add_argument("--gradient-accumulation-steps", type=int, help="instead of the configuration's")
-    training.add_argument("--gradient-checkpointing", action="store_true")
+    training.add_argument("--gradient-checkpointing", action="store_true", help="compute activations again in the backward")
     training.add_argument("--eval-every", type=int, default=1, metavar="EPOCHS", help="the last epoch always counts")
     training.add_argument("--max-new-tokens", type=int, default=10, help="longest generated label")
     training.add_argument(

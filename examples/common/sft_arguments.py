@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .arguments import EXAMPLES, below_one, no_checkpoint, no_token
+from .arguments import EXAMPLES, Help, below_one, no_checkpoint, no_token
 
 BASE_MODEL = EXAMPLES / "base_model" / "causal_lm"
 CHAT, CHAT_EVAL, CHAT_TEMPLATE = (
@@ -22,7 +22,7 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> argparse
 
     Exits with status 2 and one sentence if flags contradict each other, or name files, packages or devices that are not there.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=Help)
     model = parser.add_argument_group("model")
     model.add_argument("--model", help="hub id or directory (the small model of this repository)")
     model.add_argument(
@@ -59,35 +59,35 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> argparse
     data.add_argument("--max-train-samples", type=int, help="train on the first so many rows only")
 
     trained = parser.add_argument_group("what is trained")
-    trained.add_argument("--method", choices=["lora", "qlora", "full"], default="lora")
+    trained.add_argument("--method", choices=["lora", "qlora", "full"], default="lora", help="full: every weight")
     trained.add_argument("--lora-r", type=int, help="rank (16)")
     trained.add_argument("--lora-alpha", type=int, help="scale (32)")
-    trained.add_argument("--lora-dropout", type=float, help="(0)")
-    trained.add_argument("--lora-target-modules", nargs="+", metavar="NAME", help="(all-linear)")
+    trained.add_argument("--lora-dropout", type=float, help="dropout (0)")
+    trained.add_argument("--lora-target-modules", nargs="+", metavar="NAME", help="linear layers that get an adapter (all-linear)")
     trained.add_argument(
         "--modules-to-save", nargs="+", metavar="NAME", help="modules trained whole beside the adapter"
     )
 
     training = parser.add_argument_group("training")
-    training.add_argument("--num-epochs", type=int, default=3)
+    training.add_argument("--num-epochs", type=int, default=3, help="passes over the data")
     training.add_argument("--batch-size", type=int, default=2, help="sequences per process and micro-batch")
     training.add_argument("--gradient-accumulation-steps", type=int, help="instead of the configuration's")
-    training.add_argument("--optimizer", choices=["adamw", "adamw8bit"], default="adamw")
-    training.add_argument("--lr", type=float, help="(2e-4, 1e-5 for full; 2e-3 for the model of this repository)")
-    training.add_argument("--weight-decay", type=float, default=0.0)
-    training.add_argument("--schedule", choices=["linear", "cosine", "constant"], default="cosine")
+    training.add_argument("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help="8bit: of bitsandbytes")
+    training.add_argument("--lr", type=float, help="learning rate (2e-4, 1e-5 for full; 2e-3 for the model of this repository)")
+    training.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW")
+    training.add_argument("--schedule", choices=["linear", "cosine", "constant"], default="cosine", help="of the rate")
     training.add_argument("--warmup", type=float, default=0.03, help="part of all steps in which the rate rises")
     training.add_argument("--max-grad-norm", type=float, help="instead of the configuration's gradient_clipping")
-    training.add_argument("--gradient-checkpointing", action="store_true")
+    training.add_argument("--gradient-checkpointing", action="store_true", help="compute activations again in the backward")
     training.add_argument(
         "--eval-every", type=int, metavar="STEPS", help="also within an epoch; each epoch's end counts"
     )
-    training.add_argument("--log-every", type=int, metavar="STEPS", default=10)
+    training.add_argument("--log-every", type=int, metavar="STEPS", default=10, help="loss and rate")
     training.add_argument("--log-with", metavar="NAME", help="tracker: tensorboard, wandb, mlflow, ...")
-    training.add_argument("--seed", type=int, default=42)
+    training.add_argument("--seed", type=int, default=42, help="of new weights, dropout and the order of rows")
 
     results = parser.add_argument_group("checkpoints and results")
-    results.add_argument("--output-dir", type=Path, default=Path("runs") / "sft")
+    results.add_argument("--output-dir", type=Path, default=Path("runs") / "sft", help="of model, checkpoints, record")
     results.add_argument(
         "--resume",
         metavar="latest|PATH",

@@ -104,6 +104,29 @@ def test_one_can_go_back_by_a_key_and_by_the_word(walk):
     assert values["shardwise_config"] == {"gpu_memory_budget": 24 * 10**9}
 
 
+def test_what_is_typed_takes_the_place_of_the_default_or_edits_it_after_another_key(walk):
+    cues = [
+        *enters(before="num_machines"),
+        ("? num_machines", "2" + ENTER),
+        ("? machine_rank", "1" + ENTER),
+        ("? main_process_ip", "10.0.0.1" + ENTER),
+        ("? main_process_port", LEFT + ERASE + "1" + ENTER),  # 29500: left of the last 0, the one before it gone
+        *[(f"? {name}", ENTER) for name in ("same_network", "rdzv_backend")],
+        *enters("debug", before="offload_optimizer_device"),
+        ("? shard_group", ENTER),
+        *enters("offload_optimizer_device", before="num_processes"),
+        ("? num_processes", ERASE + "4" + "0" + ENTER),
+        *enters("mixed_precision", before="gpu_memory_budget"),
+        ("? gpu_memory_budget", "\x1b[200~24GB\x1b[201~" + ENTER),  # pasted
+        *END,
+    ]
+    code, _, values = walk("typing", cues)
+    assert code == 0
+    found = [values[name] for name in ("num_machines", "machine_rank", "main_process_port", "num_processes")]
+    assert found == [2, 1, 29510, 40]
+    assert values["shardwise_config"] == {"gpu_memory_budget": 24 * 10**9}
+
+
 def test_a_line_of_the_last_page_can_be_changed_and_opens_what_it_contradicts(walk):
     cues = [
         *enters(),

@@ -208,7 +208,10 @@ def _meant(reply: str, default: Any, choices: dict[Any, str]) -> tuple[Any, str 
 
 
 class InTerminal(_Speaker):
-    """Menus, by questionary. Escape goes back everywhere, the left arrow where no line is typed, and so does the word."""
+    """Menus, by questionary. Escape goes back everywhere, the left arrow where no line is typed, and so does the word.
+
+    What is typed takes the place of a default; after an arrow key or Backspace it changes it.
+    """
 
     def ask(self, question: Question, default: Any, wrong: Wrong, place: str) -> Any:
         import questionary
@@ -269,11 +272,30 @@ def _answered(asked: Any, *, left: bool) -> Any:
         event.app.exit(exception=Back())
 
     keys.add("escape", eager=True)(back)
+    application = asked.application
     if left:
         keys.add("left", eager=True)(back)
-    application = asked.application
+    else:
+        _replace_by_typing(application.current_buffer, keys)
     application.key_bindings = merge_key_bindings([application.key_bindings or KeyBindings(), keys])
     try:
         return asked.unsafe_ask()
     except EOFError:  # Ctrl-D on an empty line
         raise KeyboardInterrupt from None
+
+
+def _replace_by_typing(buffer: Any, keys: Any) -> None:
+    """The first key that is a character takes the default away, or 2 typed at [1] would be 12. Another key begins to edit it."""
+    from prompt_toolkit.filters import Condition
+    from prompt_toolkit.keys import Keys
+
+    edited: list[bool] = []
+    for change in (buffer.on_text_changed, buffer.on_cursor_position_changed):
+        change += lambda _: edited.append(True)
+
+    def replace(event: Any) -> None:
+        buffer.text = ""
+        buffer.insert_text(event.data)
+
+    keys.add(Keys.Any, filter=Condition(lambda: not edited))(replace)
+    keys.add(Keys.BracketedPaste, filter=Condition(lambda: not edited))(replace)

@@ -25,7 +25,7 @@ from ..config.rules import notes
 from ..config.schema import Config, Key, every_setting, key_of
 from ..config.yaml_file import SettingsFile, default_file, read_yaml, write_yaml
 from ..errors import ConfigError
-from .asking import Asker, EndOfInput, InLines, InTerminal, has_terminal
+from .asking import Asker, EndOfInput, InLines, InTerminal, has_terminal, wrapped
 from .filling import Interrupted, fill, remarks
 from .form import Existing, Form, at, normal, problem_with
 from .questions import CLIP, USE_JSON, USE_ZERO, Answers, Typed, as_text
@@ -169,7 +169,7 @@ def _write(form: Form, config: Config, path: Path, left: list[str] | None = None
         print(f"note: {note}", file=sys.stderr)
     print(f"configuration written to {path}")
     for text in left or ():
-        print(f"missing: {text}", file=sys.stderr)
+        print(wrapped(f"missing: {text}"), file=sys.stderr)
     if not left:
         named = f"--config_file {path} " if path != default_file() else ""
         print(f"next: shardwise launch {named}SCRIPT")
