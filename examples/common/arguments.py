@@ -81,7 +81,9 @@ def parse_arguments(
     training.add_argument("--lr", type=float, default=2e-3, help="learning rate")
     training.add_argument("--seed", type=int, default=42, help="of new weights, dropout and the order of messages")
     training.add_argument("--gradient-accumulation-steps", type=int, help="instead of the configuration's")
-    training.add_argument("--gradient-checkpointing", action="store_true", help="compute activations again in the backward")
+    training.add_argument(
+        "--gradient-checkpointing", action="store_true", help="compute activations again in the backward"
+    )
     training.add_argument("--eval-every", type=int, default=1, metavar="EPOCHS", help="the last epoch always counts")
     training.add_argument("--max-new-tokens", type=int, default=10, help="longest generated label")
     training.add_argument(

@@ -63,7 +63,9 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> argparse
     trained.add_argument("--lora-r", type=int, help="rank (16)")
     trained.add_argument("--lora-alpha", type=int, help="scale (32)")
     trained.add_argument("--lora-dropout", type=float, help="dropout (0)")
-    trained.add_argument("--lora-target-modules", nargs="+", metavar="NAME", help="linear layers that get an adapter (all-linear)")
+    trained.add_argument(
+        "--lora-target-modules", nargs="+", metavar="NAME", help="linear layers that get an adapter (all-linear)"
+    )
     trained.add_argument(
         "--modules-to-save", nargs="+", metavar="NAME", help="modules trained whole beside the adapter"
     )
@@ -73,12 +75,16 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> argparse
     training.add_argument("--batch-size", type=int, default=2, help="sequences per process and micro-batch")
     training.add_argument("--gradient-accumulation-steps", type=int, help="instead of the configuration's")
     training.add_argument("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help="8bit: of bitsandbytes")
-    training.add_argument("--lr", type=float, help="learning rate (2e-4, 1e-5 for full; 2e-3 for the model of this repository)")
+    training.add_argument(
+        "--lr", type=float, help="learning rate (2e-4, 1e-5 for full; 2e-3 for the model of this repository)"
+    )
     training.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW")
     training.add_argument("--schedule", choices=["linear", "cosine", "constant"], default="cosine", help="of the rate")
     training.add_argument("--warmup", type=float, default=0.03, help="part of all steps in which the rate rises")
     training.add_argument("--max-grad-norm", type=float, help="instead of the configuration's gradient_clipping")
-    training.add_argument("--gradient-checkpointing", action="store_true", help="compute activations again in the backward")
+    training.add_argument(
+        "--gradient-checkpointing", action="store_true", help="compute activations again in the backward"
+    )
     training.add_argument(
         "--eval-every", type=int, metavar="STEPS", help="also within an epoch; each epoch's end counts"
     )

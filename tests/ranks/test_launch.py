@@ -137,6 +137,10 @@ def launch(*arguments: str, timeout_s: float = 60) -> subprocess.CompletedProces
     return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
+# Says what kind of run it is: of two processes that nobody says it of, a note tells that each has the whole model.
+SAID = ("--zero_stage", "0")
+
+
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z"
@@ -188,7 +192,7 @@ def test_the_script_sees_itself_as_under_python(scripts: Path) -> None:
 @pytest.mark.timeout(90)
 @pytest.mark.parametrize(("processes", "code"), [(1, 3), (2, 7)])
 def test_the_scripts_exit_code_is_passed_on(scripts: Path, processes: int, code: int) -> None:
-    done = launch("--num_processes", str(processes), "exits.py", str(code))
+    done = launch(*SAID, "--num_processes", str(processes), "exits.py", str(code))
     assert done.returncode == code
     assert done.stderr.count("\n") <= processes
     assert "Traceback" not in done.stderr
@@ -196,7 +200,7 @@ def test_the_scripts_exit_code_is_passed_on(scripts: Path, processes: int, code:
 
 @pytest.mark.timeout(90)
 def test_the_first_failing_ranks_traceback_comes_first(scripts: Path) -> None:
-    done = launch("--num_processes", "2", "raises.py")
+    done = launch(*SAID, "--num_processes", "2", "raises.py")
     assert done.returncode == 1
     lines = done.stderr.splitlines()
     assert lines[0] == "shardwise launch: rank 1 failed first:"
@@ -210,7 +214,7 @@ def test_the_first_failing_ranks_traceback_comes_first(scripts: Path) -> None:
 
 @pytest.mark.timeout(90)
 def test_a_killed_rank_ends_the_run_and_is_named(scripts: Path) -> None:
-    done = launch("--num_processes", "2", "killed.py")
+    done = launch(*SAID, "--num_processes", "2", "killed.py")
     assert done.returncode == 128 + signal.SIGKILL
     lines = done.stderr.splitlines()
     assert lines[0] == "shardwise launch: rank 1 failed first: it was ended by signal 9 (SIGKILL)"
@@ -302,7 +306,7 @@ def test_a_busy_port_is_replaced_with_a_note(scripts: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = launch("--num_processes", "2", "--main_process_port", str(port), "exits.py", "0")
+        done = launch(*SAID, "--num_processes", "2", "--main_process_port", str(port), "exits.py", "0")
         assert done.returncode == 0, done.stderr
         assert done.stderr == f"note: main_process_port: {port} is in use; a free port is taken instead.\n"
 

@@ -85,11 +85,14 @@ def run_page(page: str, folder: str) -> list[str]:
     if not any("prepare(" in one.text for one in blocks(page)):
         those = ("model", "optimizer", "scheduler", "loader", "eval_loader")
         names.update(zip(those, names["accelerator"].prepare(*(names[name] for name in those)), strict=True))
-    for one in blocks(page):
-        exec(compile("\n" * (one.line - 1) + one.text, str(ROOT / page), "exec"), names)
+    for number, one in enumerate(blocks(page)):
+        known = {"__name__": "__page__"} if page in WHOLE and number == 0 else names
+        exec(compile("\n" * (one.line - 1) + one.text, str(ROOT / page), "exec"), known)
     return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
 
 
+# Pages whose first block is a whole script: it is given nothing.
+WHOLE = ("README.md", "docs/first_run.md")
 # Pages whose blocks write files, and one of these.
 LEFT = {
     "README.md": "adapter/adapter_model.safetensors",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,3 +39,10 @@ def test_a_path_that_is_wrong_is_told_before_torch_is_imported():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "False\n"
     assert done.stderr == "error: ./mdoel: there is no such file or directory\n"
+
+
+def test_an_estimate_without_a_gpu_says_how_to_count_for_another_machine(capsys, monkeypatch):
+    monkeypatch.setattr("shardwise.cli.model_run.visible_gpus", lambda ids: 0)
+    model = str(Path(__file__).resolve().parents[2] / "examples" / "base_model" / "causal_lm")
+    assert run(["estimate", model, "--num_processes", "4"]) == 0
+    assert f"shardwise plan {model} --gpus 4 --gpu H100" in capsys.readouterr().out

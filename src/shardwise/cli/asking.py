@@ -291,7 +291,7 @@ def _replace_by_typing(buffer: Any, keys: Any) -> None:
 
     edited: list[bool] = []
     for change in (buffer.on_text_changed, buffer.on_cursor_position_changed):
-        change += lambda _: edited.append(True)
+        change.add_handler(lambda _: edited.append(True))
 
     def replace(event: Any) -> None:
         buffer.text = ""

@@ -77,12 +77,17 @@ def run_estimate(
         print(f"the frozen linear weights in {asked.quantize}: codes and scales as an estimate of what libraries keep")
     print("\n".join(["", *rows_of(chosen), *disks_of(chosen, machine), "", *table(every, machine, run)]))
     step = "" if best is None or not best.time.total else f"; a step of about {best.time.total:.3f} s"
-    print(f"recommended: {best or 'none of these fits this machine'}{step}")
-    if run.cuda and not machine.gpus:
-        print(
-            f"for a machine that has GPUs: shardwise plan {shlex.quote(model)} --gpus {run.world_size} --gpu H100; for a run "
-            "without: --use_cpu"
-        )
+    print(
+        "\n".join([f"recommended: {best or 'none of these fits this machine'}{step}", *_elsewhere(model, machine, run)])
+    )
+
+
+def _elsewhere(model: str, machine: Machine, run: Run) -> list[str]:
+    """What counts for a machine that has GPUs, where this one has none."""
+    if not run.cuda or machine.gpus:
+        return []
+    words = f"shardwise plan {shlex.quote(model)} --gpus {run.world_size} --gpu H100"
+    return [f"for a machine that has GPUs: {words}; for a run without: --use_cpu"]
 
 
 def _recommended(best: Planned) -> dict[str, Any]:

@@ -229,14 +229,14 @@ def fill_processes(resolution: Resolution, devices: int | None) -> Resolution:
     return replace(resolution, config=checked({**config.to_values(), **changes}), origins=origins)
 
 
-def _whole_copies(config: Config, origins: Mapping[Key, str]) -> list[str]:
+def _whole_copies(origins: Mapping[Key, str]) -> list[str]:
     """A note where neither flag nor file says what kind of run it is: who comes here wants his model sharded."""
     how = origins.get(("distributed_type",), "")
     if how not in ("because num_processes is more than 1", "because there are several processes"):
         return []
     return [
-        f"distributed_type: {config.distributed_type}, {how}: each process holds the whole model, unless the script says "
-        "otherwise. --zero_stage 3 shards it."
+        "neither flags nor a file ask for ZeRO: each process holds the whole model, unless the script says otherwise. "
+        "--zero_stage 3 shards it."
     ]
 
 
@@ -283,12 +283,10 @@ def make_plan(
             f"machine_rank is 0, but main_process_ip {address} is no address of this machine. If another one is machine 0, "
             "give this one its own --machine_rank: two machines of one rank wait for each other."
         )
-    if not as_deepspeed:
-        notes += _whole_copies(config, origins)
     return LaunchPlan(
         config=config,
         origins=origins,
-        notes=[*notes, *drive_notes(config)],
+        notes=[*notes, *drive_notes(config), *([] if as_deepspeed else _whole_copies(origins))],
         script=script,
         how=how,
         arguments=list(arguments or []),
