@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
@@ -90,6 +91,24 @@ def fork(script: str, processes: int, *arguments: str) -> Ran:
     return run_script(
         EXAMPLES / script, arguments, torchrun(processes, SHARDWISE_CONFIG=os.environ["SHARDWISE_CONFIG"])
     )
+
+
+@pytest.mark.parametrize("script", ["causal_lm", "conditional_generation", "sft"])
+def test_help_of_an_example_says_each_default_once(
+    script: str, examples: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if script == "sft":
+        parse = importlib.import_module("common.sft_arguments").parse_arguments
+        options: dict[str, Any] = {}
+    else:
+        parse = importlib.import_module("common.arguments").parse_arguments
+        options = {"name": script, "base_model": "seq2seq", "num_epochs": 1}
+    with pytest.raises(SystemExit):
+        parse("", argv=["--help"], **options)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "(default: " in shown
+    for nothing in ("None", "False", "[]"):
+        assert f"(default: {nothing})" not in shown
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,7 @@ def _answered(asked: Any, *, left: bool) -> Any:
 
 
 def _replace_by_typing(buffer: Any, keys: Any) -> None:
-    """The first key that is a character takes the default away, or 2 typed at [1] would be 12. Another key begins to edit it."""
+    """The first character takes the default away, or 2 typed at [1] would be 12. Another key begins to edit it."""
     from prompt_toolkit.filters import Condition
     from prompt_toolkit.keys import Keys
 
