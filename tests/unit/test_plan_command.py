@@ -52,7 +52,8 @@ def test_plans_are_in_a_table_the_fastest_that_fits_first(capsys, model):
     assert "hours" in out
     found = planned(capsys, model, "--tokens", "1B")
     steps = [plan["step_s"] for plan in found["plans"]]
-    assert steps == sorted(steps)
+    assert steps[1:] == sorted(steps[1:])
+    assert steps[0] <= 1.02 * min(steps)  # of those that take as long the one that is taken
     for plan in found["plans"]:
         assert sum(plan["parts_s"].values()) == pytest.approx(plan["step_s"], abs=1e-5)
         assert plan["tokens_per_s"] == pytest.approx(2 * 16 / plan["step_s"], rel=1e-3)

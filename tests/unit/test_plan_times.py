@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,17 @@ import torch
 
 from shardwise.errors import ConfigError
 from shardwise.estimate.activations import Batch
-from shardwise.estimate.bytes import Choice, Machine, Run, estimate
+from shardwise.estimate.bytes import Choice, Estimate, Machine, Run, estimate
 from shardwise.estimate.collectives import all_reduce_s, collective_s
 from shardwise.estimate.kept_terms import store, stored
 from shardwise.estimate.measuring import measured
 from shardwise.estimate.meta_model import Adapters, build_meta_model
-from shardwise.estimate.passes import counted, placed_units
+from shardwise.estimate.passes import counted, placed_units, with_shapes
 from shardwise.estimate.peaks import at_peak
-from shardwise.estimate.plans import Planner
+from shardwise.estimate.plans import Planned, Planner, nearly_fastest
 from shardwise.estimate.schedule import Work, step_of, walk
 from shardwise.estimate.terms import SHEETS, Terms, as_values, sheet_named, sheet_of_memory, terms_of, with_values
-from shardwise.estimate.times import Way
+from shardwise.estimate.times import NOTHING, Way
 from shardwise.estimate.tracing import Operations, Traced
 from shardwise.plan.plan import Tier
 from shardwise.plan.precision import Precision
@@ -252,6 +253,83 @@ def test_micro_batches_are_a_step_of_one_optimizer(model) -> None:
     assert four.time.products == pytest.approx(4 * one.time.products)
     assert four.time.optimizer == one.time.optimizer
     assert four.time.total < 4 * one.time.total
+
+
+def test_micro_batches_add_up_gradients_where_they_rest(model) -> None:
+    """On the device they cost its memory's time, in host memory a thread's; stages 0 and 1 send them down once."""
+    run, slow = run_of(1, accumulates=True), replace(Terms(), adding=1e6, host_step=0.0)
+    trained = sum(p.numel() for p in model.parameters())
+    one, four = (Planner(model, run, slow, count).plan(Choice(2), Way()).time for count in (1, 4))
+    assert four.kernels - 4 * one.kernels == pytest.approx(3 * 12 * trained / slow.memory)
+    links = {
+        (stage, count): Planner(model, run, slow, count).plan(Choice(stage, "cpu"), Way()).time.link
+        for stage in (1, 2)
+        for count in (1, 4)
+    }
+    assert links[1, 4] == links[1, 1] == links[2, 1]
+    assert links[2, 4] - links[2, 1] == pytest.approx(3 * 4 * trained / slow.adding, rel=0.05)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_whole_sums_and_averaged_gradients_are_not_there_at_one_time(model, stage: int) -> None:
+    run = run_of(accumulates=True)
+    every = estimate(model, Choice(stage), run)
+    peak = at_peak(every, run)
+    rows = {row for row, tier in peak.nbytes if tier is Tier.GPU}
+    assert not {"whole gradients", "gradient"} <= rows
+    alone = run_of(1, accumulates=True)
+    found = [at_peak(estimate(model, Choice(of), alone), alone).taken("GPU") for of in (stage, 2)]
+    assert found[0] == pytest.approx(found[1], rel=0.02)  # on one rank there is nothing to divide
+
+
+def test_codes_are_counted_by_the_units_that_they_make(tmp_path: Path) -> None:
+    """Blocks of codes are smaller, so that more of them share a unit than of the weights that they are of."""
+    path = tmp_path / "config.json"
+    large = {**SHAPE, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4}
+    path.write_text(json.dumps(large), encoding="utf-8")
+    shapes = build_meta_model(str(path), adapters=Adapters(4))
+    coded = build_meta_model(str(path), adapters=Adapters(4), quantize="4bit")
+    placed = placed_units(coded)
+    assert [one.key for one in placed] != [one.key for one in placed_units(shapes)]
+    run = run_of(1)
+    plain, codes = Planner(shapes, run, Terms()), Planner(coded, run, Terms(), shapes=shapes)
+    one, other = (planner.plan(Choice(3), Way()).time for planner in (plain, codes))
+    assert other.products == pytest.approx(one.products)
+    blocks = [p for name, p in shapes.named_parameters() if "base_layer.weight" in name]
+    decoded = sum(p.nbytes for name, p in coded.named_parameters() if not p.is_floating_point())
+    decoded += sum(2 * p.numel() for p in blocks)
+    with_codes, whole = with_shapes(placed, shapes)
+    assert sum(one.decoded for one in with_codes) == decoded
+    assert sum(p.numel() for one in whole for p in one.unit.parameters.values()) == sum(
+        p.numel() for p in shapes.parameters()
+    )
+    calls = 40e-6  # kernels' starts of joined units are fewer, and nothing else differs
+    assert other.kernels - one.kernels == pytest.approx(2 * decoded / (0.86 * Terms().memory), abs=calls)
+
+
+def planned(choice: Choice, ms: float, gb: float = 10.0, way: Way = Way()) -> Planned:  # noqa: B008
+    found = Estimate(choice, {("frozen", Tier.GPU): int(gb * 1e9)})
+    return Planned(choice, way, found, replace(NOTHING, products=ms / 1000))
+
+
+def test_of_plans_that_take_as_long_the_one_that_asks_for_least_is_taken() -> None:
+    plain, recomputed = planned(Choice(2), 101), planned(Choice(2), 100, way=Way(recompute=True))
+    compiled, budgeted = planned(Choice(2), 100, way=Way(compiled=True)), planned(Choice(2, "cpu"), 100, 5, Way(kept=0.5))
+    away, far = planned(Choice(2, "cpu"), 99.9, 5), planned(Choice(3, "nvme", "nvme"), 99.5, 1)
+    for others in ([recomputed], [compiled], [budgeted], [away], [far], [far, away, compiled]):
+        assert nearly_fastest([*others, plain]) is plain
+    assert nearly_fastest([far, away, budgeted]) is away
+    slow = planned(Choice(2), 110)
+    assert nearly_fastest([slow, away]) is away  # what is worth its while is taken
+    # Of stages less memory counts; where there is nothing to divide, the lowest.
+    assert nearly_fastest([planned(Choice(0), 100, 20), planned(Choice(1), 101, 12)]).choice == Choice(1)
+    assert nearly_fastest([planned(Choice(stage), 100, 10 - stage / 10) for stage in (3, 1, 0)]).choice == Choice(0)
+
+
+def test_on_one_gpu_where_all_fits_nothing_is_divided_or_offloaded(model) -> None:
+    found = Planner(model, run_of(1), Terms()).plans(Machine(1, 10**12, 10**12))
+    best = nearly_fastest([one for one in found if one.fits])
+    assert (best.choice, best.way.kept, best.way.recompute) == (Choice(0), 0.0, False)
 
 
 def test_of_each_choice_the_fastest_that_fits_is_taken(model) -> None:

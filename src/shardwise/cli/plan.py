@@ -99,8 +99,9 @@ def run_plan(
         run = replace(run, steppers=steppers_of(meta, stepped))
         planner = planner_of(model, meta, asked, config, run, place.terms)
         found = planner.plans(place.machine(), _choices(settings, place), **ways_of(settings, asked, config))
-    found.sort(key=lambda one: (not one.fits, one.time.total or float("inf")))
     best = fastest(found)
+    # Of plans that take the same time the one that is taken comes first.
+    found.sort(key=lambda one: (one is not best, not one.fits, one.time.total or float("inf")))
     if wanted.as_json:
         print(json.dumps(_as_values(model, run, place, found, config, tokens), indent=1))
     else:

@@ -21,6 +21,7 @@ class Placed:
 
     key: its name, and which of the two. entries: paths of its modules of this place.
     frozen, trained: elements. gathered: bytes of the weights that a gather makes whole, reduced: elements of its gradients.
+    decoded: bytes that are read and written where codes become 16-bit weights, once a pass; 0 where there are none.
     """
 
     unit: UnitSpec
@@ -31,6 +32,7 @@ class Placed:
     trained: int
     gathered: int
     reduced: int
+    decoded: int = 0
 
     @property
     def adapters_stay_whole(self) -> bool:
@@ -68,6 +70,24 @@ def placed_units(model: nn.Module, units: Sequence[str] | None = None) -> list[P
                 )
             )
     return placed
+
+
+def with_shapes(placed: Sequence[Placed], shapes: nn.Module) -> tuple[list[Placed], list[Placed]]:
+    """(`placed` of a model whose weights are codes, with what decoding moves; the same units with the weights that it decodes).
+
+    shapes: the model before. Its own units may be others: blocks of codes are smaller, so that more of them share a unit.
+    """
+    weights = dict(shapes.named_parameters())
+    coded, whole = [], []
+    for one in placed:
+        parameters = one.unit.parameters
+        codes = {name: p for name, p in parameters.items() if not p.is_floating_point()}
+        numel = sum(weights[name].numel() for name in codes if name in weights)
+        coded.append(replace(one, decoded=sum(p.nbytes for p in codes.values()) + 2 * numel))
+        before = {name: weights[name] for name in parameters if name in weights}  # without scales
+        frozen = sum(p.numel() for p in before.values() if not p.requires_grad)
+        whole.append(replace(one, unit=replace(one.unit, parameters=before), frozen=frozen))
+    return coded, whole
 
 
 def works_of(

@@ -4,7 +4,8 @@
     the backward  the same without activations; gradients, those that are being reduced, gathered units, one recomputed block
     the step      gradients, and what visits the device or is stepped whole
 
-Gradients wait through the turn only where micro-batches are added up. With a compiled loss, logits and their gradient are there
+Gradients wait through the turn only where micro-batches are added up. Where these are whole, each unit's sum becomes its averaged
+gradient in the last backward: so both are never there. With a compiled loss, logits and their gradient are there
 in 16 bits alone.
 """
 
@@ -18,13 +19,14 @@ from .bytes import Estimate, Run
 
 _HELD = ("frozen", "parameter", "optimizer")
 _TURN = (*_HELD, "gathered units", "activations", "logits and loss")
-_BACKWARD = (*_HELD, "gradient", "gathered units", "reductions", "whole gradients")
-_STEP = (*_HELD, "gradient", "whole gradients", "offload staging", "whole steps")
+_BACKWARD = (*_HELD, "gathered units", "reductions")
+_STEP = (*_HELD, "gradient", "offload staging", "whole steps")
 
 
 def at_peak(found: Estimate, run: Run) -> Estimate:
     """The estimate with those rows of the GPU alone that its highest moment has; what rests elsewhere is as it was."""
-    moments = [(*_TURN, "gradient", "whole gradients") if run.accumulates else _TURN, _BACKWARD, _STEP]
+    added = "whole gradients" if ("whole gradients", Tier.GPU) in found.nbytes else "gradient"
+    moments = [(*_TURN, added) if run.accumulates else _TURN, (*_BACKWARD, added), _STEP]
 
     def height(rows: tuple[str, ...]) -> int:
         return sum(count for (row, tier), count in found.nbytes.items() if tier is Tier.GPU and row in rows)

@@ -11,15 +11,20 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from ..config.offloads import DEVICES
 from ..errors import OptimizerError
 from ..plan.plan import Tier
 from .activations import decoder_shape
 from .bytes import CHOICES, CONTEXT_NBYTES, Choice, Estimate, Machine, Run, estimate
-from .passes import counted, placed_units
+from .passes import counted, placed_units, with_shapes
 from .peaks import at_peak, with_compiled_loss
 from .terms import Terms
 from .times import NOTHING, Clock, Timed, Way
 
+# Times that are no further apart are one: predictions are within 15% of what was measured.
+_NEAR = 0.02
+# The same of bytes: at stage 1 adapters' states are a little less than at stage 0.
+_NEAR_BYTES = 0.05
 # What a budget leaves free of a GPU, as the engine does.
 _FILLED = 0.95
 
@@ -57,18 +62,20 @@ class Planner:
         self._run = run
         self._terms = terms
         self._micro_batches = micro_batches
-        self._placed = placed_units(model, run.options.units)
+        self._placed = whole = placed_units(model, run.options.units)
+        if shapes is not None:
+            self._placed, whole = with_shapes(self._placed, shapes)
         runs = model if shapes is None else shapes
-        placed = self._placed if shapes is None else placed_units(shapes, run.options.units)
-        self._traced, self.arithmetic_alone = counted(runs, placed, run.batch, run.precision.compute)
+        self._traced, self.arithmetic_alone = counted(runs, whole, run.batch, run.precision.compute)
         self._shape = decoder_shape(model)
         self._estimates: dict[tuple[Choice, bool], Estimate] = {}
 
-    def of(self, run: Run, terms: Terms) -> Planner:
-        """The same model and batch on another machine."""
+    def of(self, run: Run, terms: Terms, micro_batches: int | None = None) -> Planner:
+        """The same model and batch on another machine. micro_batches: of a step there, None for as many as here."""
         other = object.__new__(Planner)
         other.__dict__.update(self.__dict__)
         other._run, other._terms, other._estimates = run, terms, {}
+        other._micro_batches = self._micro_batches if micro_batches is None else micro_batches
         return other
 
     def plan(self, choice: Choice, way: Way, machine: Machine | None = None) -> Planned:
@@ -123,7 +130,7 @@ class Planner:
         fitting = [one for one in found if one.fits]
         if not fitting:
             return min(found, key=lambda one: one.estimate.peak(Tier.GPU))
-        return min(fitting, key=lambda one: one.time.total)  # of equal times the one that asks for less
+        return nearly_fastest(fitting)
 
     def _kept(self, way: Way, itemsize: int) -> dict[tuple[str, Tier], int]:
         """What autograd keeps of a model without a formula: counted; with recomputation one unit's at a time."""
@@ -138,6 +145,30 @@ class Planner:
         if way.recompute:
             return {("activations", Tier.GPU): rest + inputs, ("logits and loss", Tier.GPU): max(loss, *of_blocks, 0)}
         return {("activations", Tier.GPU): rest + sum(of_blocks), ("logits and loss", Tier.GPU): loss}
+
+
+def far(choice: Choice) -> tuple[int, int]:
+    """How far away it keeps what it offloads: nearer places are less, and of two at one distance that with fewer things away."""
+    away = [list(DEVICES).index(place) for place in (choice.param, choice.optimizer)]  # which are the nearest first
+    return max(away), sum(away)
+
+
+def nearly_fastest(plans: Sequence[Planned]) -> Planned:
+    """Of those whose time is the least, as far as it can be told, the plan that asks for least.
+
+    Nothing offloaded before something, nothing compiled or recomputed before either; then less memory, then the lower stage.
+    """
+    least = min(one.time.total for one in plans)
+    near = [one for one in plans if one.time.total <= (1 + _NEAR) * least]
+    asked = min(_asked(one) for one in near)
+    alike = [one for one in near if _asked(one) == asked]
+    smallest = min(one.estimate.taken("GPU") for one in alike)
+    small = [one for one in alike if one.estimate.taken("GPU") <= (1 + _NEAR_BYTES) * smallest]
+    return min(small, key=lambda one: one.choice.stage)
+
+
+def _asked(one: Planned) -> tuple[tuple[int, int], bool, bool, bool]:
+    return far(one.choice), one.way.kept > 0, one.way.compiled, one.way.recompute
 
 
 def _room(plan: Planned, machine: Machine) -> float:

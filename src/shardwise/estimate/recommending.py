@@ -16,16 +16,16 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..config.offloads import DEVICES
 from ..errors import OptimizerError
 from .bytes import CHOICES, Choice, Machine, Run, estimate
-from .plans import Planned
+from .plans import Planned, far, nearly_fastest
 from .times import NOTHING, Way
 
 
 def fastest(plans: Sequence[Planned]) -> Planned | None:
-    """The plan whose step takes least of those that fit; None if none does."""
-    return min((one for one in plans if one.fits), key=lambda one: one.time.total, default=None)
+    """The plan whose step takes least of those that fit, and of equal ones the one that asks for least; None if none fits."""
+    fitting = [one for one in plans if one.fits]
+    return nearly_fastest(fitting) if fitting else None
 
 
 def first_that_fits(model: nn.Module, run: Run, machine: Machine) -> Planned | None:
@@ -47,8 +47,8 @@ def first_that_fits(model: nn.Module, run: Run, machine: Machine) -> Planned | N
 def order_of(run: Run) -> Iterator[tuple[Choice, bool]]:
     """Plans, and whether blocks are recomputed, as they are to be tried."""
     stages = (1, 2, 3) if run.accumulates else (2, 3)
-    places = dict.fromkeys((choice.param, choice.optimizer) for choice in CHOICES)
-    for param, optimizer in sorted(places, key=lambda place: _far(*place)):
+    places = dict.fromkeys((choice.param, choice.optimizer) for choice in sorted(CHOICES, key=far))
+    for param, optimizer in places:
         # A script that recomputes by itself does so in every plan.
         always = run.batch is not None and run.batch.checkpointing
         for recomputes in (True,) if always else (False, True) if run.batch is not None else (False,):
@@ -57,9 +57,3 @@ def order_of(run: Run) -> Iterator[tuple[Choice, bool]]:
                 for choice in (Choice(stage, optimizer, param) for stage in stages)
                 if choice in CHOICES
             )
-
-
-def _far(param: str, optimizer: str) -> tuple[int, int]:
-    """Nearer places first; of two at one distance that with fewer things away."""
-    away = [list(DEVICES).index(place) for place in (param, optimizer)]  # which are the nearest first
-    return max(away), sum(away)

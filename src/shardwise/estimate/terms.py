@@ -38,6 +38,7 @@ class Terms:
     alone: float = 230e9  # measured: a gather or a reduction that nothing runs beside
     up: float = 54.5e9  # measured: pinned copies one way, both ranks at once
     both: float = 37.2e9  # measured: each way, both ways and both ranks at once
+    adding: float = 16e9  # measured on a CPU: one thread adds blocks of 8 MiB to a gradient in host memory
     read: float = 1.2e9  # measured: a virtual machine's drive, direct I/O; all ranks of a machine together
     write: float = 2.6e9  # the same
     call: float = 20e-6  # learned from DDP's `bart`, 82 to 101 ms: what the host takes for an operation in a forward

@@ -109,22 +109,27 @@ class Clock:
             return step.exposed_gathers + step.slowed, step.exposed_reductions
 
         times = self._micro_batches
+        once = 1 if choice.stage < 2 else times  # stages 0 and 1 reduce behind the last micro-batch, and send then
         gathers, reductions = walked(works)
+
+        def waited(added: bool) -> float:
+            copied = walked(self._with_copies(works, turn, choice, way, added=added))
+            return max(0.0, sum(copied) - gathers - reductions)
+
         waits = 0.0
         if {choice.optimizer, choice.param} != {"none"}:
-            waits = max(0.0, sum(walked(self._with_copies(works, turn, choice, way))) - gathers - reductions)
-        once = 1 if choice.stage < 2 else times  # stages 0 and 1 reduce behind the last micro-batch
+            waits = waited(False) + (once - 1) * waited(True)
         every = [part for ahead, behind in spent.values() for part in (ahead, behind)]
         on_drive = DEVICES[choice.param].on_disk
         update = self._update(estimate, way)
         return Timed(
             products=times * sum(part.products for part in every),
-            kernels=times * sum(part.kernels for part in every),
+            kernels=times * sum(part.kernels for part in every) + (times - 1) * self._added_s(choice, way),
             host=times * sum(part.longest - part.products - part.kernels for part in every) + update.host,
             gathers=times * gathers + update.gathers,
             reductions=once * reductions,
-            link=(0 if on_drive else times * waits) + update.link,
-            drive=(times * waits if on_drive else 0) + update.drive,
+            link=(0 if on_drive else waits) + update.link,
+            drive=(waits if on_drive else 0) + update.drive,
             optimizer=update.optimizer,
         )
 
@@ -144,6 +149,7 @@ class Clock:
                 streams = operations.streams_s(terms, compiled=compiled and belongs)
                 kernels += streams * (_COMPILED_LOSS if way.compiled and not belongs else 1)
                 host += len(one.unit.entries) * terms.compiled_call if compiled else operations.calls * call
+            kernels += one.decoded / (terms.eager * terms.memory)  # compiled too: a library's kernel of its own
             found.append(_Spent(products, kernels, host + terms.unit_call))
         forward, backward = found
         flat = (_FLATTENED * one.reduced / terms.memory + terms.kernel) if one.reduced else 0.0
@@ -158,8 +164,23 @@ class Clock:
         mine = [(found.get(key, Operations()), True)]
         return [*mine, (found[""], False)] if key == last and "" in found else mine
 
-    def _with_copies(self, works: Sequence[Work], turn: int, choice: Choice, way: Way) -> list[Work]:
-        """The passes, with shards that come from where they rest and gradients that leave."""
+    def _added_s(self, choice: Choice, way: Way) -> float:
+        """In which a micro-batch's gradients are added to what is on the device: whole at stages 0 and 1, else this rank's."""
+        trained = sum(one.reduced for one in self._placed)
+        if choice.stage >= 2:
+            trained = self._mine(choice, trained) * (1.0 if choice.optimizer == "none" else way.kept)
+        return 12 * trained / self._terms.memory
+
+    def _mine(self, choice: Choice, trained: int) -> float:
+        """Of the elements that are trained those that this rank's optimizer steps."""
+        own = self._run.world_size if self._run.all_own and choice.stage == 3 else self._run.shards
+        return trained / (own if choice.stage else 1)
+
+    def _with_copies(self, works: Sequence[Work], turn: int, choice: Choice, way: Way, *, added: bool) -> list[Work]:
+        """The passes, with shards that come from where they rest and gradients that leave.
+
+        added: gradients are added to those of micro-batches before, which one thread of the host does.
+        """
         run, terms = self._run, self._terms
         comes = (1 - way.kept) / run.shards if choice.param != "none" else 0.0
         leaves = (1 - way.kept) / (run.world_size if run.all_own else run.shards) if choice.optimizer != "none" else 0.0
@@ -171,7 +192,7 @@ class Clock:
         found = []
         for place, (work, size, gone) in enumerate(zip(works, fetched, landed, strict=True)):
             each = 1 / terms.up if place < turn or not up else min(span / up, 1 / terms.both)
-            back = min(span / down, 1 / terms.both) if down else 0.0
+            back = max(min(span / down, 1 / terms.both), 1 / terms.adding if added else 0.0) if down else 0.0
             found.append(replace(work, fetch_s=size * max(each, from_drive), land_s=gone * back))
         return found
 
@@ -179,8 +200,7 @@ class Clock:
         """From the last gradient to the next forward."""
         run, terms, choice = self._run, self._terms, estimate.choice
         trained = sum(one.reduced for one in self._placed)
-        own = run.world_size if run.all_own and choice.stage == 3 else run.shards
-        mine = trained / (own if choice.stage else 1)
+        mine = self._mine(choice, trained)
         states = sum(nbytes for (row, _), nbytes in estimate.nbytes.items() if row == "optimizer")
         on_device = (2 * states + 6 * mine) / terms.memory
         published = self._published_s(choice.stage, trained)
