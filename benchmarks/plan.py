@@ -25,6 +25,7 @@ from cases import CASES
 from shardwise.config.sections import EngineConfig
 from shardwise.estimate.activations import Batch
 from shardwise.estimate.bytes import Choice, Run
+from shardwise.estimate.meta_model import quantise
 from shardwise.estimate.plans import Planner
 from shardwise.estimate.terms import SHEETS, Terms, terms_of
 from shardwise.estimate.times import Way
@@ -55,7 +56,7 @@ class Row:
     @property
     def name(self) -> str:
         more = [f"{self.states} moments" * (self.states != "fp32"), "compiled" * self.way.compiled]
-        more += [self.said, "nothing recomputed" * (self.case == "lora8b" and not self.way.recompute)]
+        more += [self.said, "nothing recomputed" * (self.case.endswith("lora8b") and not self.way.recompute)]
         return ", ".join(
             [f"{self.case}, {self.ranks} rank{'s' * (self.ranks > 1)}, {self.choice}", *filter(None, more)]
         )
@@ -81,9 +82,21 @@ ROWS = (
     Row("full8b", 2, ALL_ON_CPU, (2280, 2280), 9.07, AGAIN),
     Row("full8b", 2, ALL_ON_CPU, (1839, 1839), 9.07, AGAIN, "bf16"),
     Row("full8b", 2, ALL_ON_CPU, (1653, 1653), 9.07, AGAIN, "int8"),
+    Row("qlora8b", 1, Choice(3), (519.2, 519.2), 13.84, AGAIN, learned="eager"),
+    Row("qlora8b", 1, ALL_ON_CPU, (578.2, 578.2), 8.76, AGAIN, learned="eager"),
     Row("bart", 2, Choice(3), (77.5, 107.3), 1.21, learned="call"),
     Row("bart", 1, ALL_ON_CPU, (91.7, 91.7), 0.79, learned="call"),
 )
+
+
+def planner_of(name: str, run: Run, terms: Terms) -> Planner:
+    """Of a case; `qlora8b` is `lora8b` with a base in NF4."""
+    case = replace(CASES[name.removeprefix("q")], checkpointing=False)
+    model = case.build(torch.device("meta"))
+    if name == case.name:
+        return Planner(model, run, terms)
+    quantise(model, "4bit")
+    return Planner(model, run, terms, shapes=case.build(torch.device("meta")))
 
 
 def off(predicted: float, measured: tuple[float, float]) -> float:
@@ -94,7 +107,7 @@ def off(predicted: float, measured: tuple[float, float]) -> float:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
-    parser.add_argument("--only", choices=sorted(CASES), help="rows of one case")
+    parser.add_argument("--only", choices=sorted({row.case for row in ROWS}), help="rows of one case")
     options = parser.parse_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers and PEFT, about each other
     planners: dict[str, Planner] = {}
@@ -102,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
     for row in ROWS:
         if options.only not in (None, row.case):
             continue
-        case = replace(CASES[row.case], checkpointing=False)
+        case = CASES[row.case.removeprefix("q")]
         run = Run(
             world_size=row.ranks,
             local_processes=row.ranks,
@@ -115,7 +128,7 @@ def main(argv: Sequence[str]) -> int:
         if row.case in planners:
             planner = planners[row.case].of(run, terms)
         else:
-            planner = planners[row.case] = Planner(case.build(torch.device("meta")), run, terms)
+            planner = planners[row.case] = planner_of(row.case, run, terms)
         found = planner.plan(row.choice, row.way)
         ms, gb = 1000 * found.time.total, found.estimate.taken("GPU") / 1e9
         parts = {name: round(1000 * value, 1) for name, value in found.time.parts.items()}

@@ -314,7 +314,10 @@ def planned(choice: Choice, ms: float, gb: float = 10.0, way: Way = Way()) -> Pl
 
 def test_of_plans_that_take_as_long_the_one_that_asks_for_least_is_taken() -> None:
     plain, recomputed = planned(Choice(2), 101), planned(Choice(2), 100, way=Way(recompute=True))
-    compiled, budgeted = planned(Choice(2), 100, way=Way(compiled=True)), planned(Choice(2, "cpu"), 100, 5, Way(kept=0.5))
+    compiled, budgeted = (
+        planned(Choice(2), 100, way=Way(compiled=True)),
+        planned(Choice(2, "cpu"), 100, 5, Way(kept=0.5)),
+    )
     away, far = planned(Choice(2, "cpu"), 99.9, 5), planned(Choice(3, "nvme", "nvme"), 99.5, 1)
     for others in ([recomputed], [compiled], [budgeted], [away], [far], [far, away, compiled]):
         assert nearly_fastest([*others, plain]) is plain

@@ -4,8 +4,8 @@
     the backward  the same without activations; gradients, those that are being reduced, gathered units, one recomputed block
     the step      gradients, and what visits the device or is stepped whole
 
-Gradients wait through the turn only where micro-batches are added up. Where these are whole, each unit's sum becomes its averaged
-gradient in the last backward: so both are never there. With a compiled loss, logits and their gradient are there
+Gradients wait through the turn only where micro-batches are added up. Where these are whole, each unit's sum becomes its
+averaged gradient in the last backward, so that both are never there. With a compiled loss, logits and their gradient are there
 in 16 bits alone.
 """
 

@@ -148,7 +148,7 @@ class Planner:
 
 
 def far(choice: Choice) -> tuple[int, int]:
-    """How far away it keeps what it offloads: nearer places are less, and of two at one distance that with fewer things away."""
+    """How far away it keeps what it offloads: nearer places first, and of two at one distance that with fewer things away."""
     away = [list(DEVICES).index(place) for place in (choice.param, choice.optimizer)]  # which are the nearest first
     return max(away), sum(away)
 

@@ -166,12 +166,12 @@ class Clock:
 
     def _added_s(self, choice: Choice, way: Way) -> float:
         """In which a micro-batch's gradients are added to what is on the device: whole at stages 0 and 1, else this rank's."""
-        trained = sum(one.reduced for one in self._placed)
+        added: float = sum(one.reduced for one in self._placed)
         if choice.stage >= 2:
-            trained = self._mine(choice, trained) * (1.0 if choice.optimizer == "none" else way.kept)
-        return 12 * trained / self._terms.memory
+            added = self._mine(choice, added) * (1.0 if choice.optimizer == "none" else way.kept)
+        return 12 * added / self._terms.memory
 
-    def _mine(self, choice: Choice, trained: int) -> float:
+    def _mine(self, choice: Choice, trained: float) -> float:
         """Of the elements that are trained those that this rank's optimizer steps."""
         own = self._run.world_size if self._run.all_own and choice.stage == 3 else self._run.shards
         return trained / (own if choice.stage else 1)
