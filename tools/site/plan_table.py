@@ -135,8 +135,12 @@ def _row(name: str, planner: Planner, place: Described, tokens: int, ways: dict[
             # A budget takes back what fits after the first steps. Until then everything that is offloaded is away.
             first = planner.plan(best.choice, replace(best.way, kept=0.0))
             return Row(name, best, place.gpus * first.estimate.taken("host"), tokens / best.time.total)
-    nearest = min(found, key=lambda one: (len(one.shortages), one.estimate.taken("GPU")))
-    return Row(name, None, why="; ".join(nearest.shortages))
+
+    def over(one: Planned) -> float:
+        host = place.gpus * one.estimate.taken("host") / (place.host_nbytes or 1)
+        return max(one.estimate.taken("GPU") / place.gpu_nbytes, host)
+
+    return Row(name, None, why="; ".join(min(found, key=over).shortages))
 
 
 def _on_drive(choice: Choice) -> bool:
@@ -159,12 +163,12 @@ def rounded(number: float) -> str:
 
 
 def table(found: Mapping[str, Sequence[Row]]) -> str:
-    """found: rows by model."""
+    """found: rows by model. With empty lines around it, or the site takes it for a part of the mark."""
     lines = ["| model | machine | plan | a GPU | host | tokens/s |", "|---|---|---|--:|--:|--:|"]
     for model, of_model in found.items():
         for place, row in enumerate(of_model):
             lines.append("| " + " | ".join([model if place == 0 else "", *row.cells]) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(["", *lines, "", ""])
 
 
 def committed(text: str) -> dict[str, dict[str, list[list[str]]]]:
@@ -186,7 +190,7 @@ def committed(text: str) -> dict[str, dict[str, list[list[str]]]]:
 def main(arguments: Sequence[str]) -> int:
     if arguments:
         training, model = arguments
-        print(table({model: list(rows(model, training))}), end="")
+        print(table({model: list(rows(model, training))}).strip())
         return 0
     text = PAGE.read_text(encoding="utf-8")
     for training in TRAININGS:
