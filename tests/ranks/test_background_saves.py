@@ -22,6 +22,7 @@ from rig.engine import as_on_a_device
 from shardwise import Accelerator
 from shardwise.checkpoint import file_plan, keeping
 from shardwise.checkpoint.keeping import Keeping
+from shardwise.errors import CheckpointError
 from shardwise.files import disk
 from shardwise.run.process import forget_run
 
@@ -215,6 +216,32 @@ def _changes(ranks: Any, folder: str, visits: bool) -> None:
 @pytest.mark.parametrize("visits", [False, True])
 def test_what_changes_between_two_saves_is_in_the_second(world, tmp_path, visits):
     world(2).run(_changes, str(tmp_path), visits)
+
+
+# What a script writes into states itself.
+
+
+def _spoilt(ranks: Any, folder: str) -> str:
+    with as_on_a_device(512):
+        run = Training({"zero_stage": 3, "offload_optimizer_device": "cpu"})
+        run.step()
+        with slow_disk(0.05):
+            run.accelerator.save_state(Path(folder, "spoilt"), async_=True)
+            for state in run.optimizer.state.values():
+                state["exp_avg"].zero_()
+            try:
+                run.accelerator.finish_saving()
+                return "nothing"
+            except CheckpointError as error:
+                return str(error)
+            finally:
+                run.close()
+
+
+def test_states_that_a_script_writes_where_they_are_kept_are_the_saves_error(world, tmp_path):
+    for said in world(2).run(_spoilt, str(tmp_path)):
+        assert "finish_saving() before" in said
+    assert not (tmp_path / "spoilt").exists()
 
 
 # Bytes.
