@@ -8,8 +8,8 @@ A step that comes to a block before the writer does has the old values copied in
 there are SPARE_NBYTES; where they are all taken, the step waits until the writer is done with this block or with a spare one.
 So a save takes no second copy of what was offloaded, and no step overwrites what has not been saved.
 
-Who else writes there does not ask: a script that has a state in its hands. torch counts writes to a tensor, and those of steps are
-known, so any other is noticed, if not undone.
+Who else writes there does not ask: a script that has a state in its hands. torch counts writes to a tensor, and those of
+steps are known, so any other is noticed, if not undone.
 """
 
 from __future__ import annotations
