@@ -389,6 +389,17 @@ def record_of(directory):
     return [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
 
 
+@pytest.mark.parametrize("ends", ["end_training", "free_memory"])
+def test_steps_of_a_loop_that_was_left_have_their_line_when_the_run_ends(tmp_path, ends):
+    accelerator, losses = trained(tmp_path, epochs=1, stop_after=7, log_every=4, keep=True)
+    getattr(accelerator, ends)()
+    lines = [line for line in record_of(tmp_path) if line["steps"]]
+    assert [(line["step"], line["steps"]) for line in lines] == [(4, 4), (7, 3)]
+    assert [line["loss"] for line in lines] == pytest.approx([sum(losses[:4]) / 4, sum(losses[4:]) / 3])
+    assert [line["samples"] for line in lines] == [8, 6]
+    forget_run()
+
+
 def test_a_watched_run_has_the_same_losses_and_a_line_for_each_step(tmp_path):
     plain = trained(tmp_path / "plain", watches=False)
     forget_run()
@@ -428,7 +439,7 @@ def test_a_loop_that_is_broken_off_has_a_record(tmp_path):
     assert [(line["step"], line["steps"], line["loss"] is None) for line in lines] == [
         (2, 2, False),
         (4, 2, False),
-        (5, 1, True),
+        (5, 1, False),  # end_training brings it together
     ]
 
 
