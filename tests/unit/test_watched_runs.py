@@ -389,6 +389,23 @@ def record_of(directory):
     return [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
 
 
+def test_steps_of_any_optimizer_are_watched(tmp_path):
+    accelerator = Accelerator(cpu=True, project_dir=tmp_path)
+    idle, busy = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (idle, busy)]
+    accelerator.prepare(idle, busy, *optimizers)
+    for batch in accelerator.watch([torch.ones(1, 2)] * 3, bar=False):
+        accelerator.backward(busy(batch).sum())
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+    accelerator.end_training()
+    assert [(line["step"], line["loss"] is None) for line in record_of(tmp_path)] == [
+        (1, False),
+        (2, False),
+        (3, False),
+    ]
+
+
 @pytest.mark.parametrize("ends", ["end_training", "free_memory"])
 def test_steps_of_a_loop_that_was_left_have_their_line_when_the_run_ends(tmp_path, ends):
     accelerator, losses = trained(tmp_path, epochs=1, stop_after=7, log_every=4, keep=True)
