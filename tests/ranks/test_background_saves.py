@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,6 +23,7 @@ from rig.engine import as_on_a_device
 from shardwise import Accelerator
 from shardwise.checkpoint import file_plan, keeping
 from shardwise.checkpoint.keeping import Keeping
+from shardwise.checkpoint.places import MARK
 from shardwise.errors import CheckpointError
 from shardwise.files import disk
 from shardwise.run.process import forget_run
@@ -242,6 +244,30 @@ def test_states_that_a_script_writes_where_they_are_kept_are_the_saves_error(wor
     for said in world(2).run(_spoilt, str(tmp_path)):
         assert "finish_saving() before" in said
     assert not (tmp_path / "spoilt").exists()
+
+
+def _removed(ranks: Any, folder: str) -> str:
+    run = Training({"zero_stage": 3})
+
+    def before(operation: str, path: Path) -> None:
+        if (operation, path.name) == ("sync", MARK):
+            shutil.rmtree(path.parent)
+
+    with disk.watched(before):
+        try:
+            run.accelerator.save_state(Path(folder, "gone"), async_=True)
+            run.accelerator.finish_saving()
+        except CheckpointError as error:
+            return str(error)
+        finally:
+            run.close()
+    return "nothing"
+
+
+def test_a_directory_that_is_removed_while_it_is_made_is_no_other_machines(world, tmp_path):
+    for said in world(2).run(_removed, str(tmp_path)):
+        assert "was not saved" in said
+        assert "was removed" in said
 
 
 # Bytes.
