@@ -47,7 +47,8 @@ class Progress:
 
     def __init__(self, device: torch.device) -> None:
         self.steps, self.evaluated_at, self.best_step, self.best_loss = 0, -1, 0, math.inf
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # losses of answer tokens, and how many
+        # Losses of micro-batches as `backward` was given them, and how many: so their mean is that of metrics.jsonl.
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -292,9 +293,10 @@ def main() -> None:
                     with nullcontext() if number == len(window) else accelerator.no_sync(model):
                         loss = forward(model, batch, in_one=in_one, with_labels=True).loss
                         loss = loss * (batch["labels"][:, 1:] != IGNORED).sum()
-                        accelerator.backward(loss * scale.to(loss.dtype))
+                        loss = loss * scale.to(loss.dtype)
+                        accelerator.backward(loss)
                     progress.sums[0] += loss.detach()
-                progress.sums[1] += answers
+                    progress.sums[1] += 1
                 if args.max_grad_norm is not None:
                     accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 rate = schedule.get_last_lr()[0]
@@ -303,7 +305,7 @@ def main() -> None:
                     schedule.step()
                 optimizer.zero_grad()
                 step = progress.steps + 1
-                if step % args.log_every == 0 or step == total_steps:
+                if step % args.log_every == 0 or step % steps_per_epoch == 0:  # as metrics.jsonl has lines
                     losses, count = accelerator.reduce(progress.sums, "sum").tolist()
                     accelerator.print(f"step={step}/{total_steps} loss={losses / count:.6f} lr={rate:.3g}")
                     progress.sums.zero_()

@@ -127,6 +127,10 @@ class Encoder:
         if not answers or any(_is_empty(message) for message in answers):
             return None
         text = self._render(messages)
+        if any(message.get("tool_calls") for message in messages) and text == self._without_calls(messages):
+            raise RowError(
+                "the chat template writes no tool calls, so that an empty answer would be learned in their place"
+            )
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
         if _GENERATION.search(self.template):
@@ -160,6 +164,13 @@ class Encoder:
                 "that its answers cannot be found. Mark them with {% generation %} in a template for --chat-template"
             )
         return prefix
+
+    def _without_calls(self, messages: Messages) -> str | None:
+        """The text without its tool calls; None where the template refuses that."""
+        try:
+            return self._render([{key: m[key] for key in m if key != "tool_calls"} for m in messages])
+        except RowError:
+            return None
 
     def _render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
         from jinja2 import TemplateError
@@ -199,13 +210,25 @@ def messages_of(value: Any, role: str | None = None) -> Messages:
             if not message.get("tool_calls") and message["role"] != "assistant":
                 raise RowError(f'message {number} has no "content", only {sorted(message)}')
             message["content"] = ""
+        message["content"] = _text_of(message["content"], number)
     return found
 
 
+def _text_of(content: Any, number: int) -> str:
+    """A message's content as text, also where it is a list of parts: a template that reads texts would print the list."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        odd = next(part for part, text in zip(parts, texts, strict=True) if not isinstance(text, str))
+        kind = odd.get("type") if isinstance(odd, Mapping) else type(odd).__name__
+        raise RowError(f"message {number} has content of type {kind}, and only text is learned here")
+    return "".join(texts)
+
+
 def _is_empty(message: Mapping[str, Any]) -> bool:
-    content = message["content"]
-    text = content if isinstance(content, str) else json.dumps(content) if content else ""
-    return not text.strip() and not message.get("tool_calls")
+    return not message["content"].strip() and not message.get("tool_calls")
 
 
 def kind_of(columns: Sequence[str]) -> str | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, LargeList, Sequence, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 KINDS = {
     ".csv": "csv",
@@ -33,8 +34,10 @@ def read_rows(paths: abc.Sequence[Path]) -> Dataset:
     parts = []
     for path in paths:
         try:
+            if path.stat().st_size == 0:
+                raise SystemExit(f"there is no row in {path}.")
             rows = _read(path)
-        except (ValueError, OSError, UnicodeDecodeError) as error:
+        except (ValueError, OSError, UnicodeDecodeError, DatasetGenerationError) as error:
             cause = error.__cause__ or error
             raise SystemExit(f"{path} cannot be read as {_kind(path)}: {' '.join(str(cause).split())[:300]}") from None
         if len(rows) == 0:

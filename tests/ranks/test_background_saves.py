@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,6 +23,8 @@ from rig.engine import as_on_a_device
 from shardwise import Accelerator
 from shardwise.checkpoint import file_plan, keeping
 from shardwise.checkpoint.keeping import Keeping
+from shardwise.checkpoint.places import MARK
+from shardwise.errors import CheckpointError
 from shardwise.files import disk
 from shardwise.run.process import forget_run
 
@@ -215,6 +218,56 @@ def _changes(ranks: Any, folder: str, visits: bool) -> None:
 @pytest.mark.parametrize("visits", [False, True])
 def test_what_changes_between_two_saves_is_in_the_second(world, tmp_path, visits):
     world(2).run(_changes, str(tmp_path), visits)
+
+
+# What a script writes into states itself.
+
+
+def _spoilt(ranks: Any, folder: str) -> str:
+    with as_on_a_device(512):
+        run = Training({"zero_stage": 3, "offload_optimizer_device": "cpu"})
+        run.step()
+        with slow_disk(0.05):
+            run.accelerator.save_state(Path(folder, "spoilt"), async_=True)
+            for state in run.optimizer.state.values():
+                state["exp_avg"].zero_()
+            try:
+                run.accelerator.finish_saving()
+                return "nothing"
+            except CheckpointError as error:
+                return str(error)
+            finally:
+                run.close()
+
+
+def test_states_that_a_script_writes_where_they_are_kept_are_the_saves_error(world, tmp_path):
+    for said in world(2).run(_spoilt, str(tmp_path)):
+        assert "finish_saving() before" in said
+    assert not (tmp_path / "spoilt").exists()
+
+
+def _removed(ranks: Any, folder: str) -> str:
+    run = Training({"zero_stage": 3})
+
+    def before(operation: str, path: Path) -> None:
+        if (operation, path.name) == ("sync", MARK):
+            shutil.rmtree(path.parent)
+
+    with disk.watched(before):
+        try:
+            run.accelerator.save_state(Path(folder, "gone"), async_=True)
+            run.accelerator.finish_saving()
+        except CheckpointError as error:
+            return str(error)
+        finally:
+            run.close()
+    return "nothing"
+
+
+def test_a_directory_that_is_removed_while_it_is_made_is_no_other_machines(world, tmp_path):
+    for said in world(2).run(_removed, str(tmp_path)):
+        assert "was not saved" in said
+        assert "was removed" in said
 
 
 # Bytes.

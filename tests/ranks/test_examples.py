@@ -303,6 +303,8 @@ def test_data_files_of_every_usual_shape_are_read(kind: str, tmp_path: Path) -> 
     ("name", "content", "reason"),
     [
         ("a.json", "{", "cannot be read as json"),
+        ("a.jsonl", '{"text": [\n', "cannot be read as json"),
+        ("a.jsonl", "", "there is no row"),
         ("a.parquet", "nothing", "cannot be read as parquet"),
         ("a.csv", "", "no row"),
         ("a.csv", "only,a,header", "no row"),

@@ -85,6 +85,38 @@ def test_only_answers_count_in_every_turn_with_what_ends_them(template: str) -> 
     assert learned(mixed, "completion", both) == [" complaint</s>"]
 
 
+PARTS = [{"type": "text", "text": "It is "}, {"type": "text", "text": "late"}, "."]
+CALLS = [{"type": "function", "function": {"name": "clock", "arguments": {}}}]
+
+
+def test_content_in_parts_is_learned_as_its_text() -> None:
+    both = [{"role": "user", "content": PARTS}, {"role": "assistant", "content": PARTS}]
+    encoded = encoder().encode({"messages": both}, "messages")
+    plain = [{**message, "content": "It is late."} for message in both]
+    assert encoded == encoder().encode({"messages": plain}, "messages")
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"content": [*PARTS, {"type": "image", "url": "a.png"}]}, "content of type image"),
+        ({"content": 5}, "content of type int"),
+        ({"content": None, "tool_calls": CALLS}, "writes no tool calls"),
+        ({"content": "Now:", "tool_calls": CALLS}, "writes no tool calls"),
+    ],
+)
+def test_what_a_template_would_not_write_is_refused(message: dict[str, Any], reason: str) -> None:
+    row = {"messages": [TURNS[0], TURNS[1], {"role": "assistant", **message}]}
+    assert reason in encoder().encode(row, "messages")["problem"]
+
+
+def test_tool_calls_are_learned_where_the_template_writes_them() -> None:
+    template = TEMPLATE.read_text().replace("message.content | trim + eos", "message.tool_calls | tojson + eos", 1)
+    row = {"messages": [TURNS[1], {"role": "assistant", "content": None, "tool_calls": CALLS}]}
+    (found,) = learned(row, "messages", encoder(template))
+    assert "clock" in found
+
+
 def test_a_mask_and_prefixes_mark_the_same_tokens_of_the_examples_data() -> None:
     rows = part("data_files").read_rows([EXAMPLES / "data" / "chat.jsonl"])
     ways = [encoder(template) for template in (TEMPLATE.read_text(), PREFIXES_ONLY)]
@@ -281,6 +313,22 @@ def test_a_resumed_run_has_the_losses_and_weights_of_the_straight_one(
         assert (files[0] / "adapter_model.safetensors").read_bytes() == (
             files[1] / "adapter_model.safetensors"
         ).read_bytes()
+
+
+def test_lines_for_several_steps_have_the_loss_of_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # 12 rows: windows of 5, 5 and 2 micro-batches in an epoch, whose answers are not of one length.
+    rows = [{"prompt": f"Say {number}.", "completion": "word " * (1 + number % 5)} for number in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--data", str(tmp_path / "rows.jsonl"), "--eval-fraction", "0", "--no-packing", "--batch-size", "1"]
+    flags += ["--gradient-accumulation-steps", "5", "--num-epochs", "2", "--log-every", "2"]
+    run_here("sft.py", monkeypatch, *flags, "--output-dir", str(tmp_path / "run"))
+    said = [(int(step), float(loss)) for step, loss, _ in steps_of(capsys.readouterr().out)]
+    watched = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [(line["step"], pytest.approx(line["loss"], abs=2e-6)) for line in watched if line["steps"]]
+    assert said == lines
+    assert [step for step, _ in said] == [2, 3, 4, 6]
 
 
 def test_a_launched_run_leaves_a_merged_model_that_stock_transformers_loads(

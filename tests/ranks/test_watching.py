@@ -72,6 +72,34 @@ def test_rank_0_writes_the_mean_loss_of_all_ranks(world, tmp_path, stage, log_ev
     assert about["ranks"] == 2
 
 
+def _left_early(ranks, directory):
+    accelerator = fresh(directory, 3)
+    torch.manual_seed(1)
+    model = nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loader = DataLoader(torch.arange(48.0).reshape(-1, 3), batch_size=2)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    losses = []
+    for batch in accelerator.watch(loader, log_every=100, bar=False):
+        loss = model(batch).square().mean()
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if len(losses) == 2:
+            break
+    accelerator.free_memory()  # as in end_training, after which the pool's ranks could not go on
+    forget_run()
+    return losses
+
+
+def test_steps_of_a_loop_that_all_ranks_left_are_of_all_ranks(world, tmp_path):
+    first, second = world(2).run(_left_early, tmp_path)
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert (last["step"], last["steps"], last["samples"]) == (2, 2, 8)
+    assert last["loss"] == pytest.approx(sum(first + second) / 4)
+
+
 def test_bytes_on_a_drive_are_the_ledgers(world, tmp_path):
     world(2).run(_train, tmp_path, 2, 1, "nvme")
     *_, last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

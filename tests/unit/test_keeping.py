@@ -92,6 +92,26 @@ def test_a_save_that_ends_early_lets_waiting_steps_go(monkeypatch):
     slab.write_part(0, torch.ones(NUMEL))
 
 
+@pytest.mark.parametrize("who", ["step", "script", "script between steps", "script afterwards"])
+def test_who_writes_a_kept_slab_without_asking_is_noticed(who):
+    slab = _slab()
+    kept = _kept(slab)
+    with kept.next_block() as found:
+        assert found is not None
+    slab.write_part(0, torch.zeros(16))
+    if who.startswith("script") and who != "script afterwards":
+        slab.tensor[20:30].fill_(7)  # a state that a script has in its hands is such a view
+    if who != "script":
+        with torch.inference_mode():
+            slab.write_part(16, torch.zeros(16))
+    _write_all(kept, 0.0)
+    if who == "script afterwards":
+        slab.tensor[20:30].fill_(7)
+        slab.write_part(0, torch.zeros(16))
+    assert kept.spoiled == (who in ("script", "script between steps"))
+    kept.close()
+
+
 def test_states_that_a_script_writes_while_they_are_copied_are_the_saves_error(tmp_path):
     state = torch.zeros(4)
     pieces = whole_pieces({"a": torch.ones(2)})

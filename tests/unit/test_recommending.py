@@ -109,3 +109,32 @@ def test_a_model_that_is_not_there_is_one_line(capsys, tmp_path):
     assert run(["config", "--model", "./nowhere", "--default", "--config_file", str(path)]) == 2
     assert capsys.readouterr().err == "error: --model: ./nowhere: there is no such file or directory\n"
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lora_r", "0"], "--lora_r: '0' is not"),
+        (["--quantize", "3bit"], "--quantize: '3bit' is not"),
+        (["--quantize", ""], "--quantize: '' is not"),
+        (["--sequence_length", "-1"], "--sequence_length: '-1' is not"),
+    ],
+)
+def test_a_wrong_flag_of_the_model_is_refused_and_nothing_is_written(capsys, model_file, tmp_path, flags, words):
+    path = tmp_path / "run.yaml"
+    assert run(["config", "--model", str(model_file), *flags, "--default", "--config_file", str(path)]) == 2
+    assert words in capsys.readouterr().err
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--target_modules", "q_proj"], "--target_modules: has no effect without --lora_r"),
+        (["--modules_to_save", "lm_head"], "--modules_to_save: has no effect without --lora_r"),
+        (["--lora_r", "4", "--modules_to_save", "nowhere"], "modules_to_save nowhere: the model has no module"),
+    ],
+)
+def test_what_adapters_would_not_heed_is_refused(capsys, model_file, flags, words):
+    assert run(["estimate", str(model_file), *flags]) == 2
+    assert words in capsys.readouterr().err

@@ -15,6 +15,8 @@ from shardwise.watching.page import page_of
 from shardwise.watching.reading import read_record
 from shardwise.watching.record import Record
 
+# Columns that are hard to draw.
+ODD = [[0.0], [5.0], [0.0, 0.0], [-3.0, -3.0], [1e-9, 1e9], [math.nan], [5e-324, 1e-323], [1e-310], [1e300, 1.0]]
 TIME = {"data": 0.1, "forward_backward": 0.5, "step": 0.2, "saving": 0.0, "evaluation": 0.0, "other": 0.2}
 
 
@@ -140,6 +142,19 @@ def test_numbers_that_are_not_finite_are_gaps(tmp_path):
     assert "nan" not in page_of(past).lower().replace("finance", "")
 
 
+@pytest.mark.parametrize("values", [*ODD, [1e308, -1e308], [-1e308], [10**299, 1]])
+def test_numbers_of_any_size_have_a_page(values, tmp_path):
+    lines = [
+        line(number, loss=value, wall_s=abs(value), tokens_per_s=value, gradient_norm=value, elapsed_s=number)
+        for number, value in enumerate([value for value in values if math.isfinite(value)] or [1], start=1)
+    ]
+    for written_at in (-1e18, 0, 1e300):
+        page = page_of(read_record(written(tmp_path / "run", lines, {"written_at": written_at})))
+        Elements(page)
+        assert "nan" not in page
+        assert ("begun 1970" in page) == (written_at == 0)
+
+
 @pytest.mark.parametrize(
     ("lines", "error"),
     [
@@ -197,7 +212,7 @@ def test_long_columns_are_drawn_as_stretches_with_their_least_and_most():
     assert len(drawing) < 40_000
 
 
-@pytest.mark.parametrize("values", [[0.0], [5.0], [0.0, 0.0], [-3.0, -3.0], [1e-9, 1e9], [math.nan]])
+@pytest.mark.parametrize("values", ODD)
 def test_columns_of_any_kind_are_drawn_within_the_axes(values):
     steps = list(range(1, len(values) + 1))
     for chart in (line_chart, stacked_chart):

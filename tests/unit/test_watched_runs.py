@@ -389,6 +389,34 @@ def record_of(directory):
     return [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
 
 
+def test_steps_of_any_optimizer_are_watched(tmp_path):
+    accelerator = Accelerator(cpu=True, project_dir=tmp_path)
+    idle, busy = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (idle, busy)]
+    accelerator.prepare(idle, busy, *optimizers)
+    for batch in accelerator.watch([torch.ones(1, 2)] * 3, bar=False):
+        accelerator.backward(busy(batch).sum())
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+    accelerator.end_training()
+    assert [(line["step"], line["loss"] is None) for line in record_of(tmp_path)] == [
+        (1, False),
+        (2, False),
+        (3, False),
+    ]
+
+
+@pytest.mark.parametrize("ends", ["end_training", "free_memory"])
+def test_steps_of_a_loop_that_was_left_have_their_line_when_the_run_ends(tmp_path, ends):
+    accelerator, losses = trained(tmp_path, epochs=1, stop_after=7, log_every=4, keep=True)
+    getattr(accelerator, ends)()
+    lines = [line for line in record_of(tmp_path) if line["steps"]]
+    assert [(line["step"], line["steps"]) for line in lines] == [(4, 4), (7, 3)]
+    assert [line["loss"] for line in lines] == pytest.approx([sum(losses[:4]) / 4, sum(losses[4:]) / 3])
+    assert [line["samples"] for line in lines] == [8, 6]
+    forget_run()
+
+
 def test_a_watched_run_has_the_same_losses_and_a_line_for_each_step(tmp_path):
     plain = trained(tmp_path / "plain", watches=False)
     forget_run()
@@ -428,7 +456,7 @@ def test_a_loop_that_is_broken_off_has_a_record(tmp_path):
     assert [(line["step"], line["steps"], line["loss"] is None) for line in lines] == [
         (2, 2, False),
         (4, 2, False),
-        (5, 1, True),
+        (5, 1, False),  # end_training brings it together
     ]
 
 

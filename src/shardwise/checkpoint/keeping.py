@@ -7,6 +7,9 @@
 A step that comes to a block before the writer does has the old values copied into a spare block, and goes on. Of spare blocks
 there are SPARE_NBYTES; where they are all taken, the step waits until the writer is done with this block or with a spare one.
 So a save takes no second copy of what was offloaded, and no step overwrites what has not been saved.
+
+Who else writes there does not ask: a script that has a state in its hands. torch counts writes to a tensor, and those of
+steps are known, so any other is noticed, if not undone.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
@@ -35,6 +38,19 @@ class _State(Enum):
 
 
 @dataclass(eq=False)
+class _Kept:
+    """A slab and its blocks. writes: torch's count of writes to it, with every write that was asked for."""
+
+    slab: Slab
+    blocks: list[Block] = field(default_factory=list)
+    writes: int = 0
+
+    def written_unasked(self) -> bool:
+        """Whether somebody has written who did not ask. Of those who did some may not have come to it yet."""
+        return not self.slab.tensor.is_inference() and self.slab.tensor._version > self.writes
+
+
+@dataclass(eq=False)
 class Block:
     """Bytes [begin, end) of a slab. number: what the writer calls it."""
 
@@ -42,6 +58,7 @@ class Block:
     memory: Tensor
     begin: int
     end: int
+    kept: _Kept
     state: _State = _State.RESTING
     spare: Tensor | None = None
 
@@ -51,14 +68,18 @@ class Block:
 
 
 class Keeping:
-    """The blocks of one save. ready: returns when what was put into the slabs has arrived there. Any thread may use it."""
+    """The blocks of one save. ready: returns when what was put into the slabs has arrived there. Any thread may use it.
+
+    spoiled: somebody has overwritten what was not written yet, and nobody gave way.
+    """
 
     def __init__(self, ready: Callable[[], None]) -> None:
         self._ready = ready
         self._changed = threading.Condition()
         self._resting: deque[Block] = deque()  # and those that are not any more, until they come to the front
         self._first: deque[Block] = deque()  # in spare memory, or waited for by a step
-        self._of: dict[int, tuple[Slab, list[Block]]] = {}
+        self._of: dict[int, _Kept] = {}
+        self.spoiled = False
         self._copying = 0
         self._spare_nbytes = 0
         self.most_spare_nbytes = 0
@@ -66,14 +87,16 @@ class Keeping:
     def add(self, slab: Slab, begin: int, end: int, number: int) -> None:
         """Keep the bytes [begin, end) of `slab` until they are written. Before `watch`."""
         memory = slab.tensor.detach().view(torch.uint8)[begin:end]
-        block = Block(number, memory, begin, end)
+        kept = self._of.setdefault(id(slab), _Kept(slab))
+        block = Block(number, memory, begin, end, kept)
         self._resting.append(block)
-        self._of.setdefault(id(slab), (slab, []))[1].append(block)
+        kept.blocks.append(block)
 
     def watch(self) -> None:
         """From now on nobody overwrites a block that is not written. `close` ends it."""
-        for slab, blocks in self._of.values():
-            slab.keeper = _Keeper(self, blocks, slab.dtype.itemsize)
+        for kept in self._of.values():
+            kept.writes = 0 if kept.slab.tensor.is_inference() else kept.slab.tensor._version
+            kept.slab.keeper = _Keeper(self, kept)
 
     @contextmanager
     def next_block(self) -> Iterator[tuple[int, Tensor] | None]:
@@ -91,6 +114,7 @@ class Keeping:
         finally:
             with self._changed:
                 block.state = _State.DONE
+                self.spoiled = self.spoiled or block.kept.written_unasked()
                 if block.spare is not None:
                     block.spare = None
                     self._spare_nbytes -= block.nbytes
@@ -104,14 +128,18 @@ class Keeping:
                     return block
         return None
 
-    def give_way(self, blocks: list[Block], begin: int, end: int) -> None:
-        """Return when the bytes [begin, end) of the slab of `blocks` may be overwritten."""
-        met = [one for one in blocks if one.begin < end and begin < one.end and one.state is not _State.DONE]
+    def give_way(self, kept: _Kept, begin: int, end: int) -> None:
+        """Return when the bytes [begin, end) of the slab may be overwritten, once."""
+        left = [one for one in kept.blocks if one.state is not _State.DONE]
+        met = [one for one in left if one.begin < end and begin < one.end]
         if met:
             self._ready()
         for block in met:
             if self._may_copy(block):
                 self._copy(block)
+        with self._changed:
+            self.spoiled = self.spoiled or (bool(left) and kept.written_unasked())
+            kept.writes += 1
 
     def _may_copy(self, block: Block) -> bool:
         """Wait for the block to be written or copied; True where the caller is to copy it."""
@@ -143,11 +171,11 @@ class Keeping:
 
     def close(self) -> None:
         """All is written, or nothing of it will be: slabs are everybody's again."""
-        for slab, _ in self._of.values():
-            slab.keeper = None
+        for kept in self._of.values():
+            kept.slab.keeper = None
         with self._changed:
-            for _, blocks in self._of.values():
-                for block in blocks:
+            for kept in self._of.values():
+                for block in kept.blocks:
                     block.state, block.spare = _State.DONE, None
             self._resting.clear()
             self._first.clear()
@@ -157,11 +185,11 @@ class Keeping:
 
 @dataclass(frozen=True)
 class _Keeper:
-    """`Keeper` of one slab; itemsize: bytes of its elements."""
+    """`Keeper` of one slab."""
 
     keeping: Keeping
-    blocks: list[Block]
-    itemsize: int
+    kept: _Kept
 
     def give_way(self, begin: int, end: int) -> None:
-        self.keeping.give_way(self.blocks, begin * self.itemsize, end * self.itemsize)
+        itemsize = self.kept.slab.dtype.itemsize
+        self.keeping.give_way(self.kept, begin * itemsize, end * itemsize)

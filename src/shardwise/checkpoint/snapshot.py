@@ -166,19 +166,23 @@ class Snapshot:
             if event is not None:
                 event.synchronize()
         self._look_at_versions()
-        if self._written_by_script:
-            raise CheckpointError(
-                "the script has written into an optimizer's states between save_state(async_=True) and the next step, while "
-                "they were being copied. Call finish_saving() before it writes there, or save with async_=False."
-            )
+        self._refuse_written()
         for n in self.plan.numbers(Way.GIVEN):
             piece = self._pieces[n]
             file.write(piece.address, piece.source.read(), progress.advance)
         sums = [[0] * blocks for blocks in self.plan.blocks]
         self._write_spans(file, sums, progress)
+        self._refuse_written()
         for n, way in enumerate(self.plan.ways):
             if way in (Way.COPIED, Way.KEPT):
                 file.note(self._pieces[n].address, sums[n])
+
+    def _refuse_written(self) -> None:
+        if self._written_by_script or self.keeping.spoiled:
+            raise CheckpointError(
+                "the script has written into an optimizer's states behind save_state(async_=True), before they were saved. "
+                "Call finish_saving() before it writes there, or save with async_=False."
+            )
 
     def _write_spans(self, file: TensorFile, sums: list[list[int]], progress: Progress) -> None:
         waiting = iter([span for span in self.plan.spans if span.source is None])

@@ -78,6 +78,10 @@ def open_staging(target: Path, ranks: Ranks) -> Path:
     # What rank 0 has just written there: a directory of that name may be on another machine's own disk too.
     mark, _ = attempt(lambda: read_text(staging / MARK, CheckpointError))
     apart = sees_another(ranks, mark)
+    if apart is not None and apart.rank == 0:
+        raise CheckpointError(
+            f"{_failed(target)}{staging} was removed, or cannot be read any more, as soon as it was made."
+        )
     if apart is not None:
         raise CheckpointError(
             f"{_failed(target)}rank {apart.rank} on {apart.host} does not see {staging}, which rank 0 made on "

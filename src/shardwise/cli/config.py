@@ -76,6 +76,11 @@ def form_of(settings: Mapping[str, str | bool], existing: Existing | None = None
     wrong = [f"--{name}: {text}" for name, value in settings.items() if (text := problem_with(name, value))]
     if typed.model is None and any((typed.lora_r, typed.quantize, typed.sequence_length)):
         wrong.append("--lora_r, --quantize and --sequence_length are of the model that --model names; add it")
+    else:
+        try:
+            typed.asked().check()
+        except ConfigError as error:
+            wrong.append(str(error))
     if wrong:
         raise ConfigError("\n".join(wrong))
     flags = {name: normal(name, value) for name, value in settings.items()}

@@ -101,6 +101,9 @@ class Asked:
             raise ConfigError(f"--dtype: {self.dtype!r} is not one of fp32, bf16, fp16")
         if self.quantize is not None and rank is None:
             raise ConfigError("--quantize: quantised weights cannot be trained; add --lora_r")
+        for flag in ("target_modules", "modules_to_save"):
+            if rank is None and getattr(self, flag) != getattr(Asked, flag):
+                raise ConfigError(f"--{flag}: has no effect without --lora_r")
 
 
 def count_of(flag: str, text: str | None) -> int | None:

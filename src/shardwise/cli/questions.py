@@ -15,12 +15,14 @@ from ..config.machine import visible_gpus
 from ..config.offloads import DEVICES
 from ..config.schema import every_setting
 from ..config.setting import Wording, setting_of
+from .model_flags import Asked
 
 Answers = dict[str, Any]
 USE_ZERO = "use_zero"  # it decides distributed_type
 USE_JSON = "use_json"
 CLIP = "clip"
 # What is told of a model, for a plan to be recommended.
+LORA_RANK = "16"  # where nobody says it
 MODEL, TRAINED, LENGTH, ROWS = "model", "trained", "sequence_length", "rows"
 HELPERS = (USE_ZERO, USE_JSON, CLIP, MODEL, TRAINED, LENGTH, ROWS)
 WHOLE, LORA, QLORA = "all", "lora", "qlora"
@@ -44,9 +46,14 @@ class Typed:
         """The questions that they answer. One model is enough: of what is not said the defaults are taken."""
         if self.model is None:
             return {}
-        trained = QLORA if self.quantize else LORA if self.lora_r else WHOLE
+        trained = QLORA if self.quantize is not None else LORA if self.lora_r is not None else WHOLE
         given = {MODEL: self.model, TRAINED: trained}
         return given if self.sequence_length is None else {**given, LENGTH: self.sequence_length}
+
+    def asked(self) -> Asked:
+        """The same as flags of `estimate`, to be checked."""
+        rank = LORA_RANK if self.lora_r is None and self.quantize is not None else self.lora_r
+        return Asked(lora_r=rank, quantize=self.quantize, sequence_length=self.sequence_length)
 
 
 @dataclass(frozen=True)

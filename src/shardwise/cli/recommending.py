@@ -12,9 +12,7 @@ from ..errors import ConfigError, ShardwiseError
 from .model_flags import Asked
 from .model_run import machine_of, model_of, run_of
 from .planning import recommendation, settings_of
-from .questions import LENGTH, LORA, MODEL, QLORA, ROWS, TRAINED, WHOLE, Answers
-
-_RANK = "16"  # of LoRA, where nobody says it
+from .questions import LENGTH, LORA, LORA_RANK, MODEL, QLORA, ROWS, TRAINED, WHOLE, Answers
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Recommender:
     """
 
     def __init__(self, lora_r: str | None = None, quantize: str | None = None) -> None:
-        self.lora_r = lora_r or _RANK
+        self.lora_r = lora_r or LORA_RANK
         self.quantize = quantize or "4bit"
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._built = cache(model_of)

@@ -184,4 +184,9 @@ def _with_adapters(model: nn.Module, adapters: Adapters) -> nn.Module:
             adapted: nn.Module = get_peft_model(model, wanted)
     except ValueError as error:
         raise ConfigError(f"target_modules {', '.join(adapters.targets)}: {error}") from None
+    # PEFT takes a name that none of the model's has, and saves nothing more for it.
+    ends = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    for name in adapters.saved:
+        if name.rpartition(".")[2] not in ends:
+            raise ConfigError(f"modules_to_save {name}: the model has no module of that name")
     return adapted

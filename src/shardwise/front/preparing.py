@@ -215,6 +215,8 @@ def free_memory(run: Run, *objects: Any) -> list[None]:
     Weights have the dtype in which they came; trained ones have the values of their masters, frozen ones those that they
     computed with. Prepared optimizers are done for: make new ones. Call it before `end_training`.
     """
+    if run.watch is not None:
+        run.watch.ends_pass()
     for prepared in run.models:
         prepared.release()
         mark_prepared(prepared.model, as_prepared=False)

@@ -61,9 +61,12 @@ def log(
 def finish(run: Run) -> Exception | None:
     """Write the last line of the record, which the trackers get too, and close them. Gives the first error that is no disk's.
 
-    A disk that takes nothing more is a warning: the training is finished.
+    A disk that takes nothing more is a warning: the training is finished. Collective where the run is watched.
     """
-    error = None if run.watch is None else attempt(run.watch.close)[1]
+    error = None
+    if run.watch is not None:
+        _, missing = attempt(run.watch.ends_pass)  # a loop that was left before its end has steps without a line
+        error = attempt(run.watch.close)[1] or missing
     for tracker in run.trackers:
         _, broken = attempt(getattr(tracker, "finish", lambda: None))
         if isinstance(broken, OSError):

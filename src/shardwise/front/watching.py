@@ -94,7 +94,12 @@ def _made(run: Run, loader: Any, wishes: Wishes) -> Watch:
 
     length = _length(loader)
     lines = run.ranks.together(lambda: _lines(run, length, wishes) if run.is_main_process else None)
-    return Watch(run.ranks, wishes, lambda: stepper.steps, rate, norm, lines)
+    return Watch(run.ranks, wishes, lambda: _steps(run), rate, norm, lines)
+
+
+def _steps(run: Run) -> int:
+    """Optimizer steps done, as checkpoints count them: of several optimizers those of the one that has made most."""
+    return max((entry.stepper.steps for entry in run.optimizers), default=0)
 
 
 def _lines(run: Run, length: int | None, wishes: Wishes) -> Callable[[], Lines]:
@@ -107,18 +112,18 @@ def _lines(run: Run, length: int | None, wishes: Wishes) -> Callable[[], Lines]:
     work, ledger = _work(run, wishes), _ledger_of(run)
     peak = peak_for(device, _computes_in(run), wishes.peak_flops)
     watchable = Watchable(ranks, total, per_epoch, work, peak[0])
-    record, stepper = None, run.optimizers[0].stepper
+    record, done = None, _steps(run)
     if run.project_configuration.project_dir is None:
         logger.warning("watch: no metrics.jsonl is written, for this Accelerator has no project_dir.")
     else:
-        record = Record(run.project_configuration.project_dir, goes_on=stepper.steps > 0)
+        record = Record(run.project_configuration.project_dir, goes_on=done > 0)
         settings = run.config.model_dump(mode="json", exclude_none=True)
         more = {"plan": str(run.plan), "steps": total, "steps_per_epoch": per_epoch, "log_every": wishes.log_every}
         found = facts(device=device, ranks=ranks, work=work, peak=peak, ledger=ledger(), settings=settings, more=more)
         record.about(found)
     shown = Bar(total, wishes.epochs) if wishes.bar else None
     tell = functools.partial(_tell, run.trackers)
-    return lambda: Lines(watchable, Clock(device, "data"), stepper.steps, Memory(device, ledger), record, shown, tell)
+    return lambda: Lines(watchable, Clock(device, "data"), _steps(run), Memory(device, ledger), record, shown, tell)
 
 
 def _work(run: Run, wishes: Wishes) -> Work:

@@ -14,6 +14,7 @@ from html import escape
 WIDTH, HEIGHT = 560, 230
 LEFT, RIGHT, TOP, BOTTOM = 62, 20, 10, 30
 POINTS = 600
+_SMALLEST = 1e-300  # of what an axis divides: below it no power of ten is left
 
 Form = Callable[[float], str]
 
@@ -53,7 +54,7 @@ def stretches(steps: Sequence[float], values: Sequence[float], points: int = POI
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Round numbers from `low` to `high`: 1, 2 or 5 times a power of ten apart."""
-    if not high > low:
+    if not high - low > _SMALLEST:
         return [low]
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
@@ -67,8 +68,8 @@ class Scale:
 
     def __init__(self, steps: Sequence[float], low: float, high: float) -> None:
         self.first, self.last = steps[0], steps[-1]
-        if high <= low:  # a column of one number lies in the middle
-            margin = abs(high) * 0.5 or 1.0
+        if not high - low > _SMALLEST:  # a column of one number lies in the middle
+            margin = abs(high) * 0.5 if abs(high) > _SMALLEST else 1.0
             low, high = low - margin, high + margin
         self.low, self.high = low, high
 

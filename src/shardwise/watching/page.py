@@ -27,6 +27,7 @@ _PART_NAMES = {
     "evaluation": "evaluation",
     "other": "other",
 }
+_YEAR_3000 = 32503680000.0  # in seconds since 1970
 _TIER_NAMES = {"device": "device (GPU)", "host": "host", "drive": "drive"}
 
 
@@ -90,7 +91,7 @@ def _state(past: Past) -> str:
     words.append(f"{seconds(past.total('wall_s'))} watched")
     words += [f"resumed behind step {step}" for step in past.resumed]
     written = past.about.get("written_at")
-    if isinstance(written, (int, float)):
+    if isinstance(written, (int, float)) and 0 <= written < _YEAR_3000:
         words.append(f"begun {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(written))}")
     return " · ".join(words)
 

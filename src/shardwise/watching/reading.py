@@ -21,6 +21,7 @@ from .record import ABOUT, METRICS
 Column = list[float]  # nan where a line has no number
 
 _LONGEST_LINE = 1 << 20
+_LARGEST = 1e300
 _PLAIN = (
     *(
         "steps",
@@ -126,7 +127,7 @@ def _lines(path: Path, past: Past) -> Iterator[tuple[int, str]]:
 def _take(past: Past, line: Any, name: str) -> None:
     if not isinstance(line, dict) or not isinstance(line.get("time_s"), dict):
         raise ConfigError(f"{name}: is no line of a record; it has no time_s.")
-    if not all(isinstance(line.get(key), int) for key in ("step", "steps")):
+    if not all(type(line.get(key)) is int for key in ("step", "steps")):
         raise ConfigError(f"{name}: is no line of a record; its step or its steps is no whole number.")
     step, values = line["step"], _numbers(line)
     if past.steps and step == past.steps[-1] and line["steps"] == 0:  # a run's last line, of time behind its last step
@@ -167,4 +168,7 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    """What is no number is a gap, and so is one that no axis has room for: a sum of a few would not be finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > _LARGEST:
+        return math.nan
+    return float(value)

@@ -141,7 +141,10 @@ class Watch:
         self._clipped = norm.detach()
 
     def ends_pass(self) -> None:
-        """The loader has no more batches, on any rank: steps that no line has yet get one. Collective."""
+        """No step comes that the ones so far could share a line with: steps that no line has yet get one. Collective.
+
+        The loader has no more batches, on any rank, or the run ends.
+        """
         if self._step != self._logged and not self.closed:
             self._log()
 
