@@ -288,7 +288,7 @@ def _bound(ranks: Any, folder: str, spares: int) -> tuple[int, int, int]:
         with as_on_a_device(512):
             run = Training({"zero_stage": 3, "offload_optimizer_device": "cpu"})
             run.step()
-            with slow_disk(0.003):
+            with slow_disk(0.02):
                 _saved_both_ways(run, ranks.rank, Path(folder), lambda: run.step(3))
             found = max(most), run.accelerator._run.pool.nbytes
             offloaded = sum(slab.nbytes for slab in _slabs(run))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -116,6 +117,24 @@ def test_any_parts_written_and_read_are_those_of_a_slab_in_memory(opened, monkey
     assert torch.equal(slab.read_part(0, numel), model)
     assert store.open_files == count
     assert {bool(len(each.files)) for each in store.drives} == {True}
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_of_two_writes_of_the_same_bytes_the_later_one_stays(opened, monkeypatch, given):
+    real, slow = drive.write_at, [0.2, 0.0]
+
+    def write(*args):
+        time.sleep(slow.pop(0) if slow else 0.0)
+        return real(*args)
+
+    monkeypatch.setattr(drive, "write_at", write)
+    store = opened(1)
+    slab = store.allocate(4 * PAGE, torch.uint8, "weights")
+    for value, begin, numel in ((1, 0, 4 * PAGE), (2, PAGE, PAGE)):
+        content = host_room(numel, torch.uint8)
+        slab.put_parts([content.fill_(value)], begin, given=given)
+    store.drain()
+    assert slab.read_part(0, 4 * PAGE).view(4, PAGE)[:, 0].tolist() == [1, 2, 1, 1]
 
 
 def test_whole_pages_of_host_memory_go_without_blocks(opened):

@@ -188,7 +188,8 @@ class NvmeStore:
         ]
         for part in slab.stretches(offset, end):
             piece = source[(part.first - offset) // size : (part.last - offset) // size]
-            before = [other.future for other in slab.reading if other.meets(part.first, part.last)]
+            under_way = (*slab.reading, *slab.writing)
+            before = [other.future for other in under_way if other.meets(part.first, part.last)]
             memory, copied, lastly = self._leaving(slab, part, piece, given)
             last_event = copied or last_event
             write = partial(self._write, slab, part, memory, copied, before)
@@ -257,7 +258,7 @@ class NvmeStore:
     def close(self) -> None:
         self._finalizer()
 
-    # On the threads. before: of the same bytes, in the other direction; begun earlier, so it needs no thread that waits here.
+    # On the threads. before: what moves the same bytes, one of the two writing; begun earlier, so it needs no thread here.
 
     def _read(
         self, slab: FileSlab, part: Stretch, out: Tensor, reading: Reading, before: Sequence[Future[None]]
@@ -274,8 +275,8 @@ class NvmeStore:
         copied: torch.Event | None,
         before: Sequence[Future[None]],
     ) -> None:
-        for read in before:
-            read.exception()
+        for other in before:
+            other.exception()
         if copied is not None:
             copied.synchronize()
         self.drives[part.drive].write(slab.files[part.drive], part.offset, memory, part.last - part.first, slab.name)
