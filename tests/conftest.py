@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -77,20 +76,27 @@ def pytest_collection_finish() -> None:
 def _thinned_out(items: Sequence[pytest.Item]) -> Iterator[pytest.Item]:
     """Of tables marked `thinned(n)`, the cases that are not among the one in n that `make test` has.
 
-    Of every two axes a checkerboard stays: each value of each, and, where there is a third, each pair.
+    Of every two axes a checkerboard stays: each value of each, and, where there is a third, each pair. A table of one axis is
+    whole, for its cases are alike in nothing, but for `thinned(n, rows=True)`.
     """
-    seen: dict[tuple[str, ...], dict[tuple[int, ...], int]] = defaultdict(
-        dict
-    )  # an axis of a test -> its values, numbered
+    seen: dict[str, list[dict[tuple[int, ...], int]]] = {}  # of a test: the values of each axis, numbered
+    places: list[tuple[pytest.Item, str, list[int]]] = []
     for item in items:
         thinned = item.get_closest_marker("thinned")
         axes = [mark.args[0] for mark in item.iter_markers("parametrize")] if thinned is not None else []
-        if len(axes) < 2:
+        if len(axes) < (1 if thinned is not None and thinned.kwargs.get("rows") else 2):
             continue
-        at = 0
-        for axis in axes:
+        test = item.nodeid.partition("[")[0]
+        known = seen.setdefault(test, [{} for _ in axes])
+        place = []
+        for axis, values in zip(axes, known, strict=True):
             names = [name.strip() for name in axis.split(",")] if isinstance(axis, str) else list(axis)
-            values = seen[item.nodeid.partition("[")[0], *names]
-            at += values.setdefault(tuple(id(item.callspec.params[name]) for name in names), len(values))
-        if at % thinned.args[0]:
+            place.append(values.setdefault(tuple(id(item.callspec.params[name]) for name in names), len(values)))
+        places.append((item, test, place))
+    for item, test, place in places:
+        thinned = item.get_closest_marker("thinned")
+        steps = [len(values) - 1 for values in seen[test]]
+        # No more than that each value of each axis meets one of the others that stays.
+        most = min((sum(steps) - own + 1 for own in steps), default=1) if len(steps) > 1 else len(items)
+        if sum(place) % min(thinned.args[0], most):
             yield item

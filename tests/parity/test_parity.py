@@ -49,6 +49,7 @@ def check_fp32(world: Any, reference_run: Any, note_difference: Any, case: Case)
     assert found["weight"] <= WEIGHT_TOLERANCE, found
 
 
+@pytest.mark.thinned(2, rows=True)
 @pytest.mark.parametrize("case", pairwise_cover(), ids=str)
 def test_every_pair_of_settings_trains_as_one_process(world, reference_run, note_difference, case):
     check_fp32(world, reference_run, note_difference, case)
@@ -105,6 +106,7 @@ def check_half(world: Any, reference_run: Any, note_difference: Any, case: Case,
     assert found["weight"] <= weight, found
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("case", HALF_CASES[:: len(HALF_CASES) // 9], ids=str)
 def test_half_precision_follows_the_fp32_curve(world, reference_run, note_difference, case, precision):

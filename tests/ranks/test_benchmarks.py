@@ -127,6 +127,7 @@ def test_a_copy_between_gpus_is_a_gather(overlap: ModuleType) -> None:
     assert overlap.kind_of({**copy, "name": "Memcpy DtoD (Device -> Device)"}) == "copy"
 
 
+@pytest.mark.full
 def test_the_suite_runs_its_cases_and_shows_them_in_one_table(tmp_path: Path) -> None:
     words = ["ddp", "shardwise:3", "shardwise:3+loss"]
     options = ["--tiny", "--use-cpu", "--cases", "lora8b", "--engines", ",".join(words), "--rounds", "1"]

@@ -57,6 +57,7 @@ def _ledgers(ranks, name, precision):
     return found
 
 
+@pytest.mark.thinned(2, rows=True)
 @pytest.mark.parametrize(
     ("name", "precision"),
     [*((name, "no") for name in MODELS), ("mixed", "bf16"), ("llama/lora", "bf16"), ("tied/full", "fp16")],

@@ -300,6 +300,7 @@ def _points(world: Any, tmp_path: Path, total_limit: int | None, async_: bool) -
     return found + [(None, at) for at in range(min(counts))]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("optimizer", "async_"), [("AdamW", False), ("Adafactor", False), ("AdamW", True)])
 def test_ranks_killed_during_a_save_lose_nothing(world, tmp_path, optimizer, async_):
     points = _points(world, tmp_path, 1, async_)

@@ -201,6 +201,7 @@ CASES = [
 SHORT = [*CASES[0::7], Case(2, "none", "lora", "fp16")]
 
 
+@pytest.mark.thinned(2, rows=True)
 @pytest.mark.parametrize("case", SHORT, ids=str)
 def test_a_resumed_run_is_the_straight_run_bit_for_bit(world, tmp_path, case):
     folder = str(tmp_path / "state")

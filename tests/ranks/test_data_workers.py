@@ -159,6 +159,7 @@ def test_workers_that_are_started_afresh_are_told_too(world):
     world(1).run(_resume, "seeded", 1, True, None, 1, 3, "forkserver")
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dispatch", [False, True])
 @pytest.mark.parametrize("kind", ["seeded", "own generator"])
 def test_ranks_with_workers_that_live_on_go_on_together(world, kind, dispatch):

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from rig.engine import Block, Tower, inputs, loss_of, mine, prepare, train_both
 from shardwise.errors import ReleasedParameterError
 
-pytestmark = pytest.mark.thinned(2)
+pytestmark = pytest.mark.thinned(3)
 
 
 @dataclass

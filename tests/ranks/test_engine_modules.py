@@ -30,7 +30,7 @@ from rig.engine import (
     weights_of,
 )
 
-pytestmark = pytest.mark.thinned(2)
+pytestmark = pytest.mark.thinned(3)
 
 
 def _plain(ranks, plan, **settings):

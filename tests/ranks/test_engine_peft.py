@@ -167,6 +167,7 @@ def _generate(ranks, which, plan, synced, unequal):
     return tokens
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("synced", [None, True])
 @pytest.mark.parametrize("unequal", [False, True])
 @pytest.mark.parametrize("plan", PLANS)

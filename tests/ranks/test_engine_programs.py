@@ -289,6 +289,7 @@ PROGRAMS = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("promise", PROGRAMS)
 def test_found(world, promise, place):

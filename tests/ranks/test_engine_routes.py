@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from rig.engine import Tower, train_both
 from rig.groups import grouped
 
-pytestmark = pytest.mark.thinned(2)
+pytestmark = pytest.mark.thinned(3)
 
 PLAIN, REENTRANT, RECOMPUTED = range(3)
 BLOCKS = 5

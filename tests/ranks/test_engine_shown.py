@@ -13,7 +13,7 @@ import shardwise
 from rig.engine import inputs, largest_difference, loss_of, mine, plain_step, prepare, tower, train_both, weights_of
 from shardwise.errors import RankError, ReleasedParameterError
 
-pytestmark = pytest.mark.thinned(2)
+pytestmark = pytest.mark.thinned(3)
 
 # Every plan, on one rank and on several: a rank alone keeps the whole.
 PLACES = [

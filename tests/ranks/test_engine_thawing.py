@@ -23,7 +23,7 @@ from rig.engine import (
 )
 from shardwise.errors import OptimizerError, PrepareError, RankError
 
-pytestmark = pytest.mark.thinned(2)
+pytestmark = pytest.mark.thinned(3)
 
 PLACES = [
     *(("0", 1), ("0", 3), ("1", 2), ("2", 3), ("3", 1), ("3", 2), ("3", 3)),

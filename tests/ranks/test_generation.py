@@ -134,6 +134,7 @@ def _trained(ranks, plan, budget, generates):
     return sharded.state_dict()
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("plan", PLANS)
 def test_training_goes_on_as_if_nothing_had_been_generated(world, plan, budget):

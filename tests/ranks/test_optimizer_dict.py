@@ -175,6 +175,7 @@ def _sums(state_dict: dict[str, Any]) -> list[Any]:
     ]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_dictionary_is_torchs_and_goes_both_ways(world, plan, name):

@@ -31,7 +31,7 @@ from rig.optimizers import (
 from rig.trials import groups, net, prepared, refusal, step
 from shardwise.step.optimizer import find_sharded_optimizer
 
-pytestmark = pytest.mark.thinned(2)
+pytestmark = pytest.mark.thinned(3)
 
 EVERY = SHARDED | WHOLE | SEVERAL | NOWHERE
 # "2-opt" rests on the CPU, which on a CPU is in place; "3-disk" visits.

@@ -12,7 +12,7 @@ from rig.engine import prepare, trained
 from rig.tiny import batches, share, step_alone, tiny, with_lora
 from shardwise.errors import PrepareError, RankError, ReleasedParameterError
 
-pytestmark = pytest.mark.thinned(2)
+pytestmark = pytest.mark.thinned(3)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -47,6 +47,7 @@ def _check(world, seed: int) -> None:
     )
 
 
+@pytest.mark.thinned(2, rows=True)
 @pytest.mark.parametrize("seed", range(20))
 def test_a_program_has_the_numbers_of_torch(world, seed):
     _check(world, seed)

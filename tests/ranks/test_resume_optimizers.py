@@ -180,6 +180,7 @@ def _stage(name: str, tier: str) -> int:
     return number % 4 if tier == "none" else 1 + number % 3
 
 
+@pytest.mark.thinned(2, rows=True)
 @pytest.mark.parametrize(("name", "tier"), [*COVER, *(pytest.param(*pair, marks=pytest.mark.full) for pair in REST)])
 def test_it_goes_on_to_the_bit(world, tmp_path, name, tier):
     world(2).run(both, Case(name, tier, _stage(name, tier)), str(tmp_path), SAVE_AT)
@@ -207,6 +208,7 @@ CHANGED = [
 ]
 
 
+@pytest.mark.thinned(2, rows=True)
 @pytest.mark.parametrize(("name", "tier", "other", "change"), CHANGED)
 def test_it_goes_on_with_other_ranks_on_another_tier(world, tmp_path, name, tier, other, change):
     _changed(world, str(tmp_path), Case(name, tier, 2, change[0]), Case(name, other, 3, change[1]))

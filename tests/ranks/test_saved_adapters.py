@@ -163,6 +163,7 @@ def _save_all(ranks: Any, stage: int, chosen: list[Case], folder: str) -> None:
     gc.unfreeze()
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("stage", "n", "number"), [(3, 2, 0), (0, 1, 0), (3, 1, 1), (0, 2, 1)], ids=["3-2", "0-1", "3-1", "0-2"]
 )

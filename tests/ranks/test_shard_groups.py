@@ -68,6 +68,7 @@ def _trains(ranks, plan, shard_group, frozen, settings):
     train_both(divided(ranks, shard_group), model, plan, **settings)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("plan", "shard_group", "frozen", "settings"),
     [

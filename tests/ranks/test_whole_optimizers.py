@@ -76,6 +76,7 @@ def _trains(ranks: Any, name: str, plan: str, shard_group: Any = "world") -> flo
     return largest_difference(weights_of(sharded), reference)
 
 
+@pytest.mark.thinned(2, rows=True)
 @pytest.mark.parametrize(("name", "plan", "n"), [*COVER, *(pytest.param(*c, marks=pytest.mark.full) for c in REST)])
 def test_it_trains_as_plain_torch_does(world, name, plan, n):
     assert max(world(n).run(_trains, name, plan)) <= OPTIMIZERS[name][1]
