@@ -4,7 +4,7 @@ The reference trains the whole global batch in one process without a line of sha
 losses agree to 1e-6 relative and the weights to 1e-6 absolute. They are not bitwise equal, because the ranks' sums
 are taken in another order than one process takes them.
 
-`make test` runs a cover in which every pair of settings meets, `make test-full` runs the whole table.
+`make test` runs half of a cover in which every pair of settings meets, `make test-full` the cover and the whole table.
 """
 
 from __future__ import annotations
