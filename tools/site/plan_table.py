@@ -25,7 +25,7 @@ from shardwise.cli.plan_machine import Described, MachineAsked, described
 from shardwise.cli.planning import planner_of, ways_of
 from shardwise.config.offloads import DEVICES
 from shardwise.config.resolve import resolve
-from shardwise.estimate.bytes import CHOICES, Choice, size
+from shardwise.estimate.bytes import CHOICES, size
 from shardwise.estimate.plans import Planned, Planner
 from shardwise.estimate.recommending import fastest
 
@@ -126,9 +126,9 @@ def rows(model: str, training: str, machines: Mapping[str, MachineAsked] = MACHI
 
 def _row(name: str, planner: Planner, place: Described, tokens: int, ways: dict[str, Any]) -> Row:
     """A plan on a drive only where nothing else fits. tokens: of a step."""
-    near = [choice for choice in CHOICES if not _on_drive(choice)]
+    near = [choice for choice in CHOICES if not choice.on_disk]
     found: list[Planned] = []
-    for choices in (near, [choice for choice in CHOICES if _on_drive(choice)]):
+    for choices in (near, [choice for choice in CHOICES if choice.on_disk]):
         found += planner.plans(place.machine(), choices, **ways)
         best = fastest(found)
         if best is not None:
@@ -141,10 +141,6 @@ def _row(name: str, planner: Planner, place: Described, tokens: int, ways: dict[
         return max(one.estimate.taken("GPU") / place.gpu_nbytes, host)
 
     return Row(name, None, why="; ".join(min(found, key=over).shortages))
-
-
-def _on_drive(choice: Choice) -> bool:
-    return any(DEVICES[where].on_disk for where in (choice.optimizer, choice.param))
 
 
 def words_of(plan: Planned) -> str:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.offloads import MEDIA
 from ..config.resolve import resolve
-from ..estimate.hub import check_path
 from ..estimate.named import named
 from .model_flags import Asked
 from .model_run import machine_of, model_of, run_of
@@ -32,13 +31,10 @@ def run_estimate(
     """Print the estimate. Raises ConfigError for a wrong setting, or a model that cannot be built."""
     config = resolve(settings, config_file).config
     asked.check()
-    check_path(model)
-
-    # From here on it takes seconds: torch is imported.
+    built = model_of(model, asked)  # from here on it takes seconds: torch is imported
     from ..estimate.bytes import Choice, estimate, estimates
     from ..estimate.steppers import steppers_of, uncompiled
 
-    built = model_of(model, asked)
     zero = config.zero
     machine = machine_of(config)
     run = run_of(config, asked, machine.gpus)

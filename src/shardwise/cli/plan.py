@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..config.machine import gpu_names, visible_gpus
-from ..config.offloads import DEVICES, directories_of
+from ..config.offloads import directories_of
 from ..config.resolve import resolve
 from ..config.schema import Config
 from ..config.yaml_file import write_yaml
@@ -88,11 +88,10 @@ def run_plan(
     if config.num_processes is None:
         config = config.model_copy(update={"num_processes": place.gpus * config.num_machines})
 
-    # From here on it takes seconds: torch is imported.
+    meta = model_of(model, asked)  # from here on it takes seconds: torch is imported
     from ..estimate.recommending import fastest
     from ..estimate.steppers import steppers_of, uncompiled
 
-    meta = model_of(model, asked)
     run = run_of(config, asked, place.gpus)
     stepped = named(asked.optimizer, asked.optimizer_args)
     with uncompiled(stepped):
@@ -136,10 +135,10 @@ def _choices(settings: Mapping[str, str | bool], place: Described) -> list[Choic
     if not found:
         given = ", ".join(f"--{name} {said[name]}" for name in names if name in said)
         raise ConfigError(f"{given}: there is no such plan; parameters are offloaded with stage 3, with the optimizer")
-    on_disk = [choice for choice in found if any(DEVICES[where].on_disk for where in (choice.optimizer, choice.param))]
-    if place.nvme_path is None and len(on_disk) == len(found):
+    near = [choice for choice in found if not choice.on_disk]
+    if place.nvme_path is None and not near:
         raise ConfigError("a plan on a drive needs one: --nvme SIZE, or --offload_optimizer_nvme_path DIR")
-    return [choice for choice in found if place.nvme_path is not None or choice not in on_disk]
+    return near if place.nvme_path is None else found
 
 
 def _written(

@@ -82,7 +82,7 @@ class Recommender:
             )
         # What the settings leave open is asked for: a directory on a drive.
         defaults = settings_of(best, config, None)
-        if {best.choice.optimizer, best.choice.param} != {"none"} and not best.time.total:
+        if best.choice.offloads and not best.time.total:
             defaults["gpu_memory_budget"] = "auto"  # nothing is known of what it keeps, and it does no harm
         # On a CPU the device is host memory.
         names = {"GPU": "GPU" if run.cuda else "host"}

@@ -61,6 +61,16 @@ class Choice:
     optimizer: str = "none"
     param: str = "none"
 
+    @property
+    def offloads(self) -> bool:
+        """Whether anything leaves the device."""
+        return {self.optimizer, self.param} != {"none"}
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether anything rests on a drive."""
+        return any(DEVICES[where].on_disk for where in (self.optimizer, self.param))
+
     def __str__(self) -> str:
         places = [f"{role} {tier}" for role, tier in (("optimizer", self.optimizer), ("param", self.param))]
         offload = " + ".join(place for place in places if not place.endswith("none"))

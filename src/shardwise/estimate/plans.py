@@ -124,7 +124,7 @@ class Planner:
 
     def _best(self, choice: Choice, machine: Machine, ways: Sequence[Way], budgets: bool) -> Planned:
         found = [self.plan(choice, way, machine) for way in ways]
-        if budgets and {choice.optimizer, choice.param} != {"none"}:
+        if budgets and choice.offloads:
             rooms = [(one, _room(one, machine)) for one in found]
             found += [self.plan(choice, replace(one.way, kept=kept), machine) for one, kept in rooms if kept]
         fitting = [one for one in found if one.fits]

@@ -117,7 +117,7 @@ class Clock:
             return max(0.0, sum(copied) - gathers - reductions)
 
         waits = 0.0
-        if {choice.optimizer, choice.param} != {"none"}:
+        if choice.offloads:
             waits = waited(False) + (once - 1) * waited(True)
         every = [part for ahead, behind in spent.values() for part in (ahead, behind)]
         on_drive = DEVICES[choice.param].on_disk
