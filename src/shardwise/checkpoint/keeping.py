@@ -47,7 +47,11 @@ class _Kept:
 
     def written_unasked(self) -> bool:
         """Whether somebody has written who did not ask. Of those who did some may not have come to it yet."""
-        return not self.slab.tensor.is_inference() and self.slab.tensor._version > self.writes
+        return self.counted() > self.writes
+
+    def counted(self) -> int:
+        """How often the slab was written, by torch's count; of a tensor of inference mode there is none."""
+        return 0 if self.slab.tensor.is_inference() else self.slab.tensor._version
 
 
 @dataclass(eq=False)
@@ -95,7 +99,7 @@ class Keeping:
     def watch(self) -> None:
         """From now on nobody overwrites a block that is not written. `close` ends it."""
         for kept in self._of.values():
-            kept.writes = 0 if kept.slab.tensor.is_inference() else kept.slab.tensor._version
+            kept.writes = kept.counted()
             kept.slab.keeper = _Keeper(self, kept)
 
     @contextmanager

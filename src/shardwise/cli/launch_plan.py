@@ -22,7 +22,7 @@ from ..config.check import checked
 from ..config.drives import drive_notes
 from ..config.launchers import LOOPBACK
 from ..config.machine import environment_value, interface_towards, physical_gpus, usable_cores, visible_gpus
-from ..config.resolve import Resolution
+from ..config.resolve import SEVERAL, Resolution
 from ..config.schema import Config, Key
 from ..errors import ConfigError, LaunchError
 from . import worker
@@ -38,6 +38,7 @@ class Command:
     without_python: bool = False
 
 
+_SEVERAL = "because there are several processes"  # as SEVERAL, once the GPUs are counted
 _STREAMS = re.compile(r"[0-3]|[0-9]+:[0-3](,[0-9]+:[0-3])*")
 
 
@@ -224,15 +225,14 @@ def fill_processes(resolution: Resolution, devices: int | None) -> Resolution:
     origins[("num_processes",)] = why
     if config.distributed_type == "NO" and local * config.num_machines > 1:
         changes["distributed_type"] = "MULTI_CPU" if config.use_cpu else "MULTI_GPU"
-        origins[("distributed_type",)] = "because there are several processes"
+        origins[("distributed_type",)] = _SEVERAL
     # Checked again: what was unknown before, such as the batch sizes of a DeepSpeed file, can now be compared.
     return replace(resolution, config=checked({**config.to_values(), **changes}), origins=origins)
 
 
 def _whole_copies(origins: Mapping[Key, str]) -> list[str]:
     """A note where neither flag nor file says what kind of run it is: who comes here wants his model sharded."""
-    how = origins.get(("distributed_type",), "")
-    if how not in ("because num_processes is more than 1", "because there are several processes"):
+    if origins.get(("distributed_type",)) not in (SEVERAL, _SEVERAL):
         return []
     return [
         "neither flags nor a file ask for ZeRO: each process holds the whole model, unless the script says otherwise. "

@@ -23,6 +23,10 @@ from .yaml_file import SettingsFile, read_yaml
 _ZERO_FLAGS = ("zero_stage", "offload_optimizer_device", "offload_param_device", "deepspeed_config_file")
 
 
+# Why a run that nobody has given a kind has one of several processes.
+SEVERAL = "because num_processes is more than 1"
+
+
 @dataclass(frozen=True)
 class Resolution:
     """A Config and its story.
@@ -164,8 +168,7 @@ class _Build:
         several = str(self.get(("num_processes",))).strip()
         unsaid = kind == "NONE" or (kind in ("NO", "FALSE") and "num_processes" in flags)
         if unsaid and several.isdigit() and int(several) > 1:
-            origin = "because num_processes is more than 1"
-            self.put(("distributed_type",), "MULTI_CPU" if cpu else "MULTI_GPU", origin)
+            self.put(("distributed_type",), "MULTI_CPU" if cpu else "MULTI_GPU", SEVERAL)
 
     def derive_zero(self, flags: Mapping[str, Any]) -> None:
         """What accelerate and DeepSpeed would make of it."""
