@@ -80,23 +80,26 @@ def _thinned_out(items: Sequence[pytest.Item]) -> Iterator[pytest.Item]:
     whole, for its cases are alike in nothing, but for `thinned(n, rows=True)`.
     """
     seen: dict[str, list[dict[tuple[int, ...], int]]] = {}  # of a test: the values of each axis, numbered
-    places: list[tuple[pytest.Item, str, list[int]]] = []
+    places: list[
+        tuple[pytest.Item, str, int, int]
+    ] = []  # an item, its test, one in how many stays, the sum of its places
     for item in items:
         thinned = item.get_closest_marker("thinned")
-        axes = [mark.args[0] for mark in item.iter_markers("parametrize")] if thinned is not None else []
-        if len(axes) < (1 if thinned is not None and thinned.kwargs.get("rows") else 2):
+        if thinned is None:
+            continue
+        axes = [mark.args[0] for mark in item.iter_markers("parametrize")]
+        if len(axes) < (1 if thinned.kwargs.get("rows") else 2):
             continue
         test = item.nodeid.partition("[")[0]
         known = seen.setdefault(test, [{} for _ in axes])
-        place = []
+        at = 0
         for axis, values in zip(axes, known, strict=True):
             names = [name.strip() for name in axis.split(",")] if isinstance(axis, str) else list(axis)
-            place.append(values.setdefault(tuple(id(item.callspec.params[name]) for name in names), len(values)))
-        places.append((item, test, place))
-    for item, test, place in places:
-        thinned = item.get_closest_marker("thinned")
+            at += values.setdefault(tuple(id(item.callspec.params[name]) for name in names), len(values))
+        places.append((item, test, thinned.args[0], at))
+    for item, test, each, at in places:
         steps = [len(values) - 1 for values in seen[test]]
         # No more than that each value of each axis meets one of the others that stays.
-        most = min((sum(steps) - own + 1 for own in steps), default=1) if len(steps) > 1 else len(items)
-        if sum(place) % min(thinned.args[0], most):
+        most = min(sum(steps) - own + 1 for own in steps) if len(steps) > 1 else each
+        if at % min(each, most):
             yield item
