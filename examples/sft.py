@@ -135,8 +135,8 @@ def windows(accelerator: Accelerator, batches: Iterable[Batch], size: int) -> It
 
 
 def answers_in(window: list[Batch]) -> torch.Tensor:
-    """How many tokens of these batches have a loss, float64."""
-    return torch.stack([(batch["labels"][:, 1:] != IGNORED).sum() for batch in window]).sum().double()
+    """How many tokens of each of these batches have a loss, (batches,) int64."""
+    return torch.stack([(batch["labels"][:, 1:] != IGNORED).sum() for batch in window])
 
 
 def forward(model: torch.nn.Module, batch: Batch, *, in_one: bool, with_labels: bool) -> Any:
@@ -288,12 +288,11 @@ def main() -> None:
                 # divides by the micro-batches, and the engine by the ranks.
                 accelerator.gradient_accumulation_steps = len(window)
                 answers = answers_in(window)
-                scale = len(window) * accelerator.num_processes / accelerator.reduce(answers, "sum")
-                for number, batch in enumerate(window, start=1):
+                scale = len(window) * accelerator.num_processes / accelerator.reduce(answers.sum().double(), "sum")
+                for number, (batch, learned) in enumerate(zip(window, answers, strict=True), start=1):
                     with nullcontext() if number == len(window) else accelerator.no_sync(model):
                         loss = forward(model, batch, in_one=in_one, with_labels=True).loss
-                        loss = loss * (batch["labels"][:, 1:] != IGNORED).sum()
-                        loss = loss * scale.to(loss.dtype)
+                        loss = loss * learned * scale.to(loss.dtype)
                         accelerator.backward(loss)
                     progress.sums[0] += loss.detach()
                     progress.sums[1] += 1
