@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -108,6 +109,7 @@ def main() -> None:
     dist.broadcast_object_list(box)
     rows = []
     for name, check in cases(box[0]):
+        begun = time.monotonic()
         note = ""
         try:
             check()
@@ -115,6 +117,8 @@ def main() -> None:
             note = str(error) or "the losses differ"
         notes: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(notes, note)
+        if dist.get_rank() == 0:
+            print(f"{time.monotonic() - begun:6.1f} s  {name}", flush=True)
         rows.append({"name": name, "note": "; ".join(filter(None, notes))})
     if dist.get_rank() == 0:
         args.json.write_text(json.dumps(rows))

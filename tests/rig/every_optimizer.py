@@ -26,7 +26,10 @@ from shardwise.run.process import forget_run
 
 # Stage, and where the optimizer's states rest.
 PLANS = {"0": (0, "none"), "2": (2, "none"), "3": (3, "none"), "3-nvme": (3, "nvme")}
+# What a CPU steps in place, and a GPU does not.
+ON_A_GPU = {"3": PLANS["3"], "3-cpu": (3, "cpu")}
 SAVE_AT, STEPS = 3, 6
+CPU = torch.device("cpu")
 SHARDS, WHOLE, BOTH = "in shards", "whole", "in shards and whole"
 
 
@@ -182,23 +185,24 @@ KINDS = {kind.key: kind for kind in (*_TORCH, *_OTHERS, *_PYTORCH_OPTIMIZER)}
 class _Run:
     """New objects in a new Accelerator."""
 
-    def __init__(self, kind: Kind, plan: str, folder: str) -> None:
+    def __init__(self, kind: Kind, plan: str, folder: str, device: torch.device) -> None:
         forget_run()
-        self.stage, tier = PLANS[plan]
+        self.stage, tier = (PLANS if device.type == "cpu" else ON_A_GPU)[plan]
         plugin = DeepSpeedPlugin(
             zero_stage=self.stage, offload_optimizer_device=tier, offload_optimizer_nvme_path=f"{folder}/drive"
         )
-        self.accelerator = Accelerator(cpu=True, deepspeed_plugin=plugin)
+        self.accelerator = Accelerator(cpu=device.type == "cpu", deepspeed_plugin=plugin)
+        self.device = device
         torch.manual_seed(5)
         model = Net()
-        self.reference = copy.deepcopy(model)
-        self.start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.reference = copy.deepcopy(model).to(device)
+        self.start = {name: p.detach().clone() for name, p in self.reference.named_parameters()}
         self.model, self.optimizer = self.accelerator.prepare(model, kind.made(model))
 
     def steps(self, first: int, last: int) -> None:
         ranks = self.accelerator._ranks
         for batch in inputs(last)[first:]:
-            loss = (self.model(mine(batch, ranks.rank, ranks.world_size)) - 1).square().mean()
+            loss = (self.model(mine(batch, ranks.rank, ranks.world_size).to(self.device)) - 1).square().mean()
             self.accelerator.backward(loss)
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -227,19 +231,23 @@ def _plain(kind: Kind, reference: nn.Module, world_size: int) -> None:
     _mode(optimizer, "train")
     for batch in inputs(STEPS):
         for rank in range(world_size):
-            ((reference(mine(batch, rank, world_size)) - 1).square().mean() / world_size).backward()
+            x = mine(batch, rank, world_size).to(next(reference.parameters()).device)
+            ((reference(x) - 1).square().mean() / world_size).backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
-def outcome(ranks: Any, key: str, plan: str, folder: str, resumes: bool = True) -> str:
-    """How optimizer `key` of KINDS is stepped under `plan` of PLANS, or why it is refused. resumes: save and load, too."""
+def outcome(ranks: Any, key: str, plan: str, folder: str, resumes: bool = True, device: torch.device = CPU) -> str:
+    """How optimizer `key` of KINDS is stepped under `plan` of PLANS, or why it is refused. resumes: save and load, too.
+
+    device: this rank's; for a GPU `plan` is one of ON_A_GPU.
+    """
     kind = KINDS[key]
     torch.compiler.set_stance("force_eager")  # torchao compiles its step
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the packages
         try:
-            run = _Run(kind, plan, folder)
+            run = _Run(kind, plan, folder, device)
         except OptimizerError as error:
             return str(error)
         _mode(run.optimizer, "train")
@@ -252,7 +260,7 @@ def outcome(ranks: Any, key: str, plan: str, folder: str, resumes: bool = True) 
         _plain(kind, run.reference, ranks.world_size)
         _compare(kind, found, run.start, run.reference)
         if resumes:
-            again = _Run(kind, plan, folder)
+            again = _Run(kind, plan, folder, device)
             again.accelerator.load_state(f"{folder}/state")
             again.steps(SAVE_AT, STEPS)
             for name, value in again.weights().items():

@@ -22,6 +22,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from ..files.past_cache import PAGE
 from ..files.writer import BLOCK_NBYTES, Layout
 from ..offload.coded import CodedSlab
 from ..offload.store import Slab
@@ -112,8 +113,12 @@ class FilePlan:
         source, nbytes = piece.source, piece.spec.nbytes
         assert isinstance(source, Resting)
         last = self.transfers[-1] if self.transfers else None
+        # In the buffer as in the file, counted from a page: so whole pages go from one to the other as they are.
+        apart = (self.layout.offsets[piece.spec.name] - self.nbytes) % PAGE
+        self.nbytes += apart
         follows = (
             last is not None
+            and not apart
             and last.is_state == source.is_state
             and last.begin + last.count == source.begin
             and self._is_same(last.source, source)

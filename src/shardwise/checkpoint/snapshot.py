@@ -196,6 +196,7 @@ class Snapshot:
         if sum(span.nbytes for span in self.plan.spans) < _SEVERAL_NBYTES:
             work()
             return
+        file.bypass_cache()
         with ThreadPoolExecutor(_WRITERS, "shardwise-save") as threads:
             for done in [threads.submit(work) for _ in range(_WRITERS)]:
                 done.result()

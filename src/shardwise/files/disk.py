@@ -69,6 +69,16 @@ def create(path: Path, nbytes: int) -> int:
     return descriptor
 
 
+def open_past_cache(path: Path) -> int | None:
+    """Another descriptor of a file, whose writes bypass the page cache; None where its file system has none such."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        return None
+
+
 def _reserve(descriptor: int, nbytes: int) -> None:
     try:
         os.posix_fallocate(descriptor, 0, nbytes)

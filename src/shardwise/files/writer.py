@@ -25,8 +25,10 @@ from torch import Tensor
 from ..errors import CheckpointError
 from . import disk
 from .documents import opened
+from .past_cache import PAGE, PastCache
 
 BLOCK_NBYTES = 4 << 20
+_LARGE = 64 << 20  # bytes of a file whose tensors begin on a page, so that they can be written past the cache
 _READ_NBYTES = 1 << 30  # Linux reads at most 2 GiB in a call
 
 _NAMES = {
@@ -120,7 +122,7 @@ class Layout:
                 "data_offsets": [offsets[spec.name], end],
             }
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-(8 + len(text)) % (PAGE if end >= _LARGE else 8))
         self.header = struct.pack("<Q", len(text)) + text
         self.start = len(self.header)
         self.nbytes = self.start + end
@@ -140,6 +142,7 @@ class TensorFile:
         self.layout = content if isinstance(content, Layout) else Layout(content, path.name, metadata)
         self.nbytes = self.layout.nbytes
         self._specs = dict(self.layout.specs)
+        self._past: PastCache | None = None
         self._descriptor = disk.create(path, self.nbytes)
         try:
             disk.write(self._descriptor, memoryview(self.layout.header), 0, path)
@@ -173,9 +176,16 @@ class TensorFile:
     def write_span(self, data: memoryview, offset: int) -> None:
         """Write `data` at `offset`, whatever tensors it is of; `note` says their sums when all of them are written.
 
-        Any thread may call it.
+        data: writable memory. Any thread may call it.
         """
-        disk.write(self._descriptor, data, offset, self.path)
+        if self._past is None:
+            disk.write(self._descriptor, data, offset, self.path)
+        else:
+            self._past.write(data, offset)
+
+    def bypass_cache(self) -> None:
+        """Have spans go past the page cache, where that is possible, until the file is closed."""
+        self._past = PastCache(self.path, self._descriptor)
 
     def note(self, name: str, blocks: Sequence[int]) -> None:
         """The tensor of that name has been written by spans; blocks: the sums of its blocks."""
@@ -187,12 +197,16 @@ class TensorFile:
         try:
             if self._specs:
                 raise CheckpointError(f"{next(iter(self._specs))} was announced for {self.path.name}, not written.")
+            if self._past is not None:
+                self._past.finish()
             disk.sync(self._descriptor, self.path)
         finally:
             self.discard()
 
     def discard(self) -> None:
         """Close without a promise: the file is to be removed."""
+        if self._past is not None:
+            self._past.close()
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)

@@ -70,7 +70,8 @@ def is_same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         if one.shape != other.shape:
             return False
-        one, other = one.detach().double(), other.detach().double()
+        # Some optimizers keep a table on the host until the first step shows them a device.
+        one, other = one.detach().double(), other.detach().to(one.device).double()
         largest = float(other.abs().max()) if other.numel() else 0.0
         return torch.allclose(one, other, rtol=_TOLERANCE, atol=1e-6 * largest, equal_nan=True)
     if isinstance(one, (int, float)) and isinstance(other, (int, float)):
