@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, StoreError
+from ..files.apart import NoProcessError, write_apart
 from ..files.writer import TensorFile, as_bytes
-from ..offload.pinned import host_tensor
+from ..offload.pinned import SharedMemory, host_tensor, shared_memory
 from ..ranks.lanes import Lanes
 from .file_plan import FilePlan, Span, Transfer, Way, memory_of
 from .keeping import Keeping
@@ -42,6 +43,7 @@ class Pool:
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
+        self.shared: SharedMemory | None = None
         self._copies: dict[str, torch.Event | None] = {}
 
     @property
@@ -52,14 +54,24 @@ class Pool:
     def take(self, nbytes: int, *, pinned: bool) -> Tensor:
         """(nbytes,) bytes, for one save at a time. Where so much cannot be pinned, memory that is not, which is said."""
         if self._buffer is None or self._buffer.nbytes != nbytes:
-            self._buffer, self._copies = None, {}
+            self._buffer, self.shared, self._copies = None, None, {}
             with torch.inference_mode(False):  # it outlives the script's
                 try:
-                    self._buffer = host_tensor(nbytes, torch.uint8, pinned=pinned, copies=(self._copies,))
+                    self._buffer = self._made(nbytes, pinned=pinned)
                 except StoreError as error:
                     logger.warning("A save in the background holds the training while it copies: %s", error)
-                    self._buffer = host_tensor(nbytes, torch.uint8, pinned=False)
+                    self._buffer = self._made(nbytes, pinned=False)
         return self._buffer
+
+    def _made(self, nbytes: int, *, pinned: bool) -> Tensor:
+        if nbytes >= _SEVERAL_NBYTES:
+            try:
+                self.shared = shared_memory(nbytes, pinned=pinned, copies=(self._copies,))
+            except OSError as error:
+                logger.info("No memory that another process sees: %s", error)
+            else:
+                return self.shared.tensor
+        return host_tensor(nbytes, torch.uint8, pinned=pinned, copies=(self._copies,))
 
     def note(self, event: torch.Event | None) -> None:
         """The last copy into it."""
@@ -185,21 +197,44 @@ class Snapshot:
             )
 
     def _write_spans(self, file: TensorFile, sums: list[list[int]], progress: Progress) -> None:
-        waiting = iter([span for span in self.plan.spans if span.source is None])
+        copied = [span for span in self.plan.spans if span.source is None]
 
-        def work() -> None:
+        def advance(nbytes: int) -> None:
+            with self._lock:
+                progress.advance(nbytes)
+
+        def work(waiting: Iterator[Span]) -> None:
             for span, memory in self._kept_and(waiting):
                 self._write_span(file, span, memory, sums)
-                with self._lock:
-                    progress.advance(span.nbytes)
+                advance(span.nbytes)
 
         if sum(span.nbytes for span in self.plan.spans) < _SEVERAL_NBYTES:
-            work()
+            work(iter(copied))
             return
         file.bypass_cache()
         with ThreadPoolExecutor(_WRITERS, "shardwise-save") as threads:
-            for done in [threads.submit(work) for _ in range(_WRITERS)]:
+            kept = [threads.submit(work, iter(())) for _ in range(_WRITERS)]
+            waiting = iter(self._left_by_another_process(file, copied, sums, advance))
+            for done in [*kept, *(threads.submit(work, waiting) for _ in range(_WRITERS))]:
                 done.result()
+
+    def _left_by_another_process(
+        self, file: TensorFile, spans: Sequence[Span], sums: list[list[int]], advance: Callable[[int], None]
+    ) -> Sequence[Span]:
+        """Have another process write what was copied; gives what is still to be written, which is all or nothing."""
+        shared = self._pool.shared
+        if shared is None or not spans:
+            return spans
+        stretches = [(shared.begin + one.begin, one.offset, [nbytes for _, _, nbytes in one.parts]) for one in spans]
+        try:
+            found = write_apart(file.path, shared.descriptor, stretches, _WRITERS, advance)
+        except NoProcessError as error:
+            logger.info("A save is written by threads of this process, another one did not write it: %s.", error)
+            return spans
+        for span, own in zip(spans, found, strict=True):
+            for (n, block, _), value in zip(span.parts, own, strict=True):
+                sums[n][block] = value
+        return []
 
     def _kept_and(self, copied: Iterator[Span]) -> Iterator[tuple[Span, Tensor]]:
         """Spans for the caller to write, each before it asks for the next: kept ones first, for which steps may wait."""

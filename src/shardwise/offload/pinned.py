@@ -17,6 +17,7 @@ import os
 import weakref
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -50,15 +51,54 @@ def host_tensor(numel: int, dtype: torch.dtype, *, pinned: bool, copies: Iterabl
     copies: of the device from and to it; when its last view goes, it is given back once all of them are done.
     """
     nbytes = numel * dtype.itemsize
+    memory = mmap.mmap(-1, _room_of(nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    array, begin = _prepared(memory, nbytes, pinned, copies)
+    return torch.from_numpy(array[begin : begin + nbytes]).view(dtype)
+
+
+@dataclass(frozen=True)
+class SharedMemory:
+    """Bytes that another process can map: `tensor` is what is in the file `descriptor` from `begin` on, whole pages."""
+
+    tensor: Tensor
+    descriptor: int
+    begin: int
+
+
+def shared_memory(nbytes: int, *, pinned: bool, copies: Iterable[Copies] = ()) -> SharedMemory:
+    """As `host_tensor`, in a file without a name that is in memory; it is closed when the last view of the tensor goes.
+
+    Raises StoreError, OSError where there are no such files.
+    """
+    descriptor = os.memfd_create("shardwise", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(descriptor, _room_of(nbytes))
+        memory = mmap.mmap(descriptor, _room_of(nbytes), flags=mmap.MAP_SHARED)
+        array, begin = _prepared(memory, nbytes, pinned, copies)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    weakref.finalize(memory, os.close, descriptor).atexit = False
+    return SharedMemory(torch.from_numpy(array[begin : begin + nbytes]), descriptor, begin)
+
+
+def _room_of(nbytes: int) -> int:
+    """More than needed, so that the range starts on an edge and no other allocation shares a registered page."""
+    return -(-nbytes // PAGE) * PAGE + _edge_of(nbytes)
+
+
+def _edge_of(nbytes: int) -> int:
+    return _HUGE if nbytes >= _LARGE else PAGE
+
+
+def _prepared(memory: mmap.mmap, nbytes: int, pinned: bool, copies: Iterable[Copies]) -> tuple[np.ndarray, int]:
+    """A mapping as an array, and where in it `nbytes` begin, on an edge, and pinned if that is asked."""
     large = nbytes >= _LARGE
-    edge = _HUGE if large else PAGE
-    # More than needed, so that the range starts on an edge and no other allocation shares a registered page.
-    memory = mmap.mmap(-1, -(-nbytes // PAGE) * PAGE + edge, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if large:
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
     array = np.frombuffer(memory, dtype=np.uint8)
-    skip = -array.ctypes.data % edge
+    skip = -array.ctypes.data % _edge_of(nbytes)
     if pinned:
         address = array.ctypes.data + skip
         if large:
@@ -72,7 +112,7 @@ def host_tensor(numel: int, dtype: torch.dtype, *, pinned: bool, copies: Iterabl
             )
         # Not at exit: the driver does it then, and a copy behind a collective whose other ranks are gone never ends.
         weakref.finalize(memory, _unregister, address, torch.cuda.current_device(), tuple(copies)).atexit = False
-    return torch.from_numpy(array[skip : skip + nbytes]).view(dtype)
+    return array, skip
 
 
 def populate(address: int, nbytes: int, threads: int) -> None:
