@@ -422,6 +422,7 @@ ALLOWED = {
     "cli.machines": {"loads"},
     "config.launchers": {"loads"},
     "ranks.board": {"loads"},
+    "files.apart": {"loads"},  # two processes of this program
     "files.documents": {"loads"},
     "ranks.meeting": {"loads", "read_text"},
     "config.foreign": {"loads"},

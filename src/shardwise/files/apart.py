@@ -47,16 +47,15 @@ def write_apart(
     memory: a descriptor of it. advance: called with the number of bytes that were written since the last time.
     Raises OSError as the other process met it, NoProcessError.
     """
-    command = [sys.executable, "-P", "-m", __name__, str(memory)]  # -P: nothing of the directory that this is in
     package = str(Path(__file__).resolve().parents[2])
-    known = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))}
+    start = f"import sys; sys.path.append({package!r}); from {__name__} import main; main()"
+    command = [sys.executable, "-P", "-c", start, str(memory)]  # -P: nothing of the directory that this is in
     try:
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=(memory,),
-            env=known,
             bufsize=0,  # else closing the pipe of one that has ended raises what its last bytes met
             start_new_session=True,  # a signal to the whole group is for those who train
         )
@@ -172,7 +171,3 @@ def main() -> None:
         _tell({"sums": work.sums})
     sys.stdout.flush()
     os._exit(0)  # views of the memory are still about
-
-
-if __name__ == "__main__":
-    main()
