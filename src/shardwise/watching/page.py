@@ -28,6 +28,7 @@ _PART_NAMES = {
     "other": "other",
 }
 _YEAR_3000 = 32503680000.0  # in seconds since 1970
+_TIERS_AT_REST = {"gpu": "device"}  # a run on CPUs has that tier too
 _TIER_NAMES = {"device": "device (GPU)", "host": "host", "drive": "drive"}
 
 
@@ -217,7 +218,7 @@ def _memory_table(past: Past) -> str:
     if not isinstance(found, dict) or not found:
         return ""
     rows = "".join(
-        f"<tr><td>{escape(role)}</td><td>{escape(tier)}</td><td>{nbytes(value)}</td></tr>"
+        f"<tr><td>{escape(role)}</td><td>{escape(_TIERS_AT_REST.get(tier, tier))}</td><td>{nbytes(value)}</td></tr>"
         for name, value in found.items()
         if isinstance(value, (int, float))
         for role, _, tier in [name.partition("/")]
