@@ -104,6 +104,28 @@ def test_config_writes_what_estimate_recommends(capsys, monkeypatch, model_file,
     assert len(found) == 2
 
 
+@pytest.mark.parametrize("gpu", [None, "NVIDIA H100 80GB HBM3"], ids=["by_order", "by_time"])
+def test_a_budget_of_bytes_bounds_every_recommendation(capsys, monkeypatch, model_file, gpu):
+    """As a GPU of that size does, for `estimate` as for `plan`."""
+    monkeypatch.setattr("shardwise.config.machine.physical_gpus", lambda: 2)
+    monkeypatch.setattr("shardwise.cli.plan_machine.gpu_names", lambda: [gpu, gpu] if gpu else [])
+    flags = ["--num_processes", "2", "--mixed_precision", "bf16", "--sequence_length", "256", "--json"]
+
+    def found(memory: int | None, *more: str) -> tuple[dict, list]:
+        for module in ("model_run", "plan_machine"):
+            monkeypatch.setattr(f"shardwise.cli.{module}.gpu_memory_bytes", lambda: memory)
+        assert run(["estimate", str(model_file), *flags, *more]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        return facts["recommended"], [plan["shortages"] for plan in facts["plans"]]
+
+    whole = found(1 << 40)
+    small = found(1600 << 20)
+    assert small != whole
+    assert found(1 << 40, "--gpu_memory_budget", "1600MiB") == small
+    if gpu is None:
+        assert found(None, "--gpu_memory_budget", "1600MiB") == small
+
+
 def test_a_model_that_is_not_there_is_one_line(capsys, tmp_path):
     path = tmp_path / "run.yaml"
     assert run(["config", "--model", "./nowhere", "--default", "--config_file", str(path)]) == 2

@@ -23,7 +23,13 @@ def machine_of(config: Config) -> Machine:
     from ..estimate.bytes import Machine
 
     gpus = 0 if config.use_cpu else visible_gpus(config.gpu_ids) or 0
-    return Machine(gpus, gpu_memory_bytes(), usable_memory_bytes(), _disks(config))
+    return Machine(gpus, gpu_room(config, gpu_memory_bytes()), usable_memory_bytes(), _disks(config))
+
+
+def gpu_room(config: Config, nbytes: int | None) -> int | None:
+    """What of a GPU of `nbytes` (None: not known) a run may take: all of it, or its gpu_memory_budget where that is a size."""
+    limit = config.engine.gpu_memory_budget
+    return min(limit, nbytes or limit) if isinstance(limit, int) else nbytes
 
 
 def model_of(model: str, asked: Asked) -> Any:

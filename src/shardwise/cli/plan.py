@@ -17,7 +17,7 @@ from ..estimate.kept_terms import store
 from ..estimate.named import named
 from ..estimate.terms import as_values
 from .model_flags import Asked
-from .model_run import model_of, run_of
+from .model_run import gpu_room, model_of, run_of
 from .plan_machine import Described, MachineAsked, described, terms_file, tokens_of
 from .planning import planner_of, settings_of, ways_of
 
@@ -83,8 +83,7 @@ def run_plan(
     place = described(on, config.gpu_ids, _nvme_path(config))
     if config.mixed_precision == "no" and "mixed_precision" not in settings and config_file is None:
         config = config.model_copy(update={"mixed_precision": "bf16"})
-    if isinstance(limit := config.engine.gpu_memory_budget, int):
-        place = replace(place, gpu_nbytes=min(limit, place.gpu_nbytes))
+    place = replace(place, gpu_nbytes=gpu_room(config, place.gpu_nbytes) or place.gpu_nbytes)
     if config.num_processes is None:
         config = config.model_copy(update={"num_processes": place.gpus * config.num_machines})
 
