@@ -426,6 +426,9 @@ def test_default_begins_anew_and_update_keeps(capsys: pytest.CaptureFixture[str]
     assert (tmp_path / "run.yaml.old").read_text() == before
     assert run(["config", *named, "--default", "--update"]) == 2
     capsys.readouterr()
+    assert run(["config", *named, "--update"]) == 2
+    assert "nothing to put into the file" in capsys.readouterr().err
+    capsys.readouterr()
 
 
 def test_a_question_to_come_is_no_error_of_a_flag(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ def run_config(
         raise ConfigError(
             "--default and --update contradict each other: one begins anew, the other keeps what is there"
         )
+    if update and not settings and typed.model is None:
+        raise ConfigError("--update: nothing to put into the file; give what changes as flags, such as --zero_stage 3")
     path = Path(config_file) if config_file else default_file()
     existing = Existing.of(read_yaml(path)) if path.is_file() and not take_defaults else None
     if update and existing is None:
