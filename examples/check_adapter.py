@@ -17,6 +17,8 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 
+from common import quiet  # noqa: F401 - for what importing it does
+
 
 def load_model(directory: Path, *, in_4bit: bool = False) -> torch.nn.Module:
     """The base model with the adapter of `directory`, or the model if it was saved whole; float32, in eval mode.

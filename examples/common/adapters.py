@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from typing import Any
 
 from peft import (
@@ -18,8 +17,7 @@ from peft import (
     TaskType,
 )
 
-# peft asks for this property by its old name, and transformers 5.23 warns of it in each process; it does no harm.
-warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+from common import quiet  # noqa: F401 - for what importing it does
 
 
 def adapter_config(args: argparse.Namespace, task_type: TaskType) -> PeftConfig | None:
