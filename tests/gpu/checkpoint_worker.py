@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ranks import test_background_saves as background
 from ranks import test_buffers as buffers
 from ranks import test_checkpoint_resume as runs
+from ranks import test_model_files as model_files
 from ranks import test_resume_optimizers as optimizers
 from ranks.test_checkpoint_resume import Case, check_equal, resumed, straight
 from shardwise.run.process import join_run
@@ -91,13 +92,25 @@ def cases(folder: str) -> Iterator[tuple[str, Callable[[], None]]]:
 
     yield "buffers", same_buffers
 
+    def same_files(where: str, change: Any) -> None:
+        if dist.get_rank() == 0:
+            model_files.saved(Path(where, "model"))
+        dist.barrier()
+        borrowed, own, _ = model_files.both(join_run(), where, {"change": change})
+        assert all(borrowed)
+        assert own == 0
+
+    for number, change in enumerate((None, model_files.double_norms)):
+        yield f"model's own files, {number} changes", partial(same_files, f"{folder}/files{number}", change)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--use-cpu", action="store_true")
     args = parser.parse_args()
-    runs.USE_CPU = optimizers.USE_CPU = buffers.USE_CPU = background.USE_CPU = args.use_cpu
+    runs.USE_CPU = optimizers.USE_CPU = buffers.USE_CPU = args.use_cpu
+    background.USE_CPU = model_files.USE_CPU = args.use_cpu
     # The runs below come and go; the group stays.
     if args.use_cpu:
         torch.set_num_threads(1)

@@ -24,5 +24,5 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(tmp_path: Path) -> None:
     done = subprocess.run([*command, "--json", str(rows)], capture_output=True, text=True, timeout=550, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(rows.read_text())
-    assert len(found) == 10 + 8 + 6 + 1
+    assert len(found) == 10 + 8 + 6 + 1 + 2
     assert not [row for row in found if row["note"]]

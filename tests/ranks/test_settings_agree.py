@@ -76,6 +76,7 @@ CHANGES: dict[str, tuple[Values, Any]] = {
     "shardwise_config.gather_with": ({}, "nccl"),
     "shardwise_config.gather_dtype": ({}, "int8"),
     "shardwise_config.optimizer_state_dtype": (at("deepspeed_config.offload_optimizer_device", "cpu"), "bf16"),
+    "shardwise_config.offload_param_source": ({}, "model_files"),
     "shardwise_config.units": ({}, ["Linear"]),
     "shardwise_config.whole_adapters": ({}, False),
     "shardwise_config.gpu_memory_budget": ({}, "1GB"),

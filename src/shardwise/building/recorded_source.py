@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ..files.reader import FileStretch
 from ..zero.sources import MadeBy
-from .recording import Constant, Entry, Ref, constants_of, read, read_in_stretches, records_of
+from .recording import Constant, Entry, Ref, constants_of, origin_of, read, read_in_stretches, records_of
 
 # Of a constant: what is larger is not told to every rank, but stays where it is. A generator's state has 5,056.
 _FACT_NBYTES = 1 << 16
@@ -37,6 +39,13 @@ class RecordedSource:
 
     def read(self, begin: int, end: int) -> Tensor:
         return read(self.ref, begin, end)
+
+    def in_file(self) -> FileStretch | None:
+        found = origin_of(self.ref) if self.made_by == "each rank" else None
+        stretch, at = found or (None, 0)
+        if not isinstance(stretch, FileStretch):
+            return None
+        return replace(stretch, offset=stretch.offset + at, nbytes=self.ref.numel * self.ref.dtype.itemsize)
 
     def facts(self) -> list[Tensor]:
         # On the CPU: they are sent to processes with other devices.

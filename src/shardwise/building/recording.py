@@ -242,6 +242,21 @@ def read_in_stretches(ref: Ref) -> bool:
     return all(read_in_stretches(item) for item in inputs)
 
 
+def origin_of(ref: Ref) -> tuple[Stretch, int] | None:
+    """Where the elements of `ref` lie as they are, one after another, and from which byte on. None: nowhere."""
+    if not ref.contiguous:
+        return None
+    at = ref.offset * ref.dtype.itemsize
+    if not ref.record.entries[: ref.upto]:
+        return None if ref.record.origin is None else (ref.record.origin, at)
+    entry = _last_word(ref)
+    taken = None if entry is None or entry.op not in _COPIED else entry.args[_COPIED[entry.op]]
+    if not isinstance(taken, Ref) or taken.dtype != ref.dtype:
+        return None
+    found = origin_of(taken)
+    return None if found is None else (found[0], found[1] + at)
+
+
 def _of(item: Any, begin: int, end: int) -> Tensor:
     return read(item, begin, end) if isinstance(item, Ref) else item.value.reshape(-1)[begin:end].clone()
 
@@ -297,6 +312,9 @@ _STRETCHES: dict[Callable[..., Any], Callable[[Entry, int, int], Tensor]] = {
     aten.zero_.default: _constant_of(lambda entry: 0.0),
     aten.fill_.Scalar: _constant_of(lambda entry: entry.args[1]),
 }
+
+# Of those that only copy, which argument they copy.
+_COPIED = {aten._to_copy.default: 0, aten.clone.default: 0, aten.copy_.default: 1}
 
 
 # What a record depends on besides files.

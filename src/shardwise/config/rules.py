@@ -283,6 +283,8 @@ def notes(config: Config) -> list[str]:
         said.append(f"generation_memory_budget: has no effect at zero_stage {zero.zero_stage}: every weight is whole.")
     if (exact := _exact_gathers(config)) is not None:
         said.append(f"gather_dtype: has no effect {exact}.")
+    if config.engine.offload_param_source != "copy" and not DEVICES[zero.offload_param_device].on_disk:
+        said.append(f"offload_param_source: has no effect, because offload_param_device is not {WITH_DIRECTORY}.")
     device = zero.offload_optimizer_device
     if config.engine.optimizer_state_dtype != "fp32" and not DEVICES[device].visits(cuda=not config.use_cpu):
         said.append(states_stay(device))

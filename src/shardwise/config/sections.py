@@ -234,6 +234,7 @@ class EngineConfig(Section):
                     takes the first where it is possible.
     gather_dtype:   "int8" sends 16-bit weights between machines as 8-bit codes with a scale for each 256, in passes alone.
     optimizer_state_dtype: in which moments rest that visit the device for their step; "int8" has a scale for each 256 codes.
+    offload_param_source: "model_files" reads frozen weights that rest on a drive in the files that they were loaded from.
     generation_memory_budget: bytes of gathered weights while generating; "auto" for what is free, None for the fewest.
     optimizer, scheduler: what `prepare` builds for a DummyOptim and a DummyScheduler, as a DeepSpeed JSON says it.
     """
@@ -272,6 +273,16 @@ class EngineConfig(Section):
             ),
         ),
     ] = "fp32"
+    offload_param_source: Annotated[
+        Literal["copy", "model_files"],
+        one_of("copy", "model_files"),
+        Setting(
+            "Frozen weights on a drive: a copy there, or the files that the model was loaded from.",
+            ENGINE,
+            "copy|model_files",
+            after="optimizer_state_dtype",
+        ),
+    ] = "copy"
     units: Annotated[
         OptionalNames, Setting("Block classes or module paths to shard as units, with commas.", ENGINE)
     ] = None

@@ -131,19 +131,23 @@ class Drive:
         block = self._incoming.take()
         try:
             skip = self._fill_block(file, offset, block, out.numel(), name)
-            read = block.memory[skip : skip + out.numel()]
-            if host is not None:
-                # Not torch's copy: each of these threads would begin threads of its own for it.
-                np.copyto(host, read.numpy())
-                torch.autograd.graph.increment_version(out)
-                return
-            lanes = self.shared.lanes
-            # The target may be of torch.inference_mode, as in an evaluation, or not: inside of it both may be written.
-            with self.shared.lock, lanes.up.on(), torch.inference_mode():
-                out.copy_(read, non_blocking=True)
-                block.event = reading.event = lanes.up.mark()
+            block.event = self.give(block.memory[skip : skip + out.numel()], out, reading) or block.event
         finally:
             self._incoming.give(block)
+
+    def give(self, memory: Tensor, out: Tensor, reading: Reading) -> torch.Event | None:
+        """Copy bytes in host memory into `out`, as a part of `reading`; the event of the copy, where the device makes it."""
+        lanes = self.shared.lanes
+        if lanes.device.type == "cpu":
+            # Not torch's copy: each of these threads would begin threads of its own for it.
+            np.copyto(bytes_of(out), memory.numpy())
+            torch.autograd.graph.increment_version(out)
+            return None
+        # The target may be of torch.inference_mode, as in an evaluation, or not: inside of it both may be written.
+        with self.shared.lock, lanes.up.on(), torch.inference_mode():
+            out.copy_(memory, non_blocking=True)
+            reading.event = lanes.up.mark()
+            return reading.event
 
     def _fill_block(self, file: File, offset: int, block: Block, nbytes: int, name: str) -> int:
         """Read `nbytes` and what alignment adds; gives how many bytes that is in front."""
@@ -157,7 +161,7 @@ class Drive:
         if problem is None and got < wanted:
             problem = OSError(errno.EIO, f"it ends after {got:,} of them and is shorter than it was")
         if problem is not None:
-            raise self.failed(f"read {wanted:,} bytes of {name} in", problem)
+            raise self.failed(f"read {wanted:,} bytes of {name} in", problem, file.path)
         with self.shared.lock:
             self.bytes_read += got
 
@@ -175,19 +179,21 @@ class Drive:
 
     # Errors.
 
-    def failed(self, action: str, error: OSError) -> StoreError:
-        """What to raise where `action` failed: the store's first error since one was told."""
-        return self.shared.failed(self._error(action, error))
+    def failed(self, action: str, error: OSError, path: Path | None = None) -> StoreError:
+        """What to raise where `action` failed: the store's first error since one was told. path: of a file that is not ours."""
+        return self.shared.failed(self._error(action, error, path))
 
-    def _error(self, action: str, error: OSError) -> StoreError:
+    def _error(self, action: str, error: OSError, path: Path | None = None) -> StoreError:
         remedy = "Give nvme_path a directory on a drive with room that this process may write to"
         if error.errno in (errno.EMFILE, errno.ENFILE):
             remedy = "Raise the limit of open files (ulimit -n): each shard is a file on each drive"
+        elif path is not None:
+            remedy = "Leave the model's files as they are while a run reads them, or set offload_param_source: copy"
         elif error.errno == errno.EIO:
             remedy = "Go on with nvme_path on another drive"
         why = error.strerror or error
         made = StoreError(
-            f"rank {self.shared.rank} could not {action} {self.folder}: {why}. {remedy}; the last checkpoint is whole."
+            f"rank {self.shared.rank} could not {action} {path or self.folder}: {why}. {remedy}; the last checkpoint is whole."
         )
         made.__cause__ = error
         return made

@@ -31,13 +31,14 @@ _NO_NAMELESS = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT)  # this file syste
 
 
 class File:
-    """An open file without a name. direct: it bypasses the page cache, so offsets, sizes and memory are whole pages."""
+    """An open file. direct: past the page cache, so offsets, sizes and memory are whole pages. path: if it has a name."""
 
-    __slots__ = ("__weakref__", "descriptor", "direct")
+    __slots__ = ("__weakref__", "descriptor", "direct", "path")
 
-    def __init__(self, descriptor: int, direct: bool) -> None:
+    def __init__(self, descriptor: int, direct: bool, path: Path | None = None) -> None:
         self.descriptor = descriptor
         self.direct = direct
+        self.path = path
 
 
 class Files:

@@ -90,6 +90,13 @@ class FileSlab(Slab):
         """Where its bytes [begin, end) lie."""
         return stretches(begin, end, len(self.store.drives), self.start)
 
+    def bring(self, part: Stretch, out: Tensor, reading: Reading) -> None:
+        """Read a stretch of it into `out`, bytes on the device, as a part of `reading`. Raises StoreError."""
+        self.store.drives[part.drive].read(self.files[part.drive], part.offset, out, self.name, reading)
+
+    def about_to_be_written(self, first: int, last: int) -> None:
+        """Something is to be put into its bytes [first, last)."""
+
 
 @dataclass
 class _Part:
@@ -133,6 +140,11 @@ class NvmeStore:
         # Slabs of one block, too, lie on all drives in turn.
         slab = FileSlab(self, numel, dtype, name, self._allocated % len(self.drives))
         self._allocated += 1
+        self.make_files(slab)
+        return slab
+
+    def make_files(self, slab: FileSlab) -> None:
+        """Give a slab its files, with room for all of it."""
         made: dict[int, File] = {}
         for number, (drive, size) in enumerate(
             zip(self.drives, file_sizes(slab.nbytes, len(self.drives), slab.start), strict=True)
@@ -148,12 +160,13 @@ class NvmeStore:
                 # Told by `drain`, as a failed write is: the other ranks are on their way into a collective.
                 failed: Future[None] = Future()
                 # Without its traceback, whose frames would keep the files that could be made.
-                failed.set_exception(drive.failed(f"take {nbytes:,} bytes for {name} in", error.with_traceback(None)))
+                failed.set_exception(
+                    drive.failed(f"take {nbytes:,} bytes for {slab.name} in", error.with_traceback(None))
+                )
                 slab.writing.append(_Part(0, slab.nbytes, failed))
                 self._written.add(slab)
-                return slab
+                return
         slab.files = made
-        return slab
 
     def fetch(self, slab: Slab, out: Tensor, begin: int = 0) -> Arrival:
         assert isinstance(slab, FileSlab)
@@ -176,6 +189,7 @@ class NvmeStore:
         offset, end = begin * size, (begin + source.numel()) * size
         assert offset % PAGE == 0, "only whole pages are written"
         assert end % PAGE == 0 or end == slab.nbytes, "only whole pages are written"
+        slab.about_to_be_written(offset, end)
         last_event = None
         if not slab.files:
             self._written.add(slab)
@@ -265,7 +279,7 @@ class NvmeStore:
     ) -> None:
         for write in before:
             write.result()
-        self.drives[part.drive].read(slab.files[part.drive], part.offset, out, slab.name, reading)
+        slab.bring(part, out, reading)
 
     def _write(
         self,

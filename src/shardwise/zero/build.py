@@ -10,7 +10,9 @@ start from the value it has.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -18,8 +20,11 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..errors import PrepareError
+from ..offload.borrowed import BorrowedSlab
+from ..offload.nvme import NvmeStore
 from ..offload.store import Slab
 from ..plan.blueprint import Blueprint, Member, Part, apportion, packing_of, parts_of
+from ..plan.layout import Layout
 from ..plan.plan import Plan, Tier
 from ..plan.precision import Precision
 from ..plan.units import UnitSpec
@@ -28,9 +33,11 @@ from .compressed import refuse_wide, say_what_travels
 from .engine import Engine
 from .flat import FlatBuffer, give_memory
 from .quantised import QuantisedWeights
-from .sources import Makers, Source, fill_region
+from .sources import Lying, Makers, Source, fill_region, lying
 from .trained import Trained
 from .unit import Unit
+
+logger = logging.getLogger("shardwise")
 
 # Trained weights that stay whole are reduced in buckets of at most this; the size that DDP found to hide best.
 BUCKET_NBYTES = 25 << 20
@@ -70,6 +77,7 @@ class Builder:
         self._quantised = quantised
         self._sources = sources
         self._makers = makers
+        self._lent = _Lent()
 
     def units(self, specs: Sequence[UnitSpec], *, trains: bool = True) -> list[Unit]:
         """The units of all specs, and behind them the buckets of what is trained and stays whole. Collective.
@@ -93,6 +101,8 @@ class Builder:
                 unit.release()
             units.append(unit)
         self._sources.clear()
+        if self._engine.borrows and self._engine.ranks.rank == 0:
+            self._lent.say()
         if self._engine.compresses and self._engine.ranks.rank == 0:
             say_what_travels([part for unit in units for part in unit.parts])
         return units
@@ -137,17 +147,27 @@ class Builder:
     def _frozen(self, blueprint: Blueprint) -> FlatBuffer:
         members, plan, ranks = blueprint.frozen, blueprint.plan, self._engine.ranks
         layout = blueprint.frozen_layout(ranks.shards.size)
+        store = self._engine.stores.of(plan.frozen.tier, "param")
+        slab = None
+        if self._engine.borrows and isinstance(store, NvmeStore):
+            slab = self._borrowed(members, layout, store)
         buffer = FlatBuffer(
             members,
             layout,
             dtype=torch.uint8,
             placement=plan.frozen,
-            store=self._engine.stores.of(plan.frozen.tier, "param"),
+            store=store,
             rank=ranks.shards.rank,
             device=ranks.device,
             peers=self._engine.peers,
             packing=packing_of(members, layout, 1) if self._engine.compresses else None,
+            slab=slab[0] if slab is not None else None,
         )
+        if slab is not None:
+            fill_region(buffer, self._sources, self._makers, ranks, buffer.own_slice, slab[1].members)
+            slab[0].keep(buffer.own_slice)
+            buffer.adopt()
+            return buffer
         if self._have_sources(members):
             fill_region(buffer, self._sources, self._makers, ranks, buffer.own_slice)
         else:
@@ -157,6 +177,26 @@ class Builder:
         self._settle_in(buffer)
         self._quantised.settle(members)
         return buffer
+
+    def _borrowed(
+        self, members: Sequence[Member], layout: Layout, store: NvmeStore
+    ) -> tuple[BorrowedSlab, Lying] | None:
+        """A slab that reads this rank's shard in the model's own files; None unless every rank can have one. Collective."""
+        ranks = self._engine.ranks
+
+        def made() -> tuple[BorrowedSlab, Lying] | str:
+            rank = ranks.shards.rank if layout.world_size > 1 else 0
+            found = lying(members, layout, rank, self._sources, self._makers)
+            if isinstance(found, str):
+                return found
+            return BorrowedSlab(store, layout.shard_numel, found.loans, found.kept, members[0].name), found
+
+        found = ranks.together(made)
+        self._lent.units += 1
+        if ranks.any_of([isinstance(found, str)])[0] or isinstance(found, str):
+            self._lent.copied.append(found if isinstance(found, str) else members[0].name)
+            return None
+        return found
 
     def _trained(self, blueprint: Blueprint) -> Trained:
         members, dtype, plan = blueprint.trainable, blueprint.dtype, blueprint.plan
@@ -211,6 +251,27 @@ class Builder:
         if buffer.slab is not None:
             self._engine.put_to_rest(buffer.own_slice, buffer.slab)
         buffer.adopt()
+
+
+@dataclass
+class _Lent:
+    """Of how many units on a drive the weights were looked for in the model's own files; a weight of each that was copied."""
+
+    units: int = 0
+    copied: list[str] = field(default_factory=list)
+
+    def say(self) -> None:
+        if self.copied:
+            logger.warning(
+                "offload_param_source: model_files: of %d unit(s) of frozen weights %d were copied to the drive, the first for "
+                "%s: only weights that a model built without memory (zero3_init_flag, accelerator.init()) has from safetensors "
+                "files, unchanged and in the dtype that computes, are read there.",
+                self.units,
+                len(self.copied),
+                self.copied[0],
+            )
+        elif not self.units:
+            logger.warning("offload_param_source: model_files: has no effect: no frozen weight rests on a drive.")
 
 
 def agree_on_shapes(specs: Sequence[UnitSpec], ranks: Ranks) -> None:

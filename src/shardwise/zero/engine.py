@@ -116,7 +116,8 @@ class Engine:
     reduce_dtype: gradients are summed in it. norms: of single gradients, for scripts. doubts: about what scripts have written.
     peers: where shards rest that copy engines gather, or None. share: of micro-batches, and of ranks.
     compresses: gathers in passes send 8-bit codes of 16-bit weights. state_dtype: in which moments rest off the device.
-    told: states of which it was said that they rest as they are.
+    borrows: frozen weights on a drive are read in the files that they were loaded from. told: states of which it was said
+    that they rest as they are.
     """
 
     ranks: Ranks
@@ -131,6 +132,7 @@ class Engine:
     share: Share = field(default_factory=Share)
     compresses: bool = False
     state_dtype: StateDtype = "fp32"
+    borrows: bool = False
     told: set[str] = field(default_factory=set)
 
     @classmethod
@@ -153,7 +155,15 @@ class Engine:
         peers = PeerMemory.open(ranks, lanes, options.gather_with) if sharded else None
         reductions, faults = ReductionsInFlight(lanes), Faults(ranks, stores.drives)
         shared = (reduce_dtype, reductions, faults, Norms(ranks), Doubts(), peers)
-        return cls(ranks, lanes, stores, *shared, compresses=compressed, state_dtype=options.optimizer_state_dtype)
+        return cls(
+            ranks,
+            lanes,
+            stores,
+            *shared,
+            compresses=compressed,
+            state_dtype=options.optimizer_state_dtype,
+            borrows=options.offload_param_source == "model_files",
+        )
 
     def put_to_rest(self, values: Tensor, slab: Slab, step: Tensor | None = None) -> None:
         """Put a device tensor to rest; its memory may go afterwards. A drive's error waits for the ranks to agree.

@@ -39,6 +39,7 @@ class FlatBuffer:
     layout:    in bytes when `dtype` is uint8 (frozen weights of any mix of dtypes), else in numbers.
     whole:     (layout.numel,) on the device; its storage is empty while released.
     peers:     where shards on the device rest if all ranks shall read them. changes: steps write into them.
+    slab:      of a shard that lies somewhere already; else the store makes one, into which the shard is to be put.
     packing:   how shards travel in passes if not exactly, see `compressed.py`.
     slab:      (layout.shard_numel,) at rest on placement.tier; None when the whole never leaves.
     replaced:  how many storages of `whole` have been replaced, of all buffers: who knows storages by address looks again.
@@ -59,6 +60,7 @@ class FlatBuffer:
         peers: PeerMemory | None = None,
         changes: bool = False,
         packing: Packing | None = None,
+        slab: Slab | None = None,
     ) -> None:
         self.members = tuple(members)
         self.dtype = dtype
@@ -82,11 +84,11 @@ class FlatBuffer:
         self.leaves = placement.leaves(shards)
         self.packing = packing if self.leaves else None
         self._fixed = False
-        self.slab: Slab | None = None
+        self.slab = slab if self.leaves else None
         self._copies: list[tuple[Tensor, Tensor]] = []
         if self.leaves:
             n = self.layout.shard_numel
-            if peers is not None and isinstance(store, MemoryStore) and store.tier is Tier.GPU:
+            if self.slab is None and peers is not None and isinstance(store, MemoryStore) and store.tier is Tier.GPU:
                 self.slab = peers.allocate(store, n, dtype, changes=changes)
             if self.slab is None:
                 self.slab = store.allocate(n, dtype, members[0].name)

@@ -17,19 +17,27 @@ This file does arithmetic on intervals; what a Source does to answer is not know
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..files.reader import FileStretch
 from ..files.scratch import give_back_free_memory
+from ..offload.borrowed import Loan
+from ..plan.blueprint import Member
+from ..plan.layout import Layout
 from ..plan.units import UnitSpec
 from ..ranks.ranks import Ranks
 from .flat import FlatBuffer
 
 # Of a tensor that one rank makes, this much is sent at a time: what the others hold besides their interval.
 _SENT_NBYTES = 8 << 20
+
+# Of a unit whose weights are read in their files at most so large a part may be without one, and stays in host memory.
+_LITTLE = 16
 
 MadeBy = Literal["each rank", "one rank", "rank 0"]
 
@@ -48,6 +56,10 @@ class Source(Protocol):
 
     def read(self, begin: int, end: int) -> Tensor:
         """(end - begin,) elements from `begin` on, in row-major order, in the parameter's dtype, on any device."""
+        ...
+
+    def in_file(self) -> FileStretch | None:
+        """The bytes of a file that are all of its values, in row-major order and the parameter's dtype; None without such."""
         ...
 
     def facts(self) -> list[Tensor]:
@@ -108,10 +120,18 @@ def agree_on_facts(sources: Sequence[Source], ranks: Ranks) -> None:
     ranks.together(adopt)
 
 
-def fill_region(buffer: FlatBuffer, sources: Sources, makers: Makers, ranks: Ranks, out: Tensor) -> None:
+def fill_region(
+    buffer: FlatBuffer,
+    sources: Sources,
+    makers: Makers,
+    ranks: Ranks,
+    out: Tensor,
+    only: Container[int] | None = None,
+) -> None:
     """Write this rank's interval of `buffer` into `out`: from sources, and rank 0's values of the real parameters.
 
     out: (shard_numel,) bytes for a buffer of bytes, else numbers of any dtype; the padding stays as it is.
+    only: which members, the same on every rank; None: all.
     Collective. A rank holds at most one tensor of those it makes whole. A source that fails is every rank's error.
     """
     give_back_free_memory()  # of the unit before this one
@@ -119,7 +139,9 @@ def fill_region(buffer: FlatBuffer, sources: Sources, makers: Makers, ranks: Ran
     agree_on_facts([source for source in own if source is not None], ranks)
     targets = _targets(buffer, out)
     for index, (member, source) in enumerate(zip(buffer.members, own, strict=True)):
-        if source is None or id(member.parameter) in makers:
+        if only is not None and index not in only:
+            targets.pop(index, None)
+        elif source is None or id(member.parameter) in makers:
             begin, target = targets.pop(index, (0, out[:0]))
             end = begin + target.numel()
             maker = makers[id(member.parameter)] if source is not None else 0
@@ -135,6 +157,44 @@ def fill_region(buffer: FlatBuffer, sources: Sources, makers: Makers, ranks: Ran
             target.copy_(source.read(begin, begin + target.numel()))
 
     ranks.together(read)
+
+
+@dataclass(frozen=True)
+class Lying:
+    """Where a rank's interval lies in the files that its weights come from. kept: (begin, end) of what no file has.
+
+    members: which of the buffer's no file has.
+    """
+
+    loans: list[Loan]
+    kept: list[tuple[int, int]]
+    members: frozenset[int]
+
+
+def lying(members: Sequence[Member], layout: Layout, rank: int, sources: Sources, makers: Makers) -> Lying | str:
+    """Where the bytes of a rank's interval lie; the name of a weight that no file has where that is more than a little.
+
+    layout: in bytes.
+    """
+    found: dict[int, FileStretch] = {}
+    missing: list[int] = []
+    for index, member in enumerate(members):
+        source = sources.get(id(member.parameter))
+        stretch = source.in_file() if source is not None and id(member.parameter) not in makers else None
+        if stretch is None or member.dtype != member.parameter.dtype:
+            missing.append(index)
+        else:
+            found[index] = stretch
+    if sum(layout.slots[index].numel for index in missing) > layout.numel // _LITTLE:
+        return members[missing[0]].name
+    pieces = layout.pieces(rank)
+    loans = [
+        Loan(p.in_shard, p.in_shard + p.numel, found[p.slot].path, found[p.slot].offset + p.in_slot)
+        for p in pieces
+        if p.slot in found
+    ]
+    kept = [(p.in_shard, p.in_shard + p.numel) for p in pieces if p.slot not in found]
+    return Lying(loans, kept, frozenset(missing))
 
 
 def _targets(buffer: FlatBuffer, out: Tensor) -> dict[int, tuple[int, Tensor]]:

@@ -1,0 +1,217 @@
+"""`offload_param_source: model_files`: frozen weights on a drive are read where they lie, in the files of the model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rig.tiny import batches, share, tiny_llama, with_lora
+from shardwise import Accelerator, gathered
+from shardwise.building import initialising
+from shardwise.errors import StoreError
+from shardwise.offload.borrowed import BorrowedSlab
+from shardwise.run.process import forget_run
+
+USE_CPU = True  # tests/gpu runs the same on devices
+
+
+def saved(folder: Path, **options: Any) -> Path:
+    """A small Llama in several files."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tiny_llama().to(options.pop("dtype", torch.float32)).save_pretrained(folder, max_shard_size="60kB")
+    return folder
+
+
+class Run:
+    """A LoRA fine-tune of the model in `folder`/model, with its base on a drive."""
+
+    def __init__(self, folder: str, source: str, change: Any = None, **options: Any) -> None:
+        from transformers import AutoModelForCausalLM
+
+        forget_run()
+        initialising.SMALL_NUMEL = 64
+        os.environ["SHARDWISE_CONFIG"] = json.dumps(
+            {
+                "distributed_type": "DEEPSPEED",
+                "use_cpu": USE_CPU,
+                "deepspeed_config": {
+                    "zero_stage": 3,
+                    "offload_param_device": "nvme",
+                    "offload_param_nvme_path": f"{folder}/drive",
+                },
+                "shardwise_config": {"offload_param_source": source, "whole_adapters": True},
+            }
+        )
+        try:
+            self.accelerator = Accelerator(cpu=USE_CPU)
+        finally:
+            del os.environ["SHARDWISE_CONFIG"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with self.accelerator.init():
+                model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", attn_implementation="eager", **options)
+                model.config.use_cache = False
+                if change is not None:
+                    change(model)
+                self.model = with_lora(model)
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-2)
+        self.accelerator.prepare(self.model, self.optimizer)
+        (prepared,) = self.accelerator._run.models
+        self.sharded = prepared.sharded
+
+    def train(self, steps: int = 3) -> list[float]:
+        losses = []
+        for batch in batches("llama", steps, 12):
+            mine = share(batch, self.accelerator.process_index, self.accelerator.num_processes)
+            loss = self.model(**{name: value.to(self.accelerator.device) for name, value in mine.items()}).loss
+            self.accelerator.backward(loss)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            losses.append(self.accelerator.reduce(loss.detach(), "mean").item())
+        return losses
+
+    @property
+    def borrowed(self) -> list[bool]:
+        """Of each unit of frozen weights, whether it is read in the model's files."""
+        found = [unit.frozen.slab for unit in self.sharded.units if unit.frozen is not None]
+        return [isinstance(slab, BorrowedSlab) and slab.is_borrowed for slab in found]
+
+    @property
+    def drive_nbytes(self) -> int:
+        """Bytes that are written on the drive."""
+        return sum(store.nbytes for store in self.sharded.engine.stores.drives)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        with gathered(self.model):
+            return {name: p.detach().clone() for name, p in self.model.named_parameters()}
+
+    def close(self) -> None:
+        self.accelerator.free_memory()
+        forget_run()
+
+
+def both(ranks: Any, folder: str, options: dict[str, Any]) -> tuple[list[bool], int, int]:
+    """The same run with and without a copy: (what is borrowed, bytes on the drive without a copy, with one)"""
+    runs = []
+    for source in ("copy", "model_files"):
+        run = Run(folder, source, **options)
+        runs.append((run.weights(), run.train(), run.weights(), run.borrowed, run.drive_nbytes))
+        run.close()
+    one, other = runs
+    for before, after in ((one[0], other[0]), (one[2], other[2])):
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    assert one[1] == other[1]
+    return other[3], other[4], one[4]
+
+
+def double_norms(model: Any) -> None:
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight.mul_(2)
+
+
+@pytest.mark.parametrize("change", [None, double_norms], ids=["as_they_are", "norms_changed"])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_run_has_the_numbers_of_one_with_a_copy(world, tmp_path, ranks, change):
+    """The little that no file has stays in host memory."""
+    saved(tmp_path / "model")
+    for borrowed, own, copied in world(ranks).run(both, str(tmp_path), {"change": change}):
+        assert len(borrowed) > 1
+        assert all(borrowed)
+        assert own == 0
+        assert copied > 0
+
+
+def test_what_computes_in_another_dtype_is_copied(world, tmp_path):
+    saved(tmp_path / "model")
+    for borrowed, own, copied in world(2).run(both, str(tmp_path), {"dtype": torch.bfloat16}):
+        assert not any(borrowed)
+        assert own == copied
+
+
+def _changed(ranks: Any, folder: str) -> list[str]:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("shardwise").addHandler(handler)
+
+    def change(model: Any) -> None:
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight.mul_(0.5)
+
+    try:
+        run = Run(folder, "model_files", change)
+        assert sorted(run.borrowed) == [False, *[True] * (len(run.borrowed) - 1)]
+        run.train()
+        run.close()
+        _, _, _ = both(ranks, folder, {"change": change})
+    finally:
+        logging.getLogger("shardwise").removeHandler(handler)
+    return [text for text in said if "offload_param_source" in text]
+
+
+def test_a_weight_that_a_script_has_changed_is_copied_and_named(world, tmp_path):
+    saved(tmp_path / "model")
+    first, second = world(2).run(_changed, str(tmp_path))
+    assert "1 were copied to the drive, the first for" in first[0]
+    assert "layers.1.mlp.up_proj" in first[0]
+    assert second == []
+
+
+def _written(ranks: Any, folder: str) -> None:
+    run = Run(folder, "model_files")
+    before = run.weights()
+    name = next(name for name in before if "layers.0.mlp.up_proj" in name and "lora" not in name)
+    weight = dict(run.model.named_parameters())[name]
+    with gathered(weight, modify=True), torch.no_grad():
+        weight[3] = 7.0
+    before[name][3] = 7.0
+    after = run.weights()
+    assert all(torch.equal(after[other], value) for other, value in before.items())
+    assert run.borrowed.count(False) == 1
+    run.accelerator.save_state(f"{folder}/state", include_frozen=True)
+    losses = run.train()
+    run.accelerator.load_state(f"{folder}/state")
+    assert run.train() == losses
+    again = run.weights()
+    assert all(torch.equal(again[n], after[n]) for n in after if "lora" not in n)
+    run.close()
+
+
+def test_what_a_script_writes_is_kept_and_the_files_stay(world, tmp_path):
+    folder = saved(tmp_path / "model")
+    files = {path: path.read_bytes() for path in folder.iterdir()}
+    world(2).run(_written, str(tmp_path))
+    assert {path: path.read_bytes() for path in folder.iterdir()} == files
+
+
+def _overwritten(ranks: Any, folder: str) -> None:
+    run = Run(folder, "model_files")
+    run.train(1)
+    ranks.barrier()
+    if ranks.rank == 0:
+        for path in Path(folder, "model").glob("*.safetensors"):
+            with path.open("r+b") as file:
+                file.write(file.read(8))
+            os.utime(path, ns=(1, 1))
+    ranks.barrier()
+    run.train(1)
+
+
+def test_files_that_are_written_meanwhile_are_an_error_on_every_rank(world, tmp_path):
+    saved(tmp_path / "model")
+    with pytest.raises(StoreError) as caught:
+        world(2).run(_overwritten, str(tmp_path))
+    words = str(caught.value)
+    assert "it has been written since the run has begun" in words
+    assert "set offload_param_source: copy" in words
+    assert str(tmp_path / "model") in words
