@@ -40,7 +40,13 @@ def test_a_script_ends_in_order_with_and_without_a_farewell(tmp_path):
     none, cpu, nvme = TIERS
     ends = [Case(none, "return"), Case(cpu, "raise"), Case(nvme, "exit 3"), Case(none, "SIGTERM"), Case(nvme, "raise")]
     farewells = [Case(none, "return", True), Case(cpu, "exit 0", True), Case(nvme, "raise", True)]
-    others = [Case(end="lost"), Case(end="vote"), Case(nvme, "save"), Case(nvme, "SIGKILL", count=2)]
+    others = [
+        Case(end="lost"),
+        Case(end="vote"),
+        Case(nvme, "save"),
+        Case(none, "large save"),
+        Case(nvme, "SIGKILL", count=2),
+    ]
     run([*ends, *farewells, *others], tmp_path)
 
 
@@ -49,7 +55,7 @@ def test_a_script_ends_in_order_with_and_without_a_farewell(tmp_path):
 @pytest.mark.parametrize("tier", TIERS)
 def test_two_hundred_ends_of_each_tier(tmp_path, tier):
     cases = [Case(tier, end, farewell, count=20) for end in ENDS for farewell in (False, True)]
-    others = [Case(tier, end, count=5) for end in ("lost", "vote", "save")]
+    others = [Case(tier, end, count=5) for end in ("lost", "vote", "save", "large save")]
     run([*cases, *others, Case(tier, "SIGKILL", count=20)], tmp_path, 7000)
 
 

@@ -116,5 +116,5 @@ def test_no_pool_has_an_initializer_and_tasks_of_a_device_have_one_home():
                 and SOURCE in path.parents
             ):
                 pools.add(str(path.relative_to(SOURCE)))
-    of_the_host = {"offload/pinned.py", "checkpoint/snapshot.py", "files/apart.py"}  # these touch host memory alone
+    of_the_host = {"offload/pinned.py", "files/apart.py"}  # these touch host memory alone
     assert pools == {"offload/threads.py"} | of_the_host, "take DeviceThreads"

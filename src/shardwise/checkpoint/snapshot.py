@@ -16,7 +16,6 @@ import logging
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from .file_plan import FilePlan, Span, Transfer, Way, memory_of
 from .keeping import Keeping
 from .patience import Progress
 from .pieces import Piece, Resting
+from .writers import Writers
 
 logger = logging.getLogger("shardwise")
 
@@ -44,6 +44,7 @@ class Pool:
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
         self.shared: SharedMemory | None = None
+        self.said_alone = False  # that no other process writes
         self._copies: dict[str, torch.Event | None] = {}
 
     @property
@@ -212,11 +213,13 @@ class Snapshot:
             work(iter(copied))
             return
         file.bypass_cache()
-        with ThreadPoolExecutor(_WRITERS, "shardwise-save") as threads:
-            kept = [threads.submit(work, iter(())) for _ in range(_WRITERS)]
-            waiting = iter(self._left_by_another_process(file, copied, sums, advance))
-            for done in [*kept, *(threads.submit(work, waiting) for _ in range(_WRITERS))]:
-                done.result()
+        with Writers("shardwise-save") as threads:
+            if len(copied) < len(self.plan.spans):
+                threads.start(_WRITERS, lambda: work(iter(())))
+            left = self._left_by_another_process(file, copied, sums, advance)
+            if left:
+                waiting = iter(left)
+                threads.start(_WRITERS, lambda: work(waiting))
 
     def _left_by_another_process(
         self, file: TensorFile, spans: Sequence[Span], sums: list[list[int]], advance: Callable[[int], None]
@@ -229,7 +232,11 @@ class Snapshot:
         try:
             found = write_apart(file.path, shared.descriptor, stretches, _WRITERS, advance)
         except NoProcessError as error:
-            logger.info("A save is written by threads of this process, another one did not write it: %s.", error)
+            level = logging.INFO if self._pool.said_alone else logging.WARNING
+            self._pool.said_alone = True
+            logger.log(
+                level, "A save in the background may hold the training up, no process of its own writes it: %s.", error
+            )
             return spans
         for span, own in zip(spans, found, strict=True):
             for (n, block, _), value in zip(span.parts, own, strict=True):
