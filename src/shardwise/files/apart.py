@@ -8,7 +8,8 @@ Threads that sum up and write do without the interpreter, but they ask for it be
 that trains waits for it: 0.1 ms on a virtual machine, thousands of times in a save (docs/log.md). Another process has an
 interpreter of its own. It imports nothing but this package's files and the standard library.
 
-It ends with its work, or when the pipe to it closes: with the process that has started it, however that ends.
+It ends with its work, or with the process that has started it, however that ends: the pipe to it closes, or, where a process
+forked meanwhile holds that open, the parent is another one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import io
 import json
 import mmap
 import os
+import select
 import subprocess
 import sys
 import threading
@@ -25,7 +27,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .past_cache import PastCache
 
@@ -33,10 +35,23 @@ from .past_cache import PastCache
 Stretch = tuple[int, int, Sequence[int]]
 
 _TELLS_EVERY = 0.25  # seconds
+_BEGINS_WITHIN = 60.0  # seconds; a program that holds Python may be started again instead, and never speak
+
+# This package and no other: where a script has found it in its own way, another version may be installed. What else lies beside
+# it comes behind the standard library, or not at all.
+_START = """
+import sys
+from importlib import machinery, util
+spec = machinery.PathFinder.find_spec({name!r}, [{path!r}])
+sys.modules[{name!r}] = package = util.module_from_spec(spec)
+spec.loader.exec_module(package)
+from {module} import main
+main()
+"""
 
 
 class NoProcessError(Exception):
-    """There is no such process, or it ended without a word. What it was to write is still in memory."""
+    """There is no such process, or it ended without having written all. What it was to write is still in memory."""
 
 
 def write_apart(
@@ -47,8 +62,10 @@ def write_apart(
     memory: a descriptor of it. advance: called with the number of bytes that were written since the last time.
     Raises OSError as the other process met it, NoProcessError.
     """
-    package = str(Path(__file__).resolve().parents[2])
-    start = f"import sys; sys.path.append({package!r}); from {__name__} import main; main()"
+    if not sys.executable:
+        raise NoProcessError("it is not known which Python runs this")
+    name, _, _ = __name__.partition(".")
+    start = _START.format(name=name, path=str(Path(__file__).resolve().parents[2]), module=__name__)
     command = [sys.executable, "-P", "-c", start, str(memory)]  # -P: nothing of the directory that this is in
     try:
         process = subprocess.Popen(
@@ -63,7 +80,8 @@ def write_apart(
         raise NoProcessError(str(error)) from error
     with process:
         try:
-            return _asked(process, {"path": str(path), "threads": threads, "stretches": stretches}, advance)
+            plan = {"path": str(path), "threads": threads, "stretches": stretches, "parent": os.getpid()}
+            return _asked(process, plan, advance)
         finally:
             process.kill()  # without effect on one that has ended
 
@@ -71,26 +89,44 @@ def write_apart(
 def _asked(process: subprocess.Popen[bytes], plan: dict[str, Any], advance: Callable[[int], None]) -> list[list[int]]:
     assert process.stdin is not None
     assert process.stdout is not None
+    first = select.poll()  # not select, which knows no descriptors above 1023
+    first.register(process.stdout, select.POLLIN)
+    if not first.poll(_BEGINS_WITHIN * 1000):
+        raise NoProcessError(f"it said nothing for {_BEGINS_WITHIN:g} s")
     try:
-        words = memoryview(json.dumps(plan).encode() + b"\n")
-        while words:
-            words = words[process.stdin.write(words) :]
+        asked = memoryview(json.dumps(plan).encode() + b"\n")
+        while asked:
+            asked = asked[process.stdin.write(asked) :]
     except OSError as error:
         raise NoProcessError(str(error)) from error
+    advanced = 0
     with io.BufferedReader(process.stdout) as lines:  # type: ignore[type-var]
         for line in lines:
-            try:
-                told = json.loads(line)
-            except ValueError as error:
-                raise NoProcessError(f"it said {line[:80]!r}") from error
-            if "written" in told:
-                advance(told["written"])
-            elif "errno" in told:
-                raise OSError(told["errno"], told["words"], plan["path"])
-            else:
-                sums: list[list[int]] = told["sums"]
-                return sums
-    raise NoProcessError(f"it ended with {process.wait()}")
+            match _read(line):
+                case {"written": int(nbytes)}:
+                    advanced += nbytes
+                    advance(nbytes)
+                case {"errno": number, "words": words}:
+                    raise OSError(number, words, plan["path"])
+                case {"sums": sums}:
+                    return cast("list[list[int]]", sums)
+                case {"failed": str(words)}:
+                    why = words
+                    break
+                case _:  # an environment may have its say in each Python that starts
+                    why = f"it said {line[:80]!r}"
+                    break
+        else:
+            why = f"it ended with {process.wait()}"
+    advance(-advanced)  # all of it is to be written by somebody else
+    raise NoProcessError(why)
+
+
+def _read(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 # In the other process.
@@ -150,22 +186,31 @@ def _tell(words: dict[str, Any]) -> None:
     print(json.dumps(words), flush=True)
 
 
-def _end_with_the_other() -> None:
-    while sys.stdin.read(1):
-        pass
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        told, _, _ = select.select([sys.stdin], [], [], _TELLS_EVERY)
+        if told and not os.read(sys.stdin.fileno(), 1):
+            break
     os._exit(1)
 
 
 def main() -> None:
     """Take a plan from standard input and carry it out."""
+    _tell({"written": 0})  # the other waits for it, lest it asked somebody else
     plan = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_the_other, daemon=True).start()
-    memory = mmap.mmap(int(sys.argv[1]), 0, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    try:
+        threading.Thread(target=_end_with, args=(plan["parent"],), daemon=True).start()
+        memory = mmap.mmap(int(sys.argv[1]), 0, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    except Exception as error:  # not the disk's
+        _tell({"failed": repr(error)})
+        os._exit(1)
     work = _Work(memoryview(memory), plan)
     try:
         _do(work)
     except OSError as error:
         _tell({"errno": error.errno, "words": error.strerror or str(error)})
+    except Exception as error:  # of memory, or threads: the other process may have them
+        _tell({"failed": repr(error)})
     else:
         _tell({"written": work.take_written()})
         _tell({"sums": work.sums})
