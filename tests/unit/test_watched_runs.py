@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import math
+import sys
 import time
 from types import SimpleNamespace
 
@@ -125,6 +126,18 @@ def test_the_time_left_is_that_of_the_steps_left_and_forgets_the_first_one(hand)
         step(lines, hand, number)
     lines.close(5)
     assert [line["left_s"] for line in told] == pytest.approx([4 * 108, 30, 20, 10, 0], abs=1e-6)
+
+
+def test_the_time_left_of_a_line_of_several_steps_is_that_of_each(hand):
+    told = []
+    lines = lines_of(told, total=12)
+    for number in (3, 6):
+        step(lines, hand, number)  # 10 seconds for three steps
+    lines.close(6)
+    assert [line["left_s"] for line in told] == pytest.approx([30, 20])
+    told.clear()
+    lines_of(told, total=12).close(0)  # nothing was done: nobody knows
+    assert [line["left_s"] for line in told] == [None]
 
 
 def test_an_interval_of_many_spans_keeps_few_marks():
@@ -590,3 +603,69 @@ def test_the_callback_writes_a_line_for_each_log_of_a_trainer(tmp_path):
     assert activity.listener is None
     assert not model._forward_pre_hooks
     assert not hasattr(callback, "on_no_event")
+
+
+class Told:
+    """What a Trainer says on two ranks, of `batches` batches in an epoch, which it trains to `max_steps`."""
+
+    def __init__(self, folder, batches, max_steps, accumulation=1):
+        self.args = SimpleNamespace(
+            device=CPU,
+            bf16=False,
+            fp16=False,
+            world_size=2,
+            output_dir=str(folder),
+            to_sanitized_dict=dict,
+            gradient_accumulation_steps=accumulation,
+        )
+        whole = sys.maxsize if batches is None else -(-max_steps * accumulation // batches)
+        self.state = SimpleNamespace(
+            is_world_process_zero=True, max_steps=max_steps, num_train_epochs=whole, global_step=0, logging_steps=2
+        )
+        self.told = (self.args, self.state, SimpleNamespace(should_evaluate=False, should_save=False))
+        self.loader = iter(()) if batches is None else range(batches)
+
+    def train(self, callback, model, *, until=None):
+        """A log for every two steps. until: where an interruption ends it."""
+        self.state.global_step = 0
+        callback.on_train_begin(*self.told, model=model, train_dataloader=self.loader)
+        for number in range(1, self.state.max_steps + 1):
+            callback.on_step_begin(*self.told)
+            model(input_ids=torch.zeros(2, 8, dtype=torch.int64))
+            if number == until:
+                return
+            self.state.global_step = number
+            callback.on_step_end(*self.told)
+            if number % 2 == 0:
+                callback.on_log(*self.told, logs={"loss": 1.0})
+        callback.on_train_end(*self.told)
+
+
+@pytest.mark.parametrize(
+    ("batches", "accumulation", "max_steps", "epochs"),
+    [(8, 1, 12, 1.5), (8, 1, 5, 0.625), (8, 3, 4, 4 / 3), (None, 1, 4, None)],
+    ids=["half", "within", "accumulated", "stream"],
+)
+def test_the_epoch_of_a_trainer_is_that_of_its_loader(tmp_path, capsys, batches, accumulation, max_steps, epochs):
+    Told(tmp_path, batches, max_steps, accumulation).train(WatchCallback(), llama())
+    assert record_of(tmp_path)[-1]["epoch"] == epochs
+    of_the_run = f"epoch {epochs:.2f}/{epochs:g}" if epochs else f"step {max_steps}/{max_steps} · loss"
+    assert of_the_run in capsys.readouterr().err
+
+
+def test_steps_of_a_trainer_behind_its_last_log_have_their_tokens_and_no_other_run_has_them(tmp_path):
+    callback, model = WatchCallback(bar=False), llama()
+    for _ in range(2):
+        Told(tmp_path, 8, 3).train(callback, model)
+        lines = record_of(tmp_path)
+        assert [(line["step"], line["tokens"], line["samples"]) for line in lines] == [(2, 64, 8), (3, 32, 4)]
+
+
+def test_a_trainer_that_was_interrupted_and_trains_again_counts_each_token_once(tmp_path):
+    callback, model = WatchCallback(bar=False), llama()
+    Told(tmp_path, 8, 4).train(callback, model, until=3)
+    assert len(model._forward_pre_hooks) == 1
+    Told(tmp_path, 8, 4).train(callback, model)
+    assert [line["tokens"] for line in record_of(tmp_path)] == [64, 64]
+    assert not model._forward_pre_hooks
+    assert activity.listener is None

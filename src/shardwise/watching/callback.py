@@ -68,13 +68,15 @@ class WatchCallback:
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
+        self._close()  # of a training that an interruption has ended
+        self._tokens = self._samples = 0  # of steps that no log came behind
         model, device = kwargs["model"], args.device
         sharded, ledger = find_sharded(model), _ledger_of(model)
         shapes = {} if sharded is None else {member.name: tuple(member.shape) for member in sharded.whole.members()}
         work = work_of(model, shapes, self._per_token)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
         peak = peak_for(device, dtype, self._peak)
-        per_epoch = state.max_steps / state.num_train_epochs if state.num_train_epochs else None
+        per_epoch = _steps_per_epoch(args, kwargs.get("train_dataloader"))
         run = Run(args.world_size, state.max_steps, per_epoch, work, peak[0])
         record = Record(self._directory or args.output_dir, goes_on=state.global_step > 0)
         record.about(
@@ -88,7 +90,7 @@ class WatchCallback:
                 more={"steps": state.max_steps, "steps_per_epoch": per_epoch, "log_every": state.logging_steps},
             )
         )
-        bar = Bar(state.max_steps, state.num_train_epochs) if self._shows else None
+        bar = Bar(state.max_steps, state.max_steps / per_epoch if per_epoch else None) if self._shows else None
         self._lines = Lines(run, Clock(device, "data"), state.global_step, Memory(device, ledger), record, bar, _nobody)
         self._step = state.global_step
         self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
@@ -110,12 +112,16 @@ class WatchCallback:
         self._goes_on(evaluates=control.should_evaluate, saves=control.should_save)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if self._lines is None or not logs or "loss" not in logs:
+        if logs and "loss" in logs:
+            self._due(args, state, logs)
+
+    def _due(self, args: Any, state: Any, logs: dict[str, Any]) -> None:
+        if self._lines is None:
             return
         tokens, samples = self._tokens * args.world_size, self._samples * args.world_size
         self._tokens = self._samples = 0
         noted = Noted(
-            _number(logs["loss"]),
+            _number(logs.get("loss")),
             _number(logs.get("learning_rate")),
             _number(logs.get("grad_norm")),
             tokens or None,
@@ -130,6 +136,8 @@ class WatchCallback:
         self._goes_on(evaluates=False, saves=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._samples:  # of steps behind the last log
+            self._due(args, state, {})
         self._close()
 
     def _goes_on(self, *, evaluates: bool, saves: bool) -> None:
@@ -169,6 +177,15 @@ def _nobody(line: Line) -> None:
 
 def _number(value: Any) -> float | None:
     return None if value is None else float(value)
+
+
+def _steps_per_epoch(args: Any, loader: Any) -> int | None:
+    """As the Trainer counts them: it tells its callbacks only whole epochs, also where max_steps ends within one."""
+    try:
+        steps: int = -(-len(loader) // args.gradient_accumulation_steps)
+    except TypeError:  # of a stream nobody knows
+        return None
+    return max(1, steps)
 
 
 def _ledger_of(model: torch.nn.Module) -> Any:

@@ -242,19 +242,22 @@ class Lines:
             "time_s": {part: round(seconds.get(part, 0.0), 7) for part in PARTS},
             "memory_bytes": pending.memory,
             "elapsed_s": pending.elapsed_s,
-            "left_s": self._left(pending),
+            "left_s": self._left(pending, steps),
         }
 
-    def _left(self, pending: _Pending) -> float | None:
+    def _left(self, pending: _Pending, steps: int) -> float | None:
         """Seconds left of the run: steps left times the mean of those so far, from the second line on without the first's."""
         if self._run.total is None:
             return None
-        step, elapsed = self._first or (pending.step, pending.elapsed_s)
         if self._first is None:
+            done, elapsed = steps, pending.elapsed_s
             self._first = (pending.step, pending.elapsed_s)
-        done = pending.step - step
-        mean = (pending.elapsed_s - elapsed) / done if done else elapsed
-        return max(0, self._run.total - pending.step) * mean
+        else:
+            done, elapsed = pending.step - self._first[0], pending.elapsed_s - self._first[1]
+        left = max(0, self._run.total - pending.step)
+        if not left:
+            return 0.0
+        return left * elapsed / done if done else None
 
 
 def _rate(count: int | None, seconds: float) -> float | None:
