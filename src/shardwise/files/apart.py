@@ -36,6 +36,7 @@ Stretch = tuple[int, int, Sequence[int]]
 
 _TELLS_EVERY = 0.25  # seconds
 _BEGINS_WITHIN = 60.0  # seconds; a program that holds Python may be started again instead, and never speak
+_HERE = {"here": True}  # said first, and waited for: it is this program that has started
 
 # This package and no other: where a script has found it in its own way, another version may be installed. What else lies beside
 # it comes behind the standard library, or not at all.
@@ -87,21 +88,18 @@ def write_apart(
 
 
 def _asked(process: subprocess.Popen[bytes], plan: dict[str, Any], advance: Callable[[int], None]) -> list[list[int]]:
-    assert process.stdin is not None
     assert process.stdout is not None
     first = select.poll()  # not select, which knows no descriptors above 1023
     first.register(process.stdout, select.POLLIN)
     if not first.poll(_BEGINS_WITHIN * 1000):
         raise NoProcessError(f"it said nothing for {_BEGINS_WITHIN:g} s")
-    try:
-        asked = memoryview(json.dumps(plan).encode() + b"\n")
-        while asked:
-            asked = asked[process.stdin.write(asked) :]
-    except OSError as error:
-        raise NoProcessError(str(error)) from error
     advanced = 0
     with io.BufferedReader(process.stdout) as lines:  # type: ignore[type-var]
-        for line in lines:
+        line = lines.readline()
+        if _read(line) == _HERE:
+            _give(process, plan)
+            line = lines.readline()
+        while line:
             match _read(line):
                 case {"written": int(nbytes)}:
                     advanced += nbytes
@@ -116,10 +114,22 @@ def _asked(process: subprocess.Popen[bytes], plan: dict[str, Any], advance: Call
                 case _:  # an environment may have its say in each Python that starts
                     why = f"it said {line[:80]!r}"
                     break
+            line = lines.readline()
         else:
             why = f"it ended with {process.wait()}"
     advance(-advanced)  # all of it is to be written by somebody else
     raise NoProcessError(why)
+
+
+def _give(process: subprocess.Popen[bytes], plan: dict[str, Any]) -> None:
+    """Only to one that is there: where a script has signals of its own, writing to no one may end this process."""
+    assert process.stdin is not None
+    try:
+        words = memoryview(json.dumps(plan).encode() + b"\n")
+        while words:
+            words = words[process.stdin.write(words) :]
+    except OSError as error:
+        raise NoProcessError(str(error)) from error
 
 
 def _read(line: bytes) -> Any:
@@ -196,7 +206,7 @@ def _end_with(parent: int) -> None:
 
 def main() -> None:
     """Take a plan from standard input and carry it out."""
-    _tell({"written": 0})  # the other waits for it, lest it asked somebody else
+    _tell(_HERE)
     plan = json.loads(sys.stdin.readline())
     try:
         threading.Thread(target=_end_with, args=(plan["parent"],), daemon=True).start()
