@@ -7,8 +7,10 @@ What rests in host memory and visits a device is not copied: `as_on_a_device` ha
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -332,3 +334,26 @@ def test_offloaded_states_take_no_more_memory_in_a_save_than_spare_blocks(world,
         assert buffer == 0
         assert 0 < most <= spares if spares else most == 0
         assert offloaded > 4 * 2048
+
+
+def _written_alone(ranks: Any, folder: str) -> list[str]:
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("shardwise")
+    run = Training({"zero_stage": 3})
+    run.step()
+    with mock.patch.object(snapshot, "_SEVERAL_NBYTES", 0), mock.patch.object(sys, "executable", None):
+        log.addHandler(handler)
+        try:
+            _saved_both_ways(run, ranks.rank, Path(folder), lambda: run.step(2))
+        finally:
+            log.removeHandler(handler)
+    run.close()
+    return said
+
+
+def test_where_no_other_process_writes_this_one_does_and_says_so_once(world, tmp_path):
+    for said in world(2).run(_written_alone, str(tmp_path)):
+        assert len(said) == 1
+        assert "this process writes it, another one did not: it is not known which Python runs this." in said[0]

@@ -234,9 +234,10 @@ class Snapshot:
         except NoProcessError as error:
             level = logging.INFO if self._pool.said_alone else logging.WARNING
             self._pool.said_alone = True
-            logger.log(
-                level, "A save in the background may hold the training up, no process of its own writes it: %s.", error
+            words = (
+                "A save in the background may hold the training up: this process writes it, another one did not: %s."
             )
+            logger.log(level, words, error)
             return spans
         for span, own in zip(spans, found, strict=True):
             for (n, block, _), value in zip(span.parts, own, strict=True):
