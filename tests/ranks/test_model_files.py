@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from rig.tiny import batches, share, tiny_llama, with_lora
 from shardwise import Accelerator, gathered
 from shardwise.building import initialising
-from shardwise.errors import StoreError
+from shardwise.errors import LoadingError, StoreError
 from shardwise.offload.borrowed import BorrowedSlab
 from shardwise.run.process import forget_run
 
@@ -215,3 +216,52 @@ def test_files_that_are_written_meanwhile_are_an_error_on_every_rank(world, tmp_
     assert "it has been written since the run has begun" in words
     assert "set offload_param_source: copy" in words
     assert str(tmp_path / "model") in words
+
+
+def _second_model(ranks: Any, folder: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    def replaced(seed: int) -> None:
+        """By a rename, as a download and most savers do it."""
+        ranks.barrier()
+        if ranks.rank == 0:
+            for path in Path(folder, f"model{seed}").glob("*.safetensors"):
+                shutil.copy(path, f"{folder}/new")
+                os.replace(f"{folder}/new", f"{folder}/model/{path.name}")
+        ranks.barrier()
+
+    run = Run(folder, "model_files")
+    before = run.weights()
+    replaced(1)
+    with run.accelerator.init():
+        second = AutoModelForCausalLM.from_pretrained(f"{folder}/model", attn_implementation="eager")
+    run.accelerator.prepare(second.eval().requires_grad_(False))
+    expected = tiny_llama(seed=1).state_dict()
+    with gathered(second):
+        assert all(torch.equal(value, expected[name]) for name, value in second.named_parameters())
+    assert all(torch.equal(value, before[name]) for name, value in run.weights().items())
+    run.close()
+
+
+def test_a_second_model_from_a_path_with_another_file_by_now_has_its_own_weights(world, tmp_path):
+    saved(tmp_path / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tiny_llama(seed=1).save_pretrained(tmp_path / "model1", max_shard_size="60kB")
+    world(2).run(_second_model, str(tmp_path))
+
+
+def _gone(ranks: Any, folder: str) -> None:
+    def change(model: Any) -> None:
+        ranks.barrier()
+        if ranks.rank == 0:
+            shutil.rmtree(Path(folder, "model"))
+        ranks.barrier()
+
+    Run(folder, "model_files", change)
+
+
+def test_files_that_are_gone_before_prepare_are_a_sentence(world, tmp_path):
+    saved(tmp_path / "model")
+    with pytest.raises(LoadingError, match=r"safetensors: there is no such file"):
+        world(2).run(_gone, str(tmp_path))

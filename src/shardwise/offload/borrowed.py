@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import LoadingError
+from ..files.documents import opened, printed
 from ..files.past_cache import PAGE
 from .drive import Reading
 from .files import File
@@ -56,16 +58,22 @@ class _TheirFile(File):
                 raise
             super().__init__(os.open(path, flags), False, path)
         weakref.finalize(self, os.close, self.descriptor).atexit = False
-        self._as_opened = self._now()
+        self._as_opened = _seen(self.descriptor)
 
-    def _now(self) -> tuple[int, int]:
-        found = os.fstat(self.descriptor)
-        return found.st_size, found.st_mtime_ns
+    def is_still(self, descriptor: int) -> bool:
+        """Whether what is open there is this very file, unwritten since this was opened."""
+        return _seen(descriptor) == self._as_opened
 
     def check(self) -> None:
         """Raises OSError if it has been written since it was opened."""
-        if self._now() != self._as_opened:
+        if not self.is_still(self.descriptor):
             raise OSError(errno.ESTALE, "it has been written since the run has begun")
+
+
+def _seen(descriptor: int) -> tuple[int, ...]:
+    """Which file it is, and what a write to it changes."""
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 _opened: weakref.WeakValueDictionary[str, _TheirFile] = weakref.WeakValueDictionary()
@@ -82,7 +90,7 @@ class BorrowedSlab(FileSlab):
     """(numel,) bytes, of which the most are in somebody else's files.
 
     loans: where they are there. kept: ranges that `keep` gives, which stay in host memory. The rest is padding, of any value.
-    Raises OSError.
+    Raises LoadingError for a file that cannot be opened.
     """
 
     def __init__(
@@ -153,8 +161,16 @@ class BorrowedSlab(FileSlab):
 
 
 def _file(path: str) -> _TheirFile:
-    """One for all slabs that lie in it."""
-    found = _opened.get(path)
-    if found is None:
-        found = _opened[path] = _TheirFile(Path(path))
-    return found
+    """One for all slabs that lie in it. Raises LoadingError.
+
+    A path may have another file by now, or a new content, while a model that was prepared before still reads what was there.
+    """
+    with opened(path, LoadingError) as (descriptor, _):
+        found = _opened.get(path)
+        if found is not None and found.is_still(descriptor):
+            return found
+        try:
+            found = _opened[path] = _TheirFile(Path(path))
+        except OSError as error:
+            raise LoadingError(f"{printed(path)}: cannot be read: {error.strerror}") from error
+        return found
