@@ -139,6 +139,25 @@ def test_what_computes_in_another_dtype_is_copied(world, tmp_path):
         assert own == copied
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_little_that_is_quantised_computes_as_with_a_copy(world, tmp_path, bits):
+    """Its codes are in no file; the layer must compute with those in the buffer."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    others = ["lm_head", "q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = BitsAndBytesConfig(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        llm_int8_skip_modules=others,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    saved(tmp_path / "model")
+    for borrowed, _, _ in world(2).run(both, str(tmp_path), {"quantization_config": config, "dtype": torch.float32}):
+        assert all(borrowed)
+
+
 def _changed(ranks: Any, folder: str) -> list[str]:
     said: list[str] = []
     handler = logging.Handler()

@@ -167,6 +167,7 @@ class Builder:
             fill_region(buffer, self._sources, self._makers, ranks, buffer.own_slice, slab[1].members)
             slab[0].keep(buffer.own_slice)
             buffer.adopt()
+            self._quantised.settle(members)
             return buffer
         if self._have_sources(members):
             fill_region(buffer, self._sources, self._makers, ranks, buffer.own_slice)
