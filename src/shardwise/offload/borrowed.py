@@ -6,7 +6,7 @@
 
 So weights that nobody trains take no second copy on the drive, and no time to be written. Such a file is never written: what is
 put into the slab makes files of the store's own, with all of it, which are read from then on. Somebody else may write it,
-which its size and its time of change show: that is looked at whenever it is read.
+which its size and its time of change show: that is looked at before and after each read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from ..errors import LoadingError
 from ..files.documents import opened, printed
 from ..files.past_cache import PAGE
-from .drive import Reading
+from .drive import Drive, Reading
 from .files import File
 from .nvme import FileSlab, NvmeStore
 from .pinned import host_tensor
@@ -141,11 +141,15 @@ class BorrowedSlab(FileSlab):
             kept = self._memory[part.offset : part.offset + out.numel()]
             self._copies["last"] = drive.give(kept, out, reading) or self._copies.get("last")
             return
-        try:
-            part.file.check()
-        except OSError as error:
-            raise drive.failed(f"read {self.name} in", error, part.file.path) from error
+        self._check(drive, part.file)
         drive.read(part.file, part.offset, out, self.name, reading)
+        self._check(drive, part.file)  # somebody may have written between the two; a write shows before its bytes do
+
+    def _check(self, drive: Drive, file: _TheirFile) -> None:
+        try:
+            file.check()
+        except OSError as error:
+            raise drive.failed(f"read {self.name} in", error, file.path) from error
 
     def about_to_be_written(self, first: int, last: int) -> None:
         """Have files of the store's own, with what is there and stays."""
