@@ -16,7 +16,7 @@ import torch
 from rig.tiny import batches, share, tiny_llama, with_lora
 from shardwise import Accelerator, gathered
 from shardwise.building import initialising
-from shardwise.errors import LoadingError, StoreError
+from shardwise.errors import LoadingError, RankError, StoreError
 from shardwise.offload.borrowed import BorrowedSlab
 from shardwise.run.process import forget_run
 
@@ -284,3 +284,20 @@ def test_files_that_are_gone_before_prepare_are_a_sentence(world, tmp_path):
     saved(tmp_path / "model")
     with pytest.raises(LoadingError, match=r"safetensors: there is no such file"):
         world(2).run(_gone, str(tmp_path))
+
+
+def _stale_on_one(ranks: Any, folder: str) -> None:
+    shutil.copytree(f"{folder}/model", f"{folder}/{ranks.rank}/model")
+    run = Run(f"{folder}/{ranks.rank}", "model_files")
+    if ranks.rank == 1:
+        for path in Path(folder, "1/model").glob("*.safetensors"):
+            os.utime(path, ns=(1, 1))
+    with pytest.raises((StoreError, RankError), match="rank 1 could not read"):
+        run.accelerator.save_state(f"{folder}/state")
+    assert run.accelerator.reduce(torch.ones(())).item() == 2
+    run.close()
+
+
+def test_a_save_that_cannot_sum_up_the_base_on_one_rank_is_an_error_on_every_rank(world, tmp_path):
+    saved(tmp_path / "model")
+    world(2).run(_stale_on_one, str(tmp_path))

@@ -56,13 +56,19 @@ def part_sums(values: Tensor, first_byte: int) -> tuple[int, int]:
 def fingerprints(intervals: Iterable[Interval], ranks: Ranks) -> dict[str, str]:
     """The fingerprint of each named tensor, equal on every rank. Collective.
 
-    intervals: this rank's; over all ranks each element once.
+    intervals: this rank's; over all ranks each element once. What cannot be read on one rank is every rank's error.
     """
-    mine: dict[str, tuple[int, int]] = {}
-    for interval in intervals:
-        first, second = part_sums(interval.look().to(interval.dtype), interval.begin * interval.dtype.itemsize)
-        before = mine.get(interval.name, (0, 0))
-        mine[interval.name] = (before[0] + first, before[1] + second)
+
+    def own() -> dict[str, tuple[int, int]]:
+        mine: dict[str, tuple[int, int]] = {}
+        for interval in intervals:
+            first, second = part_sums(interval.look().to(interval.dtype), interval.begin * interval.dtype.itemsize)
+            before = mine.get(interval.name, (0, 0))
+            mine[interval.name] = (before[0] + first, before[1] + second)
+        return mine
+
+    # What rests on a drive may be unreadable, on one rank alone.
+    mine = ranks.together(own)
     totals: dict[str, tuple[int, int]] = {}
     for found in ranks.gather_objects(mine):
         for name, sums in found.items():
