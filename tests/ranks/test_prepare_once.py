@@ -6,11 +6,12 @@ from contextlib import ExitStack
 from unittest.mock import patch
 
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from rig.engine import adamw, trained
 from rig.tiny import tiny
-from shardwise import Accelerator, DeepSpeedPlugin
+from shardwise import Accelerator, DeepSpeedPlugin, gathered
 from shardwise.compat.deepspeed.entry import initialize
 from shardwise.config.check import merged
 from shardwise.data.prepare import check_data_loader
@@ -151,3 +152,31 @@ def _loaders(ranks):
 
 def test_a_loader_is_checked_once(world):
     world(2).run(_loaders)
+
+
+def _inside_of_inference_mode(ranks, folder):
+    for tier in ("none", "nvme"):
+        forget_run()
+        plugin = DeepSpeedPlugin(
+            zero_stage=3, offload_param_device=tier, offload_optimizer_device=tier, offload_param_nvme_path=folder,
+            offload_optimizer_nvme_path=folder,
+        )  # fmt: skip
+        accelerator = Accelerator(cpu=True, deepspeed_plugin=plugin)
+        model = torch.nn.Linear(4, 2)
+        optimizer = adamw(model.parameters())
+        before = model.weight.detach().clone()
+        with torch.inference_mode():
+            accelerator.prepare(model, optimizer)
+        accelerator.backward(model(torch.ones(3, 4)).sum())
+        optimizer.step()
+        with gathered(model):
+            assert not torch.equal(model.weight, before)
+        with torch.inference_mode():
+            built = torch.nn.Linear(4, 2)
+        with pytest.raises(PrepareError, match=r"^weight was made inside torch.inference_mode\(\)"):
+            accelerator.prepare(built)
+        accelerator.free_memory()
+
+
+def test_prepare_inside_of_inference_mode_makes_what_can_be_trained(world, tmp_path):
+    world(2).run(_inside_of_inference_mode, str(tmp_path))

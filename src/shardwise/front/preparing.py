@@ -48,6 +48,7 @@ def init(run: Run) -> Iterator[None]:
         yield
 
 
+@torch.inference_mode(False)  # what is made here outlives the mode of the script, and is trained
 def prepare(run: Run, *objects: Any, device_placement: Sequence[bool | None] | None = None) -> Any:
     """The objects, ready for the run, in the same order; a single one by itself. Collective.
 

@@ -25,6 +25,11 @@ def check_model(model: nn.Module, prepared: Iterable[nn.Module], sources: Source
             raise PrepareError(
                 f"{name} is on the meta device: it has no values. Load or initialise the model before prepare."
             )
+        if parameter.is_inference():
+            raise PrepareError(
+                f"{name} was made inside torch.inference_mode(), and torch never trains or watches such a tensor. Build the "
+                "model outside of it, or under torch.no_grad()."
+            )
         if parameter.requires_grad and not parameter.is_floating_point():
             raise PrepareError(
                 f"{name} is trainable but its dtype is {parameter.dtype}. Freeze it: requires_grad_(False)."
