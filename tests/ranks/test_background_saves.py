@@ -7,7 +7,6 @@ What rests in host memory and visits a device is not copied: `as_on_a_device` ha
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import sys
@@ -23,6 +22,7 @@ import torch
 from torch import nn
 
 from rig.engine import as_on_a_device
+from rig.heard import heard
 from shardwise import Accelerator
 from shardwise.checkpoint import file_plan, keeping, snapshot
 from shardwise.checkpoint.keeping import Keeping
@@ -104,7 +104,7 @@ def slow_disk(seconds: float) -> Iterator[None]:
 
 
 @contextmanager
-def written_as_if_large() -> Iterator[None]:
+def written_as_if_large(run: Training) -> Iterator[None]:
     """What was copied by another process, what was kept by threads, all past the page cache."""
     plain, asked, written = snapshot.write_apart, 0, 0
 
@@ -122,6 +122,7 @@ def written_as_if_large() -> Iterator[None]:
     ):
         yield
     assert written == asked
+    assert bool(asked) == bool(run.accelerator._run.pool.nbytes)
 
 
 def _files(folder: Path, rank: int) -> dict[str, bytes]:
@@ -154,7 +155,7 @@ def both_ways(ranks: Any, folder: str, stage: int, tier: str, visits: bool, opti
         for number in range(2):
             run.step(number)
             # The first time as large files are written.
-            with slow_disk(0.002), nullcontext() if number else written_as_if_large():
+            with slow_disk(0.002), nullcontext() if number else written_as_if_large(run):
                 _saved_both_ways(run, ranks.rank, Path(folder, str(number)), lambda: run.step(2))
         taken = run.accelerator._run.pool.nbytes
         run.close()
@@ -337,18 +338,10 @@ def test_offloaded_states_take_no_more_memory_in_a_save_than_spare_blocks(world,
 
 
 def _written_alone(ranks: Any, folder: str) -> list[str]:
-    said: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    log = logging.getLogger("shardwise")
     run = Training({"zero_stage": 3})
     run.step()
-    with mock.patch.object(snapshot, "_SEVERAL_NBYTES", 0), mock.patch.object(sys, "executable", None):
-        log.addHandler(handler)
-        try:
-            _saved_both_ways(run, ranks.rank, Path(folder), lambda: run.step(2))
-        finally:
-            log.removeHandler(handler)
+    with mock.patch.object(snapshot, "_SEVERAL_NBYTES", 0), mock.patch.object(sys, "executable", None), heard() as said:
+        _saved_both_ways(run, ranks.rank, Path(folder), lambda: run.step(2))
     run.close()
     return said
 

@@ -6,7 +6,6 @@ The short form draws each kind once and some more; the long one, marked `full`, 
 
 from __future__ import annotations
 
-import logging
 import os
 import resource
 import shutil
@@ -22,6 +21,7 @@ import pytest
 
 from ranks.spoiling import Spoiling, drawn, one_of_each
 from ranks.test_checkpoint_failures import Run
+from rig.heard import heard
 from shardwise.errors import CheckpointError
 
 LIMIT_S = 10.0
@@ -40,18 +40,6 @@ def open_folder() -> Iterator[Path]:
             if not os.path.islink(os.path.join(root, name)):
                 os.chmod(os.path.join(root, name), 0o700)
     shutil.rmtree(folder)
-
-
-@contextmanager
-def said(*, level: int = logging.WARNING) -> Iterator[list[str]]:
-    lines: list[str] = []
-    handler = logging.Handler(level)
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("shardwise").addHandler(handler)
-    try:
-        yield lines
-    finally:
-        logging.getLogger("shardwise").removeHandler(handler)
 
 
 @contextmanager
@@ -115,7 +103,7 @@ class Trial:
             spoiling(self.place / "checkpoint_1", self.place / "checkpoint_0")
         ranks.barrier()
         outside = snapshot(self.folder)
-        with said() as lines, as_another_user(spoiling.by_others):
+        with heard() as lines, as_another_user(spoiling.by_others):
             began = time.monotonic()
             there = self.run.accelerator.has_checkpoint()
             outcome, words = self._load(named)
@@ -155,7 +143,7 @@ class Trial:
     def _save(self, spoiling: Spoiling) -> None:
         """The next automatic save works beside it; its limit removes nothing outside."""
         start = snapshot(self.folder / "start")
-        with said():
+        with heard():
             path = Path(self.run.accelerator.save_state())
             assert path.parent == self.place, spoiling.words
             self.run.accelerator.load_state(path)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from torch.func import grad
 
 import shardwise
 from rig.engine import Tower, adamw, inputs, loss_of, mine, plain_step, prepare, trained, weights_of
+from rig.heard import heard
 from shardwise import Accelerator, DeepSpeedPlugin
 from shardwise.errors import ConfigError, WriteError
 from shardwise.plan.compressed import Packing
@@ -72,22 +72,6 @@ def rounded_by_hand(sharded):
                     found[member.name] = buffer.view(index, values).clone()
                     packed[member.name] = whole is not None
     return found, packed
-
-
-@contextmanager
-def heard():
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    logger = logging.getLogger("shardwise")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield said
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
 
 
 # The numbers.
@@ -397,7 +381,7 @@ def test_each_gather_is_one_collective_of_so_many_bytes(world, frozen):
 
 def _on_one_machine(ranks, machines, group):
     losses = []
-    with heard() as said:
+    with heard(logging.INFO) as said:
         for gather_dtype in ("none", "int8"):
             apart = copy.copy(ranks)
             apart._divided, apart.machines = {}, machines
@@ -424,7 +408,7 @@ def test_inside_of_machines_it_has_no_effect_and_says_so_once(world, machines, g
 
 
 def _told(ranks, plan, precision):
-    with heard() as said:
+    with heard(logging.INFO) as said:
         try:
             sharded, _, _ = compressed(ranks, None, plan, precision=precision)
         except ConfigError as error:
@@ -459,7 +443,7 @@ def _frozen_in_fp32(ranks):
     model.head.requires_grad_(True)
     model.blocks[0].up.float()
     model.blocks[0].up.forward = lambda x: nn.functional.linear(x.float(), model.blocks[0].up.weight).bfloat16()
-    with heard() as said:
+    with heard(logging.INFO) as said:
         sharded, _, _ = compressed(ranks, model, precision="no")
     weights, packed = rounded_by_hand(sharded)
     exact = {name for name, codes in packed.items() if not codes}

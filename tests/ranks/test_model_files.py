@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import warnings
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from rig.heard import heard
 from rig.tiny import batches, share, tiny_llama, with_lora
 from shardwise import Accelerator, gathered
 from shardwise.building import initialising
@@ -159,23 +159,16 @@ def test_a_little_that_is_quantised_computes_as_with_a_copy(world, tmp_path, bit
 
 
 def _changed(ranks: Any, folder: str) -> list[str]:
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("shardwise").addHandler(handler)
-
     def change(model: Any) -> None:
         with torch.no_grad():
             model.model.layers[1].mlp.up_proj.weight.mul_(0.5)
 
-    try:
+    with heard() as said:
         run = Run(folder, "model_files", change)
         assert sorted(run.borrowed) == [False, *[True] * (len(run.borrowed) - 1)]
         run.train()
         run.close()
-        _, _, _ = both(ranks, folder, {"change": change})
-    finally:
-        logging.getLogger("shardwise").removeHandler(handler)
+        both(ranks, folder, {"change": change})
     return [text for text in said if "offload_param_source" in text]
 
 

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rig.engine import OTHER_PLANS, PLANS, Tower, adamw, as_on_a_device, inputs, loss_of, mine, prepare, states_at_rest
+from rig.heard import heard
 from shardwise import Accelerator
 from shardwise.config.schema import ENVIRONMENT_KEY
 from shardwise.config.sections import EngineConfig
@@ -72,19 +70,6 @@ def net(width: int = 60) -> nn.Module:
     model = Tower(depth=2, width=width)
     model.blocks[0].up.requires_grad_(False)
     return model
-
-
-@contextmanager
-def heard() -> Iterator[list[str]]:
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("shardwise")
-    logger.addHandler(handler)
-    try:
-        yield said
-    finally:
-        logger.removeHandler(handler)
 
 
 def _coded_in_place(stepper: Any, dtype: str, chunk: int, *, stepped: bool = True) -> None:
