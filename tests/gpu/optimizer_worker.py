@@ -23,7 +23,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rig import optimizer_page
-from rig.every_optimizer import KINDS, ON_A_GPU, outcome
+from rig.every_optimizer import BOTH, KINDS, ON_A_GPU, SHARDS, WHOLE, outcome
 from rig.optimizer_page import shortened
 from shardwise.run.process import join_run
 
@@ -39,7 +39,8 @@ def _wrong(key: str, plan: str, folder: str, device: torch.device) -> str:
         frames = traceback.extract_tb(error.__traceback__)
         return f"{type(error).__name__}: {str(error)[:300]} ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
     # On a CPU states at stage 3 are in place, so a refusal of what visits the device is no difference.
-    return "" if found == wanted or plan == "3-cpu" else f"{found!r}, on a CPU {wanted!r}"
+    refused = plan == "3-cpu" and found not in (SHARDS, WHOLE, BOTH)
+    return "" if found == wanted or refused else f"{found!r}, on a CPU {wanted!r}"
 
 
 def main() -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from rig.gpu_rows import rows_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,11 +17,6 @@ pytestmark = [
 
 
 def test_a_resumed_run_is_the_straight_run_bit_for_bit(tmp_path: Path) -> None:
-    worker = Path(__file__).with_name("checkpoint_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
-    rows = tmp_path / "rows.json"
-    done = subprocess.run([*command, "--json", str(rows)], capture_output=True, text=True, timeout=550, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(rows.read_text())
+    found = rows_of(Path(__file__).with_name("checkpoint_worker.py"), tmp_path, 550)
     assert len(found) == 10 + 8 + 6 + 1 + 2
     assert not [row for row in found if row["note"]]
