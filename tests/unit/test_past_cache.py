@@ -84,7 +84,7 @@ def test_without_such_a_way_all_goes_through_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
 ) -> None:
     if refused == "open":
-        monkeypatch.setattr(disk, "open_past_cache", lambda path: None)
+        monkeypatch.setattr(disk, "open_past_cache", lambda path, access: None)
     else:
         plain = os.pwrite
 

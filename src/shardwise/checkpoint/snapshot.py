@@ -3,7 +3,7 @@
     training   | step | take | forward, backward      | step |
     compute                  |  waits for weights     |      | waits for states
     down                     |weights|    states     |
-    thread                                           | sums and writes ........... |
+    thread, another process                          | sum up and write .......... |
 
 `take` only enqueues: weights and averages first, for which the computation waits, because scripts may write them; behind them
 an optimizer's states, for which its next step waits (of 0.75 GB on a rank that is 5 and 9 ms at 54 GB/s). What a script writes

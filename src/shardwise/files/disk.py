@@ -69,10 +69,10 @@ def create(path: Path, nbytes: int) -> int:
     return descriptor
 
 
-def open_past_cache(path: Path) -> int | None:
-    """Another descriptor of a file, whose writes bypass the page cache; None where its file system has none such."""
+def open_past_cache(path: Path, access: int) -> int | None:
+    """A descriptor of a file that bypasses the page cache; None where its file system has none such. access: os.O_WRONLY..."""
     try:
-        return os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
+        return os.open(path, access | os.O_CLOEXEC | os.O_DIRECT)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise

@@ -32,7 +32,7 @@ class PastCache:
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path
         self._through = descriptor
-        self._direct = disk.open_past_cache(path)
+        self._direct = disk.open_past_cache(path, os.O_WRONLY)
         self._edges: list[tuple[int, bytes]] = []
         self._blocks = threading.local()
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoadingError
+from ..files import disk
 from ..files.documents import opened, printed
 from ..files.past_cache import PAGE
 from .drive import Drive, Reading
@@ -50,13 +51,8 @@ class _TheirFile(File):
     __slots__ = ("_as_opened",)
 
     def __init__(self, path: Path) -> None:
-        flags = os.O_RDONLY | os.O_CLOEXEC
-        try:
-            super().__init__(os.open(path, flags | os.O_DIRECT), True, path)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                raise
-            super().__init__(os.open(path, flags), False, path)
+        past = disk.open_past_cache(path, os.O_RDONLY)
+        super().__init__(os.open(path, os.O_RDONLY | os.O_CLOEXEC) if past is None else past, past is not None, path)
         weakref.finalize(self, os.close, self.descriptor).atexit = False
         self._as_opened = _seen(self.descriptor)
 

@@ -33,7 +33,7 @@ from .compressed import refuse_wide, say_what_travels
 from .engine import Engine
 from .flat import FlatBuffer, give_memory
 from .quantised import QuantisedWeights
-from .sources import Lying, Makers, Source, fill_region, lying
+from .sources import Makers, Source, fill_region, lying
 from .trained import Trained
 from .unit import Unit
 
@@ -148,9 +148,9 @@ class Builder:
         members, plan, ranks = blueprint.frozen, blueprint.plan, self._engine.ranks
         layout = blueprint.frozen_layout(ranks.shards.size)
         store = self._engine.stores.of(plan.frozen.tier, "param")
-        slab = None
+        slab, without = None, None
         if self._engine.borrows and isinstance(store, NvmeStore):
-            slab = self._borrowed(members, layout, store)
+            slab, without = self._borrowed(members, layout, store)
         buffer = FlatBuffer(
             members,
             layout,
@@ -161,16 +161,10 @@ class Builder:
             device=ranks.device,
             peers=self._engine.peers,
             packing=packing_of(members, layout, 1) if self._engine.compresses else None,
-            slab=slab[0] if slab is not None else None,
+            slab=slab,
         )
-        if slab is not None:
-            fill_region(buffer, self._sources, self._makers, ranks, buffer.own_slice, slab[1].members)
-            slab[0].keep(buffer.own_slice)
-            buffer.adopt()
-            self._quantised.settle(members)
-            return buffer
         if self._have_sources(members):
-            fill_region(buffer, self._sources, self._makers, ranks, buffer.own_slice)
+            fill_region(buffer, self._sources, self._makers, ranks, buffer.own_slice, without)
         else:
             if ranks.rank == 0:
                 buffer.fill()
@@ -181,22 +175,25 @@ class Builder:
 
     def _borrowed(
         self, members: Sequence[Member], layout: Layout, store: NvmeStore
-    ) -> tuple[BorrowedSlab, Lying] | None:
-        """A slab that reads this rank's shard in the model's own files; None unless every rank can have one. Collective."""
+    ) -> tuple[BorrowedSlab | None, frozenset[int] | None]:
+        """A slab that reads this rank's shard in the model's own files, and which members no file has. Collective.
+
+        Two None unless every rank can have one.
+        """
         ranks = self._engine.ranks
 
-        def made() -> tuple[BorrowedSlab, Lying] | str:
+        def made() -> tuple[BorrowedSlab, frozenset[int]] | str:
             rank = ranks.shards.rank if layout.world_size > 1 else 0
             found = lying(members, layout, rank, self._sources, self._makers)
             if isinstance(found, str):
                 return found
-            return BorrowedSlab(store, layout.shard_numel, found.loans, found.kept, members[0].name), found
+            return BorrowedSlab(store, layout.shard_numel, found.loans, found.kept, members[0].name), found.without
 
         found = ranks.together(made)
         self._lent.units += 1
         if ranks.any_of([isinstance(found, str)])[0] or isinstance(found, str):
             self._lent.copied.append(found if isinstance(found, str) else members[0].name)
-            return None
+            return None, None
         return found
 
     def _trained(self, blueprint: Blueprint) -> Trained:
@@ -249,7 +246,9 @@ class Builder:
 
     def _settle_in(self, buffer: FlatBuffer) -> None:
         """Put this rank's shard to rest and make the parameters views; the whole is still there."""
-        if buffer.slab is not None:
+        if isinstance(buffer.slab, BorrowedSlab):
+            buffer.slab.keep(buffer.own_slice)
+        elif buffer.slab is not None:
             self._engine.put_to_rest(buffer.own_slice, buffer.slab)
         buffer.adopt()
 

@@ -39,9 +39,8 @@ class FlatBuffer:
     layout:    in bytes when `dtype` is uint8 (frozen weights of any mix of dtypes), else in numbers.
     whole:     (layout.numel,) on the device; its storage is empty while released.
     peers:     where shards on the device rest if all ranks shall read them. changes: steps write into them.
-    slab:      of a shard that lies somewhere already; else the store makes one, into which the shard is to be put.
     packing:   how shards travel in passes if not exactly, see `compressed.py`.
-    slab:      (layout.shard_numel,) at rest on placement.tier; None when the whole never leaves.
+    slab:      (layout.shard_numel,) at rest on placement.tier, the caller's or the store's; None when the whole never leaves.
     replaced:  how many storages of `whole` have been replaced, of all buffers: who knows storages by address looks again.
     """
 

@@ -161,14 +161,14 @@ def fill_region(
 
 @dataclass(frozen=True)
 class Lying:
-    """Where a rank's interval lies in the files that its weights come from. kept: (begin, end) of what no file has.
+    """Where a rank's interval lies in the files that its weights come from.
 
-    members: which of the buffer's no file has.
+    without: the numbers of the members that no file has. kept: (begin, end) of what is theirs of the interval.
     """
 
     loans: list[Loan]
     kept: list[tuple[int, int]]
-    members: frozenset[int]
+    without: frozenset[int]
 
 
 def lying(members: Sequence[Member], layout: Layout, rank: int, sources: Sources, makers: Makers) -> Lying | str:
