@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from ranks.test_checkpoint_failures import Net, Run
-from ranks.test_checkpoint_files import as_another_user, said, snapshot
+from ranks.test_checkpoint_files import as_another_user, snapshot
+from rig.heard import heard
 from shardwise import Accelerator, DeepSpeedPlugin
 from shardwise.checkpoint.directory import sweep
 from shardwise.checkpoint.read import Checkpoint, read_manifest
@@ -93,7 +94,7 @@ def _runs(ranks: Any, folder: str) -> tuple[list[list[str]], list[str]]:
         (1, None, 1),  # D begins anew: 5; all others stay
         (1, f"{place}/checkpoint_3", 1),  # E goes on with B, and so with A: 6; B's go
     ):
-        with said() as lines:
+        with heard() as lines:
             _save_some(folder, count, resume, limit)
         ranks.barrier()
         found.append(names(place))
@@ -265,7 +266,7 @@ def _links_among_them(ranks: Any, folder: str) -> None:
         (place / "round").symlink_to("round")
 
     _on_first(ranks, link)
-    with said() as lines:
+    with heard() as lines:
         run.accelerator.load_state()
     assert run.weights() == expected[2]
     if ranks.rank == 0:
@@ -318,7 +319,7 @@ def _unremovable(ranks: Any, folder: str) -> list[str]:
         if operation == "remove" and "removed-" in path.name:
             raise OSError(errno.EROFS, "Read-only file system", str(path))
 
-    with said() as lines, disk.watched(fails):
+    with heard() as lines, disk.watched(fails):
         first = run.accelerator.save_state()
         second = run.accelerator.save_state(state)
     assert read_manifest(Path(first)).step == read_manifest(Path(second)).step == 3
@@ -365,7 +366,7 @@ def _the_end(ranks: Any, folder: str) -> list[str]:
     run.accelerator.save_state()
     run.accelerator.save_state(Path(folder) / "state")
     _on_first(ranks, lambda: [path.chmod(0o555) for path in (Path(folder), Path(folder) / "checkpoints")])
-    with said() as lines, as_another_user(True):
+    with heard() as lines, as_another_user(True):
         run.accelerator.end_training()
     run.accelerator.free_memory()
     return lines
@@ -410,7 +411,7 @@ def _unreadable(ranks: Any, folder: str) -> list[Any]:
         (place, 0o700),
     ):
         _on_first(ranks, lambda: path.chmod(mode))  # noqa: B023
-        with said() as lines, as_another_user(True):
+        with heard() as lines, as_another_user(True):
             for ask in (run.accelerator.has_checkpoint, run.accelerator.load_state):
                 try:
                     found.append((ask(), lines[:]))
@@ -443,7 +444,7 @@ def test_a_checkpoint_of_another_user_is_told_and_a_directory_is_an_error(world,
 
 def _metric(ranks: Any, folder: str) -> list[str]:
     run = Run(folder, total_limit=1, keep_best=1)
-    with said() as lines:
+    with heard() as lines:
         for metric in (2.0, float("nan"), float("inf"), 3.0):
             run.train()
             run.accelerator.save_state(metric=metric)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ranks.test_checkpoint_failures import Net
-from ranks.test_checkpoint_files import said
+from rig.heard import heard
 from shardwise import Accelerator, DeepSpeedPlugin
 from shardwise.checkpoint import patience
 from shardwise.checkpoint.read import Checkpoint
@@ -64,7 +64,7 @@ def _slow(ranks: Any, folder: str, who: int, operation: str, async_: bool) -> tu
             slept.append(path)
             time.sleep(SLOW_S)
 
-    with impatient(2.0) as (accelerator, model, optimizer), said() as lines, disk.watched(sleeps):
+    with impatient(2.0) as (accelerator, model, optimizer), heard() as lines, disk.watched(sleeps):
         slept: list[Path] = []
         _train(accelerator, model, optimizer)
         began = time.monotonic()
@@ -100,7 +100,7 @@ def test_a_disk_slower_than_a_collective_waits_is_waited_for(world, tmp_path, wh
 
 def _slow_load(ranks: Any, folder: str) -> list[str]:
     target = Path(folder) / "state"
-    with impatient(2.0) as (accelerator, model, optimizer), said() as lines:
+    with impatient(2.0) as (accelerator, model, optimizer), heard() as lines:
         _train(accelerator, model, optimizer)
         accelerator.save_state(target)
         run = accelerator._run.state()
