@@ -17,6 +17,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 from rig import Worlds
+from rig.settled import settled
 
 # With it, print writes a text and the end of its line one after the other, and what two ranks print runs together.
 os.environ.pop("PYTHONUNBUFFERED", None)
@@ -52,6 +53,13 @@ def _environment() -> Iterator[None]:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_the_process() -> Iterator[None]:
+    """A test leaves torch's settings as they were, as functions on ranks do."""
+    with settled():
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks for marks

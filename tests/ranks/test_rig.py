@@ -46,6 +46,10 @@ def _sleep(ranks):
     ranks.barrier()
 
 
+def _leave(ranks, setting, value):
+    setting(value)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_every_rank_returns_its_result_in_order(world, n):
     results = world(n).run(_sum, 1)
@@ -86,6 +90,20 @@ def test_a_hang_shows_every_rank_s_stack(world):
     with pytest.raises(RanksHungError, match="_sleep") as caught:
         world(2).run(_sleep, timeout_s=2)
     assert caught.value.ranks == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        (torch.compiler.set_stance, "force_eager"),
+        (torch.set_default_dtype, torch.float64),
+        (torch._C._set_grad_enabled, False),
+    ],
+)
+def test_a_setting_of_the_process_that_a_function_leaves_changed_is_its_error(world, setting, value):
+    with pytest.raises(AssertionError, match=f"leaves settings.*{setting.__name__.removeprefix('_')}"):
+        world(1).run(_leave, setting, value)
+    world(1).run(_sum, 1)
 
 
 def test_a_failed_pool_is_replaced(world):

@@ -243,8 +243,8 @@ def outcome(ranks: Any, key: str, plan: str, folder: str, resumes: bool = True, 
     device: this rank's; for a GPU `plan` is one of ON_A_GPU.
     """
     kind = KINDS[key]
-    torch.compiler.set_stance("force_eager")  # torchao compiles its step
-    with warnings.catch_warnings():
+    # torchao compiles its step.
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the packages
         try:
             run = _Run(kind, plan, folder, device)

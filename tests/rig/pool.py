@@ -98,7 +98,8 @@ class World:
         """Call `function(ranks, *args, **kwargs)` on every rank and return what each returned, in rank order.
 
         function: importable by name (module level). Arguments and results travel by pickle; tensors are copied.
-        Every warning inside is an error, the random seed is 0 and `ranks.counts` is empty at the start.
+        Every warning inside is an error, the random seed is 0 and `ranks.counts` is empty at the start; a setting of torch
+        that the function leaves changed is an error, too.
         Raises the exception of the first rank that raised, RankCrashedError, or RanksHungError.
         """
         assert self.alive, "this pool has failed; ask `world(n)` for a fresh one"

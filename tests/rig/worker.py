@@ -83,6 +83,8 @@ def serve(pipe: Connection, place: Place) -> None:
 def _perform(ranks: Any, path: list[str], task: bytes) -> bytes:
     import torch
 
+    from .settled import settled
+
     for entry in reversed(path):
         if entry not in sys.path:
             sys.path.insert(0, entry)
@@ -90,7 +92,7 @@ def _perform(ranks: Any, path: list[str], task: bytes) -> bytes:
     torch.manual_seed(0)
     try:
         function, args, kwargs = pickle.loads(task)
-        with warnings.catch_warnings():
+        with settled(), warnings.catch_warnings():
             warnings.simplefilter("error")
             value = function(ranks, *args, **kwargs)
         return pickle.dumps(("value", value))
