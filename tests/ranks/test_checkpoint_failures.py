@@ -9,7 +9,6 @@ one, marked `full`, kills single processes, one rank and all ranks at more than 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import random
 import shutil
@@ -26,6 +25,7 @@ import torch
 from torch import nn
 
 from rig import RankCrashedError
+from rig.heard import heard
 from shardwise import Accelerator, DeepSpeedPlugin
 from shardwise.checkpoint.read import Checkpoint
 from shardwise.errors import CheckpointError
@@ -110,18 +110,12 @@ def first_checkpoint(ranks: Any, folder: str) -> list[list[float]]:
 
 def resume(ranks: Any, folder: str) -> tuple[int, list[float], list[str]]:
     """What the next start finds: its step, its weights, what it said about others; and it can save."""
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("shardwise").addHandler(handler)
-    try:
+    with heard() as said:
         run = Run(folder)
         run.accelerator.load_state()
         found = run.steps, run.weights(), said
         run.accelerator.save_state()
         run.close()
-    finally:
-        logging.getLogger("shardwise").removeHandler(handler)
     return found
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from rig.heard import heard
 from shardwise import Accelerator, DataLoaderConfiguration, skip_first_batches
 from shardwise.run.process import forget_run
 
@@ -270,19 +271,12 @@ def _other_workers(ranks):
         if number == 2:
             state = loader.state_dict()
             break
-    logged = []
-    import logging
 
-    handler = logging.Handler()
-    handler.emit = lambda record: logged.append(record.getMessage())
-    logging.getLogger("shardwise").addHandler(handler)
-    try:
+    with heard() as logged:
         prepared("own generator", 2, True).load_state_dict(state)
         assert logged == []
         prepared("own generator", 1, True).load_state_dict(state)
         prepared("own generator", 2, True).load_state_dict({**state, "workers": None})
-    finally:
-        logging.getLogger("shardwise").removeHandler(handler)
     return logged
 
 

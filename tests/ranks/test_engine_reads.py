@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rig.engine import Block, Tower, inputs, loss_of, prepare, train_both
+from rig.heard import heard
 from shardwise.errors import ReleasedParameterError
 
 
@@ -138,18 +138,12 @@ def test_a_part_of_a_block_may_be_recomputed_where_nobody_announces_it(world, re
 
 
 def _said(ranks):
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logging.getLogger("shardwise").addHandler(handler)
-    try:
+    with heard() as lines:
         torch.manual_seed(3)
         model = Reading("between")
         prepare(ranks, model)
         for batch in inputs(2):
             loss_of(model, batch).backward()
-    finally:
-        logging.getLogger("shardwise").removeHandler(handler)
     told = [line for line in lines if "not of its own module" in line]
     assert len(told) == (ranks.rank == 0)
     if told:

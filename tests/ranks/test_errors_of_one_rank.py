@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import functools
 import itertools
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ranks.test_front_training import fresh
+from rig.heard import heard
 from shardwise import Accelerator, gradient
 from shardwise.errors import CheckpointError, PrepareError, RankError, ShardwiseError
 from shardwise.files import disk
@@ -108,20 +108,16 @@ def _clip_used_up(ranks):
         chosen = filter(lambda p: p.requires_grad, model.parameters())
         optimizer = torch.optim.SGD(chosen, lr=0.1)
         accelerator.prepare(model, optimizer)
-        said: list[str] = []
-        heard = logging.Handler()
-        heard.emit = lambda record, said=said: said.append(record.getMessage())  # type: ignore[method-assign]
-        logging.getLogger("shardwise").addHandler(heard)
-        for _ in range(2):
-            accelerator.backward(model(INPUT).mean() * 1000)
-            before = gradient(model.body.weight).clone()
-            norm = accelerator.clip_grad_norm_(chosen, 1.0)
-            assert norm == torch.nn.utils.clip_grad_norm_([], 1.0) == 0.0
-            accelerator.clip_grad_value_(chosen, 1e-6)
-            assert torch.equal(gradient(model.body.weight), before)
-            optimizer.step()
-            optimizer.zero_grad()
-        logging.getLogger("shardwise").removeHandler(heard)
+        with heard() as said:
+            for _ in range(2):
+                accelerator.backward(model(INPUT).mean() * 1000)
+                before = gradient(model.body.weight).clone()
+                norm = accelerator.clip_grad_norm_(chosen, 1.0)
+                assert norm == torch.nn.utils.clip_grad_norm_([], 1.0) == 0.0
+                accelerator.clip_grad_value_(chosen, 1e-6)
+                assert torch.equal(gradient(model.body.weight), before)
+                optimizer.step()
+                optimizer.zero_grad()
         lines = [line for line in said if "clips nothing" in line]
         assert len(lines) == (2 if ranks.rank == 0 else 0), lines  # each verb once, on the main process
         accelerator.free_memory()

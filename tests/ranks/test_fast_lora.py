@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 
 from rig.engine import adamw, prepare
+from rig.heard import heard
 from rig.tiny import batches, checkpointed, share, tiny
 from shardwise import Accelerator, DeepSpeedPlugin
 from shardwise.config.check import merged
@@ -75,17 +74,13 @@ def test_training_is_that_of_pefts_own_forward(world, name, plan, precision, rec
 
 def _through_the_accelerator(ranks, tuning, wanted):
     forget_run()
-    said = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    logging.getLogger("shardwise").addHandler(handler)
-    accelerator = Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(zero_stage=3, mixed_precision="no"))
-    accelerator._run.config = merged(accelerator._run.config, fast_lora=wanted)
-    model = tiny("llama", tuning)
-    accelerator.prepare(model, adamw([p for p in model.parameters() if p.requires_grad]))
-    replaced = sum("forward" in vars(module) for module in model.modules())
-    accelerator.free_memory()
-    logging.getLogger("shardwise").removeHandler(handler)
+    with heard() as said:
+        accelerator = Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(zero_stage=3, mixed_precision="no"))
+        accelerator._run.config = merged(accelerator._run.config, fast_lora=wanted)
+        model = tiny("llama", tuning)
+        accelerator.prepare(model, adamw([p for p in model.parameters() if p.requires_grad]))
+        replaced = sum("forward" in vars(module) for module in model.modules())
+        accelerator.free_memory()
     left = sum("forward" in vars(module) for module in model.modules())
     return replaced, left, [text for text in said if "fast_lora" in text]
 

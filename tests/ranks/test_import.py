@@ -5,7 +5,6 @@ The other library is plain torch: its AdamW, one process, and files laid as Deep
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from rig.foreign_files import Layout, Net, groups_of, write_deepspeed
+from rig.heard import heard
 from shardwise import Accelerator, DeepSpeedPlugin
 from shardwise.checkpoint.from_checkpoint import export
 from shardwise.errors import CheckpointError
@@ -135,15 +135,9 @@ def load_more(ranks: Any, folder: str) -> list[str]:
     loader = DataLoader(torch.arange(8), batch_size=2)
     prepared = accelerator.prepare(model, optimizer, scheduler, loader)
     accelerator.register_for_checkpointing(torch.optim.swa_utils.AveragedModel(nn.Linear(1, 1)))
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("shardwise").addHandler(handler)
-    torch.manual_seed(8)
-    try:
+    with heard() as said:
+        torch.manual_seed(8)
         accelerator.load_state(folder)
-    finally:
-        logging.getLogger("shardwise").removeHandler(handler)
     assert torch.rand(3).tolist() == torch.rand(3, generator=torch.Generator().manual_seed(8)).tolist()
     assert prepared[1].param_groups[0]["lr"] == 1e-2 * 0.7  # the optimizer's own, as it was left
     accelerator.end_training()

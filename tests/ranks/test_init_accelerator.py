@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import warnings
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rig.heard import heard
 from rig.tiny import batches, share, tiny_llama, with_lora
 from shardwise import Accelerator, DeepSpeedPlugin, gathered
 from shardwise.building import initialising
@@ -270,14 +270,8 @@ def test_a_weight_that_is_made_on_the_meta_device_is_a_clear_error(world):
 
 def _no_effect(ranks, words):
     accelerator = fresh(zero3_init_flag=True)
-    records = []
-    handler = logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())
-    logging.getLogger("shardwise").addHandler(handler)
-    try:
+    with heard() as records:
         accelerator.prepare(tiny_llama())  # its class is called, which the flag does not see
-    finally:
-        logging.getLogger("shardwise").removeHandler(handler)
     accelerator.free_memory()
     return [text for text in records if words in text]
 

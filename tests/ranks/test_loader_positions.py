@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from rig.heard import heard
 from shardwise import Accelerator
 from shardwise.data.positions import match, position
 from shardwise.errors import CheckpointError, RankError
@@ -51,13 +50,8 @@ def prepared(names, size=2):
 
 def words(action):
     """What was logged meanwhile."""
-    found, handler = [], logging.Handler()
-    handler.emit = lambda record: found.append(record.getMessage())
-    logging.getLogger("shardwise").addHandler(handler)
-    try:
+    with heard() as found:
         action()
-    finally:
-        logging.getLogger("shardwise").removeHandler(handler)
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from rig.agreeing import Net, data
+from rig.heard import heard
 from shardwise import Accelerator, DeepSpeedPlugin
 from shardwise.errors import ConfigError, PrepareError
 from shardwise.run.process import forget_run
@@ -114,14 +114,8 @@ def _draws(ranks: Any, kind: str) -> tuple[list[str], int]:
         "same": torch.utils.data.random_split(whole, [12, 4], generator=torch.Generator().manual_seed(3))[0],
         "drawn": [whole, ranks.rank],  # of other items nothing is known
     }
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("shardwise").addHandler(handler)
-    try:
+    with heard() as said:
         loader = accelerator.prepare(DataLoader(sets[kind], batch_size=2))
-    finally:
-        logging.getLogger("shardwise").removeHandler(handler)
     return said, len(loader)
 
 

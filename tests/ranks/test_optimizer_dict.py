@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import datetime
 import io
-import logging
 import re
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rig.engine import Tower, inputs, mine, prepare
+from rig.heard import heard
 from shardwise.errors import OptimizerError, RankError, StoreError
 from shardwise.plan.plan import Tier
 
@@ -349,15 +349,6 @@ def test_ranks_that_load_different_dictionaries_are_told(world, plan, how):
         assert "one dictionary on rank 0 and another on rank 1" in text
 
 
-class _Lines(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
 def _alone(ranks: Any, verb: str) -> Any:
     """The usual `if main:`; then all ranks, to whom nothing has happened."""
     _, model, stepping = _prepared(ranks, "2", OPTIMIZERS["AdamW"])
@@ -366,23 +357,20 @@ def _alone(ranks: Any, verb: str) -> Any:
     ranks._timeout, timeout = datetime.timedelta(seconds=1.5), ranks._timeout
     assemble = type(ranks).assemble
     type(ranks).assemble = lambda self, call, where="": assemble(self, call, where, say_after_s=0.3)  # type: ignore[method-assign]
-    heard = _Lines()
-    log = logging.getLogger("shardwise")
-    log.addHandler(heard)
     text = ""
     try:
-        if ranks.rank == 0:
-            with pytest.raises(RankError) as caught:
-                getattr(stepping, verb)(*[state][: verb == "load_state_dict"])
-            text = str(caught.value)
+        with heard() as lines:
+            if ranks.rank == 0:
+                with pytest.raises(RankError) as caught:
+                    getattr(stepping, verb)(*[state][: verb == "load_state_dict"])
+                text = str(caught.value)
     finally:
-        log.removeHandler(heard)
         ranks._timeout = timeout
         type(ranks).assemble = assemble  # type: ignore[method-assign]
     ranks.barrier()
     stepping.load_state_dict(stepping.state_dict())
     _step(ranks, model, stepping, inputs(1)[0])
-    return text, heard.lines
+    return text, lines
 
 
 @pytest.mark.parametrize(("verb", "where"), [("state_dict", " under zero_stage 2"), ("load_state_dict", "")])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import logging
 
 import pytest
 import torch
 from torch import nn
 
 from ranks.test_front_training import Net, data, fresh, loss_of
+from rig.heard import heard
 from shardwise.errors import ReleasedParameterError, WriteError
 from shardwise.zero import lending
 from shardwise.zero.sharded import find_sharded
@@ -50,24 +50,20 @@ def _same(state, model):
 def _average(ranks):
     """An EMA over `model.parameters()` after each step."""
     accelerator, model, optimizer = _prepared()
-    said: list[str] = []
-    heard = logging.Handler()
-    heard.emit = lambda record: said.append(record.getMessage())
-    logging.getLogger("shardwise").addHandler(heard)
-    shadow = [p.clone() for p in Net().parameters()]
-    wanted = [p.clone() for p in shadow]
-    for step in range(3):
+    with heard() as said:
+        shadow = [p.clone() for p in Net().parameters()]
+        wanted = [p.clone() for p in shadow]
+        for step in range(3):
+            _train(accelerator, model, optimizer)
+            with torch.no_grad():
+                for mean, parameter in zip(shadow, model.parameters(), strict=True):
+                    mean.sub_(0.1 * (mean - parameter))
+                for mean, parameter in zip(wanted, _plain(step + 1).parameters(), strict=True):
+                    mean.sub_(0.1 * (mean - parameter))
+        torch.testing.assert_close(shadow, wanted, rtol=1e-5, atol=1e-6)
+        assert sum("between passes" in line for line in said) == (ranks.rank == 0)
         _train(accelerator, model, optimizer)
-        with torch.no_grad():
-            for mean, parameter in zip(shadow, model.parameters(), strict=True):
-                mean.sub_(0.1 * (mean - parameter))
-            for mean, parameter in zip(wanted, _plain(step + 1).parameters(), strict=True):
-                mean.sub_(0.1 * (mean - parameter))
-    torch.testing.assert_close(shadow, wanted, rtol=1e-5, atol=1e-6)
-    assert sum("between passes" in line for line in said) == (ranks.rank == 0)
-    _train(accelerator, model, optimizer)
-    _same(accelerator.get_state_dict(model) or _plain(4).state_dict(), _plain(4))
-    logging.getLogger("shardwise").removeHandler(heard)
+        _same(accelerator.get_state_dict(model) or _plain(4).state_dict(), _plain(4))
     accelerator.free_memory()
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 
 import pytest
 import torch
 
 from rig.engine import adamw, prepare
+from rig.heard import heard
 from rig.tiny import batches, checkpointed, share, tiny
 from shardwise import Accelerator, DeepSpeedPlugin
 from shardwise.config.check import merged
@@ -204,25 +204,23 @@ def test_auto_is_refused_over_the_models_own_checkpointing_and_all_leaves_it():
 
 def _through_the_accelerator(ranks, mode, budget):
     forget_run()
-    said = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    logging.getLogger("shardwise").addHandler(handler)
-    plugin = DeepSpeedPlugin(zero_stage=3, mixed_precision="no")
-    accelerator = Accelerator(cpu=True, deepspeed_plugin=plugin)
-    accelerator._run.config = merged(accelerator._run.config, activation_checkpointing=mode, gpu_memory_budget=budget)
-    model = tiny("llama", "full")
-    optimizer = adamw(model.parameters())
-    accelerator.prepare(model, optimizer)
-    losses = []
-    for batch in batches("llama", STEPS, 2 * ranks.world_size):
-        loss = model(**share(batch, ranks.rank, ranks.world_size)).loss
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    accelerator.free_memory()
-    logging.getLogger("shardwise").removeHandler(handler)
+    with heard() as said:
+        plugin = DeepSpeedPlugin(zero_stage=3, mixed_precision="no")
+        accelerator = Accelerator(cpu=True, deepspeed_plugin=plugin)
+        accelerator._run.config = merged(
+            accelerator._run.config, activation_checkpointing=mode, gpu_memory_budget=budget
+        )
+        model = tiny("llama", "full")
+        optimizer = adamw(model.parameters())
+        accelerator.prepare(model, optimizer)
+        losses = []
+        for batch in batches("llama", STEPS, 2 * ranks.world_size):
+            loss = model(**share(batch, ranks.rank, ranks.world_size)).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        accelerator.free_memory()
     left = any("forward" in vars(module) for module in model.modules())
     return losses, [text for text in said if "activation_checkpointing" in text], left
 

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 
 from rig.engine import inputs, loss_of, mine, prepare, tower
+from rig.heard import heard
 from shardwise.errors import OptimizerError, PrepareError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 COMPUTE = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class _Lines(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
 
 
 def _trained(ranks, plan, precision, dtype, steps=3):
@@ -48,13 +38,8 @@ def _released(ranks, plan, precision, dtype):
             masters |= {
                 m.name: unit.trained.buffer.view(i, whole).clone() for i, m in enumerate(unit.trained.buffer.members)
             }
-    heard = _Lines()
-    log = logging.getLogger("shardwise")
-    log.addHandler(heard)
-    try:
+    with heard() as lines:
         sharded.release()
-    finally:
-        log.removeHandler(heard)
     compute = COMPUTE[precision]
     for name, parameter in model.named_parameters():
         assert type(parameter) is torch.nn.Parameter
@@ -68,7 +53,7 @@ def _released(ranks, plan, precision, dtype):
     out = model(inputs(1)[0].to(DTYPES[dtype]))
     assert out.dtype == DTYPES[dtype]
     rounds = compute is not None and DTYPES[dtype] != compute
-    assert bool(heard.lines) == (rounds and ranks.rank == 0), heard.lines
+    assert bool(lines) == (rounds and ranks.rank == 0), lines
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import warnings
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ranks.test_front_training import fresh
 from rig.engine import adamw, inputs, mine, prepare, tower, trained, weights_of
+from rig.heard import heard
 from shardwise.config.check import merged
 
 SOME = ["0", "1", "2", "3", "3-all"]
@@ -220,18 +220,14 @@ class Late(nn.Module):
 
 
 def _late(ranks: Any) -> list[str]:
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("shardwise").addHandler(handler)
-    model = Late()
-    _, _, stepping = prepare(ranks, model, "3")
-    for step, batch in enumerate(inputs(5)):
-        model.starts = step > 2
-        _loss(model, mine(batch, ranks.rank, ranks.world_size)).backward()
-        stepping.step()
-        stepping.zero_grad()
-    logging.getLogger("shardwise").removeHandler(handler)
+    with heard() as said:
+        model = Late()
+        _, _, stepping = prepare(ranks, model, "3")
+        for step, batch in enumerate(inputs(5)):
+            model.starts = step > 2
+            _loss(model, mine(batch, ranks.rank, ranks.world_size)).backward()
+            stepping.step()
+            stepping.zero_grad()
     return said
 
 

@@ -1,7 +1,8 @@
-"""Settings of torch that hold for the whole process: one that a test leaves changed decides about tests that run behind it."""
+"""Settings of a whole process: one that a test leaves changed decides about tests that run behind it."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import torch
 
 def process_settings() -> dict[str, Any]:
     """Each by the name of the function that sets it."""
+    logger = logging.getLogger("shardwise")
     return {
         "torch.compiler.set_stance": _stance(),
         "torch.set_default_dtype": torch.get_default_dtype(),
@@ -25,6 +27,8 @@ def process_settings() -> dict[str, Any]:
         "torch.autograd.set_detect_anomaly": torch.is_anomaly_enabled(),
         "torch.autograd.set_multithreading_enabled": torch.autograd.is_multithreading_enabled(),
         "torch.nn.modules.module.register_module_...": torch.nn.modules.module._has_any_global_hook(),
+        "addHandler of shardwise's logger": list(logger.handlers),
+        "setLevel of shardwise's logger": logger.level,
     }
 
 
