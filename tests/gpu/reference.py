@@ -85,10 +85,12 @@ def adamw(parameters: Iterator[nn.Parameter] | list[nn.Parameter]) -> torch.opti
 
 
 def optimizer_named(name: str, parameters: Iterator[nn.Parameter] | list[nn.Parameter]) -> torch.optim.Optimizer:
-    """adamw, or one that steps whole parameters: adafactor, or muon, which takes matrices alone."""
+    """adamw, half (that of every other parameter), or one that steps whole ones: adafactor, or muon, of matrices alone."""
     if name == "adamw":
         return adamw(parameters)
     trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if name == "half":
+        return adamw(trained[::2])
     if name == "muon":
         return torch.optim.Muon(trained, lr=LEARNING_RATE, weight_decay=0.01)
     return torch.optim.Adafactor(trained, lr=10 * LEARNING_RATE, weight_decay=0.01)

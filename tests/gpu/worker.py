@@ -61,8 +61,9 @@ class Setting:
     """One way to train. trains: "lora" or "full" (tied). clip: the bound on the global norm, or None.
 
     bucket: bytes of a bucket of whole weights, each of which is then stepped and published by itself, or None.
-    optimizer: "adamw", or one whose parameters are stepped whole: "adafactor", or "muon", which has no row of parity: it makes
-    orthogonal what it has rounded to bf16, whose least singular values are noise. states: `optimizer_state_dtype`.
+    optimizer: "adamw"; "half", an AdamW of every other parameter; or one whose parameters are stepped whole: "adafactor", or
+    "muon", which has no row of parity: it makes orthogonal what it has rounded to bf16, whose least singular values are noise.
+    states: `optimizer_state_dtype`.
     block: bytes in which gradients come down to be added in host memory, few enough here to wait for each other, or None.
     """
 
@@ -154,6 +155,8 @@ OFFLOADED = [
     Setting(3, BOTH, "nvme", precision="bf16", trains="full", gather_dtype="int8"),
     Setting(3, BOTH, precision="bf16", trains="full", optimizer="adafactor", clip=0.1),
     Setting(2, OPT, "nvme", precision="bf16", optimizer="muon"),
+    Setting(3, OPT, precision="bf16", trains="full", chunk=4096, optimizer="half"),
+    Setting(1, OPT, "nvme", precision="bf16", trains="full", chunk=4096, clip=0.1, optimizer="half"),
 ]
 # Held to the bit against the same setting with NCCL's gathers.
 COPIED = [
@@ -185,6 +188,7 @@ STRESSED = [
     Setting(3, trains="full", prefetch=2, layers=24, hidden=64, steps=6, precision="bf16", optimizer="adafactor"),
     Setting(3, BOTH, layers=24, hidden=64, steps=6, precision="bf16", optimizer="muon", clip=0.1),
     Setting(1, OPT, layers=24, hidden=64, steps=6, precision="bf16", optimizer="muon"),
+    Setting(2, OPT, trains="full", layers=24, hidden=64, steps=6, precision="bf16", chunk=4096, optimizer="half"),
     *(
         Setting(3, BOTH, trains="full", layers=24, hidden=64, steps=6, precision="bf16", chunk=4096, states=states)
         for states in ("bf16", "int8")
