@@ -30,6 +30,7 @@ from shardwise.checkpoint.places import MARK
 from shardwise.errors import CheckpointError
 from shardwise.files import disk, writer
 from shardwise.run.process import forget_run
+from shardwise.step.optimizer import find_sharded_optimizer
 
 WIDTH = 24
 USE_CPU = True  # tests/gpu runs these on devices
@@ -325,8 +326,10 @@ def _bound(ranks: Any, folder: str, spares: int) -> tuple[int, int, int]:
 
 
 def _slabs(run: Training) -> list[Any]:
-    (prepared,) = run.accelerator._run.models
-    return [slab for g in prepared.sharded.trained() for slab in (g.master, *g.states.values())]
+    (prepared,), stepper = run.accelerator._run.models, find_sharded_optimizer(run.optimizer)
+    assert stepper is not None
+    states = [slab for unit in stepper.groups.unit_states.values() for slab in unit.slabs.values()]
+    return [trained.master for trained in prepared.sharded.trained()] + states
 
 
 @pytest.mark.parametrize("spares", [0, 2048])

@@ -78,6 +78,7 @@ OPTIMIZERS: dict[str, list[tuple[Any, Any]]] = {
     "RMSprop": [(partial(optim.RMSprop, centered=True, momentum=0.9), list)],
     "Lion": [(Lion, list)],
     "Muon": [(optim.Muon, _matrices), (optim.AdamW, _others)],
+    "two AdamWs": [(optim.AdamW, _matrices), (optim.AdamW, _others)],
     "Adafactor": [(optim.Adafactor, list)],
     "Lamb": [(Lamb, list)],
     "lists": [(RowsAndLists, list)],
@@ -138,7 +139,7 @@ COVER = [
     (n, p)
     for row, n in enumerate(OPTIMIZERS)
     for column, p in enumerate(TIERS)
-    if (row + column) % 4 == 1 or n == "Muon"
+    if (row + column) % 4 == 1 or n in ("Muon", "two AdamWs")
 ]
 REST = [(n, p) for n in OPTIMIZERS for p in (*TIERS, "0") if (n, p) not in COVER]
 
@@ -155,8 +156,8 @@ def test_it_is_at_any_number_of_ranks(world, name, plan, size):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
-@pytest.mark.parametrize("name", ["AdamW", "Lion", "Muon", "Lamb", "Adafactor", "AdamW8bit"])
+@pytest.mark.parametrize("name", ["AdamW", "Lion", "Muon", "two AdamWs", "Lamb", "Adafactor", "AdamW8bit"])
 def test_moments_that_visit_a_device_rest_as_they_are_coded(world, name, dtype):
     """Those that are known as moments; codes and rows that an optimizer keeps itself stay as they are."""
-    for plan in ("3-opt", "3-disk") if name in ("AdamW", "Muon") else ("3-all",):
+    for plan in ("3-opt", "3-disk") if name in ("AdamW", "Muon", "two AdamWs") else ("3-all",):
         _hold(world, name, plan, dtype=dtype, cuda=True)

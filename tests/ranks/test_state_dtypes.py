@@ -61,6 +61,7 @@ OPTIMIZERS: dict[str, Any] = {
     "Adagrad": lambda ps: optim.Adagrad(ps, lr=1e-2, initial_accumulator_value=0.1),
     "RMSprop": lambda ps: optim.RMSprop(ps, lr=1e-3, centered=True, momentum=0.5),
     "Signs": Signs,
+    "vectors": lambda ps: adamw([p for p in ps if p.ndim < 2]),
     "Muon": lambda ps: optim.Muon([p for p in ps if p.ndim == 2], lr=1e-3),
 }
 
@@ -73,7 +74,7 @@ def net(width: int = 60) -> nn.Module:
 
 
 def _coded_in_place(stepper: Any, dtype: str, chunk: int, *, stepped: bool = True) -> None:
-    """Make the moments codes and numbers again, as they lie in a region, by the counts of each chunk. stepped: a step was."""
+    """Make the moments codes and numbers again, as they lie at rest, by the counts of each chunk. stepped: a step was."""
     from shardwise.offload.codes import Chance, Coding
     from shardwise.step.moments import FIRST, SECOND
 
@@ -82,22 +83,23 @@ def _coded_in_place(stepper: Any, dtype: str, chunk: int, *, stepped: bool = Tru
         if stepper.optimizer.state.get(shard.tensor):
             by_unit.setdefault(id(shard.trained), []).append(shard)
     for shards in by_unit.values():
-        numel = shards[0].trained.master.numel
+        numel, footprint = shards[0].trained.master.numel, shards[0].unit_states.footprint
         for key in {key for s in shards for key in stepper.optimizer.state[s.tensor]} & (FIRST | SECOND):
-            flat = torch.zeros(numel)
+            flat = torch.zeros(footprint.numel)
             for shard in shards:
-                flat[shard.begin : shard.end] = stepper.optimizer.state[shard.tensor][key]
+                flat[shard.state_begin :][: shard.numel] = stepper.optimizer.state[shard.tensor][key]
             for begin in range(0, numel, chunk):
-                part = flat[begin : begin + chunk]
+                first = footprint.place(begin)
+                part = flat[first : footprint.place(begin + chunk)]
                 here = [s for s in shards if s.begin < begin + chunk and begin < s.end and s.gradient() is not None]
                 count = sum(int(stepper.optimizer.state[s.tensor].get("step", 0)) for s in here)
                 coding, chance = (
                     Coding(dtype, key in SECOND),
-                    Chance(begin, torch.tensor(count, dtype=torch.int32)) if stepped else None,
+                    Chance(first, torch.tensor(count, dtype=torch.int32)) if stepped else None,
                 )
                 part.copy_(coding.decode(coding.encode(part.clone(), chance), torch.empty_like(part)))
             for shard in shards:
-                stepper.optimizer.state[shard.tensor][key].copy_(flat[shard.begin : shard.end])
+                stepper.optimizer.state[shard.tensor][key].copy_(flat[shard.state_begin :][: shard.numel])
 
 
 def _steps(ranks: Any, prepared: Any, steps: int, after: Any = lambda: None) -> list[float]:
@@ -148,6 +150,8 @@ CASES = [
     ("3-opt", "bf16", "Adagrad"),
     ("2-opt", "int8", "Adagrad"),
     ("2-opt", "int8", "Signs"),
+    ("2-opt", "int8", "vectors"),
+    ("3-opt", "bf16", "vectors"),
 ]
 
 

@@ -29,7 +29,12 @@ PLANS: dict[str, tuple[int, str, str]] = {
     "3-disk": (3, "nvme", "nvme"),
 }
 # Some that a test asks for by name, and the tables of all plans do not have.
-OTHER_PLANS = {"1-disk": (1, "nvme", "none"), "2-disk": (2, "nvme", "none"), "3-opt": (3, "cpu", "none")}
+OTHER_PLANS = {
+    "1-opt": (1, "cpu", "none"),
+    "1-disk": (1, "nvme", "none"),
+    "2-disk": (2, "nvme", "none"),
+    "3-opt": (3, "cpu", "none"),
+}
 STAGES = ("0", "1", "2", "3")
 SHARDED = ("3", "3-all", "3-disk")
 

@@ -1,6 +1,6 @@
 """The bytes of optimizers' states on every rank: where `keeping.py` says what is kept, and the engine who keeps it.
 
-    in shards      of each piece on a rank its elements, and what is beside; off the device slabs of the master's size
+    in shards      of each piece on a rank its elements, and what is beside; off the device whole grains (`footprint.py`)
     whole          of each parameter all, on the rank that owns it (`owners_of`), or on every rank where each steps all
 
 Arithmetic on names and shapes; ranks differ, so there is a ledger for each.
@@ -14,6 +14,7 @@ from functools import cached_property
 
 import torch
 
+from ..offload.footprint import Footprint, grain_of
 from ..plan.blueprint import Blueprint, Ledger
 from ..plan.layout import Layout
 from ..plan.plan import Tier
@@ -28,8 +29,9 @@ IN_SHARDS, WHOLE, EVERYWHERE = "in shards", "whole, one rank each", "whole, on e
 
 @dataclass(frozen=True)
 class _Held:
-    """One parameter that an optimizer drives. owner: who steps it whole; None: every rank, or in shards."""
+    """One parameter that an optimizer drives, the `stepper`th. owner: who steps it whole; None: every rank, or in shards."""
 
+    stepper: int
     blueprint: int
     index: int
     keeps: Keeps
@@ -67,9 +69,9 @@ class States:
         # Of each optimizer, what it has to do on each rank: in the unit of `cost_of`.
         self.loads: list[list[int]] = []
         self.how: list[tuple[str, str]] = []
-        self._held = [held for stepper in steppers for held in self._of(stepper)]
+        self._held = [held for place, stepper in enumerate(steppers) for held in self._of(stepper, place)]
 
-    def _of(self, stepper: Stepper) -> list[_Held]:
+    def _of(self, stepper: Stepper, place: int) -> list[_Held]:
         judgement = stepper.judgement(self._handling)
         homes = {
             id(member.parameter): (number, index)
@@ -86,28 +88,29 @@ class States:
             owners: list[int | None] = [None] * len(driven)
             if parted:
                 costs = [cost_of(self._blueprints[b].trainable[i].parameter.shape) for b, i in driven]
-                owners = [*owners_of(costs, [dict(self._pieces(b, i)) for b, i in driven], load)]
+                lies = [{p: end - begin for p, begin, end in self._pieces(b, i)} for b, i in driven]
+                owners = [*owners_of(costs, lies, load)]
             for (number, index), owner in zip(driven, owners, strict=True):
                 blueprint = self._blueprints[number]
                 shape = tuple(blueprint.trainable[index].parameter.shape) if whole else None
                 keeps = stepper.keeps(group, shape, blueprint.master_dtype)
-                found.append(_Held(number, index, keeps, whole, owner))
+                found.append(_Held(place, number, index, keeps, whole, owner))
             kinds += [WHOLE if parted else EVERYWHERE if whole else IN_SHARDS] if driven else []
         self.loads += [load] if any(load) else []
         self.how.append((stepper.name, " and ".join(dict.fromkeys(kinds))))
         return found
 
-    def _pieces(self, number: int, index: int) -> Iterator[tuple[int, int]]:
-        """(place, elements) of the parts in which a parameter lies."""
+    def _pieces(self, number: int, index: int) -> Iterator[tuple[int, int, int]]:
+        """(place, begin, end) of the parts in which a parameter lies, counted in each rank's region."""
         slot = self._layouts[number].slots[index]
         if not self._sharded:
-            yield 0, slot.numel
+            yield 0, slot.offset, slot.offset + slot.numel
             return
         each = self._numels[number]
         begin, end = slot.offset, slot.offset + slot.numel
         while begin < end:
             stop = min(end, (begin // each + 1) * each)
-            yield begin // each, stop - begin
+            yield begin // each, begin % each, begin % each + stop - begin
             begin = stop
 
     @cached_property
@@ -128,7 +131,8 @@ class States:
             if nbytes:
                 found[place]["optimizer", tier] = found[place].get(("optimizer", tier), 0) + nbytes
 
-        slabs: dict[tuple[int, str, torch.dtype, int], None] = {}
+        spans: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
+        slabs: dict[tuple[int, int, int], dict[str, torch.dtype]] = {}
         for held in self._held:
             blueprint = self._blueprints[held.blueprint]
             tier, keeps = blueprint.plan.optimizer.tier, held.keeps
@@ -139,15 +143,18 @@ class States:
                     add(place, tier, sum(self._rests(n, d, numel, visits) for n, d in keeps.elementwise.items()))
                     add(place, Tier.CPU if visits else tier, keeps.beside)
                 continue
-            for place, numel in self._pieces(held.blueprint, held.index):
+            for place, begin, end in self._pieces(held.blueprint, held.index):
                 add(place, tier, keeps.beside)
-                if visits:  # one slab for a state of the unit, whichever of its elements have it
-                    slabs.update({(held.blueprint, n, d, place): None for n, d in keeps.elementwise.items()})
+                if visits:  # a slab has room for all that the optimizer steps of the unit, whatever has the state
+                    spans.setdefault((held.stepper, held.blueprint, place), []).append((begin, end))
+                    slabs.setdefault((held.stepper, held.blueprint, place), {}).update(keeps.elementwise)
                 else:
-                    add(place, tier, sum(numel * dtype.itemsize for dtype in keeps.elementwise.values()))
-        for number, name, dtype, place in slabs:
+                    add(place, tier, sum((end - begin) * dtype.itemsize for dtype in keeps.elementwise.values()))
+        for key, states in slabs.items():
+            _, number, place = key
             tier = self._blueprints[number].plan.optimizer.tier
-            add(place, tier, self._rests(name, dtype, self._numels[number], visits=True))
+            numel = Footprint(spans[key], self._numels[number], grain_of(tier, self._state_dtype)).numel
+            add(place, tier, sum(self._rests(name, dtype, numel, visits=True) for name, dtype in states.items()))
         return found
 
     def _rests(self, name: str, dtype: torch.dtype, numel: int, visits: bool) -> int:
@@ -166,12 +173,17 @@ class States:
         return self.ledgers[max(range(self.places), key=self.totals.__getitem__)]
 
     def in_chunks(self) -> Iterator[tuple[Blueprint, dict[str, torch.dtype]]]:
-        """Units of which something visits the device chunk by chunk, each with the states that come along."""
-        coming: dict[int, dict[str, torch.dtype]] = {}
+        """Units of which something visits the device chunk by chunk, each with the most states that come along in a step."""
+        coming: dict[tuple[int, int], dict[str, torch.dtype]] = {}
         for held in self._held:
             if not held.whole and self._blueprints[held.blueprint].plan.optimizer.tier.visits(cuda=self._cuda):
-                coming.setdefault(held.blueprint, {}).update(held.keeps.elementwise)
-        return ((self._blueprints[number], states) for number, states in coming.items())
+                coming.setdefault((held.stepper, held.blueprint), {}).update(held.keeps.elementwise)
+        most: dict[int, dict[str, torch.dtype]] = {}
+        for (_, number), states in coming.items():  # the optimizers step one after another
+            before = most.setdefault(number, states)
+            if sum(dtype.itemsize for dtype in before.values()) < sum(dtype.itemsize for dtype in states.values()):
+                most[number] = states
+        return ((self._blueprints[number], states) for number, states in most.items())
 
     def whole_steps(self) -> int:
         """The most bytes on the device while one unit's whole parameters are stepped, besides what the class computes with.

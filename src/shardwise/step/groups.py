@@ -28,6 +28,7 @@ from ..zero.sharded import ShardedModel
 from ..zero.trained import Trained
 from ..zero.unit import Unit
 from .kept import nbytes_of
+from .resting import UnitStates
 from .visits import Shard
 from .wholes import Whole, assign
 
@@ -43,6 +44,7 @@ class Groups:
                 each rank has everything in place, so that it holds whole parameters themselves, in their shapes.
     shards:     this rank's pieces of what the optimizer drives. stepped: those that it holds itself; the others are parts of
                 `wholes`, which are those of all ranks.
+    unit_states: id(trained) -> where the states of what is stepped in shards there rest that are not in place.
     members: id(trained) -> it and the places of what it drives there. places: the same by the number of the group.
     frozen:     those of `parameters` that have no shards.
     strays:     id(parameter) -> what is trained in the models that this optimizer does not step, and its place: in torch
@@ -68,6 +70,7 @@ class Groups:
         self.shards: list[Shard] = []
         self.stepped: list[Shard] = []
         self.wholes: list[Whole] = []
+        self.unit_states: dict[int, UnitStates] = {}
         self.members: dict[int, tuple[Trained, list[int]]] = {}
         self.places: dict[int, list[tuple[Trained, int]]] = {}
         self.sole: set[int] = set()
@@ -204,11 +207,8 @@ class Groups:
             for name, value in self.optimizer.state.get(whole.tensor, {}).items():
                 if name not in whole.states:
                     add(tier, nbytes_of(value))
-        partly = self.partly  # states of others in the same unit are theirs to count
-        slabs = [
-            slab for key, (trained, _) in self.members.items() if key in partly for slab in trained.states.values()
-        ]
-        for slab in (*slabs, *(slab for whole in self.owned for slab in whole.states.values())):
+        slabs = [one.slabs for one in self.unit_states.values()] + [whole.states for whole in self.owned]
+        for slab in (slab for states in slabs for slab in states.values()):
             add(slab.tier, slab.nbytes)
         return found
 
@@ -239,6 +239,9 @@ class Groups:
                 shard.group = number
                 self.shards.append(shard)
                 if not whole:
+                    states = self.unit_states.setdefault(id(trained), UnitStates(trained, model.engine))
+                    states.join(shard.begin, shard.end)
+                    shard.unit_states = states
                     group["params"].append(shard.tensor)
                     self.stepped.append(shard)
         assign(new, self.wholes)

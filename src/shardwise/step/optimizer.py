@@ -167,7 +167,7 @@ class ShardedOptimizer:
     def _fill_budgets(self) -> None:
         """Measure a step, and fill what a budget leaves free."""
         self._residencies = [
-            Residency(model, model.options.gpu_memory_budget, self.groups.sole)
+            Residency(model, model.options.gpu_memory_budget, self.groups.sole, self.groups.unit_states)
             for model in self.models
             if model.options.gpu_memory_budget is not None
         ]

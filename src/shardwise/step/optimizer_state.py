@@ -20,12 +20,12 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ..errors import OptimizerError
-from ..offload.coded import CodedSlab
 from ..zero.sharded import ShardedModel
 from .exchange import exchange
 from .groups import Groups
 from .intervals import Interval, Rest, visiting
 from .kept import mapped
+from .resting import OFFLOADED
 from .state_kinds import (
     COUNTS,
     MACHINE,
@@ -39,7 +39,7 @@ from .state_kinds import (
     kinds,
     split_states,
 )
-from .visits import OFFLOADED, Shard, resting_place
+from .visits import Shard
 from .wholes import Whole
 
 
@@ -118,7 +118,7 @@ class OptimizerState:
             for name, value in state.items():
                 if name in shard.states and (isinstance(value, Tensor) or value is OFFLOADED):
                     slab = shard.states[name]
-                    rest = Rest(slab, shard.begin, visits=visiting(slab, shard.trained))
+                    rest = Rest(slab, shard.state_begin, visits=visiting(slab, shard.trained))
                     elementwise[name] = Interval(key[1], shape, begin, shard.numel, slab.dtype, copied, rest)
                 elif _is_elementwise(name, value, shard):
                     value = state[name] = value.contiguous()  # noqa: PLW2901 - the interval is written, too
@@ -173,29 +173,34 @@ class OptimizerState:
                 elif shard.trained.in_place:
                     state[name] = torch.zeros_like(tensor, dtype=dtype, requires_grad=False)
                 else:
-                    state[name] = resting_place(self.models[key[0]], shard, name, dtype)
+                    state[name] = shard.resting_place(name, dtype)
             if state:
                 self.optimizer.state[tensor] = state
 
     def _clear_slabs(self, elementwise: Callable[[Key], Mapping[str, torch.dtype]]) -> None:
-        """Let go of slabs for none of these states, where no other optimizer has a part in them; the others are used again."""
-        mine: dict[int, list[Shard]] = {}
-        wanted: dict[int, set[tuple[str, torch.dtype]]] = {}
+        """Let go of slabs for none of these states; the others are used again."""
+        wanted: dict[int, set[tuple[str, torch.dtype]]] = {key: set() for key in self.groups.unit_states}
         for key, _, _, _, shard in self._held():
             if isinstance(shard, Whole):
                 shard.states.clear()
-                continue
-            mine.setdefault(id(shard.trained), []).append(shard)
-            wanted.setdefault(id(shard.trained), set()).update(elementwise(key).items())
-        for shards in mine.values():
-            trained = shards[0].trained
-            if len(shards) == len(trained.region.pieces):
-                kept = wanted[id(trained)]
-                trained.states = {
-                    n: slab
-                    for n, slab in trained.states.items()
-                    if (n, slab.dtype) in kept and not isinstance(slab, CodedSlab)  # neighbours would set its scales
-                }
+            else:
+                wanted[id(shard.trained)].update(elementwise(key).items())
+        for unit, states in self.groups.unit_states.items():
+            states.keep(wanted[unit])
+
+    def _grow(self) -> None:
+        """Have places off the device for what has joined the groups. No communication. Raises StoreError."""
+        outgrown = [states for states in self.groups.unit_states.values() if states.outgrown]
+        if not outgrown:
+            return
+        self.settle_here()
+        for states in outgrown:
+            states.grow()
+        for shard in self.groups.stepped:
+            state = self.optimizer.state.get(shard.tensor, {})
+            for name in shard.states.keys() & state.keys():
+                if isinstance(state[name], Tensor) or state[name] is OFFLOADED:
+                    state[name] = shard.stand_in(name)
 
     def own_settings(self) -> list[dict[str, Any]]:
         """The settings of each parameter group."""
@@ -247,7 +252,8 @@ class OptimizerState:
             self.ranks.together(lambda: self.replace(apart, self.besides))
 
     def adopt_thawed(self, thawed: Collection[int]) -> None:
-        """These parameters are trained from now on, some of them by this optimizer. Collective where a drive is used."""
+        """These parameters are trained from now on, some of them by this optimizer. Collective."""
+        self.ranks.together(self._grow)
         self._look()
         for parameter in self.groups.driven():
             if id(parameter) in thawed and id(parameter) in self.dormant:

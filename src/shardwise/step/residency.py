@@ -16,7 +16,7 @@ plan's. Every rank moves the same, as much as the rank with the least room can h
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +29,7 @@ from ..zero.budget import FILLED_AFTER, Budget
 from ..zero.flat import FlatBuffer
 from ..zero.sharded import ShardedModel
 from ..zero.unit import Unit
+from .resting import UnitStates
 from .visits import Shard
 
 log = logging.getLogger("shardwise")
@@ -59,13 +60,16 @@ class Residency:
     """Fills a model's budget once, after a measured step.
 
     budget: bytes of device memory for this process, or "auto" for all that the device has.
-    driven: ids of the gradients that the optimizer drives alone; only their states may move.
+    driven: ids of the gradients that the optimizer drives alone; only their states may move. states: of those by their id.
     """
 
-    def __init__(self, model: ShardedModel, budget: int | str, driven: set[int]) -> None:
+    def __init__(
+        self, model: ShardedModel, budget: int | str, driven: set[int], states: Mapping[int, UnitStates]
+    ) -> None:
         self.model = model
         self.budget = budget
         self._driven = driven
+        self._states = states
         self.settled = False
         self._steps = 0
 
@@ -101,11 +105,11 @@ class Residency:
         for i, unit in units:
             trained = unit.trained
             if trained is not None and id(trained) in self._driven and trained.master.tier is not Tier.GPU:
-                slabs = [trained.master, *trained.states.values()]
-                # The gradient stays too: it rests in the master's dtype. What was coded is numbers there.
-                found.append(
-                    Choice(i, "optimizer", sum(s.numel * s.dtype.itemsize for s in slabs) + trained.master.nbytes)
-                )
+                states = self._states[id(trained)].slabs.values() if id(trained) in self._states else ()
+                # The gradient stays too: it rests in the master's dtype. What was coded is numbers there. Of states as much
+                # as of the master, for no rank may have less than another.
+                itemsize = 2 * trained.master.dtype.itemsize + sum(slab.dtype.itemsize for slab in states)
+                found.append(Choice(i, "optimizer", trained.master.numel * itemsize))
         for i, unit in units:
             nbytes = sum(part.slab.nbytes for part in _movable(unit) if part.slab is not None)
             if nbytes:
@@ -159,16 +163,18 @@ def _keep_optimizer(model: ShardedModel, unit: Unit, optimizer: Optimizer, shard
     trained = unit.trained
     assert trained is not None
     mine = [shard for shard in shards if shard.trained is trained]
-    states: dict[str, Tensor] = {key: _on_device(model, slab).tensor for key, slab in trained.states.items()}
+    rests = next((shard.states for shard in mine), {})
+    states: dict[str, Tensor] = {key: _on_device(model, slab).tensor for key, slab in rests.items()}
     master = _on_device(model, trained.master)
     if trained.shares_weights:
         trained.buffer.slab = master
     trained.rest_on_device(master)
+    rests.clear()
     for shard in mine:
-        state = optimizer.state.pop(shard.tensor, {})
+        state, first = optimizer.state.pop(shard.tensor, {}), shard.state_begin
         shard.stand_on(master)
         optimizer.state[shard.tensor] = {
-            key: states[key][shard.begin : shard.end] if key in states else value for key, value in state.items()
+            key: states[key][first : first + shard.numel] if key in states else value for key, value in state.items()
         }
     for number, group in enumerate(optimizer.param_groups):
         own = [shard.tensor for shard in shards if shard.group == number]

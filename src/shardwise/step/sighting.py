@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..offload.store import Slab
 from .optimizer_state import OptimizerState
-from .visits import OFFLOADED, Shard
+from .resting import OFFLOADED
+from .visits import Shard
 from .wholes import Whole
 
 

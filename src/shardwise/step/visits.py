@@ -34,8 +34,9 @@ from ..zero.unit import Unit
 from . import publishing
 from .doubles import double
 from .elementwise import is_torchs
-from .moments import counted, resting_slab
+from .moments import counted
 from .overrides import standing_in
+from .resting import UnitStates
 from .running import run_step
 
 # Elements. 32 MiB of fp32 each: the link of an H200 takes longer for a chunk (2.6 ms) than a slow host takes to enqueue it
@@ -51,9 +52,11 @@ class Shard:
     tensor: what the optimizer holds: a view of the master where that can be read in place, else a stand-in on the meta
             device that has its shape. group: the number of its parameter group.
     shape:  of `tensor`: flat, unless this is all of a parameter whose optimizer must see its shape.
+    unit_states: where its states rest that are not in place, with those of its optimizer's other shards of the unit; None of
+            what no optimizer holds in shards.
     """
 
-    __slots__ = ("begin", "end", "group", "in_slot", "index", "shape", "tensor", "trained")
+    __slots__ = ("begin", "end", "group", "in_slot", "index", "shape", "tensor", "trained", "unit_states")
 
     def __init__(
         self, trained: Trained, index: int, in_slot: int, begin: int, numel: int, shape: tuple[int, ...] | None = None
@@ -63,6 +66,7 @@ class Shard:
         self.begin, self.end = begin, begin + numel
         self.in_slot = in_slot
         self.group = 0
+        self.unit_states: UnitStates | None = None
         self.shape = (numel,) if shape is None else shape
         self.tensor: Parameter
         self.stand_on(trained.master)
@@ -85,8 +89,24 @@ class Shard:
 
     @property
     def states(self) -> dict[str, Slab]:
-        """What rests off the device of its unit's states, by key."""
-        return self.trained.states
+        """In what its states rest off the device, by key, from `state_begin` on."""
+        return self.unit_states.slabs if self.unit_states is not None else {}
+
+    @property
+    def state_begin(self) -> int:
+        """Where its first element lies in `states`."""
+        return self.unit_states.footprint.place(self.begin) if self.unit_states is not None else 0
+
+    def resting_place(self, key: str, dtype: torch.dtype) -> Any:
+        """Make room for state `key`, which is not in place; gives what the optimizer's own dictionary holds for it."""
+        assert self.unit_states is not None
+        self.unit_states.slab(key, dtype)
+        return self.stand_in(key)
+
+    def stand_in(self, key: str) -> Any:
+        """What the optimizer's own dictionary holds for the state that rests in `states[key]`."""
+        assert self.unit_states is not None
+        return self.unit_states.stand_in(key, self.begin, self.end)
 
     def gradient(self) -> Tensor | None:
         """The reduced gradient of this piece, or None if no rank used the parameter since the last step."""
@@ -97,12 +117,18 @@ class Shard:
 
 
 class _Visit:
-    """Elements [begin, end) of one unit's master on the device, with what belongs to them."""
+    """Elements [begin, end) of one unit's master on the device, with what belongs to them.
 
-    def __init__(self, unit: Unit, trained: Trained, begin: int, end: int) -> None:
+    at_rest: where the optimizer's states of the unit lie; those of these elements are [first, first + numel) there.
+    """
+
+    def __init__(self, unit: Unit, trained: Trained, at_rest: UnitStates, begin: int, end: int) -> None:
         self.unit = unit
         self.trained = trained
+        self.at_rest = at_rest
         self.begin, self.end = begin, end
+        self.first = at_rest.footprint.place(begin)
+        self.numel = at_rest.footprint.place(end) - self.first
         self.master: Tensor
         self.grad: Tensor
         self.states: dict[str, Tensor] = {}
@@ -183,21 +209,25 @@ class Visits:
             used = [s for s in by_unit.get(id(trained), []) if trained.gradients.used[s.index] and s.numel]
             within = {n for s in used for n in range(s.begin // CHUNK, -(-s.end // CHUNK))}
             for begin in (n * CHUNK for n in sorted(within)):
-                yield _Visit(unit, trained, begin, min(begin + CHUNK, trained.master.numel))
+                at_rest = used[0].unit_states
+                assert at_rest is not None
+                yield _Visit(unit, trained, at_rest, begin, min(begin + CHUNK, trained.master.numel))
             yield unit
 
     def _bring(self, model: ShardedModel, visit: _Visit) -> None:
         """Enqueue everything that the visit needs on its way up."""
-        trained, lanes = visit.trained, model.engine.lanes
+        trained, lanes, states = visit.trained, model.engine.lanes, visit.at_rest.slabs
         assert trained.gradients.host is not None
-        sources: list[Slab] = [trained.master, trained.gradients.host, *trained.states.values()]
+        numel = visit.end - visit.begin
+        sources = [(slab, visit.begin, numel) for slab in (trained.master, trained.gradients.host)]
+        sources += [(slab, visit.first, visit.numel) for slab in states.values()]
         with lanes.step.on():
-            rooms = [slab.room(visit.end - visit.begin, lanes.device) for slab in sources]
+            rooms = [slab.room(count, lanes.device) for slab, _, count in sources]
         (visit.master,), (visit.grad,) = rooms[:2]
-        visit.coming = dict(zip(trained.states, rooms[2:], strict=True))
+        visit.coming = dict(zip(states, rooms[2:], strict=True))
         lanes.up.wait(lanes.step.mark())
-        for slab, room in zip(sources, rooms, strict=True):
-            visit.arrivals += slab.fetch_parts(room, visit.begin)
+        for (slab, begin, _), room in zip(sources, rooms, strict=True):
+            visit.arrivals += slab.fetch_parts(room, begin)
 
     def _finish(
         self,
@@ -215,28 +245,27 @@ class Visits:
         if not engine.land(visit.arrivals, lanes.step.wait):
             return
         with lanes.step.on():
-            numel = visit.end - visit.begin
             for key in list(visit.coming):
-                visit.states[key] = trained.states[key].unpacked(visit.coming.pop(key), numel)
+                visit.states[key] = visit.at_rest.slabs[key].unpacked(visit.coming.pop(key), visit.numel)
             stepped, step = self._run(visit, by_unit.get(id(trained), []), begun, factor, doubles)
             kept, event = trained.deliver(visit.master, visit.begin)
             visit.held.append(kept)
             visit.unit.published = lanes.step.mark()
             visit.down = event
             for key, staged in visit.states.items():
-                _slab(model, trained, key, staged.dtype)
+                visit.at_rest.slab(key, staged.dtype)
             for shard, state in stepped:
                 self.optimizer.state[shard.tensor] = self._resting(shard, state)
-            leaving: list[tuple[list[Tensor], Slab]] = []
+            leaving: list[tuple[list[Tensor], Slab, int]] = []
             for key in list(visit.states):
-                slab = trained.states[key]
-                leaving.append((slab.packed(visit.states.pop(key), visit.begin, step), slab))
+                slab = visit.at_rest.slabs[key]
+                leaving.append((slab.packed(visit.states.pop(key), visit.first, step), slab, visit.first))
             if not trained.shares_weights:
-                leaving.append(([visit.master], trained.master))
+                leaving.append(([visit.master], trained.master, visit.begin))
             lanes.down.wait(lanes.step.mark())
-            for parts, slab in leaving:
+            for parts, slab, begin in leaving:
                 visit.held += parts
-                visit.down = slab.put_parts(parts, visit.begin, given=True)
+                visit.down = slab.put_parts(parts, begin, given=True)
         going.append(visit)
         if len(going) > 1:  # one behind, so that the next step does not wait for this one's way down
             lanes.step.wait(going.popleft().down)
@@ -253,14 +282,15 @@ class Visits:
         if factor is not None:
             grad.mul_(factor)
         one = doubles.next()
-        pieces: list[tuple[Shard, Parameter, slice]] = []
+        pieces: list[tuple[Shard, Parameter, slice]] = []  # each with where it lies in the visit's states
         for shard in shards:
             first, last = max(shard.begin, visit.begin), min(shard.end, visit.end)
             if first >= last or not shard.trained.gradients.used[shard.index]:
                 continue
-            where = slice(first - visit.begin, last - visit.begin)
-            piece = Parameter(visit.master[where])
-            piece.grad = grad[where]
+            piece = Parameter(visit.master[first - visit.begin : last - visit.begin])
+            piece.grad = grad[first - visit.begin : last - visit.begin]
+            begin = visit.at_rest.footprint.place(first) - visit.first
+            where = slice(begin, begin + last - first)
             if id(shard) in begun:
                 whole = last - first == shard.numel
                 scalars = self.optimizer.state[shard.tensor]
@@ -278,10 +308,10 @@ class Visits:
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.shape == piece.shape:
                     if key not in visit.states:
-                        visit.states[key] = torch.zeros_like(visit.master, dtype=value.dtype)
+                        visit.states[key] = visit.master.new_zeros(visit.numel, dtype=value.dtype)
                     if value.data_ptr() != visit.states[key][where].data_ptr():
                         visit.states[key][where].copy_(value)
-            if where.stop + visit.begin == shard.end:
+            if shard.end <= visit.end:
                 stepped.append((shard, dict(state)))
         coded = visit.trained.codes_states
         return stepped, counted((one.state[piece] for _, piece, _ in pieces), visit.master.device) if coded else None
@@ -289,9 +319,8 @@ class Visits:
     @staticmethod
     def _resting(shard: Shard, state: dict[str, Any]) -> dict[str, Any]:
         """What the optimizer's own dictionary holds: numbers as they are, tensors where they rest."""
-        slabs = shard.trained.states
         return {
-            key: _stand_in(slabs[key], shard) if key in slabs and isinstance(value, Tensor) and value.ndim else value
+            key: shard.stand_in(key) if key in shard.states and isinstance(value, Tensor) and value.ndim else value
             for key, value in state.items()
         }
 
@@ -323,34 +352,6 @@ class _Doubles:
         one = double(self._before)
         one.grad_scale, one.found_inf = self._scale, self._found_inf
         return one
-
-
-class _Offloaded:
-    """Stands in the optimizer's state for a tensor that rests off the device, in `Trained.states`."""
-
-    def __repr__(self) -> str:
-        return "(offloaded)"
-
-
-OFFLOADED = _Offloaded()
-
-
-def resting_place(model: ShardedModel, shard: Shard, key: str, dtype: torch.dtype) -> Any:
-    """Make room for state `key` of a shard that is not in place; gives what the optimizer's own dictionary holds for it."""
-    return _stand_in(_slab(model, shard.trained, key, dtype), shard)
-
-
-def _stand_in(slab: Slab, shard: Shard) -> Any:
-    return slab.tensor[shard.begin : shard.end] if slab.in_memory else OFFLOADED
-
-
-def _slab(model: ShardedModel, trained: Trained, key: str, dtype: torch.dtype) -> Slab:
-    """Where this state of a unit rests."""
-    if key not in trained.states:
-        name, tells = f"{trained.name}.{key}", model.ranks.rank == 0
-        tier, numel = trained.plan.optimizer.tier, trained.master.numel
-        trained.states[key] = resting_slab(model.engine, tier, key, numel, dtype, name, tells=tells)
-    return trained.states[key]
 
 
 def _copy(value: Any) -> Any:

@@ -31,9 +31,9 @@ from .doubles import double
 from .kept import mapped
 from .moments import counted, resting_slab
 from .overrides import standing_in
+from .resting import OFFLOADED
 from .running import run_step
 from .state_kinds import is_like
-from .visits import OFFLOADED
 
 # How much more than an equal share a rank may get to do for the sake of a parameter that lies on it.
 _SLACK = 1.02
@@ -47,7 +47,7 @@ class Whole:
     states: elementwise states that rest off the device, by key; flat.
     """
 
-    begin = 0
+    state_begin = 0
 
     def __init__(self, trained: Trained, index: int, group: int, engine: Engine) -> None:
         slot = trained.buffer.layout.slots[index]

@@ -1,4 +1,4 @@
-"""The trained weights of a unit: those that compute, their masters, what the optimizer keeps, and their gradients."""
+"""The trained weights of a unit: those that compute, their masters, and their gradients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ class Trained:
     buffer: the weights that compute. region: the part of it that this rank's optimizer works on.
     master: (region.numel,) at rest on plan.optimizer.tier.
     shares_weights: the master is the computing weights themselves, because dtype and place agree; it costs nothing.
-    states: what the optimizer keeps beside a master that is not in place, by key ("exp_avg"), each (region.numel,).
     """
 
     def __init__(
@@ -35,7 +34,6 @@ class Trained:
         self.plan = plan
         self.master = master
         self.shares_weights = shares_weights
-        self.states: dict[str, Slab] = {}
         self._engine = engine
         self.sums = Sums(buffer, region, master.dtype, engine, on_host=plan.optimizer.tier is not Tier.GPU)
         self.gradients = Gradients(buffer, self.sums, engine)
@@ -102,7 +100,6 @@ class Trained:
             yield "optimizer", self.master.tier, self.master.nbytes
 
     def rest_on_device(self, master: Slab) -> None:
-        """From now on master, states and gradients stay on the device. Between steps only."""
+        """From now on master and gradients stay on the device. Between steps only."""
         self.sums.rest_on_device(master, keep=self.gradients.at_rest is not None)
         self.master = master
-        self.states = {}
