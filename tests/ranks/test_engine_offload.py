@@ -444,3 +444,42 @@ def test_chunks_of_which_nothing_is_stepped_stay_where_they_are(world, tmp_path,
     """Behind the first step, which has no states, of two ranks each visits one chunk of two; the gradient is in host memory."""
     for steps in world(2).run(_visited, placement, str(tmp_path)):
         assert all(0 < elements <= 3 * 2048 for elements in steps), steps
+
+
+class _Ahead(torch.nn.Module):
+    """A frozen unit, and one of which the middle third has no states."""
+
+    def __init__(self):
+        super().__init__()
+        self.lopsided = _Lopsided()
+        self.frozen = torch.nn.Linear(6, 1000).requires_grad_(False)
+
+    def forward(self, x):
+        return self.frozen(self.lopsided(x))
+
+
+def _unlike(ranks, folder, budget):
+    """What stays on the device, and whether each unit is still gathered."""
+    sharded, _, stepping = prepare(
+        ranks,
+        _Ahead(),
+        "3-disk",
+        units=["_Lopsided", "Linear"],
+        nvme_paths=dict.fromkeys(("param", "optimizer"), folder),
+        gpu_memory_budget=budget,
+    )
+    for number in range(4):
+        batch = torch.randn(4, 6, generator=torch.Generator().manual_seed(number))
+        sharded.model(batch).square().mean().backward()
+        stepping.step()
+        stepping.zero_grad()
+    return [unit.leaves for unit in sharded.units], [
+        unit.trained.master.tier.name for unit in sharded.units if unit.trained is not None
+    ]
+
+
+@pytest.mark.parametrize("budget", [30_000, 45_000, 1 << 30])
+def test_ranks_whose_states_differ_keep_the_same_on_the_device(world, tmp_path, budget):
+    """Of three ranks the second has a third of a weight that no step has touched, and so no states."""
+    first, *others = world(3).run(_unlike, str(tmp_path), budget, timeout_s=30)
+    assert all(other == first for other in others)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -82,7 +82,10 @@ class Residency:
         ranks = self.model.ranks
         budget = Budget(ranks.device, self.budget)
         room = min(ranks.gather_numbers(budget.beside(budget.peak(reserved=True))))
-        chosen = choose(self.candidates(), room)
+        # A rank on which nothing of a unit has been stepped has no states of it: for all it is the rank that has most.
+        mine = self.candidates()
+        sizes = zip(*ranks.gather_objects([one.nbytes for one in mine]), strict=True)
+        chosen = choose([replace(one, nbytes=max(size)) for one, size in zip(mine, sizes, strict=True)], room)
         self.model.schedule.abandon_open_pass()
         self.model.engine.synchronize()
         for choice in chosen:
@@ -91,6 +94,7 @@ class Residency:
                 _keep_optimizer(self.model, unit, optimizer, shards)
             elif choice.move == "weights":
                 _keep_weights(self.model, unit)
+        self.model.engine.faults.agree()
         whole = [self.model.units[c.unit] for c in chosen if c.move == "whole"]
         self.model.schedule.keep_whole(whole)
         over_turn = self.model.schedule.widen_turn(room - sum(choice.nbytes for choice in chosen))
@@ -106,10 +110,9 @@ class Residency:
             trained = unit.trained
             if trained is not None and id(trained) in self._driven and trained.master.tier is not Tier.GPU:
                 states = self._states[id(trained)].slabs.values() if id(trained) in self._states else ()
-                # The gradient stays too: it rests in the master's dtype. What was coded is numbers there. Of states as much
-                # as of the master, for no rank may have less than another.
-                itemsize = 2 * trained.master.dtype.itemsize + sum(slab.dtype.itemsize for slab in states)
-                found.append(Choice(i, "optimizer", trained.master.numel * itemsize))
+                # The gradient stays too: it rests in the master's dtype. What was coded is numbers there.
+                size = 2 * trained.master.nbytes + sum(slab.numel * slab.dtype.itemsize for slab in states)
+                found.append(Choice(i, "optimizer", size))
         for i, unit in units:
             nbytes = sum(part.slab.nbytes for part in _movable(unit) if part.slab is not None)
             if nbytes:
@@ -149,7 +152,7 @@ def _movable(unit: Unit) -> list[FlatBuffer]:
 def _on_device(model: ShardedModel, slab: Slab) -> Slab:
     """The content of `slab` in a slab on the device."""
     kept = model.engine.stores.gpu.allocate(slab.numel, slab.dtype, "")
-    kept.tensor.copy_(model.engine.fetched(slab))
+    kept.tensor.copy_(model.engine.look_at(slab))  # how many slabs there are is each rank's own: they agree behind all
     return kept
 
 
