@@ -81,11 +81,12 @@ class Residency:
         self.settled = True
         ranks = self.model.ranks
         budget = Budget(ranks.device, self.budget)
-        room = min(ranks.gather_numbers(budget.beside(budget.peak(reserved=True))))
-        # A rank on which nothing of a unit has been stepped has no states of it: for all it is the rank that has most.
         mine = self.candidates()
-        sizes = zip(*ranks.gather_objects([one.nbytes for one in mine]), strict=True)
-        chosen = choose([replace(one, nbytes=max(size)) for one, size in zip(mine, sizes, strict=True)], room)
+        room, sizes = budget.beside(budget.peak(reserved=True)), [one.nbytes for one in mine]
+        # A rank on which nothing of a unit has been stepped has no states of it: for all it is the rank that has most.
+        rooms, *sizes_of = zip(*ranks.gather_objects((room, *sizes)), strict=True)
+        room, sizes = min(rooms), [max(every) for every in sizes_of]
+        chosen = choose([replace(one, nbytes=size) for one, size in zip(mine, sizes, strict=True)], room)
         self.model.schedule.abandon_open_pass()
         self.model.engine.synchronize()
         for choice in chosen:
