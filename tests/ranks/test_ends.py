@@ -50,6 +50,12 @@ def test_a_script_ends_in_order_with_and_without_a_farewell(tmp_path):
     run([*ends, *farewells, *others], tmp_path)
 
 
+@pytest.mark.timeout(300)
+def test_what_fails_behind_a_script_is_the_exit_code_unless_it_has_one_of_its_own(tmp_path):
+    lost = [Case(end=f"failed save{how}") for how in ("", ", exit 0", ", exit 3", ", raise", ", heard", ", killed")]
+    run([*lost, Case(end="failed save", world=1), Case(end="broken tracker")], tmp_path)
+
+
 @pytest.mark.full
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("tier", TIERS)

@@ -76,6 +76,31 @@ SCRIPTS = {
             raise OSError("only at first")
         print("done", flush=True)
     """,
+    "loses.py": """
+        import atexit, time
+        from pathlib import Path
+        import torch
+        from shardwise import Accelerator
+        from shardwise.files import disk
+
+        def full(operation, path):
+            if operation == "write" and path.suffix == ".safetensors":
+                raise OSError(28, "the disk is full")
+
+        def last(rank):
+            time.sleep(2 * (rank == 0))
+            Path(f"last-{rank}").write_text("")
+
+        accelerator = Accelerator()
+        rank = accelerator.process_index
+        atexit.register(last, rank)
+        model = torch.nn.Linear(2, 2)
+        accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+        filled = disk.watched(full)
+        if rank == 1:
+            filled.__enter__()
+        accelerator.save_state("state", async_=True)
+    """,
     "sums.py": """
         import torch
         import torch.distributed as dist
@@ -210,6 +235,17 @@ def test_the_first_failing_ranks_traceback_comes_first(scripts: Path) -> None:
     assert done.stderr.count("Traceback") == 1
     assert "torchelastic" not in done.stderr.lower()
     assert "worker.py" not in done.stderr
+
+
+@pytest.mark.timeout(180)
+def test_a_save_that_fails_behind_the_script_fails_the_run_and_each_rank_comes_to_its_end(scripts: Path) -> None:
+    done = launch(*SAID, "--num_processes", "2", "loses.py", timeout_s=150)
+    assert done.returncode == 1
+    text = "CheckpointError: the last save in the background failed: "
+    assert [line for line in done.stderr.splitlines() if text in line and "the disk is full" in line]
+    assert " failed too, with the same error\n" in done.stderr
+    assert "worker.py" not in done.stderr
+    assert sorted(path.name for path in scripts.glob("last-*")) == ["last-0", "last-1"]
 
 
 @pytest.mark.timeout(90)

@@ -122,6 +122,45 @@ def test_what_a_worker_raises_is_raised_with_its_traceback(tmp_path):
     assert alive == []
 
 
+def _saves_in_the_background(folder, fails):
+    from shardwise import Accelerator
+    from shardwise.files import disk
+
+    def slow(operation, path):
+        if operation == "write" and path.suffix == ".safetensors":
+            time.sleep(0.3)
+            if fails:
+                raise OSError(28, "the disk is full")
+
+    accelerator = Accelerator()
+    model = torch.nn.Linear(2, 2)
+    accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    slowed = disk.watched(slow)
+    if accelerator.process_index == 1:
+        slowed.__enter__()
+        Path.slowed = slowed  # it outlives the function, as the save does
+    accelerator.save_state(Path(folder, "state"), async_=True)
+
+
+def _launched(folder, fails):
+    from shardwise import debug_launcher
+    from shardwise.errors import LaunchError
+
+    try:
+        debug_launcher(_saves_in_the_background, (folder, fails))
+    except LaunchError as error:
+        return str(error)
+    return ""
+
+
+def test_a_save_that_goes_on_behind_the_function_is_finished_and_fails_the_call(tmp_path):
+    assert alone(_launched, str(tmp_path), False) == ""
+    assert (tmp_path / "state" / "manifest.json").exists()
+    text = alone(_launched, str(tmp_path), True)
+    assert "CheckpointError: the last save in the background failed: " in text
+    assert "the disk is full" in text
+
+
 def test_a_worker_that_is_killed_ends_the_others(tmp_path):
     text, alive = alone(_message_of, _dies, str(tmp_path))
     assert text.startswith("debug_launcher: rank 1 was ended by SIGKILL")

@@ -10,6 +10,8 @@ looked at. One JSON line per case: {..., "codes": {"0, 0": 20}, "problems": [...
 from __future__ import annotations
 
 import atexit
+import contextlib
+import errno
 import gc
 import json
 import os
@@ -33,7 +35,9 @@ class Case:
     """tier:     where weights and states rest: none, cpu, nvme.
     end:      how the script ends: return, raise, exit 0, exit 3, SIGTERM, SIGKILL; "lost": rank 1 dies and rank 0 meets it in a
               collective; "vote": rank 0 ends after a vote that rank 1 takes part in later; "save": it ends while a save goes on
-              in the background; "large save": and only then the save is written, as a large one is.
+              in the background; "large save": and only then the save is written, as a large one is; "failed save": the
+              last rank's disk is full then, and what follows a comma is how the script ends; "heard": it has asked how the save
+              went, "killed": the last rank is, there; "broken tracker": rank 0's takes nothing of what is written at the end.
     farewell: it calls end_training before.
     count:    how many runs.
     """
@@ -49,8 +53,26 @@ class Case:
         """The exit codes that the ranks ought to have."""
         if self.end == "lost":
             return [1, 9]
-        codes = {"raise": 1, "exit 3": 3, "SIGTERM": -15, "SIGKILL": -9}
-        return [codes.get(self.end, 0)] * self.world
+        if self.end == "broken tracker":
+            return [120, 0]
+        if self.way == "killed":
+            return [120] * (self.world - 1) + [9]
+        codes = {"raise": 1, "exit 3": 3, "SIGTERM": -15, "SIGKILL": -9, "heard": 0}
+        return [codes.get(self.way, 120 if self.fails else 0)] * self.world
+
+    @property
+    def fails(self) -> bool:
+        """Whether a save fails when its script has ended."""
+        return self.end.startswith("failed save")
+
+    @property
+    def saves(self) -> bool:
+        """Whether there is a save afterwards."""
+        return self.end.endswith("save") and not self.fails
+
+    @property
+    def way(self) -> str:
+        return self.end.rpartition(", ")[2]
 
     def config(self, folder: Path) -> dict[str, Any]:
         zero: dict[str, Any] = {"zero_stage": 3}
@@ -187,7 +209,7 @@ def _run(case: Case, folder: Path) -> dict[str, Any] | None:
         codes = wait_for(pids)
         tally[", ".join(map(str, codes))] += 1
         wrong = [] if codes == case.codes else [f"exit codes {codes}"]
-        if case.end.endswith("save") and not list(folder.glob("state-*")):
+        if case.saves and not list(folder.glob("state-*")):
             wrong.append("nothing was saved")
         wrong += left_over(pids, folder, shared)
         if wrong:
@@ -207,6 +229,28 @@ def main() -> Case | None:
             return case
         print(json.dumps({**values, **result}), flush=True)
     return None
+
+
+def fill_the_disk(case: Case, rank: int) -> contextlib.AbstractContextManager[None]:
+    """Once the interpreter waits for its threads there is no room any more, for the last rank. As long as it is held."""
+    from shardwise.files import disk
+
+    def full(operation: str, path: Path) -> None:
+        if operation == "write" and path.suffix == ".safetensors" and rank == case.world - 1:
+            if case.way != "heard":
+                threading.main_thread().join()
+            if case.way == "killed":
+                os._exit(9)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    return disk.watched(full)
+
+
+class Broken:
+    """A tracker that takes nothing."""
+
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        raise ConnectionError("nobody takes numbers any more")
 
 
 def write_when_the_script_has_ended(rank: int) -> None:
@@ -232,6 +276,7 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     from shardwise import Accelerator
+    from shardwise.errors import CheckpointError
 
     CASE = main()
     if CASE is None:
@@ -246,12 +291,6 @@ if __name__ == "__main__":
     optimizer.zero_grad()
     if CASE.farewell:
         accelerator.end_training()
-    if CASE.end == "raise":
-        raise ValueError("the script's own")
-    if CASE.end.startswith("exit"):
-        sys.exit(int(CASE.end[5:]))
-    if CASE.end.startswith("SIG"):
-        os.kill(os.getpid(), getattr(signal, CASE.end))
     if CASE.end == "lost":
         if accelerator.process_index == 1:
             os._exit(9)
@@ -261,5 +300,23 @@ if __name__ == "__main__":
         accelerator._ranks.any_of([accelerator.process_index == 0])
     if CASE.end == "large save":
         write_when_the_script_has_ended(accelerator.process_index)
-    if CASE.end.endswith("save"):
+    if CASE.saves:
         accelerator.save_state(Path(sys.argv[2]) / f"state-{os.environ['MASTER_PORT']}", async_=True)
+    if CASE.fails:
+        filled = fill_the_disk(CASE, accelerator.process_index)
+        filled.__enter__()
+        accelerator.save_state(Path(sys.argv[2]) / f"state-{os.environ['MASTER_PORT']}", async_=True)
+    if CASE.way == "heard":
+        with contextlib.suppress(CheckpointError):
+            accelerator.finish_saving()
+    if CASE.end == "broken tracker":
+        for _ in accelerator.watch([0], bar=False):
+            accelerator.backward(model(torch.randn(2, 8)).sum())
+            optimizer.step()
+        accelerator.trackers.append(Broken())
+    if CASE.way == "raise":
+        raise ValueError("the script's own")
+    if CASE.way.startswith("exit"):
+        sys.exit(int(CASE.way[5:]))
+    if CASE.way.startswith("SIG"):
+        os.kill(os.getpid(), getattr(signal, CASE.way))

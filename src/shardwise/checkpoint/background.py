@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 from ..errors import CheckpointError
+from ..ranks import unfinished
 
 log = logging.getLogger("shardwise")
 
@@ -16,7 +17,7 @@ class Background:
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._error: CheckpointError | None = None
 
     @property
     def busy(self) -> bool:
@@ -30,11 +31,14 @@ class Background:
             try:
                 action()
             except BaseException as error:
-                # Said now, for a script may end without asking; raised where the next `wait` is.
+                # Said now, for a script may end without asking; raised where the next `wait` is, or who runs the script asks.
                 log.error("A save in the background failed: %s", error)
-                self._error = error
+                self._error = CheckpointError(f"the last save in the background failed: {error}")
+                self._error.__cause__ = error
+                unfinished.owe(self._error, everywhere=True)
 
         self._thread = threading.Thread(target=run, name="shardwise-save")
+        unfinished.follow(self._thread)
         self._thread.start()
 
     def wait(self) -> None:
@@ -44,4 +48,5 @@ class Background:
             self._thread = None
         error, self._error = self._error, None
         if error is not None:
-            raise CheckpointError(f"the last save in the background failed: {error}") from error
+            unfinished.told(error)
+            raise error

@@ -25,7 +25,7 @@ import time
 import traceback
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 REPORTS = "SHARDWISE_REPORTS"  # the directory for records
 LAUNCHER = "SHARDWISE_LAUNCHER"  # the launcher's process id
@@ -67,34 +67,58 @@ def main(before: Callable[[], None] | None = None) -> None:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if code != 0:
             message = end.code if isinstance(end.code, str) else f"sys.exit({code})"
-            _record(reports, kind="exit", message=message, text="", code=code)
-        else:
-            _end_well(foreign, end.__traceback__)
-        raise
+            _record(reports, kind="exit", message=message, text="", code=code, within_s=LEAVE_WITHIN_S)
+            raise
+        _end_well(foreign, end.__traceback__)
     except KeyboardInterrupt as error:
-        _show_at_exit(error)
-        signal.alarm(LEAVE_WITHIN_S)
-        sys.exit(128 + signal.SIGINT)
+        _interrupted(error)
     except BaseException as error:
         _show_at_exit(error)
-        kind = type(error)
-        # The frames of this file, and of the one that started it, are not the user's.
-        own = {__file__, sys.modules["__shardwise_worker__"].__file__, runpy.__file__, "<frozen runpy>"}
-        trace = error.__traceback__
-        while trace is not None and trace.tb_frame.f_code.co_filename in own:
-            trace = trace.tb_next
-        text = "".join(traceback.format_exception(kind, error, trace))
-        # A hook of the user's (rich, a tracker) is called; torch.distributed's only puts the rank before each line.
-        module = getattr(sys.excepthook, "__module__", None) or ""
-        own_hook = sys.excepthook is not sys.__excepthook__ and not module.startswith("torch.")
-        message = str(error)
-        _record(reports, kind=kind.__name__, message=message, text="" if own_hook else text, code=1)
-        if own_hook:
-            with contextlib.suppress(Exception):
-                sys.excepthook(kind, error, trace)
-        elif not reports:
-            sys.stderr.write(text)
-        sys.exit(1)
+        _fail(reports, error, within_s=LEAVE_WITHIN_S)
+    _settle(reports)
+
+
+def _settle(reports: str) -> None:
+    """Finish what the script has left to its end, a save in the background. An error of it is recorded as one of the script is.
+
+    The rest of the end takes as long as it takes: the script was well, and others have their functions in it.
+    """
+    unfinished = sys.modules.get("shardwise.ranks.unfinished")
+    try:
+        if unfinished is not None:
+            unfinished.settle()
+    except KeyboardInterrupt as error:
+        _interrupted(error)
+    except BaseException as error:
+        _fail(reports, error, within_s=0)
+
+
+def _interrupted(error: KeyboardInterrupt) -> NoReturn:
+    _show_at_exit(error)
+    signal.alarm(LEAVE_WITHIN_S)
+    sys.exit(128 + signal.SIGINT)
+
+
+def _fail(reports: str, error: BaseException, *, within_s: int) -> NoReturn:
+    """End with this error, for the launcher to show. within_s: see `_record`."""
+    kind = type(error)
+    # The frames of this file, and of the one that started it, are not the user's.
+    own = {__file__, sys.modules["__shardwise_worker__"].__file__, runpy.__file__, "<frozen runpy>"}
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename in own:
+        trace = trace.tb_next
+    text = "".join(traceback.format_exception(kind, error, trace))
+    # A hook of the user's (rich, a tracker) is called; torch.distributed's only puts the rank before each line.
+    module = getattr(sys.excepthook, "__module__", None) or ""
+    own_hook = sys.excepthook is not sys.__excepthook__ and not module.startswith("torch.")
+    text = "" if own_hook else text
+    _record(reports, kind=kind.__name__, message=str(error), text=text, code=1, within_s=within_s)
+    if own_hook:
+        with contextlib.suppress(Exception):
+            sys.excepthook(kind, error, trace)
+    elif not reports:
+        sys.stderr.write(text)
+    sys.exit(1)
 
 
 def _watch_foreign_trainers() -> types.ModuleType:
@@ -195,8 +219,8 @@ def _keep_to_own_cores() -> None:
         os.sched_setaffinity(0, cores[rank * share : (rank + 1) * share])
 
 
-def _record(reports: str, *, kind: str, message: str, text: str, code: int) -> None:
-    """Keep what happened for the launcher, and see to it that this process ends."""
+def _record(reports: str, *, kind: str, message: str, text: str, code: int, within_s: int) -> None:
+    """Keep what happened for the launcher, and see to it that this process ends. within_s: seconds; 0 for no limit."""
     now = time.time_ns()
     _tell_others(code, f"exit code {code}" if kind == "exit" else f"{kind}: {message}")
     with contextlib.suppress(Exception):
@@ -207,9 +231,9 @@ def _record(reports: str, *, kind: str, message: str, text: str, code: int) -> N
     if int(attempt) < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         # The launcher goes on after this, so it is told now.
         sys.stderr.write(f"rank {_rank()} failed; all ranks start again.\n{text or f'{kind}: {message}'}\n")
-    # SIGALRM's default action ends the process even while it waits in C++ for peers.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(LEAVE_WITHIN_S)
+    if within_s:  # SIGALRM's default action ends the process even while it waits in C++ for peers
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(within_s)
 
 
 def _write(reports: str, name: str, content: dict[str, Any]) -> None:

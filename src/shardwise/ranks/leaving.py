@@ -32,14 +32,17 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # noqa: F401
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from . import watcher
+from . import unfinished, watcher
 from .control import Vote
 
 # How long a vote that this rank did not wait for may take to come to its end. After an error of the script the other ranks may
 # be waiting for this one, and learn of its end only by that.
 _VOTE_WITHIN_S, _VOTE_AFTER_ERROR_S = 5.0, 1.0
+# How long the ranks wait for each other before they end with an error that all have found behind their scripts.
+_TOGETHER_WITHIN_S = 60.0
 # For threads of groups that somebody else holds: what they were about to do, they do in this time.
 _MOMENT_S = 0.05
+_END = "shardwise/end"
 
 
 class Member(Protocol):
@@ -103,11 +106,29 @@ def _leave() -> None:
     """
     if os.getpid() != _process:
         return  # a forked child: the threads are its parent's
+    if unfinished.failed_everywhere():
+        _end_together()
     watcher.interpreter_ends()
     try:
         _take_down_all()
     finally:
         _stores.clear()
+
+
+def _end_together() -> None:
+    """Return when every rank has come here: a launcher that sees one fail ends the others.
+
+    So what a rank does at its end, as a tracker that sends its last numbers, is done by then.
+    """
+    if not dist.is_initialized():
+        return
+    deadline, pause_s = time.monotonic() + _TOGETHER_WITHIN_S, 1e-3
+    with contextlib.suppress(RuntimeError):  # the process that has the store has gone on
+        store = dist.distributed_c10d._get_default_store()
+        store.add(_END, 1)
+        while store.add(_END, 0) < dist.get_world_size() and time.monotonic() < deadline:
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.1)
 
 
 def _take_down_all() -> None:
@@ -143,10 +164,15 @@ def _vote_limit_s() -> float:
 
 
 def _clear_frames() -> None:
-    """Drop the local variables of the frames that the script's last error came through: a collective's hold its group."""
-    error: BaseException | None = getattr(sys, "last_value", None)
+    """Drop the local variables of the frames that an error came through which is still held: a collective's hold its group.
+
+    That is the script's last one, and what was found behind it.
+    """
+    waiting: list[BaseException | None] = [getattr(sys, "last_value", None), *unfinished.owed()]
     seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        seen.append(error)
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+    while waiting:
+        error = waiting.pop()
+        while error is not None and error not in seen:
+            seen.append(error)
+            traceback.clear_frames(error.__traceback__)
+            error = error.__cause__ or error.__context__

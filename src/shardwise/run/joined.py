@@ -9,6 +9,7 @@ from ..config.accelerate_variables import configuration
 from ..config.check import from_environment
 from ..config.schema import Config
 from ..errors import ConfigError
+from ..ranks import unfinished
 from ..ranks.agreeing import attempt
 from ..ranks.ranks import Ranks
 from . import beside
@@ -83,8 +84,9 @@ def check_device(ranks: Ranks, use_cpu: bool | None) -> None:
 
 
 def leave_run() -> None:
-    """Leave the run: after this the process may join another one."""
+    """Leave the run, once no save in the background needs the other ranks: after this the process may join another one."""
     if Joined.ranks is not None:
+        unfinished.finish()
         Joined.ranks.leave()
     forget_run()
 

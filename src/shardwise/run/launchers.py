@@ -31,6 +31,7 @@ from ..config.check import from_environment, merged
 from ..config.machine import environment_value, export, exported, visible_gpus
 from ..errors import ConfigError, LaunchError
 from ..files.documents import read_json
+from ..ranks.unfinished import settle
 from .joined import Joined, leave_run
 
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
@@ -295,12 +296,16 @@ class _Worker:
         torch.set_num_threads(1)
         export(self.variables)
         try:
-            self.function(*self.args)
+            try:
+                self.function(*self.args)
+            except SystemExit as end:
+                if end.code not in (None, 0):
+                    raise
+            settle()  # what a process does at its end, a forked worker does not
             leave_run()
         except BaseException as error:
-            if not isinstance(error, SystemExit) or error.code not in (None, 0):
-                self._record(error)
-                raise
+            self._record(error)
+            raise
 
     def _record(self, error: BaseException) -> None:
         trace = error.__traceback__.tb_next if error.__traceback__ is not None else None

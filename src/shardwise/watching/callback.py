@@ -6,7 +6,7 @@ norm. The class has the methods of a TrainerCallback and is none by inheritance,
 
 from __future__ import annotations
 
-import atexit
+import functools
 import logging
 import os
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..ranks.activity import activity
+from ..ranks.unfinished import AtEnd
 from ..zero.sharded import find_sharded
 from .about import facts, peak_for
 from .bar import Bar
@@ -56,6 +57,7 @@ class WatchCallback:
         self._lines: Lines | None = None
         self._tokens = self._samples = 0
         self._hook: Any = None
+        self._at_end: AtEnd | None = None
         self._step = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -95,7 +97,7 @@ class WatchCallback:
         self._step = state.global_step
         self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
         activity.listener = self._lines  # the engine says when it steps
-        atexit.register(self._close, wait=False)
+        self._at_end = AtEnd("The last line of the run's record", functools.partial(self._close, wait=False))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._lines is not None:
@@ -156,7 +158,9 @@ class WatchCallback:
             self._samples += len(ids)
 
     def _close(self, *, wait: bool = True) -> None:
-        atexit.unregister(self._close)
+        if self._at_end is not None:
+            self._at_end.cancel()
+            self._at_end = None
         if activity.listener is self._lines:
             activity.listener = None
         if self._hook is not None:

@@ -5,7 +5,7 @@ All that is noted stays on the device until then. The ranks meet once in a logge
 
 from __future__ import annotations
 
-import atexit
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass, fields
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..ranks.activity import activity
 from ..ranks.ranks import Ranks
+from ..ranks.unfinished import AtEnd
 from .late import Late
 from .lines import Lines, Noted
 
@@ -101,7 +102,7 @@ class Watch:
         self._ranks, self._steps, self._rate, self._norm = ranks, steps, rate, norm
         self._make_lines = lines
         self._lines: Lines | None = None
-        atexit.register(self.close, wait=False)
+        self._at_end = AtEnd("The last line of the run's record", functools.partial(self.close, wait=False))
         self._step = self._logged = steps()
         self._begin_line()
 
@@ -244,7 +245,7 @@ class Watch:
         """
         if activity.listener is self:
             activity.listener = None
-        atexit.unregister(self.close)
+        self._at_end.cancel()
         self.closed = True
         self._make_lines = None
         if self._lines is not None:
