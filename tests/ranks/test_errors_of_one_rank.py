@@ -15,6 +15,7 @@ from torch import nn
 
 from ranks.test_front_training import fresh
 from rig.heard import heard
+from rig.tiny import tiny_llama, with_lora
 from shardwise import Accelerator, gradient
 from shardwise.errors import CheckpointError, PrepareError, RankError, ShardwiseError
 from shardwise.files import disk
@@ -187,3 +188,50 @@ def _saves(ranks, folder):
 
 def test_an_error_of_one_rank_in_a_save_is_every_ranks_and_training_goes_on(world, tmp_path):
     world(2).run(_saves, str(tmp_path), timeout_s=60)
+
+
+def _writes_below_a_file(ranks, target, lora):
+    """What each verb that writes where the script says raises on this rank; all ranks come to the next one."""
+    accelerator, model = fresh(3), tiny_llama()
+    model = with_lora(model) if lora else model
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    accelerator.prepare(model, optimizer)
+
+    def in_the_background():
+        accelerator.save_state(target, async_=True)
+        accelerator.finish_saving()
+
+    verbs = {
+        "save_model": lambda: accelerator.save_model(model, target),
+        "save_model, a pickle": lambda: accelerator.save_model(model, target, safe_serialization=False),
+        "save_pretrained": lambda: model.save_pretrained(target),
+        "save_pretrained, by transformers": lambda: model.save_pretrained(
+            target, max_shard_size="1KB", variant="other"
+        ),
+        "save_state": lambda: accelerator.save_state(target),
+        "save_state, async": in_the_background,
+        "load_state": lambda: accelerator.load_state(target),
+    }
+    if lora:
+        verbs = {name: verb for name, verb in verbs.items() if name.startswith("save_pretrained")}
+    found = {}
+    for name, verb in verbs.items():
+        try:
+            verb()
+        except (OSError, ShardwiseError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+        ranks.barrier()
+    accelerator.free_memory()
+    return found, list(verbs)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_place_below_a_file_is_the_same_error_on_every_rank(world, tmp_path, lora):
+    (tmp_path / "file").write_text("")
+    (first, verbs), (second, _) = world(2).run(
+        _writes_below_a_file, str(tmp_path / "file" / "out"), lora, timeout_s=120
+    )
+    for verb in verbs:
+        assert verb in first, verb
+        assert second.get(verb) in (first[verb], f"RankError: rank 0 failed: {first[verb]}"), (verb, first, second)
+        assert "file" in first[verb], first[verb]

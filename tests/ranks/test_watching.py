@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from shardwise import Accelerator, DeepSpeedPlugin
+from rig.tiny import tiny_llama
+from shardwise import Accelerator, DeepSpeedPlugin, GeneralTracker, ProfileKwargs, WatchCallback
 from shardwise.errors import ConfigError, RankError
 from shardwise.ranks.activity import activity
 from shardwise.run.process import forget_run
@@ -142,3 +145,108 @@ def test_what_is_wrong_on_one_rank_is_an_error_on_all(world, tmp_path):
     first, second = world(2).run(_unwritable, tmp_path)
     assert "cannot be written" in first
     assert "rank 0 failed" in second
+
+
+def _trainer_begins(ranks, directory, callback_on):
+    """The error of each rank; then a collective of all, which nobody may have missed."""
+    accelerator = fresh(None, stage=3)
+    model = tiny_llama()
+    accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    arguments = SimpleNamespace(
+        device=torch.device("cpu"),
+        bf16=False,
+        fp16=False,
+        world_size=2,
+        output_dir=str(directory),
+        to_sanitized_dict=dict,
+        gradient_accumulation_steps=1,
+    )
+    state = SimpleNamespace(is_world_process_zero=ranks.rank == 0, max_steps=1, global_step=0, logging_steps=1)
+    callback = WatchCallback(bar=False)
+    try:
+        if ranks.rank in callback_on:
+            callback.on_train_begin(arguments, state, None, model=model, train_dataloader=[0])
+    except (ConfigError, RankError) as error:
+        return str(error)
+    finally:
+        callback._close()
+        ranks.barrier()
+        forget_run()
+
+
+def test_a_directory_that_the_callback_cannot_write_is_an_error_on_every_rank_that_has_it(world, tmp_path):
+    (tmp_path / "file").write_text("")
+    first, second = world(2).run(_trainer_begins, tmp_path / "file" / "run", (0, 1), timeout_s=60)
+    assert "metrics.jsonl: the run's record cannot be written: Not a directory." in first
+    assert second == f"rank 0 failed: ConfigError: {first}"
+    first, second = world(2).run(_trainer_begins, tmp_path / "file" / "run", (0,), timeout_s=60)
+    assert first
+    assert second is None
+    assert world(2).run(_trainer_begins, tmp_path / "run", (0, 1), timeout_s=60) == [None, None]
+
+
+class Keeping(GeneralTracker):
+    """A tracker that keeps its numbers in a file of a directory that the script has named."""
+
+    name, requires_logging_directory = "keeping", True
+
+    def __init__(self, run_name, logging_dir):
+        self.folder = Path(logging_dir)
+
+    def start(self):
+        self.folder.mkdir(exist_ok=True)
+
+
+def _tracked(ranks, directory, guarded):
+    """What each rank met that called init_trackers, three times, in turn alone and first."""
+    forget_run()
+    accelerator = Accelerator(cpu=True, log_with=Keeping, project_dir=directory)
+
+    def begin():
+        try:
+            accelerator.init_trackers("run")
+        except (OSError, RankError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    try:
+        if guarded:
+            found = [begin() if ranks.rank == 0 else None]
+            ranks.barrier()
+            return found
+        found = [begin()]
+        with accelerator.main_process_first():
+            found.append(begin())
+        return [*found, begin()]
+    finally:
+        ranks.barrier()
+        forget_run()
+
+
+def test_a_tracker_that_cannot_start_is_an_error_on_every_rank_that_starts_it(world, tmp_path):
+    (tmp_path / "file").write_text("")
+    first, second = world(2).run(_tracked, tmp_path / "file" / "logs", False, timeout_s=60)
+    assert first[0].startswith("NotADirectoryError")
+    assert len(set(first)) == 1
+    assert second == [f"RankError: rank 0 failed: {first[0]}"] * 3
+    first, second = world(2).run(_tracked, tmp_path / "file" / "logs", True, timeout_s=60)
+    assert first[0].startswith("NotADirectoryError")
+    assert second == [None]
+    assert world(2).run(_tracked, tmp_path / "logs", False, timeout_s=60) == [[None] * 3] * 2
+
+
+def _profiled(ranks, directory):
+    forget_run()
+    accelerator, trained = Accelerator(cpu=True), False
+    try:
+        with accelerator.profile(ProfileKwargs(output_trace_dir=directory)):
+            trained = True
+    except ConfigError as error:
+        return str(error), trained
+    finally:
+        forget_run()
+
+
+def test_a_profile_that_cannot_be_written_is_refused_before_it_is_taken(world, tmp_path):
+    (tmp_path / "file").write_text("")
+    found = world(2).run(_profiled, tmp_path / "file" / "traces")
+    assert found == [(f"ProfileKwargs: output_trace_dir {tmp_path}/file/traces: Not a directory.", False)] * 2

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import ConfigError
 from ..ranks.agreeing import attempt
+from ..ranks.by_first import by_first
 from ..run.plugins import ProfileKwargs
 from ..run.tracking import InertTracker, make_tracker
 from .run import Run
@@ -24,9 +25,14 @@ def init_trackers(
     """Make the trackers of `log_with` and start them, on the main process. init_kwargs: keywords per tracker name.
 
     config: the run's settings, for all of them.
+    An error there is an error of every rank that calls it; the main process may call it alone.
     """
-    if not run.is_main_process:
-        return
+    by_first(run.ranks, "init_trackers", lambda: _start_trackers(run, project_name, config, init_kwargs))
+
+
+def _start_trackers(
+    run: Run, project_name: str, config: dict[str, Any] | None, init_kwargs: dict[str, Any] | None
+) -> None:
     place = run.project_configuration.logging_dir
     made = [make_tracker(item, project_name, place, init_kwargs or {}) for item in run.log_with]
     run.trackers += made

@@ -13,7 +13,8 @@ import datetime
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ..errors import RankError
@@ -48,6 +49,20 @@ def go_on_from(counts: Sequence[int]) -> None:
     """All ranks have told each other their counts: an exchange that was interrupted on some of them no longer parts them."""
     _program.exchanges = max(counts)
     _program.places.clear()
+
+
+@contextmanager
+def behind(exchange: Callable[[], None]) -> Iterator[None]:
+    """For a block that this rank runs behind an exchange with ranks that have run it before: its places are named as theirs."""
+    before, places = _program.exchanges, _program.places.copy()
+    exchange()
+    counted = _program.exchanges - before
+    _program.exchanges, _program.places = before, places
+    try:
+        yield
+    finally:
+        _program.exchanges += counted
+        _program.places.clear()
 
 
 class Words:

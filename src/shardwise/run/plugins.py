@@ -152,11 +152,18 @@ class ProfileKwargs(KwargsHandler):
     output_trace_dir: str | os.PathLike[str] | None = None
 
     def build(self, rank: int) -> torch.profiler.profile:
-        """A profiler that is not started yet; ConfigError for an unknown activity."""
+        """A profiler that is not started yet; ConfigError for an unknown activity, or a directory that cannot be made."""
         known = {"cpu": torch.profiler.ProfilerActivity.CPU, "cuda": torch.profiler.ProfilerActivity.CUDA}
         names = [name.lower() for name in self.activities or ()]
         if set(names) - set(known):
             raise ConfigError(f"ProfileKwargs: activities are {sorted(known)}, not {sorted(set(names) - set(known))}.")
+        if self.output_trace_dir is not None:  # not when there is a trace to write
+            try:
+                Path(self.output_trace_dir).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(
+                    f"ProfileKwargs: output_trace_dir {self.output_trace_dir}: {error.strerror}."
+                ) from error
         ready = self.on_trace_ready
         if ready is None and self.output_trace_dir is not None and self.schedule_option is not None:
             ready = self.writer(rank)

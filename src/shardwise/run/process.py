@@ -25,6 +25,7 @@ from torch import Tensor
 from ..config.environment import fork_launched
 from ..errors import ConfigError, DataError
 from ..ranks import batches
+from ..ranks.words import behind
 from .joined import Joined, forget_run, join_run, leave_run
 
 logger = logging.getLogger("shardwise")
@@ -194,8 +195,8 @@ class PartialState:
 
     def _first(self, first: bool) -> Iterator[None]:
         if not first:
-            self._ranks.agree(None)  # the first ones' verdict
-            yield
+            with behind(lambda: self._ranks.agree(None)):  # the first ones' verdict
+                yield
             return
         with self._ranks.agreeing():
             yield

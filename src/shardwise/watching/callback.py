@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..ranks.activity import activity
+from ..ranks.by_first import by_first
 from ..ranks.unfinished import AtEnd
 from ..zero.sharded import find_sharded
 from .about import facts, peak_for
@@ -41,7 +42,8 @@ class WatchCallback:
     peak_flops:      operations a second of one device, where its name does not tell.
     bar:             whether the newest line is shown on stderr.
 
-    Tokens are counted on rank 0, and taken to be as many on the others. docs/design/watching.md says what is in a line.
+    A directory that cannot be written is an error of every rank that has the callback. Tokens are counted on rank 0, and taken
+    to be as many on the others. docs/design/watching.md says what is in a line.
     """
 
     def __init__(
@@ -68,8 +70,14 @@ class WatchCallback:
     # What the Trainer tells.
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
+        sharded = find_sharded(kwargs["model"])
+        if sharded is not None:
+            by_first(sharded.ranks, "WatchCallback", lambda: self._begin(args, state, **kwargs))
+        elif state.is_world_process_zero:
+            self._begin(args, state, **kwargs)
+
+    def _begin(self, args: Any, state: Any, **kwargs: Any) -> None:
+        """On rank 0. Raises ConfigError for a directory that cannot be written."""
         self._close()  # of a training that an interruption has ended
         self._tokens = self._samples = 0  # of steps that no log came behind
         model, device = kwargs["model"], args.device
