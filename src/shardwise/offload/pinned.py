@@ -66,20 +66,33 @@ class SharedMemory:
 
 
 def shared_memory(nbytes: int, *, pinned: bool, copies: Iterable[Copies] = ()) -> SharedMemory:
-    """As `host_tensor`, in a file without a name that is in memory; it is closed when the last view of the tensor goes.
+    """As `host_tensor`, in a file without a name that is in memory; it is emptied when the last view of the tensor goes.
 
     Raises StoreError, OSError where there are no such files.
     """
-    descriptor = os.memfd_create("shardwise", os.MFD_CLOEXEC)
+    descriptor, room = os.memfd_create("shardwise", os.MFD_CLOEXEC), _room_of(nbytes)
     try:
-        os.ftruncate(descriptor, _room_of(nbytes))
-        memory = mmap.mmap(descriptor, _room_of(nbytes), flags=mmap.MAP_SHARED)
-        array, begin = _prepared(memory, nbytes, pinned, copies)
+        os.ftruncate(descriptor, room)
+        memory = mmap.mmap(descriptor, room, flags=mmap.MAP_SHARED)
     except BaseException:
         os.close(descriptor)
         raise
-    weakref.finalize(memory, os.close, descriptor).atexit = False
+    # Before what unregisters it is: of the finalizers of an object the last one is called first.
+    weakref.finalize(memory, _empty, descriptor, room, os.getpid()).atexit = False
+    array, begin = _prepared(memory, nbytes, pinned, copies)
     return SharedMemory(torch.from_numpy(array[begin : begin + nbytes]), descriptor, begin)
+
+
+def _empty(descriptor: int, room: int, process: int) -> None:
+    """Give the pages back, and close the file. process: whose they are; another that lets go of its view takes nothing away.
+
+    One that was forked meanwhile, as a loader's worker is, has the file open and mapped as long as it lives, and the pages
+    would stay with it. It never looks at them; if it did, it would find zeros, for the file is as long as before.
+    """
+    if os.getpid() == process:
+        os.ftruncate(descriptor, 0)
+        os.ftruncate(descriptor, room)
+    os.close(descriptor)
 
 
 def _room_of(nbytes: int) -> int:
