@@ -77,7 +77,7 @@ SCRIPTS = {
         print("done", flush=True)
     """,
     "loses.py": """
-        import atexit, time
+        import atexit, sys, time
         from pathlib import Path
         import torch
         from shardwise import Accelerator
@@ -97,9 +97,10 @@ SCRIPTS = {
         model = torch.nn.Linear(2, 2)
         accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
         filled = disk.watched(full)
-        if rank == 1:
+        if rank == accelerator.num_processes - 1:
             filled.__enter__()
         accelerator.save_state("state", async_=True)
+        sys.exit(int(sys.argv[1]))
     """,
     "sums.py": """
         import torch
@@ -239,7 +240,8 @@ def test_the_first_failing_ranks_traceback_comes_first(scripts: Path) -> None:
 
 @pytest.mark.timeout(180)
 def test_a_save_that_fails_behind_the_script_fails_the_run_and_each_rank_comes_to_its_end(scripts: Path) -> None:
-    done = launch(*SAID, "--num_processes", "2", "loses.py", timeout_s=150)
+    assert launch(*SAID, "--num_processes", "1", "loses.py", "3").returncode == 3
+    done = launch(*SAID, "--num_processes", "2", "loses.py", "0", timeout_s=150)
     assert done.returncode == 1
     text = "CheckpointError: the last save in the background failed: "
     assert [line for line in done.stderr.splitlines() if text in line and "the disk is full" in line]

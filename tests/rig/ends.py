@@ -57,7 +57,7 @@ class Case:
             return [120, 0]
         if self.way == "killed":
             return [120] * (self.world - 1) + [9]
-        codes = {"raise": 1, "exit 3": 3, "SIGTERM": -15, "SIGKILL": -9, "heard": 0}
+        codes = {"raise": 1, "exit 3": 120 if self.fails else 3, "SIGTERM": -15, "SIGKILL": -9, "heard": 0}
         return [codes.get(self.way, 120 if self.fails else 0)] * self.world
 
     @property

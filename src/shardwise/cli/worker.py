@@ -68,6 +68,9 @@ def main(before: Callable[[], None] | None = None) -> None:
         if code != 0:
             message = end.code if isinstance(end.code, str) else f"sys.exit({code})"
             _record(reports, kind="exit", message=message, text="", code=code, within_s=LEAVE_WITHIN_S)
+            unfinished = _unfinished()
+            if unfinished is not None:
+                unfinished.keep_exit_code()
             raise
         _end_well(foreign, end.__traceback__)
     except KeyboardInterrupt as error:
@@ -83,7 +86,7 @@ def _settle(reports: str) -> None:
 
     The rest of the end takes as long as it takes: the script was well, and others have their functions in it.
     """
-    unfinished = sys.modules.get("shardwise.ranks.unfinished")
+    unfinished = _unfinished()
     try:
         if unfinished is not None:
             unfinished.settle()
@@ -91,6 +94,11 @@ def _settle(reports: str) -> None:
         _interrupted(error)
     except BaseException as error:
         _fail(reports, error, within_s=0)
+
+
+def _unfinished() -> types.ModuleType | None:
+    """The module that knows what the script has left to its end, where there is any."""
+    return sys.modules.get("shardwise.ranks.unfinished")
 
 
 def _interrupted(error: KeyboardInterrupt) -> NoReturn:

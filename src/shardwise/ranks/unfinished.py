@@ -12,8 +12,8 @@ Elsewhere the interpreter has to say it: what it does last is to flush its strea
 120. So behind everything else that is registered something is put before stderr of which that flush fails. `os._exit` was
 refused: it leaves out what others have registered, and what C++ does at the end.
 
-An exit code that the script has chosen stays, and so does that of its own error. `sys.exit` is watched for that; of a
-`raise SystemExit(3)` nothing can be known, so that is 120 where something has failed, too.
+The exit code of the script's own error stays. Of a `sys.exit(3)` nobody knows behind it but who runs the script: it is 120
+elsewhere.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ class _Left:
         self.closers: list[AtEnd] = []
         self.owed: list[_Owed] = []
         self.everywhere = False  # whether what was owed at the end is an error of every rank
-        self.chosen: Any = None  # the script's own exit code, where it is not 0
+        self.has_code = False
 
     @property
     def failed(self) -> bool:
         """Whether the script has failed by itself."""
-        return self.chosen is not None or getattr(sys, "last_value", None) is not None
+        return self.has_code or getattr(sys, "last_value", None) is not None
 
 
 _left = _Left()
@@ -83,7 +83,6 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 def follow(thread: threading.Thread) -> None:
     """`thread` goes on behind the script, and what goes wrong in it is owed. No daemon: the interpreter joins it."""
-    _watch_exit()
     _left.threads.add(thread)
 
 
@@ -112,7 +111,6 @@ class AtEnd:
     """
 
     def __init__(self, what: str, action: Callable[[], None]) -> None:
-        _watch_exit()
         self._what, self._action, self._process = what, action, os.getpid()
         _left.closers.append(self)
         atexit.register(self.run)
@@ -151,6 +149,11 @@ def settle() -> None:
         first = _left.owed[0]
         _left.everywhere, _left.owed = first.of_all, []
         raise first.error
+
+
+def keep_exit_code() -> None:
+    """The script has ended with a code of its own, which is not 0. For whoever runs the script."""
+    _left.has_code = True
 
 
 def failed_everywhere() -> bool:
@@ -196,36 +199,3 @@ def _is_called() -> bool:
     except ValueError:
         return False
     return True
-
-
-# The script's own exit code.
-
-
-class _Chosen:
-    """What SystemExit carries. Where it goes while nothing of Python is called, the interpreter has taken it, and ends."""
-
-    def __init__(self, code: Any) -> None:
-        self.code = code
-
-    def __del__(self) -> None:
-        if not _is_called():
-            _left.chosen = self.code
-
-
-def _watch_exit() -> None:
-    """Note with which code the script ends. Whatever else has taken the place of `sys.exit` is called as before."""
-    plain = sys.exit
-    if getattr(plain, "is_watched", False):
-        return
-
-    def watched(status: Any = None, /) -> None:
-        try:
-            plain(status)
-        except SystemExit as end:
-            if end.code not in (None, 0) and threading.current_thread() is threading.main_thread():
-                vars(end)["_shardwise"] = _Chosen(end.code)
-            raise
-
-    watched.__name__, watched.__doc__ = "exit", plain.__doc__
-    watched.is_watched = True  # type: ignore[attr-defined]
-    sys.exit = watched  # type: ignore[assignment]
