@@ -108,6 +108,7 @@ def test_an_interrupt_of_the_wait_for_what_goes_on_is_told():
 
         def interrupt():
             threading.main_thread().join()
+            time.sleep(0.5)  # until it waits: a signal just before that is seen behind the wait
             os.kill(os.getpid(), signal.SIGINT)
 
         thread = threading.Thread(target=time.sleep, args=(5,))
