@@ -197,6 +197,27 @@ def test_plain_forwards_may_differ_in_number_and_one_may_fail(world, budget):
         assert len(states) == 4
 
 
+def _apart_without_gathers(ranks, plan):
+    """Where every weight is whole: a generation of another length on each rank, then an evaluation of rank 0 alone."""
+    model = tiny("llama", "full")
+    _, _, stepping = prepare(ranks, model, plan)
+    connect(model)
+    for batch in batches("llama", 3, 12):
+        model(**share(batch, ranks.rank, ranks.world_size)).loss.backward()
+        generate(model, ranks.rank, 1)  # between a backward and its step
+        stepping.step()
+        stepping.zero_grad()
+        if ranks.rank == 0:
+            with torch.no_grad():
+                model(input_ids=prompts(0))
+    ranks.agree(None)
+
+
+@pytest.mark.parametrize("plan", ["0", "2", "1-disk", "2-disk"])
+def test_where_weights_are_whole_a_forward_asks_nobody(world, plan):
+    world(2).run(_apart_without_gathers, plan, timeout_s=20)
+
+
 def _other_parts(ranks):
     """Ranks that run different modules, and units that a kind of pass did not need at first."""
     sharded, _, _ = prepare(ranks, tower(4), "3", generation_memory_budget=None)

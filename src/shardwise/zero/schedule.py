@@ -153,7 +153,7 @@ class Schedule:
             return
         self._close(whole=whole)
         self.phase = Phase.IDLE
-        if self.mode is Mode.PLAIN:
+        if self.mode is Mode.PLAIN and self.gathers.gatherable:  # else no drive was read, and nobody is asked
             self.faults.agree()
         activity.begins(Doing.NONE)
 
