@@ -67,6 +67,17 @@ def test_an_accelerator_that_comes_and_goes_leaves_the_state_of_the_scripts_own(
     assert helper() == "no"
 
 
+def test_one_step_is_one_step_where_it_is_said_while_another_accelerator_lives():
+    for steps in (4, 2, 1):  # as in a loop over trials, where the last trial's lives until its name is another's
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps)
+        assert (accelerator.gradient_accumulation_steps, GradientState().num_steps) == (steps, steps)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    other = Accelerator(cpu=True, gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
+    assert other.gradient_accumulation_steps == 1
+    accelerator.gradient_accumulation_steps = 4
+    assert Accelerator(cpu=True).gradient_accumulation_steps == 4  # a helper's, which says nothing
+
+
 def test_a_state_takes_the_settings_in_force_and_refuses_others():
     with pytest.raises(ConfigError, match=r"Give mixed_precision to Accelerator\(\)"):
         AcceleratorState(mixed_precision="bf16")

@@ -68,6 +68,7 @@ class Accelerator(PartialState):
 
     The arguments are accelerate's. What the launcher's configuration says holds; a keyword given here overrules it, except
     gradient_accumulation_steps, where the configuration wins. fsdp, megatron and tensor-parallel plugins are refused.
+    gradient_accumulation_steps: None, as any setting that is not given, is what an Accelerator that lives was told, or else 1.
     dynamo_backend, dynamo_plugin: compile the blocks of prepared models, by name or as accelerate's `dynamo_config` says it.
     step_scheduler_with_optimizer: False makes a prepared scheduler step whenever its `step` is called.
     rng_types: generators that take rank 0's state when an epoch starts: "generator" (a sampler's own), "torch", "cuda".
@@ -96,7 +97,7 @@ class Accelerator(PartialState):
         device_placement: bool = True,
         split_batches: bool | None = None,
         mixed_precision: str | None = None,
-        gradient_accumulation_steps: int = 1,
+        gradient_accumulation_steps: int | None = None,
         cpu: bool = False,
         dataloader_config: DataLoaderConfiguration | None = None,
         deepspeed_plugin: DeepSpeedPlugin | dict[str, DeepSpeedPlugin] | None = None,

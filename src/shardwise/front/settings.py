@@ -131,7 +131,7 @@ def resolve(
     dynamo_backend: Any,
     dynamo_plugin: TorchDynamoPlugin | None,
     plugins: Plugins,
-    steps: int,
+    steps: int | None,
     accumulation: GradientAccumulationPlugin | None,
     kwargs_handlers: Sequence[Any] | None,
     loading: DataLoaderConfiguration,
@@ -146,9 +146,10 @@ def resolve(
     The configuration of an Accelerator that lives holds for what the script does not say to this one.
     """
     in_force = configuration_in_force()
-    accumulates = in_force is None or steps != 1 or accumulation is not None
+    accumulates = in_force is None or steps is not None or accumulation is not None
     trackers = filter_trackers(log_with, project.logging_dir)
     handlers = handlers_by_type(kwargs_handlers)
+    steps = 1 if steps is None else steps
     config, steps, plugins = _configured(in_force, mixed_precision, cpu, plugins, steps, accumulation)
     config = _compiling(config, dynamo_backend, dynamo_plugin)
     types = ["generator"] if rng_types is None else list(rng_types)
