@@ -18,6 +18,7 @@ from torch import nn
 import shardwise
 from ranks.test_front_training import fresh
 from rig.adapters import Normed, adapted, config_of, stir, tiny_base
+from rig.heard import heard
 from shardwise.errors import CheckpointError, ConfigError, RankError
 from shardwise.ranks.ranks import Ranks
 
@@ -132,6 +133,43 @@ def _late(ranks: Ranks, folder: str) -> None:
 
 def test_a_rank_that_waits_for_the_first_in_vain_says_so(world, tmp_path):
     world(2).run(_late, str(tmp_path), timeout_s=60)
+
+
+ALONE = {
+    "get_state_dict": lambda accelerator, model, folder: accelerator.get_state_dict(model),
+    "save_model": lambda accelerator, model, folder: accelerator.save_model(model, folder),
+    "save_pretrained": lambda accelerator, model, folder: accelerator.unwrap_model(model).save_pretrained(folder),
+}
+
+
+@quietly
+def _alone(ranks: Ranks, stage: int, verb: str, folder: str) -> list[str]:
+    """The usual `if main:` of a script for DDP; then all ranks, to whom nothing has happened."""
+    model = tiny_base()
+    accelerator = prepared(stage, model)
+    assemble, words = Ranks.assemble, accelerator._ranks.words
+    lines: list[str] = []
+    if ranks.rank == 0:
+        with pytest.MonkeyPatch.context() as patch, heard() as lines:
+            patch.setattr(Ranks, "assemble", functools.partialmethod(assemble, say_after_s=0.2))
+            patch.setattr(accelerator._ranks, "_timeout", datetime.timedelta(seconds=0.6))
+            patch.setattr(words, "timeout", datetime.timedelta(seconds=0.6))
+            patch.setattr(type(words), "say_after_s", 0.2)
+            with pytest.raises(RankError):
+                ALONE[verb](accelerator, model, folder)
+    ranks.barrier()
+    ALONE[verb](accelerator, model, folder)
+    return lines
+
+
+@pytest.mark.parametrize("verb", ALONE)
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_save_of_the_main_process_alone_says_early_that_it_takes_every_rank(world, tmp_path, stage, verb):
+    lines = world(2).run(_alone, stage, verb, str(tmp_path), timeout_s=60)[0]
+    assert len(lines) == 1
+    assert verb in lines[0]
+    assert "every rank" in lines[0]
+    assert lines[0].endswith("for rank 1.")
 
 
 @quietly

@@ -45,6 +45,7 @@ def get_state_dict(run: Run, model: nn.Module, unwrap: bool = True) -> dict[str,
     sharded = find_sharded(unwrap_model(run, model, keep_torch_compile=False))
     if sharded is None:
         return dict(model.state_dict()) if run.is_main_process else {}
+    run.ranks.assemble("accelerator.get_state_dict()")  # scripts for DDP call it on the main process alone
     state = sharded.state_dict()
     return run.ranks.together(lambda: {name: _cast(value, _export_dtype(run)) for name, value in state.items()})
 
@@ -91,6 +92,7 @@ def save_model(
     """
     sharded = find_sharded(unwrap_model(run, model, keep_torch_compile=False))
     dtype = dtype or _export_dtype(run)
+    run.ranks.assemble("accelerator.save_model()")  # as get_state_dict
     way = {"max_shard_size": max_shard_size, "safe_serialization": safe_serialization, "dtype": str(dtype)}
     run.ranks.require_same("save_model", way)
     if sharded is not None and safe_serialization:

@@ -69,8 +69,10 @@ class Words:
     """One rank's.
 
     store: gives the store by which the ranks met; None for a run of one rank. timeout: how long to wait for a word.
-    world_size: how many ranks there are.
+    world_size: how many ranks there are. say_after_s: after what time a wait logs the rule that its caller gives.
     """
+
+    say_after_s = 5.0
 
     def __init__(
         self, rank: int, store: Callable[[], Any] | None, timeout: datetime.timedelta, world_size: int = 1
@@ -93,14 +95,17 @@ class Words:
         if self._store is not None:
             self._store().set(f"{place}/{self._rank}", word)
 
-    def heard(self, place: str, ranks: Sequence[int]) -> list[str]:
-        """What these ranks say at that place. Waits for them; raises RankError if one does not come, or rank 0 has ended."""
+    def heard(self, place: str, ranks: Sequence[int], rule: str = "") -> list[str]:
+        """What these ranks say at that place. Waits for them; raises RankError if one does not come, or rank 0 has ended.
+
+        rule: what a script may not have known, logged where the wait is a long one.
+        """
         if self._store is None or not ranks:
             return []
         keys, verb = [f"{place}/{rank}" for rank in ranks], place.split("/")[1]
         try:
             with activity.waiting(verb):
-                self._wait_for(keys, ranks, verb)
+                self._wait_for(keys, ranks, verb, rule)
             return [word.decode() for word in self._store().multi_get(keys)]
         except RankError:
             raise
@@ -109,15 +114,21 @@ class Words:
                 f"{verb}: the process by which the ranks met, rank 0's or the launcher's, has ended."
             ) from error
 
-    def _wait_for(self, keys: Sequence[str], ranks: Sequence[int], verb: str) -> None:
+    def _wait_for(self, keys: Sequence[str], ranks: Sequence[int], verb: str, rule: str) -> None:
         store = self._store
         assert store is not None
-        deadline, pause_s = time.monotonic() + self.timeout.total_seconds(), 1e-4
+        began, pause_s = time.monotonic(), 1e-4
+        deadline, say_at = began + self.timeout.total_seconds(), began + self.say_after_s
         # Not the store's `wait`, which would hold its lock for all threads of the process.
         while not store().check(list(keys)):
             if time.monotonic() > deadline:
                 absent = next(rank for rank, key in zip(ranks, keys, strict=True) if not store().check([key]))
                 raise RankError(f"{verb}: rank {absent} has not come to it within {self.timeout}.")
+            if rule and time.monotonic() > say_at:
+                missing = [str(rank) for rank, key in zip(ranks, keys, strict=True) if not store().check([key])]
+                waited = time.monotonic() - began
+                log.warning("%s Rank %d has waited %.0f s for rank %s.", rule, self._rank, waited, ", ".join(missing))
+                rule = ""
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.05)
 

@@ -114,6 +114,10 @@ def _by_name(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 
 _VERB = "save_pretrained"
 _GIVEN, _NOT_GIVEN = "given for ", "not given"
+_ALONE = (
+    "Without a state_dict every rank has to call it. To save on one alone, pass the state_dict that "
+    "accelerator.get_state_dict gives, which every rank has to call."
+)
 
 
 def _is_for_all(ranks: Ranks, folder: str, *, said: bool) -> bool:
@@ -128,10 +132,7 @@ def _is_for_all(ranks: Ranks, folder: str, *, said: bool) -> bool:
     try:
         verdict = _verdict(ranks, folder, said=said)
     except RankError as error:
-        raise RankError(
-            f"{error} Without a state_dict every rank has to call it. To save on one alone, pass the state_dict that "
-            "accelerator.get_state_dict gives, which every rank has to call."
-        ) from error
+        raise RankError(f"{error} {_ALONE}") from error
     if verdict is not None and verdict >= 0:
         raise ConfigError(
             f"save_pretrained: rank {verdict} was given a state_dict, and rank 0 none. Rank 0 writes: give it the one of "
@@ -146,7 +147,7 @@ def _verdict(ranks: Ranks, folder: str, *, said: bool) -> int | None:
     place = words.place(_VERB)
     if ranks.rank == 0:
         words.say(place, _NOT_GIVEN)
-        others = words.heard(place, range(1, ranks.world_size))
+        others = words.heard(place, range(1, ranks.world_size), f"{_VERB}: {_ALONE}")
         verdict = str(next((rank for rank, word in enumerate(others, start=1) if word != _NOT_GIVEN), -1))
         words.say(f"{place}/verdict", verdict)
     else:
