@@ -115,6 +115,41 @@ def test_a_model_is_built_without_memory_whoever_answers_that_stage_3_is_on(tmp_
     )
 
 
+@pytest.mark.parametrize("section", [False, True])
+def test_a_trainer_trains_with_the_optimizer_and_the_schedule_that_it_is_given(tmp_path, section):
+    described = '"optimizer": {"type": "AdamW", "params": {"lr": 0.5}},' if section else ""
+    done = run(
+        f"""
+        from shardwise.compat import as_deepspeed
+        as_deepspeed()
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+        model = LlamaForCausalLM(
+            LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+        row = torch.arange(6)
+        configuration = {{{described} "train_batch_size": 1, "zero_optimization": {{"stage": 2}}}}
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir={str(tmp_path)!r}, max_steps=4, logging_steps=1, report_to=[], save_strategy="no",
+                per_device_train_batch_size=1, disable_tqdm=True, learning_rate=0.5, deepspeed=configuration,
+            ),
+            train_dataset=[{{"input_ids": row, "labels": row}}] * 4,
+            optimizers=(optimizer, schedule),
+        )
+        trainer.train()
+        rates = [row["learning_rate"] for row in trainer.state.log_history if "loss" in row]
+        expected = [0.375, 0.25, 0.125, 0.0] if {section} else [0.25, 0.25, 0.125, 0.125]
+        assert rates == expected, rates
+        assert ("over Adam" if {section} else "over SGD") in repr(trainer.optimizer.optimizer)
+        """
+    )
+    assert ("describes another" in done.stderr) == section
+
+
 def test_who_has_looked_already_is_told():
     run(
         """

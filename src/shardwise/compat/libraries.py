@@ -3,10 +3,13 @@ are imported, before or after this.
 
     transformers.modeling_utils   from_pretrained and from_config under stage 3: by the loading of shardwise, in which each rank
                                   reads its own bytes, in place of transformers' own branch, which reads all on rank 0
+    transformers.trainer          an optimizer and a schedule that a script gives to its Trainer, and that transformers drops
+                                  without a word where it finds DeepSpeed: they are kept, as without it
     accelerate.state              the backend on a machine without GPUs, for which accelerate finds none and counts one process
 
-The two private names of theirs that this needs, `_hf_deepspeed_config_weak_ref` and `_prepare_backend`, are looked for; where
-a version has none, its own way stays: whole models on each rank, and GPUs alone.
+The names of theirs that this needs and that are not public, `_hf_deepspeed_config_weak_ref`, `_prepare_backend` and
+`deepspeed_init`, are looked for; where a version has none, its own way stays: whole models on each rank, GPUs alone, and its
+own optimizer.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -80,6 +84,34 @@ def _hidden(theirs: Any, module: Any) -> Iterator[None]:
         )
 
 
+def _wrap_trainer(module: ModuleType) -> None:
+    original = getattr(module, "deepspeed_init", None)
+    if original is None:
+        return
+    begun: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    @functools.wraps(original)
+    def deepspeed_init(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("inference"):
+            return original(trainer, *args, **kwargs)
+        # A later `train` finds the optimizer that this one has left, prepared: it makes a new one, as transformers does.
+        optimizer = None if trainer in begun else trainer.optimizer
+        scheduler = trainer.lr_scheduler
+        begun.add(trainer)
+        made = original(trainer, *args, **kwargs)
+        if optimizer is None:
+            return made
+        if type(made[0]).__name__ == "DummyOptim":
+            say_once(
+                "the Trainer was given an optimizer, and its DeepSpeed configuration describes another: that one is trained "
+                "with. Take the `optimizer` section out of the configuration to train with the Trainer's."
+            )
+            return made
+        return optimizer, made[1] if scheduler is None else scheduler
+
+    module.deepspeed_init = deepspeed_init  # type: ignore[attr-defined]
+
+
 def _wrap_accelerate(module: ModuleType) -> None:
     original = getattr(module.PartialState, "_prepare_backend", None)
     if original is None:
@@ -100,5 +132,6 @@ def _wrap_accelerate(module: ModuleType) -> None:
 
 _WRAPPERS: dict[str, Callable[[ModuleType], None]] = {
     "transformers.modeling_utils": _wrap_transformers,
+    "transformers.trainer": _wrap_trainer,
     "accelerate.state": _wrap_accelerate,
 }
