@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ranks.test_front_training import fresh
 from rig.engine import prepare
 
 STAGES = (1, 2, 3)
@@ -61,3 +62,44 @@ def _different_numbers_of_forwards(ranks: Any, plan: str, folder: str) -> None:
 @pytest.mark.parametrize("plan", ["1", "2-opt", "1-disk", "2-disk"])
 def test_ranks_run_different_numbers_of_forwards_that_gather_nothing(world, tmp_path, plan):
     world(3).run(_different_numbers_of_forwards, plan, str(tmp_path), timeout_s=30)
+
+
+# Norms of gradients.
+
+
+def _norms_around(ranks: Any, stage: int, way: str) -> None:
+    """Norms of single gradients before and after a verb that touches weights of which this rank may hold nothing."""
+    accelerator, model, plain = fresh(stage), Lopsided(), Lopsided()
+    mine, theirs = (torch.optim.SGD(of.parameters(), lr=0.1) for of in (model, plain))
+    accelerator.prepare(model, mine)
+    accelerator.backward(loss_of(model, ranks.rank))
+    plain_backward(plain, ranks.world_size)
+
+    def compare() -> None:
+        for (name, own), right in zip(model.named_parameters(), plain.parameters(), strict=True):
+            if right.grad is not None:
+                assert torch.allclose(own.grad.norm(), right.grad.norm(), rtol=1e-4), (name, way)
+
+    compare()
+    if way == "clip_norm":
+        accelerator.clip_grad_norm_([model.scale], 0.01)
+        nn.utils.clip_grad_norm_([plain.scale], 0.01)
+    elif way == "clip_all":
+        accelerator.clip_grad_norm_(model.parameters(), 0.01)
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.01)
+    elif way == "clip_value":
+        accelerator.clip_grad_value_([model.scale], 0.001)
+        nn.utils.clip_grad_value_([plain.scale], 0.001)
+    elif way == "step":
+        for clip, of in ((accelerator.clip_grad_norm_, model), (nn.utils.clip_grad_norm_, plain)):
+            clip(of.parameters(), 0.01)
+        for optimizer in (mine, theirs):
+            optimizer.step()
+    compare()
+
+
+@pytest.mark.parametrize("way", ["clip_norm", "clip_all", "clip_value", "step"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_norms_are_known_anew_on_every_rank(world, stage, way):
+    """Of three ranks two hold nothing of what is clipped."""
+    world(3).run(_norms_around, stage, way, timeout_s=30)

@@ -62,8 +62,8 @@ class Applying:
         driven: Any = self.optimizer
         # Every call of this step begins with these settings and numbers; where there is one call, it has them itself.
         before = double(driven) if wholes or any(not trained.in_place for trained in every) else None
-        own = {id(s.trained): s.trained for s in here}.values()
-        alone = [trained for trained in own if id(trained) in self.groups.sole]
+        # Also where nothing of them is here: of what waits for gradients every rank knows the same.
+        alone = [trained for trained in every if trained.in_place and id(trained) in self.groups.sole]
         multiplied = [t for t in alone if t.sums.rest is not None and t.sums.rest.dtype == t.master.dtype]
         if factor is not None and grads and self.groups.fused:  # it multiplies in its own pass
             driven.grad_scale = factor.reciprocal().to(grads[0].device, torch.float32)

@@ -103,7 +103,7 @@ class HeldGradients:
                         gradient.zero_()
                     elif now.data_ptr() != gradient.data_ptr():
                         gradient.copy_(now.reshape(-1))
-            self._changed(shard for shard, _, _ in lent)
+            self._changed([shard for shard, _, _ in lent])
 
     def clip_norm(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clip the gradients of `parameters` together to `max_norm` and return their true global norm before it.
@@ -143,7 +143,7 @@ class HeldGradients:
         if apart:
             self.wait_for_host()
             multiply(self._gradients(apart), factor)
-            self._changed(apart)
+        self._changed(apart)
 
     def square(self) -> Tensor:
         """The squared 2-norm of this rank's part of the gradients of all parameters, on the device.
@@ -171,10 +171,12 @@ class HeldGradients:
     def _gradients(shards: Iterable[Shard]) -> list[Tensor]:
         return [gradient for shard in shards if (gradient := shard.gradient()) is not None]
 
-    @staticmethod
-    def _changed(shards: Iterable[Shard]) -> None:
+    def _changed(self, shards: Iterable[Shard]) -> None:
+        """A verb has changed the gradients of `shards`, or left them a factor; on every rank, which may have none of them."""
         for trained in {id(shard.trained): shard.trained for shard in shards}.values():
             trained.sums.changed()
+        for model in self.models:
+            model.engine.norms.forget()
 
     def clip_value(self, parameters: Iterable[Tensor], value: float) -> None:
         """Clamp every element of the gradients of `parameters` to [-value, value]."""

@@ -83,6 +83,10 @@ class Norms:
         """These belong to the model too."""
         self._gradients.append(gradients)
 
+    def forget(self) -> None:
+        """Gradients were changed. Of verbs for all ranks, on every rank: one whose part was not touched would not see it."""
+        self._known.clear()
+
     def meet(self, what: str, name: str) -> None:
         """Raise RankError on every rank if the ranks are not about to do the same."""
         mine = zlib.crc32(f"{what} {name}".encode())
