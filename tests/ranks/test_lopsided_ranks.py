@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import shardwise
 from ranks.test_front_training import fresh
-from rig.engine import prepare
+from rig.engine import largest_difference, prepare
 
 STAGES = (1, 2, 3)
 
@@ -103,3 +104,47 @@ def _norms_around(ranks: Any, stage: int, way: str) -> None:
 def test_norms_are_known_anew_on_every_rank(world, stage, way):
     """Of three ranks two hold nothing of what is clipped."""
     world(3).run(_norms_around, stage, way, timeout_s=30)
+
+
+# Between micro-batches.
+
+
+def _between_micro_batches(ranks: Any, stage: int, way: str) -> None:
+    """What a script reads and drops between two micro-batches, of which each rank's reach another expert."""
+    accelerator, model, plain = fresh(stage, gradient_accumulation_steps=2), Lopsided(), Lopsided()
+    mine, theirs = (torch.optim.SGD(of.parameters(), lr=0.1) for of in (model, plain))
+    accelerator.prepare(model, mine)
+    for number in range(4):
+        with accelerator.accumulate(model):
+            accelerator.backward(loss_of(model, ranks.rank, number))
+            plain_backward(plain, ranks.world_size, number, 0.5)
+            if not accelerator.sync_gradients and way == "read":
+                for name, own in model.named_parameters():
+                    right = plain.get_parameter(name).grad
+                    assert (own.grad is None) == (right is None), name
+                    assert right is None or torch.allclose(own.grad.norm(), right.norm(), rtol=1e-4), name
+            elif not accelerator.sync_gradients and way == "drop one":
+                for of in (model, plain):
+                    of.experts[1].weight.grad = of.experts[1].bias.grad = None
+            elif not accelerator.sync_gradients:
+                for of in (model, plain):
+                    of.zero_grad()
+            mine.step()
+            mine.zero_grad()
+        if accelerator.sync_gradients:
+            theirs.step()
+            theirs.zero_grad()
+    with shardwise.gathered(model):
+        assert largest_difference(dict(model.named_parameters()), plain) < 1e-6
+
+
+WAYS = [
+    *((stage, way) for stage in (2, 3) for way in ("read", "drop one", "drop all")),
+    (0, "drop all"),
+    (1, "drop all"),
+]
+
+
+@pytest.mark.parametrize(("stage", "way"), WAYS)
+def test_gradients_of_a_micro_batch_are_every_ranks_where_they_are_averaged(world, stage, way):
+    world(3).run(_between_micro_batches, stage, way, timeout_s=30)

@@ -9,8 +9,9 @@ Their values, and where those rest: `sums.py`. What scripts see of them: `shown.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from enum import Enum, auto
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -39,10 +40,18 @@ _MOVES = {
 }
 
 
+def used_by_any(gradients: Iterable[Gradients], used: Iterable[bool]) -> None:
+    """What any rank has used has a gradient on every rank. used: of all their parameters in turn, whether one has."""
+    flags = iter(used)
+    for each in gradients:
+        each.used = list(islice(flags, len(each.used)))
+
+
 class Gradients:
     """The gradients of one trainable buffer.
 
-    used:     per parameter, whether a gradient has arrived on this rank since the last step.
+    used:     per parameter, whether a gradient has arrived since the last step: on any rank where what is averaged counts, else
+              on this one.
     pending:  whose gradients the running backward has not brought yet.
     measured: whether the step will ask for `square`: set by the optimizer that clips.
     """

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -30,6 +29,7 @@ from .build import Builder, agree_on_shapes, place_empty
 from .checks import check_model
 from .engine import Engine, Kind
 from .generation import units_to_keep
+from .gradients import used_by_any
 from .hooks import Hooks
 from .quantised import QuantisedWeights
 from .reading import Reading
@@ -192,18 +192,20 @@ class ShardedModel:
 
     def _after_backward(self, boundary: bool) -> None:
         self.accumulating = not boundary
+        gradients = [trained.gradients for trained in self.trained()]
         if boundary:
             self.schedule.reducing.settle()
-            gradients = [trained.gradients for trained in self.trained()]
             # A parameter that no rank used keeps no gradient, as in one process: the optimizer must not touch it.
             used, thaws = self.thawing.vote([flag for g in gradients for flag in g.used])
-            flags = iter(used)
-            for g in gradients if not self._engine.share.alone else ():
-                g.used = list(islice(flags, len(g.used)))
+            if not self._engine.share.alone:
+                used_by_any(gradients, used)
             if thaws:
                 self.thawing.thaw()
             if not self._engine.share.alone:
                 self.running_buffers.step_ends()
+        elif any(g.sums.averaged for g in gradients) and not self._engine.share.alone:
+            # What is averaged is every rank's: reading it is for all, and who drops it drops what others have brought, too.
+            used_by_any(gradients, self.ranks.any_of([flag for g in gradients for flag in g.used]))
         for trained in self.trained():
             trained.gradients.shown.show()
         for call in self.after_backward:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import weakref
 import zlib
 from collections.abc import Callable, Collection, Iterable, Sequence
-from itertools import islice
 from operator import attrgetter
 
 from torch.nn import Parameter
@@ -27,7 +26,7 @@ from torch.nn import Parameter
 from ..errors import PrepareError
 from .build import Builder
 from .engine import Engine
-from .gradients import Gradients
+from .gradients import Gradients, used_by_any
 from .guard import unasked
 from .hooks import Hooks
 from .schedule import Schedule
@@ -180,10 +179,10 @@ class Thawing:
         used = self._ranks.any_of([flag for gradients in new for flag in gradients.used])
         if not any(used):
             return
-        flags = iter(used)
+        if boundary:
+            used_by_any(new, used)
         for gradients in new:
             if boundary:
-                gradients.used = list(islice(flags, len(gradients.used)))
                 gradients.reduce()
                 gradients.settle()
             else:
