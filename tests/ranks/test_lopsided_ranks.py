@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 import shardwise
 from ranks.test_front_training import fresh
-from rig.engine import largest_difference, prepare
+from rig.engine import largest_difference, prepare, weights_of
 
 STAGES = (1, 2, 3)
 
@@ -148,3 +149,39 @@ WAYS = [
 @pytest.mark.parametrize(("stage", "way"), WAYS)
 def test_gradients_of_a_micro_batch_are_every_ranks_where_they_are_averaged(world, stage, way):
     world(3).run(_between_micro_batches, stage, way, timeout_s=30)
+
+
+# Thawing.
+
+
+def backward(loss: Tensor, *, records: bool) -> None:
+    """records: a graph of the backward, as for a penalty of this rank's batch."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Using backward\(\) with create_graph")
+        loss.backward(create_graph=records)
+
+
+def _thawed_beside_a_graph(ranks: Any, plan: str) -> None:
+    """One rank's backward records a graph when weights are first trained."""
+    model = Lopsided()
+    sharded, _, stepping = prepare(
+        ranks, model, plan, optimizer=lambda _: torch.optim.SGD(model.parameters(), lr=0.1), whole_adapters=False
+    )
+    plain = Lopsided()
+    theirs = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for number in range(3):
+        if number == 1:
+            for of in (model, plain):
+                of.frozen.requires_grad_(True)
+        plain_backward(plain, ranks.world_size, number)
+        backward(loss_of(model, ranks.rank, number), records=number == 1 and ranks.rank == 0)
+        ranks.require_same("behind the backward", {"number": number})
+        for optimizer in (stepping, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert largest_difference(weights_of(sharded), plain) < 1e-6
+
+
+@pytest.mark.parametrize("plan", ["1", "3"])
+def test_weights_are_thawed_together_where_one_rank_keeps_a_graph(world, plan):
+    world(3).run(_thawed_beside_a_graph, plan, timeout_s=30)

@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from operator import attrgetter
 
+import torch
 from torch.nn import Parameter
 
 from ..errors import PrepareError
@@ -85,16 +86,17 @@ class Thawing:
     def vote(self, flags: list[bool]) -> tuple[list[bool], bool]:
         """`any_of(flags)` at a boundary, and whether frozen weights are to be trained from now on.
 
-        Raises PrepareError on every rank if the ranks do not all want it.
+        A graph of any rank, which keeps weights, puts that off. Raises PrepareError on every rank if the ranks do not all want
+        it.
         """
         if not self._frozen or self._hooks.in_forward:
             return self._ranks.any_of(flags), False
         news = bool(self._wanted())
-        *flags, some, others = self._ranks.any_of([*flags, news, not news])
+        *flags, some, others, lingers = self._ranks.any_of([*flags, news, not news, self._schedule.lingers])
         if some and others:
             self._agree(self._wanted())
         self._is_due = some
-        return flags, some and not self._schedule.lingers
+        return flags, some and not lingers
 
     def catch_up(self, *, complete: bool) -> None:
         """Before gradients are read: thaw what no backward could, or what a script has given a gradient since the last one.
@@ -171,6 +173,7 @@ class Thawing:
             )
         return bool(names)
 
+    @torch.no_grad()  # of a backward that has recorded a graph, gradients have one
     def _reduce(self, new: Sequence[Gradients], boundary: bool) -> None:
         """Take what autograd has brought to the weights before they had gradients here."""
         with unasked():
