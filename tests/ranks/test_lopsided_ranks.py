@@ -185,3 +185,17 @@ def _thawed_beside_a_graph(ranks: Any, plan: str) -> None:
 @pytest.mark.parametrize("plan", ["1", "3"])
 def test_weights_are_thawed_together_where_one_rank_keeps_a_graph(world, plan):
     world(3).run(_thawed_beside_a_graph, plan, timeout_s=30)
+
+
+def _nested_beside_a_graph(ranks: Any) -> None:
+    model = Lopsided()
+    sharded, _, _ = prepare(ranks, model, "3", units=["Linear"])
+    backward(loss_of(model, ranks.rank), records=ranks.rank == 0)
+    with sharded.gathered(), sharded.gathered([model.scale, model.experts[0].weight]):
+        assert all(p.numel() for p in model.parameters())
+    with sharded.generation(), sharded.gathered([model.scale]), torch.no_grad():
+        loss_of(model, ranks.rank)
+
+
+def test_blocks_in_blocks_gather_the_same_where_one_rank_keeps_a_graph(world):
+    world(3).run(_nested_beside_a_graph, timeout_s=30)

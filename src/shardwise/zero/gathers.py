@@ -46,6 +46,7 @@ class Gathers:
         self.graphs: set[Graph] = set()
         self._exact = False
         self._over_turn: frozenset[int] = frozenset()
+        self._held: set[Unit] = set()  # by blocks that have begun, the same on every rank
 
     @property
     def without_others(self) -> bool:
@@ -130,12 +131,21 @@ class Gathers:
 
     # What stays longer.
 
-    def missing_on_some(self, units: Iterable[Unit]) -> list[Unit]:
-        """Those of `units` that have to be gathered on every rank so that all are here. Between passes.
+    def begin_hold(self, units: Iterable[Unit]) -> list[Unit]:
+        """A block begins in which `units` are here: gives those that have to be gathered for it on every rank. Between passes.
 
-        A graph keeps what its rank has gathered, and ranks may have gathered other units; without one all have the same here.
+        Those that no block around this one holds, whatever else this rank has: a graph keeps what its rank has gathered, and
+        ranks may have gathered other units, or have no graph.
         """
-        return [unit for unit in units if unit.leaves and (self.graphs or unit.state is Weights.RELEASED)]
+        coming = [unit for unit in units if unit.leaves and unit not in self._held]
+        self._held.update(coming)
+        return coming
+
+    def end_hold(self, coming: Sequence[Unit], mine: Iterable[Unit]) -> None:
+        """It ends. coming: what `begin_hold` gave. mine: those of them that were not here before."""
+        self._held.difference_update(coming)
+        for unit in mine:
+            unit.release()
 
     @contextmanager
     def keeping(self, units: Iterable[Unit]) -> Iterator[None]:

@@ -279,7 +279,7 @@ class Schedule:
         self._pass = None
         self.gathers.drop_turn()
         self.lanes.gather.wait(self.lanes.mark_compute())
-        coming = self.gathers.missing_on_some(units)
+        coming = self.gathers.begin_hold(units)
         mine = [unit for unit in coming if unit.state is Weights.RELEASED]
         for unit in coming:
             unit.gather()
@@ -290,8 +290,7 @@ class Schedule:
                 yield
         finally:
             self._pass = None
-            for unit in mine:
-                unit.release()
+            self.gathers.end_hold(coming, mine)
             if self.mode is not Mode.HELD:  # a graph may have ended inside
                 self.gathers.release_all()
 
