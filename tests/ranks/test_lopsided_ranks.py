@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 
 import shardwise
 from ranks.test_front_training import fresh
-from rig.engine import largest_difference, prepare, weights_of
+from rig.engine import as_on_a_device, largest_difference, prepare, weights_of
+from shardwise.errors import RankError, StoreError
 
 STAGES = (1, 2, 3)
 
@@ -199,3 +202,42 @@ def _nested_beside_a_graph(ranks: Any) -> None:
 
 def test_blocks_in_blocks_gather_the_same_where_one_rank_keeps_a_graph(world):
     world(3).run(_nested_beside_a_graph, timeout_s=30)
+
+
+# Drives of one rank.
+
+
+def _states_meet_a_drive(ranks: Any, verb: str, folder: str) -> str:
+    """The error of each rank, when reads of parts of slabs fail on one in a verb that writes states or masters."""
+    from shardwise.offload.nvme import FileSlab
+
+    model = Lopsided()
+    paths = dict.fromkeys(("param", "optimizer"), folder)
+
+    def made(_: Any) -> torch.optim.Optimizer:
+        return torch.optim.Adagrad(model.parameters(), lr=0.1)  # with states from the beginning
+
+    def call() -> None:
+        if verb == "thaw":
+            model.frozen.requires_grad_(True)
+            loss_of(model, ranks.rank).backward()
+            stepping.step()
+        else:
+            shardwise.set_full(model.scale, verb, torch.ones(6))
+
+    failing = mock.patch.object(FileSlab, "read_part", side_effect=StoreError("the drive is gone."))
+    with as_on_a_device():
+        _sharded, _, stepping = prepare(ranks, model, "3-disk", optimizer=made, nvme_paths=paths)
+        loss_of(model, ranks.rank).backward()
+        stepping.step()
+        stepping.zero_grad()
+        with failing if ranks.rank == 0 else nullcontext(), pytest.raises((StoreError, RankError)) as caught:
+            call()
+        ranks.require_same("behind the error", {"verb": verb})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("verb", ["thaw", "master", "sum"])
+def test_a_drive_that_fails_on_one_rank_is_every_ranks_error(world, tmp_path, verb):
+    for text in world(2).run(_states_meet_a_drive, verb, str(tmp_path), timeout_s=30):
+        assert "the drive is gone" in text

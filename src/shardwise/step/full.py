@@ -64,8 +64,12 @@ def set_full(parameter: Parameter, what: str, value: Tensor) -> None:
         return
     owner.settle()
     flat = value.detach().reshape(-1)
-    for interval in own:
-        interval.write(flat[interval.begin : interval.begin + interval.numel])
+
+    def write() -> None:
+        for interval in own:
+            interval.write(flat[interval.begin : interval.begin + interval.numel])
+
+    owner.ranks.together(write)
     if what == "master":
         intervals.publish(owner)
 

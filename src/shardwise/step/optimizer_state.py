@@ -252,16 +252,17 @@ class OptimizerState:
             self.ranks.together(lambda: self.replace(apart, self.besides))
 
     def adopt_thawed(self, thawed: Collection[int]) -> None:
-        """These parameters are trained from now on, some of them by this optimizer. Collective."""
-        self.ranks.together(self._grow)
+        """These parameters are trained from now on, some of them by this optimizer. Collective; raises StoreError."""
+        self.ranks.together(lambda: self._take_thawed(thawed))
+
+    def _take_thawed(self, thawed: Collection[int]) -> None:
+        self._grow()
         self._look()
-        for parameter in self.groups.driven():
-            if id(parameter) in thawed and id(parameter) in self.dormant:
-                self.optimizer.state[parameter] = self.dormant.pop(id(parameter))
+        for parameter in [p for p in self.groups.driven() if id(p) in self.dormant.keys() & thawed]:
+            self.optimizer.state[parameter] = self.dormant.pop(id(parameter))
         apart = self._taken(self.groups.parameters)
-        if apart:
-            self._make_for(set(apart), *kinds(apart))
-            self._write(apart)
+        self._make_for(set(apart), *kinds(apart))
+        self._write(apart)
 
     def _taken(self, parameters: Sequence[Sequence[Parameter]]) -> dict[Key, WholeState]:
         """What the optimizer's dictionary holds under the user's own parameters, which is taken out of it."""
