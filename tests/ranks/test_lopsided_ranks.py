@@ -15,6 +15,7 @@ import shardwise
 from ranks.test_front_training import fresh
 from rig.engine import as_on_a_device, largest_difference, prepare, weights_of
 from shardwise.errors import RankError, StoreError
+from shardwise.run.local_sgd import LocalSGD
 
 STAGES = (1, 2, 3)
 
@@ -241,3 +242,33 @@ def _states_meet_a_drive(ranks: Any, verb: str, folder: str) -> str:
 def test_a_drive_that_fails_on_one_rank_is_every_ranks_error(world, tmp_path, verb):
     for text in world(2).run(_states_meet_a_drive, verb, str(tmp_path), timeout_s=30):
         assert "the drive is gone" in text
+
+
+# Ranks that train alone.
+
+
+def _left_over(ranks: Any, dropped: bool) -> None:
+    """A block of local SGD ends with gradients of weights that not every rank has used."""
+    accelerator, model, plain = fresh(0), Lopsided(), Lopsided()
+    mine, theirs = (torch.optim.SGD(of.parameters(), lr=0.1) for of in (model, plain))
+    accelerator.prepare(model, mine)
+    with LocalSGD(accelerator, model, local_sgd_steps=8):
+        accelerator.backward(loss_of(model, ranks.rank))
+        if dropped:
+            model.scale.grad = None
+            for expert in model.experts[1:]:
+                expert.weight.grad = expert.bias.grad = None
+    plain_backward(plain, ranks.world_size)
+    if dropped:
+        plain.scale.grad = None
+        for expert in plain.experts[1:]:
+            expert.weight.grad = expert.bias.grad = None
+    for optimizer in (mine, theirs):
+        optimizer.step()
+        optimizer.zero_grad()
+    assert largest_difference(dict(model.named_parameters()), plain) < 1e-6
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_gradients_that_ranks_bring_out_of_local_sgd_are_every_ranks(world, dropped):
+    world(3).run(_left_over, dropped, timeout_s=30)

@@ -16,6 +16,7 @@ import torch
 
 from ..errors import PrepareError
 from ..plan.plan import Tier
+from .gradients import used_by_any
 from .sharded import ShardedModel
 
 
@@ -71,12 +72,19 @@ def average(sharded: ShardedModel) -> None:
 
 def _average_gradients(sharded: ShardedModel) -> None:
     """What waits for a step as each rank's own becomes the mean, as if the ranks had been together."""
-    for trained in sharded.trained():
-        if trained.gradients.at_rest is not None:
-            trained.sums.apply_factor()
-            rest = trained.sums.arrived()
-            assert rest is not None
-            mean = rest.to(sharded.ranks.device)
-            sharded.ranks.all_reduce(mean, "mean")
-            rest.copy_(mean)
-            trained.sums.changed()
+    sharded.look_at_gradients()
+    every, ranks = sharded.trained(), sharded.ranks
+    waiting = ranks.any_of([trained.gradients.at_rest is not None for trained in every])
+    held = [trained for trained, waits in zip(every, waiting, strict=True) if waits]
+    gradients = [trained.gradients for trained in held]
+    used_by_any(gradients, ranks.any_of([flag for each in gradients for flag in each.used]))
+    for trained in held:
+        trained.gradients.fill()
+        trained.sums.apply_factor()
+        rest = trained.sums.arrived()
+        assert rest is not None
+        mean = rest.to(ranks.device)
+        ranks.all_reduce(mean, "mean")
+        rest.copy_(mean)
+        trained.sums.changed()
+        trained.gradients.shown.show()

@@ -186,6 +186,13 @@ class Gradients:
         if none:
             self._move(Grads.READY)
 
+    def fill(self) -> None:
+        """Zeros where nothing is averaged here, because another rank has something to be averaged."""
+        if not self.sums.averaged:
+            self.sums.fill()
+            if self.state is Grads.EMPTY:
+                self._move(Grads.READY)
+
     def forget(self, indices: Collection[int]) -> None:
         """Forget the gradients of some parameters: another optimizer still needs the others'."""
         for index in indices:

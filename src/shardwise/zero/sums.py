@@ -250,7 +250,7 @@ class Sums:
             self._buffer.slices(self.own)[index].copy_(flat)
         rest = self.arrived()
         if rest is None and self.own is None:
-            rest = self._zeros()
+            rest = self.fill()
         for piece in self.region.pieces if rest is not None else ():
             if piece.slot == index:
                 assert rest is not None
@@ -261,7 +261,7 @@ class Sums:
                     target.zero_()
         self.changed()
 
-    def _zeros(self) -> Tensor:
+    def fill(self) -> Tensor:
         """Zeros where the plan rests gradients."""
         if not self.on_host:
             self._shard = torch.zeros(self.region.numel, dtype=self.dtype, device=self._buffer.whole.device)
