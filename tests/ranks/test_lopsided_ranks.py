@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from contextlib import nullcontext
 from typing import Any
@@ -272,3 +273,46 @@ def _left_over(ranks: Any, dropped: bool) -> None:
 @pytest.mark.parametrize("dropped", [False, True])
 def test_gradients_that_ranks_bring_out_of_local_sgd_are_every_ranks(world, dropped):
     world(3).run(_left_over, dropped, timeout_s=30)
+
+
+def _saved_apart(ranks: Any, folder: str, inside: bool) -> tuple[Any, Any]:
+    """What an optimizer keeps, an average and a weight, before and after a save and a load behind local SGD, or in it."""
+    accelerator, model = fresh(0), Lopsided()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    accelerator.prepare(model, optimizer)
+    average = accelerator.ema(model, decay=0.5)
+
+    def kept() -> Any:
+        states = optimizer.state_dict()["state"]
+        with average.swapped():
+            averaged = [p.detach().clone() for p in model.parameters()]
+        return copy.deepcopy(states), averaged, [p.detach().clone() for p in model.parameters()]
+
+    def step(number: int) -> None:
+        accelerator.backward(loss_of(model, ranks.rank, number))
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update()
+
+    with LocalSGD(accelerator, model, local_sgd_steps=8):
+        step(0)
+        step(1)
+        if inside:
+            before = kept()
+            accelerator.save_state(folder)
+    if not inside:
+        before = kept()
+        accelerator.save_state(folder)
+    accelerator.load_state(folder)
+    after = kept()
+    step(2)  # it goes on
+    return before, after
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_save_of_ranks_that_have_trained_alone_keeps_the_first_ranks_states(world, tmp_path, inside):
+    found = world(3).run(_saved_apart, str(tmp_path / "state"), inside, timeout_s=30)
+    (states, averaged, weights), _ = found[0]
+    assert sum(bool(state) for state in states.values()) < sum(1 for _ in Lopsided().parameters()) - 2
+    for _, after in found:
+        torch.testing.assert_close(after, (states, averaged, weights), rtol=0, atol=0)

@@ -88,9 +88,14 @@ def whole_pieces(tensors: Mapping[str, Tensor]) -> list[Piece]:
     ]
 
 
-def pieces_of(ranks: Ranks, prefix: str, held: Sequence[Interval], *, are_states: bool = False) -> Iterator[Piece]:
-    """This rank's part of intervals, which several ranks may hold, as pieces at `prefix/<name>`. ranks: their model's."""
-    for interval in intervals.share(held, ranks):
+def pieces_of(
+    ranks: Ranks, prefix: str, held: Sequence[Interval], *, are_states: bool = False, apart: bool = False
+) -> Iterator[Piece]:
+    """This rank's part of intervals, which several ranks may hold, as pieces at `prefix/<name>`. ranks: their model's.
+
+    apart: see `intervals.share`.
+    """
+    for interval in intervals.share(held, ranks, apart=apart):
         address = f"{prefix}/{interval.name}"
         rest, begin, count = interval.place
         # A view of a frozen weight's bytes is nobody's but the piece's.

@@ -55,11 +55,16 @@ class RunModels:
         return self.standing.of(
             "trained",
             [one for model in self.models for one in rests_of(model)],
-            None,
+            [model.engine.share.alone for model in self.models],
             lambda: [
                 piece
                 for number, model in enumerate(self.models)
-                for piece in pieces_of(model.ranks, f"model{number}/trained", intervals.trained(model))
+                for piece in pieces_of(
+                    model.ranks,
+                    f"model{number}/trained",
+                    intervals.trained(model),
+                    apart=model.engine.share.alone,
+                )
             ],
         )
 

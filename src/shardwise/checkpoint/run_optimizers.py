@@ -59,9 +59,12 @@ class RunOptimizers:
     def taken(self, number: int, late: list[Callable[[], None]]) -> TakenStates:
         """What a save takes of one of them, now but for what `late` completes. No communication."""
         stepper = self.steppers[number]
+        if self._is_apart(stepper) and self.ranks.rank:  # rank 0's count, and that has its own of other weights
+            names = _names(stepper.states.settings(), self._homes(stepper))
+            return TakenStates({"numbers": {}}, {"names": names}, stand=[], pieces=[])
         seen = sight(stepper.states)
         witnesses = [*(one for model in stepper.models for one in rests_of(model)), *seen.witnesses]
-        facts = (seen.names, seen.groups)
+        facts = (seen.names, seen.groups, self._is_apart(stepper))
         plan = self.standing.of(f"optimizer{number}", witnesses, facts, lambda: self._planned(number, seen))
         is_plain = seen.is_plain and plan.names == seen.names
         if not is_plain:  # there are states that are neither intervals nor numbers
@@ -92,12 +95,21 @@ class RunOptimizers:
                 held.setdefault(f"optimizer{number}/{key}/model{homes[model]}", []).append(interval)
             numbers[f"model{homes[model]}/{name}"] = {key: packed(value) for key, value in state.numbers.items()}
         return _Planned(
-            pieces=[p for at, some in held.items() for p in pieces_of(stepper.ranks, at, some, are_states=True)],
+            pieces=[
+                piece
+                for at, some in held.items()
+                for piece in pieces_of(stepper.ranks, at, some, are_states=True, apart=self._is_apart(stepper))
+            ],
             in_groups=_names(stepper.states.settings(), homes),
             numbers=numbers,
             keys=[f"model{homes[state.key[0]]}/{state.key[1]}" for state in found],
             names=[None if names is None else tuple(next(states).elementwise) for names in seen.names],
         )
+
+    @staticmethod
+    def _is_apart(stepper: ShardedOptimizer) -> bool:
+        """Whether ranks have stepped a model each for itself (of zero_stage 0), so that all states are each rank's own."""
+        return any(model.engine.share.apart for model in stepper.models)
 
     def _homes(self, stepper: ShardedOptimizer) -> list[int]:
         """Each of the optimizer's models as a number among the run's."""

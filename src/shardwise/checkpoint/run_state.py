@@ -132,8 +132,13 @@ class RunState:
     def _average_pieces(self, number: int, average: ShardedEMA) -> list[Piece]:
         place, model = self._place_of(number), average.model
         witnesses = [average, *rests_of(model), *average.slabs]
-        made = f"average{number}"
-        return self.standing.of(made, witnesses, place, lambda: [*pieces_of(model.ranks, place, average.intervals())])
+        made, apart = f"average{number}", model.engine.share.apart
+        return self.standing.of(
+            made,
+            witnesses,
+            (place, apart),
+            lambda: [*pieces_of(model.ranks, place, average.intervals(), apart=apart)],
+        )
 
     def _planned(self, stand: Sequence[Piece], pieces: Sequence[Piece]) -> FilePlan | None:
         """The plan of the file: the earlier one where nothing was made anew but given tensors of the same kinds."""

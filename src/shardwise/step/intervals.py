@@ -148,10 +148,10 @@ def frozen(model: ShardedModel) -> list[Interval]:
     return found
 
 
-def share(intervals: Sequence[Interval], ranks: Ranks) -> list[Interval]:
+def share(intervals: Sequence[Interval], ranks: Ranks, *, apart: bool = False) -> list[Interval]:
     """Of intervals that several ranks hold this rank's equal part: over all ranks each element once.
 
-    ranks: in the groups of the model that the intervals are of.
+    ranks: in the groups of the model that the intervals are of. apart: what every rank holds differs, so rank 0's counts.
     """
     whole = [interval for interval in intervals if interval.copied]
     frozen = [interval for interval in intervals if interval.frozen and not interval.copied]
@@ -159,7 +159,7 @@ def share(intervals: Sequence[Interval], ranks: Ranks) -> list[Interval]:
     return [
         *_equal_part(frozen, ranks.copies.rank, ranks.copies.size),
         *_equal_part(trained, ranks.alike.rank, ranks.alike.size),
-        *_equal_part(whole, ranks.rank, ranks.world_size),
+        *(_equal_part(whole, ranks.rank, ranks.world_size) if not apart else whole if ranks.rank == 0 else ()),
     ]
 
 

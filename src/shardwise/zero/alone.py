@@ -42,7 +42,7 @@ def training_alone(sharded: ShardedModel) -> Iterator[None]:
     if share.alone:
         raise PrepareError(f"the ranks train this {type(sharded.model).__name__} each for itself already.")
     sharded.settle()
-    share.alone = True
+    share.alone = share.apart = True
     try:
         yield
         average(sharded)

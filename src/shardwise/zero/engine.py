@@ -102,11 +102,13 @@ def say_where_states_stay(state_dtype: StateDtype, plan: Plan, ranks: Ranks) -> 
 class Share:
     """What the gradients of the coming backwards are multiplied by, in the reduce dtype, when they leave the parameters.
 
-    alone: each rank keeps its own gradients, and trains a model of its own; see `alone.py`.
+    alone: each rank keeps its own gradients, and trains a model of its own; see `alone.py`. apart: it has done so, so that
+           optimizer states and averages are each rank's own, of weights that perhaps no other one has stepped.
     """
 
     value: float = 1.0
     alone: bool = False
+    apart: bool = False
 
 
 @dataclass(frozen=True)
