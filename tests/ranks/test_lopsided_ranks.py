@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import shardwise
 from ranks.test_front_training import fresh
 from rig.engine import as_on_a_device, largest_difference, prepare, weights_of
-from shardwise.errors import RankError, StoreError
+from shardwise.errors import CheckpointError, RankError, StoreError
 from shardwise.run.local_sgd import LocalSGD
 
 STAGES = (1, 2, 3)
@@ -316,3 +316,24 @@ def test_a_save_of_ranks_that_have_trained_alone_keeps_the_first_ranks_states(wo
     assert sum(bool(state) for state in states.values()) < sum(1 for _ in Lopsided().parameters()) - 2
     for _, after in found:
         torch.testing.assert_close(after, (states, averaged, weights), rtol=0, atol=0)
+
+
+# Buffers of one rank.
+
+
+def _saves_an_odd_buffer(ranks: Any, folder: str) -> str:
+    accelerator, model = fresh(1), Lopsided()
+    model.register_buffer("seen", torch.ones(3))
+    accelerator.prepare(model)
+    if ranks.rank == 1:
+        warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")
+        model.seen = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
+    with pytest.raises(CheckpointError) as caught:
+        accelerator.save_state(folder)
+    ranks.require_same("behind the error", {})
+    return str(caught.value)
+
+
+def test_a_buffer_that_cannot_be_saved_on_one_rank_is_every_ranks_error(world, tmp_path):
+    for text in world(3).run(_saves_an_odd_buffer, str(tmp_path / "state"), timeout_s=30):
+        assert "which a checkpoint cannot hold" in text

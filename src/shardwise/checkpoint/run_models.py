@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files.writer import DTYPES, as_bytes
+from ..ranks.agreeing import attempt
 from ..ranks.ranks import Ranks
 from ..step import intervals
 from ..step.intervals import Interval
@@ -88,15 +89,10 @@ class RunModels:
         Running statistics may. Raises CheckpointError for a buffer that is no plain tensor and not made of some.
         """
         held = {address: buffer for address, _, buffer in self._persistent_buffers() if buffer.numel()}
-        mine = 0
-        for address, buffer in held.items():
-            try:
-                parts = parts_of(buffer)
-            except TypeError as error:  # every rank has the same model
-                raise CheckpointError(f"{address} {error}, which a checkpoint cannot hold.") from error
-            for part in parts:
-                mine = zlib.crc32(as_bytes(bytes_of(part)), mine)
-        sums = self.ranks.gather_numbers(mine)
+        mine, error = attempt(lambda: _sum_of(held))
+        sums = self.ranks.gather_numbers(mine or 0)
+        if error is not None:  # perhaps on this rank alone: a script may have replaced a buffer
+            raise error
         kept = {address: packed(buffer, DTYPES.values()) for address, buffer in held.items()}
         if self.ranks.rank == 0:
             plain = {address: found for address, found in kept.items() if isinstance(found, Tensor)}
@@ -178,6 +174,19 @@ class RunModels:
                 new[number][id(buffer)] = written(buffer, value)
         for model, buffers in zip(self.models, new, strict=True):
             replace_buffers(model.model, buffers)
+
+
+def _sum_of(buffers: Mapping[str, Tensor]) -> int:
+    """A checksum, by which ranks find out whether theirs are the same."""
+    found = 0
+    for address, buffer in buffers.items():
+        try:
+            parts = parts_of(buffer)
+        except TypeError as error:
+            raise CheckpointError(f"{address} {error}, which a checkpoint cannot hold.") from error
+        for part in parts:
+            found = zlib.crc32(as_bytes(bytes_of(part)), found)
+    return found
 
 
 def rests_of(model: ShardedModel) -> list[object]:

@@ -30,7 +30,7 @@ from ..data.positions import go_to, match, position
 from ..errors import CheckpointError
 from ..files.writer import as_bytes
 from ..plan.precision import LossScaler
-from ..ranks.agreeing import attempt_or_interrupt
+from ..ranks.agreeing import attempt, attempt_or_interrupt
 from ..ranks.ranks import Ranks
 from ..run.scheduler import Scheduler
 from ..step import intervals
@@ -101,9 +101,12 @@ class RunState:
         stand: list[Piece] = []
         unread = [stepper.verdicts.unread() for stepper in self.steppers]
         late = [read for read in unread if read is not None]  # first: of a bad step nothing is written
-        # All communication comes before what may fail on one rank alone.
-        state: dict[str, Any] = {"buffers": self.of_models.buffers(pieces)}
+        # All communication comes before what may fail on one rank alone, as each of these two may.
+        buffers, error = attempt(lambda: self.of_models.buffers(pieces))
         objects, tensors = self._objects()
+        if error is not None:
+            raise error
+        state: dict[str, Any] = {"buffers": buffers}
         state["generators"] = generator_states(self.ranks.device)
         stand += self.of_models.trained_pieces()
         pieces += self.of_models.frozen_pieces(None if with_frozen else [kept.frozen for kept in adapters])
