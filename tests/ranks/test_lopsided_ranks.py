@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from contextlib import nullcontext
 from typing import Any
@@ -11,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import shardwise
 from ranks.test_front_training import fresh
@@ -204,6 +206,57 @@ def _nested_beside_a_graph(ranks: Any) -> None:
 
 def test_blocks_in_blocks_gather_the_same_where_one_rank_keeps_a_graph(world):
     world(3).run(_nested_beside_a_graph, timeout_s=30)
+
+
+# Parts of a forward that record nothing.
+
+
+class Encoded(nn.Module):
+    """A part runs without a graph, where a batch needs it; another one may be recomputed."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.encoder, self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor, needed: bool) -> Tensor:
+        if needed:
+            with torch.no_grad():
+                x = self.encoder(x)
+        if not self.reentrant:
+            return self.head(self.body(x))
+        for _ in range(2):  # in two segments: its gradients come twice
+            x = checkpoint(self.body, x.requires_grad_(), use_reentrant=True)
+        return self.head(x)
+
+
+def _encodes_on_one_rank(ranks: Any, reentrant: bool) -> None:
+    model, plain = Encoded(reentrant), Encoded(False)
+    theirs = torch.optim.SGD(plain.parameters(), lr=0.1)
+    # As where collectives hold the device alone: reductions begin in the backward.
+    with mock.patch.object(type(ranks), "blocking", False):
+        make = functools.partial(torch.optim.SGD, lr=0.1)
+        sharded, _, stepping = prepare(ranks, model, "3", optimizer=make, units=["Linear"])
+        for number in range(3):
+            model(batch(ranks.rank, number), ranks.rank == 0).square().mean().backward()
+            ranks.require_same("behind the backward", {"number": number})
+            for rank in range(ranks.world_size):
+                x = batch(rank, number)
+                if rank == 0:
+                    x = plain.encoder(x).detach()
+                for _ in range(2 if reentrant else 1):
+                    x = plain.body(x)
+                (plain.head(x).square().mean() / ranks.world_size).backward()
+            for optimizer in (stepping, theirs):
+                optimizer.step()
+                optimizer.zero_grad()
+    assert largest_difference(weights_of(sharded), plain) < 1e-6
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_ranks_agree_on_late_gradients_where_one_runs_a_part_without_a_graph(world, reentrant):
+    world(2).run(_encodes_on_one_rank, reentrant, timeout_s=30)
 
 
 # Drives of one rank.

@@ -73,6 +73,7 @@ class Hooks:
         schedule.end_left_backward = self._end_left_backward
         self._active: dict[Unit, int] = defaultdict(int)  # in how many running forwards each unit is needed
         self._recording = False  # whether the running forward of the model records a graph
+        self._unrecorded: set[nn.Module] = set()  # ran without one in such a forward: to be recomputed, or for good
         self._told_of_reads = False
         self._following = False  # whether it packs the weights that autograd keeps
         recall = weakly(self.recall, gone=lambda _: True)
@@ -162,6 +163,7 @@ class Hooks:
         if running.recomputed:
             if not self._in_pass:
                 self._begin_backward()
+            schedule.reducing.recomputes |= running.module in self._unrecorded
         else:
             for unit in running.units:
                 self._active[unit] += 1
@@ -200,7 +202,7 @@ class Hooks:
         if all(running.recomputed for running in over):
             return
         if not torch.is_grad_enabled() and self._recording:
-            schedule.reducing.saw_recomputation()
+            self._unrecorded.update(running.module for running in over)
         for unit in (unit for running in over if not running.recomputed for unit in running.units):
             self._active[unit] -= 1
             if not self._active[unit]:  # the encoder has ended, but the model around it needs the root unit still

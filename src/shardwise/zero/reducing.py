@@ -17,7 +17,10 @@ from .unit import Unit
 class Reducing:
     """The reductions of one model's backwards.
 
-    units: in the order in which the model defines them.
+    units:      in the order in which the model defines them.
+    recomputes: whether a block that ran without a graph inside a forward that recorded one has run again: its backward is one
+                of its own, and gradients may be late. Not before: without a graph also runs what is never recomputed, as an
+                encoder for the batches of this rank alone, and the other ranks then do not ask which units are late.
     """
 
     def __init__(self, units: Sequence[Unit], ranks: Ranks) -> None:
@@ -30,7 +33,7 @@ class Reducing:
         self._came_in_order: list[int] = []
         self._reduced = 0
         self._late: set[int] = set()
-        self._recomputes = False  # some block ran under re-entrant checkpointing
+        self.recomputes = False
         self._boundary = True
 
     def begin(self, boundary: bool) -> None:
@@ -99,14 +102,10 @@ class Reducing:
 
     def _agreed_late(self) -> list[int]:
         """Units that must be reduced a second time, the same on every rank."""
-        if not self._recomputes or self._ranks.blocking:
+        if not self.recomputes or self._ranks.blocking:
             return sorted(self._late)
         late = self._ranks.any_of([i in self._late for i in range(len(self._units))])
         return [i for i, flag in enumerate(late) if flag]
-
-    def saw_recomputation(self) -> None:
-        """A block runs without a graph inside a forward that records one: its backward will be one of its own."""
-        self._recomputes = True
 
     def settle(self) -> None:
         """The boundary is reached: move reduced gradients to where they rest."""
