@@ -64,7 +64,7 @@ demo: $(READY) ## LoRA under ZeRO-3 with CPU offload, then check the saved adapt
 
 .PHONY: test
 test: $(READY) ## the tests, without the long ones and those that need a GPU
-	$(BIN)/python -m pytest -m 'not full and not gpu' -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'not full and not gpu' -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 .PHONY: test-full
 test-full: $(READY) ## every test; those for GPUs skip themselves where there is none
