@@ -106,6 +106,8 @@ def test_an_interrupt_of_the_wait_for_what_goes_on_is_told():
         import os, signal, threading, time
         from shardwise.ranks import unfinished
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in a shell's background ignores it
+
         def interrupt():
             threading.main_thread().join()
             time.sleep(0.5)  # until it waits: a signal just before that is seen behind the wait
