@@ -22,13 +22,14 @@ from rig.guide import GUIDE
 PROGRAMS = Path(__file__).parent / "programs"
 ENTRY = "from shardwise.cli.main import main; main()"
 
-COVER = ["loop:z2", "loop:z3", "loop:z3cpu-lora", "trainer:z2", "trainer:z3", "trainer:z3cpu-lora", "trainer:plain"]
+COVER = ["loop:z2", "loop:z3", "loop:z3cpu-lora", "trainer:z2", "trainer:z3", "trainer:plain"]
 COVER += ["trainer:z3ds", "trainer:z3-pretrained", "trainer:z3no16-adafactor", "seq2seq:z3"]
 FULL = ["loop:z1", "loop:z2cpu", "loop:z3cpu", "loop:z3-lora", "loop:z2-lora", "trainer:z1", "trainer:z2cpu"]
 FULL += [
     "seq2seq:z2",
     "seq2seq:z3cpu",
     "trainer:z3cpu",
+    "trainer:z3cpu-lora",
     "trainer:z2-lora",
     "trainer:z3-lora",
     "trainer:z3dsds",

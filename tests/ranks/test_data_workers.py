@@ -257,6 +257,7 @@ def _cut(ranks, dispatch):
     return [[i for batch in loader for i in batch.tolist()] for _ in range(2)]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("dispatch", [False, True])
 def test_a_worker_init_fn_cuts_the_users_own_data_set(world, n, dispatch):

@@ -180,7 +180,7 @@ def _stage(name: str, tier: str) -> int:
     return number % 4 if tier == "none" else 1 + number % 3
 
 
-@pytest.mark.thinned(2, rows=True)
+@pytest.mark.thinned(3, rows=True)
 @pytest.mark.parametrize(("name", "tier"), [*COVER, *(pytest.param(*pair, marks=pytest.mark.full) for pair in REST)])
 def test_it_goes_on_to_the_bit(world, tmp_path, name, tier):
     world(2).run(both, Case(name, tier, _stage(name, tier)), str(tmp_path), SAVE_AT)

@@ -155,6 +155,7 @@ def _rest(ranks: Any, mix: str, plan: str) -> list[int]:
         return [found - whole, said, *wanted]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("plan", OFFLOADED)
 @pytest.mark.parametrize("mix", MIXES)
 def test_each_optimizer_takes_off_the_device_what_it_steps(world, mix, plan):
