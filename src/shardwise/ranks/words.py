@@ -119,15 +119,18 @@ class Words:
         assert store is not None
         began, pause_s = time.monotonic(), 1e-4
         deadline, say_at = began + self.timeout.total_seconds(), began + self.say_after_s
+
+        def missing() -> Iterator[int]:
+            return (rank for rank, key in zip(ranks, keys, strict=True) if not store().check([key]))
+
         # Not the store's `wait`, which would hold its lock for all threads of the process.
         while not store().check(list(keys)):
-            if time.monotonic() > deadline:
-                absent = next(rank for rank, key in zip(ranks, keys, strict=True) if not store().check([key]))
-                raise RankError(f"{verb}: rank {absent} has not come to it within {self.timeout}.")
-            if rule and time.monotonic() > say_at:
-                missing = [str(rank) for rank, key in zip(ranks, keys, strict=True) if not store().check([key])]
-                waited = time.monotonic() - began
-                log.warning("%s Rank %d has waited %.0f s for rank %s.", rule, self._rank, waited, ", ".join(missing))
+            now = time.monotonic()
+            if now > deadline:
+                raise RankError(f"{verb}: rank {next(missing())} has not come to it within {self.timeout}.")
+            if rule and now > say_at:
+                names = ", ".join(map(str, missing()))
+                log.warning("%s Rank %d has waited %.0f s for rank %s.", rule, self._rank, now - began, names)
                 rule = ""
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.05)
