@@ -167,7 +167,8 @@ class Groups:
         wanted = {id(p) for p in parameters}
         wanted |= {id(whole.parameter) for whole in self.wholes if id(whole.tensor) in wanted}
         own = [shard for shard in self.shards if id(shard.parameter) in wanted or id(shard.tensor) in wanted]
-        return own + [shard for key in wanted & self.strays.keys() for shard in _shards_of(*self.strays[key])]
+        # In the order of the model: a set of ids has another one in each process, and a sum in it other bits.
+        return own + [shard for key, home in self.strays.items() if key in wanted for shard in _shards_of(*home)]
 
     def is_all(self, parameters: Sequence[Tensor]) -> bool:
         """Whether these are all that the optimizer drives, and no strays: the same on every rank.
