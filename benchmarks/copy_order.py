@@ -4,14 +4,15 @@
     python benchmarks/copy_order.py --gb 0.4 0.8 --rounds 3
 
 Every way copies the same bytes from one GPU into pinned memory, weights first, and the compute stream waits for the weights'
-event before it runs products of about 20 ms. `alone` runs nothing else; `and number` copies one number to the host in their
-middle, as a step's verdict does. Milliseconds from the moment when the copies are enqueued, by events, medians of rounds:
-when the weights were there, the states, and when the products had ended.
+event before it runs products of about 20 ms. `alone` runs nothing else; `number copied` copies one number to the host in their
+middle, as a step's verdict does; `number written` has a kernel write it there. Milliseconds from the moment when the copies are
+enqueued, by events, medians of rounds: when the weights were there, the states, and when the products had ended.
 
     behind     the states on the weights' stream
     beside     the states on a stream of their own, which waits for the weights
     later      the states enqueued once the host has seen the weights
     in pieces  as later, 64 MiB at a time, two of them under way at most
+    one by one as in pieces, and the next one is enqueued when the one before is there
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from shardwise.ranks.lanes import timed_mark
 
 PIECE = 64 << 20
 UNIT = 256 << 20  # bytes of one tensor, about a block's masters on a rank
+WAYS = ("behind", "beside", "later", "in pieces", "one by one")
+PRODUCTS = ("alone", "number copied", "number written")
 MEMORY: dict[str, Callable[[int], Tensor]] = {
     "torch's": lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, pin_memory=True),
     "registered": lambda nbytes: host_tensor(nbytes, torch.uint8, pinned=True),
@@ -52,12 +55,12 @@ class Copies:
             torch._foreach_copy_(self.into, self.sources, non_blocking=True)
             return timed_mark(stream)
 
-    def in_pieces(self, stream: torch.Stream) -> torch.Event:
+    def in_pieces(self, stream: torch.Stream, at_once: int) -> torch.Event:
         under_way: deque[torch.Event] = deque()
         with stream:
             for into, source in zip(self.into, self.sources, strict=True):
                 for one, other in zip(torch.split(into, PIECE), torch.split(source, PIECE), strict=True):
-                    if len(under_way) == 2:
+                    if len(under_way) == at_once:
                         under_way.popleft().synchronize()
                     one.copy_(other, non_blocking=True)
                     under_way.append(timed_mark(stream))
@@ -77,7 +80,8 @@ def states_after(way: str, weights: torch.Event, states: Copies, streams: list[t
 
     def write() -> None:
         weights.synchronize()
-        found.append(states.in_pieces(streams[0]) if way == "in pieces" else states.enqueue(streams[0]))
+        at_once = {"in pieces": 2, "one by one": 1}.get(way)
+        found.append(states.enqueue(streams[0]) if at_once is None else states.in_pieces(streams[0], at_once))
 
     thread = threading.Thread(target=write)
     thread.start()
@@ -89,12 +93,25 @@ def states_after(way: str, weights: torch.Event, states: Copies, streams: list[t
     return ended
 
 
-def timed(way: str, weights: Copies, states: Copies, *, number: bool) -> tuple[float, float, float]:
+class Seen:
+    """Pinned host memory, (1,) float32, as the device sees it."""
+
+    def __init__(self, host: Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (1,),
+            "typestr": "<f4",
+            "data": (host.data_ptr(), False),
+            "version": 2,
+        }
+
+
+def timed(way: str, weights: Copies, states: Copies, products: str) -> tuple[float, float, float]:
     """Milliseconds until the weights were there, the states, and the products had ended."""
     device = weights.sources[0].device
     compute, streams = torch.accelerator.current_stream(), [torch.Stream(device) for _ in range(2)]
     matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    landing = torch.empty(1, pin_memory=True)
+    landing = torch.zeros(1, pin_memory=True)
+    seen = torch.as_tensor(Seen(landing), device="cuda")
     out = matrix @ matrix
     value = torch.ones(1, device="cuda")
     torch.cuda.synchronize()
@@ -105,11 +122,14 @@ def timed(way: str, weights: Copies, states: Copies, *, number: bool) -> tuple[f
     ended = states_after(way, there, states, streams)
     for product in range(14):
         torch.mm(matrix, matrix, out=out)
-        if number and product == 7:
+        if product == 7 and products == "number copied":
             landing.copy_(value, non_blocking=True)
+        elif product == 7 and products == "number written":
+            torch.add(value, 0, out=seen)
     done = timed_mark(compute)
     last = ended()
     torch.cuda.synchronize()
+    assert products == "alone" or landing.item() == 1
     return begin.elapsed_time(there), begin.elapsed_time(last), begin.elapsed_time(done)
 
 
@@ -117,20 +137,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
     parser.add_argument("--gb", nargs=2, type=float, default=[2.4, 4.7], metavar=("WEIGHTS", "STATES"))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", nargs="+", choices=sorted(MEMORY), default=list(MEMORY))
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("copy_order: there is no GPU here, and on a CPU no copy runs beside the computation.")
     sizes = [int(gb * 1e9) for gb in args.gb]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.gb} GB")
     print("| memory | states | products | weights ms | states ms | products ms |\n|---|---|---|---|---|---|")
-    for memory, make in MEMORY.items():
+    for memory in args.memory:
+        make = MEMORY[memory]
         weights, states = (Copies(nbytes, make(nbytes)) for nbytes in sizes)
-        for way in ("behind", "beside", "later", "in pieces"):
-            for number in (False, True):
-                timed(way, weights, states, number=number)
-                rounds = [timed(way, weights, states, number=number) for _ in range(args.rounds)]
+        for way in WAYS:
+            for products in PRODUCTS:
+                timed(way, weights, states, products)
+                rounds = [timed(way, weights, states, products) for _ in range(args.rounds)]
                 row = " | ".join(f"{statistics.median(column):.1f}" for column in zip(*rounds, strict=True))
-                print(f"| {memory} | {way} | {'and number' if number else 'alone'} | {row} |", flush=True)
+                print(f"| {memory} | {way} | {products} | {row} |", flush=True)
         del weights, states
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from rig.engine import as_on_a_device
 from rig.heard import heard
 from shardwise import Accelerator
-from shardwise.checkpoint import file_plan, keeping, snapshot
+from shardwise.checkpoint import file_plan, in_turn, keeping, snapshot
 from shardwise.checkpoint.keeping import Keeping
 from shardwise.checkpoint.places import MARK
 from shardwise.errors import CheckpointError
@@ -126,6 +126,16 @@ def written_as_if_large(run: Training) -> Iterator[None]:
     assert bool(asked) == bool(run.accelerator._run.pool.nbytes)
 
 
+@contextmanager
+def in_small_pieces() -> Iterator[None]:
+    """The save's thread copies states, some elements at a time, until the next step takes the rest."""
+    with (
+        mock.patch.object(snapshot, "in_pieces", return_value=True),
+        mock.patch.object(in_turn, "PIECE_NBYTES", 1000),
+    ):
+        yield
+
+
 def _files(folder: Path, rank: int) -> dict[str, bytes]:
     """What this rank has written of a checkpoint."""
     return {path.name: path.read_bytes() for path in sorted(folder.glob(f"rank-{rank:05d}.*"))}
@@ -155,8 +165,8 @@ def both_ways(ranks: Any, folder: str, stage: int, tier: str, visits: bool, opti
         run = Training(zero, OPTIMIZERS[optimizer], optimizer_state_dtype=dtype)
         for number in range(2):
             run.step(number)
-            # The first time as large files are written.
-            with slow_disk(0.002), nullcontext() if number else written_as_if_large(run):
+            # The first time as large files are written, the second time in pieces, as a device has it.
+            with slow_disk(0.002), in_small_pieces() if number else written_as_if_large(run):
                 _saved_both_ways(run, ranks.rank, Path(folder, str(number)), lambda: run.step(2))
         taken = run.accelerator._run.pool.nbytes
         run.close()

@@ -5,9 +5,10 @@
     down                     |weights|    states     |
     thread, another process                          | sum up and write .......... |
 
-`take` only enqueues: weights and averages first, for which the computation waits, because scripts may write them; behind them
-an optimizer's states, for which its next step waits (of 0.75 GB on a rank that is 5 and 9 ms at 54 GB/s). What a script writes
-into states before that step could be in the copy: torch's own count of writes shows it, and it is the save's error.
+`take` only enqueues: weights and averages first, for which the computation waits, because scripts may write them. An
+optimizer's states come behind them, piece by piece (`in_turn.py`), and its next step waits for them: of 0.75 GB on a rank that
+is 5 and 9 ms at 54 GB/s. What a script writes into states before that step could be in the copy: torch's own count of writes
+shows it, and it is the save's error.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ..files.writer import TensorFile, as_bytes
 from ..offload.pinned import SharedMemory, host_tensor, shared_memory
 from ..ranks.lanes import Lanes
 from .file_plan import FilePlan, Span, Transfer, Way, memory_of
+from .in_turn import CopiesInTurn
 from .keeping import Keeping
 from .patience import Progress
 from .pieces import Piece, Resting
@@ -79,10 +81,15 @@ class Pool:
         self._copies["last"] = event
 
 
+def in_pieces(lanes: Lanes) -> bool:
+    """Whether states are copied beside the training. On a CPU, and where one stream does all, `take` copies them."""
+    return lanes.down.stream is not None
+
+
 class Snapshot:
     """What of `pieces`, which the plan is of, was taken, until it is written. lanes: of the models whose states these are.
 
-    `take` it; have `write_now` called while nothing changes; `write` it in any thread; `close` it in any case.
+    `take` it; have `write_now` called while nothing changes; `copy` and `write` it in any thread; `close` it in any case.
     """
 
     def __init__(self, plan: FilePlan, pieces: Sequence[Piece], lanes: Sequence[Lanes], pool: Pool) -> None:
@@ -96,7 +103,7 @@ class Snapshot:
             self._buffer = pool.take(plan.nbytes, pinned=cuda) if plan.nbytes else torch.empty(0, dtype=torch.uint8)
         self._pool = pool
         self._enqueued: torch.Event | None = None  # everything that was under way before
-        self._copied: torch.Event | None = None
+        self._states: CopiesInTurn | None = None
         self._versions: list[tuple[Tensor, int]] = []
         self._written_by_script = False
         self.keeping = Keeping(self._await_slabs)
@@ -118,13 +125,16 @@ class Snapshot:
             for event in (lanes.mark_compute(), *(event for every in self._lanes for event in every.marks())):
                 lanes.down.wait(event)
             self._enqueued = lanes.down.mark() or lanes.mark_compute()
+            copies = CopiesInTurn(self._pairs(weights, are_states=False), lanes, self._enqueued, self._pool.note)
+            copied = copies.hurry()
             if weights:
-                lanes.compute_waits(self._transfer(weights, lanes))
-            sources = self._sources(states)
-            self._copied = self._transfer(states, lanes)
-            self._pool.note(self._copied)
-            if self._copied is not None and states:
-                self._versions = [(one, one._version) for one in sources if not one.is_inference()]
+                lanes.compute_waits(copied)
+            pairs = self._pairs(states, are_states=True)
+            self._states = CopiesInTurn(pairs, lanes, copied, self._pool.note)
+            if not in_pieces(lanes):
+                self._states.hurry()
+            if pairs and (copied is not None or in_pieces(lanes)):
+                self._versions = [(one, one._version) for _, one in pairs if not one.is_inference()]
                 for other in self._lanes:
                     other.before_states_change(lambda: self._states_change(lanes))
         for number, span in enumerate(self.plan.spans):
@@ -132,25 +142,20 @@ class Snapshot:
                 self.keeping.add(self._flats[span.source], span.begin, span.begin + span.nbytes, number)
         self.keeping.watch()
 
-    def _transfer(self, transfers: Sequence[Transfer], lanes: Lanes) -> torch.Event | None:
-        sources = self._sources(transfers)
-        into = self.plan.targets(self._buffer, are_states=transfers[0].is_state) if transfers else []
-        with lanes.down.on():
-            if sources:
-                torch._foreach_copy_(into, sources, non_blocking=True)
-            return lanes.down.mark() or lanes.mark_compute()
-
-    def _sources(self, transfers: Sequence[Transfer]) -> list[Tensor]:
-        found = []
+    def _pairs(self, transfers: Sequence[Transfer], *, are_states: bool) -> list[tuple[Tensor, Tensor]]:
+        """(place in the buffer, what is copied there) of each."""
+        into = self.plan.targets(self._buffer, are_states=are_states) if transfers else []
+        sources = []
         for one in transfers:
             flat = memory_of(self._flats[one.source])
-            found.append(flat if one.count == flat.numel() else flat[one.begin : one.begin + one.count])
-        return found
+            sources.append(flat if one.count == flat.numel() else flat[one.begin : one.begin + one.count])
+        return list(zip(into, sources, strict=True))
 
     def _states_change(self, lanes: Lanes) -> None:
         """A step comes: it waits for the copies of the states, and a script must not have written them meanwhile."""
         self._look_at_versions()
-        lanes.compute_waits(self._copied)
+        assert self._states is not None
+        lanes.compute_waits(self._states.hurry())
 
     def _look_at_versions(self) -> None:
         """Once: when a step comes, or the copies are there, whatever is first. Later writes are no longer in them."""
@@ -165,6 +170,12 @@ class Snapshot:
 
     # Writing.
 
+    def copy(self) -> None:
+        """Return when all that was taken is in the buffer."""
+        self._await_slabs()
+        if self._states is not None:
+            self._states.copy()
+
     def write_now(self, file: TensorFile) -> None:
         """What rests on a drive or as codes, one tensor at a time."""
         for n in self.plan.numbers(Way.WRITTEN):
@@ -175,9 +186,7 @@ class Snapshot:
 
     def write(self, file: TensorFile, progress: Progress) -> None:
         """Everything else. Raises CheckpointError where a script has written what was being copied."""
-        for event in (self._enqueued, self._copied):
-            if event is not None:
-                event.synchronize()
+        self.copy()
         self._look_at_versions()
         self._refuse_written()
         for n in self.plan.numbers(Way.GIVEN):
@@ -269,7 +278,7 @@ class Snapshot:
     def close(self) -> None:
         """Let go of what was read. What is still being copied stays until it is."""
         self.keeping.close()
-        if self._copied is not None:
-            self._copied.synchronize()
+        if self._states is not None:
+            self._states.drop()
         self._versions = []
         self._flats, self._pieces = [], []

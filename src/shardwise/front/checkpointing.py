@@ -163,6 +163,8 @@ def _write_aside(run: Run, place: Place, made: Drafted, staging: Path | None, en
 
     def write() -> None:
         try:
+            for taken in held:  # at once, for the next step waits for it; what goes wrong is said by the ranks together
+                attempt(taken.snapshot.copy)
             where = staging or open_staging(target, aside)
             write_checkpoint(where, target, made.draft, aside, made.manifest, next(iter(held), None))
         finally:
