@@ -157,6 +157,7 @@ OFFLOADED = [
     Setting(2, OPT, "nvme", precision="bf16", optimizer="muon"),
     Setting(3, OPT, precision="bf16", trains="full", chunk=4096, optimizer="half"),
     Setting(1, OPT, "nvme", precision="bf16", trains="full", chunk=4096, clip=0.1, optimizer="half"),
+    Setting(2, OPT, precision="bf16", trains="full", accumulation=3, clip=0.1),
 ]
 # Held to the bit against the same setting with NCCL's gathers.
 COPIED = [

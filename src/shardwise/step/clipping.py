@@ -36,16 +36,20 @@ def global_norm(
 
 
 def power_sum(shards: Sequence[Tensor], norm_type: float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The sum of |element| ** norm_type over this rank's shards, a scalar on `device`."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for shard in shards:
-        if shard.numel():
-            by_device.setdefault(shard.device, []).append(shard)
-    total = torch.zeros((), dtype=dtype, device=device)
-    for group in by_device.values():
-        norms = torch.stack([norm.to(dtype) for norm in torch._foreach_norm(group, norm_type)])
-        total = total + (norms**norm_type).sum().to(device)
-    return total
+    """The sum of |element| ** norm_type over this rank's shards, a scalar on `device`.
+
+    Its bits do not depend on where they rest: what is in host memory comes up, one after another.
+    """
+    filled = [shard for shard in shards if shard.numel()]
+    if not filled:
+        return torch.zeros((), dtype=dtype, device=device)
+    here = [shard for shard in filled if shard.device == device]
+    found = iter(torch._foreach_norm(here, norm_type) if here else ())
+    norms = [
+        next(found) if shard.device == device else torch._foreach_norm([shard.to(device)], norm_type)[0]
+        for shard in filled
+    ]
+    return (torch.stack([norm.to(dtype) for norm in norms]) ** norm_type).sum()
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:

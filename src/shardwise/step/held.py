@@ -148,7 +148,7 @@ class HeldGradients:
     def square(self) -> Tensor:
         """The squared 2-norm of this rank's part of the gradients of all parameters, on the device.
 
-        What left for host memory was measured before it went; only sums of several micro-batches are read there. On the device
+        What left for host memory was measured before it went; only sums of several micro-batches come up for it. On the device
         nothing is measured before somebody has clipped once.
         """
         whole = [g for g, indices in self.groups.members.values() if len(indices) == len(g.buffer.members)]
@@ -156,7 +156,7 @@ class HeldGradients:
         if any(g.gradients.host is not None for g in sums):
             self.wait_for_host()
         known = {id(g): g.gradients.square for g in whole if g.gradients.square is not None}
-        known |= {id(g): squared_norm(g.gradients.at_rest).to(self.ranks.device) for g in sums}
+        known |= {id(g): squared_norm(g.gradients.at_rest, self.ranks.device) for g in sums}
         for trained in whole:
             trained.gradients.measured = True  # of the next backward, while it goes on
         rest = [shard for shard in self.groups.shards if id(shard.trained) not in known]

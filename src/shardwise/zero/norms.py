@@ -115,7 +115,8 @@ class Norms:
             for index in range(len(gradients.buffer.members)):
                 for part in gradients.parts(index):
                     if part.numel():
-                        own = torch.linalg.vector_norm(part, order).to(device, dtype)
+                        # On the device wherever it rests: another processor adds in another order.
+                        own = torch.linalg.vector_norm(part.to(device), order).to(dtype)
                         row[index] = own if math.isinf(order) else own**order
             rows.append(row)
         every = torch.cat(rows)

@@ -22,10 +22,15 @@ from .engine import Engine
 from .flat import FlatBuffer
 
 
-def squared_norm(values: Tensor | None) -> Tensor:
-    """The sum of squares, a scalar in fp32 (fp64 of fp64) where `values` are."""
+def squared_norm(values: Tensor | None, device: torch.device | None = None) -> Tensor:
+    """The sum of squares, a scalar in fp32 (fp64 of fp64) on `device`, or where `values` are.
+
+    Another processor, or a kernel for another dtype, adds in another order: what offloads would have other bits than what does
+    not. So what rests in host memory is measured on the device, and what is narrow is made wide first.
+    """
     assert values is not None
-    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32))
+    wide = values.to(device or values.device, torch.promote_types(values.dtype, torch.float32))
+    norm: Tensor = torch.linalg.vector_norm(wide)
     return norm.square()
 
 
