@@ -3,6 +3,7 @@
     torchrun --nproc_per_node 2 tests/gpu/worker.py                    everything, on two GPUs with NCCL
     torchrun --nproc_per_node 2 tests/gpu/worker.py --only stress      the rows whose name contains "stress"
     torchrun --nproc_per_node 2 tests/gpu/worker.py --use-cpu          the same program over gloo
+    torchrun --nproc_per_node 2 tests/rig/one_gpu.py tests/gpu/worker.py    with NCCL on one GPU, which the ranks share
 
 Exit code 1 if a row fails. test_parity_gpu.py runs it and reads its JSON. Bounds: fp32 losses 1e-5 relative and weights
 1e-5 absolute after 20 steps, because NCCL and cuBLAS sum in another order than one process does on the larger batch;
