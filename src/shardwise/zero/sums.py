@@ -5,7 +5,7 @@
 
 With the optimizer off the device, a reduced gradient leaves at once, in the dtype it was summed in, while the backward
 goes on. Its squared norm is taken before it leaves, so that clipping reads nothing back. Micro-batches are added up where
-the gradient rests: it never comes back up before the step.
+the gradient rests: it comes back up for the step, and before that only to be measured, where the step clips.
 """
 
 from __future__ import annotations
