@@ -96,6 +96,21 @@ def test_a_call_that_a_rank_does_not_make_names_it_and_leaves_no_mark():
     assert not store
 
 
+def test_a_rank_that_came_and_gave_up_is_not_named_as_missing():
+    store = Store({"shardwise/given.up()/0/0": "here"})
+    plain = store.check
+
+    def check(keys):
+        found = plain(keys)
+        if keys == ["shardwise/given.up()/0/0"]:
+            store.pop(keys[0], None)
+        return found
+
+    store.check = check
+    with pytest.raises(RankError, match="for rank 2, which did not"):
+        assemble(store, 1, 3, "given.up()", "", timedelta(seconds=0.05), say_after_s=5)
+
+
 def test_marks_of_the_call_before_are_removed_once_all_ranks_are_in_the_next():
     store = Store({f"shardwise/other.verb()/{count}/1": "here" for count in range(2)})
     for _ in range(2):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import datetime
 import logging
-import time
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +19,7 @@ from typing import Any
 
 from ..errors import RankError
 from .activity import activity
+from .marks import missing_after
 
 log = logging.getLogger("shardwise")
 
@@ -102,11 +103,19 @@ class Words:
         """
         if self._store is None or not ranks:
             return []
-        keys, verb = [f"{place}/{rank}" for rank in ranks], place.split("/")[1]
+        marks, verb = {rank: f"{place}/{rank}" for rank in ranks}, place.split("/")[1]
+
+        def say(missing: list[int], waited: float) -> None:
+            names = ", ".join(map(str, missing))
+            log.warning("%s Rank %d has waited %.0f s for rank %s.", rule, self._rank, waited, names)
+
         try:
             with activity.waiting(verb):
-                self._wait_for(keys, ranks, verb, rule)
-            return [word.decode() for word in self._store().multi_get(keys)]
+                late = self.say_after_s if rule else math.inf
+                missing = missing_after(self._store, marks, self.timeout.total_seconds(), say, say_after_s=late)
+            if missing:
+                raise RankError(f"{verb}: rank {missing[0]} has not come to it within {self.timeout}.")
+            return [word.decode() for word in self._store().multi_get(list(marks.values()))]
         except RankError:
             raise
         except RuntimeError as error:  # torch's, of the connection
@@ -114,41 +123,17 @@ class Words:
                 f"{verb}: the process by which the ranks met, rank 0's or the launcher's, has ended."
             ) from error
 
-    def _wait_for(self, keys: Sequence[str], ranks: Sequence[int], verb: str, rule: str) -> None:
-        store = self._store
-        assert store is not None
-        began, pause_s = time.monotonic(), 1e-4
-        deadline, say_at = began + self.timeout.total_seconds(), began + self.say_after_s
-
-        def missing() -> Iterator[int]:
-            return (rank for rank, key in zip(ranks, keys, strict=True) if not store().check([key]))
-
-        # Not the store's `wait`, which would hold its lock for all threads of the process.
-        while not store().check(list(keys)):
-            now = time.monotonic()
-            if now > deadline:
-                raise RankError(f"{verb}: rank {next(missing())} has not come to it within {self.timeout}.")
-            if rule and now > say_at:
-                names = ", ".join(map(str, missing()))
-                log.warning("%s Rank %d has waited %.0f s for rank %s.", rule, self._rank, now - began, names)
-                rule = ""
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, 0.05)
-
     def meet(self, place: str, limit_s: float, say_after_s: float) -> bool:
         """Whether every rank has come to `place` within `limit_s`. It is logged, once, that ranks are missing."""
         if self._store is None:
             return True
-        store, world, began, said = self._store(), self._world_size, time.monotonic(), False
-        place = f"shardwise/{place}"
-        store.set(f"{place}/{self._rank}", "here")
-        while not store.check([f"{place}/{rank}" for rank in range(world)]):
-            waited = time.monotonic() - began
-            if waited > limit_s:
-                store.delete_key(f"{place}/{self._rank}")
-                return False
-            if waited > say_after_s and not said:
-                said = True
-                log.warning("rank %d reads sharded weights and waits for the other ranks to read them too.", self._rank)
-            time.sleep(min(0.05, 0.0002 + waited / 50))
-        return True
+
+        def say(missing: list[int], waited: float) -> None:
+            log.warning("rank %d reads sharded weights and waits for the other ranks to read them too.", self._rank)
+
+        marks = {rank: f"shardwise/{place}/{rank}" for rank in range(self._world_size)}
+        self._store().set(marks[self._rank], "here")
+        missing = missing_after(self._store, marks, limit_s, say, say_after_s=say_after_s)
+        if missing:
+            self._store().delete_key(marks[self._rank])
+        return not missing
