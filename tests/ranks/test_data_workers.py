@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import shutil
@@ -12,6 +13,7 @@ import tempfile
 import textwrap
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
@@ -384,3 +386,33 @@ def test_a_killed_rank_leaves_no_directory_of_its_workers_under_the_launcher(tmp
     code, err, left = left_by(tmp_path, start, "rank")
     assert code == 128 + signal.SIGKILL, err
     assert left == []
+
+
+def _dropped(ranks):
+    """Whether the workers of a loader had ended when the last references to it and its run were gone."""
+    with_workers()
+    forget_run()
+    gc.collect()
+    gc.disable()
+    try:
+        accelerator = Accelerator(cpu=True)
+        model = torch.nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        loader = accelerator.prepare(loader_of("map, set_epoch", 2, True))
+        accelerator.prepare(model, optimizer)
+        for batch in loader:
+            accelerator.backward(model(batch.float()[:, None]).sum())
+            optimizer.step()
+            optimizer.zero_grad()
+        workers = [psutil.Process(worker.pid) for worker in loader._iterator._workers]
+        assert len(workers) == 2
+        del accelerator, loader, model, optimizer, batch
+        forget_run()
+        return [worker.is_running() for worker in workers]
+    finally:
+        gc.enable()
+
+
+def test_workers_end_with_the_last_reference_to_their_run(world):
+    """The collector of cycles closes their queues before it ends them, and waits 5 s for each, somewhere in the training."""
+    assert world(1).run(_dropped) == [[False, False]]

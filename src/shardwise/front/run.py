@@ -107,11 +107,14 @@ class Run:
         self.step_scheduler_with_optimizer = settings.step_scheduler_with_optimizer
         # What was prepared.
         self.models: list[PreparedModel] = []
+        models = (
+            self.models
+        )  # no closure over the run: what it holds, as workers of loaders, ends with its last reference
         self.optimizers: list[PreparedOptimizer] = []
         self.schedulers: list[Scheduler] = []
         self.dataloaders: list[PreparedLoader] = []
         self.averages: list[ShardedEMA] = []
-        self.lending = Lending(ranks, lambda: [prepared.sharded.schedule for prepared in self.models])
+        self.lending = Lending(ranks, lambda: [prepared.sharded.schedule for prepared in models])
         # Accumulation. step: micro-batches since the last batch of a loader.
         self.gradient_state = GradientState()
         self.step = 0
