@@ -12,6 +12,7 @@ import torch
 
 from shardwise.checkpoint import in_turn
 from shardwise.checkpoint.in_turn import CopiesInTurn
+from shardwise.errors import CheckpointError
 
 
 class Event:
@@ -107,3 +108,15 @@ def test_what_failed_is_still_to_be_copied():
         with pytest.raises(RuntimeError):
             ask()
     assert _done(pairs) == 0
+
+
+def test_a_writer_does_not_take_what_was_dropped_for_what_is_there():
+    copies = CopiesInTurn(_pairs(), _lanes([]), None, lambda event: None)
+    copies.drop()
+    with pytest.raises(CheckpointError, match="given up"):
+        copies.copy()
+    copies.drop()
+    done = CopiesInTurn(_pairs(), _lanes([]), None, lambda event: None)
+    done.hurry()
+    done.drop()
+    done.copy()

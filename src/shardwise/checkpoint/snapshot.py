@@ -153,9 +153,9 @@ class Snapshot:
 
     def _states_change(self, lanes: Lanes) -> None:
         """A step comes: it waits for the copies of the states, and a script must not have written them meanwhile."""
-        self._look_at_versions()
         assert self._states is not None
         lanes.compute_waits(self._states.hurry())
+        self._look_at_versions()  # behind it: where Ctrl-C has met it, the next step comes here again
 
     def _look_at_versions(self) -> None:
         """Once: when a step comes, or the copies are there, whatever is first. Later writes are no longer in them."""

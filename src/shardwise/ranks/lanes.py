@@ -107,10 +107,9 @@ class Lanes:
 
     def states_change(self) -> None:
         """The optimizer's states are about to be written, by what is enqueued on the compute lane after this."""
-        if self._before_states:
-            calls, self._before_states = self._before_states, []
-            for call in calls:
-                call()
+        while self._before_states:  # one that Ctrl-C has met is still to be made before the next step
+            self._before_states[0]()
+            self._before_states.pop(0)
 
     def mark_compute(self) -> torch.Event | None:
         """An event that is done when the computation enqueued so far is."""

@@ -44,8 +44,7 @@ class Applying:
 
     def apply(self, factor: Tensor | None) -> None:
         """Step everything that has a gradient. factor: a scalar by which gradients are multiplied first. Collective."""
-        for model in self.models:
-            model.engine.lanes.states_change()
+        self._states_change()
         here = [shard for shard in self.groups.stepped if shard.trained.in_place]
         wholes = self.groups.wholes
         every = [trained for trained, _ in self.groups.members.values()]
@@ -101,6 +100,7 @@ class Applying:
 
     def run(self, absent: Mapping[int, Tensor] | None = None) -> None:
         """The class's step, on what is in place and stepped in shards. absent: see `counting`."""
+        self._states_change()  # also where nothing has a gradient: an optimizer may move its states all the same
         mine = {id(shard.tensor) for shard in self.groups.stepped} if self.groups.wholes else None
         verbs = self.verbs.as_in_the_class() if self.verbs is not None else nullcontext()
         device = self.models[0].ranks.device
@@ -111,6 +111,10 @@ class Applying:
             standing_in(self.optimizer, self.groups.pairs),
         ):
             run_step(self.optimizer)
+
+    def _states_change(self) -> None:
+        for model in self.models:
+            model.engine.lanes.states_change()
 
     def _step_wholes(self, units: Sequence[Unit], factor: Tensor | None, before: Any) -> None:
         """Step the parameters of `units` that are stepped whole; new weights of units that are not in place leave at once."""

@@ -73,6 +73,7 @@ class OwnVerbs:
         for model in models:
             model.schedule.stop_lingering()
             model.follow_weights()
+            model.engine.lanes.states_change()
         units = [unit for model in models for unit in self._held.groups.units(model)]
         with publishing.fenced([model.engine for model in models]), self.as_in_the_class():
             with self._held.attached():
