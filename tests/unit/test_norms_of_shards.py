@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from rig.engine import tower
 from shardwise.plan.plan import Plan
 from shardwise.plan.precision import Precision
 from shardwise.ranks.ranks import Ranks
@@ -53,12 +54,41 @@ def test_what_is_narrow_is_measured_as_it_is_when_it_is_wide():
     assert torch.equal(sums.squared_norm(narrow), sums.squared_norm(narrow.float()))
 
 
+def test_what_is_narrow_has_the_power_sum_that_it_has_when_it_is_wide():
+    narrow = [torch.randn(n).bfloat16() for n in (10_001, 7)]
+    device = torch.device("cpu")
+    for order in (2.0, 1.0, 3.0, 0.5):
+        expected = power_sum([one.float() for one in narrow], order, device, torch.float32)
+        for places in ([], [0], [0, 1]):
+            mixed = [away(one) if place in places else one for place, one in enumerate(narrow)]
+            assert torch.equal(power_sum(mixed, order, device, torch.float32), expected)
+
+
+def test_a_sum_has_the_same_bits_whichever_squares_a_backward_has_measured():
+    torch.manual_seed(3)
+    net = tower(12)
+    ranks = Ranks.join(use_cpu=True, timeout_s=60)
+    model = ShardedModel(net, plan=Plan.from_stage(3), ranks=ranks, precision=Precision.named("no"))
+    held = ShardedOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), [model]).held
+    net(torch.randn(8, 5)).square().sum().backward()
+    plain = held.square()
+    every = list(model.trained())
+    for _ in range(50):
+        for trained, known in zip(every, torch.randint(2, (len(every),)).tolist(), strict=True):
+            trained.sums.square = sums.squared_norm(trained.gradients.at_rest) if known else None
+        assert torch.equal(held.square(), plain)
+
+
 def test_single_norms_are_measured_on_the_device(monkeypatch: pytest.MonkeyPatch):
     model, _ = _strays()
     (gradients,) = {id(g): g for g in norms_of(model)._gradients}.values()
+    monkeypatch.setattr(type(gradients), "parts", lambda self, index: [p.bfloat16() for p in self.sums.parts(index)])
     plain = norms_of(model).of(gradients, 0, 2.0)
     norms_of(model).forget()
-    monkeypatch.setattr(type(gradients), "parts", lambda self, index: [away(p) for p in self.sums.parts(index)])
+    assert torch.equal(plain, gradients.sums.parts(0)[0].bfloat16().float().norm())
+    monkeypatch.setattr(
+        type(gradients), "parts", lambda self, index: [away(p.bfloat16()) for p in self.sums.parts(index)]
+    )
     assert torch.equal(norms_of(model).of(gradients, 0, 2.0), plain)
 
 

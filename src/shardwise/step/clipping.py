@@ -38,16 +38,19 @@ def global_norm(
 def power_sum(shards: Sequence[Tensor], norm_type: float, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The sum of |element| ** norm_type over this rank's shards, a scalar on `device`.
 
-    Its bits do not depend on where they rest: what is in host memory comes up, one after another.
+    Its bits do not depend on where they rest, nor on how wide they are there: what is in host memory or narrow is brought up
+    and made wide, one after another.
     """
     filled = [shard for shard in shards if shard.numel()]
     if not filled:
         return torch.zeros((), dtype=dtype, device=device)
-    here = [shard for shard in filled if shard.device == device]
+    wide = [torch.promote_types(shard.dtype, torch.float32) for shard in filled]
+    ready = [shard.device == device and shard.dtype == kind for shard, kind in zip(filled, wide, strict=True)]
+    here = [shard for shard, is_ready in zip(filled, ready, strict=True) if is_ready]
     found = iter(torch._foreach_norm(here, norm_type) if here else ())
     norms = [
-        next(found) if shard.device == device else torch._foreach_norm([shard.to(device)], norm_type)[0]
-        for shard in filled
+        next(found) if is_ready else torch._foreach_norm([shard.to(device, kind)], norm_type)[0]
+        for shard, kind, is_ready in zip(filled, wide, ready, strict=True)
     ]
     return (torch.stack([norm.to(dtype) for norm in norms]) ** norm_type).sum()
 

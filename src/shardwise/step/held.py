@@ -155,8 +155,10 @@ class HeldGradients:
         sums = [g for g in whole if g.gradients.square is None and g.gradients.at_rest is not None]
         if any(g.gradients.host is not None for g in sums):
             self.wait_for_host()
-        known = {id(g): g.gradients.square for g in whole if g.gradients.square is not None}
-        known |= {id(g): squared_norm(g.gradients.at_rest, self.ranks.device) for g in sums}
+        found = {id(g): squared_norm(g.gradients.at_rest, self.ranks.device) for g in sums}
+        # In one order, whichever were known: that depends on where gradients rest, and the sum's bits must not.
+        squares = {id(g): found.get(id(g), g.gradients.square) for g in whole}
+        known = {key: square for key, square in squares.items() if square is not None}
         for trained in whole:
             trained.gradients.measured = True  # of the next backward, while it goes on
         rest = [shard for shard in self.groups.shards if id(shard.trained) not in known]

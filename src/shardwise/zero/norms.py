@@ -115,8 +115,8 @@ class Norms:
             for index in range(len(gradients.buffer.members)):
                 for part in gradients.parts(index):
                     if part.numel():
-                        # On the device wherever it rests: another processor adds in another order.
-                        own = torch.linalg.vector_norm(part.to(device), order).to(dtype)
+                        # On the device and wide, however it rests: another processor or kernel adds in another order.
+                        own = torch.linalg.vector_norm(part.to(device, dtype), order)
                         row[index] = own if math.isinf(order) else own**order
             rows.append(row)
         every = torch.cat(rows)
