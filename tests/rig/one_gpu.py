@@ -25,6 +25,8 @@ def command(script: Path, ranks: int = 2) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> None:
+    if not argv or "RANK" not in os.environ:
+        raise SystemExit("one_gpu: name a script, below torchrun.")
     os.environ["NCCL_HOSTID"] = f"rank {os.environ['RANK']}"
     script, *arguments = argv
     sys.argv = [script, *arguments]
@@ -41,7 +43,7 @@ def _share() -> None:
     seen = [f"the GPU of rank {os.environ['RANK']}"]
     meeting.visible_gpus = joining.visible_gpus = lambda: seen  # type: ignore[assignment, attr-defined]
     peers._why_not = lambda ranks: None if ranks.device.type == "cuda" else "the ranks run on CPUs"
-    dist.get_node_local_rank = lambda *_: 0
+    dist.get_node_local_rank = lambda *_, **__: 0
 
 
 if __name__ == "__main__":
