@@ -14,6 +14,7 @@ of one rank needs no process group; each of its collectives is a copy or nothing
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
@@ -157,10 +158,18 @@ class Group:
 
     @waiting
     def all_reduce(self, tensor: Tensor, op: ReduceOp = "sum") -> None:
-        """Combine `tensor` over the ranks, in place, on every rank."""
+        """Combine `tensor` over the ranks, in place, on every rank. The largest and the smallest of what has a NaN is NaN."""
         self.counts["all_reduce"] += 1
-        if self._data is not None:
+        if self._data is None:
+            return
+        if op not in ("max", "min") or not tensor.is_floating_point():
             dist.all_reduce(tensor, op=_OPS[op], group=self._data)
+            return
+        # Backends compare, and no comparison with NaN is true: whether a rank's is kept depends on the order. It goes beside.
+        is_nan = tensor.isnan()
+        both = torch.stack([tensor.masked_fill(is_nan, 0), is_nan.to(tensor.dtype) * (1 if op == "max" else -1)])
+        dist.all_reduce(both, op=_OPS[op], group=self._data)
+        tensor.copy_(both[0].masked_fill(both[1] != 0, math.nan))
 
     @waiting
     def all_to_all(self, sent: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
