@@ -6,6 +6,7 @@ import copy
 import random
 import time
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from rig.optimizers import (
 )
 from rig.trials import groups, net, prepared, refusal, step
 from shardwise.step.optimizer import find_sharded_optimizer
+from shardwise.step.trial import Trial
 
 pytestmark = pytest.mark.thinned(3)
 
@@ -194,6 +196,27 @@ def _noise(ranks: Any) -> str | None:
 def test_one_that_draws_random_numbers_works_on_one_rank_only(world):
     assert world(1).run(_noise) == [None]
     assert all("random numbers" in text for text in world(3).run(_noise))
+
+
+def _disturbed(ranks: Any, trials: int) -> str | None:
+    """As if another thread of the process drew a number in each of the first `trials` rehearsals."""
+    plain, left = Trial._rehearse, [0] * trials
+
+    def rehearse(self: Trial, way: Any, verbs: Any, *args: Any) -> Any:
+        found = plain(self, way, verbs, *args)
+        if len(verbs) > 1 and left:
+            left.pop()
+            found.draws = True
+        return found
+
+    with mock.patch.object(Trial, "_rehearse", rehearse):
+        found = prepared(ranks, Lion, "0")
+    return found if isinstance(found, str) else None
+
+
+def test_random_numbers_of_another_thread_are_not_the_optimizers(world):
+    assert world(2).run(_disturbed, 3) == [None, None]
+    assert all("random numbers" in text for text in world(2).run(_disturbed, 9))
 
 
 def _changed_later(ranks: Any, plan: str) -> tuple[bool, str]:
