@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ class CopiesInTurn:
     @torch.no_grad()
     def _enqueue(self, count: int) -> None:
         """The next `count` pieces. What fails is still left: who asks again must not find that all is there."""
-        pairs = [pair for piece in list(self._left)[:count] for pair in piece]
+        pairs = [pair for piece in islice(self._left, count) for pair in piece]
         if pairs:
             with self._lanes.down.on():
                 torch._foreach_copy_([into for into, _ in pairs], [source for _, source in pairs], non_blocking=True)

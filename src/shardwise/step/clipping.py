@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
 
 from ..ranks.ranks import Ranks
-from ..zero.norms import over_owners
+from ..zero.norms import measurable, over_owners
 
 
 def global_norm(
@@ -44,13 +45,12 @@ def power_sum(shards: Sequence[Tensor], norm_type: float, device: torch.device, 
     filled = [shard for shard in shards if shard.numel()]
     if not filled:
         return torch.zeros((), dtype=dtype, device=device)
-    wide = [torch.promote_types(shard.dtype, torch.float32) for shard in filled]
-    ready = [shard.device == device and shard.dtype == kind for shard, kind in zip(filled, wide, strict=True)]
-    here = [shard for shard, is_ready in zip(filled, ready, strict=True) if is_ready]
+    ready = [shard.device == device and shard.dtype.itemsize >= torch.float32.itemsize for shard in filled]
+    here = list(compress(filled, ready))
     found = iter(torch._foreach_norm(here, norm_type) if here else ())
     norms = [
-        next(found) if is_ready else torch._foreach_norm([shard.to(device, kind)], norm_type)[0]
-        for shard, kind, is_ready in zip(filled, wide, ready, strict=True)
+        next(found) if is_ready else torch._foreach_norm([measurable(shard, device)], norm_type)[0]
+        for shard, is_ready in zip(filled, ready, strict=True)
     ]
     return (torch.stack([norm.to(dtype) for norm in norms]) ** norm_type).sum()
 

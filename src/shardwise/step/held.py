@@ -152,14 +152,16 @@ class HeldGradients:
         nothing is measured before somebody has clipped once.
         """
         whole = [g for g, indices in self.groups.members.values() if len(indices) == len(g.buffer.members)]
-        sums = [g for g in whole if g.gradients.square is None and g.gradients.at_rest is not None]
-        if any(g.gradients.host is not None for g in sums):
+        if any(g.gradients.square is None and g.gradients.host is not None for g in whole):
             self.wait_for_host()
-        found = {id(g): squared_norm(g.gradients.at_rest, self.ranks.device) for g in sums}
-        # In one order, whichever were known: that depends on where gradients rest, and the sum's bits must not.
-        squares = {id(g): found.get(id(g), g.gradients.square) for g in whole}
-        known = {key: square for key, square in squares.items() if square is not None}
+        known: dict[int, Tensor] = {}
+        # In one order, whichever were measured: that depends on where gradients rest, and the sum's bits must not.
         for trained in whole:
+            square, at_rest = trained.gradients.square, trained.gradients.at_rest
+            if square is None and at_rest is not None:
+                square = squared_norm(at_rest, self.ranks.device)
+            if square is not None:
+                known[id(trained)] = square
             trained.gradients.measured = True  # of the next backward, while it goes on
         rest = [shard for shard in self.groups.shards if id(shard.trained) not in known]
         if any(shard.trained.gradients.host is not None for shard in rest):

@@ -216,11 +216,11 @@ class Trial:
     def _try(self, verbs: Sequence[Verb], what: str) -> Outcome:
         """Play `verbs` in plain torch's way and in those of the plan. Raises OptimizerError where they differ."""
         reference = self._rehearse(self._ways.plain, verbs, what)
-        for _ in range(_AGAIN if reference.draws and self.handling.ranks > 1 else 0):
-            again = self._rehearse(self._ways.plain, verbs, what)
-            if not again.draws:  # then it was another thread of the script, as one that reads data ahead
-                reference = again
+        for _ in range(_AGAIN if self.handling.ranks > 1 else 0):
+            if not reference.draws:
                 break
+            # It may have been another thread of the script, as one that reads data ahead.
+            reference = self._rehearse(self._ways.plain, verbs, what)
         self._check_reference(reference, what)
         if self.handling.ranks > 1 and reference.draws:
             raise OptimizerError(

@@ -21,6 +21,15 @@ from ..ranks.ranks import Ranks
 from .flat import FlatBuffer
 
 
+def measurable(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on the device, in fp32 or wider; themselves where they are that.
+
+    Another processor, or a kernel for another dtype, adds in another order: what offloads would have other bits than what does
+    not. So what rests in host memory is measured on the device, and what is narrow is made wide first.
+    """
+    return values.to(device, torch.promote_types(values.dtype, torch.float32))
+
+
 def over_owners(own: Tensor, order: float, ranks: Ranks, *, sharded: bool) -> Tensor:
     """`own` of all ranks that divide the gradients, in place: sums of powers, or largest elements for order infinity.
 
@@ -115,8 +124,7 @@ class Norms:
             for index in range(len(gradients.buffer.members)):
                 for part in gradients.parts(index):
                     if part.numel():
-                        # On the device and wide, however it rests: another processor or kernel adds in another order.
-                        own = torch.linalg.vector_norm(part.to(device, dtype), order)
+                        own = torch.linalg.vector_norm(part.to(device, dtype), order)  # as `measurable` says
                         row[index] = own if math.isinf(order) else own**order
             rows.append(row)
         every = torch.cat(rows)

@@ -20,17 +20,12 @@ from ..plan.layout import Region
 from ..plan.plan import Tier
 from .engine import Engine
 from .flat import FlatBuffer
+from .norms import measurable
 
 
-def squared_norm(values: Tensor | None, device: torch.device | None = None) -> Tensor:
-    """The sum of squares, a scalar in fp32 (fp64 of fp64) on `device`, or where `values` are.
-
-    Another processor, or a kernel for another dtype, adds in another order: what offloads would have other bits than what does
-    not. So what rests in host memory is measured on the device, and what is narrow is made wide first.
-    """
-    assert values is not None
-    wide = values.to(device or values.device, torch.promote_types(values.dtype, torch.float32))
-    norm: Tensor = torch.linalg.vector_norm(wide)
+def squared_norm(values: Tensor, device: torch.device | None = None) -> Tensor:
+    """The sum of squares, a scalar in fp32 (fp64 of fp64) on `device`, or where `values` are; see `measurable`."""
+    norm: Tensor = torch.linalg.vector_norm(measurable(values, device or values.device))
     return norm.square()
 
 
